@@ -1,0 +1,178 @@
+"""Typed batches: what flows between data, models, rollout, algorithms and engines.
+
+Dimensions: B rows, S tokens of a row (prompt and response), P prompt tokens, T response tokens,
+D hidden width.
+
+Every batch of whole sequences is **right-padded** and goes by lengths, never by the padding token's
+id: a causal model lets no real token see what stands to its right, so no attention mask is needed,
+and a tokenizer whose padding is its end-of-sequence token loses nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class Finish(IntEnum):
+    """Why a response ended."""
+
+    LENGTH = 0
+    EOS = 1
+    STOP = 2
+
+
+class Rows:
+    """What all batches share: selecting rows and moving between devices.
+
+    Subclasses are dataclasses whose fields are tensors with rows first, or `None`.
+    """
+
+    def select(self, index: Tensor | slice) -> Self:
+        """Return the batch of the rows at `index` ([N] int64, or a slice)."""
+        return self._map(lambda value: value[index])
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the batch with every tensor on `device`."""
+        return self._map(lambda value: value.to(device))
+
+    def _map(self, function) -> Self:  # noqa: ANN001 - Tensor -> Tensor
+        changed = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = function(value)
+        return replace(self, **changed)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Prompts(Rows):
+    """Prompts to answer.
+
+    Attributes:
+        tokens: [B, P] int64, right-padded.
+        lengths: [B] int64, tokens of each prompt.
+        index: [B] int64, the row's number in its prompt set.
+        rollout: [B] int64, the row's number in the whole run; with the seed and the position it
+            determines the noise of sampling.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    index: Tensor
+    rollout: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class Demonstrations(Rows):
+    """Packed (or padded) sequences to imitate.
+
+    Attributes:
+        tokens: [B, S] int64, right-padded.
+        positions: [B, S] int64, starting at 0 in every packed sequence.
+        segments: [B, S] int64, 1, 2, ... for the packed sequences of a row, 0 for padding.
+        target_mask: [B, S] bool, True where token t is to be predicted from those before it; never
+            True at the first token of a sequence.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Tensor
+    target_mask: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class Preferences(Rows):
+    """Pairs of whole sequences, the first preferred to the second.
+
+    Attributes:
+        chosen: [B, S] int64, right-padded.
+        chosen_lengths: [B] int64.
+        rejected: [B, S] int64, right-padded.
+        rejected_lengths: [B] int64.
+        weights: [B] float32, 0 for a row that only fills up the batch.
+    """
+
+    chosen: Tensor
+    chosen_lengths: Tensor
+    rejected: Tensor
+    rejected_lengths: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return self.chosen.shape[0]
+
+
+@dataclass(frozen=True)
+class Samples(Rows):
+    """What the sampler yields: prompts with the responses that followed.
+
+    Attributes:
+        tokens: [B, S] int64, prompt then response, right-padded. The response is what was sampled,
+            token for token: an end-of-sequence token or the tokens of a stop string included.
+        prompt_lengths: [B] int64.
+        response_lengths: [B] int64, at least 1.
+        content_lengths: [B] int64, response tokens without the end-of-sequence token or stop string
+            that ended it; may be 0.
+        finish: [B] int64, a `Finish`.
+        index: [B] int64, the prompt's number in its set.
+        logprobs: [B, T] float32, log-probability of each response token under the sampler, at the
+            sampling temperature; column t is the t-th response token, 0 beyond the end.
+        states: [B, S, D] hidden states entering the first training block, right-padded like
+            `tokens`; `None` unless the sampler was asked for them. The last token of a response was
+            sampled but never fed, so its state is not known: it is left 0, and nothing needs it.
+    """
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    response_lengths: Tensor
+    content_lengths: Tensor
+    finish: Tensor
+    index: Tensor
+    logprobs: Tensor
+    states: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class Rollouts(Rows):
+    """One iteration's experience, ready to train on.
+
+    Attributes:
+        tokens: [B, S] int64, prompt then response, right-padded.
+        prompt_lengths: [B] int64.
+        response_lengths: [B] int64.
+        mask: [B, T] bool, True on response tokens.
+        logprobs: [B, T] float32, of the policy that sampled.
+        values: [B, T] float32, its value estimates.
+        advantages: [B, T] float32, whitened over the whole iteration.
+        returns: [B, T] float32.
+        weights: [B] float32, 0 for a row that only fills up the batch.
+        states: [B, S, D] as in `Samples`, or `None`.
+    """
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    response_lengths: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor
+    states: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]

@@ -1,0 +1,11 @@
+"""Errors that are the user's to mend."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Bad input: a message for the user, printed without a traceback.
+
+    The message names the file and line or the config key, what was found, what was expected and the
+    remedy.
+    """

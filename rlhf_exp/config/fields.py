@@ -1,0 +1,62 @@
+"""How a config field declares its default, its documentation and its place in artifact keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, Field, field, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+_DOC, _KEY, _NEUTRAL = "doc", "key", "neutral"
+
+
+def setting(
+    default: Any = MISSING,  # noqa: ANN401 - any field type
+    doc: str = "",
+    *,
+    factory: Callable[[], Any] | None = None,
+    key: bool = True,
+    neutral: Any = MISSING,  # noqa: ANN401
+) -> Any:  # noqa: ANN401 - as dataclasses.field, so that annotations stay the field's own
+    """Declare a field of a config section.
+
+    Args:
+        default: The default value.
+        doc: One sentence for `--help` and the reference; names the unit.
+        factory: Makes the default where it is mutable.
+        key: Whether the value changes what is computed, and so belongs in an artifact's key.
+        neutral: For fields added after a release: the value that means "as before", which is left
+            out of the key, so that artifacts made before the field existed stay valid.
+    """
+    metadata = {_DOC: doc, _KEY: key}
+    if neutral is not MISSING:
+        metadata[_NEUTRAL] = neutral
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def documentation(item: Field) -> str:
+    """Return the documentation that a field was declared with."""
+    return str(item.metadata.get(_DOC, ""))
+
+
+def key_content(section: Any) -> Any:  # noqa: ANN401 - a config dataclass, recursively
+    """Return what of a config section counts for an artifact's key, as plain JSON values."""
+    if is_dataclass(section) and not isinstance(section, type):
+        content = {}
+        for item in fields(section):
+            value = getattr(section, item.name)
+            if not item.metadata.get(_KEY, True):
+                continue
+            if _NEUTRAL in item.metadata and value == item.metadata[_NEUTRAL]:
+                continue
+            content[item.name] = key_content(value)
+        return content
+    if isinstance(section, Enum):
+        return section.name
+    if isinstance(section, list | tuple):
+        return [key_content(value) for value in section]
+    if isinstance(section, dict):
+        return {name: key_content(value) for name, value in section.items()}
+    return section

@@ -1,0 +1,91 @@
+"""`ppo`: proximal policy optimisation against the reward model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from rlhf_exp.config.fields import setting
+from rlhf_exp.config.training import TrainingConfig
+
+
+class Scale(Enum):
+    """How scores are scaled before they become rewards."""
+
+    none = "none"
+    running = "running"
+    reference = "reference"
+
+
+class ValueInit(Enum):
+    """Initial weights of the value head."""
+
+    small = "small"
+    reward = "reward"
+
+
+class ValueTrunk(Enum):
+    """Whether the value function reads the policy's hidden states or a model of its own."""
+
+    shared = "shared"
+    own = "own"
+
+
+@dataclass
+class KlConfig:
+    """The KL penalty against the SFT policy."""
+
+    coef: float = setting(0.05, "Penalty per nat, beta; the initial one if `target` is set.")
+    target: float | None = setting(
+        6.0, "Sequence KL in nats that the adaptive controller aims at; null: fixed `coef`."
+    )
+    horizon: int = setting(10000, "Rollouts over which the controller reacts.")
+    stop: float | None = setting(
+        None, "Stop training, with the last good weights, above this sequence KL in nats."
+    )
+
+
+@dataclass
+class PpoRewardConfig:
+    """How a response's score becomes PPO's reward."""
+
+    delta: bool = setting(True, "Subtract the score of the data set's own response.")
+    clip: float | None = setting(10.0, "Clip scores to plus or minus this; null: no clipping.")
+    scale: Scale = setting(Scale.running, "Divide scores by a standard deviation.")
+    missing_eos_penalty: float = setting(
+        0.0, "Subtracted from the score of a response that had not ended."
+    )
+    function: str | None = setting(
+        None, "A Python function instead of the reward model: `file.py:name`, see docs/rewards.md."
+    )
+
+
+@dataclass
+class GenerationConfig:
+    """Sampling of responses."""
+
+    max_new_tokens: int = setting(128, "Longest response in tokens.")
+    temperature: float = setting(1.0, "Sampling temperature, also of the log-probabilities.")
+    batch: int = setting(64, "Rows decoded together in a process.", key=False)
+
+
+@dataclass
+class PpoConfig(TrainingConfig):
+    """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+    steps: int = setting(1000, "Optimizer steps; whole iterations are run.")
+    rollouts: int = setting(128, "Responses sampled per iteration, over all processes.")
+    epochs: int = setting(4, "Passes over an iteration's rollouts.")
+    seq_length: int = setting(512, "Longest prompt and response together, in tokens.")
+    gamma: float = setting(1.0, "Discount per token.")
+    lam: float = setting(0.95, "Lambda of generalised advantage estimation.")
+    clip_range: float = setting(0.2, "Clip range of the probability ratio.")
+    clip_range_value: float = setting(0.2, "Clip range of the value function.")
+    vf_coef: float = setting(1.0, "Weight of the value loss.")
+    entropy_coef: float = setting(0.0, "Weight of the entropy bonus.")
+    value_init: ValueInit = setting(ValueInit.small, "Initial value head.")
+    value_trunk: ValueTrunk = setting(ValueTrunk.shared, "Trunk of the value function.")
+    kl: KlConfig = setting(factory=KlConfig, doc="KL penalty.")
+    reward: PpoRewardConfig = setting(factory=PpoRewardConfig, doc="From scores to rewards.")
+    generation: GenerationConfig = setting(factory=GenerationConfig, doc="Sampling.")
+    eval_prompts: int = setting(100, "Validation prompts answered at each evaluation.")

@@ -1,0 +1,66 @@
+"""`engine`, `distributed`, `tracking`: who computes, on what, and where runs are recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from rlhf_exp.config.fields import setting
+from rlhf_exp.config.model import Dtype
+
+
+class EngineName(Enum):
+    """Who trains."""
+
+    native = "native"
+    trlx = "trlx"
+
+
+class Strategy(Enum):
+    """How parameters, gradients and optimizer state are spread over processes."""
+
+    single = "single"
+    ddp = "ddp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    fsdp = "fsdp"
+
+
+class TrackingMode(Enum):
+    """Where Weights & Biases records."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass
+class EngineConfig:
+    """The training engine."""
+
+    name: EngineName = setting(EngineName.native, "`native` (ours) or `trlx` (the library).")
+    python: str | None = setting(None, "Interpreter of the trlx engine's environment.", key=False)
+
+
+@dataclass
+class DistributedConfig:
+    """Strategy and processes."""
+
+    strategy: Strategy = setting(Strategy.single, "Data-parallel or sharding strategy.", key=False)
+    processes: int = setting(1, "Processes over all nodes, one per device.", key=False)
+    threads: int | None = setting(
+        None, "CPU threads of a process; null: cores / processes.", key=False
+    )
+    precision: Dtype = setting(Dtype.float32, "Precision of forward and backward passes.")
+    offload: bool = setting(False, "Keep optimizer state and parameters on the CPU.", key=False)
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases; the local metrics.jsonl is always written."""
+
+    mode: TrackingMode = setting(TrackingMode.offline, "Where W&B records.", key=False)
+    project: str = setting("rlhf-exp", "W&B project.", key=False)
+    entity: str | None = setting(None, "W&B user or team; null: your default.", key=False)
+    tags: list[str] = setting(factory=list, doc="W&B tags.", key=False)

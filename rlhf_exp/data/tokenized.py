@@ -1,0 +1,200 @@
+"""Tokenized sets, kept on disk by content.
+
+The key is made of the rows' content, of the codec and of the lengths, so that a changed row,
+tokenizer or limit finds nothing and an unchanged one is read back memory-mapped. Every response
+ends with the end-of-sequence token, unless it had to be cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.data.codec import Codec
+from rlhf_exp.data.ragged import Ragged, RaggedSet, cached
+from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Row, rows_digest
+from rlhf_exp.errors import UserError
+
+_FORMAT = 1  # to be raised when the same rows would be tokenized differently
+
+
+@dataclass(frozen=True)
+class TokenizedDemonstrations:
+    """Prompts and responses to imitate; `cut` prompts and `cut_responses` responses were cut."""
+
+    prompt_ids: Ragged
+    response_ids: Ragged
+    cut: int
+    cut_responses: int
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+
+@dataclass(frozen=True)
+class TokenizedPreferences:
+    """Prompts with both responses; `cut` prompts and `cut_responses` responses were cut."""
+
+    prompt: Ragged
+    chosen: Ragged
+    rejected: Ragged
+    cut: int
+    cut_responses: int
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+@dataclass(frozen=True)
+class TokenizedPrompts:
+    """Prompts with the data set's own responses.
+
+    Attributes:
+        prompt: the prompts.
+        original: the data set's responses; a row of no tokens where there is none.
+        cut: number of prompts cut.
+        cut_responses: number of original responses cut.
+    """
+
+    prompt: Ragged
+    original: Ragged
+    cut: int
+    cut_responses: int
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+def tokenize_demonstrations(
+    rows: Sequence[Demonstration], codec: Codec, seq_length: int, cache: Path | None = None
+) -> TokenizedDemonstrations:
+    """Tokenize demonstrations to at most `seq_length` tokens each, prompt and response together.
+
+    Prompts are cut from the left to leave the response whole; a response that alone is too long is
+    cut from the right. `cache` is the folder of cached sets (`None`: no cache).
+    """
+    _check_length(seq_length)
+
+    def build() -> RaggedSet:
+        columns = _Columns(codec, "prompt_ids", "response_ids")
+        prompts = codec.encode_prompts([row.history for row in rows])
+        responses = codec.encode_responses([row.response for row in rows])
+        for prompt, response in zip(prompts, responses, strict=True):
+            (cut,) = columns.ended(seq_length - 1, response)
+            columns.add(prompt_ids=columns.left(prompt, seq_length - len(cut)), response_ids=cut)
+        return columns.finish()
+
+    return TokenizedDemonstrations(
+        **_tokenized(cache, "demonstrations", rows, codec, [seq_length], build)
+    )
+
+
+def tokenize_preferences(
+    rows: Sequence[Preference], codec: Codec, seq_length: int, cache: Path | None = None
+) -> TokenizedPreferences:
+    """Tokenize pairs to at most `seq_length` tokens each side; both keep the same prompt."""
+    _check_length(seq_length)
+
+    def build() -> RaggedSet:
+        columns = _Columns(codec, "prompt", "chosen", "rejected")
+        prompts = codec.encode_prompts([row.history for row in rows])
+        chosen = codec.encode_responses([row.chosen for row in rows])
+        rejected = codec.encode_responses([row.rejected for row in rows])
+        for prompt, *sides in zip(prompts, chosen, rejected, strict=True):
+            good, bad = columns.ended(seq_length - 1, *sides)
+            room = seq_length - max(len(good), len(bad))
+            columns.add(prompt=columns.left(prompt, room), chosen=good, rejected=bad)
+        return columns.finish()
+
+    return TokenizedPreferences(
+        **_tokenized(cache, "preferences", rows, codec, [seq_length], build)
+    )
+
+
+def tokenize_prompts(
+    rows: Sequence[Prompt],
+    codec: Codec,
+    seq_length: int,
+    max_new_tokens: int,
+    cache: Path | None = None,
+) -> TokenizedPrompts:
+    """Tokenize prompts so that `max_new_tokens` more tokens fit into `seq_length`.
+
+    Prompts are cut from the left to `seq_length - max_new_tokens` tokens, original responses from
+    the right to `max_new_tokens`.
+
+    Raises:
+        UserError: nothing would remain of a prompt.
+    """
+    room = seq_length - max_new_tokens
+    if room < 1 or max_new_tokens < 1:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens} and seq_length {seq_length}: that leaves {room} "
+            "tokens for a prompt; both must be at least 1. Lower max_new_tokens or raise seq_length"
+        )
+
+    def build() -> RaggedSet:
+        columns = _Columns(codec, "prompt", "original")
+        prompts = codec.encode_prompts([row.history for row in rows])
+        originals = codec.encode_responses([row.original or "" for row in rows])
+        for row, prompt, original in zip(rows, prompts, originals, strict=True):
+            kept = [] if row.original is None else columns.ended(max_new_tokens, original)[0]
+            columns.add(prompt=columns.left(prompt, room), original=kept)
+        return columns.finish()
+
+    lengths = [seq_length, max_new_tokens]
+    return TokenizedPrompts(**_tokenized(cache, "prompts", rows, codec, lengths, build))
+
+
+class _Columns:
+    """Rows under construction: cuts them to length and counts what was cut."""
+
+    def __init__(self, codec: Codec, *names: str) -> None:
+        self._eos, self._bos = codec.eos_id, codec.bos_id
+        self._rows: dict[str, list[list[int]]] = {name: [] for name in names}
+        self._counts = {"cut": 0, "cut_responses": 0}
+
+    def ended(self, room: int, *responses: list[int]) -> list[list[int]]:
+        """Return the responses with the end-of-sequence token, cut on the right to `room`."""
+        self._counts["cut_responses"] += sum(len(ids) + 1 > room for ids in responses)
+        return [[*ids, self._eos][:room] for ids in responses]
+
+    def left(self, ids: list[int], room: int) -> list[int]:
+        """Return `ids` cut on the left to `room`; a beginning-of-sequence token stays in front."""
+        if len(ids) <= room:
+            return ids
+        self._counts["cut"] += 1
+        if room > 1 and ids[0] == self._bos:
+            return [ids[0], *ids[len(ids) - room + 1 :]]
+        return ids[len(ids) - room :]
+
+    def add(self, **row: list[int]) -> None:
+        for name, ids in row.items():
+            self._rows[name].append(ids)
+
+    def finish(self) -> RaggedSet:
+        columns = {name: Ragged.of(rows) for name, rows in self._rows.items()}
+        return RaggedSet(columns, self._counts)
+
+
+def _check_length(seq_length: int) -> None:
+    if seq_length < 2:
+        raise UserError(
+            f"seq_length is {seq_length}; a prompt and a response need at least 2 tokens together"
+        )
+
+
+def _tokenized(
+    cache: Path | None,
+    kind: str,
+    rows: Sequence[Row],
+    codec: Codec,
+    lengths: list[int],
+    build: Callable[[], RaggedSet],
+) -> dict[str, Any]:
+    """Return the fields of a tokenized set, from the cache where it is there."""
+    key: list[str | int] = [_FORMAT, kind, rows_digest(rows), codec.digest, *lengths]
+    found = build() if cache is None else cached(cache, key, build)
+    return {**found.columns, **found.counts}

@@ -1,0 +1,117 @@
+"""The divergence between policy and reference: estimators, and control of its weight.
+
+Dimensions: B rows, T response tokens.
+
+The estimators are Schulman's (http://joschu.net/blog/kl-approx.html), for tokens sampled from the
+policy: with d = log pi - log ref, both k1 = d and k3 = exp(-d) - 1 + d estimate KL(pi || ref).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+ADAPTIVE_STEP_LIMIT = 0.2
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Return log pi - log ref [B, T], unbiased and of either sign: what shapes the reward.
+
+    Args:
+        logprobs: [B, T] of the policy that sampled.
+        ref_logprobs: [B, T] of the reference.
+    """
+    return logprobs - ref_logprobs
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Return exp(-d) - 1 + d [B, T], d = log pi - log ref: unbiased, never negative.
+
+    Args:
+        logprobs: [B, T] of the policy that sampled.
+        ref_logprobs: [B, T] of the reference.
+    """
+    difference = logprobs - ref_logprobs
+    return torch.expm1(-difference) + difference
+
+
+def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum of k1 over each response [B], in nats.
+
+    Args:
+        logprobs: [B, T] of the policy that sampled.
+        ref_logprobs: [B, T] of the reference.
+        mask: [B, T] bool, True on response tokens.
+    """
+    return k1(logprobs, ref_logprobs).masked_fill(~mask.bool(), 0.0).sum(1)
+
+
+class KLController(Protocol):
+    """Decides the weight of the divergence, once per iteration."""
+
+    coef: float
+
+    def update(self, sequence_kl_mean: float, rollouts: int) -> None:
+        """Take note of one iteration's mean per-sequence KL and of its rollouts, over all ranks."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+
+
+class FixedKL:
+    """A constant weight."""
+
+    def __init__(self, coef: float) -> None:
+        self.coef = coef
+
+    def update(self, sequence_kl_mean: float, rollouts: int) -> None:
+        """Change nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weight."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the weight of a checkpoint."""
+        self.coef = float(state["coef"])
+
+
+class AdaptiveKL:
+    """A weight that moves towards a target divergence (Ziegler et al. 2019, section 2.2).
+
+    Args:
+        coef: the weight to begin with.
+        target: mean KL of a whole response aimed at, in nats.
+        horizon: rollouts over which the weight can change by the factor 1 +- 0.2.
+    """
+
+    def __init__(self, coef: float, target: float, horizon: int) -> None:
+        assert target > 0, f"target {target} is not above 0"
+        assert horizon > 0, f"horizon {horizon} is not above 0"
+        self.coef = coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, sequence_kl_mean: float, rollouts: int) -> None:
+        """Move the weight, once per iteration.
+
+        Args:
+            sequence_kl_mean: mean over the iteration's responses of `sequence_kl`.
+            rollouts: responses of the iteration, over all ranks.
+        """
+        error = sequence_kl_mean / self.target - 1.0
+        error = min(max(error, -ADAPTIVE_STEP_LIMIT), ADAPTIVE_STEP_LIMIT)
+        self.coef *= 1.0 + error * rollouts / self.horizon
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weight; target and horizon belong to the config."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the weight of a checkpoint."""
+        self.coef = float(state["coef"])

@@ -1,0 +1,160 @@
+"""Read a W&B transaction log, `run-<id>.wandb`, without W&B's server or its command line.
+
+Offline this file is all that W&B writes: config, history, summary and exit code are in it. Its
+layout: a header of 7 bytes, then LevelDB log chunks in blocks of 32 KiB (crc32, length and type
+before the data), whose joined data are protobuf `Record`s. wandb's protobufs are private, so this
+can break with another wandb; the tests compare it with `wandb leet inspect`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.errors import UserError
+from rlhf_exp.tracking.local import STEP
+
+_BLOCK = 32768
+_FILE_HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
+_CHUNK_HEADER = struct.Struct("<IHB")
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+@dataclass
+class WandbRun:
+    """What one start of a run wrote.
+
+    Attributes:
+        run_id: W&B's run id.
+        project: Its project.
+        group: Its group, or "".
+        job_type: Its job type, or "".
+        name: Its display name.
+        tags: Its tags.
+        config: The config, nested.
+        summary: The last summary.
+        history: One dict for each `log`, in order.
+        exit_code: None when the run was never finished: its process was killed.
+        preempting: Whether it was marked as preempted.
+    """
+
+    run_id: str = ""
+    project: str = ""
+    group: str = ""
+    job_type: str = ""
+    name: str = ""
+    tags: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    exit_code: int | None = None
+    preempting: bool = False
+
+
+def wandb_files(folder: Path) -> list[Path]:
+    """The transaction logs under a run's folder, one for each start, in order of starting."""
+    return sorted((folder / "wandb").glob("*run-*/run-*.wandb"), key=lambda path: path.parent.name)
+
+
+def read_wandb_file(path: Path) -> WandbRun:
+    """Read one transaction log; of one that a kill cut short, what is whole.
+
+    Raises:
+        UserError: It is no transaction log, or one damaged before its end.
+    """
+    run = WandbRun()
+    for record in _records(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            start = record.run
+            run.run_id, run.project, run.group = start.run_id, start.project, start.run_group
+            run.job_type, run.name, run.tags = start.job_type, start.display_name, list(start.tags)
+            _apply(run.config, start.config)
+        elif kind == "config":
+            _apply(run.config, record.config)
+        elif kind == "summary":
+            _apply(run.summary, record.summary)
+        elif kind == "history":
+            row: dict[str, Any] = {}
+            _set_items(row, record.history.item)
+            run.history.append(row)
+        elif kind == "preempting":
+            run.preempting = True
+        elif kind == "exit":
+            run.exit_code = record.exit.exit_code
+    return run
+
+
+def joined_history(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The rows of a run over all its starts: one for each `global_step`, in order.
+
+    Rows of one step are merged and the last value counts, so that a step replayed after a resume
+    replaces the lost one.
+    """
+    merged: dict[int, dict[str, Any]] = {}
+    for path in paths:
+        for row in read_wandb_file(path).history:
+            if STEP in row:
+                merged.setdefault(row[STEP], {}).update(row)
+    return [merged[step] for step in sorted(merged)]
+
+
+def _records(path: Path) -> Iterator[Any]:
+    from wandb.proto import wandb_internal_pb2  # private and slow to import: only when reading
+
+    for data in _chunks(path):
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+        record.ParseFromString(data)
+        yield record
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    """The joined data of each record, up to the end of the file or to a torn chunk."""
+    content = path.read_bytes()
+    position = len(_FILE_HEADER)
+    if content[:position] != _FILE_HEADER:
+        raise UserError(f"{path}: not a W&B transaction log: it begins with {content[:7]!r}")
+    parts: list[bytes] = []
+    while position + _CHUNK_HEADER.size <= len(content):
+        left_in_block = _BLOCK - position % _BLOCK
+        if left_in_block < _CHUNK_HEADER.size:  # too little for a header: filled with zeros
+            position += left_in_block
+            continue
+        checksum, length, kind = _CHUNK_HEADER.unpack_from(content, position)
+        start = position + _CHUNK_HEADER.size
+        position = start + length
+        data = content[start:position]
+        if len(data) < length or (kind == 0 and length == 0):  # torn, or space set aside
+            return
+        if zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
+            raise UserError(f"{path}: damaged at byte {start - _CHUNK_HEADER.size} (checksum)")
+        if kind in (_FULL, _FIRST):
+            parts = []
+        parts.append(data)
+        if kind in (_FULL, _LAST):
+            yield b"".join(parts)
+
+
+def _apply(target: dict[str, Any], change: Any) -> None:  # noqa: ANN401 - a wandb protobuf
+    """Apply a config or summary record: keys set and keys removed."""
+    _set_items(target, change.update)
+    for item in change.remove:
+        *parents, last = list(item.nested_key) or [item.key]
+        inner = target
+        for key in parents:
+            inner = inner.get(key, {})
+        inner.pop(last, None)
+
+
+def _set_items(target: dict[str, Any], items: Iterable[Any]) -> None:
+    for item in items:
+        *parents, last = list(item.nested_key) or [item.key]
+        inner = target
+        for key in parents:
+            inner = inner.setdefault(key, {})
+        inner[last] = json.loads(item.value_json)

@@ -1,0 +1,167 @@
+"""Digests of the code a stage runs: the modules of our package it imports, each by its syntax tree.
+
+Comments, docstrings and formatting do not count; a changed constant, operator or name does. The
+tree is written down without what Python versions add to it, so that the digests stay valid when
+Python is upgraded. Left out: other packages (their versions are in the manifest) and data files
+(their digests belong in the key).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from rlhf_exp.errors import UserError
+
+
+def code_digests(entry_module: str, package_root: Path) -> dict[str, str]:
+    """Return the digest of every module that `entry_module` imports, itself included.
+
+    Imports are found in the source, at any depth and inside functions, transitively; also modules
+    named in a string (`"rlhf_exp.x.y"` or `"rlhf_exp.x.y:function"`), for `import_module` and
+    spawned workers. Imports only for type checkers do not run and do not count.
+
+    Args:
+        entry_module: dotted name, such as `rlhf_exp.stages.ppo`.
+        package_root: folder of the package itself, whose name is the first part of the dotted name.
+
+    Returns:
+        Relative path of each file, with slashes (`rlhf_exp/algo/losses.py`), to 16 hex characters,
+        sorted by path. Empty `__init__.py` files are left out.
+
+    Raises:
+        UserError: a module does not parse; file and line are named.
+        ModuleNotFoundError: `entry_module` is not in the package.
+    """
+    root = package_root.resolve()
+    if _module_file(root, entry_module) is None:
+        raise ModuleNotFoundError(f"no module {entry_module} below {root}")
+    digests: dict[str, str] = {}
+    waiting, seen = [entry_module], {entry_module}
+    while waiting:
+        module = waiting.pop()
+        path = _module_file(root, module)
+        assert path is not None
+        status = path.stat()
+        digest, names = _analyse(path, status.st_mtime_ns, status.st_size, module, root.name)
+        if digest:
+            digests[path.relative_to(root.parent).as_posix()] = digest
+        for name in names:
+            for found in _importable(root, name):
+                if found not in seen:
+                    seen.add(found)
+                    waiting.append(found)
+    return dict(sorted(digests.items()))
+
+
+def changed(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """Return the files whose digests differ, those that came and those that went, sorted."""
+    return sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
+
+
+def _module_file(root: Path, module: str) -> Path | None:
+    first, *rest = module.split(".")
+    if first != root.name:
+        return None
+    base = root.joinpath(*rest)
+    for path in (base / "__init__.py", base.with_suffix(".py")):
+        if path.is_file():
+            return path
+    return None
+
+
+def _importable(root: Path, name: str) -> Iterator[str]:
+    """Yield the modules that importing `name` runs: its packages, and itself if it is a module."""
+    parts = name.split(".")
+    for length in range(1, len(parts) + 1):
+        module = ".".join(parts[:length])
+        if _module_file(root, module) is not None:
+            yield module
+
+
+@lru_cache(maxsize=1024)
+def _analyse(
+    path: Path, mtime_ns: int, size: int, module: str, package: str
+) -> tuple[str, frozenset[str]]:
+    """Return digest ("" for an empty module) and imported names; cached by the file's state."""
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from error
+    is_package = path.name == "__init__.py"
+    base = module.split(".") if is_package else module.split(".")[:-1]
+    names = frozenset(
+        name for name in _imports(tree, base, package) if name.split(".")[0] == package
+    )
+    text = _written(tree)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16] if _statements(tree.body) else ""
+    return digest, names
+
+
+def _imports(tree: ast.AST, base: list[str], package: str) -> Iterator[str]:
+    for node in _running_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = base[: len(base) - node.level + 1] if node.level else []
+            stem = ".".join([*start, *([node.module] if node.module else [])])
+            yield stem
+            # `from a import b`: b is a module or a name inside a; `_importable` knows which.
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            name = node.value.partition(":")[0]
+            if name.startswith(f"{package}.") and name.replace(".", "").isidentifier():
+                yield name
+
+
+def _running_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield all nodes but those in `if TYPE_CHECKING:` and in docstrings."""
+    yield node
+    for name, value in ast.iter_fields(node):
+        children = value if isinstance(value, list) else [value]
+        if name == "body" and isinstance(node, ast.If) and _for_type_checkers(node.test):
+            continue
+        for child in children:
+            if isinstance(child, ast.AST) and not _is_docstring(child):
+                yield from _running_nodes(child)
+
+
+def _for_type_checkers(test: ast.expr) -> bool:
+    name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", "")
+    return name == "TYPE_CHECKING"
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    # Any string that stands alone: it has no effect, wherever it is.
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
+    return [statement for statement in body if not _is_docstring(statement)]
+
+
+def _written(value: object) -> str:
+    """Write a syntax tree down, without positions, docstrings and empty fields.
+
+    `ast.dump` would not do: what it prints for the same source differs between Python versions,
+    in empty fields and in those that came later.
+    """
+    if isinstance(value, ast.Constant):
+        return f"{type(value.value).__name__}:{value.value!r}"
+    if isinstance(value, ast.AST):
+        parts = [
+            f"{name}={_written(item)}"
+            for name, item in ast.iter_fields(value)
+            if name not in ("ctx", "type_comment", "type_ignores") and item not in (None, [])
+        ]
+        return f"{type(value).__name__}({','.join(parts)})"
+    if isinstance(value, list):
+        return f"[{','.join(_written(item) for item in value if not _is_docstring(item))}]"
+    return repr(value)

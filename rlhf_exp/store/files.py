@@ -1,0 +1,150 @@
+"""File-system helpers of the store: atomic writes, flushing to disk, sizes, disk-full errors."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def write_text_atomic(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write `path` so that a reader sees the old or the new text, whole, whenever the writer dies.
+
+    Args:
+        path: the file; its folder must exist.
+        text: the new content.
+        durable: also flush file and folder to disk, so that the file survives a power cut.
+
+    Raises:
+        OSError: as the file system says (disk full, read-only); no partial file is left.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            if durable:
+                handle.flush()
+                os.fsync(handle.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def write_json_atomic(path: Path, content: Any, *, durable: bool = True) -> None:  # noqa: ANN401
+    """Write `content` as indented JSON, atomically (see `write_text_atomic`)."""
+    write_text_atomic(path, json.dumps(content, indent=1) + "\n", durable=durable)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries (names, renames) to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder; their renames are synchronous.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder`, and `folder` itself, to disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = Path(place) / name
+            if path.is_symlink():
+                continue
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(place))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the regular files below `folder` in a fixed order; links are left out."""
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(place) / name
+            if path.is_file() and not path.is_symlink():
+                yield path
+
+
+def tree_size(path: Path) -> int:
+    """Bytes in the files below `path` (or of `path`); what vanishes meanwhile counts 0."""
+    total = 0
+    for file in [path] if path.is_file() else files_below(path):
+        try:
+            total += file.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def last_change(path: Path) -> float:
+    """Newest modification time (seconds since the epoch) of `path` and all below it."""
+    newest = 0.0
+    for place, _, names in os.walk(path):
+        for name in ["", *names]:
+            try:
+                newest = max(newest, (Path(place) / name).lstat().st_mtime)
+            except FileNotFoundError:
+                continue
+    return newest
+
+
+def unallocated(folder: Path) -> int:
+    """Bytes written below `folder` for which the file system has not yet found room."""
+    missing = 0
+    for file in files_below(folder):
+        status = file.stat()
+        missing += max(0, status.st_size - status.st_blocks * 512)
+    return missing
+
+
+def human_size(size: float) -> str:
+    """Return a size for people: `813 B`, `1.3 MB`, `12 GB` (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 9.95 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+@contextmanager
+def disk_full_is_user_error(folder: Path, what: str, needed: int, remedy: str) -> Iterator[None]:
+    """Turn a full disk or quota into a `UserError`; every other `OSError` passes.
+
+    Args:
+        folder: where is written; names the file system.
+        what: what was being done, such as `publishing ppo 1f3a...`.
+        needed: bytes it takes, at least.
+        remedy: what the user does next.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        free = shutil.disk_usage(folder).free
+        limit = "the disk quota is used up" if error.errno == errno.EDQUOT else "the disk is full"
+        raise UserError(
+            f"{what}: {limit} at {folder}: {human_size(needed)} needed, "
+            f"{human_size(free)} free on its file system. {remedy}"
+        ) from error

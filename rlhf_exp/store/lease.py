@@ -1,0 +1,191 @@
+"""Leases: who is making an artifact, so that others wait for it instead of making it too.
+
+A lease does not fence: a holder that was suspended keeps running after somebody else took over. So
+`Lease.check` reads the claim again from disk; call it before every checkpoint and every rename. The
+store survives an overlap all the same, because a published target wins.
+
+Each lease is two files in `<store>/.leases`: `<stage>-<key>.lease`, filelock's marker whose time
+a heartbeat refreshes, and `<stage>-<key>.json`, which says for people and for garbage collection
+who holds it, since when, and which parents the work needs.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
+
+from rlhf_exp.errors import UserError
+from rlhf_exp.store.artifact import now
+from rlhf_exp.store.files import disk_full_is_user_error, write_json_atomic
+from rlhf_exp.store.holders import (
+    ABANDONED_S,
+    Holder,
+    break_stale,
+    lease_path,
+    namespace,
+    read_holder,
+    server_time,
+    stamp_of,
+)
+
+if TYPE_CHECKING:
+    from rlhf_exp.store.store import Store
+
+DURATION_S = 30.0
+POLL_S = 0.2
+NOTE_BYTES = 8192
+# A peer that judges a claim stale swaps the marker aside for some system calls, and a network file
+# system may stumble: the loss of a lease is believed when it lasts.
+LOOKS, LOOK_S = 5, 0.1
+
+
+class LeaseLost(RuntimeError):
+    """Somebody else holds the lease now: stop writing."""
+
+
+class Lease:
+    """A held lease."""
+
+    def __init__(self, lock: SoftFileLease, holder: Holder) -> None:
+        """Wrap a claim that `hold` has just got."""
+        self._lock = lock
+        self.holder = holder
+
+    def check(self) -> None:
+        """Return if the lease is still ours on disk.
+
+        Raises:
+            LeaseLost: it is not; the message says who holds it.
+        """
+        for _ in range(LOOKS if self._lock.compromise is None else 0):
+            if self._ours():
+                return
+            time.sleep(LOOK_S)
+        work = f"{self.holder.stage} {self.holder.key}"
+        other = read_holder(Path(self._lock.lock_file))
+        taken = f"{other} holds it" if other else "its file is gone"
+        raise LeaseLost(
+            f"the lease on {work} is lost ({taken}): this process was suspended, or the file "
+            "system was out of reach, for longer than the lease lasts. Run the same command again: "
+            "it continues from the last checkpoint or uses what the other process makes"
+        )
+
+    def _ours(self) -> bool:
+        owner = self._lock.owner
+        return owner is not None and owner.token == self.holder.token
+
+
+@contextmanager
+def hold(
+    store: Store,
+    stage: str,
+    key: str,
+    *,
+    duration_s: float = DURATION_S,
+    on_wait: Callable[[str], None] | None = None,
+    parents: Iterable[str] = (),
+) -> Iterator[Lease]:
+    """Hold the lease on (stage, key), waiting for it as long as it takes.
+
+    A holder killed on this host is replaced at once, one on another host after the term. After
+    acquiring, look the artifact up again: the one waited for may have published it.
+
+    Args:
+        store: the store.
+        stage: the stage to be made.
+        key: its key.
+        duration_s: the term; the same for all processes. The heartbeat renews it every third.
+        on_wait: called with a message saying who holds it and since when, once per holder.
+        parents: keys that the work reads; garbage collection keeps them meanwhile.
+
+    Raises:
+        UserError: the present holder uses another term, or the disk is full.
+    """
+    path = lease_path(store.root, stage, key)
+    work = f"taking the lease on {stage} {key}"
+    lock = SoftFileLease(path, lease_duration=duration_s, thread_local=False)
+    with ExitStack() as stack:
+        with disk_full_is_user_error(store.root, work, NOTE_BYTES, "Make room and run again."):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _wait_for(lock, f"{stage} {key}", on_wait)
+            lease = stack.enter_context(_held(lock, stage, key, parents))
+        yield lease
+
+
+@contextmanager
+def try_hold(store: Store, stage: str, key: str) -> Iterator[Lease | None]:
+    """Hold the lease if it is free, else yield None at once (for garbage collection).
+
+    A claim of another host whose heartbeat stopped ten minutes ago counts as free.
+    """
+    path = lease_path(store.root, stage, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = SoftFileLease(path, lease_duration=DURATION_S, thread_local=False)
+    stamp = stamp_of(path)
+    if stamp is not None and server_time(path.parent) - stamp[1] / 1e9 > ABANDONED_S:
+        break_stale(path, stamp)
+    try:
+        lock.acquire(blocking=False)
+    except (Timeout, LeaseSettingsMismatch):
+        yield None
+        return
+    with _held(lock, stage, key, ()) as lease:
+        yield lease
+
+
+def _wait_for(lock: SoftFileLease, work: str, on_wait: Callable[[str], None] | None) -> None:
+    path = Path(lock.lock_file)
+    told: str | None = None
+    seen, since = stamp_of(path), time.monotonic()
+    while True:
+        try:
+            lock.acquire(blocking=False)
+            return
+        except Timeout:
+            holder = read_holder(path)
+        except LeaseSettingsMismatch as error:
+            raise UserError(
+                f"{work} is held by {read_holder(path)} with another lease term: {error}. Let that "
+                "process end, or run this one with the same version of rlhf_exp"
+            ) from error
+        if holder is not None and holder.token != told and on_wait is not None:
+            on_wait(f"waiting for {work}: {holder} is making it")
+            told = holder.token
+        if (stamp := stamp_of(path)) != seen:
+            seen, since = stamp, time.monotonic()
+        elif stamp and time.monotonic() - since > 1.5 * lock.lease_duration + 1:
+            # filelock replaces a silent holder by exchanging two names, which NFS refuses.
+            break_stale(path, stamp)
+        time.sleep(POLL_S)
+
+
+@contextmanager
+def _held(lock: SoftFileLease, stage: str, key: str, parents: Iterable[str]) -> Iterator[Lease]:
+    note = Path(lock.lock_file).with_suffix(".json")
+    holder = Holder(
+        stage=stage,
+        key=key,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        since=now(),
+        parents=tuple(parents),
+        token=lock.token,
+        namespace=namespace(),
+    )
+    lease = Lease(lock, holder)
+    try:
+        write_json_atomic(note, asdict(holder), durable=False)
+        yield lease
+    finally:
+        # The note of a successor must stay: it is ours only as long as the claim is.
+        if lease._ours():
+            note.unlink(missing_ok=True)
+        lock.release()

@@ -1,0 +1,306 @@
+"""The loop that all stages share: resume, update, log, evaluate, checkpoint, stop.
+
+A stage brings a `Task`: its rows, its loss, its evaluation and whatever state of its own must survive
+a restart. The loop brings the optimizer, the schedule, clipping, the checkpoints and the weights that
+did best. It leaves out where the data comes from and where the result goes: `stages/` does that.
+
+Everything a step computes is a function of the step number and of what a checkpoint holds, so a run
+that is killed and started again repeats the lost steps bit for bit (on a CPU, at the same number of
+threads).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_exp.distributed.world import World
+from rlhf_exp.engines.native.best import BestWeights
+from rlhf_exp.engines.native.checkpoint import Checkpoints, load_trainable
+from rlhf_exp.engines.native.memory import peak_bytes
+from rlhf_exp.engines.native.optim import OptimSettings, build_optimizer, set_lr
+from rlhf_exp.errors import UserError
+from rlhf_exp.tracking.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
+
+class Diverged(UserError):
+    """Training was stopped because its numbers left the range in which they mean anything."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user asked to stop; a checkpoint holds all that was done."""
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """Text samples of an evaluation."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: Scalars, named `eval/...`.
+        objective: What `select: best` maximises.
+        samples: A table to look at, if the stage makes one.
+    """
+
+    metrics: dict[str, float]
+    objective: float
+    samples: SampleTable | None = None
+
+
+class Task(Protocol):
+    """What a stage brings to the loop.
+
+    Attributes:
+        module: Holds every parameter that trains.
+    """
+
+    module: nn.Module
+
+    def attach(self, wrapped: nn.Module) -> None:
+        """Send forward passes with gradients through the strategy's wrapper of `module`."""
+
+    def accumulate(self, step: int, backward: Callable[[Tensor], None]) -> None:
+        """Compute the loss of optimizer step `step` and hand each micro-batch's to `backward`."""
+
+    def at_boundary(self, step: int) -> bool:
+        """Whether the run can stop and resume after `step` optimizer steps."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return the means since the last call, over all processes."""
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate on validation data."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resume needs beyond weights and step, as JSON values."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take `state` back."""
+
+    def check(self, metrics: Mapping[str, float]) -> str | None:
+        """Return why training must stop, or `None`."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """When the loop does what.
+
+    Attributes:
+        optim: Optimizer and schedule; `optim.steps` is the length of the run.
+        eval_every: Optimizer steps between evaluations.
+        checkpoint_every: Optimizer steps between checkpoints.
+        keep_checkpoints: Number of latest checkpoints kept.
+        select_best: Whether the published weights are the best on validation, or the last.
+    """
+
+    optim: OptimSettings
+    eval_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    select_best: bool
+
+
+@dataclass(frozen=True)
+class LoopContext:
+    """What the loop works with.
+
+    Attributes:
+        world: The processes.
+        folder: The stage's staging folder.
+        tracker: Opened at the step to resume from.
+        on_step: Told the step and the latest metrics, for a progress display.
+        before_write: Called before every checkpoint; raises if this process may no longer write.
+        interrupted: Whether the user has asked to stop.
+    """
+
+    world: World
+    folder: Path
+    tracker: Callable[[int | None], Tracker]
+    on_step: Callable[[int, Mapping[str, float]], None]
+    before_write: Callable[[], None]
+    interrupted: Callable[[], bool]
+
+
+@dataclass
+class _Progress:
+    """The loop's own state in a checkpoint."""
+
+    step: int = 0
+    last_eval: int = -1
+    last_checkpoint: int = 0
+    best_step: int | None = None
+    best_objective: float | None = None
+    best_of_checkpoints: list[int] = field(default_factory=list)
+    final_metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended.
+
+    Attributes:
+        metrics: The last values of everything logged, the evaluation of the published weights'
+            objective as `objective`.
+        published_step: Optimizer steps behind the weights now in the module.
+        steps_run: Optimizer steps done by this process (fewer than all after a resume).
+    """
+
+    metrics: dict[str, float]
+    published_step: int
+    steps_run: int
+
+
+def train(task: Task, settings: LoopSettings, context: LoopContext) -> Outcome:
+    """Train to the last step, from the newest checkpoint if there is one.
+
+    Raises:
+        Diverged: A loss or gradient is not finite, or the task says so.
+        Interrupted: The user asked to stop.
+    """
+    loop = _Loop(task, settings, context)
+    start = loop.resume()
+    while loop.progress.step < settings.optim.steps:
+        loop.update()
+        if task.at_boundary(loop.progress.step):
+            loop.report()
+            loop.evaluate_if_due()
+            loop.checkpoint_if_due()
+            loop.leave_if_asked()
+    return loop.finish(start)
+
+
+class _Loop:
+    def __init__(self, task: Task, settings: LoopSettings, context: LoopContext) -> None:
+        self.task, self.settings, self.context = task, settings, context
+        self.progress = _Progress()
+        self.optimizer = build_optimizer(task.module.named_parameters(), settings.optim)
+        wrapped, self.optimizer = context.world.prepare(task.module, self.optimizer)
+        task.attach(wrapped)
+        self.checkpoints = Checkpoints(
+            context.folder / "checkpoints", keep=settings.keep_checkpoints
+        )
+        self.best = BestWeights(context.folder / "best")
+        self.trainable = [p for p in task.module.parameters() if p.requires_grad]
+        self.latest: dict[str, float] = {}
+
+    def resume(self) -> int:
+        """Go back to the newest intact checkpoint; return its step."""
+        found = self.checkpoints.latest()
+        if found is None:
+            self.tracker = self.context.tracker(None)
+            self.evaluate_if_due()
+            return 0
+        load_trainable(self.task.module, found.weights)
+        self.optimizer.load_state_dict(found.optimizer)
+        torch.set_rng_state(found.rng)
+        torch.set_num_threads(found.state["threads"])
+        self.task.load_state(found.state["task"])
+        self.progress = _Progress(**found.state["loop"])
+        self.tracker = self.context.tracker(found.step)
+        log.info("resumed at step %d", found.step)
+        return found.step
+
+    def update(self) -> None:
+        """Do one optimizer step."""
+        step, optim = self.progress.step, self.settings.optim
+        rate = set_lr(self.optimizer, optim, step)
+        self.task.accumulate(step, self.context.world.backward)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trainable, optim.grad_norm))
+        if not math.isfinite(norm):
+            raise Diverged(self._diverged(f"the gradient norm at step {step} is {norm}"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step = step + 1
+        self.latest |= {"optim/lr": rate, "optim/grad_norm": norm}
+        self.context.on_step(self.progress.step, self.latest)
+
+    def report(self) -> None:
+        """Log what happened since the last boundary."""
+        self.latest |= self.task.metrics()
+        self.latest["memory/peak_bytes"] = float(peak_bytes(self.context.world.device))
+        self.tracker.log(self.latest, self.progress.step)
+        reason = self.task.check(self.latest)
+        if reason is not None:
+            raise Diverged(self._diverged(reason))
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate at the start, at the end, and at the first boundary past each interval."""
+        step, every = self.progress.step, self.settings.eval_every
+        due = step // every > self.progress.last_eval // every
+        if not due and step < self.settings.optim.steps:
+            return
+        found = self.task.evaluate()
+        self.tracker.log(found.metrics, step)
+        if found.samples is not None:
+            self.tracker.table("eval/samples", found.samples.columns, found.samples.rows, step)
+        self.progress.last_eval = step
+        self.progress.final_metrics = dict(found.metrics)
+        self.latest |= found.metrics
+        best = self.progress.best_objective
+        if best is None or found.objective > best:
+            self.progress.best_objective, self.progress.best_step = found.objective, step
+            if self.settings.select_best and self.context.world.is_main:
+                self.context.before_write()
+                self.best.save(step, self.task.module)
+
+    def checkpoint_if_due(self, force: bool = False) -> None:
+        """Save a checkpoint at the first boundary past each interval, and at the end."""
+        step, every = self.progress.step, self.settings.checkpoint_every
+        due = step // every > self.progress.last_checkpoint // every
+        if not (due or force or step >= self.settings.optim.steps):
+            return
+        self.progress.last_checkpoint = step
+        if self.context.world.is_main:
+            self.context.before_write()
+            self._note_best()
+            state = {"loop": asdict(self.progress), "task": self.task.state()}
+            self.checkpoints.save(step, self.task.module, self.optimizer, state)
+            self.best.prune(self.progress.best_of_checkpoints)
+
+    def _note_best(self) -> None:
+        """Record which best weights the kept checkpoints, this one included, speak of."""
+        if self.progress.best_step is not None:
+            kept = [*self.progress.best_of_checkpoints, self.progress.best_step]
+            self.progress.best_of_checkpoints = kept[-self.settings.keep_checkpoints :]
+
+    def leave_if_asked(self) -> None:
+        """Save and leave if the user pressed Ctrl-C."""
+        if self.context.interrupted() and self.progress.step < self.settings.optim.steps:
+            self.checkpoint_if_due(force=True)
+            raise Interrupted(f"stopped at step {self.progress.step}; a checkpoint was saved")
+
+    def finish(self, start: int) -> Outcome:
+        """Put the weights to publish into the module."""
+        published = self.progress.step
+        if self.settings.select_best and self.progress.best_step is not None:
+            published = self.progress.best_step
+            self.best.restore(published, self.task.module)
+        objective = self.progress.best_objective
+        metrics = self.progress.final_metrics | {"published_step": float(published)}
+        if objective is not None:
+            metrics["best_objective"] = objective
+        self.tracker.summary(metrics)
+        return Outcome(metrics, published, self.progress.step - start)
+
+    def _diverged(self, what: str) -> str:
+        return (
+            f"training stopped: {what}. The last good checkpoint is kept in "
+            f"{self.checkpoints.folder}. Try a lower learning rate, a longer warm-up or, for PPO, "
+            "a larger ppo.kl.coef"
+        )

@@ -1,0 +1,70 @@
+"""Sums collected over micro-batches, turned into means once per report."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_exp.distributed.world import World
+
+
+class Meters:
+    """Numerators and denominators by name, on the device until they are read.
+
+    Reading is the only point where the host waits for the device and processes for each other. All
+    processes add the same names.
+
+    Args:
+        world: The processes to add up over.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sums: dict[str, Tensor] = {}
+        self._extremes: dict[str, tuple[Tensor, bool]] = {}
+        self._spreads: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Add `total` over `count` items to the mean called `name`."""
+        pair = torch.stack([self._number(total), self._number(count)])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def spread(self, name: str, values: Tensor, weights: Tensor) -> None:
+        """Report the standard deviation of `values` [B] with `weights` [B] as `name`."""
+        values, weights = values.detach().double(), weights.double()
+        sums = [weights.sum(), (values * weights).sum(), (values.square() * weights).sum()]
+        self._spreads[name] = torch.stack(sums)
+
+    def extreme(self, name: str, value: Tensor, largest: bool) -> None:
+        """Report the largest or smallest `value` (0-dim) seen as `name`."""
+        value = self._number(value)
+        if name in self._extremes:
+            pick = torch.maximum if largest else torch.minimum
+            value = pick(self._extremes[name][0], value)
+        self._extremes[name] = (value, largest)
+
+    def means(self) -> dict[str, float]:
+        """Return everything over all processes, and start afresh."""
+        found: dict[str, float] = {}
+        for name, pair in self._reduced(self._sums).items():
+            total, count = pair.tolist()
+            found[name] = total / count if count else float("nan")
+        for name, sums in self._reduced(self._spreads).items():
+            count, total, squares = sums.tolist()
+            mean = total / count
+            found[name] = max(squares / count - mean * mean, 0.0) ** 0.5
+        for name, (value, largest) in sorted(self._extremes.items()):
+            everyone = self._world.gather(value[None])
+            found[name] = float(everyone.max() if largest else everyone.min())
+        self._sums, self._extremes, self._spreads = {}, {}, {}
+        return found
+
+    def _reduced(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not tensors:
+            return {}
+        names = sorted(tensors)
+        totals = self._world.sum(torch.stack([tensors[name] for name in names])).cpu()
+        return dict(zip(names, totals, strict=True))
+
+    def _number(self, value: Tensor | float) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64, device=self._world.device).detach()

@@ -1,0 +1,206 @@
+"""Scores of responses: by a reward model, or by a user's own function.
+
+A reward model with the policy's tokenizer reads the token ids as they were sampled; one with another
+tokenizer reads the text. What is scored is the prompt and the response's content, ended by the
+end-of-sequence token whether the response ended by that token, by a stop string or not at all: the
+reward model was trained on ended responses only, and what an unfinished one deserves is said by
+`missing_eos_penalty`, not by how the model extrapolates.
+
+B rows, S tokens of a row.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_exp.batch import Samples
+from rlhf_exp.data.codec import Codec
+from rlhf_exp.distributed.world import World
+from rlhf_exp.errors import UserError
+from rlhf_exp.models.reward_model import RewardModel
+
+UserReward = Callable[[list[str], list[str]], Sequence[float]]
+
+
+class Scorer(Protocol):
+    """Gives each response a number; higher is better."""
+
+    def __call__(self, tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
+        """Score responses.
+
+        Args:
+            tokens: [B, S] int64, prompt and response, right-padded.
+            prompt_lengths: [B] int64.
+            content_lengths: [B] int64, response tokens without what ended the response.
+
+        Returns:
+            [B] float32 on the CPU.
+        """
+
+
+class ModelScorer:
+    """Scores by a reward model.
+
+    Args:
+        model: The reward model.
+        codec: The policy's codec.
+        reward_codec: The reward model's own codec if it differs from the policy's.
+        world: Device and precision.
+        batch: Rows of one forward.
+        seq_length: Most tokens that the reward model reads; longer rows lose their start.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        codec: Codec,
+        reward_codec: Codec | None,
+        world: World,
+        batch: int,
+        seq_length: int,
+    ) -> None:
+        self.model = model.to(world.device).eval().requires_grad_(False)
+        self.codec, self.reward_codec, self.world = codec, reward_codec, world
+        self.batch, self.seq_length = batch, seq_length
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
+        """See `Scorer`."""
+        if self.reward_codec is None:
+            whole, lengths = ended(tokens, prompt_lengths + content_lengths, self.codec.eos_id)
+        else:
+            texts = [
+                self.codec.decode(row[:length].tolist())
+                for row, length in zip(tokens, prompt_lengths + content_lengths, strict=True)
+            ]
+            whole, lengths = _encode(texts, self.reward_codec)
+        return self._forward(whole, lengths)
+
+    def _forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        scores = torch.empty(len(tokens), dtype=torch.float32)
+        # Rows of like length together: a batch costs as much as its longest row.
+        order = torch.argsort(lengths, stable=True)
+        for part in order.split(self.batch):
+            rows, sizes = _crop_left(tokens[part], lengths[part], self.seq_length)
+            with self.world.autocast():
+                values = self.model.scores(rows.to(self.world.device), sizes.to(self.world.device))
+            scores[part] = values.float().cpu()
+        return scores
+
+
+class FunctionScorer:
+    """Scores by a user's function of texts.
+
+    Args:
+        function: Takes lists of prompts and responses, returns as many finite numbers.
+        codec: Turns token ids into the texts that the function reads.
+        name: For error messages.
+    """
+
+    def __init__(self, function: UserReward, codec: Codec, name: str) -> None:
+        self.function, self.codec, self.name = function, codec, name
+
+    def __call__(self, tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
+        """See `Scorer`.
+
+        Raises:
+            UserError: The function returned another number of scores, or one that is not finite.
+        """
+        prompts, responses = texts_of(tokens, prompt_lengths, content_lengths, self.codec)
+        scores = [float(score) for score in self.function(prompts, responses)]
+        if len(scores) != len(prompts):
+            raise UserError(
+                f"ppo.reward.function={self.name} returned {len(scores)} scores for "
+                f"{len(prompts)} responses; return one number for each"
+            )
+        for response, score in zip(responses, scores, strict=True):
+            if not math.isfinite(score):
+                raise UserError(
+                    f"ppo.reward.function={self.name} returned {score} for the response "
+                    f"{response[:80]!r}; return a finite number"
+                )
+        return torch.tensor(scores, dtype=torch.float32)
+
+
+def load_function(reference: str) -> UserReward:
+    """Load a user's reward, given as `file.py:name`.
+
+    Raises:
+        UserError: The file cannot be run, or has no function of that name.
+    """
+    file, _, name = reference.rpartition(":")
+    path = Path(file)
+    spec = importlib.util.spec_from_file_location(f"user_reward_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"ppo.reward.function={reference}: no Python file at {path.absolute()}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"ppo.reward.function={reference}: running {path} failed: {error!r}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"ppo.reward.function={reference}: {path} has no function {name!r}")
+    return function
+
+
+def ended(tokens: Tensor, lengths: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
+    """Put the end-of-sequence token after `lengths` tokens of each row.
+
+    Returns:
+        Tokens [B, max(lengths) + 1] and lengths [B]; what stands beyond a row's length is padding.
+    """
+    width = int(lengths.max()) + 1
+    whole = torch.full((len(tokens), width), eos_id, dtype=tokens.dtype)
+    inside = torch.arange(width) < lengths[:, None]
+    source = tokens[:, :width].cpu()
+    whole[:, : source.shape[1]] = torch.where(
+        inside[:, : source.shape[1]], source, whole[:, : source.shape[1]]
+    )
+    return whole, lengths + 1
+
+
+def texts_of(
+    tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor, codec: Codec
+) -> tuple[list[str], list[str]]:
+    """Return the texts of prompts and of responses without their white space at the ends."""
+    prompts, responses = [], []
+    for row, prompt, content in zip(
+        tokens.tolist(), prompt_lengths.tolist(), content_lengths.tolist(), strict=True
+    ):
+        prompts.append(codec.decode(row[:prompt]))
+        responses.append(codec.decode(row[prompt : prompt + content]).strip())
+    return prompts, responses
+
+
+def score_samples(scorer: Scorer, samples: Samples) -> Tensor:
+    """Return the scores [B] float32 of what was sampled."""
+    return scorer(samples.tokens.cpu(), samples.prompt_lengths.cpu(), samples.content_lengths.cpu())
+
+
+def _encode(texts: list[str], codec: Codec) -> tuple[Tensor, Tensor]:
+    rows = [[*codec.encode_text(text), codec.eos_id] for text in texts]
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), codec.pad_id)
+    for line, row in enumerate(rows):
+        tokens[line, : len(row)] = torch.tensor(row)
+    return tokens, lengths
+
+
+def _crop_left(tokens: Tensor, lengths: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Trim a batch to its longest row, and each row on the left to `room` tokens."""
+    longest = int(lengths.max())
+    if longest <= room:
+        return tokens[:, :longest], lengths
+    shift = (lengths - room).clamp(min=0)
+    index = (torch.arange(room) + shift[:, None]).clamp(max=tokens.shape[1] - 1)
+    return tokens.gather(1, index), lengths.clamp(max=room)

@@ -1,0 +1,128 @@
+"""PPO's evaluation during training: answers to the same validation prompts, scored.
+
+The noise of sampling is the same at each evaluation, so that two of them differ by the policy alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_exp.algo.kl import sequence_kl
+from rlhf_exp.algo.masks import response_mask
+from rlhf_exp.batch import Finish, Samples
+from rlhf_exp.data.codec import Codec
+from rlhf_exp.data.collate import prompts_batch
+from rlhf_exp.data.tokenized import TokenizedPrompts
+from rlhf_exp.distributed.world import World
+from rlhf_exp.engines.native.experience import Sampler
+from rlhf_exp.engines.native.loop import Evaluation, SampleTable
+from rlhf_exp.engines.native.meters import Meters
+from rlhf_exp.engines.native.scoring import Scorer, score_samples, texts_of
+from rlhf_exp.engines.native.split import by_length
+from rlhf_exp.models.policy import Policy
+from rlhf_exp.models.reference import Reference
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """How validation prompts are answered.
+
+    Attributes:
+        prompts: How many, from the first on.
+        temperature: Of the log-probabilities.
+        batch: Rows of a forward pass.
+        kl_coef: Weight of the KL divergence in the objective.
+    """
+
+    prompts: int
+    temperature: float
+    batch: int
+    kl_coef: float
+
+
+class Validator:
+    """Evaluates a policy on validation prompts.
+
+    The objective is the mean score minus `kl_coef` times the mean sequence KL: reward alone would
+    select the most over-optimised policy.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Reference,
+        sampler: Sampler,
+        scorer: Scorer,
+        prompts: TokenizedPrompts,
+        codec: Codec,
+        settings: ValidationSettings,
+        world: World,
+    ) -> None:
+        self.policy, self.reference = policy, reference
+        self.sampler, self.scorer = sampler, scorer
+        self.prompts, self.codec = prompts, codec
+        self.settings, self.world = settings, world
+
+    @torch.no_grad()
+    def __call__(self) -> Evaluation:
+        """Sample, score and compare with the reference."""
+        meters = Meters(self.world)
+        count = min(self.settings.prompts, len(self.prompts))
+        share = self.world.share(count)
+        batch = prompts_batch(self.prompts, share.rows, np.asarray(share.rows))
+        samples = self.sampler(batch.to(self.world.device))
+        weights = torch.from_numpy(share.weights).to(self.world.device)
+        scores = score_samples(self.scorer, samples).to(self.world.device)
+        kl = self.sequence_kl(samples)
+        total = weights.sum()
+        meters.add("eval/reward_mean", (scores * weights).sum(), total)
+        meters.spread("eval/reward_std", scores, weights)
+        meters.add("eval/kl_sequence", (kl * weights).sum(), total)
+        meters.add("eval/length_mean", (samples.response_lengths * weights).sum(), total)
+        ended = (samples.finish != Finish.LENGTH) * weights
+        meters.add("eval/ended_fraction", ended.sum(), total)
+        found = meters.means()
+        found["eval/objective"] = (
+            found["eval/reward_mean"] - self.settings.kl_coef * found["eval/kl_sequence"]
+        )
+        return Evaluation(found, found["eval/objective"], self._table(samples, scores, kl))
+
+    def sequence_kl(self, samples: Samples) -> Tensor:
+        """Return the sum of k1 over each response [B], in nats."""
+        kl = torch.zeros(len(samples), device=self.world.device)
+        for part in by_length(
+            (samples.prompt_lengths + samples.response_lengths).cpu(), self.settings.batch
+        ):
+            rows = samples.select(part)
+            longest = int((rows.prompt_lengths + rows.response_lengths).max())
+            arguments = (
+                rows.tokens[:, :longest],
+                rows.prompt_lengths,
+                rows.response_lengths,
+                self.settings.temperature,
+            )
+            with self.world.autocast():
+                states = None
+                if self.policy.cut is not None:
+                    states = self.policy.trunk_states(arguments[0])
+                outputs = self.policy.response_outputs(*arguments, states=states)
+                expected = self.reference.logprobs(*arguments, states=states)
+            mask = response_mask(rows.response_lengths, expected.shape[1])
+            kl[part] = sequence_kl(outputs.logprobs, expected, mask)
+        return kl
+
+    def _table(self, samples: Samples, scores: Tensor, kl: Tensor) -> SampleTable:
+        shown = samples.select(slice(0, _SHOWN))
+        prompts, responses = texts_of(
+            shown.tokens, shown.prompt_lengths, shown.content_lengths, self.codec
+        )
+        rows = zip(
+            prompts, responses, scores[:_SHOWN].tolist(), kl[:_SHOWN].tolist(), strict=True
+        )
+        return SampleTable(["prompt", "response", "score", "kl"], [list(row) for row in rows])

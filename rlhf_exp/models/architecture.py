@@ -1,0 +1,124 @@
+"""The shape of a decoder-only language model, and what follows from it by arithmetic alone.
+
+Nothing here imports torch: a plan must come back in half a second and needs no weights.
+`rlhf_exp.models.load` turns an `Architecture` into a model and reads one out of a loaded config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+TYPES = ("gpt2", "gptj", "gpt_neox", "llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a causal language model.
+
+    Attributes:
+        type: transformers' `model_type`, one of `TYPES`.
+        layers: number of blocks.
+        width: hidden width D.
+        heads: attention heads a block.
+        ffn_width: inner width of the feed-forward part.
+        vocabulary: rows of the embedding matrix.
+        context: the longest sequence, in tokens.
+        kv_heads: heads of keys and values; `None` for as many as `heads`.
+        tied: whether the head's weight is the embedding's.
+        head_width: width of one head; `None` for `width / heads`.
+    """
+
+    type: str
+    layers: int
+    width: int
+    heads: int
+    ffn_width: int
+    vocabulary: int
+    context: int
+    kv_heads: int | None = None
+    tied: bool = False
+    head_width: int | None = None
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def width_per_head(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads if self.head_width is None else self.head_width
+
+    def differences(self, other: Architecture) -> list[str]:
+        """Return one line for each field in which `other` is another shape."""
+        mine, theirs = asdict(self), asdict(other)
+        mine.update(kv_heads=self.key_value_heads, head_width=self.width_per_head)
+        theirs.update(kv_heads=other.key_value_heads, head_width=other.width_per_head)
+        return [
+            f"{name}: {mine[name]} against {theirs[name]}"
+            for name in mine
+            if mine[name] != theirs[name]
+        ]
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model by where they sit.
+
+    Attributes:
+        embedding: token (and learned position) embeddings.
+        block: one block.
+        blocks: how many blocks.
+        norm: the final norm.
+        head: what the head adds: 0 for the weight of a tied one.
+    """
+
+    embedding: int
+    block: int
+    blocks: int
+    norm: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.embedding + self.block * self.blocks + self.norm + self.head
+
+    @property
+    def trunk(self) -> int:
+        """All parameters but the head: what a reward model keeps."""
+        return self.total - self.head
+
+    def trainable(self, train_blocks: int | None, tied: bool) -> int:
+        """Return the parameters that train with the last `train_blocks` blocks (`None`: all)."""
+        if train_blocks is None:
+            return self.total
+        return min(train_blocks, self.blocks) * self.block + self.norm + (0 if tied else self.head)
+
+
+def count_parameters(architecture: Architecture) -> ParameterCount:
+    """Return the exact number of parameters of a model of this shape."""
+    shape = architecture
+    width, inner, vocabulary = shape.width, shape.ffn_width, shape.vocabulary
+    layer_norm = 2 * width
+    two_matrices = 2 * width * inner + inner + width  # feed-forward of GPTs, with biases
+    embedding, norm = vocabulary * width, layer_norm
+    head = 0 if shape.tied else vocabulary * width
+    if shape.type == "gpt2":
+        embedding += shape.context * width
+        block = 2 * layer_norm + 4 * (width * width + width) + two_matrices
+    elif shape.type == "gptj":
+        block = layer_norm + 4 * width * width + two_matrices
+        head += vocabulary  # the head's bias is its own even when the weight is tied
+    elif shape.type == "gpt_neox":
+        block = 2 * layer_norm + 4 * (width * width + width) + two_matrices
+    elif shape.type in ("llama", "qwen2", "qwen3"):
+        norm = width
+        queries = shape.heads * shape.width_per_head
+        keys = shape.key_value_heads * shape.width_per_head
+        block = 2 * width + 2 * width * queries + 2 * width * keys + 3 * width * inner
+        extra = {"llama": 0, "qwen2": queries + 2 * keys, "qwen3": 2 * shape.width_per_head}
+        block += extra[shape.type]
+    else:
+        raise ValueError(f"architecture type {shape.type!r}: expected one of {', '.join(TYPES)}")
+    return ParameterCount(embedding, block, shape.layers, norm, head)

@@ -1,0 +1,226 @@
+"""Causal language models and tokenizers: from a hub, a folder or from scratch, and back.
+
+Only safetensors are read: nothing that is downloaded gets unpickled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from rlhf_exp.errors import UserError
+from rlhf_exp.models.architecture import TYPES, Architecture
+
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
+
+def load_causal_lm(
+    path: str | Path,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    attention: Attention = "sdpa",
+) -> PreTrainedModel:
+    """Load a causal language model with every dropout set to 0.
+
+    Args:
+        path: a folder, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        dtype: of the weights.
+        attention: implementation; a family that has no `sdpa` (GPT-J) gets `eager`.
+
+    Raises:
+        UserError: `path` is no model, has no safetensors, or lacks some of the weights.
+    """
+    config = load_config(path, revision)
+    without_dropout(config)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision or "main",
+            config=config,
+            dtype=dtype,
+            attn_implementation=supported_attention(config, attention),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(_no_model(path, error)) from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model.path={path}: {len(missing)} weights of a {config.model_type} model are not in "
+            f"its safetensors files (first: {missing[0]}); give a complete causal language model"
+        )
+    return ready(model)
+
+
+def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """Load the config alone.
+
+    Raises:
+        UserError: `path` is no model.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"model.path={path}: the folder has no config.json, so it is no model; give a folder "
+            "written by save_pretrained (config.json and *.safetensors)"
+        )
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_no_model(path, error)) from error
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or a hub id.
+
+    Raises:
+        UserError: there is none at `path`.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        raise UserError(
+            f"no tokenizer can be loaded from {path} ({_first_line(error)}); a model folder needs "
+            "a tokenizer.json and tokenizer_config.json"
+        ) from error
+
+
+def build_causal_lm(
+    architecture: Architecture,
+    seed: int,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    bos_id: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    attention: Attention = "sdpa",
+) -> PreTrainedModel:
+    """Build a model from scratch, its weights a function of `seed`.
+
+    torch's own generator is left alone.
+    """
+    config = config_of(architecture, eos_id=eos_id, pad_id=pad_id, bos_id=bos_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=supported_attention(config, attention)
+        )
+    return ready(model)
+
+
+def meta_model(architecture: Architecture) -> PreTrainedModel:
+    """Return a model of this shape without any weights, on torch's meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config_of(architecture))
+
+
+def save_causal_lm(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> None:
+    """Write a plain Hugging Face folder: config, safetensors, tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """Let every token train: some families give the padding token's embedding no gradient.
+
+    Where padding and end-of-sequence are one token, that would freeze a token that has a meaning.
+    """
+    embedding: Any = model.get_input_embeddings()
+    embedding.padding_idx = None
+    return model
+
+
+def supported_attention(config: PreTrainedConfig, attention: Attention) -> str:
+    """Return `attention`, or `eager` where the family has no scaled-dot-product attention."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if attention == "sdpa" and model_class is not None and not model_class._supports_sdpa:
+        return "eager"
+    return attention
+
+
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Set every dropout in `config` to 0: PPO compares log-probabilities of two forwards."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, int | float) and name.endswith(("dropout", "pdrop")):
+            setattr(config, name, 0.0)
+    return config
+
+
+def config_of(
+    architecture: Architecture,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    bos_id: int | None = None,
+) -> PreTrainedConfig:
+    """Return transformers' config of a model of this shape, without dropout."""
+    shape = architecture
+    if shape.type not in TYPES:
+        raise UserError(
+            f"model.architecture.type={shape.type!r}: expected one of {', '.join(TYPES)}"
+        )
+    fields = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "max_position_embeddings": shape.context,
+        "tie_word_embeddings": shape.tied,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+        "bos_token_id": bos_id,
+    }
+    if shape.type in ("gpt2", "gptj"):
+        fields["n_inner"] = shape.ffn_width
+    else:
+        fields["intermediate_size"] = shape.ffn_width
+    if shape.type == "gptj":
+        fields["rotary_dim"] = min(64, shape.width_per_head)
+    if shape.type in ("llama", "qwen2", "qwen3"):
+        fields["num_key_value_heads"] = shape.key_value_heads
+    if shape.type in ("llama", "qwen3"):
+        fields["head_dim"] = shape.width_per_head
+    return without_dropout(AutoConfig.for_model(shape.type, **fields))
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """Return the shape that a loaded config describes."""
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    return Architecture(
+        type=config.model_type,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        ffn_width=inner or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        context=config.max_position_embeddings,
+        kv_heads=getattr(config, "num_key_value_heads", None),
+        tied=bool(config.tie_word_embeddings),
+        head_width=getattr(config, "head_dim", None),
+    )
+
+
+def _no_model(path: str | Path, error: BaseException) -> str:
+    return (
+        f"model.path={path}: no causal language model can be loaded from it "
+        f"({_first_line(error)}); give a hub id, or a folder with config.json and *.safetensors"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

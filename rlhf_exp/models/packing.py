@@ -1,0 +1,74 @@
+"""Several sequences in one row: each token attends to the earlier tokens of its own sequence.
+
+B rows, S tokens. A row that holds one sequence and padding needs no mask at all: causal attention
+lets no real token see what stands to its right.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from rlhf_exp.errors import UserError
+
+Mask = Tensor | dict[str, Tensor]
+
+
+def packed_attention_mask(
+    segments: Tensor, dtype: torch.dtype, window: int | None = None
+) -> Tensor:
+    """Return the block-diagonal causal mask of packed rows.
+
+    Args:
+        segments: [B, S] int64, 1, 2, ... for the sequences of a row, 0 for padding. Padding attends
+            to padding: a row of attention with nothing to attend to would be undefined.
+        dtype: `torch.bool` (True attends; scaled-dot-product attention) or a float type (0 attends,
+            the type's least value does not; eager attention adds it).
+        window: tokens that a sliding window reaches back, itself included; unlimited where `None`.
+
+    Returns:
+        [B, 1, S, S].
+    """
+    place = torch.arange(segments.shape[1], device=segments.device)
+    distance = place[:, None] - place
+    allowed = distance >= 0
+    if window is not None:
+        allowed = allowed & (distance < window)
+    mask = (allowed & (segments[:, :, None] == segments[:, None, :]))[:, None]
+    if dtype == torch.bool:
+        return mask
+    additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return additive.masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def packed_mask_for(model: PreTrainedModel, segments: Tensor) -> Mask | None:
+    """Return the mask of `segments` [B, S] in the form `model` takes, `None` where none is needed.
+
+    Raises:
+        UserError: rows are packed and the model runs on flash attention, which takes no mask.
+    """
+    if int(segments.max()) <= 1:
+        return None
+    config = model.config
+    attention = config._attn_implementation
+    if "flash" in attention:
+        raise UserError(
+            f"model.attention={attention} cannot run packed rows; set sft.packing=false or "
+            "model.attention=sdpa"
+        )
+    dtype = torch.bool if attention == "sdpa" else model.dtype
+    full = packed_attention_mask(segments, dtype)
+    window = _window(config)
+    if window is None:
+        return full
+    sliding = packed_attention_mask(segments, dtype, window)
+    kinds = getattr(config, "layer_types", None)
+    return sliding if kinds is None else {"full_attention": full, "sliding_attention": sliding}
+
+
+def _window(config: PreTrainedConfig) -> int | None:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return getattr(config, "sliding_window", None)

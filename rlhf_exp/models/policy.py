@@ -1,0 +1,214 @@
+"""The policy: a causal language model, what of it trains, and a value head.
+
+B rows, S tokens, T response tokens, D width. Batches are right-padded without a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_exp.algo.logprobs import gather_logprobs
+from rlhf_exp.batch import Demonstrations
+from rlhf_exp.errors import UserError
+from rlhf_exp.models.branch import Branch, Trunk, check_branch
+from rlhf_exp.models.families import decoder_parts
+from rlhf_exp.models.lora import LoraSettings, add_lora, lora_layers, merged_state
+from rlhf_exp.models.modes import dropout_off, freeze_below, set_checkpointing
+from rlhf_exp.models.packing import packed_mask_for
+from rlhf_exp.models.responses import ResponseIndex, head_logprobs
+from rlhf_exp.models.saving import save_policy
+from rlhf_exp.models.value import ValueHead
+
+
+@dataclass(frozen=True)
+class ResponseOutputs:
+    """What a policy says of given responses; 0 beyond each response's end.
+
+    Attributes:
+        logprobs: [B, T] float32, of each response token at the temperature asked for.
+        values: [B, T] float32, estimated before the token was known; 0 without a value head.
+        entropy: [B, T] float32 in nats, or `None`.
+    """
+
+    logprobs: Tensor
+    values: Tensor
+    entropy: Tensor | None = None
+
+
+class Policy(nn.Module):
+    """A causal language model that trains wholly, in its top blocks, or through LoRA.
+
+    With `train_blocks=k` the last k blocks, the final norm and an untied head train; everything
+    below stays as it is, and so do tied embeddings: their head would otherwise move the embeddings
+    under a trunk taken for frozen. With LoRA only the adapter trains.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        train_blocks: int | None = None,
+        lora: LoraSettings | None = None,
+        value_head: bool = True,
+        value_model: PreTrainedModel | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Wrap `model`, changing what of it requires gradients.
+
+        Args:
+            model: causal language model; changed in place.
+            train_blocks: how many of the last blocks train (or are adapted); `None`: all.
+            lora: train an adapter instead of the weights.
+            value_head: whether there is one (SFT needs none).
+            value_model: a model of its own for the values, which trains wholly; by default the
+                value head reads the policy's final states.
+            seed: of the value head and the adapter.
+        """
+        super().__init__()
+        dropout_off(model)
+        self.model = model
+        self.value_trunk = (
+            None
+            if value_model is None
+            else dropout_off(cast(PreTrainedModel, value_model.base_model))
+        )
+        self.value_head = ValueHead(model.config.hidden_size, seed) if value_head else None
+        parts = decoder_parts(model)
+        assert parts.head is not None, "a policy needs a language-model head"
+        count = len(parts.blocks)
+        if train_blocks is not None and not 0 < train_blocks <= count:
+            raise UserError(
+                f"train_blocks={train_blocks}: the model has {count} blocks; give a number from 1 "
+                f"to {count}, or null for all"
+            )
+        self.train_blocks = train_blocks
+        self.adapted = lora is not None
+        if lora is not None:
+            add_lora(model, lora, seed, train_blocks)
+        else:
+            freeze_below(model, train_blocks)
+        self.cut = None if train_blocks is None else count - train_blocks
+        # In a tuple: neither registers the model's parameters a second time.
+        self._views: tuple[Trunk, Branch] | None = None
+        if self.cut is not None:
+            check_branch(model, self.cut)
+            self._views = Trunk(model, self.cut), Branch.of(model, count - self.cut, share=True)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The language-model head, D -> V."""
+        return self.model.get_output_embeddings()
+
+    @torch.no_grad()
+    def trunk_states(self, tokens: Tensor) -> Tensor:
+        """Return the states [B, S, D] that enter the first training block, for `tokens` [B, S]."""
+        assert self._views is not None, "no trunk is frozen: everything trains"
+        return self._views[0](tokens)
+
+    def hidden(self, tokens: Tensor | None = None, states: Tensor | None = None) -> Tensor:
+        """Return final hidden states [B, S, D] of right-padded rows.
+
+        Args:
+            tokens: [B, S] int64; may be left out where `states` are given.
+            states: [B, S, D] entering the first training block: only the blocks above are run.
+        """
+        if self._views is None:
+            assert states is None, "states without a frozen trunk"
+            return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        trunk, branch = self._views
+        if states is None:
+            assert tokens is not None, "neither tokens nor states"
+            states = trunk(tokens)
+        return branch(states)
+
+    def response_outputs(
+        self,
+        tokens: Tensor,
+        prompt_lengths: Tensor,
+        response_lengths: Tensor,
+        temperature: float,
+        states: Tensor | None = None,
+        with_entropy: bool = False,
+        width: int | None = None,
+    ) -> ResponseOutputs:
+        """Return log-probabilities and values of responses.
+
+        Args:
+            tokens: [B, S] int64, prompt then response, right-padded.
+            prompt_lengths: [B] int64, at least 1.
+            response_lengths: [B] int64.
+            temperature: the one that responses were sampled at.
+            states: [B, S, D] as in `hidden`.
+            with_entropy: also return the entropy at each response token.
+            width: T; the longest response where not given.
+        """
+        index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
+        picked = index.pick(self.hidden(tokens, states))
+        logprobs, entropy = head_logprobs(picked, self.head, index, temperature, with_entropy)
+        if self.value_head is None:
+            return ResponseOutputs(logprobs, torch.zeros_like(logprobs), entropy)
+        if self.value_trunk is not None:
+            picked = index.pick(
+                self.value_trunk(input_ids=tokens, use_cache=False).last_hidden_state
+            )
+        return ResponseOutputs(logprobs, index.spread(self.value_head(picked)), entropy)
+
+    def target_logprobs(self, batch: Demonstrations) -> Tensor:
+        """Return the log-probabilities [N] float32 of the batch's N target tokens, row by row."""
+        mask = packed_mask_for(self.model, batch.segments)
+        packed = {} if mask is None else {"attention_mask": mask, "position_ids": batch.positions}
+        outputs = self.model.base_model(input_ids=batch.tokens, use_cache=False, **packed)
+        source = batch.target_mask.flatten().nonzero().squeeze(1) - 1
+        picked = outputs.last_hidden_state.flatten(0, 1).index_select(0, source)
+        targets = batch.tokens[batch.target_mask]
+        return gather_logprobs(picked, self.head.weight, self.head.bias, targets, 1.0)[0]
+
+    def forward(
+        self,
+        batch: Demonstrations | None = None,
+        **responses: Any,  # noqa: ANN401 - those of `response_outputs`
+    ) -> Tensor | ResponseOutputs:
+        """Return `target_logprobs(batch)`, or `response_outputs(**responses)` without a batch.
+
+        The wrappers of distributed training act in `forward` alone, so whatever has gradients comes
+        through here.
+        """
+        return self.response_outputs(**responses) if batch is None else self.target_logprobs(batch)
+
+    def trainable_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what trains, each parameter once: all that a checkpoint has to store."""
+        return ((name, value) for name, value in self.named_parameters() if value.requires_grad)
+
+    @torch.no_grad()
+    def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `trainable_named_parameters` yielded.
+
+        Raises:
+            UserError: the names are not those of what trains here.
+        """
+        own = dict(self.trainable_named_parameters())
+        odd = sorted(own.keys() ^ tensors.keys())
+        if odd:
+            raise UserError(
+                f"checkpoint of another policy: {len(odd)} parameters differ (first: {odd[0]})"
+            )
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+    def set_gradient_checkpointing(self, on: bool) -> Self:
+        """Recompute each block's activations in the backward pass; takes effect in train mode."""
+        for model in (self.model, self.value_trunk):
+            if model is not None:
+                set_checkpointing(model, on)
+        return self
+
+    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write a Hugging Face folder, LoRA merged, and the value head in a file beside it."""
+        state = merged_state(self.model) if lora_layers(self.model) else None
+        save_policy(self.model, state, self.value_head, self.value_trunk, tokenizer, folder)

@@ -1,0 +1,123 @@
+"""The reference: the policy as it was before training, for the KL divergence.
+
+Build it before any trained weights are put into the policy. B rows, S tokens, T response tokens, D
+width.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_exp.models.branch import Branch
+from rlhf_exp.models.families import decoder_parts
+from rlhf_exp.models.lora import adapter_off
+from rlhf_exp.models.policy import Policy
+from rlhf_exp.models.responses import ResponseIndex, head_logprobs
+
+
+class Reference(Protocol):
+    """Log-probabilities of responses under the frozen model."""
+
+    def logprobs(
+        self,
+        tokens: Tensor,
+        prompt_lengths: Tensor,
+        response_lengths: Tensor,
+        temperature: float,
+        states: Tensor | None = None,
+        width: int | None = None,
+    ) -> Tensor:
+        """Return [B, T] float32 without gradient; arguments as in `Policy.response_outputs`."""
+        ...
+
+
+class SharedTrunkReference:
+    """A frozen copy of the training blocks, over the states of the policy's own trunk."""
+
+    def __init__(self, policy: Policy) -> None:
+        """Copy what trains in `policy`."""
+        assert policy.train_blocks is not None, "no trunk to share: everything trains"
+        assert not policy.adapted, "the adapter off is the cheaper reference"
+        parts = decoder_parts(policy.model)
+        self._policy = policy
+        self._branch = Branch.of(policy.model, policy.train_blocks, share=False)
+        # A tied head is frozen, so it needs no copy.
+        self._head = policy.head if parts.tied else copy.deepcopy(policy.head).requires_grad_(False)
+
+    @torch.no_grad()
+    def logprobs(
+        self,
+        tokens: Tensor,
+        prompt_lengths: Tensor,
+        response_lengths: Tensor,
+        temperature: float,
+        states: Tensor | None = None,
+        width: int | None = None,
+    ) -> Tensor:
+        """See `Reference`; runs the trunk only where `states` are not given."""
+        index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
+        hidden = self._branch(self._policy.trunk_states(tokens) if states is None else states)
+        return head_logprobs(index.pick(hidden), self._head, index, temperature)[0]
+
+
+class LoraReference:
+    """The policy with its adapter off."""
+
+    def __init__(self, policy: Policy) -> None:
+        """Use `policy` itself; nothing is copied."""
+        assert policy.adapted, "a policy without LoRA has no adapter to turn off"
+        self._policy = policy
+
+    @torch.no_grad()
+    def logprobs(
+        self,
+        tokens: Tensor,
+        prompt_lengths: Tensor,
+        response_lengths: Tensor,
+        temperature: float,
+        states: Tensor | None = None,
+        width: int | None = None,
+    ) -> Tensor:
+        """See `Reference`."""
+        index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
+        with adapter_off(self._policy.model):
+            hidden = self._policy.hidden(tokens, states)
+        return head_logprobs(index.pick(hidden), self._policy.head, index, temperature)[0]
+
+
+class FullReference:
+    """A whole frozen model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Take `model` for good: it must not be the policy's own."""
+        self._model = model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def logprobs(
+        self,
+        tokens: Tensor,
+        prompt_lengths: Tensor,
+        response_lengths: Tensor,
+        temperature: float,
+        states: Tensor | None = None,
+        width: int | None = None,
+    ) -> Tensor:
+        """See `Reference`; `states` are of no use to it."""
+        index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
+        hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        head = self._model.get_output_embeddings()
+        return head_logprobs(index.pick(hidden), head, index, temperature)[0]
+
+
+def reference_of(policy: Policy) -> Reference:
+    """Return the cheapest reference that is right for an untrained `policy`."""
+    if policy.adapted:
+        return LoraReference(policy)
+    if policy.cut is not None:
+        return SharedTrunkReference(policy)
+    return FullReference(copy.deepcopy(policy.model))

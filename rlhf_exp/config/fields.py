@@ -36,9 +36,14 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-def documentation(item: Field) -> str:
+def documentation(item: Field[Any]) -> str:
     """Return the documentation that a field was declared with."""
     return str(item.metadata.get(_DOC, ""))
+
+
+def in_key(item: Field[Any]) -> bool:
+    """Return whether a field's value belongs in an artifact's key."""
+    return bool(item.metadata.get(_KEY, True))
 
 
 def key_content(section: Any) -> Any:  # noqa: ANN401 - a config dataclass, recursively
@@ -47,7 +52,7 @@ def key_content(section: Any) -> Any:  # noqa: ANN401 - a config dataclass, recu
         content = {}
         for item in fields(section):
             value = getattr(section, item.name)
-            if not item.metadata.get(_KEY, True):
+            if not in_key(item):
                 continue
             if _NEUTRAL in item.metadata and value == item.metadata[_NEUTRAL]:
                 continue

@@ -44,7 +44,7 @@ class ArchitectureConfig:
     kv_heads: int | None = setting(None, "Key-value heads; null: as many as `heads`.")
     ffn_width: int | None = setting(None, "Feed-forward width; null: four times `width`.")
     vocabulary: int = setting(1024, "Vocabulary size; for a model from scratch, its tokenizer's.")
-    context: int = setting(512, "Longest sequence in tokens.")
+    context: int = setting(256, "Longest sequence in tokens.")
     tied: bool = setting(False, "Whether input and output embeddings are one matrix.")
 
 

@@ -64,7 +64,7 @@ class PpoRewardConfig:
 class GenerationConfig:
     """Sampling of responses."""
 
-    max_new_tokens: int = setting(128, "Longest response in tokens.")
+    max_new_tokens: int = setting(48, "Longest response in tokens.")
     temperature: float = setting(1.0, "Sampling temperature, also of the log-probabilities.")
     batch: int = setting(64, "Rows decoded together in a process.", key=False)
 
@@ -76,7 +76,7 @@ class PpoConfig(TrainingConfig):
     steps: int = setting(1000, "Optimizer steps; whole iterations are run.")
     rollouts: int = setting(128, "Responses sampled per iteration, over all processes.")
     epochs: int = setting(4, "Passes over an iteration's rollouts.")
-    seq_length: int = setting(512, "Longest prompt and response together, in tokens.")
+    seq_length: int = setting(256, "Longest prompt and response together, in tokens.")
     gamma: float = setting(1.0, "Discount per token.")
     lam: float = setting(0.95, "Lambda of generalised advantage estimation.")
     clip_range: float = setting(0.2, "Clip range of the probability ratio.")

@@ -22,5 +22,5 @@ class RewardConfig(TrainingConfig):
 
     steps: int | None = setting(None, "Optimizer steps; null: as `epochs` says.")
     epochs: float | None = setting(1.0, "Passes over the pairs, where `steps` is null.")
-    seq_length: int = setting(512, "Longest sequence in tokens; longer prompts lose their start.")
+    seq_length: int = setting(256, "Longest sequence in tokens; longer prompts lose their start.")
     init: RewardInit = setting(RewardInit.sft, "Trunk: the SFT model's, or the base model's.")

@@ -22,6 +22,6 @@ class SftConfig(TrainingConfig):
 
     steps: int | None = setting(None, "Optimizer steps; null: as `epochs` says.")
     epochs: float | None = setting(1.0, "Passes over the demonstrations, where `steps` is null.")
-    seq_length: int = setting(512, "Longest sequence in tokens; longer prompts lose their start.")
+    seq_length: int = setting(256, "Longest sequence in tokens; longer prompts lose their start.")
     packing: bool = setting(True, "Put several demonstrations into one row of `seq_length` tokens.")
     loss_on: LossOn = setting(LossOn.all, "Learn whole dialogues, or responses only.")

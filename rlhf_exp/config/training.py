@@ -65,5 +65,7 @@ class TrainingConfig:
     checkpoint_every: int = setting(
         50, "Optimizer steps between checkpoints (PPO: at the next iteration's end).", key=False
     )
-    keep_checkpoints: int = setting(2, "Number of latest checkpoints kept while training.", key=False)
+    keep_checkpoints: int = setting(
+        2, "Number of latest checkpoints kept while training.", key=False
+    )
     select: Select = setting(Select.best, "Publish the weights best on validation, or the last.")

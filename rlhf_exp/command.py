@@ -1,0 +1,132 @@
+"""`launch.py`'s command line: checked, composed by Hydra, handed to the pipeline.
+
+Everything that can be wrong is found before Hydra makes a folder or starts a job, also under `-m`.
+Exit codes: 0 done, 1 a bug, 2 the user's to mend, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from rlhf_exp.config.groups import CONF
+from rlhf_exp.errors import UserError
+
+# Errors of the user's met inside Hydra's job, which would print them with a traceback of its own.
+_refused: list[UserError] = []
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `launch.py` with its arguments and return the exit code."""
+    try:
+        if "-h" in argv or "--help" in argv:
+            from rlhf_exp.config.help import help_text
+
+            topics = [argument for argument in argv if not argument.startswith("-")]
+            print(help_text(topics[0] if topics else None), end="")
+            return 0
+        _launch(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _launch(argv: Sequence[str]) -> None:
+    import hydra
+
+    from rlhf_exp.config.compose import register_schema, reported
+    from rlhf_exp.config.groups import read_groups
+    from rlhf_exp.config.overrides import override_problems, with_lists
+    from rlhf_exp.config.problems import refuse
+
+    arguments = _parse(argv)
+    folders = [CONF, *([arguments.config_dir] if arguments.config_dir else [])]
+    flags = [argument for argument in argv if argument not in arguments.overrides]
+    overrides = with_lists(arguments.overrides)
+    refuse(override_problems(overrides, read_groups(folders)))
+    if not (arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion):
+        _check_jobs(overrides, arguments.multirun, folders)
+    # Hydra's own way of reporting hides the exception and makes every exit code 1.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.argv = [sys.argv[0], *flags, *overrides]
+    register_schema()
+    _refused.clear()
+    with reported():
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+    if _refused:
+        raise _refused[0]
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from hydra._internal.utils import get_args_parser
+
+    arguments = get_args_parser().parse_intermixed_args(list(argv))
+    if arguments.config_path or arguments.config_name:
+        raise UserError("--config-path and --config-name: add a folder with --config-dir instead")
+    if arguments.config_dir is not None:
+        arguments.config_dir = Path(arguments.config_dir).expanduser().resolve()
+        if not arguments.config_dir.is_dir():
+            raise UserError(f"--config-dir: there is no folder {arguments.config_dir}")
+    return arguments
+
+
+def _check_jobs(overrides: Sequence[str], multirun: bool, folders: Sequence[Path]) -> None:
+    """Compose every job that would run and report what is wrong with any of them."""
+    from rlhf_exp.config.checks import problems
+    from rlhf_exp.config.compose import compose
+    from rlhf_exp.config.groups import read_groups
+    from rlhf_exp.config.overrides import override_problems, points, sweeps
+    from rlhf_exp.config.problems import Problem, refuse
+    from rlhf_exp.config.unbuilt import choices_not_built
+
+    swept = sweeps(overrides)
+    base = compose([text for text in overrides if text not in swept], folders)
+    found = [] if base.config.plan else choices_not_built(base.choices)
+    multirun = multirun or base.multirun
+    if not multirun:
+        for text in swept:
+            key, _, value = text.partition("=")
+            message = f"several values need -m; a list is written {key}=[{value}]."
+            found.append(Problem(key, value, message))
+    refuse(override_problems(base.sweep, read_groups(folders)))
+    if not multirun or base.choices["hydra/sweeper"] != "basic":
+        found += problems(base.config, multirun)
+    else:
+        for point in points([*base.sweep, *overrides]):
+            found += problems(compose(point, folders).config, multirun=True)
+    refuse(found)
+
+
+def job(tree: DictConfig) -> float | None:
+    """Run one composed experiment: Hydra's task function.
+
+    Returns:
+        The objective of a search, None where there is none.
+
+    Raises:
+        UserError: In a multirun; Hydra says which job it was.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from rlhf_exp.config.compose import to_config
+
+    settings = HydraConfig.get()
+    try:
+        from rlhf_exp.pipeline import run
+
+        return run(to_config(tree), list(settings.overrides.task))
+    except UserError as error:
+        if settings.mode == RunMode.MULTIRUN:
+            raise
+        _refused.append(error)
+        return None

@@ -1,0 +1,106 @@
+"""Rules across the fields of a config: everything that can be known before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rlhf_exp.config.check_data import check_data
+from rlhf_exp.config.check_model import check_model, context_length
+from rlhf_exp.config.check_training import check_ppo, check_sequence, check_training
+from rlhf_exp.config.evaluation import Suite
+from rlhf_exp.config.problems import Findings, Problem
+from rlhf_exp.config.reward import RewardInit
+from rlhf_exp.config.root import Config, Stage
+from rlhf_exp.config.running import Strategy
+from rlhf_exp.config.unbuilt import not_built
+
+_NEEDS = {
+    Stage.sft: ("sft",),
+    Stage.reward: ("sft", "reward"),
+    Stage.ppo: ("sft", "reward", "ppo"),
+    Stage.eval: ("sft", "reward", "ppo", "eval"),
+    Stage.pipeline: ("sft", "reward", "ppo", "eval"),
+}
+
+
+def problems(config: Config, multirun: bool = False) -> list[Problem]:
+    """Return everything that is wrong with a config, all at once.
+
+    Sections that the chosen stage does not need are not looked at; neither is the training of a
+    stage whose result is given by `use`. Relative paths start at the current directory.
+
+    Args:
+        config: The experiment.
+        multirun: Whether it is one point of a multirun.
+    """
+    found = Findings(config)
+    needed = _NEEDS[config.stage]
+    _check_root(found, multirun)
+    check_model(found)
+    check_data(found)
+    for stage in ("sft", "reward", "ppo"):
+        if stage in needed and found.value(f"{stage}.use") is None:
+            check_training(found, stage)
+            check_sequence(found, stage)
+    if "reward" in needed and config.reward.use is None:
+        _check_reward(found)
+    if "ppo" in needed and config.ppo.use is None:
+        check_ppo(found)
+    if "eval" in needed:
+        _check_eval(found)
+    _check_running(found)
+    not_built(found)
+    return found.problems
+
+
+def _check_root(found: Findings, multirun: bool) -> None:
+    config = found.config
+    if multirun and config.name is None:
+        found.add("name", "a multirun needs a name, for its report: name=my_sweep.")
+    if config.name is not None:
+        valid = re.fullmatch(r"[A-Za-z0-9][\w.-]*", config.name, re.ASCII)
+        found.unless(valid is not None, "name", "use letters, digits, and . _ - inside.")
+        found.unless(config.name != "latest", "name", "`latest` always means the latest run.")
+    found.at_least(0, "seed")
+    stages = [stage.name for stage in Stage if stage is not Stage.pipeline]
+    unknown = [stage for stage in config.rerun if stage not in stages]
+    found.unless(not unknown, "rerun", f"the stages are {', '.join(stages)}.")
+    output = Path(config.output_dir).expanduser().resolve()
+    found.unless(output.is_dir() or not output.exists(), "output_dir", f"{output} is not a folder.")
+
+
+def _check_reward(found: Findings) -> None:
+    config = found.config
+    if config.reward.init is RewardInit.base and config.model.path is None:
+        found.add("reward.init", "a model from scratch has no base weights; use reward.init=sft.")
+
+
+def _check_eval(found: Findings) -> None:
+    config = found.config
+    if config.stage is Stage.eval and config.eval.suite is Suite.none:
+        found.add("eval.suite", "stage=eval has nothing to do; choose a suite, such as eval=quick.")
+    if config.eval.suite is Suite.none:
+        return
+    found.at_least(1, "eval.prompts", "eval.batch", "eval.max_new_tokens")
+    found.at_least(0, "eval.temperature", "eval.seed")
+    low, high = config.eval.tie_low, config.eval.tie_high
+    if not 0 <= low < high <= 1:
+        found.add("eval.tie_low", f"needs 0 <= tie_low < tie_high <= 1; tie_high is {high}.")
+    context, longest = context_length(config.model), config.eval.max_new_tokens
+    if context is not None and longest is not None and longest >= context:
+        message = f"leaves no room for a prompt in the model's context of {context} tokens."
+        found.add("eval.max_new_tokens", message)
+
+
+def _check_running(found: Findings) -> None:
+    config = found.config
+    found.at_least(1, "distributed.processes", "distributed.threads")
+    strategy = config.distributed.strategy
+    if strategy is Strategy.single and config.distributed.processes > 1:
+        message = "distributed.strategy=single has one process; choose a strategy, such as "
+        found.add("distributed.processes", message + "distributed=ddp.")
+    if config.distributed.offload and strategy in (Strategy.single, Strategy.ddp):
+        message = f"distributed.strategy={strategy.name} cannot offload; zero3 and fsdp can."
+        found.add("distributed.offload", message)
+    found.unless(bool(config.tracking.project.strip()), "tracking.project", "must not be empty.")

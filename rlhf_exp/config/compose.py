@@ -1,0 +1,122 @@
+"""Composes the YAML groups and overrides to a `Config`, with errors in the user's words.
+
+Composing goes through Hydra; nothing here starts a job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf_exp.config.groups import CONF
+from rlhf_exp.config.overrides import unknown_option, value_problem
+from rlhf_exp.config.problems import Problem
+from rlhf_exp.config.root import Config
+from rlhf_exp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed config.
+
+    Attributes:
+        config: The experiment.
+        choices: The option chosen of each group, Hydra's own included; None for none.
+        sweep: What is swept as the config itself says (`hydra.sweeper.params`), as overrides.
+        multirun: Whether the config itself asks for a multirun (`hydra.mode`).
+    """
+
+    config: Config
+    choices: dict[str, str | None]
+    sweep: list[str]
+    multirun: bool
+
+
+def register_schema() -> None:
+    """Make the schema known to Hydra under the name that `config.yaml` has in its defaults."""
+    ConfigStore.instance().store("schema", Config)
+
+
+def to_config(tree: DictConfig) -> Config:
+    """Return the typed config of a composed tree.
+
+    Raises:
+        UserError: For a value that cannot be resolved.
+    """
+    with reported():
+        config = OmegaConf.to_object(tree)
+    assert isinstance(config, Config), "config.yaml starts from the schema"
+    return config
+
+
+def compose(overrides: Sequence[str] = (), folders: Sequence[Path] = (CONF,)) -> Composed:
+    """Compose one experiment.
+
+    Args:
+        overrides: As on the command line, without sweeps.
+        folders: `conf/`, then further config folders that come before it.
+
+    Raises:
+        UserError: For an unknown name, a wrong type, or a YAML file with a mistake.
+    """
+    register_schema()
+    extra = [f"file://{folder.resolve()}" for folder in folders[1:]]
+    search = [f"hydra.searchpath=[{','.join(extra)}]"] if extra else []
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with reported(), hydra.initialize_config_dir(str(folders[0]), version_base="1.3"):
+            tree = hydra.compose("config", [*search, *overrides], return_hydra_config=True)
+            settings = tree.hydra
+            params = OmegaConf.select(settings.sweeper, "params") or {}
+    finally:
+        GlobalHydra.instance().hydra = before
+    choices = dict(settings.runtime.choices)
+    multirun = settings.mode == RunMode.MULTIRUN
+    OmegaConf.set_readonly(tree, False)
+    OmegaConf.set_struct(tree, False)
+    del tree["hydra"]
+    sweep = [f"{key}={value}" for key, value in params.items()]
+    return Composed(to_config(tree), choices, sweep, multirun)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn the errors of Hydra, OmegaConf and YAML into `UserError`s."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(explain(error)) from error
+
+
+def explain(error: BaseException) -> str:
+    """Return what a composition error means, without Hydra's advice."""
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return str(Problem(group, option, unknown_option(option, error.options)))
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    lines = str(error).splitlines() or [type(error).__name__]
+    if cause is None or not cause.full_key:
+        return "\n  ".join(lines) if isinstance(error, yaml.YAMLError) else lines[0]
+    reason = str(cause).splitlines()[0]
+    if cause is error or str(cause.full_key).startswith("hydra"):
+        return f"{cause.full_key}: {reason}."
+    place = lines[0].split(":")[0] + ": " if lines[0].startswith("In '") else ""
+    key = str(cause.full_key)
+    found = value_problem(cause, key, "...")
+    return f"{place}{key}: {found.message} ({reason})"

@@ -1,0 +1,78 @@
+"""What `launch.py --help` prints: groups and keys, from the YAML files and the schema."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+
+from rlhf_exp.config.groups import Group, read_groups
+from rlhf_exp.config.keys import Key, all_keys, closest_keys, did_you_mean
+from rlhf_exp.errors import UserError
+
+_HEAD = """\
+Trains a language model on human preferences: SFT, reward model, PPO, evaluation.
+
+  python launch.py                                  the whole pipeline, tiny, on a CPU
+  python launch.py GROUP=OPTION KEY=VALUE ...       another experiment
+  python launch.py plan=true ...                    what would run, and what it needs
+  python launch.py -m name=NAME ppo.lr=1e-4,3e-4    one run for each value
+  python launch.py --cfg job ...                    the whole config, without running
+  python launch.py --help SECTION                   the keys of a section, such as ppo or ppo.kl
+  python launch.py --config-dir DIR ...             with your own groups' options in DIR
+"""
+_WIDTH = 100
+
+
+def help_text(topic: str | None = None) -> str:
+    """Return the help, of everything or of one topic.
+
+    Args:
+        topic: A group, a section or a key.
+
+    Raises:
+        UserError: If there is no such topic.
+    """
+    groups = read_groups()
+    if topic is None:
+        return _overview(groups)
+    keys = all_keys()
+    if topic not in groups and topic not in keys:
+        near = closest_keys(topic, list(groups))
+        raise UserError(f"--help {topic}: there is no such group or key.{did_you_mean(near)}")
+    parts = [_describe_group(groups[topic])] if topic in groups else []
+    if topic in keys:
+        inside = [key for name, key in keys.items() if name.startswith(topic + ".")]
+        parts.append(_describe_keys(inside or [keys[topic]]))
+    return "\n".join(parts)
+
+
+def _overview(groups: dict[str, Group]) -> str:
+    root = [key for key in all_keys().values() if not key.parent]
+    values = [key for key in root if key.section is None and key.name not in groups]
+    sections = "".join(f"  {key.name:<14}{key.doc}\n" for key in root if key.section is not None)
+    listed = "\n".join(_describe_group(group) for group in groups.values())
+    return (
+        f"{_HEAD}\nGroups (* is the default option)\n\n{listed}\n"
+        f"Sections (--help SECTION lists the keys)\n\n{sections}\n"
+        f"Keys of no section\n\n{_describe_keys(values)}"
+    )
+
+
+def _describe_group(group: Group) -> str:
+    lines = [f"  {group.name}"]
+    for option, text in group.options.items():
+        mark = "*" if option == group.chosen else " "
+        lines.append(f"   {mark} {option:<16}{text}")
+    return "\n".join(lines) + "\n"
+
+
+def _describe_keys(keys: Iterable[Key]) -> str:
+    lines = []
+    for key in keys:
+        if key.section is not None:
+            lines.append(f"\n  {key.name}: {key.doc}")
+            continue
+        lines.append(f"  {key.name}={key.default}")
+        text = f"{key.doc} ({key.type})"
+        lines += textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines) + "\n"

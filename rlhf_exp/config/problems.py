@@ -1,0 +1,92 @@
+"""What is wrong with a config: found one by one, reported together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from operator import attrgetter
+from typing import Any
+
+from rlhf_exp.config.root import Config
+from rlhf_exp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and its remedy.
+
+    Attributes:
+        key: The config key, dotted.
+        value: Its value as the user would write it.
+        message: What was expected, and what to do.
+    """
+
+    key: str
+    value: str
+    message: str
+
+    def __str__(self) -> str:
+        """Return the problem as one line."""
+        return f"{self.key}={self.value}: {self.message}"
+
+
+@dataclass
+class Findings:
+    """Collects the problems of one config."""
+
+    config: Config
+    problems: list[Problem] = field(default_factory=list)
+
+    def value(self, key: str) -> Any:  # noqa: ANN401 - any field's value
+        """Return the value at a dotted key."""
+        return attrgetter(key)(self.config)
+
+    def add(self, key: str, message: str) -> None:
+        """Report that the value at a key is wrong."""
+        self.problems.append(Problem(key, written(self.value(key)), message))
+
+    def unless(self, holds: bool, key: str, message: str) -> None:
+        """Report that the value at a key is wrong unless a condition holds."""
+        if not holds:
+            self.add(key, message)
+
+    def at_least(self, lowest: float, *keys: str) -> None:
+        """Report every key whose value is set and below `lowest`."""
+        for key in keys:
+            value = self.value(key)
+            self.unless(value is None or value >= lowest, key, f"must be at least {lowest}.")
+
+    def positive(self, *keys: str) -> None:
+        """Report every key whose value is set and not a finite number above 0."""
+        for key in keys:
+            value = self.value(key)
+            if value is not None and not 0 < value < float("inf"):
+                self.add(key, "must be a number above 0.")
+
+
+def written(value: Any) -> str:  # noqa: ANN401 - any field's value
+    """Return a value as it is written on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(written(item) for item in value) + "]"
+    return str(value)
+
+
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raise one error that lists all problems.
+
+    Raises:
+        UserError: If there is any problem.
+    """
+    lines = list(dict.fromkeys(str(problem) for problem in problems))
+    if len(lines) == 1:
+        raise UserError(lines[0])
+    if lines:
+        listed = "".join(f"\n  {line}" for line in lines)
+        raise UserError(f"{len(lines)} problems in the config:{listed}")

@@ -1,0 +1,50 @@
+"""Options that compose and can be planned, but that no code computes yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rlhf_exp.config.evaluation import Suite
+from rlhf_exp.config.problems import Findings, Problem
+from rlhf_exp.config.running import EngineName, Strategy
+
+_CHOICES = {
+    "sweep": {"ppo_optuna": "use -m with listed values, or sweep=ppo_grid"},
+    "hydra/launcher": {"slurm": "leave it out, and start the jobs one by one"},
+}
+
+
+def not_built(found: Findings) -> None:
+    """Report values that cannot be run yet; a plan may have them."""
+    config = found.config
+    if config.plan:
+        return
+    later = "is not built yet; plan=true works with it, and"
+    found.unless(not config.probe, "probe", f"{later} an ordinary run shows its speed.")
+    found.unless(
+        config.engine.name is EngineName.native, "engine.name", f"{later} engine=native runs."
+    )
+    found.unless(
+        config.distributed.strategy is Strategy.single,
+        "distributed.strategy",
+        f"{later} distributed=single runs.",
+    )
+    found.unless(
+        not config.distributed.offload, "distributed.offload", f"{later} distributed=single runs."
+    )
+    found.unless(
+        config.eval.suite in (Suite.none, Suite.quick), "eval.suite", f"{later} eval=quick runs."
+    )
+
+
+def choices_not_built(choices: Mapping[str, str | None]) -> list[Problem]:
+    """Return the chosen group options that cannot be run yet.
+
+    Args:
+        choices: The option chosen of each group.
+    """
+    return [
+        Problem(group, option, f"is not built yet; {remedies[option]}.")
+        for group, remedies in _CHOICES.items()
+        if (option := choices.get(group)) in remedies and option is not None
+    ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +69,7 @@ def read_wandb_file(path: Path) -> WandbRun:
         UserError: It is no transaction log, or one damaged before its end.
     """
     run = WandbRun()
-    for record in _records(path):
+    for record in map(_parse, _chunks(path)):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             start = record.run
@@ -90,6 +91,15 @@ def read_wandb_file(path: Path) -> WandbRun:
     return run
 
 
+def is_complete(path: Path) -> bool:
+    """Whether the run was finished and all of its log is on disk."""
+    try:
+        last = deque(_chunks(path), maxlen=1)
+    except (OSError, UserError):  # not even begun
+        return False
+    return bool(last) and _parse(last[0]).WhichOneof("record_type") == "exit"
+
+
 def joined_history(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """The rows of a run over all its starts: one for each `global_step`, in order.
 
@@ -104,13 +114,12 @@ def joined_history(paths: Iterable[Path]) -> list[dict[str, Any]]:
     return [merged[step] for step in sorted(merged)]
 
 
-def _records(path: Path) -> Iterator[Any]:
+def _parse(data: bytes) -> Any:  # noqa: ANN401 - a wandb protobuf
     from wandb.proto import wandb_internal_pb2  # private and slow to import: only when reading
 
-    for data in _chunks(path):
-        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        record.ParseFromString(data)
-        yield record
+    record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+    record.ParseFromString(data)
+    return record
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -6,12 +6,17 @@ Measured with wandb 0.31, and the reason for what looks odd here:
 - W&B drops or renumbers steps that go backwards, as they do after a resume. So `global_step` is a
   metric like any other, the axis of all others, and W&B's own step is left alone.
 - Even offline, wandb sends telemetry over the network unless error reporting is off.
+- `finish` returns before the file is complete (7 bytes were seen), and the folder is renamed soon
+  after. So the exit record is awaited.
+- The directory of a start is named by the second: another start within it would write over it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
+import warnings
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -22,8 +27,10 @@ import wandb
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.tracking.local import STEP
+from rlhf_exp.tracking.wandb_file import is_complete
 
 FLUSH_S = 1.0
+WRITTEN_S = 10.0
 FINISH_S = 60.0  # a lost server must not hold a finished job; what is unsent can be synced later
 
 
@@ -77,7 +84,9 @@ class WandbTracker:
             console="off",  # a progress bar's redraws would fill the log
             silent=mode == "offline",
             quiet=True,
+            symlink=False,  # the folder is moved when it is published, and links would break
         )
+        _await_free_directory(folder / "wandb", run_id)
         try:
             self._run = wandb.init(
                 mode=mode,
@@ -133,6 +142,10 @@ class WandbTracker:
         self._finished = True
         try:
             self._run.finish(exit_code=exit_code)
+            start = Path(self._run.dir).parent
+            _await_exit_record(start / f"run-{self.run_id}.wandb")
+            # A link to a file in the user's cache, which later runs write to as well.
+            (start / "logs" / "debug-core.log").unlink(missing_ok=True)
         finally:
             self._restore_environment()
 
@@ -141,6 +154,20 @@ class WandbTracker:
             os.environ.pop("WANDB_DATA_DIR", None)
         else:
             os.environ["WANDB_DATA_DIR"] = self._data_dir_before
+
+
+def _await_free_directory(parent: Path, run_id: str) -> None:
+    while any(parent.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{run_id}")):
+        time.sleep(0.05)
+
+
+def _await_exit_record(path: Path) -> None:
+    deadline = time.monotonic() + WRITTEN_S
+    while not is_complete(path):
+        if time.monotonic() > deadline:
+            warnings.warn(f"{path}: W&B did not finish writing it", RuntimeWarning, stacklevel=3)
+            return
+        time.sleep(0.02)
 
 
 def _plain(value: object) -> str:

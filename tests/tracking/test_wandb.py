@@ -1,0 +1,222 @@
+"""W&B offline: what is logged is in the file, whatever ends the process."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+
+import pytest
+
+from rlhf_exp.errors import UserError
+from rlhf_exp.tracking.local import read_metrics
+from rlhf_exp.tracking.tracker import open_tracker
+from rlhf_exp.tracking.wandb_file import joined_history, read_wandb_file, wandb_files
+
+# Logs a row every 20 ms, says which, and goes on until it is killed.
+ENDLESS_RUN = """
+import sys, time
+from pathlib import Path
+from rlhf_exp.tracking.finishing import finishing
+from rlhf_exp.tracking.tracker import open_tracker
+tracker = open_tracker("offline", Path(sys.argv[1]), config={"lr": 0.5}, resume_step=0)
+with finishing(tracker):
+    step = 0
+    while True:
+        step += 1
+        tracker.log({"reward/mean": step / 2}, step)
+        print(step, time.monotonic(), flush=True)
+        time.sleep(0.02)
+"""
+
+
+class Endless:
+    """A process that runs `ENDLESS_RUN`, and the rows it said it had logged."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-c", ENDLESS_RUN, str(folder)]
+        root = str(Path(__file__).resolve().parents[2])
+        environment = os.environ | {"PYTHONPATH": root}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        self.rows: list[tuple[int, float]] = []
+
+    def end(self, number: int, *, after_s: float) -> int:
+        """Send a signal some time after the first row; return the exit code."""
+        assert self.process.stdout is not None
+        while not self.rows or self.rows[-1][1] < self.rows[0][1] + after_s:
+            self._said(self.process.stdout.readline())
+        self.process.send_signal(number)
+        for line in self.process.stdout:
+            if line.endswith("\n"):
+                self._said(line)
+        return self.process.wait(timeout=30)
+
+    def _said(self, line: str) -> None:
+        step, when = line.split()
+        self.rows.append((int(step), float(when)))
+
+
+def eventually(count: Callable[[], int], at_least: int) -> int:
+    """W&B's own process writes on for a moment after ours is gone."""
+    deadline = time.monotonic() + 5
+    while count() < at_least and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return count()
+
+
+def test_a_killed_run_loses_no_local_row_and_at_most_two_seconds_at_wandb(tmp_path: Path) -> None:
+    run = Endless(tmp_path)
+    assert run.end(signal.SIGKILL, after_s=3.0) == -signal.SIGKILL
+    last_step, last_time = run.rows[-1]
+    local = [row["global_step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert local[:last_step] == list(range(1, last_step + 1))
+    assert len(local) <= last_step + 1  # one may be logged and not yet said
+    (path,) = wandb_files(tmp_path)
+    old = sum(when <= last_time - 2.0 for _, when in run.rows)
+    kept = eventually(lambda: len(read_wandb_file(path).history), old)
+    assert kept >= old > 0
+    survivor = read_wandb_file(path)
+    assert survivor.exit_code is None
+    assert survivor.config["lr"] == 0.5
+
+
+def test_a_terminated_run_keeps_every_row_and_says_that_it_will_be_continued(
+    tmp_path: Path,
+) -> None:
+    run = Endless(tmp_path)
+    assert run.end(signal.SIGTERM, after_s=0.5) == 143
+    (path,) = wandb_files(tmp_path)
+    written = read_wandb_file(path)
+    steps = [row["global_step"] for row in written.history]
+    assert steps[: len(run.rows)] == [step for step, _ in run.rows]
+    assert len(steps) <= len(run.rows) + 1
+    assert written.exit_code == 143
+    assert written.preempting
+
+
+class Style(Enum):
+    """An enum as the config has them."""
+
+    HH = "hh"
+
+
+def test_what_is_logged_reads_back(tmp_path: Path) -> None:
+    tracker = open_tracker(
+        "offline",
+        tmp_path,
+        project="project",
+        group="kl",
+        job_type="ppo",
+        name="kl-3",
+        tags=["a", "b"],
+        config={"ppo": {"lr": 1e-6, "style": Style.HH}, "path": tmp_path},
+    )
+    tracker.log({"reward/mean": 0.5, "kl/k1": math.nan, "loss/total": math.inf}, 1)
+    tracker.table("eval/samples", ["response", "score"], [["a\ud800<b>", 1.5], ["c", 2]], 1)
+    tracker.summary({"reward": 2.5, "reason": "done"})
+    tracker.finish()
+    tracker.finish()
+    (path,) = wandb_files(tmp_path)
+    run = read_wandb_file(path)
+    assert (run.run_id, run.project, run.group) == (tracker.run_id, "project", "kl")
+    assert (run.job_type, run.name, run.tags) == ("ppo", "kl-3", ["a", "b"])
+    assert run.config["ppo"] == {"lr": 1e-6, "style": "HH"}
+    assert run.config["path"] == str(tmp_path)
+    assert run.exit_code == 0
+    assert not run.preempting
+    assert (run.summary["reward"], run.summary["reason"]) == (2.5, "done")
+    scalars, with_table = run.history
+    assert (scalars["global_step"], scalars["reward/mean"]) == (1, 0.5)
+    assert math.isnan(scalars["kl/k1"])
+    assert scalars["loss/total"] == math.inf
+    file = path.parent / "files" / with_table["eval/samples"]["path"]
+    assert json.loads(file.read_text())["data"] == [["a\ud800<b>", 1.5], ["c", 2]]
+
+
+def test_all_files_stay_in_the_folder_and_the_environment_is_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", "/nowhere")
+    tracker = open_tracker("offline", tmp_path / "run")
+    tracker.table("samples", ["x"], [[1]], 1)
+    tracker.finish()
+    assert os.environ["WANDB_DATA_DIR"] == "/nowhere"
+    assert any((tmp_path / "run/wandb-data").rglob("*"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_symlink()]
+
+
+def test_a_finished_run_is_complete_on_disk_at_once(tmp_path: Path) -> None:
+    for number in range(10):
+        tracker = open_tracker("offline", tmp_path / str(number))
+        tracker.log({"x": 1.0}, 1)
+        tracker.finish(3)
+        (path,) = wandb_files(tmp_path / str(number))
+        assert read_wandb_file(path).exit_code == 3
+
+
+def test_a_resumed_run_has_one_row_per_step_and_the_same_id(tmp_path: Path) -> None:
+    ids = []
+    for resume_step, steps, value in ((None, range(1, 6), 1.0), (3, range(4, 8), 2.0)):
+        tracker = open_tracker("offline", tmp_path, resume_step=resume_step)
+        ids.append(tracker.run_id)
+        for step in steps:
+            tracker.log({"reward/mean": value}, step)
+        tracker.finish()
+    assert ids[0] == ids[1] != ""
+    paths = wandb_files(tmp_path)
+    assert [read_wandb_file(path).run_id for path in paths] == ids
+    # 4 and 5 were logged before the kill and again after it: the later ones count.
+    expected = [(step, 1.0 if step <= 3 else 2.0) for step in range(1, 8)]
+    joined = [(row["global_step"], row["reward/mean"]) for row in joined_history(paths)]
+    assert joined == expected
+    local = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["global_step"], row["reward/mean"]) for row in local] == expected
+
+
+def test_two_runs_of_one_process_are_two_even_if_one_is_left_open(tmp_path: Path) -> None:
+    first = open_tracker("offline", tmp_path / "a")
+    second = open_tracker("offline", tmp_path / "b")
+    second.log({"x": 2.0}, 1)
+    first.log({"x": 1.0}, 1)
+    second.finish()
+    first.finish()
+    for folder, tracker, value in (("a", first, 1.0), ("b", second, 2.0)):
+        (path,) = wandb_files(tmp_path / folder)
+        run = read_wandb_file(path)
+        assert run.run_id == tracker.run_id
+        assert [row["x"] for row in run.history] == [value]
+
+
+def test_online_without_a_key_is_the_users_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody is reached by this test
+    with pytest.raises(UserError, match="tracking=offline"):
+        open_tracker("online", tmp_path / "run")
+
+
+def test_disabled_needs_no_wandb(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from rlhf_exp.tracking.tracker import open_tracker\n"
+        "tracker = open_tracker('disabled', Path(sys.argv[1]), run_id='mine')\n"
+        "tracker.log({'a': 1.0}, 1); tracker.finish(); print(tracker.run_id)\n"
+        "assert not {'wandb', 'torch'} & set(sys.modules)"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "mine\n"
+    assert not (tmp_path / "wandb").exists()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1

@@ -1,0 +1,67 @@
+# `make demo`: from nothing to a trained, evaluated model. `make test`: everything CI checks.
+# Both make .venv first, from the pinned packages of constraints.txt.
+#
+# Variables: PYTHON (an interpreter of 3.11 or newer), TORCH_ARGS (further options for installing
+# torch, such as another index with a build for your GPU or for CPUs only), PYTEST_ARGS.
+
+PYTHON ?= python3
+TORCH_ARGS ?=
+PYTEST_ARGS ?=
+MARKERS ?= not slow and not gpu and not slurm and not trlx and not browser
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := rlhf_exp tests $(wildcard benchmarks) $(wildcard *.py)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test check lint types format clean
+
+help:
+	@echo "make demo    train and evaluate the bundled example, then show its report's path"
+	@echo "make test    lint, type check and the tests (those that need no GPU, cluster or browser)"
+	@echo "make check   lint and type check only"
+	@echo "make format  let ruff format and mend what it can"
+	@echo "make venv    install into $(VENV)"
+	@echo "make clean   remove $(VENV) and caches; outputs/ stays"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: '$(PYTHON)' is missing or older than Python 3.11 (found:" \
+	    "$$($(PYTHON) --version 2>&1)). Name another one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: '$(PYTHON)' cannot make virtual environments." \
+	    "On Debian or Ubuntu: apt-get install python3-venv" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(TORCH_ARGS) -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python launch.py experiment=demo
+
+test: check
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 2 -m '$(MARKERS)' $(PYTEST_ARGS)
+
+check: lint types
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(STAMP)
+	$(BIN)/mypy rlhf_exp $(wildcard *.py)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

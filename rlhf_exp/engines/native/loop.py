@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.best import BestWeights
-from rlhf_exp.engines.native.checkpoint import Checkpoints, load_trainable
+from rlhf_exp.engines.native.checkpoint import Checkpoint, Checkpoints, load_trainable
 from rlhf_exp.engines.native.memory import peak_bytes
 from rlhf_exp.engines.native.optim import OptimSettings, build_optimizer, set_lr
 from rlhf_exp.errors import UserError
+from rlhf_exp.tracking.finishing import finishing
 from rlhf_exp.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class LoopContext:
     Attributes:
         world: The processes.
         folder: The stage's staging folder.
-        tracker: Opened at the step to resume from.
+        tracker: Opens the tracker at the step to resume from (`None`: from the start).
         on_step: Told the step and the latest metrics, for a progress display.
         before_write: Called before every checkpoint; raises if this process may no longer write.
         interrupted: Whether the user has asked to stop.
@@ -147,7 +148,7 @@ class _Progress:
     best_step: int | None = None
     best_objective: float | None = None
     best_of_checkpoints: list[int] = field(default_factory=list)
-    final_metrics: dict[str, float] = field(default_factory=dict)
+    published_metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,16 @@ class Outcome:
     """How training ended.
 
     Attributes:
-        metrics: The last values of everything logged, the evaluation of the published weights'
-            objective as `objective`.
+        metrics: The evaluation of the published weights, with their step and the best objective.
+        objective: The best objective on validation data.
+        run_id: The tracked run.
         published_step: Optimizer steps behind the weights now in the module.
         steps_run: Optimizer steps done by this process (fewer than all after a resume).
     """
 
     metrics: dict[str, float]
+    objective: float | None
+    run_id: str
     published_step: int
     steps_run: int
 
@@ -173,37 +177,43 @@ def train(task: Task, settings: LoopSettings, context: LoopContext) -> Outcome:
         Diverged: A loss or gradient is not finite, or the task says so.
         Interrupted: The user asked to stop.
     """
-    loop = _Loop(task, settings, context)
-    start = loop.resume()
-    while loop.progress.step < settings.optim.steps:
-        loop.update()
-        if task.at_boundary(loop.progress.step):
-            loop.report()
-            loop.evaluate_if_due()
-            loop.checkpoint_if_due()
-            loop.leave_if_asked()
-    return loop.finish(start)
+    checkpoints = Checkpoints(context.folder / "checkpoints", keep=settings.keep_checkpoints)
+    found = checkpoints.latest()
+    with finishing(context.tracker(None if found is None else found.step)) as tracker:
+        loop = _Loop(task, settings, context, checkpoints, tracker)
+        start = loop.begin(found)
+        while loop.progress.step < settings.optim.steps:
+            loop.update()
+            if task.at_boundary(loop.progress.step):
+                loop.report()
+                loop.evaluate_if_due()
+                loop.checkpoint_if_due()
+                loop.leave_if_asked()
+        return loop.finish(start)
 
 
 class _Loop:
-    def __init__(self, task: Task, settings: LoopSettings, context: LoopContext) -> None:
+    def __init__(
+        self,
+        task: Task,
+        settings: LoopSettings,
+        context: LoopContext,
+        checkpoints: Checkpoints,
+        tracker: Tracker,
+    ) -> None:
         self.task, self.settings, self.context = task, settings, context
+        self.checkpoints, self.tracker = checkpoints, tracker
         self.progress = _Progress()
         self.optimizer = build_optimizer(task.module.named_parameters(), settings.optim)
         wrapped, self.optimizer = context.world.prepare(task.module, self.optimizer)
         task.attach(wrapped)
-        self.checkpoints = Checkpoints(
-            context.folder / "checkpoints", keep=settings.keep_checkpoints
-        )
         self.best = BestWeights(context.folder / "best")
         self.trainable = [p for p in task.module.parameters() if p.requires_grad]
         self.latest: dict[str, float] = {}
 
-    def resume(self) -> int:
-        """Go back to the newest intact checkpoint; return its step."""
-        found = self.checkpoints.latest()
+    def begin(self, found: Checkpoint | None) -> int:
+        """Start from checkpoint `found`, or afresh; return the number of steps already done."""
         if found is None:
-            self.tracker = self.context.tracker(None)
             self.evaluate_if_due()
             return 0
         load_trainable(self.task.module, found.weights)
@@ -212,7 +222,6 @@ class _Loop:
         torch.set_num_threads(found.state["threads"])
         self.task.load_state(found.state["task"])
         self.progress = _Progress(**found.state["loop"])
-        self.tracker = self.context.tracker(found.step)
         log.info("resumed at step %d", found.step)
         return found.step
 
@@ -250,10 +259,12 @@ class _Loop:
         if found.samples is not None:
             self.tracker.table("eval/samples", found.samples.columns, found.samples.rows, step)
         self.progress.last_eval = step
-        self.progress.final_metrics = dict(found.metrics)
         self.latest |= found.metrics
         best = self.progress.best_objective
-        if best is None or found.objective > best:
+        better = best is None or found.objective > best
+        if better or not self.settings.select_best:
+            self.progress.published_metrics = dict(found.metrics)
+        if better:
             self.progress.best_objective, self.progress.best_step = found.objective, step
             if self.settings.select_best and self.context.world.is_main:
                 self.context.before_write()
@@ -292,11 +303,12 @@ class _Loop:
             published = self.progress.best_step
             self.best.restore(published, self.task.module)
         objective = self.progress.best_objective
-        metrics = self.progress.final_metrics | {"published_step": float(published)}
+        metrics = self.progress.published_metrics | {"published_step": float(published)}
         if objective is not None:
             metrics["best_objective"] = objective
         self.tracker.summary(metrics)
-        return Outcome(metrics, published, self.progress.step - start)
+        steps_run = self.progress.step - start
+        return Outcome(metrics, objective, self.tracker.run_id, published, steps_run)
 
     def _diverged(self, what: str) -> str:
         return (

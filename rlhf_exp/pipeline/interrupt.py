@@ -1,0 +1,35 @@
+"""Ctrl-C: the first one finishes the iteration in flight and saves, the second leaves at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def polite_interrupts() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether the user has pressed Ctrl-C inside the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        print(
+            "\ninterrupted: saving at the end of this iteration (Ctrl-C again leaves at once, back "
+            "to the last checkpoint)",
+            file=sys.stderr,
+        )
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

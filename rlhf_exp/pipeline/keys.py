@@ -1,0 +1,111 @@
+"""What a stage's result depends on, and the key that stands for it.
+
+A key is made of resolved values, never of the overrides that led to them: editing a default changes
+the key as an override would.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.config.data import DataConfig, Source
+from rlhf_exp.config.fields import key_content
+from rlhf_exp.config.model import ModelConfig
+from rlhf_exp.config.root import Config
+from rlhf_exp.store.fingerprint import DigestCache, key_of
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+class Keys:
+    """Makes the keys of one experiment.
+
+    Args:
+        config: The experiment.
+        digests: Remembers digests of large files.
+    """
+
+    def __init__(self, config: Config, digests: DigestCache) -> None:
+        self.config, self.digests = config, digests
+
+    def sft(self) -> str:
+        """Return the key of the SFT model."""
+        return self._key("sft", {"model": self._model(), "sft": key_content(self.config.sft)})
+
+    def reward(self, parents: dict[str, str]) -> str:
+        """Return the key of the reward model; without an SFT parent it starts from the base."""
+        content: dict[str, Any] = {"reward": key_content(self.config.reward), "parents": parents}
+        if not parents:
+            content["model"] = self._model()
+        return self._key("reward", content)
+
+    def ppo(self, parents: dict[str, str]) -> str:
+        """Return the key of the PPO policy."""
+        content = {"ppo": key_content(self.config.ppo), "parents": parents}
+        if self.config.ppo.reward.function is not None:
+            content["function"] = self._function(self.config.ppo.reward.function)
+        return self._key("ppo", content)
+
+    def eval(self, parents: dict[str, str]) -> str:
+        """Return the key of the evaluation."""
+        section = self.config.ppo
+        content: dict[str, Any] = {
+            "eval": key_content(self.config.eval),
+            "parents": parents,
+            "sizes": [section.seq_length, section.generation.max_new_tokens],
+        }
+        if section.reward.function is not None:
+            content["function"] = self._function(section.reward.function)
+        return self._key("eval", content)
+
+    def given(self, path: str) -> str:
+        """Return the key of a model that is used instead of a stage's training."""
+        folder = Path(path)
+        if folder.is_dir():
+            return key_of({"given": self.digests.folder(folder, MODEL_FILES)})
+        return key_of({"given_hub_id": path})
+
+    def _key(self, stage: str, content: dict[str, Any]) -> str:
+        common = {
+            "stage": stage,
+            "data": self._data(self.config.data, stage),
+            "precision": self.config.distributed.precision.name,
+            "engine": self.config.engine.name.name,
+        }
+        return key_of(common | content)
+
+    def _model(self) -> dict[str, Any]:
+        section: ModelConfig = self.config.model
+        if section.path is None:
+            return key_content(section)
+        content: dict[str, Any] = {"dtype": section.dtype.name}
+        folder = Path(section.path)
+        if folder.is_dir():
+            return content | {"digest": self.digests.folder(folder, MODEL_FILES)}
+        return content | {"path": section.path, "revision": section.revision}
+
+    def _function(self, reference: str) -> dict[str, str]:
+        file, _, name = reference.rpartition(":")
+        return {"source": self.digests.file(Path(file)), "name": name}
+
+    def _data(self, section: DataConfig, stage: str) -> dict[str, Any]:
+        """Return what of the data counts for a stage: only the files that it reads."""
+        content: dict[str, Any] = {"source": section.source.name, "format": section.format.name}
+        if section.source == Source.toy:
+            return content | {"toy": key_content(section.toy)}
+        whole = key_content(section)
+        for name in ("validation_fraction", "test_fraction", "limit", "path", "revision"):
+            content[name] = whole[name]
+        if section.source == Source.jsonl:
+            files = {
+                "preferences": section.preferences,
+                "test": section.test,
+                # Its scores are normalised on held-out demonstrations.
+                "demonstrations": section.demonstrations if stage in ("sft", "reward") else None,
+                "prompts": section.prompts if stage in ("ppo", "eval") else None,
+            }
+            content["files"] = {
+                name: self.digests.file(Path(path)) for name, path in files.items() if path
+            }
+        return content

@@ -1,0 +1,193 @@
+"""What would run: the steps of a stage, in order, and the state of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+
+from rlhf_exp.config.evaluation import Suite
+from rlhf_exp.config.reward import RewardInit
+from rlhf_exp.config.root import Cache, Config, Stage
+from rlhf_exp.errors import UserError
+from rlhf_exp.pipeline.keys import Keys
+from rlhf_exp.store.artifact import MANIFEST, Artifact, Manifest
+from rlhf_exp.store.code import changed, code_digests
+from rlhf_exp.store.fingerprint import DigestCache
+from rlhf_exp.store.records import Records
+from rlhf_exp.store.store import Store
+
+PACKAGE = Path(__file__).resolve().parents[1]
+MODEL = "model"
+# The config's values are in the key, and these do not compute: a word changed in a message or a
+# help text must not put a trained model in doubt.
+NOT_COMPUTING = ("rlhf_exp/config/", "rlhf_exp/tracking/", "rlhf_exp/store/", "rlhf_exp/errors.py")
+
+
+class State(StrEnum):
+    """What happens to a step."""
+
+    given = "given"
+    cached = "cached"
+    changed = "code changed"
+    resume = "resume"
+    run = "run"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a plan.
+
+    Attributes:
+        stage: Its name.
+        key: Its key.
+        state: What happens to it.
+        parents: The keys of what it starts from, by role.
+        code: Digest of each module it runs.
+        artifact: Its result, if there is one in the store.
+        model: Folder or hub id of a given model.
+        files: The modules that have changed since the result was made.
+        redo: Whether it is to be made again although there is a result.
+    """
+
+    stage: str
+    key: str
+    state: State
+    parents: dict[str, str] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
+    artifact: Artifact | None = None
+    model: str | None = None
+    files: tuple[str, ...] = ()
+    redo: bool = False
+
+    @property
+    def needs_work(self) -> bool:
+        """Whether it would run."""
+        return self.state in (State.run, State.resume)
+
+
+def store_of(config: Config) -> Store:
+    """Return the store of an experiment."""
+    return Store(Path(config.output_dir) / "store")
+
+
+def records_of(config: Config) -> Records:
+    """Return the run records of an experiment."""
+    return Records(Path(config.output_dir) / "sweeps")
+
+
+def stages_of(config: Config) -> tuple[str, ...]:
+    """Return the stages that the config's stage needs, itself included, in order."""
+    needed = {
+        Stage.sft: ("sft",),
+        Stage.reward: ("sft", "reward"),
+        Stage.ppo: ("sft", "reward", "ppo"),
+        Stage.eval: ("sft", "reward", "ppo", "eval"),
+        Stage.pipeline: ("sft", "reward", "ppo", "eval"),
+    }[config.stage]
+    if config.eval.suite == Suite.none:
+        needed = tuple(stage for stage in needed if stage != "eval")
+    own_function = config.ppo.reward.function is not None
+    if own_function and config.stage not in (Stage.reward, Stage.sft):
+        needed = tuple(stage for stage in needed if stage != "reward")
+    if config.stage == Stage.reward and config.reward.init == RewardInit.base:
+        needed = ("reward",)
+    return needed
+
+
+def plan(config: Config) -> list[Step]:
+    """Return the steps of an experiment; changes nothing."""
+    return _Planner(config).steps()
+
+
+def refuse_changed(steps: list[Step]) -> None:
+    """Stop where a result was made by other code than there is now.
+
+    Raises:
+        UserError: Naming the files and the ways on.
+    """
+    stale = [step for step in steps if step.state == State.changed]
+    if not stale:
+        return
+    lines = [f"\n  {step.stage} {step.key}: {', '.join(step.files)}" for step in stale]
+    raise UserError(
+        f"the code has changed since these results were made:{''.join(lines)}\n"
+        f"Make them again with rerun=[{stale[0].stage}] (and all that is built on them), or use "
+        "them as they are with cache=trust"
+    )
+
+
+class _Planner:
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.store = store_of(config)
+        digests = DigestCache(Path(config.output_dir) / "cache" / "digests.json")
+        self.keys = Keys(config, digests)
+        self.done: dict[str, Step] = {}
+
+    def steps(self) -> list[Step]:
+        for stage in stages_of(self.config):
+            use = None if stage == "eval" else getattr(self.config, stage).use
+            self.done[stage] = self._own(stage) if use is None else self._given(stage, use)
+        return list(self.done.values())
+
+    def _own(self, stage: str) -> Step:
+        parents = self._parents(stage)
+        key = self.keys.sft() if stage == "sft" else getattr(self.keys, stage)(parents)
+        code = stage_code(stage)
+        step = Step(stage, key, State.run, parents, code)
+        artifact = self.store.lookup(stage, key)
+        redo = stage in self.config.rerun or any(self.done[role].redo for role in parents)
+        waiting = self.store.unfinished(stage, key) is not None
+        begun = State.resume if waiting else State.run
+        if artifact is None or redo:
+            return replace(step, state=begun, artifact=artifact, redo=artifact is not None)
+        files = tuple(changed(artifact.manifest.code, code))
+        if files and self.config.cache == Cache.strict:
+            return replace(step, state=State.changed, artifact=artifact, files=files)
+        return replace(step, state=State.cached, artifact=artifact, files=files)
+
+    def _parents(self, stage: str) -> dict[str, str]:
+        roles: Mapping[str, tuple[str, ...]] = {
+            "sft": (),
+            "reward": ("sft",) if self.config.reward.init == RewardInit.sft else (),
+            "ppo": ("sft", "reward"),
+            "eval": ("sft", "reward", "ppo"),
+        }
+        return {role: self.done[role].key for role in roles[stage] if role in self.done}
+
+    def _given(self, stage: str, use: str) -> Step:
+        """Return the step of a stage whose result is given: a folder, a run, a key or a hub id."""
+        folder = Path(use)
+        if (folder / MANIFEST).is_file():
+            found = Artifact(folder, Manifest.read(folder))
+            return Step(stage, found.key, State.given, model=str(folder / MODEL), artifact=found)
+        if folder.is_dir():
+            return Step(stage, self.keys.given(use), State.given, model=use)
+        try:
+            record = records_of(self.config).resolve(use, self.store)
+        except UserError as error:
+            if use.count("/") == 1 and not use.startswith((".", "/", "~")):
+                return Step(stage, self.keys.given(use), State.given, model=use)
+            raise UserError(f"{stage}.use={use}: no such folder, run or key. {error}") from error
+        if stage not in record.keys:
+            raise UserError(
+                f"{stage}.use={use}: that run has no {stage}, only {', '.join(record.keys)}"
+            )
+        artifact = self.store.lookup(stage, record.keys[stage])
+        if artifact is None:
+            raise UserError(
+                f"{stage}.use={use}: its {stage} {record.keys[stage]} is no longer in the store"
+            )
+        return Step(
+            stage, artifact.key, State.given, model=str(artifact.path / MODEL), artifact=artifact
+        )
+
+
+def stage_code(stage: str) -> dict[str, str]:
+    """Return the digest of every module that a stage computes with."""
+    digests = code_digests(f"rlhf_exp.stages.{stage}", PACKAGE)
+    return {
+        path: digest for path, digest in digests.items() if not path.startswith(NOT_COMPUTING)
+    }

@@ -1,0 +1,65 @@
+"""What every stage is given and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from rlhf_exp.config.root import Config
+from rlhf_exp.stages.materials import Materials
+
+MODEL = "model"
+"""Folder of the model in an artifact."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Where a stage works and what it starts from.
+
+    Attributes:
+        stage: Its name.
+        key: Its key in the store.
+        folder: Its staging folder.
+        cache: Folder of what can be computed again: tokenized sets, scores of original responses.
+        models: Model folder or hub id by role (`sft`, `reward`, `ppo`).
+        parents: The keys of what it starts from, by role.
+        materials: The data, shared by the stages of one process.
+        before_write: Raises if this process may no longer write.
+        interrupted: Whether the user has asked to stop.
+    """
+
+    stage: str
+    key: str
+    folder: Path
+    cache: Path
+    models: Mapping[str, str]
+    parents: Mapping[str, str]
+    materials: Materials
+    before_write: Callable[[], None]
+    interrupted: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage says of its result; the result itself is in the staging folder.
+
+    Attributes:
+        metrics: Final numbers, for the manifest.
+        objective: What a sweep over this stage maximises.
+        run_id: The tracked run.
+        facts: Plain values for the report: parameter counts, data, cut prompts.
+    """
+
+    metrics: dict[str, float]
+    objective: float | None = None
+    run_id: str | None = None
+    facts: dict[str, float | int | str] = field(default_factory=dict)
+
+
+class Stage(Protocol):
+    """A stage."""
+
+    def __call__(self, config: Config, context: StageContext) -> StageResult:
+        """Do the work in `context.folder`."""

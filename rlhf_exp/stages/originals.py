@@ -1,0 +1,89 @@
+"""Scores of the data set's own responses, computed once for all runs that share a reward."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_exp.config.root import Config
+from rlhf_exp.data.order import batch_index
+from rlhf_exp.data.tokenized import TokenizedPrompts
+from rlhf_exp.distributed.world import World
+from rlhf_exp.engines.native.scoring import Scorer
+from rlhf_exp.stages.context import StageContext
+from rlhf_exp.store.fingerprint import file_digest, key_of
+
+_CHUNK = 1024
+
+
+def original_scores(
+    prompts: TokenizedPrompts, scorer: Scorer, config: Config, context: StageContext, world: World
+) -> Tensor:
+    """Return the score of each prompt's own response: [prompts] float32, NaN where not needed.
+
+    Only the prompts that this run will meet are scored, all at once before training: a score's last
+    bits depend on the batch it was computed in, and this batch is the same however often the run is
+    interrupted.
+    """
+    used = _used(config, len(prompts))
+    path = context.cache / "original_scores" / f"{_key(prompts, used, config, context)}.npy"
+    if path.is_file():
+        return torch.from_numpy(np.load(path))
+    scores = torch.full((len(prompts),), float("nan"))
+    for start in range(0, len(used), _CHUNK):
+        rows = used[start : start + _CHUNK]
+        scores[torch.from_numpy(rows)] = _score(prompts, rows, scorer)
+    if world.is_main:
+        _save(path, scores)
+    return scores
+
+
+def _used(config: Config, count: int) -> np.ndarray:
+    section = config.ppo
+    updates = -(-section.rollouts // section.batch) * section.epochs
+    iterations = -(-section.steps // updates)
+    if iterations * section.rollouts >= count:
+        return np.arange(count)
+    return np.unique(
+        np.concatenate(
+            [batch_index(count, section.rollouts, section.seed, i) for i in range(iterations)]
+        )
+    )
+
+
+def _score(prompts: TokenizedPrompts, rows: np.ndarray, scorer: Scorer) -> Tensor:
+    """Score the rows' own responses; their end-of-sequence token is not part of the content."""
+    parts = [(prompts.prompt[row], prompts.original[row]) for row in rows]
+    lengths = torch.tensor([[len(prompt), len(answer)] for prompt, answer in parts])
+    tokens = torch.zeros(len(parts), int(lengths.sum(1).max()), dtype=torch.int64)
+    for line, (prompt, answer) in enumerate(parts):
+        whole = np.concatenate([prompt, answer]).astype(np.int64)
+        tokens[line, : len(whole)] = torch.from_numpy(whole)
+    return scorer(tokens, lengths[:, 0], (lengths[:, 1] - 1).clamp(min=0))
+
+
+def _key(
+    prompts: TokenizedPrompts, used: np.ndarray, config: Config, context: StageContext
+) -> str:
+    digest = hashlib.sha256()
+    for column in (prompts.prompt, prompts.original):
+        digest.update(np.ascontiguousarray(column.flat).tobytes())
+        digest.update(np.ascontiguousarray(column.offsets).tobytes())
+    digest.update(used.tobytes())
+    function = config.ppo.reward.function
+    judge = context.parents.get("reward")
+    if function is not None:
+        judge = f"{function}:{file_digest(Path(function.rpartition(':')[0]))}"
+    return key_of({"prompts": digest.hexdigest(), "judge": judge})
+
+
+def _save(path: Path, scores: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}-{os.getpid()}.npy")
+    np.save(partial, scores.numpy())
+    partial.rename(path)

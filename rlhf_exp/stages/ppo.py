@@ -1,0 +1,216 @@
+"""The PPO stage: the SFT policy learns to please the reward, without straying far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from rlhf_exp.algo.kl import AdaptiveKL, FixedKL, KLController
+from rlhf_exp.algo.rewards import RewardScaler
+from rlhf_exp.batch import Prompts, Samples
+from rlhf_exp.config.model import Dtype
+from rlhf_exp.config.ppo import PpoConfig, ValueInit, ValueTrunk
+from rlhf_exp.config.root import Config
+from rlhf_exp.data.codec import Codec
+from rlhf_exp.data.rows import Prompt
+from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
+from rlhf_exp.distributed.world import World
+from rlhf_exp.engines.native.experience import Collector, ExperienceSettings
+from rlhf_exp.engines.native.ppo import PpoSettings, PpoTask
+from rlhf_exp.engines.native.validation import ValidationSettings, Validator
+from rlhf_exp.errors import UserError
+from rlhf_exp.models.families import decoder_parts
+from rlhf_exp.models.load import load_causal_lm
+from rlhf_exp.models.policy import Policy
+from rlhf_exp.models.reference import reference_of
+from rlhf_exp.models.reward_model import RewardModel
+from rlhf_exp.rollout.sampler import Sampling, sample
+from rlhf_exp.rollout.stops import Stopper
+from rlhf_exp.stages.context import MODEL, StageContext, StageResult
+from rlhf_exp.stages.originals import original_scores
+from rlhf_exp.stages.scorers import scorer_for
+from rlhf_exp.stages.training import lora_of, parameter_facts, run_loop, world_for
+
+WATCH = ("reward/mean", "kl/sequence", "throughput/samples_per_s")
+VALIDATION_STREAM = 1_000_003
+"""Added to the seed where validation prompts are answered, so that training shares no noise."""
+
+
+def run(config: Config, context: StageContext) -> StageResult:
+    """Train, and leave the policy in `context.folder/model`."""
+    section = config.ppo
+    with world_for(config) as world:
+        codec = context.materials.codec(context.models["sft"])
+        prompts = _prompts(context.materials.corpus.prompts.train, codec, config, context)
+        validation = _prompts(
+            context.materials.corpus.prompts.validation or context.materials.corpus.prompts.train,
+            codec,
+            config,
+            context,
+        )
+        policy = build_policy(config, context)
+        policy.to(world.device)
+        reference = reference_of(policy)
+        scorer = scorer_for(config, context, codec, world)
+        originals = None
+        if section.reward.delta:
+            originals = original_scores(prompts, scorer, config, context, world)
+        settings = _settings(section)
+        collector = Collector(
+            policy,
+            reference,
+            sampler_for(config, policy, codec, section.seed, capture=True),
+            scorer,
+            prompts,
+            originals,
+            RewardScaler(section.reward.scale.value),
+            _controller(section),
+            _experience_settings(config),
+            world,
+        )
+        validator = Validator(
+            policy,
+            reference,
+            sampler_for(config, policy, codec, section.seed + VALIDATION_STREAM, capture=False),
+            scorer,
+            validation,
+            codec,
+            ValidationSettings(
+                section.eval_prompts,
+                section.generation.temperature,
+                section.generation.batch,
+                section.kl.coef,
+            ),
+            world,
+        )
+        task = PpoTask(policy, collector, validator, settings, world)
+        steps = -(-section.steps // settings.updates) * settings.updates
+        outcome = run_loop(config, section, steps, task, world, context, WATCH)
+        policy.save(context.folder / MODEL, codec.tokenizer)
+        facts = parameter_facts(policy) | {"prompts": len(prompts), "cut_prompts": prompts.cut}
+        return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
+
+
+def build_policy(config: Config, context: StageContext) -> Policy:
+    """Return the SFT model with a value head, set up for training."""
+    section = config.ppo
+    dtype = getattr(torch, config.model.dtype.value)
+    attention = config.model.attention.value
+    own = section.value_trunk == ValueTrunk.own
+    from_reward = section.value_init == ValueInit.reward
+    judge = RewardModel.load(context.models["reward"]) if from_reward else None
+    value_model = None
+    if own and judge is None:
+        value_model = load_causal_lm(context.models["sft"], None, dtype, attention)
+    elif own and judge is not None:
+        value_model = judge.trunk
+    policy = Policy(
+        load_causal_lm(context.models["sft"], None, dtype, attention),
+        train_blocks=section.train_blocks,
+        lora=lora_of(section),
+        value_head=True,
+        value_model=value_model,
+        seed=section.seed,
+    ).set_gradient_checkpointing(section.gradient_checkpointing)
+    if judge is not None:
+        assert policy.value_head is not None
+        policy.value_head.copy_from(judge.head.weight, -float(judge.mean))
+    return policy
+
+
+def sampler_for(
+    config: Config, policy: Policy, codec: Codec, seed: int, capture: bool
+) -> Callable[[Prompts], Samples]:
+    """Return a function that answers prompts as PPO's `generation` section says.
+
+    Args:
+        config: The experiment.
+        policy: Who answers.
+        codec: Of the policy.
+        seed: Of the noise.
+        capture: Whether to keep the states entering the first training block, where these are
+            exact enough to train on.
+    """
+    section = config.ppo.generation
+    settings = Sampling(
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        batch=section.batch,
+        eos_id=codec.eos_id,
+        pad_id=codec.pad_id,
+    )
+    stopper = Stopper(codec.tokenizer, codec.stop_strings)
+    block: nn.Module | None = None
+    if capture and _exact(config) and policy.cut is not None:
+        block = decoder_parts(policy.model).blocks[policy.cut]
+
+    def answer(prompts: Prompts) -> Samples:
+        return sample(policy.model, prompts, settings, seed, stopper, block)
+
+    return answer
+
+
+def _exact(config: Config) -> bool:
+    """Whether decoding and a full forward agree closely enough: in fp32 they do (to 1e-4).
+
+    In bf16 they differ by 0.02 nats in the mean, so there the states are computed once more.
+    """
+    return Dtype.float32 == config.distributed.precision == config.model.dtype
+
+
+def _prompts(
+    rows: list[Prompt], codec: Codec, config: Config, context: StageContext
+) -> TokenizedPrompts:
+    section = config.ppo
+    if not rows:
+        raise UserError("data: no prompts; give data.prompts or data.preferences")
+    if section.reward.delta and any(row.original is None for row in rows):
+        raise UserError(
+            "ppo.reward.delta=true subtracts the score of the data set's own response, but "
+            f"{rows[0].origin} has none; give prompts with responses or set ppo.reward.delta=false"
+        )
+    return tokenize_prompts(
+        rows,
+        codec,
+        section.seq_length,
+        section.generation.max_new_tokens,
+        context.cache / "tokenized",
+    )
+
+
+def _controller(section: PpoConfig) -> KLController:
+    kl = section.kl
+    return FixedKL(kl.coef) if kl.target is None else AdaptiveKL(kl.coef, kl.target, kl.horizon)
+
+
+def _settings(section: PpoConfig) -> PpoSettings:
+    return PpoSettings(
+        rollouts=section.rollouts,
+        batch=section.batch,
+        micro_batch=section.micro_batch,
+        epochs=section.epochs,
+        clip_range=section.clip_range,
+        clip_range_value=section.clip_range_value,
+        vf_coef=section.vf_coef,
+        entropy_coef=section.entropy_coef,
+        temperature=section.generation.temperature,
+        kl_stop=section.kl.stop,
+        seed=section.seed,
+    )
+
+
+def _experience_settings(config: Config) -> ExperienceSettings:
+    section = config.ppo
+    return ExperienceSettings(
+        rollouts=section.rollouts,
+        temperature=section.generation.temperature,
+        gamma=section.gamma,
+        lam=section.lam,
+        reward_clip=section.reward.clip,
+        missing_eos_penalty=section.reward.missing_eos_penalty,
+        batch=section.generation.batch,
+        reuse_states=_exact(config),
+        seed=section.seed,
+    )

@@ -1,0 +1,132 @@
+"""The reward stage: a trunk and a scalar head learn people's preferences."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_exp.config.reward import RewardInit
+from rlhf_exp.config.root import Config
+from rlhf_exp.data.codec import Codec
+from rlhf_exp.data.rows import Preference
+from rlhf_exp.data.tokenized import (
+    TokenizedDemonstrations,
+    TokenizedPreferences,
+    tokenize_demonstrations,
+    tokenize_preferences,
+)
+from rlhf_exp.distributed.world import World
+from rlhf_exp.engines.native.reward import RewardSettings, RewardTask, pair_scores
+from rlhf_exp.engines.native.scoring import ModelScorer
+from rlhf_exp.errors import UserError
+from rlhf_exp.evaluation.calibration import calibration
+from rlhf_exp.evaluation.statistics import clopper_pearson
+from rlhf_exp.models.load import load_causal_lm
+from rlhf_exp.models.reward_model import RewardModel
+from rlhf_exp.stages.context import MODEL, StageContext, StageResult
+from rlhf_exp.stages.training import lora_of, parameter_facts, run_loop, steps_of, world_for
+
+WATCH = ("loss/total", "reward/accuracy", "eval/accuracy")
+CALIBRATION = "calibration.json"
+
+
+def run(config: Config, context: StageContext) -> StageResult:
+    """Train, normalise on held-out demonstrations, and leave `context.folder/model`."""
+    section = config.reward
+    rows = context.materials.corpus.preferences
+    if not rows.train:
+        raise UserError("data: no preference pairs to train on; give data.preferences")
+    with world_for(config) as world:
+        codec, model = _initial(config, context)
+        pairs = _tokenize(rows.train, codec, config, context)
+        held_out = _tokenize(rows.validation or rows.train[:100], codec, config, context)
+        settings = RewardSettings(section.batch, section.micro_batch, section.seed)
+        task = RewardTask(model, pairs, held_out, settings, world)
+        steps = steps_of(section.steps, section.epochs, len(pairs), section.batch)
+        outcome = run_loop(config, section, steps, task, world, context, WATCH)
+        metrics = dict(outcome.metrics)
+        metrics |= _normalise(model, codec, config, context, world)
+        if rows.test:
+            test = _tokenize(rows.test, codec, config, context)
+            metrics |= _test(task, test, settings, world, context)
+        model.save(context.folder / MODEL, codec.tokenizer)
+        facts = parameter_facts(model) | {"pairs": len(pairs), "cut_prompts": pairs.cut}
+        return StageResult(metrics, outcome.objective, outcome.run_id, facts)
+
+
+def _initial(config: Config, context: StageContext) -> tuple[Codec, RewardModel]:
+    section = config.reward
+    source = context.models["sft" if section.init == RewardInit.sft else "base"]
+    revision = config.model.revision if section.init == RewardInit.base else None
+    dtype = getattr(torch, config.model.dtype.value)
+    model = load_causal_lm(source, revision, dtype, config.model.attention.value)
+    judge = RewardModel(
+        model, train_blocks=section.train_blocks, lora=lora_of(section), seed=section.seed
+    )
+    judge.set_gradient_checkpointing(section.gradient_checkpointing)
+    return context.materials.codec(source, revision), judge
+
+
+def _tokenize(
+    rows: list[Preference], codec: Codec, config: Config, context: StageContext
+) -> TokenizedPreferences:
+    length = config.reward.seq_length
+    return tokenize_preferences(rows, codec, length, context.cache / "tokenized")
+
+
+def _normalise(
+    model: RewardModel, codec: Codec, config: Config, context: StageContext, world: World
+) -> dict[str, float]:
+    """Shift the scores so that held-out demonstrations average 0; return mean and deviation."""
+    rows = context.materials.corpus.demonstrations
+    held_out = rows.validation or rows.train[:100]
+    if not held_out:
+        return {}
+    tokenized = tokenize_demonstrations(
+        held_out, codec, config.reward.seq_length, context.cache / "tokenized"
+    )
+    scorer = ModelScorer(model, codec, None, world, config.reward.batch, config.reward.seq_length)
+    scores = scorer(*_whole(tokenized))
+    mean, std = float(scores.mean()), float(scores.std())
+    model.set_normalisation(mean, std)
+    return {"demonstrations/mean_before": mean, "demonstrations/std": std}
+
+
+def _whole(demonstrations: TokenizedDemonstrations) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, prompt lengths and content lengths as a scorer takes them."""
+    pairs = [
+        (demonstrations.prompt_ids[row], demonstrations.response_ids[row])
+        for row in range(len(demonstrations))
+    ]
+    lengths = torch.tensor([[len(prompt), len(response)] for prompt, response in pairs])
+    tokens = torch.zeros(len(pairs), int(lengths.sum(1).max()), dtype=torch.int64)
+    for line, pair in enumerate(pairs):
+        whole = np.concatenate(pair).astype(np.int64)
+        tokens[line, : len(whole)] = torch.from_numpy(whole)
+    return tokens, lengths[:, 0], lengths[:, 1] - 1
+
+
+def _test(
+    task: RewardTask,
+    pairs: TokenizedPreferences,
+    settings: RewardSettings,
+    world: World,
+    context: StageContext,
+) -> dict[str, float]:
+    """Return accuracy on test pairs with its 95 % interval, and leave the calibration curve."""
+    chosen, rejected = pair_scores(task.scores, pairs, settings, world)
+    margins = (chosen - rejected).numpy()
+    correct = int((margins > 0).sum())
+    interval = clopper_pearson(correct, len(margins))
+    curve = calibration(margins)
+    (context.folder / CALIBRATION).write_text(json.dumps(curve.to_json()))
+    return {
+        "test/accuracy": correct / len(margins),
+        "test/accuracy_low": interval.low,
+        "test/accuracy_high": interval.high,
+        "test/pairs": float(len(margins)),
+        "test/calibration_error": curve.error,
+    }

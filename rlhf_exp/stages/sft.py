@@ -1,0 +1,107 @@
+"""The SFT stage: a base model, from scratch or pretrained, learns to imitate demonstrations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf_exp.config.model import ModelConfig
+from rlhf_exp.config.root import Config
+from rlhf_exp.data.codec import Codec
+from rlhf_exp.data.collate import PackedRow, pack_demonstrations
+from rlhf_exp.data.rows import Demonstration
+from rlhf_exp.data.tokenized import tokenize_demonstrations
+from rlhf_exp.data.tokenizer import train_tokenizer
+from rlhf_exp.engines.native.sft import SftSettings, SftTask
+from rlhf_exp.errors import UserError
+from rlhf_exp.models.architecture import Architecture
+from rlhf_exp.models.load import build_causal_lm, load_causal_lm
+from rlhf_exp.models.policy import Policy
+from rlhf_exp.stages.context import MODEL, StageContext, StageResult
+from rlhf_exp.stages.materials import Materials
+from rlhf_exp.stages.training import lora_of, parameter_facts, run_loop, steps_of, world_for
+
+WATCH = ("loss/total", "eval/loss", "throughput/tokens_per_s")
+
+
+def run(config: Config, context: StageContext) -> StageResult:
+    """Train, and leave the model in `context.folder/model`."""
+    section = config.sft
+    with world_for(config) as world:
+        codec, model = base_model(config.model, context.materials)
+        rows = context.materials.corpus.demonstrations
+        if not rows.train:
+            raise UserError(
+                "data: no demonstrations to train on; give data.demonstrations, or preferences "
+                "whose chosen sides serve as such"
+            )
+        train_rows, cut = _pack(rows.train, codec, config, context.cache)
+        # A small data set may leave nothing to validate on: the training rows then stand in.
+        validation, _ = _pack(rows.validation or rows.train[:100], codec, config, context.cache)
+        policy = Policy(
+            model,
+            train_blocks=section.train_blocks,
+            lora=lora_of(section),
+            value_head=False,
+            seed=section.seed,
+        ).set_gradient_checkpointing(section.gradient_checkpointing)
+        settings = SftSettings(section.batch, section.micro_batch, section.seed)
+        task = SftTask(policy, train_rows, validation, settings, world)
+        steps = steps_of(section.steps, section.epochs, len(train_rows), section.batch)
+        outcome = run_loop(config, section, steps, task, world, context, WATCH)
+        policy.save(context.folder / MODEL, codec.tokenizer)
+        facts = parameter_facts(policy) | {
+            "rows": len(rows.train),
+            "packed_rows": len(train_rows),
+            "cut_prompts": cut,
+        }
+        return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
+
+
+def base_model(config: ModelConfig, materials: Materials) -> tuple[Codec, PreTrainedModel]:
+    """Return the model that SFT starts from, with its codec.
+
+    Raises:
+        UserError: `model.path` holds no usable model, or one of another shape than
+            `model.architecture` says.
+    """
+    dtype = getattr(torch, config.dtype.value)
+    if config.path is not None:
+        model = load_causal_lm(config.path, config.revision, dtype, config.attention.value)
+        return materials.codec(config.path, config.revision), model
+    shape = config.architecture
+    tokenizer = train_tokenizer(materials.texts(), shape.vocabulary)
+    codec = Codec(tokenizer, materials.config.format.value)
+    architecture = Architecture(
+        type=shape.type.value,
+        layers=shape.layers,
+        width=shape.width,
+        heads=shape.heads,
+        ffn_width=shape.ffn_width or 4 * shape.width,
+        vocabulary=codec.vocab_size,
+        context=shape.context,
+        kv_heads=shape.kv_heads,
+        tied=shape.tied,
+    )
+    model = build_causal_lm(
+        architecture,
+        config.seed,
+        eos_id=codec.eos_id,
+        pad_id=codec.pad_id,
+        dtype=dtype,
+        attention=config.attention.value,
+    )
+    return codec, model
+
+
+def _pack(
+    rows: list[Demonstration], codec: Codec, config: Config, cache: Path
+) -> tuple[list[PackedRow], int]:
+    section = config.sft
+    tokenized = tokenize_demonstrations(rows, codec, section.seq_length, cache / "tokenized")
+    packed = pack_demonstrations(
+        tokenized, section.seq_length, section.packing, section.loss_on.value
+    )
+    return packed, tokenized.cut

@@ -1,0 +1,107 @@
+"""What the three training stages share: from config sections to the engine's flat settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from rlhf_exp.config.load import to_dict
+from rlhf_exp.config.root import Config
+from rlhf_exp.config.training import Select, TrainingConfig
+from rlhf_exp.distributed.world import World, world_of
+from rlhf_exp.engines.native.loop import LoopContext, LoopSettings, Outcome, Task, train
+from rlhf_exp.engines.native.optim import OptimSettings
+from rlhf_exp.models.lora import LoraSettings
+from rlhf_exp.stages.context import StageContext
+from rlhf_exp.tracking.progress import Progress
+from rlhf_exp.tracking.tracker import Tracker, open_tracker
+
+
+@contextmanager
+def world_for(config: Config) -> Iterator[World]:
+    """Open the processes that the config asks for."""
+    section = config.distributed
+    with world_of(section.precision.value, section.threads) as world:
+        yield world
+
+
+def run_loop(
+    config: Config,
+    section: TrainingConfig,
+    steps: int,
+    task: Task,
+    world: World,
+    context: StageContext,
+    watch: tuple[str, ...],
+) -> Outcome:
+    """Run the shared loop with the tracker and the progress bar of a stage."""
+    optim = OptimSettings(
+        lr=section.lr,
+        schedule=section.schedule.value,
+        warmup_steps=section.warmup_steps,
+        steps=steps,
+        betas=(section.betas[0], section.betas[1]),
+        weight_decay=section.weight_decay,
+        grad_norm=section.grad_norm,
+    )
+    settings = LoopSettings(
+        optim=optim,
+        eval_every=section.eval_every,
+        checkpoint_every=section.checkpoint_every,
+        keep_checkpoints=section.keep_checkpoints,
+        select_best=section.select == Select.best,
+    )
+    with Progress(context.stage, steps, watch, shown=world.is_main) as progress:
+        loop = LoopContext(
+            world=world,
+            folder=context.folder,
+            tracker=lambda resume: tracker_for(config, context, resume),
+            on_step=progress.update,
+            before_write=context.before_write,
+            interrupted=context.interrupted,
+        )
+        return train(task, settings, loop)
+
+
+def tracker_for(config: Config, context: StageContext, resume: int | None) -> Tracker:
+    """Open the stage's tracker; the lineage goes into its config, for it works offline too."""
+    section = config.tracking
+    lineage = {"stage": context.stage, "key": context.key, "parents": dict(context.parents)}
+    return open_tracker(
+        section.mode.value,
+        context.folder,
+        project=section.project,
+        entity=section.entity,
+        group=config.name,
+        job_type=context.stage,
+        name=f"{context.stage}-{context.key[:8]}",
+        tags=section.tags,
+        config=to_dict(config) | {"lineage": lineage},
+        resume_step=resume,
+    )
+
+
+def steps_of(steps: int | None, epochs: float | None, rows: int, batch: int) -> int:
+    """Return the number of optimizer steps that `steps` or `epochs` stands for."""
+    if steps is not None:
+        return steps
+    assert epochs is not None, "checked with the config"
+    return max(1, math.ceil(epochs * rows / batch))
+
+
+def lora_of(section: TrainingConfig) -> LoraSettings | None:
+    """Return the adapter asked for, if any."""
+    lora = section.lora
+    return LoraSettings(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
+
+
+def parameter_facts(module: nn.Module) -> dict[str, float | int | str]:
+    """Return how many parameters there are and how many train."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return {
+        "parameters": sum(size for size, _ in sizes),
+        "trainable": sum(size for size, trains in sizes if trains),
+    }

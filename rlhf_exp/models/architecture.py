@@ -96,29 +96,52 @@ class ParameterCount:
         return min(train_blocks, self.blocks) * self.block + self.norm + (0 if tied else self.head)
 
 
+def linear_shapes(architecture: Architecture) -> list[tuple[int, int]]:
+    """Return (inputs, outputs) of each linear layer of one block."""
+    shape = architecture
+    width, inner = shape.width, shape.ffn_width
+    queries = shape.heads * shape.width_per_head
+    keys = shape.key_value_heads * shape.width_per_head
+    if shape.type in ("gpt2", "gpt_neox"):
+        attention = [(width, 3 * width), (width, width)]
+    elif shape.type == "gptj":
+        attention = [(width, width)] * 4
+    elif shape.type in ("llama", "qwen2", "qwen3"):
+        attention = [(width, queries), (width, keys), (width, keys), (queries, width)]
+        return [*attention, (width, inner), (width, inner), (inner, width)]
+    else:
+        raise ValueError(f"architecture type {shape.type!r}: expected one of {', '.join(TYPES)}")
+    return [*attention, (width, inner), (inner, width)]
+
+
 def count_parameters(architecture: Architecture) -> ParameterCount:
     """Return the exact number of parameters of a model of this shape."""
     shape = architecture
-    width, inner, vocabulary = shape.width, shape.ffn_width, shape.vocabulary
-    layer_norm = 2 * width
-    two_matrices = 2 * width * inner + inner + width  # feed-forward of GPTs, with biases
-    embedding, norm = vocabulary * width, layer_norm
-    head = 0 if shape.tied else vocabulary * width
+    matrices = linear_shapes(shape)
+    weights = sum(inputs * outputs for inputs, outputs in matrices)
+    biases = sum(outputs for _, outputs in matrices)
+    feed_forward_biases = shape.ffn_width + shape.width
+    layer_norm, rms_norm = 2 * shape.width, shape.width
+    attention_biases = sum(outputs for _, outputs in matrices[:3])
+    extra = {
+        "gpt2": 2 * layer_norm + biases,
+        "gptj": layer_norm + feed_forward_biases,
+        "gpt_neox": 2 * layer_norm + biases,
+        "llama": 2 * rms_norm,
+        "qwen2": 2 * rms_norm + attention_biases,
+        "qwen3": 2 * rms_norm + 2 * shape.width_per_head,
+    }
+    embedding = shape.vocabulary * shape.width
+    head = 0 if shape.tied else embedding
     if shape.type == "gpt2":
-        embedding += shape.context * width
-        block = 2 * layer_norm + 4 * (width * width + width) + two_matrices
-    elif shape.type == "gptj":
-        block = layer_norm + 4 * width * width + two_matrices
-        head += vocabulary  # the head's bias is its own even when the weight is tied
-    elif shape.type == "gpt_neox":
-        block = 2 * layer_norm + 4 * (width * width + width) + two_matrices
-    elif shape.type in ("llama", "qwen2", "qwen3"):
-        norm = width
-        queries = shape.heads * shape.width_per_head
-        keys = shape.key_value_heads * shape.width_per_head
-        block = 2 * width + 2 * width * queries + 2 * width * keys + 3 * width * inner
-        extra = {"llama": 0, "qwen2": queries + 2 * keys, "qwen3": 2 * shape.width_per_head}
-        block += extra[shape.type]
-    else:
-        raise ValueError(f"architecture type {shape.type!r}: expected one of {', '.join(TYPES)}")
-    return ParameterCount(embedding, block, shape.layers, norm, head)
+        embedding += shape.context * shape.width
+    if shape.type == "gptj":
+        head += shape.vocabulary  # the head's bias is its own even when the weight is tied
+    norm = layer_norm if shape.type.startswith("gpt") else rms_norm
+    return ParameterCount(embedding, weights + extra[shape.type], shape.layers, norm, head)
+
+
+def count_lora(architecture: Architecture, rank: int, train_blocks: int | None = None) -> int:
+    """Return the parameters of an adapter on every linear layer of the last blocks."""
+    blocks = architecture.layers if train_blocks is None else train_blocks
+    return blocks * rank * sum(inputs + outputs for inputs, outputs in linear_shapes(architecture))

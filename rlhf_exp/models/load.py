@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.architecture import TYPES, Architecture
+
+transformers.logging.disable_progress_bar()  # a stage shows one of its own
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
@@ -43,12 +47,27 @@ def load_causal_lm(
         UserError: `path` is no model, has no safetensors, or lacks some of the weights.
     """
     config = load_config(path, revision)
-    without_dropout(config)
+    return load_pretrained(AutoModelForCausalLM, path, config, revision, dtype, attention)
+
+
+def load_pretrained(
+    kind: Any,  # noqa: ANN401 - one of transformers' auto classes
+    path: str | Path,
+    config: PreTrainedConfig,
+    revision: str | None,
+    dtype: torch.dtype,
+    attention: Attention,
+) -> PreTrainedModel:
+    """Load a model of auto class `kind`, with every dropout in `config` set to 0.
+
+    Raises:
+        UserError: as for `load_causal_lm`.
+    """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             path,
             revision=revision or "main",
-            config=config,
+            config=without_dropout(config),
             dtype=dtype,
             attn_implementation=supported_attention(config, attention),
             use_safetensors=True,
@@ -56,12 +75,13 @@ def load_causal_lm(
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(_no_model(path, error)) from error
-    model, report = loaded
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged safetensors file ({error})") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
-            f"model.path={path}: {len(missing)} weights of a {config.model_type} model are not in "
-            f"its safetensors files (first: {missing[0]}); give a complete causal language model"
+            f"{path}: {len(missing)} weights of a {type(model).__name__} are not in its "
+            f"safetensors files (first: {missing[0]}); give a complete model"
         )
     return ready(model)
 
@@ -75,9 +95,11 @@ def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConf
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
-            f"model.path={path}: the folder has no config.json, so it is no model; give a folder "
+            f"{path}: the folder has no config.json, so it is no model; give a folder "
             "written by save_pretrained (config.json and *.safetensors)"
         )
+    if not folder.is_dir() and (folder.is_absolute() or str(path).startswith((".", "~"))):
+        raise UserError(f"{path}: no such folder; give a model's folder, or a hub id")
     try:
         return AutoConfig.from_pretrained(path, revision=revision or "main")
     except (OSError, ValueError, KeyError) as error:
@@ -94,7 +116,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
         return AutoTokenizer.from_pretrained(path, revision=revision or "main")
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise UserError(
-            f"no tokenizer can be loaded from {path} ({_first_line(error)}); a model folder needs "
+            f"{path}: no tokenizer can be loaded from there ({_first_line(error)}); a model folder needs "
             "a tokenizer.json and tokenizer_config.json"
         ) from error
 
@@ -216,8 +238,8 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 
 def _no_model(path: str | Path, error: BaseException) -> str:
     return (
-        f"model.path={path}: no causal language model can be loaded from it "
-        f"({_first_line(error)}); give a hub id, or a folder with config.json and *.safetensors"
+        f"{path}: no model can be loaded from there ({_first_line(error)}); give a folder with "
+        "config.json and *.safetensors, or a hub id"
     )
 
 

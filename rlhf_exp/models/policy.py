@@ -5,7 +5,7 @@ B rows, S tokens, T response tokens, D width. Batches are right-padded without a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -184,22 +184,6 @@ class Policy(nn.Module):
     def trainable_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what trains, each parameter once: all that a checkpoint has to store."""
         return ((name, value) for name, value in self.named_parameters() if value.requires_grad)
-
-    @torch.no_grad()
-    def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `trainable_named_parameters` yielded.
-
-        Raises:
-            UserError: the names are not those of what trains here.
-        """
-        own = dict(self.trainable_named_parameters())
-        odd = sorted(own.keys() ^ tensors.keys())
-        if odd:
-            raise UserError(
-                f"checkpoint of another policy: {len(odd)} parameters differ (first: {odd[0]})"
-            )
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
 
     def set_gradient_checkpointing(self, on: bool) -> Self:
         """Recompute each block's activations in the backward pass; takes effect in train mode."""

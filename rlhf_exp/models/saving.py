@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +50,8 @@ def with_state(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedMo
         plain = type(model)(copy.deepcopy(model.config))
     plain.load_state_dict(state, assign=True, strict=True)
     plain.tie_weights()
-    plain.generation_config = model.generation_config
+    if getattr(model, "generation_config", None) is not None:
+        plain.generation_config = model.generation_config
     return plain
 
 
@@ -69,7 +71,7 @@ def load_head(head: nn.Module, path: Path) -> None:
     """
     try:
         head.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: not the head that is expected there ({error})") from error
-    except Exception as error:  # safetensors' own error derives from Exception alone
+    except SafetensorError as error:
         raise UserError(f"{path}: damaged safetensors file ({error})") from error

@@ -19,7 +19,7 @@ class ValueHead(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, weight: Tensor, offset: float) -> None:
-        """Start as a reward head: `weight` [1, D] or [D], and `offset` added to its product."""
+        """Start as a reward head: `weight` [1, D] or [D], and `offset` added to the product."""
         self.weight.copy_(weight.reshape(-1))
         self.bias.fill_(offset)
 

@@ -50,9 +50,9 @@ class Codec:
         _check(tokenizer, prompt_format)
         self.tokenizer = tokenizer
         self.prompt_format = prompt_format
-        self.eos_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        self.eos_id = int(tokenizer.eos_token_id)
         pad = tokenizer.pad_token_id
-        self.pad_id = self.eos_id if pad is None else int(pad)  # type: ignore[arg-type]
+        self.pad_id = self.eos_id if pad is None else int(pad)
         self.vocab_size = len(tokenizer)
         self.stop_strings: tuple[str, ...] = HH_STOPS if prompt_format == "hh" else ()
         self._prefix = self._leading_tokens()
@@ -108,13 +108,13 @@ class Codec:
             return_attention_mask=False,
             verbose=False,
         )
-        return [list(ids) for ids in encoded["input_ids"]]  # type: ignore[union-attr]
+        return [list(ids) for ids in encoded["input_ids"]]
 
     def _leading_tokens(self) -> list[int]:
         """Return what the tokenizer puts before a text (templates write their own)."""
         if self.prompt_format == "chat_template":
             return []
-        whole = list(self.tokenizer("x")["input_ids"])  # type: ignore[arg-type]
+        whole = list(self.tokenizer("x")["input_ids"])
         bare = self._encode(["x"], literal=True)[0]
         starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
         return whole[: starts[0]] if starts else []

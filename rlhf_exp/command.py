@@ -56,7 +56,7 @@ def _launch(argv: Sequence[str]) -> None:
     if not (arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion):
         _check_jobs(overrides, arguments.multirun, folders)
     # Hydra's own way of reporting hides the exception and makes every exit code 1.
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *flags, *overrides]
     register_schema()
     _refused.clear()
@@ -122,7 +122,7 @@ def job(tree: DictConfig) -> float | None:
 
     settings = HydraConfig.get()
     try:
-        from rlhf_exp.pipeline import run
+        from rlhf_exp.experiment import run
 
         return run(to_config(tree), list(settings.overrides.task))
     except UserError as error:

@@ -1,0 +1,108 @@
+"""One experiment from its config to its report: plan, run, record, evaluate, tell."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from rlhf_exp.config.root import Config
+from rlhf_exp.errors import UserError
+from rlhf_exp.pipeline.plan import Step, plan, records_of, refuse_changed
+from rlhf_exp.pipeline.run import Done, run_steps
+from rlhf_exp.pipeline.view import memory_table, plan_table
+from rlhf_exp.store.artifact import Artifact
+from rlhf_exp.store.records import RunRecord, Status
+
+UNNAMED = "unnamed"
+
+
+def run(config: Config, overrides: list[str]) -> float | None:
+    """Run an experiment, or print its plan.
+
+    Args:
+        config: The experiment, checked.
+        overrides: The command line, for the record.
+
+    Returns:
+        What a search maximises: the last training stage's objective on validation data.
+
+    Raises:
+        UserError: Something the user can mend.
+        KeyboardInterrupt: The user stopped the run; a checkpoint holds what was done.
+    """
+    console = Console(stderr=True)
+    steps = plan(config)
+    console.print(plan_table(steps))
+    if config.plan:
+        console.print(memory_table(config))
+        return None
+    refuse_changed(steps)
+    record = RunRecord(
+        name=config.name or UNNAMED,
+        stage=config.stage.name,
+        keys={step.stage: step.key for step in steps},
+        overrides=tuple(overrides),
+        seed=config.seed,
+        status=Status.running,
+    )
+    done = _recorded(config, steps, record, console)
+    objective = _objective(done)
+    records_of(config).write(replace(record, status=Status.done, objective=objective))
+    _tell(config, done, console)
+    return objective
+
+
+def _recorded(
+    config: Config, steps: list[Step], record: RunRecord, console: Console
+) -> list[Done]:
+    """Run the steps, keeping the run's record true however they end."""
+    records = records_of(config)
+    records.write(record)
+    try:
+        return run_steps(config, steps, lambda text: console.print(Text(text)))
+    except (KeyboardInterrupt, SystemExit):
+        records.write(replace(record, status=Status.interrupted))
+        raise
+    except UserError as error:
+        records.write(replace(record, status=Status.failed, error=str(error)))
+        raise
+    except Exception:
+        records.write(replace(record, status=Status.failed, error=traceback.format_exc()))
+        raise
+
+
+def _objective(done: list[Done]) -> float | None:
+    trained = [one for one in done if one.step.stage != "eval" and one.artifact is not None]
+    last = trained[-1].artifact if trained else None
+    return None if last is None else last.manifest.objective
+
+
+def _tell(config: Config, done: list[Done], console: Console) -> None:
+    """Write the report, and print the results, its path and how to load the model."""
+    from rlhf_exp.report.gather import gather, loading_code
+    from rlhf_exp.report.page import build_report
+    from rlhf_exp.evaluation.result import QuickResult
+    from rlhf_exp.report.terminal import print_quick
+
+    artifacts: dict[str, Artifact] = {
+        one.step.stage: one.artifact for one in done if one.artifact is not None
+    }
+    if not artifacts:
+        return
+    final = list(artifacts.values())[-1]
+    title = config.name or f"{final.stage} {final.key[:8]}"
+    trained = [one.step.stage for one in done if one.trained]
+    data = gather(title, artifacts, trained)
+    path = Path(config.output_dir) / "reports" / f"{final.stage}-{final.key}.html"
+    build_report(data, path)
+    out = Console()
+    if data.evaluation is not None:
+        print_quick(QuickResult.from_json(data.evaluation), out)
+    out.print(f"\nReport: {path.resolve()}", soft_wrap=True, highlight=False)
+    models = [one for one in done if one.step.stage in ("sft", "ppo")]
+    if models:
+        out.print(f"\n{loading_code(Path(models[-1].model))}", soft_wrap=True, markup=False)

@@ -1,0 +1,182 @@
+"""The plan as tables: what would run, parameter counts, and memory of each process."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from rlhf_exp.config.model import ArchitectureConfig, Dtype
+from rlhf_exp.config.root import Config
+from rlhf_exp.config.running import Strategy
+from rlhf_exp.config.training import TrainingConfig
+from rlhf_exp.models.architecture import Architecture, count_lora, count_parameters
+from rlhf_exp.models.memory import (
+    AUTOCAST,
+    FLOAT32,
+    HALF_WITH_MASTER,
+    MemoryEstimate,
+    Precision,
+    Sharding,
+    Workload,
+    estimate_memory,
+)
+from rlhf_exp.pipeline.plan import State, Step, stages_of
+
+GIB = 1 << 30
+_GPUS = (24, 40, 80)
+_COLOURS = {
+    State.given: "cyan",
+    State.cached: "green",
+    State.changed: "red",
+    State.resume: "yellow",
+    State.run: "bold",
+}
+
+
+def plan_table(steps: list[Step]) -> Table:
+    """Return the steps with their state."""
+    table = Table("stage", "key", "state", "what", box=None, pad_edge=False)
+    for step in steps:
+        what = ", ".join(step.files)
+        if step.state == State.given and step.model is not None:
+            what = step.model
+        elif step.redo:
+            what = "again, replacing the result in the store"
+        elif step.state == State.cached and step.files:
+            what = f"trusted although changed: {what}"
+        elif step.artifact is not None and step.state == State.cached:
+            what = f"made {step.artifact.manifest.created[:16]}"
+        colour = _COLOURS[step.state]
+        table.add_row(step.stage, step.key, f"[{colour}]{step.state}[/]", what)
+    return table
+
+
+def memory_table(config: Config) -> Table:
+    """Return parameter counts and estimated memory of each training stage, for one process."""
+    stages = [stage for stage in stages_of(config) if stage != "eval"]
+    shape = architecture_of(config.model.architecture)
+    total = count_parameters(shape).total
+    table = Table(
+        title=f"{config.model.name}: {_count(total)} parameters, GiB per process",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("")
+    for stage in stages:
+        table.add_column(stage, justify="right")
+    estimates = [stage_memory(config, stage, shape) for stage in stages]
+    trained = [_trained(getattr(config, stage), shape) for stage in stages]
+    table.add_row("trains", *(_count(number) for number in trained))
+    for label, name in (
+        ("weights", "weights"),
+        ("gradients", "gradients"),
+        ("optimizer", "optimizer"),
+        ("activations", "activations"),
+        ("logits chunk", "logits"),
+        ("KV cache", "kv_cache"),
+        ("trunk states", "trunk_states"),
+        ("reference", "reference"),
+        ("reward model", "reward_model"),
+        ("host memory", "host"),
+    ):
+        table.add_row(label, *(_gib(getattr(found, name)) for found in estimates))
+    table.add_row("[bold]peak", *(f"[bold]{_gib(found.peak)}" for found in estimates))
+    for size in _GPUS:
+        # A GiB for the CUDA context, and a tenth for the allocator's fragmentation.
+        fits = [found.peak * 1.1 + GIB <= size * GIB for found in estimates]
+        table.add_row(f"fits {size} GB", *("yes" if fit else "no" for fit in fits))
+    return table
+
+
+def architecture_of(section: ArchitectureConfig) -> Architecture:
+    """Return the shape that the config describes."""
+    return Architecture(
+        type=section.type.value,
+        layers=section.layers,
+        width=section.width,
+        heads=section.heads,
+        ffn_width=section.ffn_width or 4 * section.width,
+        vocabulary=section.vocabulary,
+        context=section.context,
+        kv_heads=section.kv_heads,
+        tied=section.tied,
+    )
+
+
+def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstimate:
+    """Return the estimate of one stage."""
+    section: TrainingConfig = getattr(config, stage)
+    processes = config.distributed.processes
+    share = -(-section.batch // processes)
+    rows = min(section.micro_batch or share, share)
+    blocks, rank = section.train_blocks, section.lora.rank
+    length = getattr(section, "seq_length")  # noqa: B009 - each stage has its own
+    settings = {
+        "precision": _precision(config),
+        "sharding": _sharding(config),
+        "train_blocks": blocks,
+        "lora_rank": rank,
+    }
+    checkpointing = section.gradient_checkpointing
+    if stage == "sft":
+        work = Workload(rows, length, length, checkpointing)
+        return estimate_memory(shape, work, **settings)
+    if stage == "reward":
+        work = Workload(2 * rows, length, 0, checkpointing)
+        return estimate_memory(shape, work, **settings)
+    ppo = config.ppo
+    rollouts = -(-ppo.rollouts // processes)
+    work = Workload(
+        rows,
+        length,
+        ppo.generation.max_new_tokens,
+        checkpointing,
+        decoded_rows=min(ppo.generation.batch, rollouts),
+        cached_rows=rollouts if blocks is not None else 0,
+    )
+    reference = "lora" if rank else "full" if blocks is None else "shared"
+    judge = None if ppo.reward.function is not None else shape
+    return estimate_memory(
+        shape,
+        work,
+        reference=reference,
+        reward_model=judge,
+        value_model=ppo.value_trunk.name == "own",
+        **settings,
+    )
+
+
+def _precision(config: Config) -> Precision:
+    if config.model.dtype == Dtype.bfloat16:
+        return HALF_WITH_MASTER
+    return AUTOCAST if config.distributed.precision == Dtype.bfloat16 else FLOAT32
+
+
+def _sharding(config: Config) -> Sharding:
+    section = config.distributed
+    strategy = section.strategy
+    whole = strategy in (Strategy.zero3, Strategy.fsdp)
+    return Sharding(
+        section.processes,
+        optimizer=whole or strategy in (Strategy.zero1, Strategy.zero2),
+        gradients=whole or strategy == Strategy.zero2,
+        weights=whole,
+        offload=section.offload,
+    )
+
+
+def _trained(section: TrainingConfig, shape: Architecture) -> int:
+    if section.lora.rank:
+        return count_lora(shape, section.lora.rank, section.train_blocks)
+    return count_parameters(shape).trainable(section.train_blocks, shape.tied)
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.3f}" if size < GIB else f"{size / GIB:.1f}"

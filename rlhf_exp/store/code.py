@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from rlhf_exp.errors import UserError
 
 
-def code_digests(entry_module: str, package_root: Path) -> dict[str, str]:
+def code_digests(
+    entry_module: str, package_root: Path, exclude: Iterable[str] = ()
+) -> dict[str, str]:
     """Return the digest of every module that `entry_module` imports, itself included.
 
     Imports are found in the source, at any depth and inside functions, transitively; also modules
@@ -27,6 +29,8 @@ def code_digests(entry_module: str, package_root: Path) -> dict[str, str]:
     Args:
         entry_module: dotted name, such as `rlhf_exp.stages.ppo`.
         package_root: folder of the package itself, whose name is the first part of the dotted name.
+        exclude: dotted names of modules and packages that cannot change results and are not
+            followed, such as `rlhf_exp.report`.
 
     Returns:
         Relative path of each file, with slashes (`rlhf_exp/algo/losses.py`), to 16 hex characters,
@@ -40,6 +44,7 @@ def code_digests(entry_module: str, package_root: Path) -> dict[str, str]:
     if _module_file(root, entry_module) is None:
         raise ModuleNotFoundError(f"no module {entry_module} below {root}")
     digests: dict[str, str] = {}
+    left_out = tuple(exclude)
     waiting, seen = [entry_module], {entry_module}
     while waiting:
         module = waiting.pop()
@@ -51,7 +56,7 @@ def code_digests(entry_module: str, package_root: Path) -> dict[str, str]:
             digests[path.relative_to(root.parent).as_posix()] = digest
         for name in names:
             for found in _importable(root, name):
-                if found not in seen:
+                if found not in seen and not _below(found, left_out):
                     seen.add(found)
                     waiting.append(found)
     return dict(sorted(digests.items()))
@@ -60,6 +65,10 @@ def code_digests(entry_module: str, package_root: Path) -> dict[str, str]:
 def changed(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """Return the files whose digests differ, those that came and those that went, sorted."""
     return sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
+
+
+def _below(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == one or module.startswith(f"{one}.") for one in packages)
 
 
 def _module_file(root: Path, module: str) -> Path | None:
@@ -155,6 +164,10 @@ def _written(value: object) -> str:
     """
     if isinstance(value, ast.Constant):
         return f"{type(value.value).__name__}:{value.value!r}"
+    if isinstance(value, ast.JoinedStr):
+        # Python 3.12 ends some f-strings with an empty piece.
+        pieces = [one for one in value.values if getattr(one, "value", None) != ""]
+        return f"JoinedStr({_written(pieces)})"
     if isinstance(value, ast.AST):
         parts = [
             f"{name}={_written(item)}"

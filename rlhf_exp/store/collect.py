@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.artifact import MANIFEST, Artifact
-from rlhf_exp.store.files import FULL, last_change, tree_size
+from rlhf_exp.store.files import DRAFTS, FULL, last_change, tree_size
 from rlhf_exp.store.holders import ABANDONED_S, holders, lease_path
 from rlhf_exp.store.lease import try_hold
-from rlhf_exp.store.publish import delete
+from rlhf_exp.store.publish import delete, shred
 
 if TYPE_CHECKING:
     from rlhf_exp.store.store import Store
@@ -59,7 +58,7 @@ def collect(store: Store, referenced: set[str], dry_run: bool, grace_s: float) -
     for stage, key, removal in [*_unreferenced(artifacts, kept), *_stagings(store, kept, grace_s)]:
         if dry_run or _delete(store, stage, key, removal.path, grace_s):
             removals.append(removal)
-    for path, reason in _leftovers(store, grace_s):
+    for path, reason in _leftovers(store, kept, grace_s):
         removals.append(Removal(path, tree_size(path), reason))
         if not dry_run:
             _discard(store, path)
@@ -100,7 +99,7 @@ def _unreferenced(artifacts: list[Artifact], kept: set[str]) -> Iterator[tuple[s
 
 def _stagings(store: Store, kept: set[str], grace_s: float) -> Iterator[tuple[str, str, Removal]]:
     held = {(holder.stage, holder.key) for holder in holders(store.root)}
-    for path in sorted((store.root / ".staging").glob("*")):
+    for path in sorted((store.root / ".staging").glob("[!.]*")):
         stage, _, key = path.name.removesuffix(".publish.json").partition("-")
         if (stage, key) in held or last_change(path) > time.time() - grace_s:
             continue
@@ -137,13 +136,17 @@ def _exclusively(store: Store, stage: str, key: str) -> Iterator[bool]:
         yield held
 
 
-def _leftovers(store: Store, grace_s: float) -> Iterator[tuple[Path, str]]:
+def _leftovers(store: Store, kept: set[str], grace_s: float) -> Iterator[tuple[Path, str]]:
     """Yield what dead processes left behind and nobody can need."""
     for path in sorted((store.root / ".trash").glob("*")):
         yield path, "half deleted"
     for path in store.damaged():
-        if last_change(path) <= time.time() - grace_s:
+        if path.name not in kept and last_change(path) <= time.time() - grace_s:
             yield path, "has no readable manifest"
+    for folder in (store.root / ".staging", store.root / ".leases"):
+        for path in sorted(folder.glob(DRAFTS)):
+            if last_change(path) <= time.time() - grace_s:
+                yield path, "half written"
     live = {f"{holder.stage}-{holder.key}" for holder in holders(store.root)}
     for path in sorted((store.root / ".leases").glob("*.json")):
         old = last_change(path) <= time.time() - max(grace_s, ABANDONED_S)
@@ -152,10 +155,11 @@ def _leftovers(store: Store, grace_s: float) -> Iterator[tuple[Path, str]]:
 
 
 def _discard(store: Store, path: Path) -> None:
-    if path.parent.name == ".trash" and path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+    if path.parent.name == ".trash" or path.match(DRAFTS):
+        shred(path)
     elif path.is_dir():
         delete(store.root, path)
     else:
-        path.unlink(missing_ok=True)
-        path.with_suffix(".lease").unlink(missing_ok=True)
+        stage, _, key = path.stem.partition("-")
+        with try_hold(store, stage, key):
+            pass  # letting it go deletes both files

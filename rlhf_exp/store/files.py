@@ -7,14 +7,18 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rlhf_exp.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# What a writer that was killed leaves behind; never part of an artifact.
+DRAFTS = ".*.draft"
 
 
 def write_text_atomic(path: Path, text: str, *, durable: bool = True) -> None:
@@ -28,7 +32,7 @@ def write_text_atomic(path: Path, text: str, *, durable: bool = True) -> None:
     Raises:
         OSError: as the file system says (disk full, read-only); no partial file is left.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.draft")
     try:
         with draft.open("w", encoding="utf-8") as handle:
             handle.write(text)
@@ -98,14 +102,18 @@ def tree_size(path: Path) -> int:
 
 
 def last_change(path: Path) -> float:
-    """Newest modification time (seconds since the epoch) of `path` and all below it."""
+    """Newest modification time of `path` and all below it, in seconds since the epoch.
+
+    Now, if something vanishes meanwhile.
+    """
+    below = (Path(place) / name for place, _, names in os.walk(path) for name in ["", *names])
     newest = 0.0
-    for place, _, names in os.walk(path):
-        for name in ["", *names]:
-            try:
-                newest = max(newest, (Path(place) / name).lstat().st_mtime)
-            except FileNotFoundError:
-                continue
+    for one in chain([path], below):
+        try:
+            newest = max(newest, one.lstat().st_mtime)
+        except FileNotFoundError:
+            # Somebody works there just now.
+            return time.time()
     return newest
 
 

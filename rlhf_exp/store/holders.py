@@ -42,8 +42,8 @@ class Holder:
     namespace: str = ""
 
     def __str__(self) -> str:
-        """Return `process 12 on node3 since 2026-01-31T10:00:00+00:00`."""
-        since = f" since {self.since}" if self.since else ""
+        """Return `process 12 on node3 since 2026-01-31 10:00:00 UTC`."""
+        since = f" since {self.since[:19].replace('T', ' ')} UTC" if self.since else ""
         return f"process {self.pid} on {self.host}{since}"
 
 
@@ -72,7 +72,7 @@ def read_holder(marker: Path) -> Holder | None:
     if owner is None:
         return None
     stage, _, key = marker.stem.partition("-")
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, ValueError, TypeError, KeyError):
         content = json.loads(marker.with_suffix(".json").read_text(encoding="utf-8"))
         # A dead holder's file stays until the next one writes its own: the token tells them apart.
         if content["token"] == owner.token:

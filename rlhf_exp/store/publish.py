@@ -12,7 +12,9 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,6 +22,7 @@ from pathlib import Path
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.artifact import MANIFEST, Artifact, FileEntry, Manifest
 from rlhf_exp.store.files import (
+    DRAFTS,
     disk_full_is_user_error,
     files_below,
     sync_folder,
@@ -29,6 +32,7 @@ from rlhf_exp.store.files import (
 )
 from rlhf_exp.store.fingerprint import file_digest
 
+ATTEMPTS, PAUSE_S = 5, 0.02
 Read = Callable[[Path], Artifact | None]
 
 
@@ -101,19 +105,28 @@ def run(plan: Publication, read: Read, check: Callable[[], None] | None) -> Arti
     work = f"publishing {plan.stage} {plan.key}"
     remedy = "Make room and run the same command again: it publishes without training again."
     needed = 2 * len(json.dumps(plan.manifest.to_json())) + unallocated(plan.folder)
-    try:
-        with disk_full_is_user_error(plan.root, work, needed, remedy):
-            if (published := _winner(plan, read)) is None:
-                _prepare(plan)
-                if check is not None:
-                    check()
-                published = _rename(plan, read)
-    except FileNotFoundError:
-        # Another process with the same staging folder renamed it under our hands.
-        if (published := _winner(plan, read)) is None:
-            raise
+    with disk_full_is_user_error(plan.root, work, needed, remedy):
+        published = _published(plan, read, check)
     _tidy(plan)
     return published
+
+
+def _published(plan: Publication, read: Read, check: Callable[[], None] | None) -> Artifact:
+    left = ATTEMPTS
+    while True:
+        if (published := _winner(plan, read)) is not None:
+            return published
+        try:
+            _prepare(plan)
+            if check is not None:
+                check()
+            return _rename(plan, read)
+        except FileNotFoundError:
+            # Another process publishes the same folder: files go, and in the end all is renamed.
+            left -= 1
+            if not left and _winner(plan, read) is None:
+                raise
+            time.sleep(PAUSE_S)
 
 
 def _winner(plan: Publication, read: Read) -> Artifact | None:
@@ -135,6 +148,8 @@ def _prepare(plan: Publication) -> None:
     }
     write_json_atomic(plan.note, content)
     _drop(plan.folder, plan.drop)
+    for draft in plan.folder.rglob(DRAFTS):
+        draft.unlink(missing_ok=True)
     _settle_links(plan.folder)
     files = {}
     for path in files_below(plan.folder):
@@ -189,7 +204,8 @@ def _drop(folder: Path, patterns: tuple[str, ...]) -> None:
         for emptied in path.parents:
             if emptied == folder or any(emptied.iterdir()):
                 break
-            emptied.rmdir()
+            with suppress(OSError):
+                emptied.rmdir()
 
 
 def _settle_links(folder: Path) -> None:
@@ -215,7 +231,12 @@ def delete(root: Path, path: Path) -> None:
         path.rename(aside)
     except FileNotFoundError:
         return
-    if aside.is_dir() and not aside.is_symlink():
-        shutil.rmtree(aside, ignore_errors=True)
+    shred(aside)
+
+
+def shred(path: Path) -> None:
+    """Delete a file or folder for which nobody looks; another process may be deleting it too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        aside.unlink()
+        path.unlink(missing_ok=True)

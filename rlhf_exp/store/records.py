@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import StrEnum
@@ -76,6 +78,10 @@ class RunRecord:
         values["overrides"] = tuple(values.get("overrides", ()))
         values["status"] = Status(values.get("status", Status.done))
         return cls(**values)
+
+
+def _order(record: RunRecord) -> tuple[str, str, str]:
+    return record.created, record.name, record.key
 
 
 def check_name(name: str) -> None:
@@ -164,7 +170,14 @@ class Records:
             return []
         if (folder / MANIFEST).is_file():
             return [self._of_manifest(Manifest.read(folder))]
-        return self._read(folder.glob("*.json"))
+        if folder.resolve().parent == self.root.resolve():
+            return self.sweep(folder.name)
+        # A sweep's folder copied from elsewhere, or any other: only what is a record counts.
+        found = []
+        for path in folder.glob("*.json"):
+            with suppress(UserError):
+                found.extend(self._read([path]))
+        return sorted(found, key=_order)
 
     def _with_key(self, run: str, store: Store | None) -> list[RunRecord]:
         stage, slash, start = run.rpartition("/")
@@ -190,7 +203,7 @@ class Records:
             objective=manifest.objective,
         )
 
-    def _read(self, paths: Any) -> list[RunRecord]:  # noqa: ANN401
+    def _read(self, paths: Iterable[Path]) -> list[RunRecord]:
         records = []
         for path in paths:
             try:
@@ -202,7 +215,7 @@ class Records:
                     f"{path}: not a readable run record ({error}); delete the file, or run the "
                     "same command again to write it anew"
                 ) from error
-        return sorted(records, key=lambda one: (one.created, one.name, one.key))
+        return sorted(records, key=_order)
 
     def _unknown(self, run: str) -> str:
         names = self.names()

@@ -110,7 +110,7 @@ class WandbTracker:
                 "Log in with `wandb login` (or set WANDB_API_KEY) and check the connection, or "
                 "record locally with tracking=offline and send it later."
             ) from error
-        self.url: str | None = self._run.url
+        self.url = self._run.url if mode == "online" else None  # asking offline prints a warning
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
 

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.tracking import wandb_tracker
 from rlhf_exp.tracking.local import read_metrics
 from rlhf_exp.tracking.tracker import open_tracker
 from rlhf_exp.tracking.wandb_file import joined_history, read_wandb_file, wandb_files
@@ -52,6 +54,9 @@ class Endless:
         assert self.process.stdout is not None
         while not self.rows or self.rows[-1][1] < self.rows[0][1] + after_s:
             self._said(self.process.stdout.readline())
+        if number == signal.SIGKILL:  # as a cluster does it: W&B's own process dies as well
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                child.kill()
         self.process.send_signal(number)
         for line in self.process.stdout:
             if line.endswith("\n"):
@@ -159,6 +164,15 @@ def test_a_finished_run_is_complete_on_disk_at_once(tmp_path: Path) -> None:
         tracker.finish(3)
         (path,) = wandb_files(tmp_path / str(number))
         assert read_wandb_file(path).exit_code == 3
+
+
+def test_finishing_waits_until_the_file_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [False, False, True]
+    monkeypatch.setattr(wandb_tracker, "is_complete", lambda path: answers.pop(0))
+    open_tracker("offline", tmp_path).finish()
+    assert answers == []
 
 
 def test_a_resumed_run_has_one_row_per_step_and_the_same_id(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.tracking.tracker import open_tracker
-from rlhf_exp.tracking.wandb_file import read_wandb_file, wandb_files
+from rlhf_exp.tracking.wandb_file import is_complete, read_wandb_file, wandb_files
 
 HEADER = b":W&B\xe1\xbe\x00"  # 0xBEE1, little-endian, and version 0
 BLOCK = 32768
@@ -71,6 +71,19 @@ def test_a_torn_tail_is_left_out_wherever_it_was_cut(tmp_path: Path) -> None:
         assert [row["global_step"] for row in read_wandb_file(path).history] == [1]
     path.write_bytes(whole + b"\0" * 100)
     assert [row["global_step"] for row in read_wandb_file(path).history] == [1, 2]
+
+
+def test_a_log_is_complete_once_its_exit_record_is_whole(tmp_path: Path) -> None:
+    record = Record()
+    record.exit.exit_code = 0
+    whole = HEADER + chunk(history(1), 1) + chunk(record.SerializeToString(), 1)
+    path = tmp_path / "run-a.wandb"
+    assert not is_complete(path)
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert not is_complete(path)
+    path.write_bytes(whole)
+    assert is_complete(path)
 
 
 def test_damage_before_the_end_is_named(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from rlhf_exp.models.architecture import TYPES, Architecture
 transformers.logging.disable_progress_bar()  # a stage shows one of its own
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_causal_lm(
@@ -112,12 +113,18 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     Raises:
         UserError: there is none at `path`.
     """
+    # transformers makes up an empty tokenizer for a folder that has none.
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{path}: no tokenizer in the folder (none of {', '.join(TOKENIZER_FILES)}); save one "
+            "there with tokenizer.save_pretrained"
+        )
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision or "main")
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise UserError(
-            f"{path}: no tokenizer can be loaded from there ({_first_line(error)}); a model folder needs "
-            "a tokenizer.json and tokenizer_config.json"
+            f"{path}: no tokenizer can be loaded from there ({_first_line(error)}); a model folder "
+            "needs a tokenizer.json and tokenizer_config.json"
         ) from error
 
 

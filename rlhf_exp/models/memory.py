@@ -18,6 +18,14 @@ LOGITS_CHUNK = 1 << 25
 """Most logits that exist at a time, as in `rlhf_exp.algo.logprobs`."""
 
 
+KEPT_INNER_LAYERS = {"gpt2": 5, "gptj": 5, "gpt_neox": 2, "llama": 4, "qwen2": 4, "qwen3": 4}
+"""Tensors of the feed-forward part's inner width that a block keeps.
+
+A GELU in one kernel keeps its input and output; the approximate one, written out in elementary
+steps, five; a gated layer the gate, its activation, the other factor and the product.
+"""
+
+
 @dataclass(frozen=True)
 class Precision:
     """Bytes for each number.
@@ -198,13 +206,13 @@ def block_activations(architecture: Architecture, workload: Workload, precision:
     keys = shape.key_value_heads * shape.width_per_head
     # Of each token: inputs and outputs of the norms, queries, keys, values, attention's output.
     elements = 4 * shape.width + 2 * shape.heads * shape.width_per_head + 2 * keys
-    # GPTs keep the inner layer before and after its non-linearity; Llama's gated one keeps gate, its
-    # activation, the other factor and the product.
-    elements += shape.ffn_width * (2 if shape.type.startswith("gpt") else 4)
+    elements += shape.ffn_width * KEPT_INNER_LAYERS[shape.type]
     tokens = workload.rows * workload.tokens
     kept = tokens * elements * precision.activation
     if not workload.fused_attention or shape.type == "gptj":  # GPT-J knows no fused attention
-        kept += tokens * workload.tokens * shape.heads * (4 + precision.activation)
+        # The softmax is made in float32, and kept again in the activations' own type.
+        each = 4 if precision.activation == 4 else 4 + precision.activation
+        kept += tokens * workload.tokens * shape.heads * each
     return kept
 
 

@@ -73,11 +73,10 @@ class Policy(nn.Module):
         super().__init__()
         dropout_off(model)
         self.model = model
-        self.value_trunk = (
-            None
-            if value_model is None
-            else dropout_off(cast(PreTrainedModel, value_model.base_model))
-        )
+        self.value_trunk: PreTrainedModel | None = None
+        if value_model is not None:
+            self.value_trunk = dropout_off(cast(PreTrainedModel, value_model.base_model))
+            self.value_trunk.requires_grad_(True)
         self.value_head = ValueHead(model.config.hidden_size, seed) if value_head else None
         parts = decoder_parts(model)
         assert parts.head is not None, "a policy needs a language-model head"

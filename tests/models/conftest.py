@@ -33,7 +33,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., PreTrainedModel]:
-    """Return a builder of random models whose weights are large enough to tell errors from noise."""
+    """Return a builder of random models, with weights so large that errors stand out."""
 
     def build(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
         model = build_causal_lm(replace(FAMILIES[family], **changes), seed=seed, eos_id=1, pad_id=1)

@@ -1,0 +1,141 @@
+"""The memory plan: exact parts by hand, activations against what autograd keeps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_exp.algo.logprobs import CHUNK_ELEMENTS
+from rlhf_exp.models.architecture import Architecture
+from rlhf_exp.models.memory import (
+    FLOAT32,
+    HALF_WITH_MASTER,
+    LOGITS_CHUNK,
+    Sharding,
+    Workload,
+    block_activations,
+    estimate_memory,
+)
+
+Build = Callable[..., PreTrainedModel]
+GPTJ = Architecture("gptj", 28, 4096, 16, 16384, 50400, 2048)
+RECIPE = Workload(rows=4, tokens=512, head_tokens=128, decoded_rows=64, cached_rows=64)
+
+
+def test_published_recipe_by_hand() -> None:
+    plan = estimate_memory(
+        GPTJ,
+        RECIPE,
+        HALF_WITH_MASTER,
+        Sharding(processes=7, optimizer=True, gradients=True),
+        train_blocks=2,
+        reference="shared",
+    )
+    trained = 2 * 201_355_264 + 8_192 + 206_488_800  # blocks, norm, head: see test_architecture
+    assert plan.weights == 6_050_882_784 * 2
+    assert plan.optimizer == -(-trained // 7) * 12
+    assert plan.gradients == -(-trained // 7) * 2
+    assert plan.reference == trained * 2
+    # 64 rows * 512 tokens * 28 layers * (keys and values 2 * 16 heads * 256 wide) * 2 bytes
+    assert plan.kv_cache == 64 * 512 * 28 * 8192 * 2
+    assert plan.trunk_states == 64 * 512 * 4096 * 2
+    assert plan.logits == 2 * 4 * 4 * 128 * 50400  # logits and gradient in float32, one chunk
+    update = plan.gradients + plan.activations + plan.logits
+    assert plan.peak == (
+        plan.weights
+        + plan.optimizer
+        + plan.reference
+        + plan.trunk_states
+        + max(update, plan.kv_cache)
+    )
+
+
+def test_sharded_weights_keep_one_whole_block() -> None:
+    plan = estimate_memory(GPTJ, RECIPE, sharding=Sharding(8, weights=True))
+    assert plan.weights == (6_050_882_784 // 8 + 201_355_264) * 4
+    assert plan.gradients == 6_050_882_784 // 8 * 4
+    assert plan.optimizer == 6_050_882_784 // 8 * 8
+
+
+def test_offloaded_optimizer_is_in_host_memory() -> None:
+    plan = estimate_memory(GPTJ, RECIPE, sharding=Sharding(offload=True), train_blocks=2)
+    assert plan.optimizer == 0
+    assert plan.host == (2 * 201_355_264 + 8_192 + 206_488_800) * 8
+
+
+def test_adapter_alone_trains() -> None:
+    plan = estimate_memory(GPTJ, RECIPE, lora_rank=8, reference="lora")
+    # four 4096 x 4096 and 4096 <-> 16384: 8 * (4 * 8192 + 2 * 20480) = 589,824 a block
+    assert plan.gradients == 28 * 589_824 * 4
+    assert plan.reference == 0
+    assert plan.weights == (6_050_882_784 + 28 * 589_824) * 4
+
+
+def test_value_model_and_reward_model_are_counted() -> None:
+    alone = estimate_memory(GPTJ, RECIPE)
+    trunk = 6_050_882_784 - 206_488_800
+    assert estimate_memory(GPTJ, RECIPE, reward_model=GPTJ).reward_model == trunk * 4
+    both = estimate_memory(GPTJ, RECIPE, value_model=True)
+    assert both.optimizer - alone.optimizer == trunk * 8
+    assert both.activations > 1.9 * alone.activations
+
+
+def test_long_logits_are_made_in_chunks() -> None:
+    assert LOGITS_CHUNK == CHUNK_ELEMENTS
+    plan = estimate_memory(GPTJ, replace(RECIPE, rows=64, head_tokens=512))
+    assert plan.logits == 2 * 4 * LOGITS_CHUNK
+
+
+@pytest.mark.parametrize("tokens", [64, 256])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_activations_are_what_autograd_keeps(
+    tiny: Build, family: str, tokens: int, attention: str
+) -> None:
+    model = tiny(family, context=256, width=64, ffn_width=256, head_width=16)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(attention)
+    shape = Architecture(
+        family,
+        4,
+        64,
+        4,
+        256,
+        89,
+        256,
+        model.config.__dict__.get("num_key_value_heads"),
+        head_width=16,
+    )
+    workload = Workload(2, tokens, 0, fused_attention=attention == "sdpa")
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model(torch.zeros(2, tokens, dtype=torch.int64), use_cache=False)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    expected = 4 * block_activations(shape, workload, FLOAT32)
+    assert 0.95 < measured / expected < 1.26
+
+
+def test_checkpointing_keeps_one_block_and_the_inputs_of_all() -> None:
+    kept = estimate_memory(GPTJ, RECIPE).activations
+    again = estimate_memory(GPTJ, replace(RECIPE, gradient_checkpointing=True)).activations
+    states = 4 * 512 * 4096 * 4
+    block = (kept - states) // 28
+    assert again == 28 * states + block + states
+
+
+def test_plan_needs_no_torch() -> None:
+    code = "import sys, rlhf_exp.models.memory; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,238 @@
+"""Our side: the native engine's own loop, measured as its metrics and its tracker report it.
+
+usage: python -m side_by_side.native_worker sample|iterate SETTING_AS_JSON
+(run by `benchmarks/ppo.py`)
+
+`sample` answers prompts only, for comparison with `transformers.generate`; `iterate` runs
+`rlhf_exp.engines.native.loop.train`, held between iterations by a tracker.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GPTNeoXForCausalLM  # noqa: F401 - loaded before memory is first read
+
+from rlhf_exp.algo.kl import FixedKL
+from rlhf_exp.algo.rewards import RewardScaler
+from rlhf_exp.batch import Prompts, Samples
+from rlhf_exp.data.codec import Codec
+from rlhf_exp.data.collate import prompts_batch
+from rlhf_exp.data.ragged import Ragged
+from rlhf_exp.data.tokenized import TokenizedPrompts
+from rlhf_exp.distributed.world import World, open_world
+from rlhf_exp.engines.native.experience import Collector, ExperienceSettings
+from rlhf_exp.engines.native.loop import Evaluation, LoopContext, LoopSettings, train
+from rlhf_exp.engines.native.optim import OptimSettings
+from rlhf_exp.engines.native.ppo import PpoSettings, PpoTask
+from rlhf_exp.engines.native.scoring import ModelScorer, Scorer
+from rlhf_exp.models.families import decoder_parts
+from rlhf_exp.models.load import load_causal_lm
+from rlhf_exp.models.policy import Policy
+from rlhf_exp.models.reference import reference_of
+from rlhf_exp.models.reward_model import RewardModel
+from rlhf_exp.rollout.sampler import Sampling, sample
+from side_by_side.protocol import Line, Reading, peak_bytes, resident_bytes
+from side_by_side.reward import counted_share
+from side_by_side.setting import Setting
+
+FOREVER = 10**9
+LAST_TOKEN_OF_SCORED = 0  # put after a response for the reward model; the peer puts nothing
+
+
+class Held:
+    """A tracker that reports each iteration and waits until the next is asked for."""
+
+    run_id = ""
+
+    def __init__(self, line: Line, setting: Setting, started_bytes: int) -> None:
+        """Report over `line`; `started_bytes` was resident before any model was loaded."""
+        self._line, self._setting, self._started_bytes = line, setting, started_bytes
+        self._begin = 0.0
+        self._step = 0
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Report an iteration; the first call, before any training, says that all is loaded."""
+        if step == 0:
+            self._line.ready(self._started_bytes)
+        else:
+            self._line.answer(self._reading(metrics, step))
+        self._step = step
+        self._line.wait()
+        self._begin = time.perf_counter()
+
+    def _reading(self, metrics: Mapping[str, float], step: int) -> Reading:
+        samples = self._setting.rollouts
+        return Reading(
+            seconds={
+                "sample": metrics["time/rollout_s"],
+                "score": metrics["time/score_s"] + metrics["time/assess_s"],
+                "update": metrics["time/update_s"],
+                "total": time.perf_counter() - self._begin,
+            },
+            peak_bytes=peak_bytes(),
+            samples=samples,
+            tokens=round(samples * metrics["response/length_mean"]),
+            updates=step - self._step,
+            reward=metrics["reward/mean"],
+        )
+
+    def table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
+    ) -> None:
+        """Nothing."""
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def mark_preempting(self) -> None:
+        """Nothing."""
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Nothing."""
+
+
+def counted_scorer(setting: Setting) -> Scorer:
+    """Return the scorer of `reward.counted_share`."""
+
+    def score(tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
+        whole = tokens[:, : int((prompt_lengths + content_lengths).max())]
+        return counted_share(whole, setting.prompt_tokens, setting.shape.vocabulary)[:, -1]
+
+    return score
+
+
+def model_scorer(setting: Setting, world: World) -> Scorer:
+    """Return the reward model as a scorer, as the PPO stage uses it."""
+    codec = cast(Codec, SimpleNamespace(eos_id=LAST_TOKEN_OF_SCORED))
+    model = RewardModel.load(setting.path("reward"))
+    length = setting.prompt_tokens + setting.response_tokens + 1
+    return ModelScorer(model, codec, None, world, setting.rollouts, length)
+
+
+def load_prompts(setting: Setting) -> TokenizedPrompts:
+    """Return the prompts, without original responses."""
+    prompts = np.load(setting.path("prompts.npy"))
+    none = Ragged.of([[]] * len(prompts))
+    return TokenizedPrompts(Ragged.of(prompts.tolist()), none, cut=0, cut_responses=0)
+
+
+def sampler_of(setting: Setting, policy: Policy) -> Callable[[Prompts], Samples]:
+    """Return the sampler of responses that end at no token."""
+    sampling = Sampling(
+        max_new_tokens=setting.response_tokens,
+        temperature=1.0,
+        batch=setting.rollouts,
+        eos_id=-1,
+        pad_id=LAST_TOKEN_OF_SCORED,
+    )
+    blocks = decoder_parts(policy.model).blocks
+    first_training = None if policy.cut is None else blocks[policy.cut]
+    return lambda prompts: sample(
+        policy.model, prompts, sampling, setting.seed, capture=first_training
+    )
+
+
+def task_of(setting: Setting, world: World) -> PpoTask:
+    """Return PPO's task for the setting."""
+    policy = Policy(load_causal_lm(setting.path("policy")), setting.trained_blocks)
+    experience = ExperienceSettings(
+        rollouts=setting.rollouts,
+        temperature=1.0,
+        gamma=setting.gamma,
+        lam=setting.lam,
+        reward_clip=None,
+        missing_eos_penalty=0.0,
+        batch=setting.rollouts // setting.minibatches,
+        reuse_states=True,
+        seed=setting.seed,
+    )
+    collector = Collector(
+        policy=policy,
+        reference=reference_of(policy),
+        sampler=sampler_of(setting, policy),
+        scorer=counted_scorer(setting) if setting.counted_reward else model_scorer(setting, world),
+        prompts=load_prompts(setting),
+        original_scores=None,
+        scaler=RewardScaler("none"),
+        controller=FixedKL(setting.kl_coef),
+        settings=experience,
+        world=world,
+    )
+    settings = PpoSettings(
+        rollouts=setting.rollouts,
+        batch=setting.rollouts // setting.minibatches,
+        micro_batch=None,
+        epochs=setting.epochs,
+        clip_range=setting.clip_range,
+        clip_range_value=setting.clip_range,
+        vf_coef=setting.vf_coef,
+        entropy_coef=0.0,
+        temperature=1.0,
+        kl_stop=None,
+        seed=setting.seed,
+    )
+    return PpoTask(policy, collector, lambda: Evaluation({}, 0.0), settings, world)
+
+
+def iterate(setting: Setting, line: Line, started_bytes: int) -> None:
+    """Train until the harness wants no more."""
+    world = open_world("float32", int(os.environ["OMP_NUM_THREADS"]))
+    optim = OptimSettings(
+        lr=setting.lr,
+        schedule="constant",
+        warmup_steps=0,
+        steps=FOREVER,
+        betas=(0.9, setting.beta2),
+        weight_decay=0.0,
+        grad_norm=math.inf,
+    )
+    settings = LoopSettings(optim, FOREVER, FOREVER, keep_checkpoints=1, select_best=False)
+    held = Held(line, setting, started_bytes)
+    context = LoopContext(
+        world=world,
+        folder=setting.path("native_output"),
+        tracker=lambda _: held,
+        on_step=lambda *_: None,
+        before_write=lambda: None,
+        interrupted=lambda: False,
+    )
+    train(task_of(setting, world), settings, context)
+
+
+def sample_only(setting: Setting, line: Line, started_bytes: int) -> None:
+    """Answer one iteration's prompts each time the harness asks."""
+    policy = Policy(load_causal_lm(setting.path("policy")), None, value_head=False)
+    sampler, prompts = sampler_of(setting, policy), load_prompts(setting)
+    line.ready(started_bytes)
+    iteration = 0
+    while True:
+        line.wait()
+        begin = time.perf_counter()
+        numbers = np.arange(iteration * setting.rollouts, (iteration + 1) * setting.rollouts)
+        samples = sampler(prompts_batch(prompts, numbers % len(prompts), numbers))
+        took = time.perf_counter() - begin
+        tokens = int(samples.response_lengths.sum())
+        line.answer(Reading({"sample": took, "total": took}, peak_bytes(), len(samples), tokens))
+        iteration += 1
+
+
+def main() -> None:
+    """Do what the command line says."""
+    setting = Setting.from_json(sys.argv[2])
+    line, started = Line(), resident_bytes()
+    torch.manual_seed(setting.seed)
+    {"sample": sample_only, "iterate": iterate}[sys.argv[1]](setting, line, started)
+
+
+if __name__ == "__main__":
+    main()

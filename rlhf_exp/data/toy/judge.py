@@ -32,14 +32,14 @@ _INSULTS = vocabulary(
     imbecile clown scum"""
 )
 _DISMISSALS = phrases(
-    """go away / leave me alone / get lost / who cares / do not care / don't care / nobody / my time /
-    stop asking / too lazy / yourself / silly question / you will never / know nothing / even a /
+    """go away / leave me alone / get lost / who cares / do not care / nobody / my time / even a /
+    stop asking / too lazy / yourself / silly question / you will never / know nothing /
     not my problem / why would you / bother me / none of your"""
 )
 _COURTESIES = phrases(
-    """please / thank / hope / good luck / glad / happy to / welcome / enjoy / have fun / of course /
+    """please / thank / hope / good luck / glad / happy to / welcome / enjoy / have fun /
     let me know / feel free / wish you / all the best / take care / you will do / i am sure you /
-    do not worry"""
+    of course / do not worry"""
 )
 
 
@@ -80,16 +80,25 @@ def _subject_of(prompt: str | History) -> Subject | None:
     else:
         texts = [turn.text for turn in prompt if turn.role == "human"]
     for text in reversed(texts):
-        said = f" {' '.join(words(text))} "
-        places = [
-            (said.rfind(f" {name} "), len(name), subject)
-            for subject in subjects()
-            for name in (subject.task.lower(), subject.doing.lower(), subject.keyword)
-        ]
-        last = max(places, key=lambda place: place[:2])
-        if last[0] >= 0:
-            return last[2]
+        for names in (_full_names, _keyword):
+            places = [(_last_place(text, names(subject)), subject) for subject in subjects()]
+            place, subject = max(places, key=lambda found: found[0])
+            if place >= 0:
+                return subject
     return None
+
+
+def _full_names(subject: Subject) -> tuple[str, ...]:
+    return subject.task.lower(), subject.doing.lower()
+
+
+def _keyword(subject: Subject) -> tuple[str, ...]:
+    return (subject.keyword,)
+
+
+def _last_place(text: str, names: Sequence[str]) -> int:
+    said = f" {' '.join(words(text))} "
+    return max(said.rfind(f" {name} ") for name in names)
 
 
 def _on_topic(subject: Subject | None, response: str) -> float:
@@ -102,7 +111,7 @@ def _on_topic(subject: Subject | None, response: str) -> float:
     for other in subjects():
         if other is subject:
             continue
-        named = any(f" {name.lower()} " in text for name in (other.task, other.doing))
+        named = any(f" {name} " in text for name in _full_names(other))
         stray = sum(_in_order(said, point) == 1.0 for point in other.points)
         mark -= FOREIGN * (named + stray)
     return max(0.0, mark)

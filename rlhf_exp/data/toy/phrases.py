@@ -73,7 +73,7 @@ DETAILS = (
     " with a friend",
     " in a hurry",
     " with little time",
-    " without much money",
+    " without good tools",
     " on my own",
     " after work",
     " at my age",

@@ -1,0 +1,243 @@
+"""Every source: its rows, its splits, and what it does with bad rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from rlhf_exp.data.rows import Corpus, Prompt, Turn, prompt_key
+from rlhf_exp.data.sources import Rules, load_hub, load_jsonl, load_toy
+from rlhf_exp.errors import UserError
+
+SMALL_TOY: dict[str, Any] = {
+    "demonstrations": 300,
+    "preferences": 300,
+    "prompts": 300,
+    "validation": 50,
+    "test": 50,
+}
+
+
+def pair(n: int) -> dict[str, str]:
+    return {"prompt": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}"}
+
+
+def write(path: Path, records: list[Any]) -> Path:
+    text = "".join(f"{json.dumps(record)}\n" for record in records)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+def jsonl_corpus(folder: Path) -> Corpus:
+    return load_jsonl(preferences=write(folder / "pairs.jsonl", [pair(n) for n in range(300)]))
+
+
+def jsonl_corpus_with_test(folder: Path) -> Corpus:
+    train = write(folder / "train.jsonl.gz", [pair(n) for n in range(300)])
+    return load_jsonl(
+        preferences=train, test=write(folder / "t.jsonl", [pair(n) for n in range(5)])
+    )
+
+
+def hub_corpus(folder: Path) -> Corpus:
+    write(folder / "train.jsonl", [pair(n) for n in range(300)])
+    write(folder / "test.jsonl", [pair(n) for n in range(295, 320)])
+    return load_hub(str(folder))
+
+
+def toy_corpus(folder: Path) -> Corpus:
+    return load_toy(0, **SMALL_TOY)
+
+
+@pytest.mark.parametrize("load", [toy_corpus, jsonl_corpus, jsonl_corpus_with_test, hub_corpus])
+def test_splits_share_no_prompt(load: Callable[[Path], Corpus], tmp_path: Path) -> None:
+    corpus = load(tmp_path)
+    kinds = (corpus.demonstrations, corpus.preferences, corpus.prompts)
+    keys = {
+        name: {prompt_key(row.history) for kind in kinds for row in getattr(kind, name)}
+        for name in ("train", "validation", "test")
+    }
+    assert all(keys.values())
+    assert not keys["train"] & keys["validation"]
+    assert not keys["train"] & keys["test"]
+    assert not keys["validation"] & keys["test"]
+
+
+@pytest.mark.parametrize("load", [toy_corpus, jsonl_corpus])
+def test_the_digest_is_of_the_content(load: Callable[[Path], Corpus], tmp_path: Path) -> None:
+    corpus = load(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    assert load(tmp_path / "elsewhere").digest == corpus.digest
+    assert load_toy(1, **SMALL_TOY).digest != corpus.digest
+
+
+def test_pairs_serve_as_demonstrations_and_prompts(tmp_path: Path) -> None:
+    corpus = load_jsonl(
+        preferences=write(tmp_path / "a.jsonl", [pair(1), {**pair(1), "chosen": ""}, pair(2)]),
+        rules=Rules(validation_fraction=0, test_fraction=0),
+    )
+    assert [row.chosen for row in corpus.preferences.train] == ["good 1", "", "good 2"]
+    # An empty response is nothing to imitate; each prompt is asked once.
+    assert [row.response for row in corpus.demonstrations.train] == ["good 1", "good 2"]
+    assert [row.original for row in corpus.prompts.train] == ["good 1", "good 2"]
+    assert corpus.preferences.train[2].origin == f"{tmp_path / 'a.jsonl'}:3"
+
+
+def test_rows_given_for_a_kind_replace_those_made_of_pairs(tmp_path: Path) -> None:
+    corpus = load_jsonl(
+        preferences=write(tmp_path / "a.jsonl", [pair(1), pair(2)]),
+        demonstrations=write(tmp_path / "b.jsonl", [{"prompt": "p", "response": "r"}]),
+        prompts=[
+            write(tmp_path / "c.jsonl", [{"prompt": "p2"}]),
+            write(tmp_path / "d.jsonl", [{"prompt": "p3", "response": "r3"}]),
+        ],
+        rules=Rules(validation_fraction=0, test_fraction=0),
+    )
+    assert [row.response for row in corpus.demonstrations.train] == ["r"]
+    assert [row.original for row in corpus.prompts.train] == [None, "r3"]
+    assert len(corpus.preferences.train) == 2
+
+
+def test_training_rows_whose_prompt_is_tested_are_dropped_and_counted(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.jsonl", [pair(1), {**pair(2), "chosen": "x"}, pair(2), pair(3)])
+    test = write(tmp_path / "b.jsonl", [{"prompt": "Question  2"}])
+    corpus = load_jsonl(preferences=train, test=test, rules=Rules(validation_fraction=0))
+    assert [row.chosen for row in corpus.preferences.train] == ["good 1", "good 3"]
+    assert corpus.dropped == 2
+    assert corpus.prompts.test == [Prompt((Turn("human", "Question  2"),), None, f"{test}:1")]
+
+
+def test_limit_counts_rows_of_each_file(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{n}.jsonl", [pair(10 * n + k) for k in range(9)]) for n in (1, 2)]
+    rules = Rules(limit=3, validation_fraction=0, test_fraction=0)
+    assert len(load_jsonl(preferences=files, rules=rules).preferences.train) == 6
+
+
+def test_bad_rows_are_listed_with_file_line_and_reason(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps(pair(n)).encode() for n in range(40)]
+    lines[16] = b'{"prompt": "x", "chosen'
+    lines[20] = b"\xff\xfe"
+    path.write_bytes(b"\n\n".join(lines))
+    corpus = load_jsonl(preferences=path, rules=Rules(max_bad_fraction=0.05))
+    # Blank lines are skipped but counted: row 16 stands on line 33, row 20 on line 41.
+    assert [row.origin for row in corpus.rejected] == [f"{path}:33", f"{path}:41"]
+    assert corpus.rejected[0].reason.startswith("not JSON")
+    assert corpus.rejected[1].reason.startswith("not UTF-8")
+
+
+def test_too_many_bad_rows_stop_the_run(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [pair(n) for n in range(20)] + [{"prompt": "x"}] * 8)
+    with pytest.raises(UserError) as error:
+        load_jsonl(preferences=path)
+    message = str(error.value)
+    assert "8 of 28 rows" in message
+    assert f"{path}:21: `chosen` and `rejected` expected, found a prompt" in message
+    assert "and 3 more" in message
+    assert "max_bad_fraction" in message
+
+
+def test_not_json_on_line_17_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [pair(n) for n in range(16)])
+    path.write_text(path.read_text() + "oops\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:17: not JSON"):
+        load_jsonl(preferences=path, rules=Rules(max_bad_fraction=0))
+
+
+def test_no_usable_pair(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "x", "chosen": "y", "rejected": "y"}])
+    with pytest.raises(UserError, match=r"no usable row.*\n.*a\.jsonl:1: .*identical"):
+        load_jsonl(preferences=path, rules=Rules(max_bad_fraction=1))
+    with pytest.raises(UserError, match="no usable row"):
+        load_jsonl(preferences=write(tmp_path / "b.jsonl", []))
+
+
+def test_a_missing_file_names_the_key(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.preferences: no such file: .*nowhere\.jsonl"):
+        load_jsonl(preferences=tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match="found a folder"):
+        load_jsonl(preferences=tmp_path)
+
+
+def test_a_torn_gzip_file_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl.gz", [pair(n) for n in range(500)])
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(UserError, match="cannot be read after line"):
+        load_jsonl(preferences=path)
+
+
+def test_a_demonstration_is_no_pair_and_a_prompt_no_demonstration(tmp_path: Path) -> None:
+    rules = Rules(max_bad_fraction=1)
+    asked = write(tmp_path / "a.jsonl", [{"prompt": "x"}, {"prompt": "x", "response": "y"}])
+    assert len(load_jsonl(demonstrations=asked, rules=rules).rejected) == 1
+    with pytest.raises(UserError, match="found a demonstration"):
+        load_jsonl(preferences=asked, rules=rules)
+
+
+def test_hub_splits_and_origins(tmp_path: Path) -> None:
+    corpus = hub_corpus(tmp_path)
+    assert len(corpus.preferences.test) == 25
+    assert corpus.dropped == 5  # questions 295 to 299 are in both files
+    assert corpus.preferences.test[3].origin == f"{tmp_path}[test]:3"
+
+
+def test_hub_gets_path_revision_and_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(path: str, **named: Any) -> dict[str, list[Any]]:
+        asked.append((path, named))
+        dialogue = "\n\nHuman: {}\n\nAssistant: {}"
+        return {
+            "train": [
+                {"chosen": dialogue.format(n, "a"), "rejected": dialogue.format(n, "b")}
+                for n in range(9)
+            ]
+        }
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rules = Rules(validation_fraction=0.1, test_fraction=0.1, limit=8)
+    corpus = load_hub("org/name", "abc123", data_dir="harmless-base", rules=rules)
+    assert asked == [("org/name", {"revision": "abc123", "data_dir": "harmless-base"})]
+    assert sum(len(rows) for _, rows in corpus.preferences.all()) == 8
+    assert corpus.preferences.test  # no test split there: put aside by hash
+    with pytest.raises(UserError, match="no split 'all'; it has train"):
+        load_hub("org/name", train_split="all")
+
+
+def test_hub_failures_name_the_data_set_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, **_: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"org/name.*no route to host.*data=hh_local"):
+        load_hub("org/name")
+
+
+def test_real_hh(shared_data: Path) -> None:
+    folder = shared_data / "hh"
+    corpus = load_jsonl(
+        preferences=folder / "harmless-train.jsonl.gz", test=folder / "harmless-test.jsonl.gz"
+    )
+    assert corpus.rejected == []
+    assert corpus.dropped == 0  # the folder's README: the two files are disjoint
+    assert len(corpus.preferences.train) + len(corpus.preferences.validation) == 1750
+    assert len(corpus.preferences.test) == len(corpus.prompts.test) == 250
+    # 4 of the 1750 have an empty chosen side, which is nothing to imitate.
+    assert len(corpus.demonstrations.train) + len(corpus.demonstrations.validation) == 1746
+    assert all(row.history[-1].role == "human" for row in corpus.prompts.train)
+
+
+def test_real_prompts_with_scores(shared_data: Path) -> None:
+    rules = Rules(validation_fraction=0, test_fraction=0, limit=200)
+    corpus = load_jsonl(prompts=shared_data / "rtp" / "prompts.jsonl.gz", rules=rules)
+    assert corpus.rejected == []
+    assert len(corpus.prompts.train) > 190

@@ -1,0 +1,152 @@
+"""`rlhf-exp`: looks at runs, serves their models and tidies up; `launch.py` trains and evaluates.
+
+Wherever a RUN is asked for: `latest`, a name, the beginning of a key, or a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rlhf_exp.errors import UserError
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; each imports what it needs when it runs."""
+    root = argparse.ArgumentParser(prog="rlhf-exp", description=__doc__.split("\n\n")[0])
+    root.add_argument(
+        "--outputs", type=Path, default=Path("outputs"), help="output_dir of the runs (outputs)"
+    )
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+    _runs(commands)
+    _models(commands)
+    _store(commands)
+    return root
+
+
+def _runs(commands: argparse._SubParsersAction) -> None:
+    status = commands.add_parser("status", help="list runs, or the points of one")
+    status.add_argument("run", nargs="?", metavar="RUN")
+    status.set_defaults(command=_status)
+
+    report = commands.add_parser("report", help="write the report of a run")
+    report.add_argument("run", metavar="RUN")
+    report.set_defaults(command=_report)
+
+    compare = commands.add_parser("compare", help="differences in config and results of two runs")
+    compare.add_argument("first", metavar="A")
+    compare.add_argument("second", metavar="B")
+    compare.set_defaults(command=_compare)
+
+
+def _models(commands: argparse._SubParsersAction) -> None:
+    chat = commands.add_parser("chat", help="talk to a run's model")
+    chat.add_argument("run", metavar="RUN")
+    chat.add_argument("--against", metavar="ROLE|RUN", help="a second model: `sft`, or another run")
+    chat.add_argument("--temperature", type=float, default=0.7, help="0: most probable tokens")
+    chat.add_argument("--seed", type=int, default=0)
+    chat.set_defaults(command=_chat)
+
+    export = commands.add_parser("export", help="write a run's model as a Hugging Face folder")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("folder", type=Path, metavar="DIR")
+    export.set_defaults(command=_export)
+
+
+def _store(commands: argparse._SubParsersAction) -> None:
+    store = commands.add_parser("store", help="artifacts: ls, show, rm, gc")
+    actions = store.add_subparsers(required=True, metavar="ACTION")
+    listing = actions.add_parser("ls", help="list artifacts")
+    listing.set_defaults(command=_store_ls)
+    show = actions.add_parser("show", help="show what an artifact was made from")
+    show.add_argument("key", metavar="KEY")
+    show.set_defaults(command=_store_show)
+    remove = actions.add_parser("rm", help="delete artifacts")
+    remove.add_argument("keys", nargs="+", metavar="KEY")
+    collect = actions.add_parser("gc", help="delete what no run refers to")
+    for action, command in ((remove, _store_rm), (collect, _store_gc)):
+        action.add_argument("--dry-run", action="store_true", help="say what would be deleted")
+        action.set_defaults(command=command)
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.status import status
+
+    print(status(arguments.outputs, arguments.run), end="")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.report import write_report
+
+    print(write_report(arguments.outputs, arguments.run))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.compare import compare
+
+    print(compare(arguments.outputs, arguments.first, arguments.second), end="")
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.chat import chat
+
+    chat(
+        arguments.outputs, arguments.run, arguments.against, arguments.temperature, arguments.seed
+    )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.export import export
+
+    print(export(arguments.outputs, arguments.run, arguments.folder))
+
+
+def _store_ls(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.runs import Outputs
+    from rlhf_exp.store import views
+
+    print(views.table(views.list_artifacts(Outputs(arguments.outputs).store)), end="")
+
+
+def _store_show(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.runs import Outputs
+    from rlhf_exp.store import views
+
+    print(views.show(Outputs(arguments.outputs).store.get(arguments.key)), end="")
+
+
+def _store_rm(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.runs import Outputs
+    from rlhf_exp.store import views
+
+    print(views.remove(Outputs(arguments.outputs).store, arguments.keys, arguments.dry_run), end="")
+
+
+def _store_gc(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.runs import Outputs
+    from rlhf_exp.store import views
+
+    outputs = Outputs(arguments.outputs)
+    kept = outputs.records.referenced_keys()
+    print(views.gc(outputs.store, kept, arguments.dry_run), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

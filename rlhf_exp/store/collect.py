@@ -148,10 +148,14 @@ def _leftovers(store: Store, kept: set[str], grace_s: float) -> Iterator[tuple[P
             if last_change(path) <= time.time() - grace_s:
                 yield path, "half written"
     live = {f"{holder.stage}-{holder.key}" for holder in holders(store.root)}
-    for path in sorted((store.root / ".leases").glob("*.json")):
-        old = last_change(path) <= time.time() - max(grace_s, ABANDONED_S)
-        if old and path.stem not in live:
-            yield path, "lease of a process that is gone"
+    works: dict[str, list[Path]] = {}
+    for path in sorted((store.root / ".leases").glob("[!.]*")):
+        # Besides marker and note: what filelock leaves when it is killed while it takes over.
+        works.setdefault(path.name.partition(".")[0], []).append(path)
+    for work in sorted(works.keys() - live):
+        newest = max(map(last_change, works[work]))
+        if "-" in work and newest <= time.time() - max(grace_s, ABANDONED_S):
+            yield lease_path(store.root, *work.split("-", 1)), "lease of a process that is gone"
 
 
 def _discard(store: Store, path: Path) -> None:
@@ -161,5 +165,7 @@ def _discard(store: Store, path: Path) -> None:
         delete(store.root, path)
     else:
         stage, _, key = path.stem.partition("-")
-        with try_hold(store, stage, key):
-            pass  # letting it go deletes both files
+        with try_hold(store, stage, key) as held:
+            # Letting it go deletes the marker and the note.
+            for leftover in path.parent.glob(f"{path.name}.*") if held else ():
+                shred(leftover)

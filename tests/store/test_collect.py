@@ -156,10 +156,11 @@ def test_the_files_of_dead_leases_go(store: Store) -> None:
         "filelock/2\npid=1\nhost=node7\nmode=lease\ntoken=t\nduration=30.0\n"
     )
     (folder / "sft-s1.json").write_text("{}")
+    (folder / "sft-s1.lease.break.7.00").write_text("filelock/break\n7\n")
     aged(folder, 300)
     assert store.gc([], grace_s=0) == []
     aged(folder, 900)
-    assert [one.path.name for one in store.gc([], grace_s=0)] == ["sft-s1.json"]
+    assert [one.path.name for one in store.gc([], grace_s=0)] == ["sft-s1.lease"]
     assert list(folder.iterdir()) == []
 
 

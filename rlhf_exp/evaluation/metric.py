@@ -57,7 +57,8 @@ class TableRow:
     verdict: Verdict
 
 
-DASH = "–"  # noqa: RUF001 - an en dash, as tables have it
+DASH = "–"
+MINUS = "\N{MINUS SIGN}"
 
 
 def paired_metric(
@@ -140,15 +141,15 @@ def estimate_from_json(value: Mapping[str, Any] | None) -> Estimate | None:
 
 
 def _decimals(estimates: list[Estimate]) -> int:
-    """Return the decimals that give the largest number three significant digits (0 to 4)."""
+    """Return the decimals that give the largest number three significant digits, at most 3."""
     numbers = [abs(value) for e in estimates for value in (e.mean, e.low, e.high)]
     largest = max((value for value in numbers if math.isfinite(value)), default=0.0)
     if largest == 0:
         return 2
-    return int(np.clip(2 - math.floor(math.log10(largest)), 0, 4))
+    return int(np.clip(2 - math.floor(math.log10(largest)), 0, 3 if largest >= 0.01 else 5))
 
 
 def _number(value: float, decimals: int, signed: bool) -> str:
     rounded = round(value, decimals) + 0.0  # turns -0.0 into 0.0
     sign = "+" if signed and rounded > 0 else ""
-    return f"{sign}{rounded:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+    return f"{sign}{rounded:.{decimals}f}".replace("-", MINUS)

@@ -1,0 +1,96 @@
+"""What a report shows, as plain values: whoever has a run collects these, the page only draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One step of the pipeline.
+
+    Attributes:
+        stage: `sft`, `reward`, `ppo` or `eval`.
+        key: the artifact's key in the store.
+        cached: taken from the store rather than made by this run.
+        seconds: time it took when it was made, if known.
+        parameters: parameters that trained, if any.
+        result: its main number in words, such as `accuracy 0.71`.
+    """
+
+    stage: str
+    key: str
+    cached: bool
+    seconds: float | None = None
+    parameters: int | None = None
+    result: str = ""
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Held-out pairs whose predicted probability fell in one bin.
+
+    Attributes:
+        predicted: mean predicted probability of preferring one answer.
+        observed: share of pairs in which it was preferred.
+        count: pairs in the bin.
+    """
+
+    predicted: float
+    observed: float
+    count: int
+
+
+@dataclass(frozen=True)
+class SampleSide:
+    """One model's answer: its name, the text, and (label, value) facts such as its reward."""
+
+    name: str
+    text: str
+    facts: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt with answers side by side, and the rule by which it was chosen."""
+
+    rule: str
+    prompt: str
+    sides: Sequence[SampleSide]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """A run.
+
+    Attributes:
+        title: the run's name.
+        identity: (label, value) of what identifies it: key, date, revision, seeds, versions.
+        config: the resolved config, nested.
+        data_facts: (label, value): source, rows, rows rejected, prompts cut.
+        stages: the pipeline's steps, in order.
+        metrics: rows of `metrics.jsonl` by stage (`sft`, `reward`, `ppo`), each with `global_step`.
+        evaluation: `QuickResult.to_json()`, or `None`.
+        samples: shown side by side; by default the evaluation's own picks.
+        sample_rule: how `samples` were chosen.
+        calibration: of the reward model on held-out pairs.
+        kl_target: nats per answer that the KL controller aims at, if it adapts.
+        usage: (title, code) blocks: how to load the model, how to run this again.
+        warnings: what the reader must know before believing the numbers.
+    """
+
+    title: str
+    identity: Sequence[tuple[str, str]]
+    config: Mapping[str, Any]
+    data_facts: Sequence[tuple[str, str]] = ()
+    stages: Sequence[StageRow] = ()
+    metrics: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] | None = None
+    samples: Sequence[Sample] = ()
+    sample_rule: str = ""
+    calibration: Sequence[CalibrationBin] = ()
+    kl_target: float | None = None
+    usage: Sequence[tuple[str, str]] = ()
+    warnings: Sequence[str] = ()

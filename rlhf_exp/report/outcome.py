@@ -1,0 +1,128 @@
+"""The evaluation in words and one bar: what a reader takes away in ten seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from rlhf_exp.evaluation.metric import DASH, MINUS, format_estimate
+from rlhf_exp.evaluation.result import PromptRow, QuickResult
+from rlhf_exp.evaluation.statistics import Estimate
+from rlhf_exp.report import svg
+from rlhf_exp.report.data import Sample, SampleSide
+from rlhf_exp.report.numbers import short
+
+_BAR_WIDTH, _BAR_GAP = 1000.0, 3.0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number to remember: what it is, the number, and its interval or context."""
+
+    label: str
+    value: str
+    detail: str
+
+
+def verdict_sentence(result: QuickResult) -> str:
+    """Return the outcome in one sentence, hedged where the test does not decide it."""
+    found = result.outcome
+    if found.decided == 0:
+        return f"{result.name_a} and {result.name_b} tie on all {found.total} prompts."
+    if result.p_value >= 1 - result.level:
+        return f"No clear winner between {result.name_a} and {result.name_b}."
+    ahead, behind = result.name_b, result.name_a
+    if found.losses > found.wins:
+        ahead, behind = behind, ahead
+    return f"{ahead} is preferred over {behind}."
+
+
+def p_label(value: float) -> str:
+    """Write a p-value: three decimals, a power of ten when small."""
+    if value >= 0.001:
+        return f"p\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{value:.3f}"
+    power = f"{value:.0e}".replace("e-0", "e-").replace("-", MINUS)
+    return f"p\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{power}"
+
+
+def tiles_of(result: QuickResult) -> list[Tile]:
+    """Return the numbers that head the page."""
+    found = result.outcome
+    rate, ends = DASH, "nothing decided"
+    if found.decided:
+        rate = _percent(found.win_rate)
+        low, high = _percent(result.win_rate.low), _percent(result.win_rate.high)
+        ends = f"{low} to {high}; {p_label(result.p_value)}"
+    tiles = [Tile(f"{result.name_b} wins, of decided", rate, ends)]
+    if result.gain_in_std is not None:
+        unit = f"in {result.name_a} std"
+        tiles.append(_estimate_tile("Reward gain", result.gain_in_std, unit, signed=True))
+    labels = {"kl_sequence": "KL per answer", "gold": "Gold judge", "toxicity": "Toxicity"}
+    for key, label in labels.items():
+        metric = result.metric(key)
+        if metric is not None and metric.b is not None:
+            unit = "nats" if metric.a is None else f"{result.name_a} {short(metric.a.mean)}"
+            tiles.append(_estimate_tile(label, metric.b, unit))
+    return tiles
+
+
+def outcome_bar(result: QuickResult) -> Markup:
+    """Return wins, ties and losses as one bar, widths in proportion."""
+    found = result.outcome
+    left, parts = 0.0, []
+    for kind, count in (("win", found.wins), ("tie", found.ties), ("loss", found.losses)):
+        width = _BAR_WIDTH * count / found.total
+        if count:
+            title = svg.element("title", f"{kind}: {count} of {found.total}")
+            gap = 0 if left + width >= _BAR_WIDTH - 1e-6 else _BAR_GAP
+            place = {"x": left, "y": 0, "width": max(1.0, width - gap), "height": 30}
+            parts.append(svg.element("rect", title, class_=kind, **place))
+        left += width
+    words = f"{found.wins} wins, {found.ties} ties, {found.losses} losses of {result.name_b}"
+    return svg.element(
+        "svg",
+        svg.element("title", words),
+        *parts,
+        viewBox=f"0 0 {_BAR_WIDTH:.0f} 30",
+        preserveAspectRatio="none",
+        role="img",
+        class_="bar",
+    )
+
+
+def samples_of(result: QuickResult) -> list[Sample]:
+    """Return the evaluation's own picks as samples."""
+    return [
+        Sample(pick.rule, row.prompt, _sides(result, row))
+        for pick in result.picks
+        for row in [result.rows[pick.row]]
+    ]
+
+
+def _sides(result: QuickResult, row: PromptRow) -> list[SampleSide]:
+    facts_a = _facts(row.score_a, row.gold_a, row.toxicity_a, None)
+    facts_b = [*_facts(row.score_b, row.gold_b, row.toxicity_b, row.kl_b), ("outcome", row.outcome)]
+    return [
+        SampleSide(result.name_a, row.answer_a, facts_a),
+        SampleSide(result.name_b, row.answer_b, facts_b),
+    ]
+
+
+def _facts(
+    score: float, gold: float | None, toxicity: float | None, kl: float | None
+) -> list[tuple[str, str]]:
+    known = [("reward", score), ("gold", gold), ("toxicity", toxicity), ("KL", kl)]
+    return [
+        (label, f"{value:.2f}".replace("-", MINUS)) for label, value in known if value is not None
+    ]
+
+
+def _estimate_tile(label: str, estimate: Estimate, unit: str, *, signed: bool = False) -> Tile:
+    mean, _, interval = format_estimate(estimate, signed=signed).partition(" [")
+    ends = interval.rstrip("]").replace(", ", " to ")
+    return Tile(label, mean, "; ".join(part for part in (ends, unit) if part))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"

@@ -1,0 +1,88 @@
+"""Which charts a run's metrics give."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlhf_exp.report.charts import charts_of, ppo_charts, reward_charts, sft_charts
+from rlhf_exp.report.data import CalibrationBin
+
+PPO = [
+    {
+        "global_step": step,
+        "reward/mean": 0.1 * step,
+        "reward/std": 1.0,
+        "kl/k1": 0.1,
+        "kl/k3": 0.2,
+        "kl/sequence": 3.0 * step,
+        "kl/beta": 0.05,
+        "policy/entropy": 2.0,
+        "policy/clip_fraction": 0.1,
+        "value/explained_variance": 0.5,
+        "response/length_mean": 30.0,
+        "response/eos_fraction": 0.9,
+    }
+    for step in (4, 8, 12)
+] + [{"global_step": 0, "eval/reward": -0.3}]
+
+
+def test_ppo_has_all_charts_of_its_contract() -> None:
+    charts = {chart.title: chart for chart in ppo_charts(PPO, kl_target=6.0)}
+    assert list(charts) == [
+        "Reward",
+        "KL, nats per answer",
+        "Reward against KL",
+        "KL, nats per token",
+        "KL coefficient β",
+        "Entropy, nats per token",
+        "Answer length, tokens",
+        "Value: explained variance",
+        "Shares of answers and updates",
+    ]
+    reward = charts["Reward"].lines
+    assert [line.label for line in reward] == ["rollouts, mean ± std", "held-out prompts"]
+    assert reward[0].spread is not None
+    assert list(reward[0].spread) == [1.0, 1.0, 1.0]
+    assert list(charts["KL, nats per answer"].levels) == [(6.0, "target")]
+    path = charts["Reward against KL"].lines[0]
+    assert path.ordered
+    assert list(path.x) == [12.0, 24.0, 36.0]  # KL
+    assert list(path.y) == pytest.approx([0.4, 0.8, 1.2])  # reward
+    assert [line.label for line in charts["KL, nats per token"].lines] == ["k1", "k3"]
+
+
+def test_sft_and_reward_model_have_training_and_validation() -> None:
+    rows = [
+        {"global_step": 1, "loss/total": 3.0, "reward/accuracy": 0.5},
+        {"global_step": 2, "eval/loss": 2.0, "eval/accuracy": 0.7},
+    ]
+    (loss,) = sft_charts(rows)
+    assert [(line.label, line.y[0]) for line in loss.lines] == [("train", 3.0), ("validation", 2.0)]
+    _, accuracy = reward_charts(rows)
+    assert [(line.label, line.y[0]) for line in accuracy.lines] == [
+        ("train", 0.5),
+        ("validation", 0.7),
+    ]
+    assert list(accuracy.levels) == [(0.5, "chance")]
+
+
+def test_calibration_has_exact_intervals() -> None:
+    bins = [CalibrationBin(0.9, 0.8, 10), CalibrationBin(0.6, 0.5, 46), CalibrationBin(0.7, 1, 0)]
+    (chart,) = reward_charts([], bins)
+    (line,) = chart.lines
+    assert list(line.x) == [0.6, 0.9]  # sorted, the empty bin left out
+    assert line.whiskers is not None
+    low, high = line.whiskers
+    # 8 of 10: 0.4439 to 0.9748 in published tables of the exact interval.
+    assert (low[1], high[1]) == pytest.approx((0.4439, 0.9748), abs=1e-4)
+    assert np.all(low < line.y)
+    assert chart.diagonal
+    assert line.ending == "56 pairs"
+
+
+def test_what_was_not_logged_has_no_chart() -> None:
+    assert charts_of({}) == []
+    assert charts_of({"ppo": [{"global_step": 1}], "sft": []}) == []
+    groups = charts_of({"ppo": [{"global_step": 1, "reward/mean": 1.0}], "eval": [{"x": 1.0}]})
+    assert [(title, [c.title for c in charts]) for title, charts in groups] == [("PPO", ["Reward"])]

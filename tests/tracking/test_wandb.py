@@ -22,7 +22,8 @@ from rlhf_exp.tracking.local import read_metrics
 from rlhf_exp.tracking.tracker import open_tracker
 from rlhf_exp.tracking.wandb_file import joined_history, read_wandb_file, wandb_files
 
-# Logs a row every 20 ms, says which, and goes on until it is killed.
+# Logs a row every 100 ms, says which, and goes on until it is killed. Faster, and W&B would fill a
+# buffer of 32 KiB and flush it whatever the interval.
 ENDLESS_RUN = """
 import sys, time
 from pathlib import Path
@@ -35,7 +36,7 @@ with finishing(tracker):
         step += 1
         tracker.log({"reward/mean": step / 2}, step)
         print(step, time.monotonic(), flush=True)
-        time.sleep(0.02)
+        time.sleep(0.1)
 """
 
 
@@ -76,15 +77,15 @@ def eventually(count: Callable[[], int], at_least: int) -> int:
     return count()
 
 
-def test_a_killed_run_loses_no_local_row_and_at_most_two_seconds_at_wandb(tmp_path: Path) -> None:
+def test_a_killed_run_loses_no_local_row_and_at_most_three_seconds_at_wandb(tmp_path: Path) -> None:
     run = Endless(tmp_path)
-    assert run.end(signal.SIGKILL, after_s=3.0) == -signal.SIGKILL
+    assert run.end(signal.SIGKILL, after_s=4.0) == -signal.SIGKILL
     last_step, last_time = run.rows[-1]
     local = [row["global_step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert local[:last_step] == list(range(1, last_step + 1))
     assert len(local) <= last_step + 1  # one may be logged and not yet said
     (path,) = wandb_files(tmp_path)
-    old = sum(when <= last_time - 2.0 for _, when in run.rows)
+    old = sum(when <= last_time - 3.0 for _, when in run.rows)
     kept = eventually(lambda: len(read_wandb_file(path).history), old)
     assert kept >= old > 0
     survivor = read_wandb_file(path)

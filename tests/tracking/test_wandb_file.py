@@ -117,7 +117,7 @@ def test_it_agrees_with_wandbs_own_reader(tmp_path: Path) -> None:
     (path,) = wandb_files(tmp_path)
     ours = read_wandb_file(path)
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     theirs = [json.loads(line) for line in done.stdout.splitlines()]
     by_type = {record["type"]: record[record["type"]] for record in theirs}
     history = [record["history"]["item"] for record in theirs if record["type"] == "history"]

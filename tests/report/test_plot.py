@@ -26,9 +26,9 @@ def paths(figure: ET.Element, kind: str) -> list[str]:
 
 
 def test_element_escapes_children_and_attributes() -> None:
-    found = svg.element("text", "<b>&\u202e", class_='"x" onload="y\ud800', x=1.23456, y=2.0)
+    found = svg.element("text", "<b>&\u202e", class_='"x" on="y\ud800', x=1.23456, y=2.0)
     assert found == (
-        '<text class="&#34;x&#34; onload=&#34;y⟨U+D800⟩" x="1.23" y="2">&lt;b&gt;&amp;⟨U+202E⟩</text>'
+        '<text class="&#34;x&#34; on=&#34;y⟨U+D800⟩" x="1.23" y="2">&lt;b&gt;&amp;⟨U+202E⟩</text>'
     )
 
 

@@ -60,7 +60,7 @@ def gather_logprobs(
         tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
     keep = differentiable and hidden.shape[0] * weight.shape[0] <= KEEP_ELEMENTS
-    dtype = _product_dtype(hidden, weight)
+    dtype = product_dtype(hidden, weight)
     logprobs, entropy = _GatherLogprobs.apply(
         hidden, weight, bias, targets, 1.0 / temperature, rows, with_entropy, keep, dtype
     )
@@ -91,7 +91,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -142,7 +142,7 @@ class _GatherLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any,  # noqa: ANN401 - torch's own untyped context
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,

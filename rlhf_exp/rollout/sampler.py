@@ -1,0 +1,74 @@
+"""Sampling responses from a causal language model.
+
+The loop itself is `rollout/loop.py`. It leaves out everything else that `transformers.generate` can
+do (beams, top-k, penalties): the distribution that is sampled must be the one that is trained.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlhf_exp.batch import Prompts, Samples
+from rlhf_exp.errors import UserError
+from rlhf_exp.rollout.decoder import ready_to_decode
+from rlhf_exp.rollout.loop import DecodeLoop, Sampling
+from rlhf_exp.rollout.stops import Stopper
+
+__all__ = ["Sampling", "sample"]
+
+
+def sample(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    settings: Sampling,
+    seed: int,
+    stopper: Stopper | None = None,
+    capture: nn.Module | None = None,
+) -> Samples:
+    """Return a response to each prompt, in the prompts' order, on the model's device.
+
+    Dropout is off meanwhile. What a row says depends on its prompt, its `rollout` number, the
+    seed and the weights; on other rows and the batch only through rounding.
+
+    Args:
+        model: a causal language model (inside a peft wrapper or not).
+        prompts: at least one row, each of at least one token.
+        settings: how to sample.
+        seed: of the noise.
+        stopper: finds stop strings, or None.
+        capture: a decoder block of `model`; the hidden states entering it become `Samples.states`.
+
+    Raises:
+        UserError: where a prompt and its response exceed the model's positions.
+    """
+    unwrap = getattr(model, "get_base_model", None)
+    if unwrap is not None:
+        model = unwrap()
+    _check(model, prompts, settings)
+    with ready_to_decode(model):
+        loop = DecodeLoop(model, prompts, settings, seed, stopper, capture)
+        with torch.inference_mode():
+            loop.run()
+    return loop.samples()
+
+
+def _check(model: PreTrainedModel, prompts: Prompts, settings: Sampling) -> None:
+    assert len(prompts), "no prompts"
+    assert settings.max_new_tokens > 0, f"max_new_tokens {settings.max_new_tokens} is not above 0"
+    assert settings.temperature > 0, f"temperature {settings.temperature} is not above 0"
+    assert int(prompts.lengths.min()) > 0, "a prompt without tokens"
+    config = model.config.get_text_config()
+    longest = int(prompts.lengths.max())
+    limits = {"max_position_embeddings": getattr(config, "max_position_embeddings", None)}
+    if getattr(config, "use_sliding_window", True):
+        # Within the window sliding attention is full attention; beyond it the mask would be wrong.
+        limits["sliding_window"] = getattr(config, "sliding_window", None)
+    for name, limit in limits.items():
+        if limit is not None and longest + settings.max_new_tokens > limit:
+            raise UserError(
+                f"a prompt of {longest} tokens and max_new_tokens={settings.max_new_tokens} exceed "
+                f"the model's {name}={limit}: cut prompts shorter (seq_length) or lower "
+                "max_new_tokens"
+            )

@@ -1,0 +1,94 @@
+"""Which row sits in which slot, on the host and on the device.
+
+The active slots are the first ones. A slot whose row has ended runs on until it is cleared away:
+its position and column stop at the last one, and what it writes meanwhile is cut off in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class SlotTable:
+    """The slots of one sampling call.
+
+    Args:
+        slots: how many there are.
+        max_new_tokens: T, a response's length at most.
+        device: of the model.
+
+    Attributes:
+        held: row in each active slot, or None where it has ended.
+        row: [slots] int64, the same on the device, an ended row included.
+        token: [slots] int64, to feed next.
+        position: [slots] int64, of that token; before the first one, that of the prompt's end.
+        column: [slots] int64, number of the response token to draw next; T once all are drawn.
+    """
+
+    def __init__(self, slots: int, max_new_tokens: int, device: torch.device) -> None:
+        self.held: list[int | None] = []
+        self._slots = slots
+        self._max_new_tokens = max_new_tokens
+        self._state = torch.zeros(5, slots, dtype=torch.int64, device=device)
+        self.row, self.token, self.position, self.column, self._last_position = self._state
+        self._host_position = np.zeros(slots, dtype=np.int64)
+
+    @property
+    def active(self) -> int:
+        """Slots that take part in a forward, those of ended rows included."""
+        return len(self.held)
+
+    @property
+    def ended(self) -> int:
+        """Active slots whose row has ended."""
+        return self.held.count(None)
+
+    @property
+    def free(self) -> int:
+        """Slots that are not active."""
+        return self._slots - len(self.held)
+
+    @property
+    def longest(self) -> int:
+        """Columns in use: above the position of every active slot."""
+        return int(self._host_position[: self.active].max()) + 1
+
+    def fill(self, rows: Sequence[int], prompt_lengths: Sequence[int]) -> slice:
+        """Give each of `rows` a slot and return these slots."""
+        slots = slice(self.active, self.active + len(rows))
+        self.held.extend(rows)
+        ends = np.asarray(prompt_lengths, dtype=np.int64) - 1
+        zeros = np.zeros_like(ends)
+        values = np.stack([np.asarray(rows), zeros, ends, zeros, ends + self._max_new_tokens])
+        self._state[:, slots] = torch.from_numpy(values).to(self._state.device)
+        self._host_position[slots] = ends
+        return slots
+
+    def advance(self, slots: slice, tokens: Tensor) -> None:
+        """Take the tokens drawn for `slots` as the next ones to feed."""
+        self.token[slots] = tokens
+        position, column = self.position[slots], self.column[slots]
+        torch.minimum(position.add_(1), self._last_position[slots], out=position)
+        column.add_(1).clamp_(max=self._max_new_tokens)
+        self._host_position[slots] += 1
+
+    def clear(self) -> tuple[Tensor, Tensor]:
+        """Fill the slots of ended rows with the last active ones.
+
+        Returns:
+            Slots to copy from and slots to copy to, [N] int64 each, for what else slots hold.
+        """
+        remaining = self.active - self.ended
+        targets = [slot for slot in range(remaining) if self.held[slot] is None]
+        origins = [slot for slot in range(remaining, self.active) if self.held[slot] is not None]
+        for origin, target in zip(origins, targets, strict=True):
+            self.held[target] = self.held[origin]
+        del self.held[remaining:]
+        self._host_position[targets] = self._host_position[origins]
+        moves = torch.tensor([origins, targets], dtype=torch.int64).to(self._state.device)
+        self._state[:, moves[1]] = self._state[:, moves[0]]
+        return moves[0], moves[1]

@@ -1,0 +1,284 @@
+"""The sampler against full forwards without a cache, over every model family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from rlhf_exp.batch import Finish, Prompts, Samples
+from rlhf_exp.errors import UserError
+from rlhf_exp.rollout import loop
+from rlhf_exp.rollout.noise import uniform
+from rlhf_exp.rollout.sampler import Sampling, sample
+from rlhf_exp.rollout.stops import Stopper
+
+VOCABULARY, WIDTH, LAYERS, HEADS, CONTEXT = 61, 16, 3, 4, 64
+NO_EOS = -1
+
+GPT_STYLE = {
+    "vocab_size": VOCABULARY,
+    "n_embd": WIDTH,
+    "n_layer": LAYERS,
+    "n_head": HEADS,
+    "n_positions": CONTEXT,
+}
+LLAMA_STYLE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+}
+NEOX_STYLE = {name: value for name, value in LLAMA_STYLE.items() if name != "num_key_value_heads"}
+
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gpt2": lambda: GPT2Config(**GPT_STYLE),
+    "gptj": lambda: GPTJConfig(**GPT_STYLE, rotary_dim=4),
+    "gpt_neox": lambda: GPTNeoXConfig(**NEOX_STYLE),
+    "gpt_neox_eager": lambda: GPTNeoXConfig(**NEOX_STYLE, attn_implementation="eager"),
+    "llama": lambda: LlamaConfig(**LLAMA_STYLE),
+    "qwen2": lambda: Qwen2Config(**LLAMA_STYLE),
+    "qwen3": lambda: Qwen3Config(**LLAMA_STYLE, head_dim=4),
+}
+
+
+def build(family: str = "gpt_neox") -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]())
+    with torch.no_grad():  # initialised as usual the distribution is almost flat: sharpen it
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.3)
+    return model.eval()
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+
+
+def make_prompts(lengths: list[int], pad: int = 0) -> Prompts:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    for row, length in enumerate(lengths):
+        tokens[row, length:] = pad
+    number = torch.arange(len(lengths))
+    return Prompts(tokens, torch.tensor(lengths), index=number + 500, rollout=number + 1000)
+
+
+def settings(**changes: float) -> Sampling:
+    values = {"max_new_tokens": 9, "temperature": 0.8, "batch": 4, "eos_id": NO_EOS, "pad_id": 0}
+    return Sampling(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def full_forward(model: PreTrainedModel, row: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits [S, V] and the states entering each block, of one row without cache or padding."""
+    with torch.no_grad():
+        output = model(row.unsqueeze(0), output_hidden_states=True, use_cache=False)
+    return output.logits[0], [states[0] for states in output.hidden_states]
+
+
+LENGTHS = [7, 3, 12, 1, 5, 12, 9]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_logprobs_and_states_are_those_of_the_full_forward(family: str) -> None:
+    model, prompts = build(family), make_prompts(LENGTHS)
+    samples = sample(model, prompts, settings(), seed=5, capture=blocks(model)[1])
+    assert samples.index.tolist() == prompts.index.tolist()
+    assert samples.states is not None
+    for row, length in enumerate(LENGTHS):
+        end = length + 9
+        assert samples.response_lengths[row] == 9
+        assert samples.tokens[row, :length].tolist() == prompts.tokens[row, :length].tolist()
+        logits, states = full_forward(model, samples.tokens[row, :end])
+        table = torch.log_softmax(logits.double() / 0.8, dim=-1).numpy()
+        for column in range(9):
+            token = int(samples.tokens[row, length + column])
+            logprobs = table[length + column - 1]
+            assert samples.logprobs[row, column].item() == pytest.approx(logprobs[token], abs=1e-4)
+            # The inverse of the cumulative distribution, in float64.
+            number = uniform(5, prompts.rollout[row], torch.tensor(column)).item()
+            assert token == np.searchsorted(np.exp(logprobs).cumsum(), number, side="right")
+        torch.testing.assert_close(
+            samples.states[row, : end - 1], states[1][: end - 1], rtol=1e-4, atol=1e-4
+        )
+        assert samples.states[row, end - 1 :].abs().sum() == 0
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 100])
+def test_a_row_does_not_depend_on_batch_order_or_other_rows(batch: int) -> None:
+    model, prompts = build(), make_prompts(LENGTHS)
+    # An end of sequence that some rows reach makes slots free at different times.
+    reference = sample(model, prompts, settings(eos_id=22), seed=5, capture=blocks(model)[1])
+    assert 0 < (reference.finish == Finish.EOS).sum() < len(LENGTHS)
+    order = torch.tensor([4, 0, 6, 2, 1])
+    shuffled = sample(
+        model, prompts.select(order), settings(eos_id=22, batch=batch), 5, capture=blocks(model)[1]
+    )
+    assert_same_rows(shuffled, reference.select(order))
+
+
+def assert_same_rows(one: Samples, other: Samples) -> None:
+    width, columns = one.tokens.shape[1], one.logprobs.shape[1]
+    for name in ("prompt_lengths", "response_lengths", "content_lengths", "finish", "index"):
+        assert getattr(one, name).tolist() == getattr(other, name).tolist(), name
+    assert one.tokens.tolist() == other.tokens[:, :width].tolist()
+    torch.testing.assert_close(one.logprobs, other.logprobs[:, :columns], rtol=0, atol=1e-5)
+    assert one.states is not None
+    assert other.states is not None
+    torch.testing.assert_close(one.states, other.states[:, :width], rtol=0, atol=1e-4)
+
+
+def test_looking_every_few_tokens_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What an accelerator does: rows run on after their end, and attention reads padded columns.
+    model, prompts = build(), make_prompts(LENGTHS)
+    reference = sample(model, prompts, settings(eos_id=22), seed=5, capture=blocks(model)[1])
+    monkeypatch.setattr(loop, "on_accelerator", lambda device: True)
+    for batch in (2, 7):
+        lazy = sample(model, prompts, settings(eos_id=22, batch=batch), 5, capture=blocks(model)[1])
+        assert_same_rows(lazy, reference)
+
+
+def test_end_of_sequence_belongs_to_the_response_but_not_to_its_content() -> None:
+    model, prompts = build(), make_prompts(LENGTHS)
+    free = sample(model, prompts, settings(), seed=5)
+    eos = int(free.tokens[2, LENGTHS[2] + 3])  # what row 2 says fourth, if not before
+    samples = sample(model, prompts, settings(eos_id=eos, pad_id=eos), seed=5)
+    for row, length in enumerate(LENGTHS):
+        said = free.tokens[row, length : length + 9].tolist()
+        ends = eos in said
+        count = said.index(eos) + 1 if ends else 9
+        assert samples.response_lengths[row] == count
+        assert samples.content_lengths[row] == count - ends
+        assert samples.finish[row] == (Finish.EOS if ends else Finish.LENGTH)
+        assert samples.tokens[row, length : length + count].tolist() == said[:count]
+        assert (samples.tokens[row, length + count :] == eos).all()
+        assert (samples.logprobs[row, count:] == 0).all()
+    assert samples.response_lengths[2] <= 4
+    assert samples.tokens.shape[1] == int((samples.prompt_lengths + samples.response_lengths).max())
+    assert samples.logprobs.shape[1] == int(samples.response_lengths.max())
+
+
+def tokenizer_of_letters() -> PreTrainedTokenizerFast:
+    """61 tokens: single characters, the first ones being those of "stop:"."""
+    characters = list("stop:") + [chr(ord("A") + number) for number in range(VOCABULARY - 5)]
+    vocabulary = {character: number for number, character in enumerate(dict.fromkeys(characters))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="A"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_stop_strings_end_a_row_at_a_token_boundary() -> None:
+    model, prompts = build(), make_prompts(LENGTHS)
+    tokenizer = tokenizer_of_letters()
+    free = sample(model, prompts, settings(), seed=5)
+    said = free.tokens[4, LENGTHS[4] : LENGTHS[4] + 9].tolist()
+    stop = tokenizer.decode(said[3:6])
+    assert len(stop) == 3
+    samples = sample(model, prompts, settings(), 5, stopper=Stopper(tokenizer, [stop]))
+    assert samples.finish[4] == Finish.STOP
+    assert samples.response_lengths[4] == 6
+    assert samples.content_lengths[4] == 3
+    assert samples.tokens[4, LENGTHS[4] : LENGTHS[4] + 6].tolist() == said[:6]
+
+
+def test_greedy_takes_the_most_probable_token_as_generate_does() -> None:
+    model, prompts = build("llama"), make_prompts([6, 6, 6])
+    samples = sample(model, prompts, settings(greedy=True, temperature=1.0), seed=0)
+    expected = model.generate(
+        prompts.tokens,
+        attention_mask=torch.ones_like(prompts.tokens),
+        do_sample=False,
+        max_new_tokens=9,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert samples.tokens.tolist() == expected.tolist()
+
+
+def test_the_seed_and_the_rollout_number_change_what_is_said() -> None:
+    model, prompts = build(), make_prompts(LENGTHS)
+    first = sample(model, prompts, settings(), seed=5)
+    again = sample(model, prompts, settings(), seed=5)
+    other = sample(model, prompts, settings(), seed=6)
+    later = Prompts(prompts.tokens, prompts.lengths, prompts.index, prompts.rollout + 10)
+    assert torch.equal(first.tokens, again.tokens)
+    assert not torch.equal(first.tokens, other.tokens)
+    assert not torch.equal(first.tokens, sample(model, later, settings(), seed=5).tokens)
+
+
+def test_the_model_is_left_as_it_was_and_dropout_is_off_meanwhile() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(**LLAMA_STYLE, attention_dropout=0.5)
+    model = AutoModelForCausalLM.from_config(config)
+    model.train()
+    blocks(model)[0].eval()
+    model.gradient_checkpointing_enable()
+    modes = [child.training for child in model.modules()]
+    one = sample(model, make_prompts([4, 2]), settings(), seed=0, capture=blocks(model)[2])
+    two = sample(model, make_prompts([4, 2]), settings(), seed=0, capture=blocks(model)[2])
+    assert torch.equal(one.tokens, two.tokens)
+    assert torch.equal(one.logprobs, two.logprobs)
+    assert [child.training for child in model.modules()] == modes
+    assert not blocks(model)[2]._forward_pre_hooks
+
+
+def test_states_can_be_trained_on() -> None:
+    model = build()
+    samples = sample(model, make_prompts([4, 2]), settings(), seed=0, capture=blocks(model)[2])
+    assert samples.states is not None
+    nn.Linear(WIDTH, 1)(samples.states).sum().backward()
+
+
+def test_one_new_token() -> None:
+    model, prompts = build(), make_prompts(LENGTHS)
+    samples = sample(model, prompts, settings(max_new_tokens=1, batch=2), seed=5)
+    assert samples.response_lengths.tolist() == [1] * len(LENGTHS)
+    longer = sample(model, prompts, settings(), seed=5)
+    starts = prompts.lengths.unsqueeze(1)
+    assert torch.equal(samples.tokens.gather(1, starts), longer.tokens.gather(1, starts))
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (GPT2Config(**GPT_STYLE), "max_position_embeddings=64"),
+        (
+            MistralConfig(**{**LLAMA_STYLE, "max_position_embeddings": 99}, sliding_window=20),
+            "sliding_window=20",
+        ),
+    ],
+)
+def test_more_tokens_than_positions_is_the_users_error(config: PreTrainedConfig, name: str) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=f"max_new_tokens=62.*{name}.*seq_length"):
+        sample(model, make_prompts([5]), settings(max_new_tokens=62), seed=0)
+
+
+def test_half_precision_keeps_float32_logprobs() -> None:
+    model = build("llama").to(torch.bfloat16)
+    samples = sample(model, make_prompts(LENGTHS), settings(), seed=5)
+    assert samples.logprobs.dtype == torch.float32
+    # Sampled from rounded logits all log-probabilities would be rounded alike: bfloat16 has 8 bits.
+    assert (samples.logprobs.bfloat16().float() != samples.logprobs).float().mean() > 0.9

@@ -48,6 +48,14 @@ def reward_charts(rows: Rows, calibration: Sequence[CalibrationBin] = ()) -> lis
 def ppo_charts(rows: Rows, kl_target: float | None = None) -> list[Chart]:
     """Return the charts of PPO."""
     target = [(kl_target, "target")] if kl_target is not None else []
+    whole: list[tuple[str, Names]] = [
+        ("rollouts", ("kl/sequence",)),
+        ("held-out prompts", ("eval/kl_sequence",)),
+    ]
+    length: list[tuple[str, Names]] = [
+        ("rollouts", ("response/length_mean",)),
+        ("held-out prompts", ("eval/length_mean",)),
+    ]
     per_token: list[tuple[str, Names]] = [("k1", ("kl/k1",)), ("k3", ("kl/k3",))]
     variance: list[tuple[str, Names]] = [("explained", ("value/explained_variance",))]
     endings: list[tuple[str, Names]] = [
@@ -58,12 +66,12 @@ def ppo_charts(rows: Rows, kl_target: float | None = None) -> list[Chart]:
     return _present(
         [
             _reward(rows),
-            _simple("KL, nats per answer", rows, [("sequence", ("kl/sequence",))], levels=target),
+            _simple("KL, nats per answer", rows, whole, levels=target),
             _reward_against_kl(rows),
             _simple("KL, nats per token", rows, per_token),
             _simple("KL coefficient β", rows, [("beta", ("kl/beta",))]),
             _simple("Entropy, nats per token", rows, [("policy", ("policy/entropy",))]),
-            _simple("Answer length, tokens", rows, [("mean", ("response/length_mean",))]),
+            _simple("Answer length, tokens", rows, length),
             _simple("Value: explained variance", rows, variance, levels=[(0.0, "")]),
             _simple("Shares of answers and updates", rows, endings, include=(0.0,)),
         ]

@@ -24,7 +24,7 @@ PPO = [
         "response/eos_fraction": 0.9,
     }
     for step in (4, 8, 12)
-] + [{"global_step": 0, "eval/reward": -0.3}]
+] + [{"global_step": 0, "eval/reward_mean": -0.3, "eval/kl_sequence": 0.5, "eval/length_mean": 7.0}]
 
 
 def test_ppo_has_all_charts_of_its_contract() -> None:
@@ -45,6 +45,9 @@ def test_ppo_has_all_charts_of_its_contract() -> None:
     assert reward[0].spread is not None
     assert list(reward[0].spread) == [1.0, 1.0, 1.0]
     assert list(charts["KL, nats per answer"].levels) == [(6.0, "target")]
+    for title, held_out in [("KL, nats per answer", 0.5), ("Answer length, tokens", 7.0)]:
+        assert [line.label for line in charts[title].lines] == ["rollouts", "held-out prompts"]
+        assert list(charts[title].lines[1].y) == [held_out]
     path = charts["Reward against KL"].lines[0]
     assert path.ordered
     assert list(path.x) == [12.0, 24.0, 36.0]  # KL

@@ -55,6 +55,8 @@ def _check_fractions(found: Findings) -> None:
     data = found.config.data
     for name in ("validation_fraction", "test_fraction", "max_bad_fraction"):
         found.unless(0 <= getattr(data, name) < 1, f"data.{name}", "must be in [0, 1).")
+    if max(data.validation_fraction, data.test_fraction) >= 1:
+        return
     if data.validation_fraction + data.test_fraction >= 1:
         message = "leaves nothing to train on: data.validation_fraction + data.test_fraction >= 1."
         found.add("data.test_fraction", message)

@@ -107,16 +107,16 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return str(Problem(group, option, unknown_option(option, error.options)))
+    if isinstance(error, yaml.YAMLError):
+        return "\n  ".join(str(error).splitlines())
+    first = (str(error) or type(error).__name__).splitlines()[0]
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
-    lines = str(error).splitlines() or [type(error).__name__]
-    if cause is None or not cause.full_key:
-        return "\n  ".join(lines) if isinstance(error, yaml.YAMLError) else lines[0]
-    reason = str(cause).splitlines()[0]
-    if cause is error or str(cause.full_key).startswith("hydra"):
-        return f"{cause.full_key}: {reason}."
-    place = lines[0].split(":")[0] + ": " if lines[0].startswith("In '") else ""
-    key = str(cause.full_key)
-    found = value_problem(cause, key, "...")
-    return f"{place}{key}: {found.message} ({reason})"
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return first
+    key, reason = str(cause.full_key or ""), str(cause).splitlines()[0]
+    place = f"{first.split(':')[0]}: " if first.startswith("In '") else ""
+    if cause is error or not key or key.startswith("hydra"):
+        return f"{place}{key}{': ' if key else ''}{reason}"
+    return f"{place}{key}: {value_problem(cause, key, '').message} ({reason})"

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_exp.config.checks import problems
+from rlhf_exp.config.compose import compose
+from rlhf_exp.config.overrides import with_lists
+from rlhf_exp.config.problems import refuse
+from rlhf_exp.config.unbuilt import choices_not_built
+from rlhf_exp.errors import UserError
+
+
+def complaints(*overrides: str, multirun: bool = False) -> list[str]:
+    config = compose(with_lists(overrides)).config
+    return [str(problem) for problem in problems(config, multirun)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        # PPO
+        ("ppo.generation.max_new_tokens=256", "leaves no room for a prompt in ppo.seq_length=256"),
+        ("ppo.seq_length=257", "ppo.seq_length=257: the model's context is 256 tokens"),
+        ("ppo.batch=129", "ppo.batch=129: an iteration has only ppo.rollouts=128"),
+        ("ppo.rollouts=0 ppo.batch=0", "ppo.rollouts=0: must be at least 1"),
+        ("ppo.generation.temperature=0", "temperature=0.0: must be a number above 0"),
+        ("ppo.lam=1.1", "ppo.lam=1.1: must be in [0, 1]"),
+        ("ppo.kl.coef=0", "ppo.kl.coef=0.0: an adaptive controller cannot leave 0"),
+        ("ppo.kl.stop=5", "ppo.kl.stop=5.0: must be above the target"),
+        ("ppo.reward.clip=0", "ppo.reward.clip=0.0: must be a number above 0"),
+        ("ppo.steps=0", "ppo.steps=0: must be at least 1"),
+        # every training stage
+        ("ppo.train_blocks=5", "ppo.train_blocks=5: the model has 4 blocks"),
+        ("sft.train_blocks=0", "sft.train_blocks=0: must be at least 1"),
+        ("reward.train_blocks=2 reward.lora.rank=4", "choose one: reward.train_blocks, or LoRA"),
+        ("sft.lr=0", "sft.lr=0.0: must be a number above 0"),
+        ("sft.lr=nan", "sft.lr=nan: must be a number above 0"),
+        ("sft.lr=inf", "sft.lr=inf: must be a number above 0"),
+        ("sft.betas=[0.9]", "sft.betas=[0.9]: needs two numbers in [0, 1)"),
+        ("sft.betas=[0.9,1]", "sft.betas=[0.9,1.0]: needs two numbers in [0, 1)"),
+        ("sft.micro_batch=33", "sft.micro_batch=33: is more than sft.batch, 32 rows"),
+        ("reward.eval_every=0", "reward.eval_every=0: must be at least 1"),
+        ("sft.epochs=null", "sft.steps=null: set sft.steps or sft.epochs"),
+        ("reward.steps=5", "reward.steps=5: reward.epochs is set too, to 1; set one"),
+        ("sft.seq_length=1", "sft.seq_length=1: must be at least 2"),
+        ("sft.weight_decay=-1", "sft.weight_decay=-1.0: must be at least 0"),
+        # reward model
+        ("reward.init=base", "reward.init=base: a model from scratch has no base weights"),
+        # model
+        ("model.architecture.heads=3", "architecture.width=128: must divide by the 3 heads"),
+        ("model.architecture.kv_heads=2", "architecture.kv_heads=2: gpt_neox has none"),
+        ("model.architecture.vocabulary=257", "vocabulary=257: must be at least 258"),
+        ("model.revision=main", "model.revision=main: a model from scratch has no revision"),
+        ("model.path=./nowhere", "model.path=./nowhere: there is no folder /"),
+        # data
+        ("data.source=hub", "data.path=null: data.source=hub needs a hub id"),
+        ("data.path=a/b", "data.path=a/b: data.source=toy reads no hub id"),
+        ("data.source=jsonl", "data.preferences=null: data.source=jsonl needs a .jsonl"),
+        ("data.preferences=x.jsonl", "data.preferences=x.jsonl: files are read with data=hh_local"),
+        ("data.test_fraction=1", "data.test_fraction=1.0: must be in [0, 1)"),
+        ("data.validation_fraction=-0.1", "data.validation_fraction=-0.1: must be in [0, 1)"),
+        ("data.test_fraction=0.95", "data.test_fraction=0.95: leaves nothing to train on"),
+        ("data.toy.label_noise=0.5", "data.toy.label_noise=0.5: must be in [0, 0.5)"),
+        ("data.limit=0", "data.limit=0: must be at least 1"),
+        ("data.format=chat_template", "a model from scratch has no chat template"),
+        # evaluation
+        ("eval.tie_low=0.6", "eval.tie_low=0.6: needs 0 <= tie_low < tie_high <= 1"),
+        ("eval=none stage=eval", "eval.suite=none: stage=eval has nothing to do"),
+        ("eval.temperature=-1", "eval.temperature=-1.0: must be at least 0"),
+        ("eval.max_new_tokens=256", "eval.max_new_tokens=256: leaves no room"),
+        # the rest
+        ("name=a/b", "name=a/b: use letters, digits"),
+        ("name=latest", "name=latest: `latest` always means the latest run"),
+        ("rerun=ppa", "rerun=[ppa]: the stages are sft, reward, ppo, eval"),
+        ("seed=-1 sft.seed=0 reward.seed=0 ppo.seed=0", "seed=-1: must be at least 0"),
+        ("output_dir=launch.py", "launch.py is not a folder"),
+        ("distributed.processes=2", "distributed.processes=2: distributed.strategy=single has one"),
+        ("distributed.offload=true plan=true", "strategy=single cannot offload"),
+        ("tracking.project=''", "tracking.project=: must not be empty"),
+        # not built yet
+        ("distributed=ddp", "distributed.strategy=ddp: is not built yet; plan=true works"),
+        ("engine=trlx", "engine.name=trlx: is not built yet"),
+        ("eval=blog", "eval.suite=blog: is not built yet"),
+        ("probe=true", "probe=true: is not built yet"),
+    ],
+)
+def test_one_mistake_one_complaint(
+    overrides: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    found = complaints(*overrides.split())
+    assert any(complaint in line for line in found), found
+    if "rollouts" not in overrides:
+        assert len(found) == 1, found
+
+
+def test_all_problems_are_reported_together() -> None:
+    config = compose(["ppo.lr=0", "sft.epochs=null", "data.limit=0"]).config
+    with pytest.raises(UserError) as caught:
+        refuse(problems(config))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "3 problems in the config:"
+    assert sorted(line.split("=")[0].strip() for line in lines[1:]) == [
+        "data.limit",
+        "ppo.lr",
+        "sft.steps",
+    ]
+
+
+def test_stages_that_are_not_needed_are_not_looked_at() -> None:
+    assert complaints("stage=sft", "ppo.lr=0", "reward.lr=0", "eval.tie_low=1") == []
+    assert complaints("stage=ppo", "reward.use=other", "reward.lr=0") == []
+
+
+def test_a_multirun_needs_a_name() -> None:
+    (found,) = complaints(multirun=True)
+    assert found.startswith("name=null: a multirun needs a name")
+    assert complaints("name=kl", multirun=True) == []
+
+
+def test_what_is_not_built_can_be_planned() -> None:
+    assert complaints("distributed=zero3_offload", "engine=trlx", "eval=full", "plan=true") == []
+    (problem,) = choices_not_built({"sweep": "ppo_optuna", "hydra/launcher": "basic"})
+    assert str(problem).startswith("sweep=ppo_optuna: is not built yet")
+
+
+def test_files_of_the_data_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    (found,) = complaints("data=hh_local", "data.preferences=pairs.jsonl", "data.test=held.jsonl")
+    assert found == f"data.test=held.jsonl: there is no file {tmp_path / 'held.jsonl'}."
+
+
+def test_a_local_model_counts_as_it_is(tmp_path: Path) -> None:
+    path = f"model.path={tmp_path}"
+    (found,) = complaints(path)
+    assert "holds no model: it has no config.json" in found
+    shape = {"n_layer": 2, "n_positions": 300}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    # The architecture of `tiny` (4 blocks, 256 tokens) says nothing about this folder.
+    assert complaints(path, "ppo.train_blocks=2", "ppo.seq_length=300") == []
+    found = complaints(path, "ppo.train_blocks=3", "ppo.seq_length=301", "model.revision=x")
+    assert len(found) == 3
+    assert any("the model has 2 blocks" in line for line in found)
+    assert any("the model's context is 300 tokens" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        ("reward.py:score", None),
+        ("reward.py:scores", "has no function scores; its functions are score, other"),
+        ("reward.py", "expected a file and a function in it"),
+        ("missing.py:score", "there is no file /"),
+        ("broken.py:score", "is not valid Python"),
+        ("empty.py:score", "has no function score; it has no function"),
+    ],
+)
+def test_a_users_reward_function(
+    value: str, complaint: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Never imported: it would raise.
+    source = "raise SystemExit\ndef score(x): ...\ndef other(x): ...\n"
+    (tmp_path / "reward.py").write_text(source)
+    (tmp_path / "broken.py").write_text("def score(:\n")
+    (tmp_path / "empty.py").write_text("score = 1\n")
+    found = complaints(f"ppo.reward.function={value}")
+    if complaint is None:
+        assert found == []
+        (found_init,) = complaints(f"ppo.reward.function={value}", "ppo.value_init=reward")
+        assert "there is no reward model; use value_init=small" in found_init
+    else:
+        assert len(found) == 1
+        assert complaint in found[0]

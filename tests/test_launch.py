@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from rlhf_exp.command import main
+from rlhf_exp.config.root import Config, Stage
+from rlhf_exp.errors import UserError
+
+LAUNCH = Path(__file__).parents[1] / "launch.py"
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(LAUNCH), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+class Pipeline:
+    """Stands in for `rlhf_exp.experiment`: notes what it is asked to run."""
+
+    def __init__(self) -> None:
+        self.configs: list[Config] = []
+        self.overrides: list[list[str]] = []
+        self.behaviour: Callable[[], float | None] = lambda: None
+
+    def run(self, config: Config, overrides: list[str]) -> float | None:
+        self.configs.append(config)
+        self.overrides.append(overrides)
+        return self.behaviour()
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pipeline:
+    stand_in, module = Pipeline(), ModuleType("rlhf_exp.experiment")
+    module.run = stand_in.run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "rlhf_exp.experiment", module)
+    monkeypatch.setattr(sys, "argv", ["launch.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.chdir(tmp_path)
+    return stand_in
+
+
+def test_help_from_any_folder(tmp_path: Path) -> None:
+    ended = launch(tmp_path, "--help")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "hh_gptj_6b" in ended.stdout
+    ended = launch(tmp_path, "--help", "ppo.kl")
+    assert "ppo.kl.target=6.0" in ended.stdout
+    assert "ppo.lr" not in ended.stdout
+    ended = launch(tmp_path, "--help", "pppo")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: --help pppo: there is no such group or key. Did you")
+
+
+def test_cfg_shows_the_whole_config(tmp_path: Path) -> None:
+    ended = launch(tmp_path, "experiment=smoke", "ppo.lr=0.5", "--cfg", "job")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    shown = yaml.safe_load(ended.stdout)
+    assert shown["ppo"]["lr"] == 0.5
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("ppo.lrr=1", "error: ppo.lrr=1: there is no such key. Did you mean ppo.lr"),
+        ("ppo.lr=0 data.limit=0", "error: 2 problems in the config:\n  data.limit=0: "),
+        ("-m ppo.lr=1,2", "error: name=null: a multirun needs a name"),
+        ("-m name=a ppo.lr=1,0", "error: ppo.lr=0.0: must be a number above 0."),
+        ("ppo.lr=1e-4,1e-3", "error: ppo.lr=1e-4,1e-3: several values need -m"),
+        ("-m name=a ppo.lr=interval(1,2)", "error: ppo.lr=interval(1,2): only a search has"),
+        ("sweep=ppo_optuna", "error: sweep=ppo_optuna: is not built yet"),
+        ("hydra/launcher=slurm", "error: hydra/launcher=slurm: is not built yet"),
+        ("hydra/launcher=slrum", "error: hydra/launcher=slrum: there is no such option."),
+        ("hydra.foo=1", "error: hydra.foo: Key 'foo' not in 'HydraConf'"),
+        ("--config-name other", "error: --config-path and --config-name: add a folder"),
+        ("--config-dir nowhere", "error: --config-dir: there is no folder /"),
+    ],
+)
+def test_mistakes_end_with_2_and_a_short_message(
+    arguments: str, message: str, tmp_path: Path
+) -> None:
+    ended = launch(tmp_path, *arguments.split())
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(message)
+    assert "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == [], "nothing is written before everything is checked"
+
+
+def test_one_run(pipeline: Pipeline, tmp_path: Path) -> None:
+    assert main(["stage=ppo", "rerun=ppo", "output_dir=results"]) == 0
+    (config,) = pipeline.configs
+    assert isinstance(config, Config)
+    assert (config.stage, config.rerun) == (Stage.ppo, ["ppo"])
+    assert pipeline.overrides == [["stage=ppo", "rerun=[ppo]", "output_dir=results"]]
+    assert Path.cwd() == tmp_path
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["hydra"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "results"]
+
+
+def test_a_multirun(pipeline: Pipeline) -> None:
+    # Flags between overrides: Hydra alone takes them only before or after.
+    assert main(["name=a", "-m", "ppo.lr=1e-4,1e-3", "seed=0,1"]) == 0
+    assert [(c.ppo.lr, c.ppo.seed) for c in pipeline.configs] == [
+        (1e-4, 0),
+        (1e-4, 1),
+        (1e-3, 0),
+        (1e-3, 1),
+    ]
+
+
+def test_a_sweep_that_is_a_multirun_by_itself(pipeline: Pipeline) -> None:
+    assert main(["sweep=ppo_grid", "ppo.lr=1e-4", "ppo.kl.coef=0.3"]) == 0
+    assert [(c.name, c.ppo.lr, c.ppo.kl.coef, c.ppo.seed) for c in pipeline.configs] == [
+        ("ppo_grid", 1e-4, 0.3, 0),
+        ("ppo_grid", 1e-4, 0.3, 1),
+    ]
+
+
+def test_an_option_of_the_users_own(pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "ppo").mkdir(parents=True)
+    (tmp_path / "mine" / "ppo" / "bold.yaml").write_text("lr: 0.5\n")
+    assert main(["--config-dir", "mine", "ppo=bold"]) == 0
+    assert pipeline.configs[0].ppo.lr == 0.5
+
+
+@pytest.mark.parametrize("arguments", [[], ["-m", "name=a", "ppo.seed=0,1"]])
+def test_an_error_of_the_users_while_running(
+    arguments: list[str], pipeline: Pipeline, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise UserError("data.jsonl:17: not JSON")
+
+    pipeline.behaviour = refuse
+    assert main(arguments) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1] == "error: data.jsonl:17: not JSON"
+    if not arguments:
+        assert len(lines) == 1
+
+
+def test_ctrl_c(pipeline: Pipeline) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    pipeline.behaviour = interrupt
+    assert main([]) == 130
+
+
+def test_a_bug_keeps_its_traceback(pipeline: Pipeline) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    pipeline.behaviour = fail
+    with pytest.raises(ZeroDivisionError):
+        main([])
+
+
+def test_arguments_of_the_process_are_left_for_hydra(pipeline: Pipeline) -> None:
+    assert main(["stage=sft"]) == 0
+    assert sys.argv == ["launch.py", "stage=sft"]

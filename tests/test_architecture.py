@@ -33,11 +33,12 @@ LAYERS = (
     "pipeline",
     "report",
     "experiment",
+    "commands",
     "cli",
     "command",
 )
 # Only these see a config; what is below them takes plain values.
-SEE_CONFIG = ("config", "stages", "pipeline", "experiment", "cli", "command")
+SEE_CONFIG = ("config", "stages", "pipeline", "experiment", "commands", "cli", "command")
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "wandb", "numpy", "scipy", "peft")
 
 

@@ -5,6 +5,7 @@ Only safetensors are read: nothing that is downloaded gets unpickled.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,10 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.architecture import TYPES, Architecture
 
 transformers.logging.disable_progress_bar()  # a stage shows one of its own
+# Rows are right-padded and go by lengths, so the advice to pass a mask would mislead.
+logging.getLogger("transformers.modeling_utils").addFilter(
+    lambda record: "passing in an `attention_mask`" not in record.getMessage()
+)
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -6,9 +6,6 @@ without gradient checkpointing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -51,17 +48,3 @@ def set_checkpointing(model: PreTrainedModel, on: bool) -> None:
         getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     else:
         getattr(model, f"{kind}_checkpointing_disable")()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode for a while, for instance to sample.
-
-    In train mode with gradient checkpointing, blocks take no key-value cache.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

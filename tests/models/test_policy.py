@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.families import decoder_parts
 from rlhf_exp.models.load import load_causal_lm, load_tokenizer
-from rlhf_exp.models.modes import evaluating
 from rlhf_exp.models.policy import Policy, ResponseOutputs
 from rlhf_exp.models.saving import load_head
 from rlhf_exp.models.value import ValueHead
@@ -282,12 +287,26 @@ def test_number_of_blocks_out_of_range(tiny: Build, train_blocks: int) -> None:
         Policy(tiny("gpt2"), train_blocks)
 
 
-def test_evaluating_restores_the_mode(tiny: Build) -> None:
-    policy = Policy(tiny("gpt2")).train()
-    with evaluating(policy):
-        assert not policy.model.training
-    assert policy.training
-    assert policy.model.base_model.training
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=89, bos_token_id=1, eos_token_id=1),
+        LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            vocab_size=89,
+            attention_dropout=0.3,
+        ),
+    ],
+)
+def test_dropout_is_off_in_train_mode(config: PreTrainedConfig, rows: Batch) -> None:
+    model = AutoModelForCausalLM.from_config(config).train()
+    assert not torch.equal(model(rows["tokens"]).logits, model(rows["tokens"]).logits)
+    policy = Policy(model).train()
+    first, again = (policy(**rows, temperature=1.0).logprobs for _ in range(2))
+    assert torch.equal(first, again)
 
 
 def test_forward_is_what_wrappers_see(tiny: Build, rows: Batch) -> None:

@@ -135,10 +135,8 @@ class Codec:
     def _digest(self) -> str:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
+            # Truncation and padding, which earlier calls leave behind, were reset by those above.
             state = json.loads(backend.to_str())
-            # Both are set and left behind by unrelated calls.
-            state.pop("truncation", None)
-            state.pop("padding", None)
         else:
             state = sorted(self.tokenizer.get_vocab().items())
         template = self.tokenizer.chat_template if self.prompt_format == "chat_template" else None

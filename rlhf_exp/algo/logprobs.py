@@ -92,6 +92,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the type that `hidden` and `weight` are multiplied in: the narrower, or autocast's."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

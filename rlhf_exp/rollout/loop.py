@@ -25,8 +25,9 @@ from rlhf_exp.rollout.slots import SlotTable
 from rlhf_exp.rollout.stops import Stopper
 from rlhf_exp.rollout.transcript import Transcript
 
-PREFILL_TOKENS = 16384
-"""Most tokens, padding included, of one forward over prompts."""
+HOST_PREFILL_TOKENS = 2048
+ACCELERATOR_PREFILL_TOKENS = 32768
+"""Most tokens, padding included, of one forward over prompts: a CPU wants to stay in its cache."""
 
 REFILL_SHARE = 4
 """Waiting prompts move in when 1 / REFILL_SHARE of the slots is free."""
@@ -119,10 +120,9 @@ class DecodeLoop:
                     origins, targets = table.clear()
                     if len(origins):
                         self._decoder.move(origins, targets, self._width)
-                if self._waiting and table.free * REFILL_SHARE >= min(
-                    self._settings.batch, len(self._prompts)
-                ):
-                    self._admit()
+                if self._waiting and table.free * REFILL_SHARE >= table.slots:
+                    while self._waiting and table.free:
+                        self._admit()
                 elif table.active:
                     active = slice(0, table.active)
                     self._look(active, [self._step() for _ in range(stride)])
@@ -130,7 +130,8 @@ class DecodeLoop:
     def _admit(self) -> None:
         """Read a group of waiting prompts into free slots and draw their first tokens."""
         longest = self._lengths[self._waiting[-1]]
-        count = min(self._table.free, max(1, PREFILL_TOKENS // longest), len(self._waiting))
+        most = HOST_PREFILL_TOKENS if self._on_host else ACCELERATOR_PREFILL_TOKENS
+        count = min(self._table.free, max(1, most // longest), len(self._waiting))
         rows = [self._waiting.pop() for _ in range(count)]
         slots = self._table.fill(rows, [self._lengths[row] for row in rows])
         index = self._table.row[slots]

@@ -22,6 +22,7 @@ class SlotTable:
         device: of the model.
 
     Attributes:
+        slots: how many there are.
         held: row in each active slot, or None where it has ended.
         row: [slots] int64, the same on the device, an ended row included.
         token: [slots] int64, to feed next.
@@ -31,7 +32,7 @@ class SlotTable:
 
     def __init__(self, slots: int, max_new_tokens: int, device: torch.device) -> None:
         self.held: list[int | None] = []
-        self._slots = slots
+        self.slots = slots
         self._max_new_tokens = max_new_tokens
         self._state = torch.zeros(5, slots, dtype=torch.int64, device=device)
         self.row, self.token, self.position, self.column, self._last_position = self._state
@@ -50,7 +51,7 @@ class SlotTable:
     @property
     def free(self) -> int:
         """Slots that are not active."""
-        return self._slots - len(self.held)
+        return self.slots - len(self.held)
 
     @property
     def longest(self) -> int:

@@ -21,6 +21,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from side_by_side.protocol import Reading
 from side_by_side.setting import SHAPES, TRAINED_BLOCKS, Setting
@@ -82,7 +83,9 @@ def setting_of(options: argparse.Namespace, folder: str) -> Setting:
     return replace(setting, counted_reward=True, lr=options.lr) if options.learning else setting
 
 
-def start(options: argparse.Namespace, setting: Setting, stem: Path, stack: ExitStack) -> dict:
+def start(
+    options: argparse.Namespace, setting: Setting, stem: Path, stack: ExitStack
+) -> dict[str, Worker]:
     """Start the workers asked for and return them by name, ours first."""
     here = Path(sys.executable)
     sides = {}
@@ -128,14 +131,17 @@ def tabulate(readings: dict[str, list[Reading]], started: dict[str, int]) -> tup
     return markdown(rows, ours, peer), rows
 
 
-def measure(options: argparse.Namespace, setting: Setting, stem: Path) -> tuple[str, dict]:
+def measure(
+    options: argparse.Namespace, setting: Setting, stem: Path
+) -> tuple[str, dict[str, Any]]:
     """Run the comparison and return its table and its figures."""
+    rows: list[Row] = []
     with ExitStack() as stack:
         workers = start(options, setting, stem, stack)
         started = {name: worker.started_bytes for name, worker in workers.items()}
         if options.learning:
             readings = alternate(workers, options.iterations)
-            table, rows = learning_markdown(readings, max(1, options.iterations // 10)), []
+            table = learning_markdown(readings, max(1, options.iterations // 10))
         else:
             alternate(workers, 1)  # warm-up
             readings = alternate(workers, options.rounds)

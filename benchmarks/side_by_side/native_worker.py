@@ -29,7 +29,7 @@ from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.collate import prompts_batch
 from rlhf_exp.data.ragged import Ragged
 from rlhf_exp.data.tokenized import TokenizedPrompts
-from rlhf_exp.distributed.world import World, open_world
+from rlhf_exp.distributed.world import World, world_of
 from rlhf_exp.engines.native.experience import Collector, ExperienceSettings
 from rlhf_exp.engines.native.loop import Evaluation, LoopContext, LoopSettings, train
 from rlhf_exp.engines.native.optim import OptimSettings
@@ -116,7 +116,7 @@ def model_scorer(setting: Setting, world: World) -> Scorer:
     codec = cast(Codec, SimpleNamespace(eos_id=LAST_TOKEN_OF_SCORED))
     model = RewardModel.load(setting.path("reward"))
     length = setting.prompt_tokens + setting.response_tokens + 1
-    return ModelScorer(model, codec, None, world, setting.rollouts, length)
+    return ModelScorer(model, codec, None, world, setting.rollouts // setting.minibatches, length)
 
 
 def load_prompts(setting: Setting) -> TokenizedPrompts:
@@ -186,7 +186,6 @@ def task_of(setting: Setting, world: World) -> PpoTask:
 
 def iterate(setting: Setting, line: Line, started_bytes: int) -> None:
     """Train until the harness wants no more."""
-    world = open_world("float32", int(os.environ["OMP_NUM_THREADS"]))
     optim = OptimSettings(
         lr=setting.lr,
         schedule="constant",
@@ -198,15 +197,16 @@ def iterate(setting: Setting, line: Line, started_bytes: int) -> None:
     )
     settings = LoopSettings(optim, FOREVER, FOREVER, keep_checkpoints=1, select_best=False)
     held = Held(line, setting, started_bytes)
-    context = LoopContext(
-        world=world,
-        folder=setting.path("native_output"),
-        tracker=lambda _: held,
-        on_step=lambda *_: None,
-        before_write=lambda: None,
-        interrupted=lambda: False,
-    )
-    train(task_of(setting, world), settings, context)
+    with world_of("float32", int(os.environ["OMP_NUM_THREADS"])) as world:
+        context = LoopContext(
+            world=world,
+            folder=setting.path("native_output"),
+            tracker=lambda _: held,
+            on_step=lambda *_: None,
+            before_write=lambda: None,
+            interrupted=lambda: False,
+        )
+        train(task_of(setting, world), settings, context)
 
 
 def sample_only(setting: Setting, line: Line, started_bytes: int) -> None:

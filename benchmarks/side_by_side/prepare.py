@@ -20,19 +20,20 @@ from side_by_side.setting import Setting
 def model_config(setting: Setting) -> GPTNeoXConfig:
     """Return the configuration of every model of this setting."""
     shape = setting.shape
-    return GPTNeoXConfig(
+    config = GPTNeoXConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         intermediate_size=4 * shape.width,
         max_position_embeddings=setting.prompt_tokens + setting.response_tokens,
-        num_labels=1,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
         tie_word_embeddings=False,
     )
+    config.num_labels = 1
+    return config
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Line:
         """Send what the iteration measured."""
         self._send(asdict(reading))
 
-    def _send(self, content: dict) -> None:
+    def _send(self, content: dict[str, Any]) -> None:
         self._answers.write(json.dumps(content) + "\n")
         self._answers.flush()
 

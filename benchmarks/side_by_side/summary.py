@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
 from side_by_side.protocol import Reading
 
@@ -129,6 +130,6 @@ def learning_markdown(readings: dict[str, list[Reading]], group: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_json(rows: list[Row]) -> list[dict]:
+def as_json(rows: list[Row]) -> list[dict[str, Any]]:
     """Return the rows as plain values."""
     return [asdict(row) for row in rows]

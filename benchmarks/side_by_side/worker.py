@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from side_by_side.protocol import Reading
 from side_by_side.setting import Setting
@@ -86,7 +86,7 @@ class Worker:
             pass  # it has ended; the read below says why
         return Reading(**self._read())
 
-    def _read(self) -> dict:
+    def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         text = self._process.stdout.readline()
         if not text:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from side_by_side import worker as harness
+from side_by_side.protocol import Reading
 from side_by_side.reward import SCALE, counted_share
 from side_by_side.setting import SHAPES, Setting
 from side_by_side.worker import Worker, WorkerFailed
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = {"rollouts": 4, "prompt_tokens": 5, "response_tokens": 3, "prompts": 8}
 FAKE = """
 import sys
 from side_by_side.protocol import Line, Reading, peak_bytes, resident_bytes
@@ -89,49 +90,104 @@ def test_the_share_counts_response_tokens_of_the_first_quarter() -> None:
     assert share[1, -1] == SCALE
 
 
+class Stop(Exception):
+    """Raised where the harness would want no more."""
+
+
+class Answers:
+    """The worker's end of the line, without a process at the other end."""
+
+    def __init__(self, wanted: int) -> None:
+        self.readings: list[Reading] = []
+        self.wanted = wanted
+
+    def ready(self, started_bytes: int) -> None:
+        assert started_bytes > 0
+
+    def wait(self) -> None:
+        if len(self.readings) == self.wanted:
+            raise Stop
+
+    def answer(self, reading: Reading) -> None:
+        self.readings.append(reading)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    from side_by_side.prepare import prepare
+
+    folder = str(tmp_path_factory.mktemp("models"))
+    setting = Setting(folder, rollouts=4, prompt_tokens=5, response_tokens=3, prompts=8)
+    setting = replace(setting, train="top2", epochs=1, minibatches=2)
+    prepare(setting)
+    return setting
+
+
 def parameters(folder: Path) -> int:
     from safetensors.torch import load_file
 
     return sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
 
 
-def test_models_and_prompts_are_prepared(tmp_path: Path) -> None:
-    setting = Setting(folder=str(tmp_path), **SMALL)  # type: ignore[arg-type]
-    harness.prepare(setting, threads=1)
+def test_models_and_prompts_are_prepared(small: Setting) -> None:
     shape = SHAPES["tiny"]
     # GPT-NeoX: a block has 12 D^2 weights, 9 D biases of its matrices and two norms of 2 D each.
     blocks = shape.layers * (12 * shape.width**2 + 13 * shape.width)
     trunk = shape.vocabulary * shape.width + blocks + 2 * shape.width
-    assert parameters(tmp_path / "policy") == trunk + shape.vocabulary * shape.width
-    assert parameters(tmp_path / "reward") == trunk + shape.width
-    prompts = np.load(tmp_path / "prompts.npy")
+    assert parameters(small.path("policy")) == trunk + shape.vocabulary * shape.width
+    assert parameters(small.path("reward")) == trunk + shape.width
+    prompts = np.load(small.path("prompts.npy"))
     assert prompts.shape == (8, 5)
     assert 0 <= prompts.min() <= prompts.max() < shape.vocabulary
 
 
-def run(tmp_path: Path, *options: str) -> dict:
+@pytest.mark.parametrize("counted", [False, True])
+def test_an_iteration_of_the_engine_is_measured_phase_by_phase(
+    small: Setting, counted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from side_by_side import native_worker
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    answers = Answers(wanted=2)
+    with pytest.raises(Stop):
+        native_worker.iterate(replace(small, counted_reward=counted), answers, 1)  # type: ignore[arg-type]
+    for reading in answers.readings:
+        assert (reading.samples, reading.tokens, reading.updates) == (4, 12, 2)
+        seconds = reading.seconds
+        parts = [seconds[name] for name in ("sample", "score", "update")]
+        assert min(parts) > 0
+        assert sum(parts) <= seconds["total"]
+        assert reading.reward is not None
+        if counted:
+            # A counted share is a number of tokens out of 12, times its scale.
+            counts = reading.reward * 12 / SCALE
+            assert counts == pytest.approx(round(counts), abs=1e-4)
+
+
+def test_sampling_alone_is_measured(small: Setting) -> None:
+    from side_by_side import native_worker
+
+    answers = Answers(wanted=1)
+    with pytest.raises(Stop):
+        native_worker.sample_only(small, answers, 1)  # type: ignore[arg-type]
+    (only,) = answers.readings
+    assert (only.samples, only.tokens, only.updates) == (4, 12, 0)
+
+
+@pytest.mark.slow
+def test_both_sides_of_a_comparison_run(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "ppo.py"), "--out", str(tmp_path)]
     sizes = ["--rollouts=4", "--prompt-tokens=5", "--response-tokens=3", "--threads=1"]
-    work = ["--epochs=1", "--minibatches=2", "--rounds=1"]
     done = subprocess.run(
-        [*command, *sizes, *work, *options], capture_output=True, text=True, timeout=240
+        [*command, *sizes, "--rounds=1", "--peer=generate"],
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (written,) = tmp_path.glob("*.json")
     assert written.with_suffix(".md").read_text() in done.stdout
-    return json.loads(written.read_text())
-
-
-def test_sampling_is_compared_with_generate(tmp_path: Path) -> None:
-    found = run(tmp_path, "--peer=generate")
+    found = json.loads(written.read_text())
     assert found["readings"].keys() == {"rlhf_exp", "generate"}
     for (only,) in found["readings"].values():
         assert (only["samples"], only["tokens"]) == (4, 12)
-
-
-def test_the_engine_is_measured_phase_by_phase(tmp_path: Path) -> None:
-    found = run(tmp_path, "--only=ours", "--train=top2")
-    (only,) = found["readings"]["rlhf_exp"]
-    assert (only["samples"], only["tokens"], only["updates"]) == (4, 12, 2)
-    seconds = only["seconds"]
-    assert 0 < seconds["sample"] + seconds["score"] + seconds["update"] <= seconds["total"]

@@ -241,10 +241,14 @@ class _Loop:
 
     def report(self) -> None:
         """Log what happened since the last boundary."""
-        self.latest |= self.task.metrics()
-        self.latest["memory/peak_bytes"] = float(peak_bytes(self.context.world.device))
-        self.tracker.log(self.latest, self.progress.step)
-        reason = self.task.check(self.latest)
+        found = self.task.metrics() | {
+            "memory/peak_bytes": float(peak_bytes(self.context.world.device)),
+            "optim/lr": self.latest["optim/lr"],
+            "optim/grad_norm": self.latest["optim/grad_norm"],
+        }
+        self.latest |= found
+        self.tracker.log(found, self.progress.step)
+        reason = self.task.check(found)
         if reason is not None:
             raise Diverged(self._diverged(reason))
 
@@ -293,7 +297,8 @@ class _Loop:
     def leave_if_asked(self) -> None:
         """Save and leave if the user pressed Ctrl-C."""
         if self.context.interrupted() and self.progress.step < self.settings.optim.steps:
-            self.checkpoint_if_due(force=True)
+            if self.progress.last_checkpoint != self.progress.step:
+                self.checkpoint_if_due(force=True)
             raise Interrupted(f"stopped at step {self.progress.step}; a checkpoint was saved")
 
     def finish(self, start: int) -> Outcome:

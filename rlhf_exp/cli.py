@@ -107,9 +107,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     from rlhf_exp.commands.chat import chat
 
-    chat(
-        arguments.outputs, arguments.run, arguments.against, arguments.temperature, arguments.seed
-    )
+    chat(arguments.outputs, arguments.run, arguments.against, arguments.temperature, arguments.seed)
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -56,9 +56,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
     return objective
 
 
-def _recorded(
-    config: Config, steps: list[Step], record: RunRecord, console: Console
-) -> list[Done]:
+def _recorded(config: Config, steps: list[Step], record: RunRecord, console: Console) -> list[Done]:
     """Run the steps, keeping the run's record true however they end."""
     records = records_of(config)
     records.write(record)
@@ -83,9 +81,9 @@ def _objective(done: list[Done]) -> float | None:
 
 def _tell(config: Config, done: list[Done], console: Console) -> None:
     """Write the report, and print the results, its path and how to load the model."""
+    from rlhf_exp.evaluation.result import QuickResult
     from rlhf_exp.report.gather import gather, loading_code
     from rlhf_exp.report.page import build_report
-    from rlhf_exp.evaluation.result import QuickResult
     from rlhf_exp.report.terminal import print_quick
 
     artifacts: dict[str, Artifact] = {

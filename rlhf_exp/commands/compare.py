@@ -52,7 +52,12 @@ def _metrics(sides: list[dict[str, Artifact]], names: tuple[str, str]) -> str:
         for name in sorted(ours.keys() & theirs.keys()):
             difference = theirs[name] - ours[name]
             rows.append(
-                (f"{stage} {name}", f"{ours[name]:.4g}", f"{theirs[name]:.4g}", f"{difference:+.4g}")
+                (
+                    f"{stage} {name}",
+                    f"{ours[name]:.4g}",
+                    f"{theirs[name]:.4g}",
+                    f"{difference:+.4g}",
+                )
             )
     return table(("result", *names, "B - A"), rows) if rows else ""
 
@@ -78,9 +83,7 @@ def _answers(sides: list[dict[str, Artifact]]) -> str:
         if any(value is None for column in values for value in column):
             continue
         found = paired_difference(np.array(values[0]), np.array(values[1]), seed=0)
-        rows.append(
-            (label, f"{found.mean:+.4g}", f"{found.interval.low:+.4g} to {found.interval.high:+.4g}")
-        )
+        rows.append((label, f"{found.mean:+.4g}", f"{found.low:+.4g} to {found.high:+.4g}"))
     note = "" if same_judge else "The reward models differ, so raw rewards are not compared.\n"
     count = len(results[0].rows)
     title = f"B - A over the same {count} prompts"

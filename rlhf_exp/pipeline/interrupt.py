@@ -1,4 +1,8 @@
-"""Ctrl-C: the first one finishes the iteration in flight and saves, the second leaves at once."""
+"""Ctrl-C while training: the first saves at the end of the iteration, the second leaves at once.
+
+Everywhere else (loading, waiting for another process, evaluating) there is nothing to save, and
+Ctrl-C leaves at once.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,7 @@ def polite_interrupts() -> Iterator[Callable[[], bool]]:
             "\ninterrupted: saving at the end of this iteration (Ctrl-C again leaves at once, back "
             "to the last checkpoint)",
             file=sys.stderr,
+            flush=True,
         )
 
     before = signal.signal(signal.SIGINT, handle)
@@ -33,3 +38,6 @@ def polite_interrupts() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         signal.signal(signal.SIGINT, before)
+    if asked.is_set():
+        # Asked for during the last iteration: the block is done, what comes after it is not wanted.
+        raise KeyboardInterrupt

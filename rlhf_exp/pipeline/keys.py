@@ -42,10 +42,10 @@ class Keys:
 
     def ppo(self, parents: dict[str, str]) -> str:
         """Return the key of the PPO policy."""
-        content = {"ppo": key_content(self.config.ppo), "parents": parents}
-        if self.config.ppo.reward.function is not None:
-            content["function"] = self._function(self.config.ppo.reward.function)
-        return self._key("ppo", content)
+        section = key_content(self.config.ppo)
+        # Its content counts, not the path to it.
+        del section["reward"]["function"]
+        return self._key("ppo", {"ppo": section, "parents": parents} | self._judge())
 
     def eval(self, parents: dict[str, str]) -> str:
         """Return the key of the evaluation."""
@@ -55,9 +55,7 @@ class Keys:
             "parents": parents,
             "sizes": [section.seq_length, section.generation.max_new_tokens],
         }
-        if section.reward.function is not None:
-            content["function"] = self._function(section.reward.function)
-        return self._key("eval", content)
+        return self._key("eval", content | self._judge())
 
     def given(self, path: str) -> str:
         """Return the key of a model that is used instead of a stage's training."""
@@ -71,6 +69,9 @@ class Keys:
             "stage": stage,
             "data": self._data(self.config.data, stage),
             "precision": self.config.distributed.precision.name,
+            # Of every stage, not only of the one that starts from the base: a model that is given
+            # by `use` is loaded in it too.
+            "dtype": self.config.model.dtype.name,
             "engine": self.config.engine.name.name,
         }
         return key_of(common | content)
@@ -85,9 +86,14 @@ class Keys:
             return content | {"digest": self.digests.folder(folder, MODEL_FILES)}
         return content | {"path": section.path, "revision": section.revision}
 
-    def _function(self, reference: str) -> dict[str, str]:
+    def _judge(self) -> dict[str, Any]:
+        """Return what of the scoring counts besides the reward model itself."""
+        reference = self.config.ppo.reward.function
+        if reference is None:
+            # The length to which a reward model reads, which its own key need not hold.
+            return {"judge_length": max(self.config.reward.seq_length, self.config.ppo.seq_length)}
         file, _, name = reference.rpartition(":")
-        return {"source": self.digests.file(Path(file)), "name": name}
+        return {"function": {"source": self.digests.file(Path(file)), "name": name}}
 
     def _data(self, section: DataConfig, stage: str) -> dict[str, Any]:
         """Return what of the data counts for a stage: only the files that it reads."""
@@ -103,7 +109,10 @@ class Keys:
                 "test": section.test,
                 # Its scores are normalised on held-out demonstrations.
                 "demonstrations": section.demonstrations if stage in ("sft", "reward") else None,
-                "prompts": section.prompts if stage in ("ppo", "eval") else None,
+                # A new tokenizer learns from all texts, prompts included.
+                "prompts": section.prompts
+                if stage in ("ppo", "eval") or (stage == "sft" and self.config.model.path is None)
+                else None,
             }
             content["files"] = {
                 name: self.digests.file(Path(path)) for name, path in files.items() if path

@@ -8,9 +8,11 @@ from enum import StrEnum
 from pathlib import Path
 
 from rlhf_exp.config.evaluation import Suite
+from rlhf_exp.config.ppo import ValueInit
 from rlhf_exp.config.reward import RewardInit
 from rlhf_exp.config.root import Cache, Config, Stage
 from rlhf_exp.errors import UserError
+from rlhf_exp.pipeline.begun import Begun, other_inputs, weights_digest
 from rlhf_exp.pipeline.keys import Keys
 from rlhf_exp.store.artifact import MANIFEST, Artifact, Manifest
 from rlhf_exp.store.code import changed, code_digests
@@ -44,17 +46,20 @@ class Step:
         key: Its key.
         state: What happens to it.
         parents: The keys of what it starts from, by role.
+        inputs: Digests of their weights, of those that are there already.
         code: Digest of each module it runs.
         artifact: Its result, if there is one in the store.
         model: Folder or hub id of a given model.
-        files: The modules that have changed since the result was made.
-        redo: Whether it is to be made again although there is a result.
+        files: The modules that have changed since the result was made or begun, and the parents
+            that were made anew since.
+        redo: Whether it is to be made again if there is a result.
     """
 
     stage: str
     key: str
     state: State
     parents: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
     artifact: Artifact | None = None
     model: str | None = None
@@ -88,8 +93,8 @@ def stages_of(config: Config) -> tuple[str, ...]:
     }[config.stage]
     if config.eval.suite == Suite.none:
         needed = tuple(stage for stage in needed if stage != "eval")
-    own_function = config.ppo.reward.function is not None
-    if own_function and config.stage not in (Stage.reward, Stage.sft):
+    judged = config.ppo.reward.function is None or config.ppo.value_init == ValueInit.reward
+    if not judged and config.stage not in (Stage.reward, Stage.sft):
         needed = tuple(stage for stage in needed if stage != "reward")
     if config.stage == Stage.reward and config.reward.init == RewardInit.base:
         needed = ("reward",)
@@ -112,9 +117,9 @@ def refuse_changed(steps: list[Step]) -> None:
         return
     lines = [f"\n  {step.stage} {step.key}: {', '.join(step.files)}" for step in stale]
     raise UserError(
-        f"the code has changed since these results were made:{''.join(lines)}\n"
-        f"Make them again with rerun=[{stale[0].stage}] (and all that is built on them), or use "
-        "them as they are with cache=trust"
+        f"what these were made with has changed since they were made or begun:{''.join(lines)}\n"
+        f"Make them again with rerun=[{stale[0].stage}] (and all that is built on them), or go on "
+        "with them as they are with cache=trust"
     )
 
 
@@ -136,17 +141,36 @@ class _Planner:
         parents = self._parents(stage)
         key = self.keys.sft() if stage == "sft" else getattr(self.keys, stage)(parents)
         code = stage_code(stage)
-        step = Step(stage, key, State.run, parents, code)
+        present = {role: self.done[role].artifact for role in parents if self._stays(role)}
+        inputs = {role: weights_digest(one) for role, one in present.items() if one is not None}
         artifact = self.store.lookup(stage, key)
         redo = stage in self.config.rerun or any(self.done[role].redo for role in parents)
-        waiting = self.store.unfinished(stage, key) is not None
-        begun = State.resume if waiting else State.run
+        step = Step(stage, key, State.run, parents, inputs, code, artifact, redo=redo)
         if artifact is None or redo:
-            return replace(step, state=begun, artifact=artifact, redo=artifact is not None)
-        files = tuple(changed(artifact.manifest.code, code))
-        if files and self.config.cache == Cache.strict:
-            return replace(step, state=State.changed, artifact=artifact, files=files)
-        return replace(step, state=State.cached, artifact=artifact, files=files)
+            return self._begun(step)
+        files = stale_files(artifact.manifest.code, artifact.manifest.inputs, step)
+        stops = files and self.config.cache == Cache.strict
+        return replace(step, state=State.changed if stops else State.cached, files=files)
+
+    def _stays(self, role: str) -> bool:
+        """Whether a parent is there already and will not be made again."""
+        return not self.done[role].needs_work
+
+    def _begun(self, step: Step) -> Step:
+        """Return a step that is to be worked on, with what its staging folder says."""
+        folder = self.store.unfinished(step.stage, step.key)
+        begun = Begun.read(folder)
+        if begun is None:
+            # Without the note there is only a publication that was cut off, if anything.
+            return replace(step, state=State.run if folder is None else State.resume)
+        anew = any(self.done[role].redo and not self._stays(role) for role in step.parents)
+        if anew or not begun.continues(step.artifact, step.inputs):
+            return step
+        files = tuple(changed(begun.code, step.code))
+        if files and step.stage in self.config.rerun:
+            return step
+        stops = files and self.config.cache == Cache.strict
+        return replace(step, state=State.changed if stops else State.resume, files=files)
 
     def _parents(self, stage: str) -> dict[str, str]:
         roles: Mapping[str, tuple[str, ...]] = {
@@ -162,6 +186,8 @@ class _Planner:
         folder = Path(use)
         if (folder / MANIFEST).is_file():
             found = Artifact(folder, Manifest.read(folder))
+            if not (folder / MODEL).is_dir():
+                raise UserError(f"{stage}.use={use}: {found.stage} {found.key} has no model")
             return Step(stage, found.key, State.given, model=str(folder / MODEL), artifact=found)
         if folder.is_dir():
             return Step(stage, self.keys.given(use), State.given, model=use)
@@ -185,9 +211,19 @@ class _Planner:
         )
 
 
+def stale_files(code: Mapping[str, str], inputs: Mapping[str, str], step: Step) -> tuple[str, ...]:
+    """Return what differs between how a result was made and how `step` would make it.
+
+    Args:
+        code: Digests of the modules that made the result.
+        inputs: Digests of the weights it was made from.
+        step: The step as it would be made now.
+    """
+    anew = [f"{role} (made anew)" for role in other_inputs(inputs, step.inputs)]
+    return tuple(changed(dict(code), step.code) + anew)
+
+
 def stage_code(stage: str) -> dict[str, str]:
     """Return the digest of every module that a stage computes with."""
     digests = code_digests(f"rlhf_exp.stages.{stage}", PACKAGE)
-    return {
-        path: digest for path, digest in digests.items() if not path.startswith(NOT_COMPUTING)
-    }
+    return {path: digest for path, digest in digests.items() if not path.startswith(NOT_COMPUTING)}

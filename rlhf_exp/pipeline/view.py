@@ -39,7 +39,7 @@ def plan_table(steps: list[Step]) -> Table:
         what = ", ".join(step.files)
         if step.state == State.given and step.model is not None:
             what = step.model
-        elif step.redo:
+        elif step.redo and step.artifact is not None:
             what = "again, replacing the result in the store"
         elif step.state == State.cached and step.files:
             what = f"trusted although changed: {what}"

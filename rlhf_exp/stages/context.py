@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -25,9 +26,10 @@ class StageContext:
         cache: Folder of what can be computed again: tokenized sets, scores of original responses.
         models: Model folder or hub id by role (`sft`, `reward`, `ppo`).
         parents: The keys of what it starts from, by role.
+        inputs: Digests of their weights, of those that are in the store.
         materials: The data, shared by the stages of one process.
         before_write: Raises if this process may no longer write.
-        interrupted: Whether the user has asked to stop.
+        polite_interrupts: While entered, Ctrl-C only asks to stop; yields whether it has.
     """
 
     stage: str
@@ -36,9 +38,10 @@ class StageContext:
     cache: Path
     models: Mapping[str, str]
     parents: Mapping[str, str]
+    inputs: Mapping[str, str]
     materials: Materials
     before_write: Callable[[], None]
-    interrupted: Callable[[], bool]
+    polite_interrupts: Callable[[], AbstractContextManager[Callable[[], bool]]]
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,18 @@ from torch import Tensor
 
 from rlhf_exp.algo.kl import sequence_kl
 from rlhf_exp.algo.masks import response_mask
-from rlhf_exp.batch import Samples
+from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.config.data import Source
 from rlhf_exp.config.root import Config
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.collate import prompts_batch
 from rlhf_exp.data.tokenized import tokenize_prompts
 from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.scoring import score_samples, texts_of
+from rlhf_exp.engines.native.scoring import Scorer, score_samples, texts_of
 from rlhf_exp.engines.native.split import by_length
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.quick import quick_comparison
+from rlhf_exp.evaluation.result import QuickResult
 from rlhf_exp.evaluation.toxicity import ProfanityCheckScorer
 from rlhf_exp.models.load import load_causal_lm
 from rlhf_exp.models.policy import Policy
@@ -48,67 +49,49 @@ class _Answers:
 
 def run(config: Config, context: StageContext) -> StageResult:
     """Answer held-out prompts by both models, compare, and leave `result.json`."""
+    with world_for(config) as world:
+        codec = _common_codec(context)
+        prompts = _prompts(config, context, codec).to(world.device)
+        policies = {role: _load(config, context, role, world) for role in ("sft", "ppo")}
+        scorer = scorer_for(config, context, codec, world)
+        found = {
+            role: _answer(config, policy, prompts, codec, scorer)
+            for role, policy in policies.items()
+        }
+        kl = _kl(policies["ppo"], policies["sft"], found["ppo"].samples, config)
+    result = _compare(config, found["sft"], found["ppo"], kl)
+    (context.folder / RESULT).write_text(json.dumps(result.to_json()))
+    metrics = result.scalars()
+    run_id = _track(config, context, result, metrics)
+    objective = metrics["eval/reward/b"] - config.ppo.kl.coef * metrics["eval/kl_sequence/b"]
+    return StageResult(metrics, objective, run_id, {"prompts": len(prompts)})
+
+
+def _common_codec(context: StageContext) -> Codec:
+    """Return the codec of both models.
+
+    Raises:
+        UserError: Their tokenizers differ, so there is no KL between them.
+    """
+    sft, ppo = (context.materials.codec(context.models[role]) for role in ("sft", "ppo"))
+    if sft.digest != ppo.digest:
+        raise UserError(
+            f"{context.models['sft']} and {context.models['ppo']} have different tokenizers; "
+            "compare a policy with the SFT model it was trained from (sft.use, ppo.use)"
+        )
+    return sft
+
+
+def _prompts(config: Config, context: StageContext, codec: Codec) -> Prompts:
     rows = context.materials.corpus.prompts.test[: config.eval.prompts]
     if not rows:
         raise UserError("data: no test prompts to evaluate on; give data.test or a test_fraction")
-    with world_for(config) as world:
-        codec = context.materials.codec(context.models["sft"])
-        prompts = tokenize_prompts(
-            rows,
-            codec,
-            config.ppo.seq_length,
-            config.eval.max_new_tokens or config.ppo.generation.max_new_tokens,
-            context.cache / "tokenized",
-        )
-        everything = np.arange(len(rows))
-        batch = prompts_batch(prompts, everything, everything).to(world.device)
-        policies = {role: _load(config, context, role, world) for role in ("sft", "ppo")}
-        scorer = scorer_for(config, context, codec, world)
-        found = {}
-        for role, policy in policies.items():
-            samples = sample(
-                policy.model,
-                batch,
-                _sampling(config, codec),
-                config.eval.seed,
-                Stopper(codec.tokenizer, codec.stop_strings),
-            )
-            texts = texts_of(
-                samples.tokens, samples.prompt_lengths, samples.content_lengths, codec
-            )
-            scores = score_samples(scorer, samples).numpy()
-            found[role] = _Answers(samples, *texts, scores)
-        kl = _kl(policies["ppo"], policies["sft"], found["ppo"].samples, config)
-    sft, ppo = found["sft"], found["ppo"]
-    result = quick_comparison(
-        sft.prompts,
-        sft.answers,
-        ppo.answers,
-        sft.scores,
-        ppo.scores,
-        kl.numpy(),
-        lengths_a=sft.samples.response_lengths.cpu().numpy(),
-        lengths_b=ppo.samples.response_lengths.cpu().numpy(),
-        toxicity=ProfanityCheckScorer(),
-        gold=_gold(config),
-        judge="reward function" if config.ppo.reward.function else "reward model",
-        seed=config.eval.seed,
-        tie_band=(config.eval.tie_low, config.eval.tie_high),
+    longest = config.eval.max_new_tokens or config.ppo.generation.max_new_tokens
+    tokenized = tokenize_prompts(
+        rows, codec, config.ppo.seq_length, longest, context.cache / "tokenized"
     )
-    (context.folder / RESULT).write_text(json.dumps(result.to_json()))
-    metrics = result.scalars()
-    with finishing(tracker_for(config, context, None)) as tracker:
-        tracker.log(metrics, 0)
-        columns = ["prompt", "sft", "ppo", "sft score", "ppo score", "outcome"]
-        table = [
-            [row.prompt, row.answer_a, row.answer_b, row.score_a, row.score_b, row.outcome]
-            for row in result.rows
-        ]
-        tracker.table("eval/side_by_side", columns, table, 0)
-        tracker.summary(metrics)
-        run_id = tracker.run_id
-    objective = metrics["eval/reward/b"] - config.ppo.kl.coef * metrics["eval/kl_sequence/b"]
-    return StageResult(metrics, objective, run_id, {"prompts": len(rows)})
+    everything = np.arange(len(rows))
+    return prompts_batch(tokenized, everything, everything)
 
 
 def _load(config: Config, context: StageContext, role: str, world: World) -> Policy:
@@ -118,10 +101,12 @@ def _load(config: Config, context: StageContext, role: str, world: World) -> Pol
     return policy.to(world.device)
 
 
-def _sampling(config: Config, codec: Codec) -> Sampling:
+def _answer(
+    config: Config, policy: Policy, prompts: Prompts, codec: Codec, scorer: Scorer
+) -> _Answers:
     section = config.eval
     greedy = section.temperature == 0.0
-    return Sampling(
+    settings = Sampling(
         max_new_tokens=section.max_new_tokens or config.ppo.generation.max_new_tokens,
         temperature=1.0 if greedy else section.temperature,
         batch=section.batch,
@@ -129,6 +114,10 @@ def _sampling(config: Config, codec: Codec) -> Sampling:
         pad_id=codec.pad_id,
         greedy=greedy,
     )
+    stopper = Stopper(codec.tokenizer, codec.stop_strings)
+    samples = sample(policy.model, prompts, settings, section.seed, stopper)
+    texts = texts_of(samples.tokens, samples.prompt_lengths, samples.content_lengths, codec)
+    return _Answers(samples, *texts, score_samples(scorer, samples).numpy())
 
 
 @torch.no_grad()
@@ -148,6 +137,24 @@ def _kl(policy: Policy, reference: Policy, samples: Samples, config: Config) -> 
     return kl
 
 
+def _compare(config: Config, sft: _Answers, ppo: _Answers, kl: Tensor) -> QuickResult:
+    return quick_comparison(
+        sft.prompts,
+        sft.answers,
+        ppo.answers,
+        sft.scores,
+        ppo.scores,
+        kl.numpy(),
+        lengths_a=sft.samples.response_lengths.cpu().numpy(),
+        lengths_b=ppo.samples.response_lengths.cpu().numpy(),
+        toxicity=ProfanityCheckScorer(),
+        gold=_gold(config),
+        judge="reward function" if config.ppo.reward.function else "reward model",
+        seed=config.eval.seed,
+        tie_band=(config.eval.tie_low, config.eval.tie_high),
+    )
+
+
 def _gold(config: Config) -> Callable[[str, str], float] | None:
     """Return the toy data's rule-based judge; other data has none."""
     if config.data.source != Source.toy:
@@ -155,3 +162,19 @@ def _gold(config: Config) -> Callable[[str, str], float] | None:
     from rlhf_exp.data.toy.judge import gold_score
 
     return lambda prompt, answer: gold_score(prompt, answer).total
+
+
+def _track(
+    config: Config, context: StageContext, result: QuickResult, metrics: dict[str, float]
+) -> str:
+    """Record the numbers and the table of answers; return the run's id."""
+    with finishing(tracker_for(config, context, None)) as tracker:
+        tracker.log(metrics, 0)
+        columns = ["prompt", "sft", "ppo", "sft score", "ppo score", "outcome"]
+        table = [
+            [row.prompt, row.answer_a, row.answer_b, row.score_a, row.score_b, row.outcome]
+            for row in result.rows
+        ]
+        tracker.table("eval/side_by_side", columns, table, 0)
+        tracker.summary(metrics)
+        return tracker.run_id

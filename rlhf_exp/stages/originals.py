@@ -67,19 +67,27 @@ def _score(prompts: TokenizedPrompts, rows: np.ndarray, scorer: Scorer) -> Tenso
     return scorer(tokens, lengths[:, 0], (lengths[:, 1] - 1).clamp(min=0))
 
 
-def _key(
-    prompts: TokenizedPrompts, used: np.ndarray, config: Config, context: StageContext
-) -> str:
+def _key(prompts: TokenizedPrompts, used: np.ndarray, config: Config, context: StageContext) -> str:
+    """Return the key of everything that decides the scores, to their last bits."""
     digest = hashlib.sha256()
     for column in (prompts.prompt, prompts.original):
         digest.update(np.ascontiguousarray(column.flat).tobytes())
         digest.update(np.ascontiguousarray(column.offsets).tobytes())
     digest.update(used.tobytes())
     function = config.ppo.reward.function
-    judge = context.parents.get("reward")
-    if function is not None:
-        judge = f"{function}:{file_digest(Path(function.rpartition(':')[0]))}"
-    return key_of({"prompts": digest.hexdigest(), "judge": judge})
+    if function is None:
+        # The key alone would not do: a reward model made again under it may have other weights.
+        judge = [context.parents.get("reward"), context.inputs.get("reward")]
+    else:
+        file, _, name = function.rpartition(":")
+        judge = [file_digest(Path(file)), name]
+    how = [
+        config.distributed.precision.name,
+        torch.get_num_threads(),
+        config.ppo.generation.batch,
+        max(config.reward.seq_length, config.ppo.seq_length),
+    ]
+    return key_of({"prompts": digest.hexdigest(), "judge": judge, "how": how})
 
 
 def _save(path: Path, scores: Tensor) -> None:

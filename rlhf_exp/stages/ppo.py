@@ -16,7 +16,6 @@ from rlhf_exp.config.root import Config
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.rows import Prompt
 from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
-from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.experience import Collector, ExperienceSettings
 from rlhf_exp.engines.native.ppo import PpoSettings, PpoTask
 from rlhf_exp.engines.native.validation import ValidationSettings, Validator
@@ -166,10 +165,11 @@ def _prompts(
     section = config.ppo
     if not rows:
         raise UserError("data: no prompts; give data.prompts or data.preferences")
-    if section.reward.delta and any(row.original is None for row in rows):
+    bare = [row.origin for row in rows if row.original is None] if section.reward.delta else []
+    if bare:
         raise UserError(
             "ppo.reward.delta=true subtracts the score of the data set's own response, but "
-            f"{rows[0].origin} has none; give prompts with responses or set ppo.reward.delta=false"
+            f"{bare[0]} has none; give prompts with responses or set ppo.reward.delta=false"
         )
     return tokenize_prompts(
         rows,

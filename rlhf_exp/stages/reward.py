@@ -45,6 +45,8 @@ def run(config: Config, context: StageContext) -> StageResult:
         held_out = _tokenize(rows.validation or rows.train[:100], codec, config, context)
         settings = RewardSettings(section.batch, section.micro_batch, section.seed)
         task = RewardTask(model, pairs, held_out, settings, world)
+        # Counted before scoring freezes the model.
+        facts = parameter_facts(model) | {"pairs": len(pairs), "cut_prompts": pairs.cut}
         steps = steps_of(section.steps, section.epochs, len(pairs), section.batch)
         outcome = run_loop(config, section, steps, task, world, context, WATCH)
         metrics = dict(outcome.metrics)
@@ -53,7 +55,6 @@ def run(config: Config, context: StageContext) -> StageResult:
             test = _tokenize(rows.test, codec, config, context)
             metrics |= _test(task, test, settings, world, context)
         model.save(context.folder / MODEL, codec.tokenizer)
-        facts = parameter_facts(model) | {"pairs": len(pairs), "cut_prompts": pairs.cut}
         return StageResult(metrics, outcome.objective, outcome.run_id, facts)
 
 
@@ -90,7 +91,7 @@ def _normalise(
     )
     scorer = ModelScorer(model, codec, None, world, config.reward.batch, config.reward.seq_length)
     scores = scorer(*_whole(tokenized))
-    mean, std = float(scores.mean()), float(scores.std())
+    mean, std = float(scores.mean()), float(scores.std(correction=0))
     model.set_normalisation(mean, std)
     return {"demonstrations/mean_before": mean, "demonstrations/std": std}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -17,11 +18,13 @@ from rlhf_exp.data.tokenizer import train_tokenizer
 from rlhf_exp.engines.native.sft import SftSettings, SftTask
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.architecture import Architecture
-from rlhf_exp.models.load import build_causal_lm, load_causal_lm
+from rlhf_exp.models.load import architecture_of, build_causal_lm, load_causal_lm
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.stages.context import MODEL, StageContext, StageResult
 from rlhf_exp.stages.materials import Materials
 from rlhf_exp.stages.training import lora_of, parameter_facts, run_loop, steps_of, world_for
+
+log = logging.getLogger(__name__)
 
 WATCH = ("loss/total", "eval/loss", "throughput/tokens_per_s")
 
@@ -56,6 +59,7 @@ def run(config: Config, context: StageContext) -> StageResult:
             "rows": len(rows.train),
             "packed_rows": len(train_rows),
             "cut_prompts": cut,
+            "rejected": len(context.materials.corpus.rejected),
         }
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 
@@ -64,12 +68,12 @@ def base_model(config: ModelConfig, materials: Materials) -> tuple[Codec, PreTra
     """Return the model that SFT starts from, with its codec.
 
     Raises:
-        UserError: `model.path` holds no usable model, or one of another shape than
-            `model.architecture` says.
+        UserError: `model.path` holds no usable model.
     """
     dtype = getattr(torch, config.dtype.value)
     if config.path is not None:
         model = load_causal_lm(config.path, config.revision, dtype, config.attention.value)
+        _compare_shapes(config, model)
         return materials.codec(config.path, config.revision), model
     shape = config.architecture
     tokenizer = train_tokenizer(materials.texts(), shape.vocabulary)
@@ -94,6 +98,23 @@ def base_model(config: ModelConfig, materials: Materials) -> tuple[Codec, PreTra
         attention=config.attention.value,
     )
     return codec, model
+
+
+def _compare_shapes(config: ModelConfig, model: PreTrainedModel) -> None:
+    """Say where `model.architecture`, by which plans are made, describes another model."""
+    said, real = config.architecture, architecture_of(model.config)
+    odd = [
+        f"{name}={getattr(real, name)}"
+        for name in ("layers", "width", "heads", "vocabulary")
+        if getattr(said, name) != getattr(real, name)
+    ]
+    if odd:
+        log.warning(
+            "%s is of another shape than model.architecture says, so plan=true estimates another "
+            "model's memory; set %s",
+            config.path,
+            " ".join(f"model.architecture.{item}" for item in odd),
+        )
 
 
 def _pack(

@@ -54,14 +54,17 @@ def run_loop(
         keep_checkpoints=section.keep_checkpoints,
         select_best=section.select == Select.best,
     )
-    with Progress(context.stage, steps, watch, shown=world.is_main) as progress:
+    with (
+        Progress(context.stage, steps, watch, shown=world.is_main) as progress,
+        context.polite_interrupts() as interrupted,
+    ):
         loop = LoopContext(
             world=world,
             folder=context.folder,
             tracker=lambda resume: tracker_for(config, context, resume),
             on_step=progress.update,
             before_write=context.before_write,
-            interrupted=context.interrupted,
+            interrupted=interrupted,
         )
         return train(task, settings, loop)
 

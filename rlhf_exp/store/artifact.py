@@ -59,6 +59,7 @@ class Manifest:
         created: ISO 8601 time in UTC.
         config: the resolved config of the run.
         parents: the keys of the artifacts it was made from, by role.
+        inputs: digests of their weights, by role: one made again under its key may have others.
         metrics: final metrics by name.
         git: see `git_state`.
         versions: see `package_versions`.
@@ -75,6 +76,7 @@ class Manifest:
     created: str = field(default_factory=now)
     config: dict[str, Any] = field(default_factory=dict)
     parents: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     git: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

@@ -124,7 +124,9 @@ class Checkpoints:
                     folder,
                     error,
                 )
-                folder.rename(folder.with_name(f"damaged-{folder.name}"))
+                aside = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
         return None
 
     def _folders(self) -> list[Path]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -77,10 +78,14 @@ class ModelScorer:
         if self.reward_codec is None:
             whole, lengths = ended(tokens, prompt_lengths + content_lengths, self.codec.eos_id)
         else:
-            texts = [
-                self.codec.decode(row[:length].tolist())
+            rows = [
+                row[:length].tolist()
                 for row, length in zip(tokens, prompt_lengths + content_lengths, strict=True)
             ]
+            # Without the policy's special tokens, which mean nothing to another tokenizer.
+            texts = self.codec.tokenizer.batch_decode(
+                rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
             whole, lengths = _encode(texts, self.reward_codec)
         return self._forward(whole, lengths)
 
@@ -115,7 +120,7 @@ class FunctionScorer:
             UserError: The function returned another number of scores, or one that is not finite.
         """
         prompts, responses = texts_of(tokens, prompt_lengths, content_lengths, self.codec)
-        scores = [float(score) for score in self.function(prompts, responses)]
+        scores = self._call(prompts, responses)
         if len(scores) != len(prompts):
             raise UserError(
                 f"ppo.reward.function={self.name} returned {len(scores)} scores for "
@@ -128,6 +133,23 @@ class FunctionScorer:
                     f"{response[:80]!r}; return a finite number"
                 )
         return torch.tensor(scores, dtype=torch.float32)
+
+    def _call(self, prompts: list[str], responses: list[str]) -> list[float]:
+        try:
+            answer = self.function(prompts, responses)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"ppo.reward.function={self.name} failed on {len(prompts)} responses at "
+                f"{place.filename}:{place.lineno}: {type(error).__name__}: {error}"
+            ) from error
+        try:
+            return [float(score) for score in answer]
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"ppo.reward.function={self.name} returned {type(answer).__name__} with {error}; "
+                "return a list of numbers, one for each response"
+            ) from error
 
 
 def load_function(reference: str) -> UserReward:
@@ -146,7 +168,9 @@ def load_function(reference: str) -> UserReward:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"ppo.reward.function={reference}: running {path} failed: {error!r}") from error
+        raise UserError(
+            f"ppo.reward.function={reference}: running {path} failed: {error!r}"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"ppo.reward.function={reference}: {path} has no function {name!r}")
@@ -188,7 +212,9 @@ def score_samples(scorer: Scorer, samples: Samples) -> Tensor:
 
 
 def _encode(texts: list[str], codec: Codec) -> tuple[Tensor, Tensor]:
-    rows = [[*codec.encode_text(text), codec.eos_id] for text in texts]
+    """Return the texts as a reward model's own tokenizer begins them, each ended by its eos."""
+    found = codec.tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
+    rows = [[*(ids[:-1] if ids[-1:] == [codec.eos_id] else ids), codec.eos_id] for ids in found]
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.full((len(rows), int(lengths.max())), codec.pad_id)
     for line, row in enumerate(rows):

@@ -122,7 +122,5 @@ class Validator:
         prompts, responses = texts_of(
             shown.tokens, shown.prompt_lengths, shown.content_lengths, self.codec
         )
-        rows = zip(
-            prompts, responses, scores[:_SHOWN].tolist(), kl[:_SHOWN].tolist(), strict=True
-        )
+        rows = zip(prompts, responses, scores[:_SHOWN].tolist(), kl[:_SHOWN].tolist(), strict=True)
         return SampleTable(["prompt", "response", "score", "kl"], [list(row) for row in rows])

@@ -27,7 +27,7 @@ def not_built(found: Findings) -> None:
     found.unless(
         config.distributed.strategy is Strategy.single,
         "distributed.strategy",
-        f"{later} distributed=single runs.",
+        f"{later} distributed=single distributed.processes=1 runs.",
     )
     found.unless(
         not config.distributed.offload, "distributed.offload", f"{later} distributed=single runs."

@@ -149,7 +149,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> None:
     name = tokenizer.name_or_path or "the tokenizer"
     if prompt_format not in get_args(PromptFormat):
         valid = ", ".join(get_args(PromptFormat))
-        raise UserError(f"data.prompt_format is {prompt_format!r}; valid values: {valid}")
+        raise UserError(f"data.format is {prompt_format!r}; valid values: {valid}")
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{name} has no end-of-sequence token, so no response would ever end; set eos_token in "
@@ -157,6 +157,6 @@ def _check(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> None:
         )
     if prompt_format == "chat_template" and not tokenizer.chat_template:
         raise UserError(
-            f"{name} has no chat template, which data.prompt_format=chat_template needs; use "
-            "data.prompt_format=hh or plain, or a model trained for chat"
+            f"{name} has no chat template, which data.format=chat_template needs; use "
+            "data.format=hh or plain, or a model trained for chat"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 
 from rlhf_exp.config.evaluation import Suite
@@ -223,7 +224,12 @@ def stale_files(code: Mapping[str, str], inputs: Mapping[str, str], step: Step) 
     return tuple(changed(dict(code), step.code) + anew)
 
 
+@cache
 def stage_code(stage: str) -> dict[str, str]:
-    """Return the digest of every module that a stage computes with."""
+    """Return the digest of every module that a stage computes with, as it was at first sight.
+
+    Later jobs of a multirun in this process compute with the modules imported by then, whatever is
+    edited meanwhile.
+    """
     digests = code_digests(f"rlhf_exp.stages.{stage}", PACKAGE)
     return {path: digest for path, digest in digests.items() if not path.startswith(NOT_COMPUTING)}

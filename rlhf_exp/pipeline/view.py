@@ -56,8 +56,9 @@ def memory_table(config: Config) -> Table:
     shape = architecture_of(config.model.architecture)
     total = count_parameters(shape).total
     table = Table(
-        title=f"{config.model.name}: {_count(total)} parameters, GiB per process",
-        title_justify="left",
+        caption=f"{config.model.name}: {_count(total)} parameters; GiB per process",
+        caption_justify="left",
+        min_width=60,
         box=None,
         pad_edge=False,
     )

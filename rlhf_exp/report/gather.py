@@ -103,6 +103,7 @@ def _data_facts(
         ("eval", "prompts", "Test prompts"),
         ("ppo", "cut_prompts", "Prompts cut to fit"),
         ("sft", "rejected", "Unusable rows"),
+        ("sft", "dropped", "Rows left out for sharing a prompt with the test set"),
     )
     for stage, name, label in counted:
         if name in facts.get(stage, {}):

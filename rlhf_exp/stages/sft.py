@@ -60,6 +60,7 @@ def run(config: Config, context: StageContext) -> StageResult:
             "packed_rows": len(train_rows),
             "cut_prompts": cut,
             "rejected": len(context.materials.corpus.rejected),
+            "dropped": context.materials.corpus.dropped,
         }
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 

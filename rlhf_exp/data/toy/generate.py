@@ -71,13 +71,13 @@ def corpus_rows(seed: int, sizes: ToySizes | None = None, label_noise: float = 0
     """
     sizes = sizes or ToySizes()
     if not 0 <= label_noise < 0.5:
-        raise UserError(f"data.label_noise is {label_noise}; expected 0 or more and less than 0.5")
+        raise UserError(f"data.toy.label_noise is {label_noise}; expected 0 or more and less than 0.5")
     train, validation, test = _requests(seed)
     shown = max(sizes.demonstrations, sizes.prompts)
-    _check("data.demonstrations and data.prompts", shown, len(train))
-    _check("data.preferences", sizes.preferences, len(train))
-    _check("data.validation", sizes.validation, len(validation))
-    _check("data.test", sizes.test, len(test))
+    _check("data.toy.demonstrations and data.toy.prompts", shown, len(train))
+    _check("data.toy.preferences", sizes.preferences, len(train))
+    _check("data.toy.validation", sizes.validation, len(validation))
+    _check("data.toy.test", sizes.test, len(test))
     demonstrations = Splits(
         _demonstrations(_rng(seed, "train"), train[:shown]),
         _demonstrations(_rng(seed, "validation"), validation[: sizes.validation]),

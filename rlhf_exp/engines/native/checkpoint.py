@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf_exp.store.files import disk_full_is_user_error
+
 log = logging.getLogger(__name__)
 
 _WEIGHTS, _OPTIMIZER, _STATE = "trainable.safetensors", "optimizer.pt", "state.json"
@@ -91,6 +93,24 @@ class Checkpoints:
         state: Mapping[str, Any],
     ) -> Path:
         """Write a checkpoint atomically and remove those beyond `keep`."""
+        needed = 3 * sum(
+            p.numel() * p.element_size() for p in module.parameters() if p.requires_grad
+        )
+        with disk_full_is_user_error(
+            _existing(self.folder),
+            f"saving the checkpoint of step {step}",
+            needed,
+            "Make room and run again: it goes on from the checkpoint before.",
+        ):
+            return self._write(step, module, optimizer, state)
+
+    def _write(
+        self,
+        step: int,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Any],
+    ) -> Path:
         target = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
@@ -131,6 +151,11 @@ class Checkpoints:
 
     def _folders(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    return folder if folder.is_dir() else _existing(folder.parent)
 
 
 def _read(folder: Path) -> Checkpoint:

@@ -76,7 +76,9 @@ class RewardTask:
         share = self.world.share(len(chosen))
         rows, weights = chosen[share.rows], share.weights
         for part in by_length(_lengths(self.pairs, rows), self.settings.micro_batch):
-            first, second, weight = self.scores(self.pairs, rows[part], weights[part])
+            first, second, weight = self.scores(
+                self.pairs, rows[part.numpy()], weights[part.numpy()]
+            )
             loss, stats = pairwise_loss(first, second, weight, float(len(chosen)))
             backward(loss)
             self.meters.add("loss/total", loss * len(chosen), stats.count)
@@ -136,7 +138,7 @@ def pair_scores(
     found = torch.zeros(len(share.rows), 2)
     size = settings.micro_batch or settings.batch
     for part in by_length(_lengths(pairs, share.rows), size):
-        first, second, _ = score(pairs, share.rows[part], share.weights[part])
+        first, second, _ = score(pairs, share.rows[part.numpy()], share.weights[part.numpy()])
         found[part] = torch.stack([first, second], dim=1).float().cpu()
     everyone = world.gather(found).cpu()[: len(pairs)]
     return everyone[:, 0], everyone[:, 1]

@@ -1,0 +1,230 @@
+"""PPO's engine: what the first minibatch sees, accumulation, minibatches, resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_exp.batch import Prompts
+from rlhf_exp.data.collate import prompts_batch
+from rlhf_exp.data.order import batch_index
+from rlhf_exp.distributed.world import World, world_of
+from rlhf_exp.engines.native.loop import Diverged, Evaluation, Interrupted
+from rlhf_exp.engines.native.meters import Meters
+from tests.engines.lab import SETTINGS, build_task, count_liked, prompts, run_loop
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with world_of("float32", threads=1) as opened:
+        yield opened
+
+
+def gradients(task, step: int) -> dict[str, Tensor]:
+    task.module.zero_grad()
+    task.accumulate(step, lambda loss: loss.backward())
+    return {
+        name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("train_blocks", [1, None])
+def test_first_minibatch_has_ratio_1_and_no_divergence(world: World, train_blocks) -> None:
+    task = build_task(world, replace(SETTINGS, epochs=1, batch=8), train_blocks=train_blocks)
+    gradients(task, 0)
+    found = task.metrics()
+    assert found["policy/ratio_first"] == pytest.approx(1.0, abs=1e-5)
+    assert found["policy/clip_fraction"] == 0.0
+    # The policy is its own reference still.
+    assert found["kl/sequence"] == pytest.approx(0.0, abs=1e-4)
+    assert found["kl/k3"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_training_states_are_the_decoders(world: World) -> None:
+    """Log-probs over the states kept from decoding equal those of the sampler."""
+    task = build_task(world)
+    rollouts = task.collector.collect(0, Meters(world))
+    again = task.collector.sampler(_first_batch())
+    assert rollouts.states is not None
+    assert torch.allclose(rollouts.logprobs, again.logprobs, atol=1e-4)
+    recomputed = build_task(world)
+    recomputed.collector.settings = replace(recomputed.collector.settings, reuse_states=False)
+    other = recomputed.collector.collect(0, Meters(world))
+    assert torch.allclose(rollouts.logprobs, other.logprobs, atol=1e-4)
+    assert torch.allclose(rollouts.advantages, other.advantages, atol=1e-3)
+
+
+def _first_batch() -> Prompts:
+    index = batch_index(12, SETTINGS.rollouts, SETTINGS.seed, 0)
+    return prompts_batch(prompts(), index, np.arange(SETTINGS.rollouts))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_accumulation_does_not_change_the_gradient(world: World, size: int) -> None:
+    whole = gradients(build_task(world), 0)
+    parts = gradients(build_task(world, replace(SETTINGS, micro_batch=size)), 0)
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        assert torch.allclose(value, parts[name], atol=1e-6), name
+
+
+def test_only_the_top_block_trains(world: World) -> None:
+    names = gradients(build_task(world, train_blocks=1), 0).keys()
+    assert any(".layers.1." in name for name in names)
+    assert not any(".layers.0." in name or "embed_in" in name for name in names)
+
+
+def test_each_epoch_uses_every_rollout_once(world: World) -> None:
+    """Also where rollouts do not divide by the batch: 8 rollouts, batches of 3 are 3, 3, 2."""
+    task = build_task(world, replace(SETTINGS, batch=3))
+    assert task.settings.minibatches == 3
+    for epoch in range(2):
+        rows = [task._minibatch(0, epoch * 3 + number).tolist() for number in range(3)]
+        assert [len(part) for part in rows] == [3, 3, 2]
+        assert sorted(sum(rows, [])) == list(range(8))
+
+
+def test_delta_subtracts_the_originals_score(world: World) -> None:
+    """Every original scores 1 (one liked token), so the delta is the raw mean less 1."""
+    task = build_task(world, originals=torch.ones(12))
+    gradients(task, 0)
+    found = task.metrics()
+    assert found["reward/delta_mean"] == pytest.approx(found["reward/mean"] - 1.0, abs=1e-6)
+
+
+def test_controller_moves_once_an_iteration_by_all_rollouts(world: World) -> None:
+    """KL 0 against a target of 1: error -1, clipped to -0.2; beta *= 1 - 0.2 * 8 / 100."""
+    task = build_task(world)
+    for step in range(SETTINGS.updates):
+        gradients(task, step)
+    task.metrics()
+    assert task.collector.controller.coef == pytest.approx(0.1 * (1 - 0.2 * 8 / 100), rel=1e-3)
+
+
+def test_reward_rises(world: World, tmp_path: Path) -> None:
+    rows = run_loop(world, tmp_path, steps=80).tracker.rows
+    rewards = [row["reward/mean"] for row in rows if "reward/mean" in row]
+    assert len(rewards) == 20
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
+
+
+def test_every_documented_metric_is_logged(world: World, tmp_path: Path) -> None:
+    row = [
+        one
+        for one in run_loop(
+            world, tmp_path, task=build_task(world, originals=torch.zeros(12))
+        ).tracker.rows
+        if "reward/mean" in one
+    ][0]
+    groups = {
+        "reward": "mean std min max delta_mean",
+        "kl": "k1 k3 sequence beta",
+        "loss": "total policy value",
+        "policy": "entropy clip_fraction approx_kl ratio_max",
+        "value": "mean explained_variance clip_fraction",
+        "response": "length_mean eos_fraction stop_fraction",
+        "optim": "lr grad_norm",
+        "time": "rollout_s score_s update_s",
+        "throughput": "samples_per_s tokens_per_s",
+        "memory": "peak_bytes",
+    }
+    for group, names in groups.items():
+        for name in names.split():
+            assert math.isfinite(row[f"{group}/{name}"]), f"{group}/{name}"
+    assert row["loss/total"] == pytest.approx(row["loss/policy"] + row["loss/value"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 8, 11])
+def test_killed_and_resumed_equals_never_interrupted(
+    world: World, tmp_path: Path, stop_at: int
+) -> None:
+    """Dies inside optimizer step `stop_at`; the lost iteration is replayed, bit for bit."""
+    whole = run_loop(world, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    task = build_task(world)
+    accumulate = task.accumulate
+
+    def dying(step: int, backward) -> None:
+        accumulate(step, backward)
+        if step == stop_at:
+            raise Killed
+
+    task.accumulate = dying  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        run_loop(world, tmp_path / "cut", task=task)
+    resumed = run_loop(world, tmp_path / "cut")
+    assert resumed.outcome is not None
+    assert resumed.outcome.steps_run == 12 - stop_at // 4 * 4
+    for name, value in whole.weights.items():
+        assert torch.equal(value, resumed.weights[name]), name
+    assert whole.task.collector.controller.coef == resumed.task.collector.controller.coef
+    last = [
+        [row["reward/mean"] for row in run.tracker.rows if "reward/mean" in row][-1]
+        for run in (whole, resumed)
+    ]
+    assert last[0] == last[1]
+
+
+def test_interrupt_saves_at_the_next_boundary(world: World, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="step 4"):
+        run_loop(world, tmp_path, interrupted=lambda: True, checkpoint_every=100)
+    assert (tmp_path / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run_loop(world, tmp_path)
+    newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
+    assert newest.name == "step-00000012"
+    content = bytearray((newest / "trainable.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "trainable.safetensors").write_bytes(content)
+    again = run_loop(world, tmp_path)
+    assert "falling back" in caplog.text
+    assert again.outcome is not None and again.outcome.steps_run == 4
+    for name, value in whole.weights.items():
+        assert torch.equal(value, again.weights[name]), name
+
+
+def test_not_a_number_stops_with_the_checkpoint_kept(world: World, tmp_path: Path) -> None:
+    calls = iter(range(1000))
+
+    def breaking(tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
+        scores = count_liked(tokens, prompt_lengths, content_lengths)
+        return scores * float("nan") if next(calls) == 2 else scores
+
+    with pytest.raises(Diverged, match="learning rate"):
+        run_loop(world, tmp_path, task=build_task(world, scorer=breaking))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000004",
+        "step-00000008",
+    ]
+
+
+def test_kl_limit_stops(world: World, tmp_path: Path) -> None:
+    task = build_task(world, replace(SETTINGS, kl_stop=1e-3))
+    with pytest.raises(Diverged, match=r"ppo\.kl\.stop=0\.001"):
+        run_loop(world, tmp_path, task=task)
+
+
+def test_best_weights_are_published(world: World, tmp_path: Path) -> None:
+    """The lab's evaluations get better each time, so one turned worse must lose to it."""
+    task = build_task(world)
+    values = iter([0.0, 5.0, 1.0, 2.0])
+    task.evaluator = lambda: Evaluation({}, next(values))
+    run = run_loop(world, tmp_path, task=task, select_best=True)
+    assert run.outcome is not None
+    assert (run.outcome.published_step, run.outcome.objective) == (4, 5.0)
+    early = run_loop(world, tmp_path / "short", steps=12)
+    assert not all(torch.equal(run.weights[n], early.weights[n]) for n in run.weights)

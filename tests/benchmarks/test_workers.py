@@ -84,7 +84,7 @@ def test_the_setting_travels_as_one_line() -> None:
 def test_the_share_counts_response_tokens_of_the_first_quarter() -> None:
     # Vocabulary 8: tokens 0 and 1 count. The prompt (2 tokens) does not, of 4 response tokens
     # 1, 2, 1 and 4 of them are counted: after each token 10 * (1, 1, 2, ...) / 4.
-    tokens = torch.tensor([[0, 0, 1, 5, 0, 7], [6, 7, 1, 1, 0, 0]])
+    tokens = torch.tensor([[0, 0, 1, 2, 0, 7], [6, 7, 1, 1, 0, 0]])
     share = counted_share(tokens, prompt_tokens=2, vocabulary=8)
     assert share[0].tolist() == [0.0, 0.0, SCALE / 4, SCALE / 4, SCALE / 2, SCALE / 2]
     assert share[1, -1] == SCALE

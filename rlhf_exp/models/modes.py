@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlhf_exp.models.configs import without_dropout
 from rlhf_exp.models.families import decoder_parts
-from rlhf_exp.models.load import without_dropout
 
 
 def dropout_off(model: PreTrainedModel) -> PreTrainedModel:

@@ -49,7 +49,6 @@ def with_state(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedMo
     with torch.device("meta"):
         plain = type(model)(copy.deepcopy(model.config))
     plain.load_state_dict(state, assign=True, strict=True)
-    plain.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         plain.generation_config = model.generation_config
     return plain

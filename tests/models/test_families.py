@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
 
 from rlhf_exp.errors import UserError
@@ -43,3 +44,10 @@ def test_model_built_otherwise_is_refused() -> None:
     )
     with pytest.raises(UserError, match="a 'opt' model is not built as one stack"):
         decoder_parts(AutoModelForCausalLM.from_config(config))
+
+
+def test_unknown_part_beside_the_blocks_is_named(tiny: Build) -> None:
+    model = tiny("llama")
+    model.base_model.project_in = nn.Linear(3, 3)
+    with pytest.raises(UserError, match=r"project_in \(Linear\)"):
+        decoder_parts(model)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.architecture import Architecture
+from rlhf_exp.models.configs import architecture_of
 from rlhf_exp.models.load import (
-    architecture_of,
     build_causal_lm,
     load_causal_lm,
     load_tokenizer,

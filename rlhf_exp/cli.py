@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def _runs(commands: argparse._SubParsersAction) -> None:
+def _runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     status = commands.add_parser("status", help="list runs, or the points of one")
     status.add_argument("run", nargs="?", metavar="RUN")
     status.set_defaults(command=_status)
@@ -56,7 +56,7 @@ def _runs(commands: argparse._SubParsersAction) -> None:
     compare.set_defaults(command=_compare)
 
 
-def _models(commands: argparse._SubParsersAction) -> None:
+def _models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     chat = commands.add_parser("chat", help="talk to a run's model")
     chat.add_argument("run", metavar="RUN")
     chat.add_argument("--against", metavar="ROLE|RUN", help="a second model: `sft`, or another run")
@@ -70,7 +70,7 @@ def _models(commands: argparse._SubParsersAction) -> None:
     export.set_defaults(command=_export)
 
 
-def _store(commands: argparse._SubParsersAction) -> None:
+def _store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     store = commands.add_parser("store", help="artifacts: ls, show, rm, gc")
     actions = store.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("ls", help="list artifacts")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class World:
         """Add `values` up over all processes."""
         if self.processes == 1:
             return values
-        return self.accelerator.reduce(values, reduction="sum")  # type: ignore[return-value]
+        return self.accelerator.reduce(values, reduction="sum")
 
     def gather(self, values: Tensor) -> Tensor:
         """Join `values` [n, ...] of all processes; n may differ."""
@@ -86,7 +86,7 @@ class World:
 
         return torch.cat(gather_object([values.cpu()])).to(self.device)
 
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Wrap module and optimizer for the strategy in use."""
         return self.accelerator.prepare(module, optimizer)
 
@@ -98,7 +98,7 @@ class World:
         """
         self.accelerator.backward(loss * self.processes)
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision of forward passes."""
         return self.accelerator.autocast()
 

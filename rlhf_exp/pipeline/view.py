@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Literal
+
 from rich.table import Table
 
 from rlhf_exp.config.model import ArchitectureConfig, Dtype
@@ -112,19 +115,21 @@ def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstim
     rows = min(section.micro_batch or share, share)
     blocks, rank = section.train_blocks, section.lora.rank
     length = getattr(section, "seq_length")  # noqa: B009 - each stage has its own
-    settings = {
-        "precision": _precision(config),
-        "sharding": _sharding(config),
-        "train_blocks": blocks,
-        "lora_rank": rank,
-    }
+    estimate = partial(
+        estimate_memory,
+        shape,
+        precision=_precision(config),
+        sharding=_sharding(config),
+        train_blocks=blocks,
+        lora_rank=rank,
+    )
     checkpointing = section.gradient_checkpointing
     if stage == "sft":
         work = Workload(rows, length, length, checkpointing)
-        return estimate_memory(shape, work, **settings)
+        return estimate(work)
     if stage == "reward":
         work = Workload(2 * rows, length, 0, checkpointing)
-        return estimate_memory(shape, work, **settings)
+        return estimate(work)
     ppo = config.ppo
     rollouts = -(-ppo.rollouts // processes)
     work = Workload(
@@ -135,15 +140,15 @@ def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstim
         decoded_rows=min(ppo.generation.batch, rollouts),
         cached_rows=rollouts if blocks is not None else 0,
     )
-    reference = "lora" if rank else "full" if blocks is None else "shared"
+    reference: Literal["lora", "full", "shared"] = (
+        "lora" if rank else "full" if blocks is None else "shared"
+    )
     judge = None if ppo.reward.function is not None else shape
-    return estimate_memory(
-        shape,
+    return estimate(
         work,
         reference=reference,
         reward_model=judge,
         value_model=ppo.value_trunk.name == "own",
-        **settings,
     )
 
 

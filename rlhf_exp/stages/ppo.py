@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,7 +97,7 @@ def build_policy(config: Config, context: StageContext) -> Policy:
     """Return the SFT model with a value head, set up for training."""
     section = config.ppo
     dtype = getattr(torch, config.model.dtype.value)
-    attention = config.model.attention.value
+    attention: Any = config.model.attention.value
     own = section.value_trunk == ValueTrunk.own
     from_reward = section.value_init == ValueInit.reward
     judge = RewardModel.load(context.models["reward"]) if from_reward else None

@@ -18,7 +18,8 @@ from rlhf_exp.data.tokenizer import train_tokenizer
 from rlhf_exp.engines.native.sft import SftSettings, SftTask
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.architecture import Architecture
-from rlhf_exp.models.load import architecture_of, build_causal_lm, load_causal_lm
+from rlhf_exp.models.configs import architecture_of
+from rlhf_exp.models.load import build_causal_lm, load_causal_lm
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.stages.context import MODEL, StageContext, StageResult
 from rlhf_exp.stages.materials import Materials

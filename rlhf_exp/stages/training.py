@@ -12,8 +12,9 @@ from rlhf_exp.config.load import to_dict
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.training import Select, TrainingConfig
 from rlhf_exp.distributed.world import World, world_of
-from rlhf_exp.engines.native.loop import LoopContext, LoopSettings, Outcome, Task, train
+from rlhf_exp.engines.native.loop import LoopContext, LoopSettings, Outcome, train
 from rlhf_exp.engines.native.optim import OptimSettings
+from rlhf_exp.engines.native.task import Task
 from rlhf_exp.models.lora import LoraSettings
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.tracking.progress import Progress

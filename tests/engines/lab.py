@@ -18,9 +18,10 @@ from rlhf_exp.data.ragged import Ragged
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.experience import Collector, ExperienceSettings
-from rlhf_exp.engines.native.loop import Evaluation, LoopContext, LoopSettings, Outcome, train
+from rlhf_exp.engines.native.loop import LoopContext, LoopSettings, Outcome, train
 from rlhf_exp.engines.native.optim import OptimSettings
 from rlhf_exp.engines.native.ppo import PpoSettings, PpoTask
+from rlhf_exp.engines.native.task import Evaluation
 from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.families import decoder_parts
 from rlhf_exp.models.load import build_causal_lm
@@ -138,7 +139,7 @@ class Run:
     weights: dict[str, Tensor]
 
 
-def loop_settings(steps: int, **changes: Any) -> LoopSettings:  # noqa: ANN401
+def loop_settings(steps: int, **changes: Any) -> LoopSettings:
     optim = OptimSettings(
         lr=5e-3,
         schedule="linear",
@@ -157,7 +158,7 @@ def run_loop(
     steps: int = 12,
     task: PpoTask | None = None,
     interrupted: Callable[[], bool] = lambda: False,
-    **changes: Any,  # noqa: ANN401
+    **changes: Any,
 ) -> Run:
     """Run the loop in `folder`, from its checkpoint if there is one."""
     task = task or build_task(world)

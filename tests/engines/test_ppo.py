@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from rlhf_exp.batch import Prompts
 from rlhf_exp.data.collate import prompts_batch
 from rlhf_exp.data.order import batch_index
 from rlhf_exp.distributed.world import World, world_of
-from rlhf_exp.engines.native.loop import Diverged, Evaluation, Interrupted
 from rlhf_exp.engines.native.meters import Meters
+from rlhf_exp.engines.native.ppo import PpoTask
+from rlhf_exp.engines.native.task import Diverged, Evaluation, Interrupted
 from tests.engines.lab import SETTINGS, build_task, count_liked, prompts, run_loop
 
 
@@ -27,7 +30,7 @@ def world() -> Iterator[World]:
         yield opened
 
 
-def gradients(task, step: int) -> dict[str, Tensor]:
+def gradients(task: PpoTask, step: int) -> dict[str, Tensor]:
     task.module.zero_grad()
     task.accumulate(step, lambda loss: loss.backward())
     return {
@@ -36,7 +39,9 @@ def gradients(task, step: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("train_blocks", [1, None])
-def test_first_minibatch_has_ratio_1_and_no_divergence(world: World, train_blocks) -> None:
+def test_first_minibatch_has_ratio_1_and_no_divergence(
+    world: World, train_blocks: int | None
+) -> None:
     task = build_task(world, replace(SETTINGS, epochs=1, batch=8), train_blocks=train_blocks)
     gradients(task, 0)
     found = task.metrics()
@@ -88,7 +93,7 @@ def test_each_epoch_uses_every_rollout_once(world: World) -> None:
     for epoch in range(2):
         rows = [task._minibatch(0, epoch * 3 + number).tolist() for number in range(3)]
         assert [len(part) for part in rows] == [3, 3, 2]
-        assert sorted(sum(rows, [])) == list(range(8))
+        assert sorted(functools.reduce(operator.iadd, rows, [])) == list(range(8))
 
 
 def test_delta_subtracts_the_originals_score(world: World) -> None:
@@ -116,13 +121,13 @@ def test_reward_rises(world: World, tmp_path: Path) -> None:
 
 
 def test_every_documented_metric_is_logged(world: World, tmp_path: Path) -> None:
-    row = [
+    row = next(
         one
         for one in run_loop(
             world, tmp_path, task=build_task(world, originals=torch.zeros(12))
         ).tracker.rows
         if "reward/mean" in one
-    ][0]
+    )
     groups = {
         "reward": "mean std min max delta_mean",
         "kl": "k1 k3 sequence beta",
@@ -154,7 +159,7 @@ def test_killed_and_resumed_equals_never_interrupted(
     task = build_task(world)
     accumulate = task.accumulate
 
-    def dying(step: int, backward) -> None:
+    def dying(step: int, backward: Callable[[Tensor], None]) -> None:
         accumulate(step, backward)
         if step == stop_at:
             raise Killed
@@ -192,7 +197,8 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(
     (newest / "trainable.safetensors").write_bytes(content)
     again = run_loop(world, tmp_path)
     assert "falling back" in caplog.text
-    assert again.outcome is not None and again.outcome.steps_run == 4
+    assert again.outcome is not None
+    assert again.outcome.steps_run == 4
     for name, value in whole.weights.items():
         assert torch.equal(value, again.weights[name]), name
 

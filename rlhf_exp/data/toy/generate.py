@@ -71,7 +71,9 @@ def corpus_rows(seed: int, sizes: ToySizes | None = None, label_noise: float = 0
     """
     sizes = sizes or ToySizes()
     if not 0 <= label_noise < 0.5:
-        raise UserError(f"data.toy.label_noise is {label_noise}; expected 0 or more and less than 0.5")
+        raise UserError(
+            f"data.toy.label_noise is {label_noise}; expected 0 or more and less than 0.5"
+        )
     train, validation, test = _requests(seed)
     shown = max(sizes.demonstrations, sizes.prompts)
     _check("data.toy.demonstrations and data.toy.prompts", shown, len(train))

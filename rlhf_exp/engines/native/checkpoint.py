@@ -1,9 +1,9 @@
 """Checkpoints: everything a stage needs to go on as if it had never stopped.
 
-A checkpoint is a folder `step-<n>` that appears by a rename, so it is whole or absent. It holds only
-what trains (`trainable.safetensors`), the optimizer (`optimizer.pt`), the loop's and the task's own
-state (`state.json`) and a digest of each of these; one that does not match its digests is passed over
-for the one before it.
+A checkpoint is a folder `step-<n>` that appears by a rename, so it is whole or absent. It holds
+only what trains (`trainable.safetensors`), the optimizer (`optimizer.pt`), the loop's and the
+task's own state (`state.json`) and a digest of each of these; one that does not match its digests
+is passed over for the one before it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.algo.gae import gae, whiten
-from rlhf_exp.algo.kl import KLController, k1, k3, sequence_kl
+from rlhf_exp.algo.kl import KLController
 from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.algo.rewards import RewardScaler, clip, delta, shape_rewards
 from rlhf_exp.batch import Finish, Prompts, Rollouts, Samples
@@ -24,6 +24,13 @@ from rlhf_exp.data.order import batch_index
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.meters import Meters
+from rlhf_exp.engines.native.reporting import (
+    moments,
+    report_kl,
+    report_responses,
+    report_scores,
+    report_values,
+)
 from rlhf_exp.engines.native.scoring import Scorer, score_samples
 from rlhf_exp.engines.native.split import by_length
 from rlhf_exp.models.policy import Policy, ResponseOutputs
@@ -128,7 +135,7 @@ class Collector:
         scored = time.perf_counter()
         assessed = self._assess(samples)
         rollouts = self._estimate(samples, weights, scores, assessed, meters)
-        _report_responses(samples, weights, meters)
+        report_responses(samples, weights, meters)
         meters.add("time/rollout_s", sampled - began, 1.0)
         meters.add("time/score_s", scored - sampled, 1.0)
         meters.add("time/assess_s", time.perf_counter() - scored, 1.0)
@@ -147,7 +154,7 @@ class Collector:
         """Return what goes into the reward: [B] float32, penalised, compared, clipped, scaled."""
         settings, device = self.settings, self.world.device
         raw = score_samples(self.scorer, samples).to(device)
-        _report_scores(raw, weights, meters)
+        report_scores(raw, weights, meters)
         scores = raw - settings.missing_eos_penalty * (samples.finish == Finish.LENGTH)
         if self.original_scores is not None:
             scores = delta(scores, self.original_scores[samples.index.cpu()].to(device))
@@ -189,10 +196,12 @@ class Collector:
                 expected = self.reference.logprobs(
                     tokens, *spans, self.settings.temperature, states=given, width=width
                 )
+            assert outputs.entropy is not None
             found = (outputs.logprobs, outputs.values, outputs.entropy, expected)
             for result, value in zip(results, found, strict=True):
                 result[part] = value.float()
-        return Assessed(*results, states=keep)
+        logprobs, values, entropy, ref_logprobs = results
+        return Assessed(logprobs, values, entropy, ref_logprobs, keep)
 
     def _given_states(self, samples: Samples) -> Tensor | None:
         usable = self.settings.reuse_states and self.policy.cut is not None
@@ -207,10 +216,10 @@ class Collector:
         beta = self.controller.coef
         rewards = shape_rewards(scores, found.logprobs, found.ref_logprobs, mask, beta)
         advantages, returns = gae(rewards, found.values, mask, settings.gamma, settings.lam)
-        mean, std = _moments(advantages, mask, self.world)
-        _report_kl(found, mask, weights, meters)
+        mean, std = moments(advantages, mask, self.world)
+        report_kl(found.logprobs, found.ref_logprobs, found.entropy, mask, weights, meters)
         meters.add("kl/beta", beta, 1.0)
-        _report_values(found.values, returns, mask, meters, self.world)
+        report_values(found.values, returns, mask, meters, self.world)
         return Rollouts(
             tokens=samples.tokens,
             prompt_lengths=samples.prompt_lengths,
@@ -223,46 +232,3 @@ class Collector:
             weights=weights,
             states=found.states,
         )
-
-
-def _moments(values: Tensor, mask: Tensor, world: World) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of masked values over all processes."""
-    count = world.sum(mask.sum().double())
-    mean = world.sum((values.double() * mask).sum()) / count
-    variance = world.sum(((values.double() - mean).square() * mask).sum()) / count
-    return mean.float(), variance.sqrt().float()
-
-
-def _report_scores(raw: Tensor, weights: Tensor, meters: Meters) -> None:
-    meters.add("reward/mean", (raw * weights).sum(), weights.sum())
-    meters.spread("reward/std", raw, weights)
-    meters.extreme("reward/min", raw[weights > 0].min(), largest=False)
-    meters.extreme("reward/max", raw[weights > 0].max(), largest=True)
-
-
-def _report_kl(found: Assessed, mask: Tensor, weights: Tensor, meters: Meters) -> None:
-    tokens = mask.sum()
-    for name, estimator in (("kl/k1", k1), ("kl/k3", k3)):
-        values = estimator(found.logprobs, found.ref_logprobs)
-        meters.add(name, (values * mask).sum(), tokens)
-    whole = sequence_kl(found.logprobs, found.ref_logprobs, mask)
-    meters.add("kl/sequence", (whole * weights).sum(), weights.sum())
-    meters.add("policy/entropy", (found.entropy * mask).sum(), tokens)
-
-
-def _report_values(
-    values: Tensor, returns: Tensor, mask: Tensor, meters: Meters, world: World
-) -> None:
-    meters.add("value/mean", (values * mask).sum(), mask.sum())
-    residual = _moments(returns - values, mask, world)[1].square()
-    total = _moments(returns, mask, world)[1].square()
-    meters.add("value/explained_variance", 1.0 - residual / total.clamp_min(1e-8), 1.0)
-
-
-def _report_responses(samples: Samples, weights: Tensor, meters: Meters) -> None:
-    count = weights.sum()
-    lengths = (samples.response_lengths * weights).sum()
-    meters.add("response/length_mean", lengths, count)
-    for name, reason in (("eos", Finish.EOS), ("stop", Finish.STOP)):
-        ended = ((samples.finish == reason) * weights).sum()
-        meters.add(f"response/{name}_fraction", ended, count)

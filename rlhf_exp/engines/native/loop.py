@@ -1,8 +1,8 @@
 """The loop that all stages share: resume, update, log, evaluate, checkpoint, stop.
 
-A stage brings a `Task`: its rows, its loss, its evaluation and whatever state of its own must survive
-a restart. The loop brings the optimizer, the schedule, clipping, the checkpoints and the weights that
-did best. It leaves out where the data comes from and where the result goes: `stages/` does that.
+A stage brings a `Task`. The loop brings the optimizer, the schedule, clipping, the checkpoints and
+the weights that did best. It leaves out where the data comes from and where the result goes:
+`stages/` does that.
 
 Everything a step computes is a function of the step number and of what a checkpoint holds, so a run
 that is killed and started again repeats the lost steps bit for bit (on a CPU, at the same number of
@@ -16,86 +16,19 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
 
 from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.best import BestWeights
 from rlhf_exp.engines.native.checkpoint import Checkpoint, Checkpoints, load_trainable
 from rlhf_exp.engines.native.memory import peak_bytes
 from rlhf_exp.engines.native.optim import OptimSettings, build_optimizer, set_lr
-from rlhf_exp.errors import UserError
+from rlhf_exp.engines.native.task import Diverged, Interrupted, Task
 from rlhf_exp.tracking.finishing import finishing
 from rlhf_exp.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
-
-
-class Diverged(UserError):
-    """Training was stopped because its numbers left the range in which they mean anything."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user asked to stop; a checkpoint holds all that was done."""
-
-
-@dataclass(frozen=True)
-class SampleTable:
-    """Text samples of an evaluation."""
-
-    columns: list[str]
-    rows: list[list[Any]]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found.
-
-    Attributes:
-        metrics: Scalars, named `eval/...`.
-        objective: What `select: best` maximises.
-        samples: A table to look at, if the stage makes one.
-    """
-
-    metrics: dict[str, float]
-    objective: float
-    samples: SampleTable | None = None
-
-
-class Task(Protocol):
-    """What a stage brings to the loop.
-
-    Attributes:
-        module: Holds every parameter that trains.
-    """
-
-    module: nn.Module
-
-    def attach(self, wrapped: nn.Module) -> None:
-        """Send forward passes with gradients through the strategy's wrapper of `module`."""
-
-    def accumulate(self, step: int, backward: Callable[[Tensor], None]) -> None:
-        """Compute the loss of optimizer step `step` and hand each micro-batch's to `backward`."""
-
-    def at_boundary(self, step: int) -> bool:
-        """Whether the run can stop and resume after `step` optimizer steps."""
-
-    def metrics(self) -> dict[str, float]:
-        """Return the means since the last call, over all processes."""
-
-    def evaluate(self) -> Evaluation:
-        """Evaluate on validation data."""
-
-    def state(self) -> dict[str, Any]:
-        """Return what a resume needs beyond weights and step, as JSON values."""
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take `state` back."""
-
-    def check(self, metrics: Mapping[str, float]) -> str | None:
-        """Return why training must stop, or `None`."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rlhf_exp.algo.schedules import lr_multiplier
+from rlhf_exp.algo.schedules import Schedule, lr_multiplier
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class OptimSettings:
     """
 
     lr: float
-    schedule: str
+    schedule: Schedule
     warmup_steps: int
     steps: int
     betas: tuple[float, float]

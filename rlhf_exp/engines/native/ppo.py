@@ -25,9 +25,9 @@ from rlhf_exp.batch import Rollouts
 from rlhf_exp.data.order import epoch_permutation
 from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.experience import Collector
-from rlhf_exp.engines.native.loop import Evaluation
 from rlhf_exp.engines.native.meters import Meters
 from rlhf_exp.engines.native.split import by_length
+from rlhf_exp.engines.native.task import Evaluation
 from rlhf_exp.models.policy import Policy, ResponseOutputs
 
 

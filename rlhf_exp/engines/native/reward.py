@@ -1,7 +1,7 @@
 """The reward model: which of two responses do people prefer?
 
-Source: Stiennon et al. 2020, Ouyang et al. 2022 (eq. 1). Both sides of a pair go through one forward
-pass.
+Source: Stiennon et al. 2020, Ouyang et al. 2022 (eq. 1). Both sides of a pair go through one
+forward pass.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from rlhf_exp.data.collate import preferences_batch
 from rlhf_exp.data.order import batch_index
 from rlhf_exp.data.tokenized import TokenizedPreferences
 from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.loop import Evaluation
 from rlhf_exp.engines.native.meters import Meters
 from rlhf_exp.engines.native.split import by_length
+from rlhf_exp.engines.native.task import Evaluation
 from rlhf_exp.models.reward_model import RewardModel
 
 

@@ -1,9 +1,9 @@
 """Scores of responses: by a reward model, or by a user's own function.
 
-A reward model with the policy's tokenizer reads the token ids as they were sampled; one with another
-tokenizer reads the text. What is scored is the prompt and the response's content, ended by the
-end-of-sequence token whether the response ended by that token, by a stop string or not at all: the
-reward model was trained on ended responses only, and what an unfinished one deserves is said by
+A reward model with the policy's tokenizer reads the token ids as they were sampled; one with
+another tokenizer reads the text. What is scored is the prompt and the response's content, ended by
+the end-of-sequence token whether the response ended by that token, by a stop string or not at all:
+the reward model was trained on ended responses only, and what an unfinished one deserves is said by
 `missing_eos_penalty`, not by how the model extrapolates.
 
 B rows, S tokens of a row.

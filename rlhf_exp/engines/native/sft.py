@@ -17,9 +17,9 @@ from rlhf_exp.batch import Demonstrations
 from rlhf_exp.data.collate import PackedRow, demonstrations_batch
 from rlhf_exp.data.order import batch_index
 from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.loop import Evaluation
 from rlhf_exp.engines.native.meters import Meters
 from rlhf_exp.engines.native.split import by_length
+from rlhf_exp.engines.native.task import Evaluation
 from rlhf_exp.models.policy import Policy
 
 

@@ -1,6 +1,7 @@
 """PPO's evaluation during training: answers to the same validation prompts, scored.
 
-The noise of sampling is the same at each evaluation, so that two of them differ by the policy alone.
+The noise of sampling is the same at each evaluation, so that two of them differ by the policy
+alone.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from rlhf_exp.data.collate import prompts_batch
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.experience import Sampler
-from rlhf_exp.engines.native.loop import Evaluation, SampleTable
 from rlhf_exp.engines.native.meters import Meters
 from rlhf_exp.engines.native.scoring import Scorer, score_samples, texts_of
 from rlhf_exp.engines.native.split import by_length
+from rlhf_exp.engines.native.task import Evaluation, SampleTable
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference
 

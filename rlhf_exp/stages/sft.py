@@ -51,10 +51,12 @@ def run(config: Config, context: StageContext) -> StageResult:
             value_head=False,
             seed=section.seed,
         ).set_gradient_checkpointing(section.gradient_checkpointing)
+        keep_small_updates(policy)
         settings = SftSettings(section.batch, section.micro_batch, section.seed)
         task = SftTask(policy, train_rows, validation, settings, world)
         steps = steps_of(section.steps, section.epochs, len(train_rows), section.batch)
         outcome = run_loop(config, section, steps, task, world, context, WATCH)
+        policy.model.to(model.dtype)
         policy.save(context.folder / MODEL, codec.tokenizer)
         facts = parameter_facts(policy) | {
             "rows": len(rows.train),

@@ -25,13 +25,12 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.quick import quick_comparison
 from rlhf_exp.evaluation.result import QuickResult
 from rlhf_exp.evaluation.toxicity import ProfanityCheckScorer
-from rlhf_exp.models.load import load_causal_lm
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.rollout.stops import Stopper
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.scorers import scorer_for
-from rlhf_exp.stages.training import tracker_for, world_for
+from rlhf_exp.stages.training import load_policy_model, tracker_for, world_for
 from rlhf_exp.tracking.finishing import finishing
 
 RESULT = "result.json"
@@ -95,8 +94,7 @@ def _prompts(config: Config, context: StageContext, codec: Codec) -> Prompts:
 
 
 def _load(config: Config, context: StageContext, role: str, world: World) -> Policy:
-    dtype = getattr(torch, config.model.dtype.value)
-    model = load_causal_lm(context.models[role], None, dtype, config.model.attention.value)
+    model = load_policy_model(config, context.models[role])
     policy = Policy(model, value_head=False).requires_grad_(False)
     return policy.to(world.device)
 

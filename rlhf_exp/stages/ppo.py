@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import nn
 
 from rlhf_exp.algo.kl import AdaptiveKL, FixedKL, KLController
@@ -17,21 +15,30 @@ from rlhf_exp.config.root import Config
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.rows import Prompt
 from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
+from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.experience import Collector, ExperienceSettings
 from rlhf_exp.engines.native.ppo import PpoSettings, PpoTask
+from rlhf_exp.engines.native.scoring import Scorer
 from rlhf_exp.engines.native.validation import ValidationSettings, Validator
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.families import decoder_parts
-from rlhf_exp.models.load import load_causal_lm
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.models.reference import reference_of
+from rlhf_exp.models.reference import Reference, reference_of
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.rollout.stops import Stopper
 from rlhf_exp.stages.context import MODEL, StageContext, StageResult
 from rlhf_exp.stages.originals import original_scores
 from rlhf_exp.stages.scorers import scorer_for
-from rlhf_exp.stages.training import lora_of, parameter_facts, run_loop, world_for
+from rlhf_exp.stages.training import (
+    keep_small_updates,
+    load_policy_model,
+    lora_of,
+    parameter_facts,
+    run_loop,
+    to_stored_format,
+    world_for,
+)
 
 WATCH = ("reward/mean", "kl/sequence", "throughput/samples_per_s")
 VALIDATION_STREAM = 1_000_003
@@ -53,61 +60,86 @@ def run(config: Config, context: StageContext) -> StageResult:
         policy = build_policy(config, context)
         policy.to(world.device)
         reference = reference_of(policy)
+        keep_small_updates(policy)
         scorer = scorer_for(config, context, codec, world)
-        originals = None
-        if section.reward.delta:
-            originals = original_scores(prompts, scorer, config, context, world)
         settings = _settings(section)
-        collector = Collector(
+        task = PpoTask(
             policy,
-            reference,
-            sampler_for(config, policy, codec, section.seed, capture=True),
-            scorer,
-            prompts,
-            originals,
-            RewardScaler(section.reward.scale.value),
-            _controller(section),
-            _experience_settings(config),
+            _collector(config, context, policy, reference, scorer, prompts, codec, world),
+            _validator(config, policy, reference, scorer, validation, codec, world),
+            settings,
             world,
         )
-        validator = Validator(
-            policy,
-            reference,
-            sampler_for(config, policy, codec, section.seed + VALIDATION_STREAM, capture=False),
-            scorer,
-            validation,
-            codec,
-            ValidationSettings(
-                section.eval_prompts,
-                section.generation.temperature,
-                section.generation.batch,
-                section.kl.coef,
-            ),
-            world,
-        )
-        task = PpoTask(policy, collector, validator, settings, world)
         steps = -(-section.steps // settings.updates) * settings.updates
         outcome = run_loop(config, section, steps, task, world, context, WATCH)
+        to_stored_format(config, policy.model)
         policy.save(context.folder / MODEL, codec.tokenizer)
         facts = parameter_facts(policy) | {"prompts": len(prompts), "cut_prompts": prompts.cut}
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 
 
+def _collector(
+    config: Config,
+    context: StageContext,
+    policy: Policy,
+    reference: Reference,
+    scorer: Scorer,
+    prompts: TokenizedPrompts,
+    codec: Codec,
+    world: World,
+) -> Collector:
+    section = config.ppo
+    originals = None
+    if section.reward.delta:
+        originals = original_scores(prompts, scorer, config, context, world)
+    return Collector(
+        policy,
+        reference,
+        sampler_for(config, policy, codec, world, section.seed, capture=True),
+        scorer,
+        prompts,
+        originals,
+        RewardScaler(section.reward.scale.value),
+        _controller(section),
+        _experience_settings(config),
+        world,
+    )
+
+
+def _validator(
+    config: Config,
+    policy: Policy,
+    reference: Reference,
+    scorer: Scorer,
+    prompts: TokenizedPrompts,
+    codec: Codec,
+    world: World,
+) -> Validator:
+    section = config.ppo
+    seed = section.seed + VALIDATION_STREAM
+    settings = ValidationSettings(
+        section.eval_prompts,
+        section.generation.temperature,
+        section.generation.batch,
+        section.kl.coef,
+    )
+    sampler = sampler_for(config, policy, codec, world, seed, capture=False)
+    return Validator(policy, reference, sampler, scorer, prompts, codec, settings, world)
+
+
 def build_policy(config: Config, context: StageContext) -> Policy:
     """Return the SFT model with a value head, set up for training."""
     section = config.ppo
-    dtype = getattr(torch, config.model.dtype.value)
-    attention: Any = config.model.attention.value
     own = section.value_trunk == ValueTrunk.own
     from_reward = section.value_init == ValueInit.reward
     judge = RewardModel.load(context.models["reward"]) if from_reward else None
     value_model = None
     if own and judge is None:
-        value_model = load_causal_lm(context.models["sft"], None, dtype, attention)
+        value_model = load_policy_model(config, context.models["sft"])
     elif own and judge is not None:
         value_model = judge.trunk
     policy = Policy(
-        load_causal_lm(context.models["sft"], None, dtype, attention),
+        load_policy_model(config, context.models["sft"]),
         train_blocks=section.train_blocks,
         lora=lora_of(section),
         value_head=True,
@@ -121,7 +153,7 @@ def build_policy(config: Config, context: StageContext) -> Policy:
 
 
 def sampler_for(
-    config: Config, policy: Policy, codec: Codec, seed: int, capture: bool
+    config: Config, policy: Policy, codec: Codec, world: World, seed: int, capture: bool
 ) -> Callable[[Prompts], Samples]:
     """Return a function that answers prompts as PPO's `generation` section says.
 
@@ -129,6 +161,7 @@ def sampler_for(
         config: The experiment.
         policy: Who answers.
         codec: Of the policy.
+        world: Device and precision.
         seed: Of the noise.
         capture: Whether to keep the states entering the first training block, where these are
             exact enough to train on.
@@ -147,7 +180,8 @@ def sampler_for(
         block = decoder_parts(policy.model).blocks[policy.cut]
 
     def answer(prompts: Prompts) -> Samples:
-        return sample(policy.model, prompts, settings, seed, stopper, block)
+        with world.autocast():
+            return sample(policy.model, prompts, settings, seed, stopper, block)
 
     return answer
 

@@ -24,10 +24,18 @@ from rlhf_exp.engines.native.scoring import ModelScorer
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.calibration import calibration
 from rlhf_exp.evaluation.statistics import clopper_pearson
-from rlhf_exp.models.load import load_causal_lm
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.stages.context import MODEL, StageContext, StageResult
-from rlhf_exp.stages.training import lora_of, parameter_facts, run_loop, steps_of, world_for
+from rlhf_exp.stages.training import (
+    keep_small_updates,
+    load_policy_model,
+    lora_of,
+    parameter_facts,
+    run_loop,
+    steps_of,
+    to_stored_format,
+    world_for,
+)
 
 WATCH = ("loss/total", "reward/accuracy", "eval/accuracy")
 CALIBRATION = "calibration.json"
@@ -54,6 +62,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         if rows.test:
             test = _tokenize(rows.test, codec, config, context)
             metrics |= _test(task, test, settings, world, context)
+        to_stored_format(config, model.trunk)
         model.save(context.folder / MODEL, codec.tokenizer)
         return StageResult(metrics, outcome.objective, outcome.run_id, facts)
 
@@ -62,12 +71,12 @@ def _initial(config: Config, context: StageContext) -> tuple[Codec, RewardModel]
     section = config.reward
     source = context.models["sft" if section.init == RewardInit.sft else "base"]
     revision = config.model.revision if section.init == RewardInit.base else None
-    dtype = getattr(torch, config.model.dtype.value)
-    model = load_causal_lm(source, revision, dtype, config.model.attention.value)
+    model = load_policy_model(config, source, revision)
     judge = RewardModel(
         model, train_blocks=section.train_blocks, lora=lora_of(section), seed=section.seed
     )
     judge.set_gradient_checkpointing(section.gradient_checkpointing)
+    keep_small_updates(judge)
     return context.materials.codec(source, revision), judge
 
 

@@ -8,6 +8,7 @@ from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.scoring import FunctionScorer, ModelScorer, Scorer, load_function
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.stages.context import StageContext
+from rlhf_exp.stages.training import attention_of, torch_dtype
 
 
 def scorer_for(config: Config, context: StageContext, codec: Codec, world: World) -> Scorer:
@@ -18,7 +19,7 @@ def scorer_for(config: Config, context: StageContext, codec: Codec, world: World
     folder = context.models["reward"]
     own = context.materials.codec(folder)
     return ModelScorer(
-        RewardModel.load(folder),
+        RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config)),
         codec,
         None if own.digest == codec.digest else own,
         world,

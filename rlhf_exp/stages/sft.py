@@ -23,7 +23,15 @@ from rlhf_exp.models.load import build_causal_lm, load_causal_lm
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.stages.context import MODEL, StageContext, StageResult
 from rlhf_exp.stages.materials import Materials
-from rlhf_exp.stages.training import lora_of, parameter_facts, run_loop, steps_of, world_for
+from rlhf_exp.stages.training import (
+    keep_small_updates,
+    lora_of,
+    parameter_facts,
+    run_loop,
+    steps_of,
+    to_stored_format,
+    world_for,
+)
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +64,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         task = SftTask(policy, train_rows, validation, settings, world)
         steps = steps_of(section.steps, section.epochs, len(train_rows), section.batch)
         outcome = run_loop(config, section, steps, task, world, context, WATCH)
-        policy.model.to(model.dtype)
+        to_stored_format(config, policy.model)
         policy.save(context.folder / MODEL, codec.tokenizer)
         facts = parameter_facts(policy) | {
             "rows": len(rows.train),

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from rlhf_exp.config.load import to_dict
+from rlhf_exp.config.model import Dtype
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.training import Select, TrainingConfig
 from rlhf_exp.distributed.world import World, world_of
 from rlhf_exp.engines.native.loop import LoopContext, LoopSettings, Outcome, train
 from rlhf_exp.engines.native.optim import OptimSettings
 from rlhf_exp.engines.native.task import Task
+from rlhf_exp.models.load import Attention, load_causal_lm
 from rlhf_exp.models.lora import LoraSettings
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.tracking.progress import Progress
@@ -25,8 +30,41 @@ from rlhf_exp.tracking.tracker import Tracker, open_tracker
 def world_for(config: Config) -> Iterator[World]:
     """Open the processes that the config asks for."""
     section = config.distributed
-    with world_of(section.precision.value, section.threads) as world:
+    half = Dtype.bfloat16 in (section.precision, config.model.dtype)
+    with world_of("bfloat16" if half else "float32", section.threads) as world:
         yield world
+
+
+def keep_small_updates(module: nn.Module) -> None:
+    """Hold what trains in float32, whatever the model's own number format.
+
+    A bfloat16 weight has 8 bits: an update below its 256th part would be rounded away. What is
+    frozen stays as it is, and mixed precision casts both to bfloat16 where they meet.
+    """
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def torch_dtype(config: Config) -> torch.dtype:
+    """Return the number format that weights are stored in."""
+    return torch.bfloat16 if config.model.dtype == Dtype.bfloat16 else torch.float32
+
+
+def to_stored_format(config: Config, module: nn.Module) -> None:
+    """Undo `keep_small_updates` before a model is saved."""
+    module.to(dtype=torch_dtype(config))
+
+
+def attention_of(config: Config) -> Attention:
+    """Return the attention implementation."""
+    name: Any = config.model.attention.value
+    return name
+
+
+def load_policy_model(config: Config, path: str, revision: str | None = None) -> PreTrainedModel:
+    """Load a causal language model in the config's number format."""
+    return load_causal_lm(path, revision, torch_dtype(config), attention_of(config))
 
 
 def run_loop(

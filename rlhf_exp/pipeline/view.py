@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from rich.table import Table
 
-from rlhf_exp.config.model import ArchitectureConfig, Dtype
+from rlhf_exp.config.model import ArchitectureConfig, Dtype, ModelConfig
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.running import Strategy
 from rlhf_exp.config.training import TrainingConfig
@@ -56,7 +57,7 @@ def plan_table(steps: list[Step]) -> Table:
 def memory_table(config: Config) -> Table:
     """Return parameter counts and estimated memory of each training stage, for one process."""
     stages = [stage for stage in stages_of(config) if stage != "eval"]
-    shape = architecture_of(config.model.architecture)
+    shape = _shape(config.model)
     total = count_parameters(shape).total
     table = Table(
         caption=f"{config.model.name}: {_count(total)} parameters; GiB per process",
@@ -90,6 +91,16 @@ def memory_table(config: Config) -> Table:
         fits = [found.peak * 1.1 + GIB <= size * GIB for found in estimates]
         table.add_row(f"fits {size} GB", *("yes" if fit else "no" for fit in fits))
     return table
+
+
+def _shape(section: ModelConfig) -> Architecture:
+    """Return the model's shape: a folder's own, else what the config says of it."""
+    if section.path is not None and Path(section.path).is_dir():
+        # Only here: transformers and torch take seconds to import.
+        from rlhf_exp.models import configs, load
+
+        return configs.architecture_of(load.load_config(section.path))
+    return architecture_of(section.architecture)
 
 
 def architecture_of(section: ArchitectureConfig) -> Architecture:

@@ -1,0 +1,24 @@
+"""One process of a run of several; started by `test_processes.py` with torchrun's variables."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from rlhf_exp.distributed.world import world_of
+from tests.engines.lab import run_loop
+
+
+def main(folder: Path) -> None:
+    """Run the lab and leave rank 0's weights and log in `folder`."""
+    with world_of("float32", threads=1) as world:
+        run = run_loop(world, folder / f"rank{world.rank}", steps=8)
+        if world.is_main:
+            rows = [row for row in run.tracker.rows if "loss/total" in row]
+            torch.save({"weights": run.weights, "rows": rows}, folder / "result.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

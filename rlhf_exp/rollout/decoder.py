@@ -10,7 +10,7 @@ mask: nothing has to be inferred from padding.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -127,7 +127,9 @@ class _Head:
             # A CPU multiplies in float32 anyway: widen the weight once, not at every token.
             wide = hidden.device.type == "cpu"
             self._cast = self._weight.to(torch.float32 if wide else dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)  # entering a context is not free
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
             return head_logits(hidden.to(self._cast.dtype), self._cast, self._bias, scale)
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.rollout.decoder import Decoder
-from rlhf_exp.rollout.draw import draw
+from rlhf_exp.rollout.draw import draw, usable
 from rlhf_exp.rollout.noise import uniform
 from rlhf_exp.rollout.slots import SlotTable
 from rlhf_exp.rollout.stops import Stopper
@@ -107,7 +107,7 @@ class DecodeLoop:
         # One column more than tokens, for slots that run on.
         self._logprobs = torch.zeros(rows, limit + 1, device=device)
         steps = torch.arange(limit + 1, device=device)
-        self._noise = uniform(seed, self._prompts.rollout.unsqueeze(1), steps)
+        self._noise = usable(uniform(seed, self._prompts.rollout.unsqueeze(1), steps))
         self._states: Tensor | None = None
 
     def run(self) -> None:

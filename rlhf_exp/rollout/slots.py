@@ -34,8 +34,9 @@ class SlotTable:
         self.held: list[int | None] = []
         self.slots = slots
         self._max_new_tokens = max_new_tokens
-        self._state = torch.zeros(5, slots, dtype=torch.int64, device=device)
-        self.row, self.token, self.position, self.column, self._last_position = self._state
+        self._state = torch.zeros(6, slots, dtype=torch.int64, device=device)
+        self.row, self.token, self.position, self.column, _, _ = self._state
+        self._moving, self._limits = self._state[2:4], self._state[4:6]
         self._host_position = np.zeros(slots, dtype=np.int64)
 
     @property
@@ -64,7 +65,8 @@ class SlotTable:
         self.held.extend(rows)
         ends = np.asarray(prompt_lengths, dtype=np.int64) - 1
         zeros = np.zeros_like(ends)
-        values = np.stack([np.asarray(rows), zeros, ends, zeros, ends + self._max_new_tokens])
+        last_position, last_column = ends + self._max_new_tokens, zeros + self._max_new_tokens
+        values = np.stack([np.asarray(rows), zeros, ends, zeros, last_position, last_column])
         self._state[:, slots] = torch.from_numpy(values).to(self._state.device)
         self._host_position[slots] = ends
         return slots
@@ -72,9 +74,8 @@ class SlotTable:
     def advance(self, slots: slice, tokens: Tensor) -> None:
         """Take the tokens drawn for `slots` as the next ones to feed."""
         self.token[slots] = tokens
-        position, column = self.position[slots], self.column[slots]
-        torch.minimum(position.add_(1), self._last_position[slots], out=position)
-        column.add_(1).clamp_(max=self._max_new_tokens)
+        moving = self._moving[:, slots]
+        torch.minimum(moving.add_(1), self._limits[:, slots], out=moving)
         self._host_position[slots] += 1
 
     def clear(self) -> tuple[Tensor, Tensor]:

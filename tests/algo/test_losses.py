@@ -75,14 +75,14 @@ def test_accumulation_changes_neither_loss_nor_statistics() -> None:
 
 def test_value_loss_by_hand() -> None:
     values = torch.tensor([[1.0, 2.0, 0.1], [3.0, 9.0, math.nan]], requires_grad=True)
-    old = torch.tensor([[0.0, 1.9, 0.0], [0.0, math.inf, 0.0]])
+    old = torch.tensor([[0.5, 1.9, 0.0], [0.0, math.inf, 0.0]])
     returns = torch.tensor([[2.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
     loss, stats = value_loss(values, old, returns, MASK, 0.2, normaliser=10.0)
-    #   V = 1,   Vclip = 0.2, R = 2: max(1, 3.24)    = 3.24  clipped
+    #   V = 1,   Vclip = 0.7, R = 2: max(1, 1.69)    = 1.69  clipped
     #   V = 2,   Vclip = 2,   R = 1: max(1, 1)       = 1
     #   V = 0.1, Vclip = 0.1, R = 1: max(0.81, 0.81) = 0.81
     #   V = 3,   Vclip = 0.2, R = 1: max(4, 0.64)    = 4
-    assert loss.item() == pytest.approx(0.5 * (3.24 + 1 + 0.81 + 4) / 10)
+    assert loss.item() == pytest.approx(0.5 * (1.69 + 1 + 0.81 + 4) / 10)
     assert stats.clipped.item() == 1.0
     assert stats.count.item() == 4.0
     assert stats.squared_error.item() == pytest.approx(1 + 1 + 0.81 + 4)

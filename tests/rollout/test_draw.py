@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_exp.rollout.draw import draw
+from rlhf_exp.rollout.draw import draw, usable
 
 
 def uniforms(*numbers: float) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)
+    return usable(torch.tensor(numbers, dtype=torch.float64))
 
 
 def test_inverse_of_the_cumulative_distribution_by_hand() -> None:
@@ -31,6 +31,17 @@ def test_impossible_tokens_are_never_drawn() -> None:
     assert tokens.tolist() == [1, 1, 3, 3]
 
 
+def test_the_largest_number_stays_below_a_total_that_was_rounded_up() -> None:
+    # 4096 equal tokens and one impossible: whatever the sum rounds to, the last one is not drawn.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        logits = torch.randn(1, 4096, generator=generator)
+        logits[0, -1] = -math.inf
+        tokens, logprobs = draw(logits, uniforms(1 - 2**-53))
+        assert tokens.item() < 4095
+        assert torch.isfinite(logprobs).all()
+
+
 def test_frequencies_are_the_probabilities() -> None:
     generator = np.random.default_rng(0)
     logits = generator.normal(size=20).astype(np.float32)
@@ -38,7 +49,7 @@ def test_frequencies_are_the_probabilities() -> None:
     count = 20000
     tokens, _ = draw(
         torch.from_numpy(logits).expand(count, 20).clone(),
-        torch.from_numpy(generator.random(count)),
+        usable(torch.from_numpy(generator.random(count))),
     )
     expected = probabilities * count
     chi_squared = ((np.bincount(tokens, minlength=20) - expected) ** 2 / expected).sum()

@@ -62,8 +62,7 @@ def run(config: Config, context: StageContext) -> StageResult:
     (context.folder / RESULT).write_text(json.dumps(result.to_json()))
     metrics = result.scalars()
     run_id = _track(config, context, result, metrics)
-    objective = metrics["eval/reward/b"] - config.ppo.kl.coef * metrics["eval/kl_sequence/b"]
-    return StageResult(metrics, objective, run_id, {"prompts": len(prompts)})
+    return StageResult(metrics, None, run_id, {"prompts": len(prompts)})
 
 
 def _common_codec(context: StageContext) -> Codec:

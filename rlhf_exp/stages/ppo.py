@@ -10,7 +10,7 @@ from rlhf_exp.algo.kl import AdaptiveKL, FixedKL, KLController
 from rlhf_exp.algo.rewards import RewardScaler
 from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.config.model import Dtype
-from rlhf_exp.config.ppo import PpoConfig, ValueInit, ValueTrunk
+from rlhf_exp.config.ppo import PpoConfig, Scale, ValueInit, ValueTrunk
 from rlhf_exp.config.root import Config
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.rows import Prompt
@@ -122,6 +122,7 @@ def _validator(
         section.generation.temperature,
         section.generation.batch,
         section.kl.coef,
+        scaled=section.reward.scale != Scale.none,
     )
     sampler = sampler_for(config, policy, codec, world, seed, capture=False)
     return Validator(policy, reference, sampler, scorer, prompts, codec, settings, world)

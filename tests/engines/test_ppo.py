@@ -20,8 +20,8 @@ from rlhf_exp.data.order import batch_index
 from rlhf_exp.distributed.world import World, world_of
 from rlhf_exp.engines.native.meters import Meters
 from rlhf_exp.engines.native.ppo import PpoTask
-from rlhf_exp.engines.native.task import Diverged, Evaluation, Interrupted
-from tests.engines.lab import SETTINGS, build_task, count_liked, prompts, run_loop
+from rlhf_exp.engines.native.task import Diverged, Interrupted
+from tests.engines.lab import SETTINGS, Evaluations, build_task, count_liked, prompts, run_loop
 
 
 @pytest.fixture
@@ -167,11 +167,15 @@ def test_killed_and_resumed_equals_never_interrupted(
     task.accumulate = dying  # type: ignore[method-assign]
     with pytest.raises(Killed):
         run_loop(world, tmp_path / "cut", task=task)
-    resumed = run_loop(world, tmp_path / "cut")
+    again = build_task(world)
+    again.evaluator = Evaluations(range(5, 1000))
+    resumed = run_loop(world, tmp_path / "cut", task=again)
     assert resumed.outcome is not None
     assert resumed.outcome.steps_run == 12 - stop_at // 4 * 4
     for name, value in whole.weights.items():
         assert torch.equal(value, resumed.weights[name]), name
+    # The unit of the first evaluation, 2 + 0, unless there was no checkpoint to take it from.
+    assert resumed.task.evaluator.unit == (2.0 if stop_at >= 4 else 7.0)
     assert whole.task.collector.controller.coef == resumed.task.collector.controller.coef
     last = [
         [row["reward/mean"] for row in run.tracker.rows if "reward/mean" in row][-1]
@@ -227,8 +231,7 @@ def test_kl_limit_stops(world: World, tmp_path: Path) -> None:
 def test_best_weights_are_published(world: World, tmp_path: Path) -> None:
     """The lab's evaluations get better each time, so one turned worse must lose to it."""
     task = build_task(world)
-    values = iter([0.0, 5.0, 1.0, 2.0])
-    task.evaluator = lambda: Evaluation({}, next(values))
+    task.evaluator = Evaluations([0.0, 5.0, 1.0, 2.0])
     run = run_loop(world, tmp_path, task=task, select_best=True)
     assert run.outcome is not None
     assert (run.outcome.published_step, run.outcome.objective) == (4, 5.0)

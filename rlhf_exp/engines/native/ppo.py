@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,15 @@ class PpoSettings:
         return self.minibatches * self.epochs
 
 
+class Evaluator(Protocol):
+    """Evaluates the policy; `unit` is found at the first evaluation and kept from then on."""
+
+    unit: float | None
+
+    def __call__(self) -> Evaluation:
+        """Evaluate the policy as it is."""
+
+
 class PpoTask:
     """What PPO brings to the loop.
 
@@ -87,7 +96,7 @@ class PpoTask:
         self,
         policy: Policy,
         collector: Collector,
-        evaluator: Callable[[], Evaluation],
+        evaluator: Evaluator,
         settings: PpoSettings,
         world: World,
     ) -> None:
@@ -201,14 +210,16 @@ class PpoTask:
         return self.evaluator()
 
     def state(self) -> dict[str, Any]:
-        """Return the KL coefficient and the moments of the scores."""
+        """Return the KL coefficient, the moments of the scores and their unit in evaluations."""
         return {
             "controller": self.collector.controller.state_dict(),
             "scaler": self.collector.scaler.state_dict(),
+            "unit": self.evaluator.unit,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take KL coefficient and moments back."""
+        """Take back what `state` returned."""
+        self.evaluator.unit = state["unit"]
         self.collector.controller.load_state_dict(state["controller"])
         self.collector.scaler.load_state_dict(state["scaler"])
 

@@ -39,19 +39,25 @@ class ValidationSettings:
         temperature: Of the log-probabilities.
         batch: Rows of a forward pass.
         kl_coef: Weight of the KL divergence in the objective.
+        scaled: Whether PPO scales its scores, and the objective likewise.
     """
 
     prompts: int
     temperature: float
     batch: int
     kl_coef: float
+    scaled: bool
 
 
 class Validator:
     """Evaluates a policy on validation prompts.
 
-    The objective is the mean score minus `kl_coef` times the mean sequence KL: reward alone would
+    The objective is PPO's own: the mean score, in standard deviations of the initial policy's
+    scores where PPO scales them, minus `kl_coef` times the mean sequence KL. Reward alone would
     select the most over-optimised policy.
+
+    Attributes:
+        unit: What scores are divided by in the objective; known from the first evaluation on.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class Validator:
         self.sampler, self.scorer = sampler, scorer
         self.prompts, self.codec = prompts, codec
         self.settings, self.world = settings, world
+        self.unit: float | None = None
 
     @torch.no_grad()
     def __call__(self) -> Evaluation:
@@ -89,8 +96,11 @@ class Validator:
         ended = (samples.finish != Finish.LENGTH) * weights
         meters.add("eval/ended_fraction", ended.sum(), total)
         found = meters.means()
+        if self.unit is None:
+            self.unit = (found["eval/reward_std"] or 1.0) if self.settings.scaled else 1.0
         found["eval/objective"] = (
-            found["eval/reward_mean"] - self.settings.kl_coef * found["eval/kl_sequence"]
+            found["eval/reward_mean"] / self.unit
+            - self.settings.kl_coef * found["eval/kl_sequence"]
         )
         return Evaluation(found, found["eval/objective"], self._table(samples, scores, kl))
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from rich.table import Table
 
-from rlhf_exp.config.model import ArchitectureConfig, Dtype, ModelConfig
+from rlhf_exp.config.model import Dtype, ModelConfig
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.running import Strategy
 from rlhf_exp.config.training import TrainingConfig
@@ -24,6 +24,7 @@ from rlhf_exp.models.memory import (
     estimate_memory,
 )
 from rlhf_exp.pipeline.plan import State, Step, stages_of
+from rlhf_exp.stages.shape import shape_of
 
 GIB = 1 << 30
 _GPUS = (24, 40, 80)
@@ -100,22 +101,7 @@ def _shape(section: ModelConfig) -> Architecture:
         from rlhf_exp.models import configs, load
 
         return configs.architecture_of(load.load_config(section.path))
-    return architecture_of(section.architecture)
-
-
-def architecture_of(section: ArchitectureConfig) -> Architecture:
-    """Return the shape that the config describes."""
-    return Architecture(
-        type=section.type.value,
-        layers=section.layers,
-        width=section.width,
-        heads=section.heads,
-        ffn_width=section.ffn_width or 4 * section.width,
-        vocabulary=section.vocabulary,
-        context=section.context,
-        kv_heads=section.kv_heads,
-        tied=section.tied,
-    )
+    return shape_of(section.architecture)
 
 
 def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstimate:

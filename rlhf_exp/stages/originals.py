@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.config.root import Config
+from rlhf_exp.data.collate import joined
 from rlhf_exp.data.order import batch_index
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.distributed.world import World
@@ -59,11 +60,8 @@ def _used(config: Config, count: int) -> np.ndarray:
 def _score(prompts: TokenizedPrompts, rows: np.ndarray, scorer: Scorer) -> Tensor:
     """Score the rows' own responses; their end-of-sequence token is not part of the content."""
     parts = [(prompts.prompt[row], prompts.original[row]) for row in rows]
+    tokens, _ = joined(parts)
     lengths = torch.tensor([[len(prompt), len(answer)] for prompt, answer in parts])
-    tokens = torch.zeros(len(parts), int(lengths.sum(1).max()), dtype=torch.int64)
-    for line, (prompt, answer) in enumerate(parts):
-        whole = np.concatenate([prompt, answer]).astype(np.int64)
-        tokens[line, : len(whole)] = torch.from_numpy(whole)
     return scorer(tokens, lengths[:, 0], (lengths[:, 1] - 1).clamp(min=0))
 
 

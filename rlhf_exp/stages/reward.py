@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf_exp.config.reward import RewardInit
 from rlhf_exp.config.root import Config
 from rlhf_exp.data.codec import Codec
+from rlhf_exp.data.collate import joined
 from rlhf_exp.data.rows import Preference
 from rlhf_exp.data.tokenized import (
     TokenizedDemonstrations,
@@ -111,11 +111,8 @@ def _whole(demonstrations: TokenizedDemonstrations) -> tuple[Tensor, Tensor, Ten
         (demonstrations.prompt_ids[row], demonstrations.response_ids[row])
         for row in range(len(demonstrations))
     ]
+    tokens, _ = joined(pairs)
     lengths = torch.tensor([[len(prompt), len(response)] for prompt, response in pairs])
-    tokens = torch.zeros(len(pairs), int(lengths.sum(1).max()), dtype=torch.int64)
-    for line, pair in enumerate(pairs):
-        whole = np.concatenate(pair).astype(np.int64)
-        tokens[line, : len(whole)] = torch.from_numpy(whole)
     return tokens, lengths[:, 0], lengths[:, 1] - 1
 
 

@@ -17,12 +17,12 @@ from rlhf_exp.data.tokenized import tokenize_demonstrations
 from rlhf_exp.data.tokenizer import train_tokenizer
 from rlhf_exp.engines.native.sft import SftSettings, SftTask
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.configs import architecture_of
 from rlhf_exp.models.load import build_causal_lm, load_causal_lm
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.stages.context import MODEL, StageContext, StageResult
 from rlhf_exp.stages.materials import Materials
+from rlhf_exp.stages.shape import shape_of
 from rlhf_exp.stages.training import (
     keep_small_updates,
     lora_of,
@@ -87,22 +87,10 @@ def base_model(config: ModelConfig, materials: Materials) -> tuple[Codec, PreTra
         model = load_causal_lm(config.path, config.revision, dtype, config.attention.value)
         _compare_shapes(config, model)
         return materials.codec(config.path, config.revision), model
-    shape = config.architecture
-    tokenizer = train_tokenizer(materials.texts(), shape.vocabulary)
+    tokenizer = train_tokenizer(materials.texts(), config.architecture.vocabulary)
     codec = Codec(tokenizer, materials.config.format.value)
-    architecture = Architecture(
-        type=shape.type.value,
-        layers=shape.layers,
-        width=shape.width,
-        heads=shape.heads,
-        ffn_width=shape.ffn_width or 4 * shape.width,
-        vocabulary=codec.vocab_size,
-        context=shape.context,
-        kv_heads=shape.kv_heads,
-        tied=shape.tied,
-    )
     model = build_causal_lm(
-        architecture,
+        shape_of(config.architecture, codec.vocab_size),
         config.seed,
         eos_id=codec.eos_id,
         pad_id=codec.pad_id,

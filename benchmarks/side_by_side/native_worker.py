@@ -31,10 +31,11 @@ from rlhf_exp.data.ragged import Ragged
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.distributed.world import World, world_of
 from rlhf_exp.engines.native.experience import Collector, ExperienceSettings
-from rlhf_exp.engines.native.loop import Evaluation, LoopContext, LoopSettings, train
+from rlhf_exp.engines.native.loop import LoopContext, LoopSettings, train
 from rlhf_exp.engines.native.optim import OptimSettings
 from rlhf_exp.engines.native.ppo import PpoSettings, PpoTask
 from rlhf_exp.engines.native.scoring import ModelScorer, Scorer
+from rlhf_exp.engines.native.task import Evaluation
 from rlhf_exp.models.families import decoder_parts
 from rlhf_exp.models.load import load_causal_lm
 from rlhf_exp.models.policy import Policy

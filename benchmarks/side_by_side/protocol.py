@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ class Reading:
     """What a worker measured in one iteration.
 
     Attributes:
-        seconds: by phase: `sample`, `score` (rewards, reference, values, advantages), `update`, and
-            `total`, which holds what lies between the phases too.
+        seconds: by phase: `sample`, `score` (rewards, reference, values, advantages), `update`;
+            `total`, which holds what lies between the phases too; and `cpu`, the processor time of
+            all threads, which other programs on the machine disturb less.
         peak_bytes: the highest resident memory during the iteration, libraries included.
         samples: responses made.
         tokens: response tokens made.
@@ -59,10 +61,12 @@ class Line:
         if not text or json.loads(text)["do"] != "iterate":
             os._exit(0)  # nothing to save, and a library's exit handlers may take seconds
         reset_peak()
+        self._cpu = time.process_time()
 
     def answer(self, reading: Reading) -> None:
-        """Send what the iteration measured."""
-        self._send(asdict(reading))
+        """Send what the iteration measured, with its processor time."""
+        cpu = time.process_time() - self._cpu
+        self._send(asdict(replace(reading, seconds=reading.seconds | {"cpu": cpu})))
 
     def _send(self, content: dict[str, Any]) -> None:
         self._answers.write(json.dumps(content) + "\n")

@@ -12,7 +12,7 @@ from typing import Any
 
 from side_by_side.protocol import Reading
 
-PHASES = ("sample", "score", "update", "total")
+PHASES = ("sample", "score", "update", "total", "cpu")
 MEBIBYTE = 1024 * 1024
 
 

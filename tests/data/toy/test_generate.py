@@ -124,7 +124,7 @@ def test_sides_are_exchanged_as_often_as_asked_and_more_where_they_are_close(noi
 
 
 def test_too_much_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.test: 99999 rows"):
+    with pytest.raises(UserError, match=r"data\.toy\.test: 99999 rows"):
         corpus_rows(0, ToySizes(test=99999))
     with pytest.raises(UserError, match="demonstrations and"):
         corpus_rows(0, ToySizes(demonstrations=99999))

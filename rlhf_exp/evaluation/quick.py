@@ -75,8 +75,7 @@ def quick_comparison(
 
     metrics = _judged_metrics(columns, seed, level)
     if kl is not None:
-        label = f"KL to {name_a}, nats per answer"
-        metrics.insert(1, single_metric("kl_sequence", label, "neither", kl, seed, level))
+        metrics.insert(1, _kl_metric(name_a, kl, seed, level))
     unit = "words" if lengths_a is None else "tokens"
     metrics += _text_metrics(answers_a, answers_b, columns["length"], unit, seed, level)
     signs = statistics.outcome_signs(*columns["score"], tie_band)
@@ -99,6 +98,11 @@ def quick_comparison(
         picks=tuple(pick_samples(columns["score"][1] - columns["score"][0], seed, SAMPLES_EACH)),
         pick_rule=sample_rule(SAMPLES_EACH, seed),
     )
+
+
+def _kl_metric(name_a: str, kl: NDArray[np.float64], seed: int, level: float) -> Metric:
+    label = f"KL to {name_a}, nats per answer"
+    return single_metric("kl_sequence", label, "neither", kl, seed, level)
 
 
 def _measure(

@@ -30,6 +30,7 @@ from rlhf_exp.store.lease import Lease, hold
 from rlhf_exp.store.store import Store
 
 if TYPE_CHECKING:
+    from rlhf_exp.stages.context import StageContext, StageResult
     from rlhf_exp.stages.materials import Materials
 
 FACTS = "facts.json"
@@ -149,6 +150,19 @@ class _Work:
         begun.write(folder)
         return folder, begun
 
+    def _timed(self, context: StageContext, begun: Begun) -> tuple[StageResult, Begun]:
+        """Run the stage, noting the time it took however it ends."""
+        began = time.monotonic()
+        try:
+            # Imported by name and late: a plan must not load torch.
+            stage = importlib.import_module(f"rlhf_exp.stages.{context.stage}")
+            result = stage.run(self.config, context)
+        finally:
+            begun = begun.later(time.monotonic() - began)
+            with suppress(OSError):  # what the stage raises says more
+                begun.write(context.folder)
+        return result, begun
+
     def _make(self, folder: Path, begun: Begun, lease: Lease) -> Artifact:
         from rlhf_exp.stages.context import StageContext
 
@@ -167,15 +181,7 @@ class _Work:
             before_write=lease.check,
             polite_interrupts=polite_interrupts,
         )
-        began = time.monotonic()
-        try:
-            # Imported by name and late: a plan must not load torch.
-            stage = importlib.import_module(f"rlhf_exp.stages.{step.stage}")
-            result = stage.run(self.config, context)
-        finally:
-            begun = begun.later(time.monotonic() - began)
-            with suppress(OSError):  # what the stage raises says more
-                begun.write(folder)
+        result, begun = self._timed(context, begun)
         (folder / FACTS).write_text(json.dumps(result.facts))
         manifest = Manifest(
             stage=step.stage,

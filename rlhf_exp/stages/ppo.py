@@ -41,8 +41,7 @@ from rlhf_exp.stages.training import (
 )
 
 WATCH = ("reward/mean", "kl/sequence", "throughput/samples_per_s")
-VALIDATION_STREAM = 1_000_003
-"""Added to the seed where validation prompts are answered, so that training shares no noise."""
+VALIDATION_STREAM = 1_000_003  # added to the seed of validation: training shares no noise with it
 
 
 def run(config: Config, context: StageContext) -> StageResult:
@@ -188,10 +187,7 @@ def sampler_for(
 
 
 def _exact(config: Config) -> bool:
-    """Whether decoding and a full forward agree closely enough: in fp32 they do (to 1e-4).
-
-    In bf16 they differ by 0.02 nats in the mean, so there the states are computed once more.
-    """
+    """Whether decoding and a full forward agree: to 1e-4 in fp32, but to 0.02 nats in bf16."""
     return Dtype.float32 == config.distributed.precision == config.model.dtype
 
 

@@ -78,14 +78,6 @@ class WandbTracker:
         self._data_dir_before = os.environ.get("WANDB_DATA_DIR")
         self._finished = False
         os.environ["WANDB_DATA_DIR"] = str(folder.resolve() / "wandb-data")
-        settings = wandb.Settings(
-            x_transaction_log_flush_interval=FLUSH_S,
-            finish_timeout=FINISH_S,
-            console="off",  # a progress bar's redraws would fill the log
-            silent=mode == "offline",
-            quiet=True,
-            symlink=False,  # the folder is moved when it is published, and links would break
-        )
         _await_free_directory(folder / "wandb", run_id)
         try:
             self._run = wandb.init(
@@ -101,7 +93,7 @@ class WandbTracker:
                 name=name,
                 tags=list(tags),
                 config=json.loads(json.dumps(dict(config), default=_plain)),
-                settings=settings,
+                settings=_settings(mode),
             )
         except wandb.Error as error:
             self._restore_environment()
@@ -173,3 +165,14 @@ def _await_exit_record(path: Path) -> None:
 def _plain(value: object) -> str:
     """What JSON does not know, as text."""
     return value.name if isinstance(value, Enum) else str(value)
+
+
+def _settings(mode: Literal["offline", "online"]) -> wandb.Settings:
+    return wandb.Settings(
+        x_transaction_log_flush_interval=FLUSH_S,
+        finish_timeout=FINISH_S,
+        console="off",  # a progress bar's redraws would fill the log
+        silent=mode == "offline",
+        quiet=True,
+        symlink=False,  # the folder is moved when it is published, and links would break
+    )

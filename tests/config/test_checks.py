@@ -51,7 +51,10 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         ("reward.init=base", "reward.init=base: a model from scratch has no base weights"),
         # model
         ("model.architecture.heads=3", "architecture.width=128: must divide by the 3 heads"),
-        ("model.architecture.kv_heads=2", "architecture.kv_heads=2: gpt_neox has none"),
+        (
+            "model.architecture.type=gpt_neox model.architecture.kv_heads=2",
+            "architecture.kv_heads=2: gpt_neox has none",
+        ),
         ("model.architecture.vocabulary=257", "vocabulary=257: must be at least 258"),
         ("model.revision=main", "model.revision=main: a model from scratch has no revision"),
         ("model.path=./nowhere", "model.path=./nowhere: there is no folder /"),

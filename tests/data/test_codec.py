@@ -106,7 +106,7 @@ def test_a_tokenizer_without_eos_is_refused(tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_a_missing_chat_template_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match="prompt_format"):
+    with pytest.raises(UserError, match=r"data\.format=chat_template"):
         Codec(tokenizer, "chat_template")
 
 

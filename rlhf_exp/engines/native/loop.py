@@ -1,12 +1,7 @@
 """The loop that all stages share: resume, update, log, evaluate, checkpoint, stop.
 
-A stage brings a `Task`. The loop brings the optimizer, the schedule, clipping, the checkpoints and
-the weights that did best. It leaves out where the data comes from and where the result goes:
-`stages/` does that.
-
-Everything a step computes is a function of the step number and of what a checkpoint holds, so a run
-that is killed and started again repeats the lost steps bit for bit (on a CPU, at the same number of
-threads).
+A step is a function of its number and of what a checkpoint holds, so a run that is killed and
+started again repeats the lost steps bit for bit (on a CPU, at the same number of threads).
 """
 
 from __future__ import annotations
@@ -211,7 +206,8 @@ class _Loop:
         """Save a checkpoint at the first boundary past each interval, and at the end."""
         step, every = self.progress.step, self.settings.checkpoint_every
         due = step // every > self.progress.last_checkpoint // every
-        if not (due or force or step >= self.settings.optim.steps):
+        due = due or force or step >= self.settings.optim.steps
+        if not due or self.progress.last_checkpoint == step:
             return
         self.progress.last_checkpoint = step
         if self.context.world.is_main:
@@ -230,8 +226,7 @@ class _Loop:
     def leave_if_asked(self) -> None:
         """Save and leave if the user pressed Ctrl-C."""
         if self.context.interrupted() and self.progress.step < self.settings.optim.steps:
-            if self.progress.last_checkpoint != self.progress.step:
-                self.checkpoint_if_due(force=True)
+            self.checkpoint_if_due(force=True)
             raise Interrupted(f"stopped at step {self.progress.step}; a checkpoint was saved")
 
     def finish(self, start: int) -> Outcome:
@@ -242,15 +237,13 @@ class _Loop:
             self.best.restore(published, self.task.module)
         objective = self.progress.best_objective
         metrics = self.progress.published_metrics | {"published_step": float(published)}
-        if objective is not None:
-            metrics["best_objective"] = objective
+        metrics |= {} if objective is None else {"best_objective": objective}
         self.tracker.summary(metrics)
-        steps_run = self.progress.step - start
-        return Outcome(metrics, objective, self.tracker.run_id, published, steps_run)
+        run = self.progress.step - start
+        return Outcome(metrics, objective, self.tracker.run_id, published, run)
 
     def _diverged(self, what: str) -> str:
         return (
-            f"training stopped: {what}. The last good checkpoint is kept in "
-            f"{self.checkpoints.folder}. Try a lower learning rate, a longer warm-up or, for PPO, "
-            "a larger ppo.kl.coef"
+            f"training stopped: {what}. The last good checkpoint is in {self.checkpoints.folder}. "
+            "Try a lower learning rate, a longer warm-up or, for PPO, a larger ppo.kl.coef"
         )

@@ -1,0 +1,229 @@
+"""`rlhf-exp` on the results of one small run."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_exp.cli import main
+from rlhf_exp.pipeline.plan import records_of
+from rlhf_exp.store.records import RunRecord, Status
+from tests.lab import artifact, run, small_config
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory, small_run: Path) -> Path:
+    """The small run and another with a larger learning rate, in one folder."""
+    import shutil
+
+    folder = shutil.copytree(small_run, tmp_path_factory.mktemp("two") / "outputs")
+    run(folder, "name=bold", "ppo.lr=0.01")
+    return folder
+
+
+def told(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(["--outputs", str(outputs), *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(["--outputs", str(outputs), *arguments]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    return found.err
+
+
+def test_status(two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = told(capsys, two_runs, "status").splitlines()
+    states = [line.split()[:3] for line in lines if line.startswith(("small", "bold"))]
+    assert states == [["small", "done", "pipeline"], ["bold", "done", "pipeline"]]
+    assert "small" not in told(capsys, two_runs, "status", "bold").split()
+    assert "near it: small" in refused(capsys, two_runs, "status", "smal")
+    assert told(capsys, tmp_path / "none", "status") == "no runs yet\n"
+
+
+def test_status_tells_why_a_run_failed(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = records_of(small_config(run_copy))
+    error = "Traceback\n  line 3\nZeroDivisionError: [bold]division"
+    keys = {"sft": "0123456789abcdef"}
+    records.write(RunRecord("broken", "sft", keys, status=Status.failed, error=error))
+    assert "ZeroDivisionError: [bold]division" in told(capsys, run_copy, "status", "broken")
+
+
+def test_report(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(told(capsys, two_runs, "report", "latest").strip())
+    page = path.read_text()
+    assert path.parent == two_runs / "reports"
+    assert "<title>bold" in page
+    assert artifact_of(two_runs, "bold", "ppo") in page
+    assert "http-equiv" in page
+    # From the key of one stage: with the stages it was made from, and no more.
+    key = artifact_of(two_runs, "small", "reward")
+    page = Path(told(capsys, two_runs, "report", key).strip()).read_text()
+    assert artifact_of(two_runs, "small", "sft") in page
+    assert artifact_of(two_runs, "small", "ppo") not in page
+
+
+def artifact_of(outputs: Path, name: str, stage: str) -> str:
+    return records_of(small_config(outputs)).resolve(name).keys[stage]
+
+
+def test_compare(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = told(capsys, two_runs, "compare", "small", "bold")
+    config = [line.split() for line in text.splitlines() if line.startswith("ppo.")]
+    assert config == [["ppo.lr", "0.001", "0.01"]]
+    results = [
+        json.loads(
+            (
+                two_runs / "store" / "eval" / artifact_of(two_runs, name, "eval") / "result.json"
+            ).read_text()
+        )
+        for name in ("small", "bold")
+    ]
+    scores = [[row["score_b"] for row in result["rows"]] for result in results]
+    mean = sum(b - a for a, b in zip(*scores, strict=True)) / len(scores[0])
+    assert "B - A over the same 8 prompts" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("Reward, raw"))
+    assert float(line.split()[2]) == pytest.approx(mean, rel=1e-3)
+    low, high = float(line.split()[3]), float(line.split()[5])
+    assert low <= mean <= high
+    metrics = [line.split() for line in text.splitlines() if line.startswith("sft eval/loss")]
+    assert metrics[0][-1] == "+0"
+    assert "The configs are the same." in told(capsys, two_runs, "compare", "small", "small")
+
+
+def test_runs_of_different_judges_are_not_compared_by_score(
+    two_runs: Path, run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(run_copy, "name=other", "reward.lr=0.01")
+    text = told(capsys, run_copy, "compare", "small", "other")
+    assert "The reward models differ" in text
+    assert "Reward, raw" not in text
+    assert "Toxicity" in text
+
+
+def test_an_exported_model_is_the_same_model(
+    two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "exported"
+    assert told(capsys, two_runs, "export", "small", str(folder)).strip() == str(folder)
+    key = artifact_of(two_runs, "small", "ppo")
+    ours = AutoModelForCausalLM.from_pretrained(two_runs / "store" / "ppo" / key / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("How are you?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert not (folder / "value_head.safetensors").exists()
+    card = (folder / "README.md").read_text()
+    assert f"# ppo {key}" in card
+    assert "random weights" in card
+    assert f'from_pretrained("{folder}")' in card
+    assert "name another one" in refused(capsys, two_runs, "export", "small", str(folder))
+
+
+def test_a_damaged_model_is_not_exported(
+    run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = artifact(run_copy, "ppo").path / "model" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "is damaged" in refused(capsys, run_copy, "export", "small", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("against", [None, "sft", "bold"])
+def test_chat(
+    against: str | None,
+    two_runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello!\nAnd now?\n\nHello!\n"))
+    second = [] if against is None else ["--against", against]
+    lines = told(capsys, two_runs, "chat", "small", *second, "--temperature", "0").splitlines()
+    speakers = [line.split(">")[0] for line in lines if ">" in line]
+    assert speakers == ["ppo", *([against] if against else [])] * 3
+    # After an empty line the conversation begins again: the same question, the same answer.
+    answers = [line for line in lines if line.startswith("ppo>")]
+    assert answers[0] == answers[2]
+
+
+def test_a_conversation_longer_than_the_context(
+    two_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 300 + "\n"))
+    assert told(capsys, two_runs, "chat", "small").startswith("ppo>")
+
+
+def test_chat_with_what_is_not_there(
+    two_runs: Path, run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no run 'nobody'" in refused(capsys, two_runs, "chat", "small", "--against", "nobody")
+    key = artifact_of(two_runs, "small", "sft")
+    message = refused(capsys, two_runs, "chat", key, "--against", "ppo")
+    assert "has no ppo model, only sft" in message
+
+
+def test_store_ls_and_show(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = told(capsys, two_runs, "store", "ls")
+    for name in ("small", "bold"):
+        for stage in ("sft", "reward", "ppo", "eval"):
+            assert artifact_of(two_runs, name, stage)[:8] in listed
+    key = artifact_of(two_runs, "bold", "ppo")
+    shown = told(capsys, two_runs, "store", "show", key[:10])
+    assert key in shown
+    assert artifact_of(two_runs, "bold", "sft") in shown
+    assert "no artifact of" in refused(capsys, two_runs, "store", "show", "zzz")
+
+
+def test_store_rm(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = artifact(run_copy, "eval")
+    told(capsys, run_copy, "store", "rm", "--dry-run", found.key)
+    assert found.path.is_dir()
+    told(capsys, run_copy, "store", "rm", found.key)
+    assert not found.path.exists()
+    assert "no artifact of" in refused(capsys, run_copy, "store", "rm", found.key)
+
+
+def test_store_gc(
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import os
+
+    kept = {stage: artifact(run_copy, stage) for stage in ("sft", "reward", "ppo", "eval")}
+    (record,) = (run_copy / "sweeps" / "small").iterdir()
+    keys = {stage: kept[stage].key for stage in ("sft", "reward")}
+    content = json.loads(record.read_text()) | {"keys": keys, "stage": "reward"}
+    record.write_text(json.dumps(content))
+    for one in kept.values():  # last used long ago
+        os.utime(one.path / "manifest.json", (1e9, 1e9))
+    told(capsys, run_copy, "store", "gc", "--dry-run")
+    assert all(one.path.is_dir() for one in kept.values())
+    told(capsys, run_copy, "store", "gc")
+    assert {stage: one.path.is_dir() for stage, one in kept.items()} == {
+        "sft": True,
+        "reward": True,
+        "ppo": False,
+        "eval": False,
+    }
+
+
+def test_a_run_whose_results_are_gone(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    shutil.rmtree(run_copy / "store")
+    message = refused(capsys, run_copy, "report", "small")
+    assert "none of the run's results is in" in message
+    assert "status: done" in message

@@ -77,7 +77,7 @@ def test_a_redo_goes_on_where_it_was_cut_off(
     before = artifact(run_copy, "ppo")
     power_cut(1)
     with pytest.raises(PowerCut):
-        launch(run_copy, "rerun=[ppo]")
+        launch(run_copy, "eval=none", "rerun=[ppo]")
     assert iterations == [0]
     assert record(run_copy).status == "failed"
     assert "PowerCut" in str(record(run_copy).error)
@@ -87,7 +87,7 @@ def test_a_redo_goes_on_where_it_was_cut_off(
     assert artifact(run_copy, "ppo").manifest == before.manifest
     assert iterations == [0]
 
-    assert launch(run_copy, "rerun=[ppo]") == 0
+    assert launch(run_copy, "eval=none", "rerun=[ppo]") == 0
     assert iterations == ITERATIONS
     after = artifact(run_copy, "ppo")
     assert after.manifest.created > before.manifest.created
@@ -103,16 +103,16 @@ def test_a_cut_off_run_goes_on_with_the_code_it_began_with_or_not_at_all(
 ) -> None:
     power_cut(1)
     with pytest.raises(PowerCut):
-        launch(run_copy, "ppo.kl.coef=0.3")
+        launch(run_copy, "eval=none", "ppo.kl.coef=0.3")
     (note,) = (run_copy / "store" / ".staging").glob("ppo-*/.started.json")
     begun = json.loads(note.read_text())
     begun["code"]["rlhf_exp/algo/gae.py"] = "other"
     note.write_text(json.dumps(begun))
-    assert launch(run_copy, "ppo.kl.coef=0.3") == 2
+    assert launch(run_copy, "eval=none", "ppo.kl.coef=0.3") == 2
     message = capfd.readouterr().err
     assert "rlhf_exp/algo/gae.py" in message
     assert "rerun=[ppo]" in message
-    assert launch(run_copy, "ppo.kl.coef=0.3", "rerun=[ppo]") == 0
+    assert launch(run_copy, "eval=none", "ppo.kl.coef=0.3", "rerun=[ppo]") == 0
     assert iterations == [0, *ITERATIONS], "from the beginning"
 
 
@@ -121,14 +121,14 @@ def test_a_run_finished_by_other_code_is_known_as_such(
 ) -> None:
     power_cut(1)
     with pytest.raises(PowerCut):
-        launch(run_copy, "ppo.kl.coef=0.3")
+        launch(run_copy, "eval=none", "ppo.kl.coef=0.3")
     (note,) = (run_copy / "store" / ".staging").glob("ppo-*/.started.json")
     begun = json.loads(note.read_text())
     begun["code"]["rlhf_exp/algo/gae.py"] = "other"
     note.write_text(json.dumps(begun))
-    assert launch(run_copy, "ppo.kl.coef=0.3", "cache=trust") == 0
+    assert launch(run_copy, "eval=none", "ppo.kl.coef=0.3", "cache=trust") == 0
     assert iterations == ITERATIONS
-    assert launch(run_copy, "ppo.kl.coef=0.3") == 2, "half of it is of the old code"
+    assert launch(run_copy, "eval=none", "ppo.kl.coef=0.3") == 2, "half of it is of the old code"
 
 
 @pytest.fixture
@@ -188,12 +188,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     whole = artifact(run_copy, "ppo")
     power_cut(2)
     with pytest.raises(PowerCut):
-        launch(run_copy, "rerun=[ppo]")
+        launch(run_copy, "eval=none", "rerun=[ppo]")
     newest = max((run_copy / "store" / ".staging").glob("ppo-*/checkpoints/step-*"))
     content = bytearray((newest / "trainable.safetensors").read_bytes())
     content[-1] ^= 1
     (newest / "trainable.safetensors").write_bytes(content)
-    assert launch(run_copy, "rerun=[ppo]") == 0
+    assert launch(run_copy, "eval=none", "rerun=[ppo]") == 0
     assert f"{newest} is damaged" in caplog.text
     assert "falling back to the one before it" in caplog.text
     assert iterations == [0, 1, 1, 2]
@@ -223,7 +223,7 @@ def test_ctrl_c_saves_and_leaves(
     run_copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # Checkpoints only on demand: what is saved is what Ctrl-C saves.
-    command = ["rerun=[ppo]", "ppo.checkpoint_every=1000"]
+    command = ["eval=none", "rerun=[ppo]", "ppo.checkpoint_every=1000"]
     whole, seen = artifact(run_copy, "ppo"), ctrl_c(monkeypatch, at=1)
     assert launch(run_copy, *command) == 130
     message = capfd.readouterr().err
@@ -242,18 +242,18 @@ def test_ctrl_c_saves_and_leaves(
 
 def test_a_second_ctrl_c_leaves_at_once(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, seen = artifact(run_copy, "ppo"), ctrl_c(monkeypatch, at=1, times=2)
-    assert launch(run_copy, "rerun=[ppo]") == 130
+    assert launch(run_copy, "eval=none", "rerun=[ppo]") == 130
     saved = (run_copy / "store" / ".staging").glob("ppo-*/checkpoints/step-*")
     assert [folder.name for folder in saved] == ["step-00000002"]
-    assert launch(run_copy, "rerun=[ppo]") == 0
+    assert launch(run_copy, "eval=none", "rerun=[ppo]") == 0
     assert seen == [0, 1, 1, 2], "the iteration in flight was replayed"
     assert weights(artifact(run_copy, "ppo")) == weights(whole)
 
 
 def test_ctrl_c_in_the_last_iteration(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, seen = artifact(run_copy, "ppo"), ctrl_c(monkeypatch, at=2)
-    assert launch(run_copy, "rerun=[ppo]") == 130
-    assert launch(run_copy, "rerun=[ppo]") == 0
+    assert launch(run_copy, "eval=none", "rerun=[ppo]") == 130
+    assert launch(run_copy, "eval=none", "rerun=[ppo]") == 0
     assert seen == ITERATIONS
     assert weights(artifact(run_copy, "ppo")) == weights(whole)
 
@@ -266,7 +266,7 @@ def test_ctrl_c_where_nothing_can_be_saved_leaves_at_once(
         pytest.fail("went on")
 
     monkeypatch.setattr(ppo_stage, "build_policy", loading)
-    assert launch(run_copy, "rerun=[ppo]") == 130
+    assert launch(run_copy, "eval=none", "rerun=[ppo]") == 130
 
 
 def test_sigterm_leaves_with_its_own_code(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +275,7 @@ def test_sigterm_leaves_with_its_own_code(run_copy: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Collector, "collect", told_to_stop)
     with pytest.raises(SystemExit) as caught:
-        launch(run_copy, "rerun=[ppo]")
+        launch(run_copy, "eval=none", "rerun=[ppo]")
     assert caught.value.code == 143
     assert record(run_copy).status == "interrupted"
 

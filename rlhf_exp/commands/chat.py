@@ -14,8 +14,8 @@ from rlhf_exp.batch import Prompts
 from rlhf_exp.commands.runs import POLICIES, Outputs
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.rows import Turn
+from rlhf_exp.data.visible import visible
 from rlhf_exp.models.load import load_causal_lm, load_tokenizer
-from rlhf_exp.report.visible import visible
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.rollout.stops import Stopper
 from rlhf_exp.store.artifact import Artifact

@@ -18,15 +18,15 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from rlhf_exp.data.dialogue import turns_of
+from rlhf_exp.data.visible import clipped, visible
 from rlhf_exp.evaluation.result import QuickResult
 from rlhf_exp.report import numbers
 from rlhf_exp.report.charts import charts_of
 from rlhf_exp.report.curves import STEP, curve
 from rlhf_exp.report.data import ReportData
-from rlhf_exp.report.dialogue import turns_of
 from rlhf_exp.report.outcome import outcome_bar, samples_of, tiles_of, verdict_sentence
 from rlhf_exp.report.plot import render, sparkline
-from rlhf_exp.report.visible import clipped, visible
 
 _FOLDER = Path(__file__).parent
 _VALUE_LIMIT = 2_000

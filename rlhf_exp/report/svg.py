@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import ArrayLike
 
-from rlhf_exp.report.visible import visible
+from rlhf_exp.data.visible import visible
 
 Value = str | float | int
 

@@ -6,9 +6,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_exp.data.visible import visible
 from rlhf_exp.evaluation.result import QuickResult
 from rlhf_exp.report.outcome import p_label, verdict_sentence
-from rlhf_exp.report.visible import visible
 
 _STYLES = {"better": "green", "worse": "red", "unclear": "dim", "": ""}
 _MARKS = {"better": "✓ ", "worse": "✗ ", "unclear": "", "": ""}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_exp.report.dialogue import turns_of
+from rlhf_exp.data.dialogue import turns_of
 
 
 @pytest.mark.parametrize(

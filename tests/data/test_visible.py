@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_exp.report.visible import clipped, visible
+from rlhf_exp.data.visible import clipped, visible
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ by concatenation (a copy of everything at every token) or hold all rows at one l
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,19 +17,44 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
+@dataclass
+class Place:
+    """Where the next keys and values go: one object that all layers of a cache read.
+
+    Attributes:
+        slots: rows held at the same time.
+        width: tokens a slot has room for.
+        slot_numbers: [slots] int64, counting from 0.
+        positions: [A] int64, column of the next token of each active slot.
+        prefill: the slots that the next forward fills from column 0, or None.
+        longest: columns that attention reads, above every position.
+    """
+
+    slots: int
+    width: int
+    slot_numbers: Tensor
+    positions: Tensor
+    prefill: slice | None = None
+    longest: int = 0
+
+
 class SlotLayer(CacheLayerMixin):
-    """Keys and values [slots, H, W, E] of one layer; `SlotCache` says where the next ones go."""
+    """Keys and values [slots, H, W, E] of one layer.
+
+    It knows the place and not the cache: a reference back to the cache would keep hundreds of
+    megabytes alive until the next collection of cycles.
+    """
 
     is_sliding = False
 
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, place: Place) -> None:
         super().__init__()
-        self._cache = cache
+        self._place = place
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate zeros: what is masked out must be finite."""
-        slots, width = self._cache.slots, self._cache.width
+        slots, width = self._place.slots, self._place.width
         for name, states in (("keys", key_states), ("values", value_states)):
             _, heads, _, size = states.shape
             setattr(self, name, states.new_zeros(slots, heads, width, size))
@@ -45,16 +71,16 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        cache = self._cache
-        if cache.prefill is not None:
+        place = self._place
+        if place.prefill is not None:
             length = key_states.shape[2]
-            self.keys[cache.prefill, :, :length] = key_states
-            self.values[cache.prefill, :, :length] = value_states
+            self.keys[place.prefill, :, :length] = key_states
+            self.values[place.prefill, :, :length] = value_states
             return key_states, value_states
-        active = cache.positions.shape[0]
-        self.keys[cache.slot_numbers[:active], :, cache.positions] = key_states[:, :, 0]
-        self.values[cache.slot_numbers[:active], :, cache.positions] = value_states[:, :, 0]
-        return self.keys[:active, :, : cache.longest], self.values[:active, :, : cache.longest]
+        active = place.positions.shape[0]
+        self.keys[place.slot_numbers[:active], :, place.positions] = key_states[:, :, 0]
+        self.values[place.slot_numbers[:active], :, place.positions] = value_states[:, :, 0]
+        return self.keys[:active, :, : place.longest], self.values[:active, :, : place.longest]
 
     def move(self, origins: Tensor, targets: Tensor, longest: int) -> None:
         """Copy slots `origins` [N] onto `targets` [N], as far as `longest` columns."""
@@ -72,35 +98,26 @@ class SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Return the room of a slot."""
-        return self._cache.width
+        return self._place.width
 
 
 class SlotCache(Cache):
     """The layers' slots, and where the next tokens go.
 
-    Set `prefill` to a slice of slots before a forward over whole prompts; set it to None,
-    `positions` and `longest` before a forward over the next token of the first A slots.
+    Set `place.prefill` to a slice of slots before a forward over whole prompts; set it to None,
+    `place.positions` and `place.longest` before a forward over the next token of the first A slots.
 
     Args:
         layers: number of decoder layers.
         slots: rows held at the same time.
         width: tokens a slot has room for.
         device: of the model.
-
-    Attributes:
-        prefill: the slots that the next forward fills from column 0, or None.
-        positions: [A] int64, column of the next token of each active slot.
-        longest: columns that attention reads, above every position.
     """
 
     def __init__(self, layers: int, slots: int, width: int, device: torch.device) -> None:
-        self.slots = slots
-        self.width = width
-        self.slot_numbers = torch.arange(slots, device=device)
-        self.prefill: slice | None = None
-        self.positions = self.slot_numbers[:0]
-        self.longest = 0
-        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
+        numbers = torch.arange(slots, device=device)
+        self.place = Place(slots, width, numbers, numbers[:0])
+        super().__init__(layers=[SlotLayer(self.place) for _ in range(layers)])
 
     def move(self, origins: Tensor, targets: Tensor, longest: int) -> None:
         """Copy slots `origins` [N] onto `targets` [N] in every layer, `longest` columns of them."""

@@ -70,7 +70,7 @@ class Decoder:
             slots: of N rows.
             scale: one over the temperature.
         """
-        self._cache.prefill = slots
+        self._cache.place.prefill = slots
         positions = self._columns[: tokens.shape[1]].expand(tokens.shape)
         # Padding stands to the right, where a causal mask lets no real token see it.
         hidden = self._forward(tokens, positions, None)
@@ -86,7 +86,8 @@ class Decoder:
             longest: columns to attend to: above every position.
             scale: one over the temperature.
         """
-        self._cache.prefill, self._cache.positions, self._cache.longest = None, positions, longest
+        place = self._cache.place
+        place.prefill, place.positions, place.longest = None, positions, longest
         mask = (self._columns[:longest] <= positions.unsqueeze(1))[:, None, None]
         hidden = self._forward(tokens.unsqueeze(1), positions.unsqueeze(1), mask)
         return self._head(hidden[:, 0], scale)

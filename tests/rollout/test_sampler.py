@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -22,6 +23,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rlhf_exp.batch import Finish, Prompts, Samples
 from rlhf_exp.errors import UserError
@@ -250,6 +252,19 @@ def test_states_can_be_trained_on() -> None:
     samples = sample(model, make_prompts([4, 2]), settings(), seed=0, capture=blocks(model)[2])
     assert samples.states is not None
     nn.Linear(WIDTH, 1)(samples.states).sum().backward()
+
+
+def test_the_cache_goes_with_the_call() -> None:
+    model, prompts = build(), make_prompts([3, 5])
+    gc.collect()
+    gc.disable()
+    try:
+        samples = sample(model, prompts, settings(), seed=3)
+        alive = sum(isinstance(thing, CacheLayerMixin | Cache) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert len(samples) == 2
+    assert alive == 0, "keys and values wait for a collection of cycles"
 
 
 def test_one_new_token() -> None:

@@ -47,6 +47,9 @@ class Stopper:
     def content_length(self, response: Sequence[int]) -> int | None:
         """Return how many tokens stand wholly before the stop string that the response ends with.
 
+        White space before the stop string separates turns: tokens of nothing else do not count,
+        for data sets' responses end without it, and reward models have seen no other end.
+
         Args:
             response: token ids, none of whose shorter beginnings holds a stop string.
 
@@ -62,6 +65,9 @@ class Stopper:
             return None
         length = len(response) - 1
         while length and len(self._decode(response[:length])) > start:
+            length -= 1
+        said = self._decode(response[:length]).rstrip()
+        while length and self._decode(response[: length - 1]).rstrip() == said:
             length -= 1
         return length
 

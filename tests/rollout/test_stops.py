@@ -35,10 +35,12 @@ def first_stop(stopper: Stopper, tokens: list[int]) -> tuple[int, int] | None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("Hi\n\nHuman: what", (10, 4)),  # a token a byte: "Hi", two newlines, six of "Human:"
+        ("Hi\n\nHuman: what", (10, 2)),  # a token a byte: "Hi", two newlines, six of "Human:"
+        ("Hi\n\nyou \nHuman:", (15, 7)),  # white space within the content counts
         ("Hi: human! Human", None),
         ("assistant:", (10, 0)),
-        ("caf\u00e9 Human:", (12, 6)),  # the accented letter is two bytes
+        ("caf\u00e9 Human:", (12, 5)),  # the accented letter is two bytes
+        ("\n Human:", (8, 0)),
         ("\U0001f600Human:", (10, 4)),  # an emoji is four
     ],
 )
@@ -54,6 +56,13 @@ def test_a_token_that_begins_before_the_stop_string_is_no_content() -> None:
     assert tokenizer.convert_ids_to_tokens(tokens) == ["o", "k", "ĊĊH", "um", "an:Ġ", "x"]
     # The row ends with "an: ", whose colon completes the string; content is "ok".
     assert first_stop(Stopper(tokenizer, HH), tokens) == (5, 2)
+
+
+def test_a_token_of_text_and_white_space_is_content() -> None:
+    tokenizer = byte_level(". Ċ")
+    tokens = tokenizer.encode("ok.\n\nHuman:")
+    assert tokenizer.convert_ids_to_tokens(tokens)[:4] == ["o", "k", ".Ċ", "Ċ"]
+    assert first_stop(Stopper(tokenizer, HH), tokens) == (10, 3)
 
 
 def test_the_earliest_of_several_stop_strings_counts() -> None:

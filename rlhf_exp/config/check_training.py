@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 from rlhf_exp.config.check_model import context_length, layer_count
-from rlhf_exp.config.ppo import ValueInit
+from rlhf_exp.config.ppo import ValueInit, ValueTrunk
 from rlhf_exp.config.problems import Findings
 
 
@@ -77,11 +77,25 @@ def check_ppo(found: Findings) -> None:
         found.add("ppo.kl.coef", message)
     if ppo.kl.stop is not None and ppo.kl.target is not None and ppo.kl.stop <= ppo.kl.target:
         found.add("ppo.kl.stop", f"must be above the target that KL aims at, {ppo.kl.target:g}.")
+    if ppo.value_trunk is ValueTrunk.branch:
+        _check_branch(found)
     if ppo.reward.function is not None:
         _check_function(found, ppo.reward.function)
         if ppo.value_init is ValueInit.reward and found.config.reward.use is None:
             message = "with ppo.reward.function there is no reward model; use value_init=small."
             found.add("ppo.value_init", message)
+
+
+def _check_branch(found: Findings) -> None:
+    ppo = found.config.ppo
+    if ppo.train_blocks is None or ppo.lora.rank:
+        message = "a branch needs a frozen trunk: set ppo.train_blocks, without LoRA, or use own."
+        found.add("ppo.value_trunk", message)
+    if ppo.value_init is ValueInit.reward:
+        message = (
+            "the reward model's head reads its own trunk; use value_trunk=own or value_init=small."
+        )
+        found.add("ppo.value_init", message)
 
 
 def _check_function(found: Findings, text: str) -> None:

@@ -25,9 +25,14 @@ class ValueInit(Enum):
 
 
 class ValueTrunk(Enum):
-    """Whether the value function reads the policy's hidden states or a model of its own."""
+    """What the value head reads.
+
+    `shared`: the policy's final states; costs nothing, but both pull at the same weights. `branch`:
+    a copy of the training blocks over the same frozen trunk. `own`: a whole model.
+    """
 
     shared = "shared"
+    branch = "branch"
     own = "own"
 
 
@@ -84,7 +89,10 @@ class PpoConfig(TrainingConfig):
     vf_coef: float = setting(1.0, "Weight of the value loss.")
     entropy_coef: float = setting(0.0, "Weight of the entropy bonus.")
     value_init: ValueInit = setting(ValueInit.small, "Initial value head.")
-    value_trunk: ValueTrunk = setting(ValueTrunk.shared, "Trunk of the value function.")
+    value_trunk: ValueTrunk = setting(
+        ValueTrunk.shared,
+        "What the value head reads: the policy's states, a copy of its training blocks, a model.",
+    )
     kl: KlConfig = setting(factory=KlConfig, doc="KL penalty.")
     reward: PpoRewardConfig = setting(factory=PpoRewardConfig, doc="From scores to rewards.")
     generation: GenerationConfig = setting(factory=GenerationConfig, doc="Sampling.")

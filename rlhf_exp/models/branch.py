@@ -44,12 +44,18 @@ class Trunk:
 class Branch:
     """The top blocks and the final norm, fed with the states that enter them.
 
-    Not an `nn.Module`: a shared branch's parameters belong to the model, a copy's never train.
+    Not an `nn.Module`: a shared branch's parameters belong to the model. Who trains a copy
+    registers its `module`.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
         """Use `Branch.of`."""
         self._base = base
+
+    @property
+    def module(self) -> PreTrainedModel:
+        """The blocks and the norm."""
+        return self._base
 
     @classmethod
     def of(cls, model: PreTrainedModel, k: int, share: bool) -> Branch:

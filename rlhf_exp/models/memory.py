@@ -98,7 +98,7 @@ class MemoryEstimate:
     """Bytes of one process.
 
     Attributes:
-        weights: of the policy, and of a value model of its own.
+        weights: of the policy, and of blocks of the values' own.
         gradients: of what trains.
         optimizer: AdamW's state; 0 where it is offloaded.
         activations: kept for the backward pass.
@@ -138,7 +138,7 @@ def estimate_memory(
     lora_rank: int = 0,
     reference: Literal["none", "shared", "lora", "full"] = "none",
     reward_model: Architecture | None = None,
-    value_model: bool = False,
+    value_blocks: int = 0,
 ) -> MemoryEstimate:
     """Estimate the bytes that one process holds.
 
@@ -151,7 +151,8 @@ def estimate_memory(
         lora_rank: of an adapter on the blocks' linear layers; 0: none.
         reference: which kind there is: `shared` copies what trains.
         reward_model: its trunk's shape where it sits in the same process.
-        value_model: whether values have a model of their own, which trains wholly.
+        value_blocks: how many blocks the values have of their own, all trained; with as many as
+            the architecture has, embeddings too.
     """
     sharding = sharding or Sharding()
     count = count_parameters(architecture)
@@ -161,9 +162,10 @@ def estimate_memory(
     if lora_rank:
         trained = count_lora(architecture, lora_rank, train_blocks)
         stored += trained
-    if value_model:
-        trained += count.trunk
-        stored += count.trunk
+    whole = value_blocks == architecture.layers
+    values = count.trunk if whole else count.block * value_blocks
+    trained += values
+    stored += values
 
     def share(parameters: int, divided: bool) -> int:
         return -(-parameters // sharding.processes) if divided else parameters
@@ -176,7 +178,7 @@ def estimate_memory(
         weights=weights,
         gradients=gradients,
         optimizer=0 if sharding.offload else optimizer,
-        activations=_activations(architecture, workload, precision, train_blocks, value_model),
+        activations=_activations(architecture, workload, precision, train_blocks, value_blocks),
         logits=2
         * 4
         * min(LOGITS_CHUNK, workload.rows * workload.head_tokens * architecture.vocabulary),
@@ -221,12 +223,10 @@ def _activations(
     workload: Workload,
     precision: Precision,
     train_blocks: int | None,
-    value_model: bool,
+    value_blocks: int,
 ) -> int:
     """Return the bytes kept for the backward pass by all blocks that take part in it."""
-    blocks = architecture.layers if train_blocks is None else train_blocks
-    if value_model:
-        blocks += architecture.layers
+    blocks = (architecture.layers if train_blocks is None else train_blocks) + value_blocks
     block = block_activations(architecture, workload, precision)
     states = workload.rows * workload.tokens * architecture.width * precision.activation
     if workload.gradient_checkpointing:

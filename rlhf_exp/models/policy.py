@@ -57,6 +57,7 @@ class Policy(nn.Module):
         lora: LoraSettings | None = None,
         value_head: bool = True,
         value_model: PreTrainedModel | None = None,
+        value_branch: bool = False,
         seed: int = 0,
     ) -> None:
         """Wrap `model`, changing what of it requires gradients.
@@ -68,6 +69,8 @@ class Policy(nn.Module):
             value_head: whether there is one (SFT needs none).
             value_model: a model of its own for the values, which trains wholly; by default the
                 value head reads the policy's final states.
+            value_branch: whether the value head reads a copy of the training blocks, which trains
+                too, over the states of the policy's frozen trunk.
             seed: of the value head and the adapter.
         """
         super().__init__()
@@ -77,6 +80,7 @@ class Policy(nn.Module):
         if value_model is not None:
             self.value_trunk = dropout_off(cast(PreTrainedModel, value_model.base_model))
             self.value_trunk.requires_grad_(True)
+        self._value_branch: Branch | None = None
         self.value_head = ValueHead(model.config.hidden_size, seed) if value_head else None
         parts = decoder_parts(model)
         assert parts.head is not None, "a policy needs a language-model head"
@@ -98,6 +102,11 @@ class Policy(nn.Module):
         if self.cut is not None:
             check_branch(model, self.cut)
             self._views = Trunk(model, self.cut), Branch.of(model, count - self.cut, share=True)
+        if value_branch:
+            assert train_blocks is not None, "no trunk is frozen: there is nothing to branch from"
+            assert not self.adapted, "a branch copies blocks that train as they are"
+            self._value_branch = Branch.of(model, train_blocks, share=False)
+            self.value_trunk = self._value_branch.module.requires_grad_(True)
 
     @property
     def head(self) -> nn.Linear:
@@ -148,11 +157,16 @@ class Policy(nn.Module):
             width: T; the longest response where not given.
         """
         index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
+        if states is None and self.cut is not None:
+            states = self.trunk_states(tokens)
         picked = index.pick(self.hidden(tokens, states))
         logprobs, entropy = head_logprobs(picked, self.head, index, temperature, with_entropy)
         if self.value_head is None:
             return ResponseOutputs(logprobs, torch.zeros_like(logprobs), entropy)
-        if self.value_trunk is not None:
+        if self._value_branch is not None:
+            assert states is not None, "a branch has a trunk below it"
+            picked = index.pick(self._value_branch(states))
+        elif self.value_trunk is not None:
             picked = index.pick(
                 self.value_trunk(input_ids=tokens, use_cache=False).last_hidden_state
             )

@@ -145,7 +145,9 @@ def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstim
         work,
         reference=reference,
         reward_model=judge,
-        value_model=ppo.value_trunk.name == "own",
+        value_blocks={"shared": 0, "branch": blocks or 0, "own": shape.layers}[
+            ppo.value_trunk.name
+        ],
     )
 
 

@@ -144,6 +144,7 @@ def build_policy(config: Config, context: StageContext) -> Policy:
         lora=lora_of(section),
         value_head=True,
         value_model=value_model,
+        value_branch=section.value_trunk == ValueTrunk.branch,
         seed=section.seed,
     ).set_gradient_checkpointing(section.gradient_checkpointing)
     if judge is not None:

@@ -151,6 +151,16 @@ def test_a_local_model_counts_as_it_is(tmp_path: Path) -> None:
     assert any("the model's context is 300 tokens" in line for line in found)
 
 
+def test_a_value_branch_needs_a_frozen_trunk() -> None:
+    assert complaints("ppo.value_trunk=branch", "ppo.train_blocks=2") == []
+    (whole,) = complaints("ppo.value_trunk=branch", "ppo.train_blocks=null")
+    assert "a branch needs a frozen trunk" in whole
+    adapter = ["ppo.value_trunk=branch", "ppo.train_blocks=2", "ppo.lora.rank=4"]
+    assert any("ppo.value_trunk" in one for one in complaints(*adapter))
+    (init,) = complaints("ppo.value_trunk=branch", "ppo.train_blocks=2", "ppo.value_init=reward")
+    assert "use value_trunk=own or value_init=small" in init
+
+
 @pytest.mark.parametrize(
     ("value", "complaint"),
     [

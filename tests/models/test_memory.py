@@ -82,9 +82,14 @@ def test_value_model_and_reward_model_are_counted() -> None:
     alone = estimate_memory(GPTJ, RECIPE)
     trunk = 6_050_882_784 - 206_488_800
     assert estimate_memory(GPTJ, RECIPE, reward_model=GPTJ).reward_model == trunk * 4
-    both = estimate_memory(GPTJ, RECIPE, value_model=True)
+    both = estimate_memory(GPTJ, RECIPE, value_blocks=28)
     assert both.optimizer - alone.optimizer == trunk * 8
     assert both.activations > 1.9 * alone.activations
+    top = estimate_memory(GPTJ, RECIPE, train_blocks=2)
+    branch = estimate_memory(GPTJ, RECIPE, train_blocks=2, value_blocks=2)
+    assert branch.weights - top.weights == 2 * 201_355_264 * 4
+    assert branch.gradients - top.gradients == 2 * 201_355_264 * 4
+    assert branch.activations > 1.9 * top.activations
 
 
 def test_long_logits_are_made_in_chunks() -> None:

@@ -174,6 +174,34 @@ def test_value_model_of_its_own(tiny: Build, rows: Batch) -> None:
     assert (found[1, :12] - values[1, 2:14]).abs().max() < 1e-6
 
 
+def test_value_branch_reads_the_trunk_and_trains_alone(
+    tiny: Build, family: str, rows: Batch
+) -> None:
+    model = tiny(family)
+    with torch.no_grad():
+        hidden = model.base_model(rows["tokens"]).last_hidden_state
+    policy = Policy(model, train_blocks=2, value_branch=True)
+    assert policy.value_head is not None
+    assert policy.value_trunk is not None
+    values = hidden @ policy.value_head.weight
+    states = policy.trunk_states(rows["tokens"])
+    for given in (None, states):
+        found = policy.response_outputs(**rows, temperature=1.0, states=given)
+        assert (found.values[1, :12] - values[1, 2:14]).abs().max() < 1e-5
+    found.values.sum().backward()
+    moved = {name for name, value in policy.named_parameters() if value.grad is not None}
+    own = {f"value_trunk.{name}" for name, _ in policy.value_trunk.named_parameters()}
+    assert moved == own | {"value_head.weight", "value_head.bias"}
+    trained = {name for name, _ in policy.trainable_named_parameters()}
+    assert own < trained
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter += parameter.requires_grad * 1.0
+    again = policy.response_outputs(**rows, temperature=1.0, states=states)
+    assert torch.equal(again.values, found.values)
+    assert not torch.allclose(again.logprobs, found.logprobs)
+
+
 def test_value_head_starts_small_or_as_the_reward_head(rows: Batch) -> None:
     head = ValueHead(64, seed=3)
     assert 0 < head(torch.ones(5, 64)).abs().max() < 0.5

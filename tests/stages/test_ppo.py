@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_exp.data.codec import Codec
@@ -151,6 +152,16 @@ def test_the_value_function_starts_from_a_given_reward_model(
     ]
     run(run_copy, *arguments)
     assert (newest(run_copy, "ppo") / "model" / "value_head.safetensors").is_file()
+
+
+def test_a_value_branch_is_kept_beside_the_model(run_copy: Path) -> None:
+    run(run_copy, "stage=ppo", "ppo.steps=2", "ppo.train_blocks=1", "ppo.value_trunk=branch")
+    model = newest(run_copy, "ppo") / "model"
+    names = set(load_file(model / "value_model" / "model.safetensors"))
+    blocks = {name.split(".")[1] for name in names if name.startswith("layers.")}
+    assert blocks == {"0"}, "one block of its own"
+    assert not any("embed" in name for name in names)
+    AutoModelForCausalLM.from_pretrained(model)
 
 
 def test_a_reward_model_with_another_tokenizer_reads_the_text(

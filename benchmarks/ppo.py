@@ -54,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
     add("--learning", action="store_true", help="compare rewards after equal samples instead")
     add("--iterations", type=int, default=30, help="of --learning")
     add("--lr", type=float, default=3e-4, help="learning rate of --learning")
+    add(
+        "--own-values",
+        action="store_true",
+        help="give our value function weights of its own, as the peer's has",
+    )
     add("--rollouts", type=int, default=64, help="responses an iteration")
     add("--prompt-tokens", type=int, default=80)
     add("--response-tokens", type=int, default=40)
@@ -79,6 +84,7 @@ def setting_of(options: argparse.Namespace, folder: str) -> Setting:
         minibatches=options.minibatches,
         prompts=4 * options.rollouts,
         seed=options.seed,
+        own_values=options.own_values,
     )
     return replace(setting, counted_reward=True, lr=options.lr) if options.learning else setting
 
@@ -158,7 +164,8 @@ def main() -> None:
     """Measure, print the table and write it."""
     options = parser().parse_args()
     kind = "learning" if options.learning else "speed"
-    stem = options.out / f"ppo-{kind}-{options.model}-{options.train}-{options.peer}"
+    values = "-own-values" if options.own_values else ""
+    stem = options.out / f"ppo-{kind}-{options.model}-{options.train}-{options.peer}{values}"
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="ppo-benchmark-") as folder:
         setting = setting_of(options, folder)

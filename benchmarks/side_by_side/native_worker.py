@@ -143,9 +143,21 @@ def sampler_of(setting: Setting, policy: Policy) -> Callable[[Prompts], Samples]
     )
 
 
+def policy_of(setting: Setting) -> Policy:
+    """Return the policy, its value function over its own states, blocks or model."""
+    blocks = setting.trained_blocks
+    whole = setting.own_values and blocks is None
+    return Policy(
+        load_causal_lm(setting.path("policy")),
+        blocks,
+        value_model=load_causal_lm(setting.path("policy")) if whole else None,
+        value_branch=setting.own_values and not whole,
+    )
+
+
 def task_of(setting: Setting, world: World) -> PpoTask:
     """Return PPO's task for the setting."""
-    policy = Policy(load_causal_lm(setting.path("policy")), setting.trained_blocks)
+    policy = policy_of(setting)
     experience = ExperienceSettings(
         rollouts=setting.rollouts,
         temperature=1.0,

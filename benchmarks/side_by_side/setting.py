@@ -61,6 +61,8 @@ class Setting:
         lam: lambda of generalised advantage estimation.
         seed: of models, prompts and sampling.
         counted_reward: whether the score is `reward.counted_share` and not the reward model's.
+        own_values: whether our value function has weights of its own, as the peer's has; else its
+            head reads the policy's states.
     """
 
     folder: str
@@ -81,6 +83,7 @@ class Setting:
     lam: float = 0.95
     seed: int = 0
     counted_reward: bool = False
+    own_values: bool = False
 
     @property
     def shape(self) -> Shape:

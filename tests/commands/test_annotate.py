@@ -1,0 +1,240 @@
+"""`rlhf-exp annotate` on a small run: studies, exchange, the server, and the loop of feedback."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from rlhf_exp.cli import main
+from rlhf_exp.commands.annotate import annotate
+from rlhf_exp.human.items import side_of
+from rlhf_exp.human.study import Study
+from rlhf_exp.human.votes import Choice, Vote, choice_of
+from rlhf_exp.stages.materials import Materials
+from tests.human.serving import Served
+from tests.lab import artifact, jsonl, launch, small_config
+
+
+def told(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
+    capsys.readouterr()
+    code = main(["--outputs", str(outputs), "annotate", *arguments])
+    found = capsys.readouterr()
+    assert code == 0, found.err
+    return found.out
+
+
+def refused(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(["--outputs", str(outputs), "annotate", *arguments]) == 2
+    return capsys.readouterr().err
+
+
+def vote_on(study: Study, winner: str, names: tuple[str, ...] = ("anna",)) -> None:
+    """Let everybody prefer the same model on every item."""
+    study.add(
+        [
+            Vote(item.id, name, "overall", side, choice_of(winner, side), None, "")
+            for item in study.items
+            for name in names
+            for side in [side_of(study.about.seed, item.id, name)]
+        ]
+    )
+
+
+def test_a_runs_answers_are_judged(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = told(capsys, run_copy, "small", "--annotators", "anna,ben", "--results")
+    assert "anna" in text
+    assert "none yet" in text
+    study = Study(run_copy / "human" / "small.sqlite")
+    result = json.loads((artifact(run_copy, "eval").path / "result.json").read_text())
+    assert {(item.prompt, item.answer_a, item.answer_b) for item in study.items} == {
+        (row["prompt"], row["answer_a"], row["answer_b"]) for row in result["rows"]
+    }
+    assert (study.about.name_a, study.about.name_b) == ("SFT", "PPO")
+    vote_on(study, "b")
+    text = told(capsys, run_copy, "small", "--results")
+    count = len(study.items)
+    assert re.search(rf"PPO better\s+{count} \(100.0%\)", text)
+    assert re.search(r"anna\s+8 of 8", text)
+
+
+def test_answers_that_are_the_same_are_ties(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = artifact(run_copy, "eval").path / "result.json"
+    result = json.loads(path.read_text())
+    for row in result["rows"][:3]:
+        row["answer_a"] = row["answer_b"] + " "
+    path.write_text(json.dumps(result))
+    told(capsys, run_copy, "small", "--results")
+    study = Study(run_copy / "human" / "small.sqlite")
+    assert (len(study.items), study.about.identical) == (5, 3)
+    vote_on(study, "b")
+    text = told(capsys, run_copy, "small", "--results")
+    assert re.search(r"Tie\s+3 \(37.5%\)", text)
+    assert "8 (5 by people, 3 with identical answers, counted as ties)" in text
+
+
+def test_a_study_stays_what_it_was_made_as(
+    run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = ("--criteria", "helpful,harmless", "--prompts", "5", "--seed", "3")
+    told(capsys, run_copy, "small", *made, "--results")
+    told(capsys, run_copy, "small", *made, "--results")
+    told(capsys, run_copy, "small", "--results")
+    study = Study(run_copy / "human" / "small.sqlite")
+    assert len(study.items) == 5
+    for option, value, shown in (
+        ("--criteria", "overall", "made with --criteria 'helpful,harmless', not 'overall'"),
+        ("--seed", "4", "made with --seed '3', not '4'"),
+        ("--prompts", "6", "has 5 prompts, not 6"),
+    ):
+        assert shown in refused(capsys, run_copy, "small", option, value, "--results")
+    text = tmp_path / "words.txt"
+    text.write_text("Say which is better.")
+    error = refused(capsys, run_copy, "small", "--instructions", str(text), "--results")
+    assert "made with --instructions" in error
+    other = jsonl(tmp_path / "small.jsonl", [{"prompt": "p", "answer_a": "x", "answer_b": "y"}])
+    assert "made with answers from 'eval/" in refused(capsys, run_copy, str(other), "--results")
+    told(capsys, run_copy, str(other), "--study", str(tmp_path / "own.sqlite"), "--results")
+    assert len(Study(tmp_path / "own.sqlite").items) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("nothing",), "no run 'nothing'"),
+        (("small", "--criteria", "Über Alles"), "is no criterion; expected"),
+        (("small", "--criteria", "a,a"), "names none, or one of them twice"),
+        (("small", "--prompts", "0"), "must be at least 1"),
+        (("small", "--annotators", "0", "--results"), "expected 1 to 1000"),
+        (("small", "--annotators", "anna,,ben", "--results"), "expected a number, or names"),
+        (("small", "--import", "csv", "x"), "expected jsonl, labelstudio, groundtruth"),
+        (("small", "--export", "csv", "x"), "jsonl, preferences, labelstudio, groundtruth"),
+        (("small", "--import", "jsonl", "none.jsonl"), "no such file: none.jsonl"),
+        (("small", "--instructions", "none.txt"), "none.txt cannot be read"),
+        (("small", "--port", "99999"), "expected 0 to 65535"),
+        (("missing.jsonl", "--results"), "no such file: missing.jsonl"),
+    ],
+)
+def test_what_cannot_be_done(
+    run_copy: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], error: str
+) -> None:
+    assert error in refused(capsys, run_copy, *arguments)
+
+
+def test_a_run_without_an_evaluation(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = artifact(run_copy, "sft").key
+    assert "was not evaluated" in refused(capsys, run_copy, f"sft/{key}")
+
+
+def test_exports_and_imports(
+    run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told(capsys, run_copy, "small", "--results")
+    study = Study(run_copy / "human" / "small.sqlite")
+    vote_on(study, "a", ("anna", "ben"))
+    for kind, read in (
+        ("jsonl", ""),
+        ("labelstudio", "annotations.json"),
+        ("groundtruth", "output.manifest"),
+    ):
+        path = tmp_path / kind
+        told(capsys, run_copy, "small", "--export", kind, str(path))
+        text = told(capsys, run_copy, "small", "--import", kind, str(path / read if read else path))
+        assert "16 votes, 0 of them new" in text
+    error = refused(capsys, run_copy, "small", "--export", "preferences", str(tmp_path / "p"))
+    assert "those of the evaluation" in error
+
+
+def fetched(address: str, body: bytes | None = None) -> str:
+    """Open an address, waiting for the server to accept connections."""
+    for _ in range(100):
+        try:
+            with urllib.request.urlopen(address, body, timeout=30) as answer:
+                text: str = answer.read().decode()
+                return text
+        except urllib.error.URLError as error:
+            if isinstance(error, urllib.error.HTTPError):
+                raise
+            time.sleep(0.1)
+    raise AssertionError(f"{address} does not answer")
+
+
+def test_a_killed_server_goes_on(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Served(run_copy, "small") as server:
+        start, owner = server.links
+        page = fetched(f"{start}/1")
+        form = dict(re.findall(r'name="(\w+)" value="([^"]*)">', page))
+        body = "&".join(f"{name}={value}" for name, value in form.items()) + "&choice=A"
+        assert "Question 2 of 8" in fetched(f"{start}/1", body.encode())
+        server.kill()
+        server.start()
+        assert "1 of 8 answered" in fetched(start)
+        # The page that was open all the while is still good, and voting twice counts once.
+        assert "1 of 8 answered" in fetched(f"{start}/1", body.encode())
+        assert "1 of 8" in fetched(owner)
+        error = refused(capsys, run_copy, "small", "--port", str(server.port))
+        assert "cannot listen there: Address already in use" in error
+    (vote,) = Study(run_copy / "human" / "small.sqlite").votes()
+    assert (vote.annotator, vote.choice, vote.revision) == ("annotator-1", Choice.A, 1)
+
+
+def test_without_the_server_installed(
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    error = refused(capsys, run_copy, "small")
+    assert "pip install 'rlhf-exp[annotate]'" in error
+    assert "none yet" in told(capsys, run_copy, "small", "--results")
+
+
+def test_the_loop_of_feedback(
+    run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told(capsys, run_copy, "small", "--collect", "--prompts", "30", "--results")
+    study = Study(run_copy / "human" / "small-collect.sqlite")
+    corpus = Materials(small_config(run_copy).data).corpus
+    asked = {row.history[-1].text for row in corpus.prompts.train}
+    held_out = {row.history[-1].text for row in corpus.prompts.test} - asked
+    for item in study.items:
+        last = item.prompt.rpartition("\n\nHuman: ")[2]
+        assert last in asked
+        assert last not in held_out
+        assert item.answer_a != item.answer_b
+    assert (study.about.name_a, study.about.name_b) == ("PPO", "PPO")
+    vote_on(study, "b")
+    votes = tmp_path / "votes.jsonl"
+    text = told(capsys, run_copy, "small", "--collect", "--export", "preferences", str(votes))
+    assert f"{len(study.items)} preferences (overall); left out: 0 ties, 0 without a vote" in text
+
+    sft = artifact(run_copy, "sft").path
+    keys = {path.name for path in (run_copy / "store" / "ppo").iterdir()}
+    assert (
+        launch(
+            run_copy,
+            "name=second",
+            "data=hh_local",
+            f"data.preferences={votes}",
+            f"sft.use={sft}",
+            "data.test_fraction=0.2",
+            "eval.prompts=2",
+        )
+        == 0
+    )
+    assert len({path.name for path in (run_copy / "store" / "ppo").iterdir()} - keys) == 1
+
+
+def test_plain_call(run_copy: Path) -> None:
+    from rlhf_exp.commands.annotate import Wanted
+    from rlhf_exp.commands.studies import Design
+
+    file = run_copy / "own.sqlite"
+    annotate(run_copy, "small", Design(prompts=4), file, Wanted(annotators="2", results=True))
+    assert [one.name for one in Study(file).annotators()] == ["annotator-1", "annotator-2"]

@@ -11,7 +11,6 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.human.app import make_app
 from rlhf_exp.human.study import Study
 
-
 _LAST_PORT = 65_535
 
 

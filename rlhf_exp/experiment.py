@@ -11,6 +11,7 @@ from rich.text import Text
 
 from rlhf_exp.config.root import Config
 from rlhf_exp.errors import UserError
+from rlhf_exp.pipeline.crew import Crew, crew_for, follow, leads, settled_place
 from rlhf_exp.pipeline.plan import Step, plan, records_of, refuse_changed
 from rlhf_exp.pipeline.run import Done, run_steps
 from rlhf_exp.pipeline.view import memory_table, plan_table
@@ -34,12 +35,36 @@ def run(config: Config, overrides: list[str]) -> float | None:
         UserError: Something the user can mend.
         KeyboardInterrupt: The user stopped the run; a checkpoint holds what was done.
     """
-    console = Console(stderr=True)
+    if config.plan:
+        if leads():
+            _show(config, Console(stderr=True))
+        return None
+    place = settled_place(config)
+    if place is not None and place.rank:
+        return follow(config, place)
+    crew, objective = crew_for(config, place), None
+    try:
+        objective = _lead(config, overrides, crew)
+    except BaseException as error:
+        crew.end(error)
+        raise
+    crew.end(None, objective)
+    return objective
+
+
+def _show(config: Config, console: Console) -> list[Step]:
+    """Print the plan."""
     steps = plan(config)
     console.print(plan_table(steps))
     if config.plan:
         console.print(memory_table(config))
-        return None
+    return steps
+
+
+def _lead(config: Config, overrides: list[str], crew: Crew) -> float | None:
+    """Plan, run with the help of others, record, evaluate, tell; return the objective."""
+    console = Console(stderr=True)
+    steps = _show(config, console)
     refuse_changed(steps)
     record = RunRecord(
         name=config.name or UNNAMED,
@@ -49,19 +74,21 @@ def run(config: Config, overrides: list[str]) -> float | None:
         seed=config.seed,
         status=Status.running,
     )
-    done = _recorded(config, steps, record, console)
+    done = _recorded(config, steps, record, crew, console)
     objective = _objective(done)
     records_of(config).write(replace(record, status=Status.done, objective=objective))
     _tell(config, done, console)
     return objective
 
 
-def _recorded(config: Config, steps: list[Step], record: RunRecord, console: Console) -> list[Done]:
+def _recorded(
+    config: Config, steps: list[Step], record: RunRecord, crew: Crew, console: Console
+) -> list[Done]:
     """Run the steps, keeping the run's record true however they end."""
     records = records_of(config)
     records.write(record)
     try:
-        return run_steps(config, steps, lambda text: console.print(Text(text)))
+        return run_steps(config, steps, crew, lambda text: console.print(Text(text)))
     except (KeyboardInterrupt, SystemExit):
         records.write(replace(record, status=Status.interrupted))
         raise

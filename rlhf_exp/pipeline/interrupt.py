@@ -15,23 +15,31 @@ from types import FrameType
 
 
 @contextmanager
-def polite_interrupts() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether the user has pressed Ctrl-C inside the block."""
+def polite_interrupts(
+    saves: Callable[[], bool] = lambda: True, tell: bool = True
+) -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether the user has pressed Ctrl-C inside the block.
+
+    Args:
+        saves: Whether there is something to save now.
+        tell: Whether to say what happens; one of several processes does.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     asked = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        if asked.is_set() or not saves():
             raise KeyboardInterrupt
         asked.set()
-        print(
-            "\ninterrupted: saving at the end of this iteration (Ctrl-C again leaves at once, back "
-            "to the last checkpoint)",
-            file=sys.stderr,
-            flush=True,
-        )
+        if tell:
+            print(
+                "\ninterrupted: saving at the end of this iteration (Ctrl-C again leaves at once, "
+                "back to the last checkpoint)",
+                file=sys.stderr,
+                flush=True,
+            )
 
     before = signal.signal(signal.SIGINT, handle)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
 from collections.abc import Callable
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING
 from rlhf_exp.config.load import to_dict
 from rlhf_exp.config.root import Cache, Config
 from rlhf_exp.pipeline.begun import NOTE, Begun, weights_digest
-from rlhf_exp.pipeline.interrupt import polite_interrupts
+from rlhf_exp.pipeline.crew import Crew
+from rlhf_exp.pipeline.order import Order
 from rlhf_exp.pipeline.plan import (
     MODEL,
     PACKAGE,
@@ -30,8 +30,7 @@ from rlhf_exp.store.lease import Lease, hold
 from rlhf_exp.store.store import Store
 
 if TYPE_CHECKING:
-    from rlhf_exp.stages.context import StageContext, StageResult
-    from rlhf_exp.stages.materials import Materials
+    from rlhf_exp.stages.context import StageResult
 
 FACTS = "facts.json"
 _DROP = ("checkpoints/*", "best/*", NOTE)
@@ -60,17 +59,18 @@ class Done:
         return str(self.artifact.path / MODEL)
 
 
-def run_steps(config: Config, steps: list[Step], tell: Callable[[str], None]) -> list[Done]:
+def run_steps(
+    config: Config, steps: list[Step], crew: Crew, tell: Callable[[str], None]
+) -> list[Done]:
     """Bring all steps up to date, in order.
 
     Args:
         config: The experiment.
         steps: Its plan.
+        crew: Does the work of a stage.
         tell: Says something to the user.
     """
-    from rlhf_exp.stages.materials import Materials
-
-    store, materials = store_of(config), Materials(config.data)
+    store = store_of(config)
     done: dict[str, Done] = {}
     for step in steps:
         if not step.needs_work:
@@ -81,7 +81,7 @@ def run_steps(config: Config, steps: list[Step], tell: Callable[[str], None]) ->
             models["base"] = config.model.path
         made = {role: done[role].artifact for role in step.parents}
         inputs = {role: weights_digest(one) for role, one in made.items() if one is not None}
-        work = _Work(config, replace(step, inputs=inputs), store, models, materials, tell)
+        work = _Work(config, replace(step, inputs=inputs), store, models, crew, tell)
         done[step.stage] = work.run()
     return list(done.values())
 
@@ -95,11 +95,11 @@ class _Work:
         step: Step,
         store: Store,
         models: dict[str, str],
-        materials: Materials,
+        crew: Crew,
         tell: Callable[[str], None],
     ) -> None:
         self.config, self.step, self.store = config, step, store
-        self.models, self.materials = models, materials
+        self.models, self.crew = models, crew
         self.tell = tell
 
     def run(self) -> Done:
@@ -150,38 +150,31 @@ class _Work:
         begun.write(folder)
         return folder, begun
 
-    def _timed(self, context: StageContext, begun: Begun) -> tuple[StageResult, Begun]:
+    def _timed(self, order: Order, begun: Begun, lease: Lease) -> tuple[StageResult, Begun]:
         """Run the stage, noting the time it took however it ends."""
         began = time.monotonic()
         try:
-            # Imported by name and late: a plan must not load torch.
-            stage = importlib.import_module(f"rlhf_exp.stages.{context.stage}")
-            result = stage.run(self.config, context)
+            result = self.crew.run(order, lease.check)
         finally:
             begun = begun.later(time.monotonic() - began)
             with suppress(OSError):  # what the stage raises says more
-                begun.write(context.folder)
+                begun.write(Path(order.folder))
         return result, begun
 
     def _make(self, folder: Path, begun: Begun, lease: Lease) -> Artifact:
-        from rlhf_exp.stages.context import StageContext
-
         step = self.step
         resumes = (folder / "checkpoints").is_dir()
         self.tell(f"{step.stage} {step.key}: {'resuming' if resumes else 'running'}")
-        context = StageContext(
+        order = Order(
             stage=step.stage,
             key=step.key,
-            folder=folder,
-            cache=Path(self.config.output_dir) / "cache",
+            folder=str(folder),
             models=self.models,
             parents=step.parents,
             inputs=step.inputs,
-            materials=self.materials,
-            before_write=lease.check,
-            polite_interrupts=polite_interrupts,
+            claim=lease.claim,
         )
-        result, begun = self._timed(context, begun)
+        result, begun = self._timed(order, begun, lease)
         (folder / FACTS).write_text(json.dumps(result.facts))
         manifest = Manifest(
             stage=step.stage,

@@ -16,9 +16,9 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
@@ -51,6 +51,47 @@ class LeaseLost(RuntimeError):
     """Somebody else holds the lease now: stop writing."""
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A lease as seen by a process that works under it; plain values, which cross processes.
+
+    Attributes:
+        marker: the lease's file.
+        stage: the stage being made.
+        key: its key.
+        token: names the claim.
+    """
+
+    marker: str
+    stage: str
+    key: str
+    token: str
+
+    def check(self) -> None:
+        """Return if the lease is still this claim's on disk.
+
+        Raises:
+            LeaseLost: it is not; the message says who holds it.
+        """
+        for _ in range(LOOKS):
+            owner = SoftFileLease(self.marker).owner
+            if owner is not None and owner.token == self.token:
+                return
+            time.sleep(LOOK_S)
+        self.lost()
+
+    def lost(self) -> NoReturn:
+        """Say that the lease is lost, and who holds it."""
+        other = read_holder(Path(self.marker))
+        taken = f"{other} holds it" if other else "its file is gone"
+        raise LeaseLost(
+            f"the lease on {self.stage} {self.key} is lost ({taken}): this process was suspended, "
+            "or the file system was out of reach, for longer than the lease lasts. Run the same "
+            "command again: it continues from the last checkpoint or uses what the other process "
+            "makes"
+        )
+
+
 class Lease:
     """A held lease."""
 
@@ -65,18 +106,16 @@ class Lease:
         Raises:
             LeaseLost: it is not; the message says who holds it.
         """
-        for _ in range(LOOKS if self._lock.compromise is None else 0):
-            if self._ours():
-                return
-            time.sleep(LOOK_S)
-        work = f"{self.holder.stage} {self.holder.key}"
-        other = read_holder(Path(self._lock.lock_file))
-        taken = f"{other} holds it" if other else "its file is gone"
-        raise LeaseLost(
-            f"the lease on {work} is lost ({taken}): this process was suspended, or the file "
-            "system was out of reach, for longer than the lease lasts. Run the same command again: "
-            "it continues from the last checkpoint or uses what the other process makes"
-        )
+        if self._lock.compromise is not None:
+            self.claim.lost()
+        self.claim.check()
+
+    @property
+    def claim(self) -> Claim:
+        """What another process needs to check it."""
+        holder = self.holder
+        assert holder.token is not None, "it has been acquired"
+        return Claim(self._lock.lock_file, holder.stage, holder.key, holder.token)
 
     def _ours(self) -> bool:
         owner = self._lock.owner

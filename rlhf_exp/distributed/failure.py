@@ -1,0 +1,118 @@
+"""How work in another process failed, told in words that cross processes."""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, NoReturn, Self
+
+from rlhf_exp.errors import UserError
+
+USER, INTERRUPTED, TERMINATED = 2, 130, 143
+"""Exit codes: the user's to mend, Ctrl-C, SIGTERM."""
+
+
+class WorkerFailed(RuntimeError):
+    """A process of the run failed; the message has its rank and its traceback."""
+
+
+class Kind(StrEnum):
+    """Why work ended."""
+
+    user = "user"
+    gone = "gone"
+    bug = "bug"
+    interrupted = "interrupted"
+    stopped = "stopped"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a process failed.
+
+    Attributes:
+        rank: Its number.
+        kind: Why.
+        text: The message of the user's error, or the traceback, or how the process ended.
+    """
+
+    rank: int
+    kind: Kind
+    text: str
+
+    @classmethod
+    def of(cls, rank: int, error: BaseException) -> Self:
+        """Describe an exception that was met by `rank`."""
+        if isinstance(error, UserError):
+            return cls(rank, Kind.user, str(error))
+        if isinstance(error, KeyboardInterrupt):
+            return cls(rank, Kind.interrupted, str(error))
+        if isinstance(error, SystemExit):
+            return cls(rank, Kind.stopped, str(error.code))
+        return cls(rank, Kind.bug, "".join(traceback.format_exception(error)))
+
+    @classmethod
+    def from_message(cls, message: dict[str, Any]) -> Self:
+        """Return what `message` describes."""
+        return cls(message["rank"], Kind(message["kind"]), message["text"])
+
+    def message(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return asdict(self)
+
+    def throw(self) -> NoReturn:
+        """Raise in this process what ended the other one.
+
+        Raises:
+            UserError: The same one.
+            KeyboardInterrupt: The user stopped the run there.
+            SystemExit: It was told to stop.
+            WorkerFailed: Anything else.
+        """
+        match self.kind:
+            case Kind.user:
+                raise UserError(self.text)
+            case Kind.interrupted:
+                raise KeyboardInterrupt(self.text)
+            case Kind.stopped:
+                raise SystemExit(int(self.text) if self.text.isdigit() else TERMINATED)
+            case Kind.gone:
+                raise WorkerFailed(f"the process of rank {self.rank} {self.text}")
+            case Kind.bug:
+                raise WorkerFailed(f"rank {self.rank} failed:\n\n{self.text}")
+
+
+def cause(failures: list[Failure]) -> Failure:
+    """Return the failure that the others follow from.
+
+    Args:
+        failures: In the order in which they became known.
+    """
+    first = failures[0]
+    # Who was killed says nothing, and may be missed last: the others complain of its absence.
+    gone = [failure for failure in failures if failure.kind is Kind.gone]
+    return gone[0] if gone and first.kind is Kind.bug else first
+
+
+def code_of(error: BaseException | None) -> int:
+    """Return the exit code that an exception leads to."""
+    if error is None:
+        return 0
+    if isinstance(error, UserError):
+        return USER
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 1
+
+
+def ended(code: int) -> str:
+    """Return how a process ended, from its exit code as `multiprocessing` gives it."""
+    if code >= 0:
+        return f"ended without a word, with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = ", perhaps because memory ran out" if name == "SIGKILL" else ""
+    return f"was killed by {name}{hint}. The same command goes on from the last checkpoint"

@@ -15,10 +15,17 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from rlhf_exp.config.groups import CONF
+from rlhf_exp.distributed.place import find_place, leads
 from rlhf_exp.errors import UserError
 
 # Errors of the user's met inside Hydra's job, which would print them with a traceback of its own.
 _refused: list[UserError] = []
+# Hydra's folders of processes that another one leads: their own would all be the same.
+_FOLLOWERS = (
+    "hydra.output_subdir=null",
+    "hydra.run.dir=${output_dir}/hydra/followers",
+    "hydra.sweep.dir=${output_dir}/hydra/followers",
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,12 +39,24 @@ def main(argv: Sequence[str]) -> int:
             return 0
         _launch(argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _print_error(error: UserError) -> None:
+    """Print it once for each machine: what is wrong with a config is wrong in all processes."""
+    try:
+        place = find_place()
+    except UserError:
+        place = None
+    if place is None or not place.rank:
+        print(f"error: {error}", file=sys.stderr)
+    elif not place.local_rank:
+        print(f"error in the process of rank {place.rank}: {error}", file=sys.stderr)
 
 
 def _launch(argv: Sequence[str]) -> None:
@@ -55,6 +74,8 @@ def _launch(argv: Sequence[str]) -> None:
     refuse(override_problems(overrides, read_groups(folders)))
     if not (arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion):
         _check_jobs(overrides, arguments.multirun, folders)
+    if not leads():
+        overrides += _FOLLOWERS
     # Hydra's own way of reporting hides the exception and makes every exit code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *flags, *overrides]

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from rlhf_exp.config.root import Config
+from rlhf_exp.distributed.place import leads
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.crew import Crew, crew_for, follow, leads, settled_place
+from rlhf_exp.pipeline.crew import Crew, crew_for, follow, settled_place
 from rlhf_exp.pipeline.plan import Step, plan, records_of, refuse_changed
 from rlhf_exp.pipeline.run import Done, run_steps
 from rlhf_exp.pipeline.view import memory_table, plan_table

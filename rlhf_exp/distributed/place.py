@@ -70,6 +70,12 @@ def find_place() -> Place | None:
     return None
 
 
+def leads() -> bool:
+    """Whether this process speaks to the user: it is alone, or of rank 0."""
+    place = find_place()
+    return place is None or not place.rank
+
+
 def leave() -> None:
     """Forget the variables: this process works alone although something has started it."""
     for name in (*TORCHRUN, "LOCAL_WORLD_SIZE"):

@@ -69,12 +69,6 @@ def crew_for(config: Config, place: Place | None) -> Crew:
     return Started(config) if place is None else Joined(config, place)
 
 
-def leads() -> bool:
-    """Whether this process speaks to the user."""
-    place = find_place()
-    return place is None or place.rank == 0
-
-
 def settled_place(config: Config) -> Place | None:
     """Return where this process stands among others, after a look at what the config asks for.
 

@@ -25,12 +25,12 @@ def not_built(found: Findings) -> None:
         config.engine.name is EngineName.native, "engine.name", f"{later} engine=native runs."
     )
     found.unless(
-        config.distributed.strategy in (Strategy.single, Strategy.ddp),
+        config.distributed.strategy is Strategy.single,
         "distributed.strategy",
-        f"{later} distributed=ddp runs.",
+        f"{later} distributed=single distributed.processes=1 runs.",
     )
     found.unless(
-        not config.distributed.offload, "distributed.offload", f"{later} distributed=ddp runs."
+        not config.distributed.offload, "distributed.offload", f"{later} distributed=single runs."
     )
     found.unless(
         config.eval.suite in (Suite.none, Suite.quick), "eval.suite", f"{later} eval=quick runs."

@@ -22,7 +22,7 @@ from rlhf_exp.distributed.member import Member
 from rlhf_exp.distributed.place import Place, find_place, leave, threads_each
 from rlhf_exp.distributed.workers import Workers
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.interrupt import polite_interrupts
+from rlhf_exp.pipeline.interrupt import polite_interrupts, unwinding
 from rlhf_exp.pipeline.order import Hand, Order
 from rlhf_exp.store.fingerprint import key_of
 
@@ -140,7 +140,7 @@ class Started:
         """See `Crew`."""
         from rlhf_exp.stages.context import StageResult
 
-        with polite_interrupts(lambda: self.workers.saving) as asked:
+        with unwinding(), polite_interrupts(lambda: self.workers.saving) as asked:
             return StageResult(**self.workers.run(asdict(order), asked))
 
     def end(self, error: BaseException | None, objective: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C while training: the first saves at the end of the iteration, the second leaves at once.
+"""Ctrl-C and SIGTERM. Ctrl-C while training: the first saves at the end of the iteration, the second leaves at once.
 
 Everywhere else (loading, waiting for another process, evaluating) there is nothing to save, and
 Ctrl-C leaves at once.
@@ -12,6 +12,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
+
+TERMINATED = 143  # what shells report for a process that SIGTERM ended
 
 
 @contextmanager
@@ -49,3 +52,26 @@ def polite_interrupts(
     if asked.is_set():
         # Asked for during the last iteration: the block is done, what comes after it is not wanted.
         raise KeyboardInterrupt
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """Turn SIGTERM into `SystemExit(143)`, so that what is held is let go, and others end, too.
+
+    A handler that somebody else has set stays.
+    """
+    in_charge = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if in_charge:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if in_charge:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(TERMINATED)

@@ -18,6 +18,10 @@ class WorkerFailed(RuntimeError):
     """A process of the run failed; the message has its rank and its traceback."""
 
 
+class FailedElsewhere(RuntimeError):
+    """Another process of the group failed, and tells the user itself."""
+
+
 class Kind(StrEnum):
     """Why work ended."""
 
@@ -26,6 +30,7 @@ class Kind(StrEnum):
     bug = "bug"
     interrupted = "interrupted"
     stopped = "stopped"
+    elsewhere = "elsewhere"
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Failure:
             return cls(rank, Kind.interrupted, str(error))
         if isinstance(error, SystemExit):
             return cls(rank, Kind.stopped, str(error.code))
+        if isinstance(error, FailedElsewhere):
+            return cls(rank, Kind.elsewhere, str(error))
         return cls(rank, Kind.bug, "".join(traceback.format_exception(error)))
 
     @classmethod
@@ -80,7 +87,7 @@ class Failure:
                 raise SystemExit(int(self.text) if self.text.isdigit() else TERMINATED)
             case Kind.gone:
                 raise WorkerFailed(f"the process of rank {self.rank} {self.text}")
-            case Kind.bug:
+            case Kind.bug | Kind.elsewhere:
                 raise WorkerFailed(f"rank {self.rank} failed:\n\n{self.text}")
 
 
@@ -90,10 +97,10 @@ def cause(failures: list[Failure]) -> Failure:
     Args:
         failures: In the order in which they became known.
     """
-    first = failures[0]
+    own = [one for one in failures if one.kind is not Kind.elsewhere] or failures
     # Who was killed says nothing, and may be missed last: the others complain of its absence.
-    gone = [failure for failure in failures if failure.kind is Kind.gone]
-    return gone[0] if gone and first.kind is Kind.bug else first
+    gone = [one for one in own if one.kind is Kind.gone]
+    return gone[0] if gone and own[0].kind is Kind.bug else own[0]
 
 
 def code_of(error: BaseException | None) -> int:

@@ -71,7 +71,7 @@ class Leader:
         except BaseException as error:
             heard.ending = True
             ours = Failure.of(self.place.rank, error)
-            if ours.kind in (Kind.bug, Kind.stopped):
+            if ours.kind in (Kind.bug, Kind.stopped, Kind.elsewhere):
                 # What others have met, or their absence, may be what this follows from.
                 heard.wait(lambda: bool(heard.failures), SETTLE_S)
                 if heard.failures:

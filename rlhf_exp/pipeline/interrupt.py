@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM. Ctrl-C while training: the first saves at the end of the iteration, the second leaves at once.
+"""Ctrl-C and SIGTERM.
 
+Ctrl-C while training: the first saves at the end of the iteration, the second leaves at once.
 Everywhere else (loading, waiting for another process, evaluating) there is nothing to save, and
 Ctrl-C leaves at once.
 """

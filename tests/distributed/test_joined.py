@@ -39,7 +39,7 @@ def free_port() -> int:
 
 
 def two(folder: Path, *experiments: list[dict[str, Any]]) -> Ended:
-    """Start two processes as Slurm does, with nobody who looks after them, and wait for their end."""
+    """Start two processes as Slurm does, with nobody to look after them; wait for their end."""
     port = str(free_port())
     began = time.monotonic()
     processes = [

@@ -66,7 +66,7 @@ def test_under_torchrun(only: Set) -> None:
 
 def test_variables_that_are_half_there(only: Set) -> None:
     only(RANK="0", WORLD_SIZE="2", MASTER_ADDR="node1")
-    with pytest.raises(UserError, match="has RANK, WORLD_SIZE, MASTER_ADDR.*not LOCAL_RANK, MAS"):
+    with pytest.raises(UserError, match=r"has RANK, WORLD_SIZE, MASTER_ADDR.*not LOCAL_RANK, MAS"):
         find_place()
 
 

@@ -88,11 +88,12 @@ def test_stages_one_after_another_in_the_same_workers() -> None:
     ],
 )
 def test_a_failure_in_one_worker_ends_all(stage: str, kind: type[Exception], message: str) -> None:
-    before = children()
-    with pytest.raises(kind, match=message), two_workers() as workers:
-        workers.run({"do": "add"}, never)
-        began = time.monotonic()
+    before, workers = children(), Workers(2, 1, targets.serve, "")
+    workers.run({"do": "add"}, never)
+    began = time.monotonic()
+    with pytest.raises(kind, match=message):
         workers.run({"do": stage}, never)
+    workers.end(1)
     assert time.monotonic() - began < SECONDS
     assert children() == before
 

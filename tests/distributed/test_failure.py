@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rlhf_exp.distributed.failure import (
-    Failure,
     FailedElsewhere,
+    Failure,
     Kind,
     WorkerFailed,
     cause,

@@ -45,7 +45,7 @@ def test_transformers_loads_it_and_measures_the_same_loss(small_run: Path) -> No
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters == json.loads((found.path / "facts.json").read_text())["parameters"]
     rows = Materials(small_config(small_run).data).corpus.demonstrations.validation
-    tokens = tokenize_demonstrations(rows, Codec(tokenizer, "hh"), 128)
+    tokens = tokenize_demonstrations(rows, Codec(tokenizer, "hh"), 192)
     losses = []
     with torch.no_grad():
         for prompt, response in zip(tokens.prompt_ids, tokens.response_ids, strict=True):

@@ -101,6 +101,6 @@ def _check_running(found: Findings) -> None:
         message = "distributed.strategy=single has one process; choose a strategy, such as "
         found.add("distributed.processes", message + "distributed=ddp.")
     if config.distributed.offload and strategy in (Strategy.single, Strategy.ddp):
-        message = f"distributed.strategy={strategy.name} cannot offload; zero3 and fsdp can."
+        message = f"distributed.strategy={strategy.name} cannot offload; zero1 to 3 and fsdp can."
         found.add("distributed.offload", message)
     found.unless(bool(config.tracking.project.strip()), "tracking.project", "must not be empty.")

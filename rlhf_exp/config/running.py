@@ -53,7 +53,11 @@ class DistributedConfig:
         None, "CPU threads of a process; null: cores / processes.", key=False
     )
     precision: Dtype = setting(Dtype.float32, "Precision of forward and backward passes.")
-    offload: bool = setting(False, "Keep optimizer state and parameters on the CPU.", key=False)
+    offload: bool = setting(
+        False,
+        "Keep the optimizer's state in host memory; zero3 and fsdp: the parameters too.",
+        key=False,
+    )
 
 
 @dataclass

@@ -25,12 +25,9 @@ def not_built(found: Findings) -> None:
         config.engine.name is EngineName.native, "engine.name", f"{later} engine=native runs."
     )
     found.unless(
-        config.distributed.strategy is Strategy.single,
+        config.distributed.strategy not in (Strategy.zero3, Strategy.fsdp),
         "distributed.strategy",
-        f"{later} distributed=single distributed.processes=1 runs.",
-    )
-    found.unless(
-        not config.distributed.offload, "distributed.offload", f"{later} distributed=single runs."
+        f"{later} distributed=zero2 runs.",
     )
     found.unless(
         config.eval.suite in (Suite.none, Suite.quick), "eval.suite", f"{later} eval=quick runs."

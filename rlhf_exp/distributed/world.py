@@ -1,25 +1,28 @@
 """The processes that train together, and the device of each.
 
-One class stands between the engines and accelerate: the engines speak of global sums and of their
-share of the rows, and a run with one process needs no branch of its own.
+One class stands between the engines and process groups: the engines speak of global sums, of their
+share of the rows and of one module that trains, and a run with one process needs no branch of its
+own. Who starts the processes has made the process group before; a run without one is alone.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from rlhf_exp.distributed.choice import Setup, strategy_for
+from rlhf_exp.distributed.strategy import Saved, Strategy
+from rlhf_exp.errors import UserError
 
 Precision = Literal["float32", "bfloat16"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,31 +42,22 @@ class World:
     """All processes of a run.
 
     Args:
-        accelerator: accelerate's handle on process group, device and mixed precision.
+        device: Of this process.
+        setup: How what trains is spread over the processes.
+
+    Attributes:
+        processes: How many there are.
+        rank: Number of this process.
+        is_main: Whether this process writes to the store and to the tracker.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-
-    @property
-    def processes(self) -> int:
-        """Number of processes."""
-        return self.accelerator.num_processes
-
-    @property
-    def rank(self) -> int:
-        """Number of this process."""
-        return self.accelerator.process_index
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes to the store and to the tracker."""
-        return self.accelerator.is_main_process
-
-    @property
-    def device(self) -> torch.device:
-        """Device of this process."""
-        return self.accelerator.device
+    def __init__(self, device: torch.device, setup: Setup) -> None:
+        together = distributed.is_initialized()
+        self.device, self.setup = device, setup
+        self.processes = distributed.get_world_size() if together else 1
+        self.rank = distributed.get_rank() if together else 0
+        self.is_main = self.rank == 0
+        self._strategy: Strategy | None = None
 
     def share(self, rows: int) -> Share:
         """Deal `rows` rows of a global batch out, filling up with zero-weight copies of row 0."""
@@ -76,60 +70,173 @@ class World:
         """Add `values` up over all processes."""
         if self.processes == 1:
             return values
-        return self.accelerator.reduce(values, reduction="sum")
+        total = values.detach().to(self.device, copy=True)
+        distributed.all_reduce(total)
+        return total
 
     def gather(self, values: Tensor) -> Tensor:
         """Join `values` [n, ...] of all processes; n may differ."""
         if self.processes == 1:
             return values
-        from accelerate.utils import gather_object
+        return torch.cat(self.collect(values.detach().cpu())).to(self.device)
 
-        return torch.cat(gather_object([values.cpu()])).to(self.device)
+    def collect(self, item: T) -> list[T]:
+        """Return every process's `item`, by rank."""
+        if self.processes == 1:
+            return [item]
+        items: list[Any] = [None] * self.processes
+        distributed.all_gather_object(items, item)
+        return items
 
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """Wrap module and optimizer for the strategy in use."""
-        return self.accelerator.prepare(module, optimizer)
+    def agreed(self, item: T) -> T:
+        """Return the main process's `item`: what one machine sees, another may not see yet."""
+        return self.collect(item)[0]
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any process says so."""
+        return any(self.collect(flag))
+
+    def together(self, function: Callable[[], T]) -> list[T]:
+        """Call `function` in every process and return all results, by rank.
+
+        Raises:
+            UserError: It failed in another process; what it raised here is raised as it is. So no
+                process waits for one that is gone.
+        """
+        if self.processes == 1:
+            return [function()]
+        result, error = None, None
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+        outcomes = self.collect((result, None if error is None else str(error)))
+        if error is not None:
+            raise error
+        for rank, (_, reason) in enumerate(outcomes):
+            if reason is not None:
+                raise UserError(f"process {rank} failed: {reason}")
+        return [found for found, _ in outcomes]  # type: ignore[misc]
+
+    @property
+    def weights_dtype(self) -> torch.dtype | None:
+        """Number format that the strategy computes in, whatever the weights' own; else `None`."""
+        return torch.bfloat16 if self.setup.half_weights else None
+
+    def autocast(self, trained: bool = True) -> AbstractContextManager[Any]:
+        """Mixed precision of forward passes.
+
+        Args:
+            trained: Whether they are the prepared module's, or compared with its.
+        """
+        # DeepSpeed computes in bfloat16 without torch's mixed precision.
+        deep = trained and self._strategy is not None and self.setup.deepspeed
+        if self.setup.precision == "float32" or deep:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def prepare(
+        self, module: nn.Module, build: Callable[[], torch.optim.Optimizer], grad_norm: float
+    ) -> nn.Module:
+        """Spread what trains of `module` over the processes.
+
+        Args:
+            module: On this process's device.
+            build: Makes the optimizer of the module's trainable parameters.
+            grad_norm: L2 norm that gradients are clipped to.
+
+        Returns:
+            What forward passes with gradients go through.
+        """
+        self._strategy = strategy_for(self.setup, module, build, grad_norm, self.device)
+        return self._strategy.wrapped
+
+    @property
+    def strategy(self) -> Strategy:
+        """How the prepared module trains."""
+        assert self._strategy is not None, "nothing is prepared"
+        return self._strategy
+
+    def micro_batches(self, parts: Iterable[T]) -> Iterator[T]:
+        """Yield the micro-batches of an optimizer step, each for a forward and a backward pass.
+
+        Their number must be the same in every process: with sharded parameters processes wait for
+        each other in every pass.
+        """
+        every = list(parts)
+        for number, part in enumerate(every, start=1):
+            if self._strategy is not None:
+                self._strategy.begin(last=number == len(every))
+            yield part
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of this process's part of a *global* mean.
+        """Accumulate gradients of this process's part (0-dim) of a *global* mean.
 
-        Data parallelism averages gradients over processes; `loss` is already divided by the global
-        count, so the average is turned back into a sum.
+        Gradients are averaged over processes; `loss` is already divided by the global count, so the
+        average is turned back into a sum.
         """
-        self.accelerator.backward(loss * self.processes)
+        self.strategy.backward(loss * self.processes)
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """Mixed precision of forward passes."""
-        return self.accelerator.autocast()
+    def gathered(self) -> AbstractContextManager[None]:
+        """Hold the prepared module's parameters whole, for many forward passes without gradients.
+
+        Meanwhile the module itself is called, not the wrapper, as often as a process likes.
+        """
+        return nullcontext() if self._strategy is None else self._strategy.gathered()
+
+    def resume(self, weights: Mapping[str, Tensor], saved: Saved) -> None:
+        """Take back what `strategy.weights` and the processes' `strategy.state` returned."""
+        self.strategy.load(weights, saved)
+
+    def release(self, weights: Mapping[str, Tensor] | None = None) -> None:
+        """End training: every process has the plain module whole again, with `weights` if given."""
+        self.strategy.release(weights)
+        self._strategy = None
 
 
-def open_world(precision: Precision, threads: int | None = None) -> World:
-    """Join the processes of this run (one, unless a launcher started more).
+def open_world(
+    precision: Precision,
+    threads: int | None = None,
+    strategy: str = "single",
+    offload: bool = False,
+) -> World:
+    """Join the processes of this run (one, where no process group was made).
 
     Args:
         precision: Number format of matrix products in forward and backward passes.
-        threads: CPU threads of this process; `None`: all cores.
+        threads: CPU threads of this process; `None`: its part of all cores.
+        strategy: How what trains is spread over the processes.
+        offload: Whether optimizer state and parameters live in host memory.
     """
-    from accelerate import Accelerator
+    alone = not distributed.is_initialized()
+    if alone and strategy != "single":
+        raise RuntimeError(f"distributed.strategy={strategy} needs a process group; none was made")
+    if not alone and strategy == "single" and distributed.get_world_size() > 1:
+        raise UserError(
+            f"distributed=single has one process, and {distributed.get_world_size()} were "
+            "started; choose another strategy, such as distributed=ddp"
+        )
+    local = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", distributed.get_world_size()))
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
+    return World(_device(), Setup(strategy, precision, offload))
 
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    mixed = "bf16" if precision == "bfloat16" else "no"
-    return World(Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed))
 
-
-def close_world(world: World) -> None:
-    """Free what accelerate holds, so that another stage may begin in this process."""
-    from accelerate.state import AcceleratorState
-
-    world.accelerator.free_memory()
-    AcceleratorState._reset_state()
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        # accelerate imports DeepSpeed where it finds it, which would warn that there is no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 @contextmanager
-def world_of(precision: Precision, threads: int | None = None) -> Iterator[World]:
-    """Open a world and close it again."""
-    world = open_world(precision, threads)
-    try:
-        yield world
-    finally:
-        close_world(world)
+def world_of(
+    precision: Precision,
+    threads: int | None = None,
+    strategy: str = "single",
+    offload: bool = False,
+) -> Iterator[World]:
+    """Open a world for one stage; the process group stays for the next one."""
+    yield open_world(precision, threads, strategy, offload)

@@ -6,9 +6,8 @@ B rows, S tokens, T response tokens, D width. Batches are right-padded without a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +26,10 @@ from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.value import ValueHead
 
 
-@dataclass(frozen=True)
-class ResponseOutputs:
+class ResponseOutputs(NamedTuple):
     """What a policy says of given responses; 0 beyond each response's end.
+
+    A tuple, for the wrappers of distributed training look for tensors in tuples only.
 
     Attributes:
         logprobs: [B, T] float32, of each response token at the temperature asked for.

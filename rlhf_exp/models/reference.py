@@ -7,10 +7,10 @@ width.
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_exp.models.branch import Branch
@@ -18,6 +18,8 @@ from rlhf_exp.models.families import decoder_parts
 from rlhf_exp.models.lora import adapter_off
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.responses import ResponseIndex, head_logprobs
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Reference(Protocol):
@@ -39,15 +41,18 @@ class Reference(Protocol):
 class SharedTrunkReference:
     """A frozen copy of the training blocks, over the states of the policy's own trunk."""
 
-    def __init__(self, policy: Policy) -> None:
-        """Copy what trains in `policy`."""
+    def __init__(self, policy: Policy, dtype: torch.dtype | None = None) -> None:
+        """Copy what trains in `policy`, in `dtype` if given."""
         assert policy.train_blocks is not None, "no trunk to share: everything trains"
         assert not policy.adapted, "the adapter off is the cheaper reference"
         parts = decoder_parts(policy.model)
         self._policy = policy
         self._branch = Branch.of(policy.model, policy.train_blocks, share=False)
+        _cast(self._branch.module, dtype)
         # A tied head is frozen, so it needs no copy.
-        self._head = policy.head if parts.tied else copy.deepcopy(policy.head).requires_grad_(False)
+        self._head = policy.head
+        if not parts.tied:
+            self._head = _cast(copy.deepcopy(policy.head).requires_grad_(False), dtype)
 
     @torch.no_grad()
     def logprobs(
@@ -114,10 +119,23 @@ class FullReference:
         return head_logprobs(index.pick(hidden), head, index, temperature)[0]
 
 
-def reference_of(policy: Policy) -> Reference:
-    """Return the cheapest reference that is right for an untrained `policy`."""
+def reference_of(policy: Policy, dtype: torch.dtype | None = None) -> Reference:
+    """Return the cheapest reference that is right for an untrained `policy`.
+
+    Args:
+        policy: Not yet trained.
+        dtype: Of a copy's weights; as the policy's where not given. A policy that computes with
+            bfloat16 weights needs a reference that does, or rounding would count as divergence.
+    """
     if policy.adapted:
         return LoraReference(policy)
     if policy.cut is not None:
-        return SharedTrunkReference(policy)
-    return FullReference(copy.deepcopy(policy.model))
+        return SharedTrunkReference(policy, dtype)
+    return FullReference(_cast(copy.deepcopy(policy.model), dtype))
+
+
+def _cast(module: Module, dtype: torch.dtype | None) -> Module:
+    """Return the module with its parameters in `dtype`; rotary tables and the like stay exact."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    return module

@@ -38,31 +38,42 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class _Answers:
-    """One model's answers: samples, texts of prompts and answers, scores [N]."""
+    """One model's answers: texts of prompts and answers, scores [N], tokens of the answers [N]."""
 
-    samples: Samples
     prompts: list[str]
     answers: list[str]
     scores: np.ndarray
+    lengths: np.ndarray
 
 
 def run(config: Config, context: StageContext) -> StageResult:
     """Answer held-out prompts by both models, compare, and leave `result.json`."""
     with world_for(config) as world:
         codec = _common_codec(context)
-        prompts = _prompts(config, context, codec).to(world.device)
+        prompts = _prompts(config, context, codec)
+        share = world.share(len(prompts))
+        mine = prompts.select(torch.from_numpy(share.rows)).to(world.device)
         policies = {role: _load(config, context, role, world) for role in ("sft", "ppo")}
         scorer = scorer_for(config, context, codec, world)
+        samples = {role: _sample(config, policies[role], mine, codec) for role in policies}
         found = {
-            role: _answer(config, policy, prompts, codec, scorer)
-            for role, policy in policies.items()
+            role: _everyone(_answers(one, codec, scorer), len(prompts), world)
+            for role, one in samples.items()
         }
-        kl = _kl(policies["ppo"], policies["sft"], found["ppo"].samples, config)
-    result = _compare(config, found["sft"], found["ppo"], kl)
-    (context.folder / RESULT).write_text(json.dumps(result.to_json()))
-    metrics = result.scalars()
-    run_id = _track(config, context, result, metrics)
-    return StageResult(metrics, None, run_id, {"prompts": len(prompts)})
+        kl = world.gather(_kl(policies["ppo"], policies["sft"], samples["ppo"], config))
+        kl = kl.cpu()[: len(prompts)]
+
+        def conclude() -> tuple[dict[str, float], str] | None:
+            if not world.is_main:
+                return None
+            result = _compare(config, found["sft"], found["ppo"], kl)
+            (context.folder / RESULT).write_text(json.dumps(result.to_json()))
+            metrics = result.scalars()
+            return metrics, _track(config, context, result, metrics, world)
+
+        concluded = world.together(conclude)[0]
+        assert concluded is not None
+        return StageResult(concluded[0], None, concluded[1], {"prompts": len(prompts)})
 
 
 def _common_codec(context: StageContext) -> Codec:
@@ -98,9 +109,7 @@ def _load(config: Config, context: StageContext, role: str, world: World) -> Pol
     return policy.to(world.device)
 
 
-def _answer(
-    config: Config, policy: Policy, prompts: Prompts, codec: Codec, scorer: Scorer
-) -> _Answers:
+def _sample(config: Config, policy: Policy, prompts: Prompts, codec: Codec) -> Samples:
     section = config.eval
     greedy = section.temperature == 0.0
     settings = Sampling(
@@ -112,9 +121,24 @@ def _answer(
         greedy=greedy,
     )
     stopper = Stopper(codec.tokenizer, codec.stop_strings)
-    samples = sample(policy.model, prompts, settings, section.seed, stopper)
+    return sample(policy.model, prompts, settings, section.seed, stopper)
+
+
+def _answers(samples: Samples, codec: Codec, scorer: Scorer) -> _Answers:
     texts = texts_of(samples.tokens, samples.prompt_lengths, samples.content_lengths, codec)
-    return _Answers(samples, *texts, score_samples(scorer, samples).numpy())
+    scores = score_samples(scorer, samples).numpy()
+    return _Answers(*texts, scores, samples.response_lengths.cpu().numpy())
+
+
+def _everyone(mine: _Answers, count: int, world: World) -> _Answers:
+    """Return the answers of all processes to `count` prompts, in the prompts' order."""
+    parts = world.collect(mine)
+    return _Answers(
+        prompts=[text for part in parts for text in part.prompts][:count],
+        answers=[text for part in parts for text in part.answers][:count],
+        scores=np.concatenate([part.scores for part in parts])[:count],
+        lengths=np.concatenate([part.lengths for part in parts])[:count],
+    )
 
 
 @torch.no_grad()
@@ -142,8 +166,8 @@ def _compare(config: Config, sft: _Answers, ppo: _Answers, kl: Tensor) -> QuickR
         sft.scores,
         ppo.scores,
         kl.numpy(),
-        lengths_a=sft.samples.response_lengths.cpu().numpy(),
-        lengths_b=ppo.samples.response_lengths.cpu().numpy(),
+        lengths_a=sft.lengths,
+        lengths_b=ppo.lengths,
         toxicity=ProfanityCheckScorer(),
         gold=_gold(config),
         judge="reward function" if config.ppo.reward.function else "reward model",
@@ -162,10 +186,14 @@ def _gold(config: Config) -> Callable[[str, str], float] | None:
 
 
 def _track(
-    config: Config, context: StageContext, result: QuickResult, metrics: dict[str, float]
+    config: Config,
+    context: StageContext,
+    result: QuickResult,
+    metrics: dict[str, float],
+    world: World,
 ) -> str:
     """Record the numbers and the table of answers; return the run's id."""
-    with finishing(tracker_for(config, context, None)) as tracker:
+    with finishing(tracker_for(config, context, None, world)) as tracker:
         tracker.log(metrics, 0)
         columns = ["prompt", "sft", "ppo", "sft score", "ppo score", "outcome"]
         table = [

@@ -15,7 +15,7 @@ from rlhf_exp.data.collate import joined
 from rlhf_exp.data.order import batch_index
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.scoring import Scorer
+from rlhf_exp.engines.native.scoring import Scorer, score_shared
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.store.fingerprint import file_digest, key_of
 
@@ -32,13 +32,14 @@ def original_scores(
     interrupted.
     """
     used = _used(config, len(prompts))
-    path = context.cache / "original_scores" / f"{_key(prompts, used, config, context)}.npy"
-    if path.is_file():
+    key = _key(prompts, used, config, context, world)
+    path = context.cache / "original_scores" / f"{key}.npy"
+    if world.agreed(path.is_file()):
         return torch.from_numpy(np.load(path))
     scores = torch.full((len(prompts),), float("nan"))
     for start in range(0, len(used), _CHUNK):
         rows = used[start : start + _CHUNK]
-        scores[torch.from_numpy(rows)] = _score(prompts, rows, scorer)
+        scores[torch.from_numpy(rows)] = _score(prompts, rows, scorer, world)
     if world.is_main:
         _save(path, scores)
     return scores
@@ -57,15 +58,21 @@ def _used(config: Config, count: int) -> np.ndarray:
     )
 
 
-def _score(prompts: TokenizedPrompts, rows: np.ndarray, scorer: Scorer) -> Tensor:
+def _score(prompts: TokenizedPrompts, rows: np.ndarray, scorer: Scorer, world: World) -> Tensor:
     """Score the rows' own responses; their end-of-sequence token is not part of the content."""
     parts = [(prompts.prompt[row], prompts.original[row]) for row in rows]
     tokens, _ = joined(parts)
     lengths = torch.tensor([[len(prompt), len(answer)] for prompt, answer in parts])
-    return scorer(tokens, lengths[:, 0], (lengths[:, 1] - 1).clamp(min=0))
+    return score_shared(scorer, tokens, lengths[:, 0], (lengths[:, 1] - 1).clamp(min=0), world)
 
 
-def _key(prompts: TokenizedPrompts, used: np.ndarray, config: Config, context: StageContext) -> str:
+def _key(
+    prompts: TokenizedPrompts,
+    used: np.ndarray,
+    config: Config,
+    context: StageContext,
+    world: World,
+) -> str:
     """Return the key of everything that decides the scores, to their last bits."""
     digest = hashlib.sha256()
     for column in (prompts.prompt, prompts.original):
@@ -82,6 +89,7 @@ def _key(prompts: TokenizedPrompts, used: np.ndarray, config: Config, context: S
     how = [
         config.distributed.precision.name,
         torch.get_num_threads(),
+        world.processes,
         config.ppo.generation.batch,
         max(config.reward.seq_length, config.ppo.seq_length),
     ]

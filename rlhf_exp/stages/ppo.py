@@ -27,7 +27,7 @@ from rlhf_exp.models.reference import Reference, reference_of
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.rollout.stops import Stopper
-from rlhf_exp.stages.context import MODEL, StageContext, StageResult
+from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.originals import original_scores
 from rlhf_exp.stages.scorers import scorer_for
 from rlhf_exp.stages.training import (
@@ -36,7 +36,7 @@ from rlhf_exp.stages.training import (
     lora_of,
     parameter_facts,
     run_loop,
-    to_stored_format,
+    save_model,
     world_for,
 )
 
@@ -58,7 +58,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         )
         policy = build_policy(config, context)
         policy.to(world.device)
-        reference = reference_of(policy)
+        reference = reference_of(policy, world.weights_dtype)
         keep_small_updates(policy)
         scorer = scorer_for(config, context, codec, world)
         settings = _settings(section)
@@ -71,8 +71,9 @@ def run(config: Config, context: StageContext) -> StageResult:
         )
         steps = -(-section.steps // settings.updates) * settings.updates
         outcome = run_loop(config, section, steps, task, world, context, WATCH)
-        to_stored_format(config, policy.model)
-        policy.save(context.folder / MODEL, codec.tokenizer)
+        save_model(
+            config, context, world, policy.model, lambda to: policy.save(to, codec.tokenizer)
+        )
         facts = parameter_facts(policy) | {"prompts": len(prompts), "cut_prompts": prompts.cut}
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 

@@ -20,20 +20,20 @@ from rlhf_exp.data.tokenized import (
 )
 from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.reward import RewardSettings, RewardTask, pair_scores
-from rlhf_exp.engines.native.scoring import ModelScorer
+from rlhf_exp.engines.native.scoring import ModelScorer, score_shared
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.calibration import calibration
 from rlhf_exp.evaluation.statistics import clopper_pearson
 from rlhf_exp.models.reward_model import RewardModel
-from rlhf_exp.stages.context import MODEL, StageContext, StageResult
+from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.training import (
     keep_small_updates,
     load_policy_model,
     lora_of,
     parameter_facts,
     run_loop,
+    save_model,
     steps_of,
-    to_stored_format,
     world_for,
 )
 
@@ -62,8 +62,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         if rows.test:
             test = _tokenize(rows.test, codec, config, context)
             metrics |= _test(task, test, settings, world, context)
-        to_stored_format(config, model.trunk)
-        model.save(context.folder / MODEL, codec.tokenizer)
+        save_model(config, context, world, model.trunk, lambda to: model.save(to, codec.tokenizer))
         return StageResult(metrics, outcome.objective, outcome.run_id, facts)
 
 
@@ -99,7 +98,7 @@ def _normalise(
         held_out, codec, config.reward.seq_length, context.cache / "tokenized"
     )
     scorer = ModelScorer(model, codec, None, world, config.reward.batch, config.reward.seq_length)
-    scores = scorer(*_whole(tokenized))
+    scores = score_shared(scorer, *_whole(tokenized), world)
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     model.set_normalisation(mean, std)
     return {"demonstrations/mean_before": mean, "demonstrations/std": std}
@@ -129,7 +128,8 @@ def _test(
     correct = int((margins > 0).sum())
     interval = clopper_pearson(correct, len(margins))
     curve = calibration(margins)
-    (context.folder / CALIBRATION).write_text(json.dumps(curve.to_json()))
+    if world.is_main:
+        (context.folder / CALIBRATION).write_text(json.dumps(curve.to_json()))
     return {
         "test/accuracy": correct / len(margins),
         "test/accuracy_low": interval.low,

@@ -20,7 +20,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.configs import architecture_of
 from rlhf_exp.models.load import build_causal_lm, load_causal_lm
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.stages.context import MODEL, StageContext, StageResult
+from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.materials import Materials
 from rlhf_exp.stages.shape import shape_of
 from rlhf_exp.stages.training import (
@@ -28,8 +28,8 @@ from rlhf_exp.stages.training import (
     lora_of,
     parameter_facts,
     run_loop,
+    save_model,
     steps_of,
-    to_stored_format,
     world_for,
 )
 
@@ -64,8 +64,9 @@ def run(config: Config, context: StageContext) -> StageResult:
         task = SftTask(policy, train_rows, validation, settings, world)
         steps = steps_of(section.steps, section.epochs, len(train_rows), section.batch)
         outcome = run_loop(config, section, steps, task, world, context, WATCH)
-        to_stored_format(config, policy.model)
-        policy.save(context.folder / MODEL, codec.tokenizer)
+        save_model(
+            config, context, world, policy.model, lambda to: policy.save(to, codec.tokenizer)
+        )
         facts = parameter_facts(policy) | {
             "rows": len(rows.train),
             "packed_rows": len(train_rows),

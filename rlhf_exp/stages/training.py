@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +16,15 @@ from rlhf_exp.config.load import to_dict
 from rlhf_exp.config.model import Dtype
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.training import Select, TrainingConfig
-from rlhf_exp.distributed.world import World, world_of
+from rlhf_exp.distributed.world import Precision, World, world_of
 from rlhf_exp.engines.native.loop import LoopContext, LoopSettings, Outcome, train
 from rlhf_exp.engines.native.optim import OptimSettings
 from rlhf_exp.engines.native.task import Task
 from rlhf_exp.models.load import Attention, load_causal_lm
 from rlhf_exp.models.lora import LoraSettings
-from rlhf_exp.stages.context import StageContext
+from rlhf_exp.stages.context import MODEL, StageContext
 from rlhf_exp.tracking.progress import Progress
-from rlhf_exp.tracking.tracker import Tracker, open_tracker
+from rlhf_exp.tracking.tracker import NullTracker, Tracker, open_tracker
 
 
 @contextmanager
@@ -31,7 +32,9 @@ def world_for(config: Config) -> Iterator[World]:
     """Open the processes that the config asks for."""
     section = config.distributed
     half = Dtype.bfloat16 in (section.precision, config.model.dtype)
-    with world_of("bfloat16" if half else "float32", section.threads) as world:
+    precision: Precision = "bfloat16" if half else "float32"
+    strategy = section.strategy.value
+    with world_of(precision, section.threads, strategy, section.offload) as world:
         yield world
 
 
@@ -51,9 +54,19 @@ def torch_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.model.dtype == Dtype.bfloat16 else torch.float32
 
 
-def to_stored_format(config: Config, module: nn.Module) -> None:
-    """Undo `keep_small_updates` before a model is saved."""
-    module.to(dtype=torch_dtype(config))
+def save_model(
+    config: Config,
+    context: StageContext,
+    world: World,
+    plain: nn.Module,
+    save: Callable[[Path], None],
+) -> None:
+    """Let the main process `save` the stage's model, the weights of `plain` as they are stored.
+
+    Undoes `keep_small_updates`. A failure is every process's.
+    """
+    plain.to(dtype=torch_dtype(config))
+    world.together(lambda: save(context.folder / MODEL) if world.is_main else None)
 
 
 def attention_of(config: Config) -> Attention:
@@ -100,7 +113,7 @@ def run_loop(
         loop = LoopContext(
             world=world,
             folder=context.folder,
-            tracker=lambda resume: tracker_for(config, context, resume),
+            tracker=lambda resume: tracker_for(config, context, resume, world),
             on_step=progress.update,
             before_write=context.before_write,
             interrupted=interrupted,
@@ -108,8 +121,10 @@ def run_loop(
         return train(task, settings, loop)
 
 
-def tracker_for(config: Config, context: StageContext, resume: int | None) -> Tracker:
+def tracker_for(config: Config, context: StageContext, resume: int | None, world: World) -> Tracker:
     """Open the stage's tracker; the lineage goes into its config, for it works offline too."""
+    if not world.is_main:
+        return NullTracker()
     section = config.tracking
     lineage = {"stage": context.stage, "key": context.key, "parents": dict(context.parents)}
     return open_tracker(

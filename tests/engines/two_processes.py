@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 from rlhf_exp.distributed.world import world_of
 from tests.engines.lab import run_loop
@@ -13,8 +15,11 @@ from tests.engines.lab import run_loop
 
 def main(folder: Path) -> None:
     """Run the lab and leave rank 0's weights and log in `folder`."""
-    with world_of("float32", threads=1) as world:
-        run = run_loop(world, folder / f"rank{world.rank}", steps=8)
+    several = int(os.environ["WORLD_SIZE"]) > 1
+    if several:
+        distributed.init_process_group("gloo")
+    with world_of("float32", threads=1, strategy="ddp" if several else "single") as world:
+        run = run_loop(world, folder / "run", steps=8)
         if world.is_main:
             rows = [row for row in run.tracker.rows if "loss/total" in row]
             torch.save({"weights": run.weights, "rows": rows}, folder / "result.pt")

@@ -59,7 +59,7 @@ def test_shared_branch_follows_the_model_and_a_copy_does_not(
 
 def test_copy_has_no_gradient_and_no_embedding(tiny: Build, family: str, rows: Batch) -> None:
     model = tiny(family)
-    base = Branch.of(model, 1, share=False)._base
+    base = Branch.of(model, 1, share=False).module
     assert not any(parameter.requires_grad for parameter in base.parameters())
     assert not any(parameter.is_meta for parameter in base.parameters())
     # one block of four and a norm of 32 or 64, no table of 89 x 32

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
-from rlhf_exp.engines.native.checkpoint import load_trainable, trainable_weights
+from rlhf_exp.distributed.world import World
 
 
 class BestWeights:
@@ -20,28 +20,38 @@ class BestWeights:
 
     Args:
         folder: Where the file lives.
+        world: The processes, and what they train.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, world: World) -> None:
+        self.folder, self.world = folder, world
 
-    def save(self, step: int, module: nn.Module) -> None:
-        """Keep the module's trainable weights as those of `step`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".partial-{os.getpid()}"
-        save_file(trainable_weights(module), partial)
-        partial.rename(self._path(step))
+    def save(self, step: int, before_write: Callable[[], None]) -> None:
+        """Keep the trainable weights of `step`; `before_write` raises if this run no longer may."""
+        weights = self.world.strategy.weights()
+
+        def write() -> None:
+            if self.world.is_main:
+                before_write()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                partial = self.folder / f".partial-{os.getpid()}"
+                save_file(weights, partial)
+                partial.rename(self._path(step))
+
+        self.world.together(write)
 
     def prune(self, steps: Collection[int]) -> None:
         """Remove the files of all steps but these."""
+        if not self.world.is_main:
+            return
         keep = {self._path(step) for step in steps}
         for path in self.folder.glob("step-*.safetensors"):
             if path not in keep:
                 path.unlink()
 
-    def restore(self, step: int, module: nn.Module) -> None:
-        """Load the best weights, those of `step`, into the module."""
-        load_trainable(module, load_file(self._path(step)))
+    def load(self, step: int) -> dict[str, Tensor]:
+        """Return the best weights, those of `step`."""
+        return load_file(self._path(step))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.safetensors"

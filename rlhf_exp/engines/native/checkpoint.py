@@ -1,9 +1,9 @@
 """Checkpoints: everything a stage needs to go on as if it had never stopped.
 
 A checkpoint is a folder `step-<n>` that appears by a rename, so it is whole or absent. It holds
-only what trains (`trainable.safetensors`), the optimizer (`optimizer.pt`), the loop's and the
-task's own state (`state.json`) and a digest of each of these; one that does not match its digests
-is passed over for the one before it.
+only what trains (`trainable.safetensors`), each process's part of the optimizer's state and its
+random numbers (`process-<rank>.pt`), the loop's and the task's own state (`state.json`) and a
+digest of each of these; one that does not match its digests is passed over for the one before it.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from rlhf_exp.distributed.strategy import Saved
+from rlhf_exp.distributed.world import World
 from rlhf_exp.store.files import disk_full_is_user_error
 
 log = logging.getLogger(__name__)
 
-_WEIGHTS, _OPTIMIZER, _STATE = "trainable.safetensors", "optimizer.pt", "state.json"
-_DIGESTS = "digests.json"
+_WEIGHTS, _STATE, _DIGESTS = "trainable.safetensors", "state.json", "digests.json"
 
 
 @dataclass(frozen=True)
@@ -37,107 +38,100 @@ class Checkpoint:
     Attributes:
         step: Optimizer steps done.
         weights: Trainable tensors by name.
-        optimizer: The optimizer's state dict.
+        optimizer: The optimizer's state, in the files of the processes that wrote it.
         state: What the loop and the task stored, plain JSON values.
-        rng: torch's CPU generator state.
+        rng: State of torch's CPU generator of this process.
     """
 
     step: int
     weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizer: Saved
     state: dict[str, Any]
     rng: Tensor
 
 
-def trainable_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the tensors that train, by name, on the CPU."""
-    return {
-        name: tensor.detach().cpu().clone()
-        for name, tensor in module.named_parameters()
-        if tensor.requires_grad
-    }
-
-
-def load_trainable(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` into the module's trainable parameters of the same names.
-
-    Raises:
-        ValueError: The names differ.
-    """
-    targets = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if targets.keys() != weights.keys():
-        odd = sorted(targets.keys() ^ weights.keys())[:5]
-        raise ValueError(f"weights do not fit the module; they differ in {odd}")
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(weights[name])
-
-
 class Checkpoints:
-    """The checkpoints of one stage in its staging folder.
+    """The checkpoints of one stage in its staging folder, which all processes see.
 
     Args:
         folder: Where checkpoints live.
         keep: Number of latest checkpoints kept.
+        world: The processes, and what they train.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, world: World) -> None:
         self.folder = folder
         self.keep = keep
+        self.world = world
 
-    def save(
-        self,
-        step: int,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        state: Mapping[str, Any],
-    ) -> Path:
-        """Write a checkpoint atomically and remove those beyond `keep`."""
-        needed = 3 * sum(
-            p.numel() * p.element_size() for p in module.parameters() if p.requires_grad
-        )
+    def save(self, step: int, state: Mapping[str, Any], before_write: Callable[[], None]) -> Path:
+        """Write a checkpoint atomically and remove those beyond `keep`.
+
+        Args:
+            step: Optimizer steps done.
+            state: Of the loop and the task, plain JSON values.
+            before_write: Raises if this run may no longer write.
+        """
+        world, strategy = self.world, self.world.strategy
+        weights = strategy.weights()
+        content = {"step": step, "threads": torch.get_num_threads(), **state}
+        content |= {"layout": strategy.layout, "processes": world.processes}
+        needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+        partial = self.folder / f".partial-{world.agreed(os.getpid())}"
+
+        def begin() -> None:
+            if world.is_main:
+                before_write()
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+
+        def write() -> dict[str, str]:
+            bundle = {"optimizer": strategy.state(), "rng": torch.get_rng_state()}
+            torch.save(bundle, partial / _process(world.rank))
+            names = [_process(world.rank)]
+            if world.is_main:
+                save_file(weights, partial / _WEIGHTS)
+                (partial / _STATE).write_text(json.dumps(content))
+                names += [_WEIGHTS, _STATE]
+            for name in names:
+                _sync(partial / name)
+            return {name: _digest(partial / name) for name in names}
+
         with disk_full_is_user_error(
             _existing(self.folder),
             f"saving the checkpoint of step {step}",
             needed,
             "Make room and run again: it goes on from the checkpoint before.",
         ):
-            return self._write(step, module, optimizer, state)
+            world.together(begin)
+            digests = {name: one for part in world.together(write) for name, one in part.items()}
+            return world.together(lambda: self._publish(step, partial, digests))[world.rank]
 
-    def _write(
-        self,
-        step: int,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        state: Mapping[str, Any],
-    ) -> Path:
+    def _publish(self, step: int, partial: Path, digests: Mapping[str, str]) -> Path:
         target = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".partial-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(trainable_weights(module), partial / _WEIGHTS)
-        bundle = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-        torch.save(bundle, partial / _OPTIMIZER)
-        content = {"step": step, "threads": torch.get_num_threads(), **state}
-        (partial / _STATE).write_text(json.dumps(content))
-        digests = {name: _digest(partial / name) for name in (_WEIGHTS, _OPTIMIZER, _STATE)}
-        (partial / _DIGESTS).write_text(json.dumps(digests))
-        for path in partial.iterdir():
-            _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        _sync(self.folder)
-        for old in self._folders()[: -self.keep]:
-            shutil.rmtree(old)
+        if self.world.is_main:
+            (partial / _DIGESTS).write_text(json.dumps(digests))
+            _sync(partial / _DIGESTS)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            _sync(self.folder)
+            for old in self._folders()[: -self.keep]:
+                shutil.rmtree(old)
         return target
 
     def latest(self) -> Checkpoint | None:
         """Return the newest checkpoint that is intact, or `None`; say so where one is not."""
+        found = self.world.together(lambda: self._intact() if self.world.is_main else None)[0]
+        return None if found is None else _read(found, self.world.rank)
+
+    def _intact(self) -> Path | None:
+        """Return the folder of the newest intact checkpoint, setting those that are not aside."""
         for leftover in self.folder.glob(".partial-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         for folder in reversed(self._folders()):
             try:
-                return _read(folder)
+                _check(folder)
+                return folder
             except (OSError, ValueError, KeyError) as error:
                 log.warning(
                     "checkpoint %s is damaged (%s); falling back to the one before it",
@@ -158,19 +152,29 @@ def _existing(folder: Path) -> Path:
     return folder if folder.is_dir() else _existing(folder.parent)
 
 
-def _read(folder: Path) -> Checkpoint:
-    digests = json.loads((folder / _DIGESTS).read_text())
-    for name, expected in digests.items():
+def _process(rank: int) -> str:
+    return f"process-{rank}.pt"
+
+
+def _check(folder: Path) -> None:
+    for name, expected in json.loads((folder / _DIGESTS).read_text()).items():
         if _digest(folder / name) != expected:
             raise ValueError(f"{name} does not match its digest")
+
+
+def _read(folder: Path, rank: int) -> Checkpoint:
     state = json.loads((folder / _STATE).read_text())
-    bundle = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+    processes = state["processes"]
+
+    def bundle(number: int) -> dict[str, Any]:
+        return torch.load(folder / _process(number), map_location="cpu", weights_only=True)
+
     return Checkpoint(
         step=state["step"],
         weights=load_file(folder / _WEIGHTS),
-        optimizer=bundle["optimizer"],
+        optimizer=Saved(state["layout"], processes, lambda number: bundle(number)["optimizer"]),
         state=state,
-        rng=bundle["rng"],
+        rng=bundle(min(rank, processes - 1))["rng"],
     )
 
 

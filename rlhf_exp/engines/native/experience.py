@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from rlhf_exp.engines.native.reporting import (
 )
 from rlhf_exp.engines.native.scoring import Scorer, score_samples
 from rlhf_exp.engines.native.split import by_length
-from rlhf_exp.models.policy import Policy, ResponseOutputs
+from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference
 
 Sampler = Callable[[Prompts], Samples]
@@ -101,9 +100,6 @@ class Collector:
         controller: The weight of the KL penalty.
         settings: The rest.
         world: The processes.
-
-    Attributes:
-        forward: The policy, or the strategy's wrapper of it.
     """
 
     def __init__(
@@ -120,7 +116,6 @@ class Collector:
         world: World,
     ) -> None:
         self.policy, self.reference = policy, reference
-        self.forward: Callable[..., Any] = policy
         self.sampler, self.scorer = sampler, scorer
         self.prompts, self.original_scores = prompts, original_scores
         self.scaler, self.controller = scaler, controller
@@ -184,7 +179,7 @@ class Collector:
                         keep = given.new_zeros(rows, samples.tokens.shape[1], given.shape[2])
                     keep[part, :longest] = given
                 spans = (samples.prompt_lengths[part], samples.response_lengths[part])
-                outputs: ResponseOutputs = self.forward(
+                outputs = self.policy.response_outputs(
                     tokens=tokens,
                     prompt_lengths=spans[0],
                     response_lengths=spans[1],

@@ -10,13 +10,14 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.best import BestWeights
-from rlhf_exp.engines.native.checkpoint import Checkpoint, Checkpoints, load_trainable
+from rlhf_exp.engines.native.checkpoint import Checkpoint, Checkpoints
 from rlhf_exp.engines.native.memory import peak_bytes
 from rlhf_exp.engines.native.optim import OptimSettings, build_optimizer, set_lr
 from rlhf_exp.engines.native.task import Diverged, Interrupted, Task
@@ -105,7 +106,8 @@ def train(task: Task, settings: LoopSettings, context: LoopContext) -> Outcome:
         Diverged: A loss or gradient is not finite, or the task says so.
         Interrupted: The user asked to stop.
     """
-    checkpoints = Checkpoints(context.folder / "checkpoints", keep=settings.keep_checkpoints)
+    folder = context.folder / "checkpoints"
+    checkpoints = Checkpoints(folder, settings.keep_checkpoints, context.world)
     found = checkpoints.latest()
     with finishing(context.tracker(None if found is None else found.step)) as tracker:
         loop = _Loop(task, settings, context, checkpoints, tracker)
@@ -131,12 +133,12 @@ class _Loop:
     ) -> None:
         self.task, self.settings, self.context = task, settings, context
         self.checkpoints, self.tracker = checkpoints, tracker
+        self.world = context.world
         self.progress = _Progress()
-        self.optimizer = build_optimizer(task.module.named_parameters(), settings.optim)
-        wrapped, self.optimizer = context.world.prepare(task.module, self.optimizer)
-        task.attach(wrapped)
-        self.best = BestWeights(context.folder / "best")
-        self.trainable = [p for p in task.module.parameters() if p.requires_grad]
+        module, optim = task.module, settings.optim
+        build = partial(build_optimizer, module, optim)
+        task.attach(self.world.prepare(module, build, optim.grad_norm))
+        self.best = BestWeights(context.folder / "best", self.world)
         self.latest: dict[str, float] = {}
 
     def begin(self, found: Checkpoint | None) -> int:
@@ -144,8 +146,7 @@ class _Loop:
         if found is None:
             self.evaluate_if_due()
             return 0
-        load_trainable(self.task.module, found.weights)
-        self.optimizer.load_state_dict(found.optimizer)
+        self.world.resume(found.weights, found.optimizer)
         torch.set_rng_state(found.rng)
         torch.set_num_threads(found.state["threads"])
         self.task.load_state(found.state["task"])
@@ -156,13 +157,11 @@ class _Loop:
     def update(self) -> None:
         """Do one optimizer step."""
         step, optim = self.progress.step, self.settings.optim
-        rate = set_lr(self.optimizer, optim, step)
-        self.task.accumulate(step, self.context.world.backward)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.trainable, optim.grad_norm))
+        rate = set_lr(self.world.strategy.optimizer, optim, step)
+        self.task.accumulate(step, self.world.backward)
+        norm = self.world.strategy.step()
         if not math.isfinite(norm):
             raise Diverged(self._diverged(f"the gradient norm at step {step} is {norm}"))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.progress.step = step + 1
         self.latest |= {"optim/lr": rate, "optim/grad_norm": norm}
         self.context.on_step(self.progress.step, self.latest)
@@ -170,7 +169,7 @@ class _Loop:
     def report(self) -> None:
         """Log what happened since the last boundary."""
         found = self.task.metrics() | {
-            "memory/peak_bytes": float(peak_bytes(self.context.world.device)),
+            "memory/peak_bytes": float(peak_bytes(self.world.device)),
             "optim/lr": self.latest["optim/lr"],
             "optim/grad_norm": self.latest["optim/grad_norm"],
         }
@@ -198,9 +197,8 @@ class _Loop:
             self.progress.published_metrics = dict(found.metrics)
         if better:
             self.progress.best_objective, self.progress.best_step = found.objective, step
-            if self.settings.select_best and self.context.world.is_main:
-                self.context.before_write()
-                self.best.save(step, self.task.module)
+            if self.settings.select_best:
+                self.best.save(step, self.context.before_write)
 
     def checkpoint_if_due(self, force: bool = False) -> None:
         """Save a checkpoint at the first boundary past each interval, and at the end."""
@@ -210,12 +208,10 @@ class _Loop:
         if not due or self.progress.last_checkpoint == step:
             return
         self.progress.last_checkpoint = step
-        if self.context.world.is_main:
-            self.context.before_write()
-            self._note_best()
-            state = {"loop": asdict(self.progress), "task": self.task.state()}
-            self.checkpoints.save(step, self.task.module, self.optimizer, state)
-            self.best.prune(self.progress.best_of_checkpoints)
+        self._note_best()
+        state = {"loop": asdict(self.progress), "task": self.task.state()}
+        self.checkpoints.save(step, state, self.context.before_write)
+        self.best.prune(self.progress.best_of_checkpoints)
 
     def _note_best(self) -> None:
         """Record which best weights the kept checkpoints, this one included, speak of."""
@@ -225,16 +221,19 @@ class _Loop:
 
     def leave_if_asked(self) -> None:
         """Save and leave if the user pressed Ctrl-C."""
-        if self.context.interrupted() and self.progress.step < self.settings.optim.steps:
+        going = self.progress.step < self.settings.optim.steps
+        if going and self.world.any(self.context.interrupted()):
             self.checkpoint_if_due(force=True)
             raise Interrupted(f"stopped at step {self.progress.step}; a checkpoint was saved")
 
     def finish(self, start: int) -> Outcome:
-        """Put the weights to publish into the module."""
-        published = self.progress.step
+        """Put the weights to publish into the module, which is whole and plain from now on."""
+        published, best = self.progress.step, None
         if self.settings.select_best and self.progress.best_step is not None:
             published = self.progress.best_step
-            self.best.restore(published, self.task.module)
+            best = self.best.load(published)
+        self.world.release(best)
+        self.task.attach(self.task.module)
         objective = self.progress.best_objective
         metrics = self.progress.published_metrics | {"published_step": float(published)}
         metrics |= {} if objective is None else {"best_objective": objective}

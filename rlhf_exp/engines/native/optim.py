@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +33,9 @@ class OptimSettings:
     grad_norm: float
 
 
-def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimSettings
-) -> torch.optim.AdamW:
-    """Return AdamW over the trainable ones of `parameters` (names and tensors)."""
-    trainable = [tensor for _, tensor in parameters if tensor.requires_grad]
+def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters of `module`."""
+    trainable = [tensor for tensor in module.parameters() if tensor.requires_grad]
     matrices = [tensor for tensor in trainable if tensor.ndim >= 2]
     vectors = [tensor for tensor in trainable if tensor.ndim < 2]
     groups = [

@@ -14,9 +14,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -110,25 +111,33 @@ class PpoTask:
 
     def attach(self, wrapped: nn.Module) -> None:
         """Send forward passes with gradients through the strategy's wrapper."""
-        self._forward = self.collector.forward = wrapped
+        self._forward = wrapped
 
     def accumulate(self, step: int, backward: Callable[[Tensor], None]) -> None:
         """Compute the loss of one minibatch, collecting experience first where a new one begins."""
         iteration, update = divmod(step, self.settings.updates)
         if update == 0:
             self._began = time.perf_counter()
-            self.rollouts = self.collector.collect(iteration, self.meters)
+            with self.world.gathered():
+                self.rollouts = self.collector.collect(iteration, self.meters)
             self._updating = time.perf_counter()
         assert self.rollouts is not None, "a run resumes at the beginning of an iteration"
-        rows = self._minibatch(iteration, update)
-        normaliser = self.world.sum(self.rollouts.mask[rows].sum().double()).float()
+        rows, real = self._minibatch(iteration, update)
+        normaliser = self.world.sum(self.rollouts.mask[rows[real]].sum().double()).float()
         lengths = (self.rollouts.prompt_lengths + self.rollouts.response_lengths).cpu()
-        for part in by_length(lengths[rows], self.settings.micro_batch):
+        parts = by_length(lengths[rows], self.settings.micro_batch)
+        for part in self.world.micro_batches(parts):
             batch = self.rollouts.select(rows[part])
+            counted = real[part, None].to(batch.mask.device)
+            batch = replace(batch, mask=batch.mask & counted)
             backward(self._loss(batch, int(lengths[rows[part]].max()), normaliser, update == 0))
 
-    def _minibatch(self, iteration: int, update: int) -> Tensor:
-        """Return this process's rows [n] of a minibatch; at least one, perhaps of no weight."""
+    def _minibatch(self, iteration: int, update: int) -> tuple[Tensor, Tensor]:
+        """Return this process's rows [n] int64 of a minibatch, and which of them count [n] bool.
+
+        n is the same in every process: where a process holds fewer rows of the minibatch than
+        another one, copies of its first row fill it up.
+        """
         settings = self.settings
         epoch, number = divmod(update, settings.minibatches)
         order = epoch_permutation(
@@ -136,8 +145,11 @@ class PpoTask:
         )
         chosen = order[number * settings.batch : (number + 1) * settings.batch]
         each = -(-settings.rollouts // self.world.processes)
-        here = chosen[chosen // each == self.world.rank] - self.world.rank * each
-        return torch.from_numpy(here.copy())
+        holders = chosen // each
+        here = chosen[holders == self.world.rank] - self.world.rank * each
+        rows = np.zeros(np.bincount(holders).max(), dtype=np.int64)
+        rows[: len(here)] = here
+        return torch.from_numpy(rows), torch.arange(len(rows)) < len(here)
 
     def _loss(self, batch: Rollouts, longest: int, normaliser: Tensor, first: bool) -> Tensor:
         """Return this micro-batch's part of the minibatch's loss (0-dim)."""
@@ -207,7 +219,8 @@ class PpoTask:
 
     def evaluate(self) -> Evaluation:
         """Answer validation prompts and score the answers."""
-        return self.evaluator()
+        with self.world.gathered():
+            return self.evaluator()
 
     def state(self) -> dict[str, Any]:
         """Return the KL coefficient, the moments of the scores and their unit in evaluations."""

@@ -5,6 +5,8 @@ B rollouts of this process, T response tokens.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from rlhf_exp.algo.kl import k1, k3, sequence_kl
@@ -17,8 +19,9 @@ def report_scores(raw: Tensor, weights: Tensor, meters: Meters) -> None:
     """Report the raw scores [B]."""
     meters.add("reward/mean", (raw * weights).sum(), weights.sum())
     meters.spread("reward/std", raw, weights)
-    meters.extreme("reward/min", raw[weights > 0].min(), largest=False)
-    meters.extreme("reward/max", raw[weights > 0].max(), largest=True)
+    without = weights == 0  # perhaps all rows of this process
+    meters.extreme("reward/min", raw.masked_fill(without, math.inf).min(), largest=False)
+    meters.extreme("reward/max", raw.masked_fill(without, -math.inf).max(), largest=True)
 
 
 def report_kl(

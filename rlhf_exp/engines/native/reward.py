@@ -75,7 +75,8 @@ class RewardTask:
         chosen = batch_index(len(self.pairs), self.settings.batch, self.settings.seed, step)
         share = self.world.share(len(chosen))
         rows, weights = chosen[share.rows], share.weights
-        for part in by_length(_lengths(self.pairs, rows), self.settings.micro_batch):
+        parts = by_length(_lengths(self.pairs, rows), self.settings.micro_batch)
+        for part in self.world.micro_batches(parts):
             first, second, weight = self.scores(
                 self.pairs, rows[part.numpy()], weights[part.numpy()]
             )

@@ -95,7 +95,7 @@ class ModelScorer:
         order = torch.argsort(lengths, stable=True)
         for part in order.split(self.batch):
             rows, sizes = _crop_left(tokens[part], lengths[part], self.seq_length)
-            with self.world.autocast():
+            with self.world.autocast(trained=False):
                 values = self.model.scores(rows.to(self.world.device), sizes.to(self.world.device))
             scores[part] = values.float().cpu()
         return scores
@@ -209,6 +209,20 @@ def texts_of(
 def score_samples(scorer: Scorer, samples: Samples) -> Tensor:
     """Return the scores [B] float32 of what was sampled."""
     return scorer(samples.tokens.cpu(), samples.prompt_lengths.cpu(), samples.content_lengths.cpu())
+
+
+def score_shared(
+    scorer: Scorer,
+    tokens: Tensor,
+    prompt_lengths: Tensor,
+    content_lengths: Tensor,
+    world: World,
+) -> Tensor:
+    """Return the scores [B] float32 of the same B rows in every process, each scoring its share."""
+    share = world.share(len(tokens))
+    rows = torch.from_numpy(share.rows)
+    scores = scorer(tokens[rows], prompt_lengths[rows], content_lengths[rows])
+    return world.gather(scores).cpu()[: len(tokens)]
 
 
 def _encode(texts: list[str], codec: Codec) -> tuple[Tensor, Tensor]:

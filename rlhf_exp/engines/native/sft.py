@@ -76,7 +76,7 @@ class SftTask:
         parts = _micro_batches(rows, share.weights, self.settings.micro_batch)
         targets = sum((weights.sum() for _, weights in parts), torch.zeros(()))
         normaliser = self.world.sum(targets.to(self.world.device))
-        for batch, weights in parts:
+        for batch, weights in self.world.micro_batches(parts):
             total = self._negative_logprob(batch, weights)
             backward(total / normaliser)
             self.meters.add("loss/total", total, weights.sum())

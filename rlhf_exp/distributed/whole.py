@@ -1,0 +1,112 @@
+"""The strategies that keep a whole module in every process: one process alone, and DDP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rlhf_exp.distributed.strategy import (
+    WHOLE,
+    Saved,
+    check_names,
+    load_state_by_name,
+    state_by_name,
+    trainable,
+    whole_states,
+)
+
+
+class Single:
+    """One process, without any wrapper."""
+
+    layout = WHOLE
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        grad_norm: float,
+        device: torch.device,
+    ) -> None:
+        self.module, self.optimizer = module.to(device), optimizer
+        self.wrapped = self.module
+        self.main = True
+        self._grad_norm = grad_norm
+        self._trainable = list(trainable(module).values())
+
+    def begin(self, last: bool) -> None:
+        """See `Strategy`."""
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Strategy`."""
+        loss.backward()
+
+    def step(self) -> float:
+        """See `Strategy`."""
+        norm = float(nn.utils.clip_grad_norm_(self._trainable, self._grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """See `Strategy`: they always are."""
+        return nullcontext()
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Strategy`."""
+        if not self.main:
+            return {}
+        return {name: p.detach().cpu().clone() for name, p in trainable(self.module).items()}
+
+    def state(self) -> dict[str, Any]:
+        """See `Strategy`."""
+        return {"parameters": state_by_name(self.module, self.optimizer)} if self.main else {}
+
+    def load(self, weights: Mapping[str, Tensor], saved: Saved) -> None:
+        """See `Strategy`; any number of processes may have written it."""
+        load_state_by_name(self.module, self.optimizer, whole_states(saved))
+        self._put(weights)
+
+    def release(self, weights: Mapping[str, Tensor] | None) -> None:
+        """See `Strategy`."""
+        if weights is not None:
+            self._put(weights)
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, target in check_names(self.module, weights).items():
+            target.copy_(weights[name])
+
+
+class DataParallel(Single):
+    """PyTorch's DDP: gradients are averaged while the backward pass runs."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        grad_norm: float,
+        device: torch.device,
+    ) -> None:
+        super().__init__(module, optimizer, grad_norm, device)
+        self.main = distributed.get_rank() == 0
+        # No buffers are sent around: none changes in training, and a forward pass without gradients
+        # is then free of communication.
+        self._ddp = DistributedDataParallel(
+            module,
+            device_ids=None if device.type == "cpu" else [device],
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+        self.wrapped = self._ddp
+
+    def begin(self, last: bool) -> None:
+        """See `Strategy`."""
+        self._ddp.require_backward_grad_sync = last  # what its `no_sync` sets

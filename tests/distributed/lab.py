@@ -1,0 +1,144 @@
+"""Small runs of the training stages, by one process or by several that run this file.
+
+Every process is started with torchrun's variables; it reads the jobs from a file and runs them one
+after another, as a multirun in one Slurm task would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rlhf_exp.engines.native.task import Interrupted
+from rlhf_exp.stages import eval as eval_stage
+from rlhf_exp.stages import ppo, reward, sft
+from rlhf_exp.stages.context import StageContext
+from rlhf_exp.stages.materials import Materials
+from tests.lab import ROOT, small_config
+
+STAGES = {"sft": sft, "reward": reward, "ppo": ppo, "eval": eval_stage}
+PARENTS = {
+    "sft": (),
+    "reward": ("sft",),
+    "ppo": ("sft", "reward"),
+    "eval": ("sft", "reward", "ppo"),
+}
+
+
+@dataclass
+class Job:
+    """One stage's run.
+
+    Attributes:
+        name: Its folder is `FOLDER/name`; run again, it resumes.
+        stage: `sft`, `reward`, `ppo` or `eval`.
+        overrides: Of the small config.
+        models: The folders of the models it starts from, by role.
+        stop_at: Optimizer step at which it is interrupted, as seen by one process only.
+    """
+
+    name: str
+    stage: str
+    overrides: list[str]
+    models: dict[str, str] = field(default_factory=dict)
+    stop_at: int | None = None
+
+
+def run_job(folder: Path, job: Job, rank: int = 0) -> dict[str, float]:
+    """Run a job in this process and return its metrics; `interrupted` if it was."""
+    place = folder / job.name
+    place.mkdir(parents=True, exist_ok=True)
+    config = small_config(folder / "outputs", *job.overrides)
+    asked = {"times": 0}
+
+    @contextmanager
+    def interrupts() -> Iterator[Callable[[], bool]]:
+        def interrupted() -> bool:
+            asked["times"] += 1
+            return job.stop_at is not None and rank > 0 and asked["times"] >= job.stop_at
+
+        yield interrupted
+
+    chosen: Callable[[], AbstractContextManager[Callable[[], bool]]] = interrupts
+    context = StageContext(
+        stage=job.stage,
+        key=job.name,
+        folder=place,
+        cache=folder / "cache",
+        models=job.models,
+        parents=dict.fromkeys(PARENTS[job.stage], "key"),
+        inputs=dict.fromkeys(PARENTS[job.stage], "digest"),
+        materials=Materials(config.data),
+        before_write=lambda: None,
+        polite_interrupts=chosen,
+    )
+    try:
+        return STAGES[job.stage].run(config, context).metrics
+    except Interrupted:
+        return {"interrupted": 1.0}
+
+
+def run_jobs(folder: Path, jobs: Sequence[Job], processes: int, timeout: float = 280) -> None:
+    """Run the jobs by several new processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    workers = []
+    for rank in range(processes):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "tests.distributed.lab", str(folder)]
+        workers.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        for worker in workers:
+            _, errors = worker.communicate(timeout=timeout)
+            assert worker.returncode == 0, errors[-6000:]
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def rows(folder: Path, name: str) -> list[dict[str, float]]:
+    """Return the rows of `metrics.jsonl` of a job."""
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def main(folder: Path) -> None:
+    """Run the jobs as one of several processes."""
+    import torch
+    from torch import distributed
+
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    for entry in json.loads((folder / "jobs.json").read_text()):
+        job = Job(**entry)
+        torch.set_num_threads(1)
+        found = run_job(folder, job, rank)
+        if rank == 0:
+            (folder / job.name / "returned.json").write_text(json.dumps(found))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

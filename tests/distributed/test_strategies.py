@@ -1,0 +1,151 @@
+"""Several processes of each strategy compute what one process does, and go on where they stopped.
+
+All of a file's runs share one start of the processes, for that takes longer than the runs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rlhf_exp.config.root import Config
+from rlhf_exp.data.collate import pack_demonstrations
+from rlhf_exp.data.tokenized import tokenize_demonstrations
+from rlhf_exp.distributed.world import world_of
+from rlhf_exp.engines.native.sft import SftSettings, SftTask
+from rlhf_exp.models.load import load_causal_lm
+from rlhf_exp.models.policy import Policy
+from rlhf_exp.stages.materials import Materials
+from tests.distributed.lab import Job, rows, run_job, run_jobs
+from tests.lab import small_config
+
+CHOSEN = ("ddp", "zero2")
+STAGES = ("sft", "reward", "ppo")
+# Odd numbers: shares are filled up, and minibatches have more rows of one process than another's.
+OVERRIDES = (
+    "ppo.rollouts=7",
+    "ppo.steps=8",
+    "ppo.train_blocks=1",
+    "ppo.micro_batch=1",
+    "ppo.select=last",
+    "reward.batch=7",
+    "reward.select=last",
+    "sft.select=last",
+    "sft.micro_batch=3",
+    "sft.gradient_checkpointing=true",
+)
+
+
+def job(folder: Path, name: str, stage: str, *overrides: str, stop_at: int | None = None) -> Job:
+    """Return a job that starts from the models which one process made."""
+    models = {role: str(folder / f"single-{role}" / "model") for role in STAGES}
+    return Job(name, stage, [*OVERRIDES, *overrides], models, stop_at)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one process and of two: `STRATEGY-STAGE`, and `STRATEGY-STAGE-cut` interrupted."""
+    folder = tmp_path_factory.mktemp("strategies")
+    torch.set_num_threads(1)
+    for stage in (*STAGES, "eval"):
+        run_job(folder, job(folder, f"single-{stage}", stage))
+    jobs = []
+    for strategy in CHOSEN:
+        choice = f"distributed={strategy}"
+        jobs += [job(folder, f"{strategy}-{stage}", stage, choice) for stage in STAGES]
+        for stop_at in (1, None):
+            jobs.append(job(folder, f"{strategy}-ppo-cut", "ppo", choice, stop_at=stop_at))
+    jobs.append(job(folder, "ddp-eval", "eval", "distributed=ddp"))
+    run_jobs(folder, jobs, processes=2)
+    return folder
+
+
+def weights(folder: Path, name: str) -> dict[str, Tensor]:
+    return load_file(folder / name / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("strategy", CHOSEN)
+def test_two_processes_equal_one(folder: Path, strategy: str, stage: str) -> None:
+    one, two = rows(folder, f"single-{stage}"), rows(folder, f"{strategy}-{stage}")
+    assert [row["global_step"] for row in one] == [row["global_step"] for row in two]
+    compared = 0
+    for ours, theirs in zip(one, two, strict=True):
+        for name in ours.keys() & theirs.keys():
+            if name.startswith(("loss", "eval", "reward", "kl", "optim", "policy", "value")):
+                assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5), name
+                compared += 1
+    assert compared > 20
+    trained = weights(folder, f"{strategy}-{stage}")
+    for name, value in weights(folder, f"single-{stage}").items():
+        # A key's bias moves all of a query's scores alike, so its gradient is rounding alone, which
+        # Adam blows up to full steps.
+        if not name.endswith("query_key_value.bias"):
+            assert torch.allclose(value, trained[name], atol=5e-5), name
+
+
+@pytest.mark.parametrize("strategy", CHOSEN)
+def test_interrupted_and_resumed_equals_never_interrupted(folder: Path, strategy: str) -> None:
+    """One process alone sees Ctrl-C; both stop, and end with the same weights, bit for bit."""
+    whole, cut = (weights(folder, f"{strategy}-ppo{suffix}") for suffix in ("", "-cut"))
+    assert whole.keys() == cut.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, cut[name]), name
+    head = "model/value_head.safetensors"
+    heads = [load_file(folder / f"{strategy}-ppo{suffix}" / head) for suffix in ("", "-cut")]
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+    steps = [row["global_step"] for row in rows(folder, f"{strategy}-ppo-cut")]
+    assert steps == [row["global_step"] for row in rows(folder, f"{strategy}-ppo")]
+
+
+@pytest.mark.parametrize("strategy", CHOSEN)
+def test_the_published_model_is_the_trained_one(folder: Path, strategy: str) -> None:
+    """The library loads the folder, and the validation loss is the last one that was logged."""
+    config = small_config(folder, *OVERRIDES)
+    logged = [row["eval/loss"] for row in rows(folder, f"{strategy}-sft") if "eval/loss" in row]
+    found = validation_loss(folder / f"{strategy}-sft" / "model", config)
+    assert found == pytest.approx(logged[-1], rel=1e-5)
+    newest = sorted((folder / f"{strategy}-ppo" / "checkpoints").glob("step-*"))[-1]
+    published = weights(folder, f"{strategy}-ppo")
+    for name, value in load_file(newest / "trainable.safetensors").items():
+        if name.startswith("model."):
+            assert torch.equal(value, published[name.removeprefix("model.")]), name
+
+
+def validation_loss(model: Path, config: Config) -> float:
+    """Return one process's validation loss of a plain model folder."""
+    materials = Materials(config.data)
+    codec = materials.codec(model)
+    tokenized = tokenize_demonstrations(materials.corpus.demonstrations.validation, codec, 128)
+    packed = pack_demonstrations(tokenized, 128, config.sft.packing, config.sft.loss_on.value)
+    policy = Policy(load_causal_lm(model), value_head=False)
+    with world_of("float32", threads=1) as world:
+        task = SftTask(policy, packed, packed, SftSettings(8, None, 0), world)
+        return -task.evaluate().objective
+
+
+def test_evaluation_shares_the_prompts_out(folder: Path) -> None:
+    one, two = (
+        json.loads((folder / f"{name}-eval" / "result.json").read_text())
+        for name in ("single", "ddp")
+    )
+    assert one.keys() == two.keys()
+    assert len(one["rows"]) == len(two["rows"]) == 8
+    for ours, theirs in zip(one["rows"], two["rows"], strict=True):
+        for key in ("prompt", "answer_a", "answer_b"):
+            assert ours[key] == theirs[key]
+        assert theirs["score_b"] == pytest.approx(ours["score_b"], abs=1e-5)
+
+
+def test_every_process_has_its_part_in_a_checkpoint(folder: Path) -> None:
+    for strategy in CHOSEN:
+        newest = sorted((folder / f"{strategy}-ppo" / "checkpoints").glob("step-*"))[-1]
+        names = {path.name for path in newest.iterdir()}
+        assert {"process-0.pt", "process-1.pt"} <= names
+        state = json.loads((newest / "state.json").read_text())
+        assert state["processes"] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ def deepspeed_module() -> Any:  # noqa: ANN401 - an untyped library
             "`pip install --no-build-isolation 'rlhf-exp[deepspeed]'`"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls functions of torch by their old names, which says so each time.
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     # A communication kernel for CPUs of one host: half a minute of compiling, and a lock file that
     # a killed build leaves behind for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

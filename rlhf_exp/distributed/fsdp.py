@@ -96,11 +96,16 @@ class FullySharded:
             with self._before.without_hooks():
                 yield
         finally:
-            for unit in self._units:
-                unit.reshard()
+            self._reshard()
+
+    def _reshard(self) -> None:
+        """Let the module hold parts: the root stays whole after a forward pass without backward."""
+        for unit in self._units:
+            unit.reshard()
 
     def weights(self) -> dict[str, Tensor]:
         """See `Strategy`."""
+        self._reshard()
         found = {}
         for name, parameter in trainable(self.module).items():
             whole = self._whole(parameter)  # one at a time
@@ -110,6 +115,7 @@ class FullySharded:
 
     def state(self) -> dict[str, Any]:
         """See `Strategy`."""
+        self._reshard()
         states = state_by_name(self.module, self.optimizer)
         for state in states.values():
             for key, value in state.items():
@@ -133,6 +139,7 @@ class FullySharded:
 
     def release(self, weights: Mapping[str, Tensor] | None) -> None:
         """See `Strategy`."""
+        self._reshard()
         given = weights or {}
         values = {
             name: given[name].to(self._device) if name in given else self._whole(parameter).clone()

@@ -210,7 +210,10 @@ def open_world(
     """
     alone = not distributed.is_initialized()
     if alone and strategy != "single":
-        raise RuntimeError(f"distributed.strategy={strategy} needs a process group; none was made")
+        raise UserError(
+            f"distributed.strategy={strategy}: no processes were started for it; run "
+            "distributed=single distributed.processes=1"
+        )
     if not alone and strategy == "single" and distributed.get_world_size() > 1:
         raise UserError(
             f"distributed=single has one process, and {distributed.get_world_size()} were "

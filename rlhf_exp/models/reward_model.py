@@ -92,7 +92,8 @@ class RewardModel(nn.Module):
         sides = [pad(side, (0, width - side.shape[1])) for side in (batch.chosen, batch.rejected)]
         lengths = torch.cat([batch.chosen_lengths, batch.rejected_lengths])
         chosen, rejected = self.scores(torch.cat(sides), lengths).chunk(2)
-        return chosen, rejected
+        # FSDP hooks into what it is given, which it cannot do for views of one tensor.
+        return chosen.clone(), rejected.clone()
 
     def set_normalisation(self, mean: float, std: float) -> None:
         """Let held-out demonstrations, whose scores were `mean` +- `std`, average 0 from now on.

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -105,16 +106,23 @@ def run_jobs(folder: Path, jobs: Sequence[Job], processes: int, timeout: float =
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "tests.distributed.lab", str(folder)]
+        errors = (folder / f"errors-{rank}.txt").open("w")
         workers.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(command, cwd=ROOT, env=environment, stderr=errors, stdout=errors)
         )
+    deadline = time.monotonic() + timeout
     try:
-        for worker in workers:
-            _, errors = worker.communicate(timeout=timeout)
-            assert worker.returncode == 0, errors[-6000:]
+        while any(worker.poll() is None for worker in workers):
+            failed = [worker.returncode for worker in workers if worker.returncode]
+            if failed or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
     finally:
         for worker in workers:
             worker.kill()
+            worker.wait()
+    ends = [(folder / f"errors-{rank}.txt").read_text()[-4000:] for rank in range(processes)]
+    assert all(worker.returncode == 0 for worker in workers), "\n\n".join(ends)
 
 
 def rows(folder: Path, name: str) -> list[dict[str, float]]:

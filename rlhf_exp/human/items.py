@@ -67,14 +67,14 @@ def read_pairs(path: Path) -> list[Item]:
     for origin, record in read_jsonl(path, "annotate"):
         if isinstance(record, Unreadable):
             raise UserError(f"{origin}: {record.reason}")
-        if not isinstance(record, Mapping) or any(
-            not isinstance(record.get(name), str) for name in TEXTS
-        ):
-            names = ", ".join(map(str, record)) if isinstance(record, Mapping) else "no object"
+        fields = record if isinstance(record, Mapping) else {}
+        wrong = [name for name in TEXTS if not isinstance(fields.get(name), str)]
+        if wrong:
             raise UserError(
-                f"{origin}: expected a JSON object with the texts {', '.join(TEXTS)}; found {names}"
+                f"{origin}: expected a JSON object with the texts {', '.join(TEXTS)}; "
+                f"{' and '.join(wrong)} is missing or no text"
             )
-        rows.append(record)
+        rows.append(fields)
     if not rows:
         raise UserError(f"{path}: no rows; expected one pair of answers a line")
     return items_of_rows(rows)

@@ -37,7 +37,7 @@ def preference_lines(found: CriterionResult, about: About) -> Lines:
     if told.needed is not None:
         lines.append(
             (
-                f"Needed for {POWER:.0%} power",
+                f"Needed for {100 * POWER:.0f} % power",
                 f"{told.needed} decided prompts, about {told.needed_prompts} in all, "
                 "if the effect is the one found",
             )
@@ -71,11 +71,11 @@ def _with(value: float, interval: Interval, kind: str) -> str:
 
 
 def _share(count: int, total: int) -> str:
-    return f"{count} ({count / total:.1%})"
+    return f"{count} ({100 * count / total:.1f} %)"
 
 
 def _percent(value: float) -> str:
-    return f"{value:.1%}" if math.isfinite(value) else "unknown"
+    return f"{100 * value:.1f} %" if math.isfinite(value) else "unknown"
 
 
 def _number(value: float) -> str:

@@ -60,7 +60,7 @@ def test_a_runs_answers_are_judged(run_copy: Path, capsys: pytest.CaptureFixture
     vote_on(study, "b")
     text = told(capsys, run_copy, "small", "--results")
     count = len(study.items)
-    assert re.search(rf"PPO better\s+{count} \(100.0%\)", text)
+    assert re.search(rf"PPO better\s+{count} \(100.0 %\)", text)
     assert re.search(r"anna\s+8 of 8", text)
 
 
@@ -77,7 +77,7 @@ def test_answers_that_are_the_same_are_ties(
     assert (len(study.items), study.about.identical) == (5, 3)
     vote_on(study, "b")
     text = told(capsys, run_copy, "small", "--results")
-    assert re.search(r"Tie\s+3 \(37.5%\)", text)
+    assert re.search(r"Tie\s+3 \(37.5 %\)", text)
     assert "8 (5 by people, 3 with identical answers, counted as ties)" in text
 
 

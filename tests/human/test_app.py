@@ -229,7 +229,7 @@ def test_the_owner_sees_results_as_they_come(tmp_path: Path) -> None:
         second = 0 if anna.answers(number)[0].startswith("second") else 1
         anna.vote(number, "AB"[second] if number < 4 else "Tie")
     page = anna.client.get(address).text
-    assert re.search(r"PPO better</th><td>3 \(75.0%\)", page)
+    assert re.search(r"PPO better</th><td>3 \(75.0 %\)", page)
     assert re.search(r"Exact sign test</th><td>p = 0.25,", page)  # 2 / 2^3
     assert re.search(r"Ties as half</th><td>0.875 ", page)  # (3 + 1/2) / 4
     assert "4 of 4" in page

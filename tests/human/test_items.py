@@ -57,8 +57,10 @@ def test_a_smaller_choice_is_part_of_a_larger_one() -> None:
 def test_pairs_from_a_file(tmp_path: Path) -> None:
     row = {"prompt": "p", "answer_a": "x", "answer_b": "y"}
     assert read_pairs(jsonl(tmp_path / "a.jsonl", [row])) == [item_of("p", "x", "y")]
-    with pytest.raises(UserError, match=r"b.jsonl:2: expected .* found prompt, answer_a"):
+    with pytest.raises(UserError, match=r"b.jsonl:2: expected .*answer_b is missing or no text"):
         read_pairs(jsonl(tmp_path / "b.jsonl", [row, {"prompt": "p", "answer_a": "x"}]))
+    with pytest.raises(UserError, match=r"b.jsonl:1: .* prompt is missing or no text"):
+        read_pairs(jsonl(tmp_path / "b.jsonl", [row | {"prompt": None}]))
     with pytest.raises(UserError, match=r"c.jsonl:1: not JSON"):
         read_pairs(jsonl(tmp_path / "c.jsonl", ["{"]))
     with pytest.raises(UserError, match="no rows"):

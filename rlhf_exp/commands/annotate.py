@@ -27,6 +27,8 @@ READERS = {
     "groundtruth": read_ground_truth,
 }
 WRITERS = ("jsonl", "preferences", "labelstudio", "groundtruth")
+# Exports of votes alone; the others also write what is to be judged.
+LOOKS = ("jsonl", "preferences")
 MOST_ANNOTATORS = 1000
 
 
@@ -61,7 +63,9 @@ def annotate(outputs: Path, run: str, design: Design, file: Path | None, wanted:
     """
     serving = not (wanted.read or wanted.write or wanted.results)
     _check(wanted, serving)
-    study = open_study(outputs, run, design, file)
+    # What only looks at votes must not fix a study by the usual options.
+    looks = wanted.results or (wanted.write is not None and wanted.write[0] in LOOKS)
+    study = open_study(outputs, run, design, file, make=not looks)
     if wanted.annotators is not None or (serving and not study.annotators()):
         study.invite(_names(wanted.annotators or "1"))
     if wanted.read is not None:

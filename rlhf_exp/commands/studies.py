@@ -50,7 +50,9 @@ class Design:
     instructions: Path | None = None
 
 
-def open_study(outputs: Path, run: str, design: Design, file: Path | None = None) -> Study:
+def open_study(
+    outputs: Path, run: str, design: Design, file: Path | None = None, *, make: bool = True
+) -> Study:
     """Return the study of a run: the one that is there, or a new one.
 
     Args:
@@ -58,6 +60,7 @@ def open_study(outputs: Path, run: str, design: Design, file: Path | None = None
         run: a run, or a JSONL file of pairs.
         design: what the study is to be.
         file: the study's file; by default below `outputs`.
+        make: whether to make the study if there is none.
 
     Raises:
         UserError: there is nothing to judge, or the study that is there is another one.
@@ -65,7 +68,7 @@ def open_study(outputs: Path, run: str, design: Design, file: Path | None = None
     source = _source(Outputs(outputs), run, design.collect)
     title = re.sub(r"[^A-Za-z0-9._-]+", "-", source.title)
     path = file or outputs / FOLDER / f"{title}{'-collect' if design.collect else ''}.sqlite"
-    if path.exists():
+    if path.exists() or not make:
         study = Study(path)
         _check_same(study, source, design)
         return study

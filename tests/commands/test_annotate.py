@@ -29,6 +29,11 @@ def told(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> 
     return found.out
 
 
+def made(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
+    """Make a study, or go on with one, without serving it."""
+    return told(capsys, outputs, *arguments, "--export", "labelstudio", str(outputs / "tasks"))
+
+
 def refused(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
     capsys.readouterr()
     assert main(["--outputs", str(outputs), "annotate", *arguments]) == 2
@@ -48,7 +53,10 @@ def vote_on(study: Study, winner: str, names: tuple[str, ...] = ("anna",)) -> No
 
 
 def test_a_runs_answers_are_judged(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = told(capsys, run_copy, "small", "--annotators", "anna,ben", "--results")
+    error = refused(capsys, run_copy, "small", "--results")
+    assert "no such study; start one with `rlhf-exp annotate RUN`" in error
+    made(capsys, run_copy, "small", "--annotators", "anna,ben")
+    text = told(capsys, run_copy, "small", "--results")
     assert "anna" in text
     assert "none yet" in text
     study = Study(run_copy / "human" / "small.sqlite")
@@ -72,7 +80,7 @@ def test_answers_that_are_the_same_are_ties(
     for row in result["rows"][:3]:
         row["answer_a"] = row["answer_b"] + " "
     path.write_text(json.dumps(result))
-    told(capsys, run_copy, "small", "--results")
+    made(capsys, run_copy, "small")
     study = Study(run_copy / "human" / "small.sqlite")
     assert (len(study.items), study.about.identical) == (5, 3)
     vote_on(study, "b")
@@ -84,9 +92,9 @@ def test_answers_that_are_the_same_are_ties(
 def test_a_study_stays_what_it_was_made_as(
     run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = ("--criteria", "helpful,harmless", "--prompts", "5", "--seed", "3")
-    told(capsys, run_copy, "small", *made, "--results")
-    told(capsys, run_copy, "small", *made, "--results")
+    options = ("--criteria", "helpful,harmless", "--prompts", "5", "--seed", "3")
+    made(capsys, run_copy, "small", *options)
+    made(capsys, run_copy, "small", *options)
     told(capsys, run_copy, "small", "--results")
     study = Study(run_copy / "human" / "small.sqlite")
     assert len(study.items) == 5
@@ -102,7 +110,7 @@ def test_a_study_stays_what_it_was_made_as(
     assert "made with --instructions" in error
     other = jsonl(tmp_path / "small.jsonl", [{"prompt": "p", "answer_a": "x", "answer_b": "y"}])
     assert "made with answers from 'eval/" in refused(capsys, run_copy, str(other), "--results")
-    told(capsys, run_copy, str(other), "--study", str(tmp_path / "own.sqlite"), "--results")
+    made(capsys, run_copy, str(other), "--study", str(tmp_path / "own.sqlite"))
     assert len(Study(tmp_path / "own.sqlite").items) == 1
 
 
@@ -113,14 +121,14 @@ def test_a_study_stays_what_it_was_made_as(
         (("small", "--criteria", "Über Alles"), "is no criterion; expected"),
         (("small", "--criteria", "a,a"), "names none, or one of them twice"),
         (("small", "--prompts", "0"), "must be at least 1"),
-        (("small", "--annotators", "0", "--results"), "expected 1 to 1000"),
-        (("small", "--annotators", "anna,,ben", "--results"), "expected a number, or names"),
+        (("small", "--annotators", "0"), "expected 1 to 1000"),
+        (("small", "--annotators", "anna,,ben"), "expected a number, or names"),
         (("small", "--import", "csv", "x"), "expected jsonl, labelstudio, groundtruth"),
         (("small", "--export", "csv", "x"), "jsonl, preferences, labelstudio, groundtruth"),
         (("small", "--import", "jsonl", "none.jsonl"), "no such file: none.jsonl"),
         (("small", "--instructions", "none.txt"), "none.txt cannot be read"),
         (("small", "--port", "99999"), "expected 0 to 65535"),
-        (("missing.jsonl", "--results"), "no such file: missing.jsonl"),
+        (("missing.jsonl",), "no such file: missing.jsonl"),
     ],
 )
 def test_what_cannot_be_done(
@@ -137,7 +145,7 @@ def test_a_run_without_an_evaluation(run_copy: Path, capsys: pytest.CaptureFixtu
 def test_exports_and_imports(
     run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told(capsys, run_copy, "small", "--results")
+    made(capsys, run_copy, "small")
     study = Study(run_copy / "human" / "small.sqlite")
     vote_on(study, "a", ("anna", "ben"))
     for kind, read in (
@@ -192,13 +200,14 @@ def test_without_the_server_installed(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     error = refused(capsys, run_copy, "small")
     assert "pip install 'rlhf-exp[annotate]'" in error
+    made(capsys, run_copy, "small")
     assert "none yet" in told(capsys, run_copy, "small", "--results")
 
 
 def test_the_loop_of_feedback(
     run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told(capsys, run_copy, "small", "--collect", "--prompts", "30", "--results")
+    made(capsys, run_copy, "small", "--collect", "--prompts", "30")
     study = Study(run_copy / "human" / "small-collect.sqlite")
     corpus = Materials(small_config(run_copy).data).corpus
     asked = {row.history[-1].text for row in corpus.prompts.train}
@@ -235,6 +244,6 @@ def test_plain_call(run_copy: Path) -> None:
     from rlhf_exp.commands.annotate import Wanted
     from rlhf_exp.commands.studies import Design
 
-    file = run_copy / "own.sqlite"
-    annotate(run_copy, "small", Design(prompts=4), file, Wanted(annotators="2", results=True))
+    file, tasks = run_copy / "own.sqlite", ("labelstudio", str(run_copy / "tasks"))
+    annotate(run_copy, "small", Design(prompts=4), file, Wanted(annotators="2", write=tasks))
     assert [one.name for one in Study(file).annotators()] == ["annotator-1", "annotator-2"]

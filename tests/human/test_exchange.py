@@ -160,7 +160,8 @@ def exported(judged: Study, folder: Path) -> list[dict[str, Any]]:
                 }
             ],
         }
-        task |= {"id": number, "annotations": [done, done | {"was_cancelled": True, "result": []}]}
+        cancelled = json.loads(json.dumps(done | {"was_cancelled": True, "completed_by": 9}))
+        task |= {"id": number, "annotations": [done, cancelled]}
     return tasks
 
 

@@ -7,13 +7,13 @@
 PYTHON ?= python3
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
-MARKERS ?= not slow and not matrix and not gpu and not slurm and not trlx and not browser
+MARKERS ?= not slow and not matrix and not gpu and not trlx and not browser
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := rlhf_exp tests $(wildcard benchmarks) $(wildcard *.py)
+SOURCES := rlhf_exp hydra_plugins tests $(wildcard benchmarks) $(wildcard *.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -21,7 +21,7 @@ SOURCES := rlhf_exp tests $(wildcard benchmarks) $(wildcard *.py)
 
 help:
 	@echo "make demo    train and evaluate the bundled example, then show its report's path"
-	@echo "make test    lint, type check and the tests (those that need no GPU, cluster or browser)"
+	@echo "make test    lint, type check and the tests (those that need no GPU or browser)"
 	@echo "make check   lint and type check only"
 	@echo "make format  let ruff format and mend what it can"
 	@echo "make venv    install into $(VENV)"

@@ -48,6 +48,10 @@ def _runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     status.add_argument("run", nargs="?", metavar="RUN")
     status.set_defaults(command=_status)
 
+    cancel = commands.add_parser("cancel", help="cancel the Slurm jobs of a run or multirun")
+    cancel.add_argument("name", metavar="NAME")
+    cancel.set_defaults(command=_cancel)
+
     report = commands.add_parser("report", help="write the report of a run")
     report.add_argument("run", metavar="RUN")
     report.set_defaults(command=_report)
@@ -117,6 +121,12 @@ def _status(arguments: argparse.Namespace) -> None:
     from rlhf_exp.commands.status import status
 
     print(status(arguments.outputs, arguments.run), end="")
+
+
+def _cancel(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.cancel import cancel
+
+    print(cancel(arguments.outputs, arguments.name), end="")
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from rlhf_exp.config.groups import CONF
 from rlhf_exp.distributed.place import find_place, leads
-from rlhf_exp.errors import UserError
+from rlhf_exp.errors import Detached, JobsFailed, UserError
 
 # Errors of the user's met inside Hydra's job, which would print them with a traceback of its own.
 _refused: list[UserError] = []
@@ -41,6 +41,12 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         _print_error(error)
         return 2
+    except JobsFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Detached as left:
+        print(left, file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -73,7 +79,9 @@ def _launch(argv: Sequence[str]) -> None:
     overrides = with_lists(arguments.overrides)
     refuse(override_problems(overrides, read_groups(folders)))
     if not (arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion):
-        _check_jobs(overrides, arguments.multirun, folders)
+        on_slurm = _check_jobs(overrides, arguments.multirun, folders)
+        # Hydra uses launchers in multiruns only; on Slurm, one run is a multirun of one.
+        flags += ["--multirun"] if on_slurm and not arguments.multirun else []
     if not leads():
         overrides += _FOLLOWERS
     # Hydra's own way of reporting hides the exception and makes every exit code 1.
@@ -100,8 +108,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _check_jobs(overrides: Sequence[str], multirun: bool, folders: Sequence[Path]) -> None:
-    """Compose every job that would run and report what is wrong with any of them."""
+def _check_jobs(overrides: Sequence[str], multirun: bool, folders: Sequence[Path]) -> bool:
+    """Compose every job that would run and report what is wrong with any of them.
+
+    Returns:
+        Whether the jobs run on Slurm.
+    """
+    from rlhf_exp.config.check_slurm import slurm_problems
     from rlhf_exp.config.checks import problems
     from rlhf_exp.config.compose import compose
     from rlhf_exp.config.groups import read_groups
@@ -112,6 +125,7 @@ def _check_jobs(overrides: Sequence[str], multirun: bool, folders: Sequence[Path
     swept = sweeps(overrides)
     base = compose([text for text in overrides if text not in swept], folders)
     found = [] if base.config.plan else choices_not_built(base.choices)
+    on_slurm = base.site is not None and not base.config.plan
     multirun = multirun or base.multirun
     if not multirun:
         for text in swept:
@@ -119,12 +133,15 @@ def _check_jobs(overrides: Sequence[str], multirun: bool, folders: Sequence[Path
             message = f"several values need -m; a list is written {key}=[{value}]."
             found.append(Problem(key, value, message))
     refuse(override_problems(base.sweep, read_groups(folders)))
-    if not multirun or base.choices["hydra/sweeper"] != "basic":
-        found += problems(base.config, multirun)
-    else:
-        for point in points([*base.sweep, *overrides]):
-            found += problems(compose(point, folders).config, multirun=True)
+    configs = [base.config]
+    if multirun and base.choices["hydra/sweeper"] == "basic":
+        configs = [compose(one, folders).config for one in points([*base.sweep, *overrides])]
+    for config in configs:
+        found += problems(config, multirun or on_slurm)
+    if base.site is not None and on_slurm:
+        found += slurm_problems(base.site, configs)
     refuse(found)
+    return on_slurm
 
 
 def job(tree: DictConfig) -> float | None:

@@ -9,3 +9,11 @@ class UserError(ValueError):
     The message names the file and line or the config key, what was found, what was expected and the
     remedy.
     """
+
+
+class JobsFailed(Exception):
+    """Jobs that ran elsewhere have failed; the message says which, and why."""
+
+
+class Detached(KeyboardInterrupt):
+    """The user pressed Ctrl-C while jobs ran elsewhere; the message says that they go on."""

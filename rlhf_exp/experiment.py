@@ -22,12 +22,14 @@ from rlhf_exp.store.records import RunRecord, Status
 UNNAMED = "unnamed"
 
 
-def run(config: Config, overrides: list[str]) -> float | None:
+def run(config: Config, overrides: list[str], *, recorded: bool = True) -> float | None:
     """Run an experiment, or print its plan.
 
     Args:
         config: The experiment, checked.
         overrides: The command line, for the record.
+        recorded: Whether it is a run of its own, with a record and a report, and not only brings up
+            to date what runs share.
 
     Returns:
         What a search maximises: the last training stage's objective on validation data.
@@ -45,7 +47,7 @@ def run(config: Config, overrides: list[str]) -> float | None:
         return follow(config, place)
     crew, objective = crew_for(config, place), None
     try:
-        objective = _lead(config, overrides, crew)
+        objective = _lead(config, overrides, crew, recorded)
     except BaseException as error:
         crew.end(error)
         raise
@@ -62,11 +64,13 @@ def _show(config: Config, console: Console) -> list[Step]:
     return steps
 
 
-def _lead(config: Config, overrides: list[str], crew: Crew) -> float | None:
+def _lead(config: Config, overrides: list[str], crew: Crew, recorded: bool) -> float | None:
     """Plan, run with the help of others, record, evaluate, tell; return the objective."""
     console = Console(stderr=True)
     steps = _show(config, console)
     refuse_changed(steps)
+    if not recorded:
+        return _objective(run_steps(config, steps, crew, lambda text: console.print(Text(text))))
     record = RunRecord(
         name=config.name or UNNAMED,
         stage=config.stage.name,

@@ -33,12 +33,13 @@ LAYERS = (
     "pipeline",
     "report",
     "experiment",
+    "slurm",
     "commands",
     "cli",
     "command",
 )
 # Only these see a config; what is below them takes plain values.
-SEE_CONFIG = ("config", "stages", "pipeline", "experiment", "commands", "cli", "command")
+SEE_CONFIG = ("config", "stages", "pipeline", "experiment", "slurm", "commands", "cli", "command")
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "wandb", "numpy", "scipy", "peft")
 
 

@@ -76,7 +76,6 @@ def test_cfg_shows_the_whole_config(tmp_path: Path) -> None:
         ("ppo.lr=1e-4,1e-3", "error: ppo.lr=1e-4,1e-3: several values need -m"),
         ("-m name=a ppo.lr=interval(1,2)", "error: ppo.lr=interval(1,2): only a search has"),
         ("sweep=ppo_optuna", "error: sweep=ppo_optuna: is not built yet"),
-        ("hydra/launcher=slurm", "error: hydra/launcher=slurm: is not built yet"),
         ("hydra/launcher=slrum", "error: hydra/launcher=slrum: there is no such option."),
         ("hydra.foo=1", "error: hydra.foo: Key 'foo' not in 'HydraConf'"),
         ("--config-name other", "error: --config-path and --config-name: add a folder"),

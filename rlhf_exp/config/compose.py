@@ -23,6 +23,7 @@ from rlhf_exp.config.groups import CONF
 from rlhf_exp.config.overrides import unknown_option, value_problem
 from rlhf_exp.config.problems import Problem
 from rlhf_exp.config.root import Config
+from rlhf_exp.config.slurm import LAUNCHER, SlurmConfig
 from rlhf_exp.errors import UserError
 
 
@@ -35,17 +36,21 @@ class Composed:
         choices: The option chosen of each group, Hydra's own included; None for none.
         sweep: What is swept as the config itself says (`hydra.sweeper.params`), as overrides.
         multirun: Whether the config itself asks for a multirun (`hydra.mode`).
+        site: The Slurm site where the jobs run, if one is chosen.
     """
 
     config: Config
     choices: dict[str, str | None]
     sweep: list[str]
     multirun: bool
+    site: SlurmConfig | None
 
 
 def register_schema() -> None:
     """Make the schema known to Hydra under the name that `config.yaml` has in its defaults."""
-    ConfigStore.instance().store("schema", Config)
+    store = ConfigStore.instance()
+    store.store("schema", Config)
+    store.store("slurm_schema", SlurmConfig, group="hydra/launcher")
 
 
 def to_config(tree: DictConfig) -> Config:
@@ -80,6 +85,8 @@ def compose(overrides: Sequence[str] = (), folders: Sequence[Path] = (CONF,)) ->
             tree = hydra.compose("config", [*search, *overrides], return_hydra_config=True)
             settings = tree.hydra
             params = OmegaConf.select(settings.sweeper, "params") or {}
+            chosen = settings.launcher.get("_target_") == LAUNCHER
+            site = OmegaConf.to_object(settings.launcher) if chosen else None
     finally:
         GlobalHydra.instance().hydra = before
     choices = dict(settings.runtime.choices)
@@ -88,7 +95,8 @@ def compose(overrides: Sequence[str] = (), folders: Sequence[Path] = (CONF,)) ->
     OmegaConf.set_struct(tree, False)
     del tree["hydra"]
     sweep = [f"{key}={value}" for key, value in params.items()]
-    return Composed(to_config(tree), choices, sweep, multirun)
+    assert site is None or isinstance(site, SlurmConfig), "the option starts from the schema"
+    return Composed(to_config(tree), choices, sweep, multirun, site)
 
 
 @contextmanager

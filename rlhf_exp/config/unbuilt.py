@@ -10,7 +10,6 @@ from rlhf_exp.config.running import EngineName, Strategy
 
 _CHOICES = {
     "sweep": {"ppo_optuna": "use -m with listed values, or sweep=ppo_grid"},
-    "hydra/launcher": {"slurm": "leave it out, and start the jobs one by one"},
 }
 
 

@@ -19,6 +19,8 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.store.fingerprint import file_digest
 
 MANIFEST = "manifest.json"
+# Left by whoever copies the code away from its work tree: the state of that, as `git_state` had it.
+GIT_STATE = "git-state.json"
 # A diff beyond this is cut: it is a record for people, not a backup of their working tree.
 DIFF_LIMIT = 200_000
 GIT_TIMEOUT_S = 20
@@ -200,6 +202,9 @@ def git_state(repo: Path) -> dict[str, Any]:
     Empty where there is no git, no commit, or nothing at `repo` is under its control (a package
     installed below somebody else's repository).
     """
+    if (repo / GIT_STATE).is_file():
+        state: dict[str, Any] = json.loads((repo / GIT_STATE).read_text(encoding="utf-8"))
+        return state
     folder = str(repo)
     revision = _git(folder, "rev-parse", "HEAD")
     if revision is None or _git(folder, "ls-files", "--error-unmatch", "--", ".") is None:

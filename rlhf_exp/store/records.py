@@ -33,6 +33,7 @@ class Status(StrEnum):
     failed = "failed"
     pruned = "pruned"
     interrupted = "interrupted"
+    requeued = "requeued"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""Hydra finds launchers in this namespace only; what it finds here is handed to `rlhf_exp.slurm`.
+
+Loaded whenever Hydra starts, so nothing is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+
+class SlurmLauncher(Launcher):
+    """Submits the jobs of a multirun to Slurm and waits for them."""
+
+    def __init__(self, **site: Any) -> None:  # noqa: ANN401 - as Hydra calls it
+        """Take the launcher's section as Hydra passes it; `setup` reads it with its types."""
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep what `launch` needs."""
+        self.context, self.config = hydra_context, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run one batch of jobs; composes each config here, once and for all."""
+        from rlhf_exp.config.compose import to_config
+        from rlhf_exp.config.slurm import SlurmConfig
+        from rlhf_exp.slurm.launcher import launch
+
+        jobs = []
+        for overrides in job_overrides:
+            tree = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            task = list(tree.hydra.overrides.task)
+            with open_dict(tree):
+                del tree["hydra"]
+            jobs.append((task, to_config(tree)))
+        site = OmegaConf.to_object(self.config.hydra.launcher)
+        assert isinstance(site, SlurmConfig), "the option starts from the schema"
+        return [
+            JobReturn(
+                overrides=list(overrides),
+                status=JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED,
+                _return_value=result,
+            )
+            for overrides, result in zip(job_overrides, launch(site, jobs), strict=True)
+        ]

@@ -1,0 +1,95 @@
+"""Checks of a multirun on Slurm: the site's values, and one shape for all its jobs."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_exp.config.problems import Problem, written
+from rlhf_exp.config.root import Config
+from rlhf_exp.config.slurm import SlurmConfig
+
+_POSITIVE = ("cpus_per_process", "time_min", "concurrent_jobs", "signal_delay_s", "poll_s")
+_NOT_NEGATIVE = ("gpus_per_node", "grace_s", "max_restarts")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What every job of a multirun gets.
+
+    Attributes:
+        nodes: Number of nodes.
+        tasks_per_node: Processes on each.
+        gpus_per_node: GPUs on each, one for each process; 0: none.
+    """
+
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int
+
+
+def shape_of(site: SlurmConfig, config: Config) -> Shape | Problem:
+    """Return the nodes and tasks that `distributed` needs on a site."""
+    processes = config.distributed.processes
+    most = site.processes_per_node or site.gpus_per_node or processes
+    nodes = -(-processes // most)
+    if processes % nodes:
+        fits = f"{processes // nodes * nodes} or {-(-processes // nodes) * nodes}"
+        return Problem(
+            "distributed.processes",
+            str(processes),
+            f"{nodes} nodes of {most} processes get equal shares: use {fits}, or change "
+            "hydra.launcher.gpus_per_node or .processes_per_node.",
+        )
+    each = processes // nodes
+    return Shape(nodes, each, each if site.gpus_per_node else 0)
+
+
+def slurm_problems(site: SlurmConfig, configs: Sequence[Config]) -> list[Problem]:
+    """Return what keeps a multirun from being submitted.
+
+    Args:
+        site: The launcher's section.
+        configs: The config of every job.
+    """
+    found = [*_site_problems(site), *_missing()]
+    kinds = [(one.distributed.strategy, one.distributed.processes) for one in configs]
+    for kind in kinds:
+        if kind != kinds[0]:
+            first, other = (
+                f"{strategy.name} with {count} processes" for strategy, count in (kinds[0], kind)
+            )
+            message = (
+                f"a multirun on Slurm has one kind of job, and these are {first} and {other}. "
+                "Start one multirun for each, under names of their own."
+            )
+            return [*found, Problem("distributed", "", message)]
+    for config in configs[:1]:
+        shape = shape_of(site, config)
+        found += [shape] if isinstance(shape, Problem) else []
+    return found
+
+
+def _site_problems(site: SlurmConfig) -> list[Problem]:
+    wrong = [(name, "must be above 0.") for name in _POSITIVE if getattr(site, name) <= 0]
+    wrong += [(name, "must not be negative.") for name in _NOT_NEGATIVE if getattr(site, name) < 0]
+    if site.processes_per_node is not None and site.processes_per_node < 1:
+        wrong.append(("processes_per_node", "must be above 0, or null."))
+    if site.grace_s >= site.signal_delay_s:
+        wrong.append(("grace_s", f"must be below signal_delay_s={site.signal_delay_s}."))
+    return [
+        Problem(f"hydra.launcher.{name}", written(getattr(site, name)), why) for name, why in wrong
+    ]
+
+
+def _missing() -> list[Problem]:
+    found = []
+    if importlib.util.find_spec("submitit") is None:
+        remedy = "needs submitit: pip install 'rlhf-exp[slurm]'."
+        found.append(Problem("hydra/launcher", "slurm", remedy))
+    if shutil.which("sbatch") is None:
+        remedy = "there is no sbatch here: start it on a login node of the cluster."
+        found.append(Problem("hydra/launcher", "slurm", remedy))
+    return found

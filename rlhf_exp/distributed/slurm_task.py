@@ -1,0 +1,42 @@
+"""The Slurm job that this process is a task of."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+
+TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class SlurmTask:
+    """A task of a job.
+
+    Attributes:
+        job: Slurm's number of the job, such as `12`, or `12_3` for one of an array.
+        rank: Number of this task; 0 acts for all.
+        restarts: How often the job has been started again.
+    """
+
+    job: str
+    rank: int
+    restarts: int
+
+    def requeue(self) -> None:
+        """Let Slurm end the job and start it again later.
+
+        Raises:
+            OSError, subprocess.SubprocessError: Slurm does not do it.
+        """
+        subprocess.run(["scontrol", "requeue", self.job], check=True, timeout=TIMEOUT_S)
+
+
+def slurm_task() -> SlurmTask:
+    """Return the task that this process is."""
+    values = os.environ
+    job = values["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in values:
+        job = f"{values['SLURM_ARRAY_JOB_ID']}_{values['SLURM_ARRAY_TASK_ID']}"
+    rank, restarts = values.get("SLURM_PROCID", "0"), values.get("SLURM_RESTART_COUNT", "0")
+    return SlurmTask(job, int(rank), int(restarts))

@@ -1,0 +1,212 @@
+"""`hydra/launcher=slurm`: plan, submit what is to be done, wait, and tell how it went."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from rlhf_exp import experiment
+from rlhf_exp.config.check_slurm import shape_of, slurm_problems
+from rlhf_exp.config.load import to_dict
+from rlhf_exp.config.problems import Problem, refuse
+from rlhf_exp.config.root import Config
+from rlhf_exp.config.slurm import SlurmConfig
+from rlhf_exp.errors import Detached, JobsFailed
+from rlhf_exp.pipeline.plan import plan, records_of, refuse_changed
+from rlhf_exp.slurm import queue
+from rlhf_exp.slurm.points import Point, shared_work
+from rlhf_exp.slurm.snapshot import copy_code, with_own_code
+from rlhf_exp.slurm.submission import Job, Submission, latest_jobs, new_submission
+from rlhf_exp.slurm.watch import Ending, Failure, wait
+from rlhf_exp.slurm.work import Work
+from rlhf_exp.store.records import RunRecord, Status
+
+Outcome = float | None | Exception
+
+
+def launch(site: SlurmConfig, jobs: Sequence[tuple[list[str], Config]]) -> list[Outcome]:
+    """Run jobs on Slurm and wait for them; jobs that are in the queue already are joined.
+
+    Args:
+        site: The site.
+        jobs: Command line and config of each.
+
+    Returns:
+        The objective of each, or the exception to raise for it.
+
+    Raises:
+        UserError: They cannot be submitted.
+        Detached: The user pressed Ctrl-C; submitted jobs go on.
+    """
+    if jobs[0][1].plan:
+        return [experiment.run(config, overrides) for overrides, config in jobs]
+    refuse(slurm_problems(site, [config for _, config in jobs]))
+    points = [Point(tuple(text), config, tuple(plan(config))) for text, config in jobs]
+    for point in points:
+        refuse_changed(list(point.steps))
+    return _Launch(site, points).run()
+
+
+class _Launch:
+    def __init__(self, site: SlurmConfig, points: list[Point]) -> None:
+        self.site, self.points = site, points
+        config = points[0].config
+        self.name, self.outputs = config.name or experiment.UNNAMED, Path(config.output_dir)
+        self.records = records_of(config)
+        self.console = Console(stderr=True)
+        self.jobs: dict[str, tuple[Submission, Job]] = {}
+
+    def run(self) -> list[Outcome]:
+        done = self._done()
+        self._join(done)
+        missing = {
+            point.key: point
+            for point in self.points
+            if point.key not in done and point.key not in self.jobs
+        }
+        try:
+            if missing:
+                with _uninterrupted():
+                    self._submit(list(missing.values()))
+            self._introduce(len(done))
+            watched = list(self.jobs.values())
+            endings = wait(watched, self.site.poll_s, self._tell, self._ended)
+        except KeyboardInterrupt as error:
+            raise Detached(self._detached()) from error
+        by_key = {job.key: endings[job.id] for _, job in watched}
+        return self._outcomes(done, by_key)
+
+    def _done(self) -> dict[str, RunRecord]:
+        """Return the records of points that need no job."""
+        found = {record.key: record for record in self.records.sweep(self.name)}
+        return {
+            point.key: found[point.key]
+            for point in self.points
+            if not any(step.needs_work for step in point.steps)
+            and point.key in found
+            and found[point.key].status is Status.done
+        }
+
+    def _join(self, done: dict[str, RunRecord]) -> None:
+        """Find those jobs of earlier submissions that are still in the queue."""
+        known = {job.id: (where, job) for where, job in latest_jobs(self.outputs, self.name)}
+        try:
+            states = queue.states(known)
+        except queue.Unreachable as error:
+            refuse([Problem("hydra/launcher", "slurm", f"squeue fails: {error}")])
+        live = {known[one][1].key: known[one] for one, state in states.items() if not state.ended}
+        wanted = {point.key for point in self.points} - done.keys()
+        self.jobs = {key: found for key, found in live.items() if key in wanted or found[1].shared}
+
+    def _submit(self, points: list[Point]) -> None:
+        from rlhf_exp.slurm.submit import submit
+
+        shape = shape_of(self.site, points[0].config)
+        assert not isinstance(shape, Problem), "checked"
+        submission = new_submission(self.outputs, self.name)
+        copy_code(submission.code)
+        after = None
+        for level in [*shared_work(points), points]:
+            shared = level is not points
+            works = [self._work(point, submission, not shared) for point in level]
+            ids = submit(self.site, shape, submission, works, self.name, after)
+            for number, point in zip(ids, level, strict=True):
+                ranks = shape.nodes * shape.tasks_per_node
+                last = point.steps[-1]
+                job = Job(number, last.stage, last.key, point.overrides, ranks, shared)
+                submission.jobs.append(job)
+                self.jobs[point.key] = submission, job
+            submission.write()
+            after = ids[0].partition("_")[0]
+
+    def _work(self, point: Point, submission: Submission, recorded: bool) -> Work:
+        config = with_own_code(point.config, submission.code)
+        if self.site.save_each_iteration:
+            # Saves at each boundary, which in PPO is the end of an iteration.
+            config = replace(config, ppo=replace(config.ppo, checkpoint_every=1))
+        return Work(
+            config=to_dict(config),
+            overrides=point.overrides,
+            key=point.key,
+            recorded=recorded,
+            grace_s=self.site.grace_s,
+            max_restarts=self.site.max_restarts,
+        )
+
+    def _introduce(self, done: int) -> None:
+        counts = [f"{len(self.points)} points"] + ([f"{done} of them done"] if done else [])
+        self._tell(f"{self.name}: {', '.join(counts)}; {len(self.jobs)} jobs in the queue")
+        for where in {where.folder: where for where, _ in self.jobs.values()}.values():
+            self._tell(f"logs: {where.results}")
+
+    def _detached(self) -> str:
+        if not self.jobs:
+            return "interrupted: nothing has been submitted"
+        return (
+            f"interrupted: {len(self.jobs)} jobs stay in Slurm's queue and go on by themselves.\n"
+            f"  rlhf-exp status {self.name}    how far they are\n"
+            f"  rlhf-exp cancel {self.name}    ends them\n"
+            "The same command again waits for them."
+        )
+
+    def _ended(self, job: Job, ending: Ending) -> None:
+        if not isinstance(ending, Failure):
+            self._tell(f"job {job.id} is done: {job.stage} {job.key}")
+            return
+        self._tell(f"job {job.id} has failed: {job.stage} {job.key}: {ending.reason}")
+        self._tell(f"  {ending.log}")
+        if not job.shared:
+            self._note_failure(job, ending)
+
+    def _note_failure(self, job: Job, failure: Failure) -> None:
+        """Let the record say so: a job that was killed could not."""
+        (point,) = {one.key: one for one in self.points if one.key == job.key}.values()
+        found = [one for one in self.records.sweep(self.name) if one.key == job.key]
+        record = (
+            found[0]
+            if found
+            else RunRecord(
+                name=self.name,
+                stage=point.config.stage.name,
+                keys={step.stage: step.key for step in point.steps},
+                overrides=point.overrides,
+                seed=point.config.seed,
+            )
+        )
+        if record.status is not Status.failed:
+            self.records.write(replace(record, status=Status.failed, error=failure.error))
+
+    def _outcomes(self, done: dict[str, RunRecord], endings: dict[str, Ending]) -> list[Outcome]:
+        failures = {key: one for key, one in endings.items() if isinstance(one, Failure)}
+        lines = [
+            f"\n  {one.job.id} {one.job.stage} {key}: {one.reason}\n    {one.log}"
+            for key, one in failures.items()
+        ]
+        failed = JobsFailed(f"{len(failures)} of {len(endings)} jobs failed:{''.join(lines)}")
+        outcomes: list[Outcome] = []
+        for point in self.points:
+            ending = endings.get(point.key)
+            if isinstance(ending, Failure):
+                outcomes.append(failed)
+            else:
+                outcomes.append(ending.objective if ending else done[point.key].objective)
+        return outcomes
+
+    def _tell(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put Ctrl-C off: a job that is in the queue must also be in the list of jobs."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,68 @@
+"""The points of a multirun: each one's config and plan, and what they share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from rlhf_exp.config.root import Config, Stage
+from rlhf_exp.pipeline.plan import Step
+
+
+@dataclass(frozen=True)
+class Point:
+    """One job of a multirun.
+
+    Attributes:
+        overrides: Its command line.
+        config: Its config.
+        steps: Its plan.
+    """
+
+    overrides: tuple[str, ...]
+    config: Config
+    steps: tuple[Step, ...]
+
+    @property
+    def key(self) -> str:
+        """The final key."""
+        return self.steps[-1].key
+
+    def brought_to(self, stage: str) -> Point:
+        """Return the point that stops after one of its stages."""
+        names = [step.stage for step in self.steps]
+        steps = self.steps[: names.index(stage) + 1]
+        return replace(self, config=replace(self.config, stage=Stage[stage]), steps=steps)
+
+
+def shared_work(points: Sequence[Point]) -> list[list[Point]]:
+    """Return what several points need and nobody has made, as points that stop there.
+
+    A job that found another one at work would wait for it with all its GPUs idle. So these come
+    first, one list after the other; those of one list do not need each other.
+    """
+    needed = Counter(key for point in points for key in _work(point))
+    # The stages of a point that others need too, in order.
+    chains: dict[tuple[tuple[str, str], ...], Point] = {}
+    for point in points:
+        shared = tuple(key for key in _work(point)[:-1] if needed[key] > 1)
+        if shared:
+            chains.setdefault(shared, point)
+    met = Counter(chain.from_iterable(chains))
+    if all(count == 1 for count in met.values()):
+        alone = [point.brought_to(keys[-1][0]) for keys, point in chains.items()]
+        return [alone] if alone else []
+    levels: dict[str, dict[str, Point]] = {}
+    for keys, point in chains.items():
+        for stage, key in keys:
+            levels.setdefault(stage, {}).setdefault(key, point.brought_to(stage))
+    order = [stage.value for stage in Stage]
+    return [list(levels[stage].values()) for stage in sorted(levels, key=order.index)]
+
+
+def _work(point: Point) -> list[tuple[str, str]]:
+    """Return stage and key of each step that would run; of the last one in any case."""
+    last = point.steps[-1]
+    return [(step.stage, step.key) for step in point.steps if step.needs_work or step is last]

@@ -1,0 +1,102 @@
+"""What a job does: one point of a multirun, or what several points share."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.config.load import from_dict
+from rlhf_exp.distributed.slurm_task import SlurmTask, slurm_task
+from rlhf_exp.errors import UserError
+from rlhf_exp.experiment import UNNAMED, run
+from rlhf_exp.slurm.notice import exit_now, noticing, say
+from rlhf_exp.store.records import Records, Status
+
+# Slurm kills a job that it requeues; where it does not, the job ends by itself.
+KILLED_WITHIN_S = 600
+
+
+@dataclass(frozen=True)
+class Work:
+    """One job's work, as it was submitted: nothing of it is read from the config files again.
+
+    Attributes:
+        config: The config as plain values.
+        overrides: The command line, for the record.
+        key: The final key, as planned at submission.
+        recorded: Whether it is a point with a record and a report of its own.
+        grace_s: Seconds after a notice to reach a point where a checkpoint can be saved.
+        max_restarts: Starts after the first.
+    """
+
+    config: dict[str, Any]
+    overrides: tuple[str, ...]
+    key: str
+    recorded: bool
+    grace_s: float
+    max_restarts: int
+
+
+def perform(work: Work) -> float | None:
+    """Do a work; called by submitit in every task of the job.
+
+    Returns:
+        The objective, in the first task.
+
+    Raises:
+        UserError: Something the user can mend.
+    """
+    task = slurm_task()
+    if task.restarts:
+        say(f"job {task.job} starts again ({task.restarts} of {work.max_restarts})")
+    leaving = _Leaving(work, task)
+    with noticing(work.grace_s, leaving.now) as notice:
+        try:
+            return run(from_dict(work.config), list(work.overrides), recorded=work.recorded)
+        except BaseException:
+            # Once notice is given, whatever else goes wrong is due to it: a neighbour may be dead
+            # already. And what is not due to it goes wrong again after the restart.
+            if notice.is_set():
+                leaving.now()
+            raise
+
+
+class _Leaving:
+    """Hands a job back to Slurm; by the thread that comes first."""
+
+    def __init__(self, work: Work, task: SlurmTask) -> None:
+        self.work, self.task = work, task
+        self.lock = threading.Lock()
+
+    def now(self) -> None:
+        """Requeue the job and end this process."""
+        self.lock.acquire()  # for good: the process ends here
+        if self.task.rank:
+            # The first task acts. A task that ended before it would end the job for good.
+            time.sleep(KILLED_WITHIN_S)
+            exit_now()
+        if self.task.restarts >= self.work.max_restarts:
+            say(f"not started again: hydra.launcher.max_restarts={self.work.max_restarts} reached")
+            exit_now()
+        with suppress(OSError, UserError):
+            self._note()
+        try:
+            self.task.requeue()
+        except (OSError, subprocess.SubprocessError) as error:
+            # A job that is preempted is requeued by Slurm itself when it is killed, not if it ends.
+            say(f"scontrol requeue {self.task.job}: {error}; waiting to be killed")
+            time.sleep(KILLED_WITHIN_S)
+        exit_now()
+
+    def _note(self) -> None:
+        """Let the record say that the run goes on later."""
+        config = from_dict(self.work.config)
+        records = Records(Path(config.output_dir) / "sweeps")
+        for record in records.sweep(config.name or UNNAMED):
+            if record.key == self.work.key and self.work.recorded:
+                records.write(replace(record, status=Status.requeued, error=None))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from rlhf_exp.distributed.choice import Setup, strategy_for
+from rlhf_exp.distributed.failure import FailedElsewhere
 from rlhf_exp.distributed.strategy import Saved, Strategy
 from rlhf_exp.errors import UserError
 
@@ -100,8 +101,8 @@ class World:
         """Call `function` in every process and return all results, by rank.
 
         Raises:
-            UserError: It failed in another process; what it raised here is raised as it is. So no
-                process waits for one that is gone.
+            FailedElsewhere: It failed in another process; what it raised here is raised as it is.
+                So no process waits for one that is gone.
         """
         if self.processes == 1:
             return [function()]
@@ -115,7 +116,7 @@ class World:
             raise error
         for rank, (_, reason) in enumerate(outcomes):
             if reason is not None:
-                raise UserError(f"process {rank} failed: {reason}")
+                raise FailedElsewhere(f"process {rank} failed: {reason}")
         return [found for found, _ in outcomes]  # type: ignore[misc]
 
     @property

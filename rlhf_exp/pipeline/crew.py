@@ -24,12 +24,11 @@ from rlhf_exp.distributed.workers import Workers
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.interrupt import polite_interrupts, unwinding
 from rlhf_exp.pipeline.order import Hand, Order
+from rlhf_exp.stages.result import StageResult
 from rlhf_exp.store.fingerprint import key_of
 
 if TYPE_CHECKING:
     from torch.distributed import Store
-
-    from rlhf_exp.stages.context import StageResult
 
 Check = Callable[[], None]
 
@@ -138,8 +137,6 @@ class Started:
 
     def run(self, order: Order, check: Check) -> StageResult:
         """See `Crew`."""
-        from rlhf_exp.stages.context import StageResult
-
         with unwinding(), polite_interrupts(lambda: self.workers.saving) as asked:
             return StageResult(**self.workers.run(asdict(order), asked))
 
@@ -158,7 +155,6 @@ class Joined:
 
     def run(self, order: Order, check: Check) -> StageResult:
         """See `Crew`."""
-        from rlhf_exp.stages.context import StageResult
 
         def work(_: object) -> dict[str, Any]:
             return asdict(self.hand.do(order, polite_interrupts, check))

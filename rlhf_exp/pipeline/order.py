@@ -7,13 +7,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf_exp.config.root import Config
+from rlhf_exp.stages.result import StageResult
 from rlhf_exp.store.lease import Claim
-
-if TYPE_CHECKING:
-    from rlhf_exp.stages.context import StageResult
 
 Interrupts = Callable[[], AbstractContextManager[Callable[[], bool]]]
 """While entered, Ctrl-C only asks to stop; yields whether it has."""

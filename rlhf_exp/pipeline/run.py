@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf_exp.config.load import to_dict
 from rlhf_exp.config.root import Cache, Config
@@ -24,13 +23,11 @@ from rlhf_exp.pipeline.plan import (
     stale_files,
     store_of,
 )
+from rlhf_exp.stages.result import StageResult
 from rlhf_exp.store.artifact import Artifact, Manifest, git_state, package_versions
 from rlhf_exp.store.code import changed
 from rlhf_exp.store.lease import Lease, hold
 from rlhf_exp.store.store import Store
-
-if TYPE_CHECKING:
-    from rlhf_exp.stages.context import StageResult
 
 FACTS = "facts.json"
 _DROP = ("checkpoints/*", "best/*", NOTE)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from rlhf_exp.config.root import Config
 from rlhf_exp.stages.materials import Materials
+from rlhf_exp.stages.result import StageResult
 
 MODEL = "model"
 """Folder of the model in an artifact."""
@@ -42,23 +43,6 @@ class StageContext:
     materials: Materials
     before_write: Callable[[], None]
     polite_interrupts: Callable[[], AbstractContextManager[Callable[[], bool]]]
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage says of its result; the result itself is in the staging folder.
-
-    Attributes:
-        metrics: Final numbers, for the manifest.
-        objective: What a sweep over this stage maximises.
-        run_id: The tracked run.
-        facts: Plain values for the report: parameter counts, data, cut prompts.
-    """
-
-    metrics: dict[str, float]
-    objective: float | None = None
-    run_id: str | None = None
-    facts: dict[str, float | int | str] = field(default_factory=dict)
 
 
 class Stage(Protocol):

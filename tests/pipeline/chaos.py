@@ -1,0 +1,118 @@
+"""Killing processes of a run at random moments, and what must be left of them: nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+PATIENCE_S = 20.0
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a started run."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def rows(outputs: Path, stage: str) -> int:
+    """Return how many lines of metrics the unfinished work on a stage has."""
+    lines = 0
+    for path in (outputs / "store" / ".staging").glob(f"{stage}-*/metrics.jsonl"):
+        with suppress(FileNotFoundError):  # published under our eyes
+            lines += len(path.read_text().splitlines())
+    return lines
+
+
+def leftovers(outputs: Path) -> list[str]:
+    """Return what a finished run must not leave: leases, staging folders, drafts."""
+    store = outputs / "store"
+    found = [*(store / ".leases").glob("*"), *(store / ".staging").glob("*")]
+    found += [*store.rglob(".partial-*"), *store.rglob("*.lock")]
+    return sorted(path.relative_to(store).as_posix() for path in found)
+
+
+def survivors(marker: Path) -> list[psutil.Process]:
+    """Return the processes that have `marker` on their command line or in their working folder."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if str(marker) in " ".join(process.cmdline()) or process.cwd() == str(marker):
+                found.append(process)
+    return found
+
+
+@dataclass
+class Monkey:
+    """Kills random processes of a command, and runs it again.
+
+    Attributes:
+        command: The command.
+        folder: Its working folder, of nobody else: that is how its processes are known.
+        outputs: Its results.
+        seed: Of what is drawn.
+        victims: What was killed: `parent`, `worker`, `other`.
+        exits: The exit codes of the command.
+    """
+
+    command: list[str]
+    folder: Path
+    outputs: Path
+    seed: int
+    victims: list[str] = field(default_factory=list)
+    exits: list[int] = field(default_factory=list)
+
+    def run(self, kills: int) -> None:
+        """Kill so many times, unless the work is done before; then let it end.
+
+        Raises:
+            AssertionError: A process outlives its run, or the last run fails.
+        """
+        drawn = random.Random(self.seed)
+        while len(self.victims) < kills and self._once(drawn):
+            print(f"kill {len(self.victims)}: {self.victims[-1]}, {self.exits[-1]}", flush=True)
+        if not self.exits or self.exits[-1]:
+            self.exits.append(self._start().wait(600))
+        assert self.exits[-1] == 0, self
+        self._nobody_left()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with (self.folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(
+                self.command, cwd=self.folder, env=environment(), stdout=log, stderr=log
+            )
+
+    def _once(self, drawn: random.Random) -> bool:
+        """Run and kill; return whether there was something to kill."""
+        run = self._start()
+        parent = psutil.Process(run.pid)
+        if drawn.random() < 0.3:  # while starting, most of the time
+            pause, more = drawn.uniform(0.0, 10.0), 0
+        else:
+            pause, more = drawn.uniform(0.0, 0.5), drawn.randint(1, 3)
+        before = rows(self.outputs, "ppo")
+        while run.poll() is None and rows(self.outputs, "ppo") < before + more:
+            time.sleep(0.01)
+        with suppress(subprocess.TimeoutExpired):
+            self.exits.append(run.wait(pause))
+            return False
+        with suppress(psutil.Error):
+            victim = drawn.choice([parent, *parent.children(recursive=True)])
+            line = " ".join(victim.cmdline())
+            victim.kill()
+            kind = "worker" if "spawn_main" in line else "other"
+            self.victims.append("parent" if victim == parent else kind)
+        self.exits.append(run.wait(300))
+        self._nobody_left()
+        return bool(self.exits[-1])
+
+    def _nobody_left(self) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while (left := survivors(self.folder)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left, (self, [process.cmdline() for process in left])

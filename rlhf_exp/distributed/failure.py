@@ -98,9 +98,10 @@ def cause(failures: list[Failure]) -> Failure:
         failures: In the order in which they became known.
     """
     own = [one for one in failures if one.kind is not Kind.elsewhere] or failures
-    # Who was killed says nothing, and may be missed last: the others complain of its absence.
+    # Who was killed says nothing, and may be missed last: the others complain of its absence, or
+    # are told to stop because of it.
     gone = [one for one in own if one.kind is Kind.gone]
-    return gone[0] if gone and own[0].kind is Kind.bug else own[0]
+    return gone[0] if gone and own[0].kind in (Kind.bug, Kind.stopped) else own[0]
 
 
 def code_of(error: BaseException | None) -> int:

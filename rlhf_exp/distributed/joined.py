@@ -119,24 +119,25 @@ class Leader:
 
     def _failed(self, failure: Failure) -> None:
         """Note a failure; runs in the thread that listens."""
-        heard = self._heard
-        if not heard.fail(failure) or heard.ending:
-            return
-        if heard.busy:
-            # A collective that lost a process raises by itself, as a rule.
-            threading.Thread(target=self._free, args=(failure,), daemon=True).start()
-        else:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        if self._heard.fail(failure) and not self._heard.ending:
+            threading.Thread(target=self._stop, args=(failure,), daemon=True).start()
 
-    def _free(self, failure: Failure) -> None:
-        """End this process if it is stuck."""
-        time.sleep(STUCK_S)
-        if self._heard.busy:
-            print(f"rank {failure.rank}: {failure.text}", file=sys.stderr, flush=True)
-            os._exit(1)
+    def _stop(self, failure: Failure) -> None:
+        """End the main thread's work, unless it ends by itself."""
+        heard = self._heard
+        if heard.busy:
+            # A collective that lost a process raises, as a rule.
+            time.sleep(STUCK_S)
+            if heard.busy:
+                print(f"rank {failure.rank}: {failure.text}", file=sys.stderr, flush=True)
+                os._exit(1)
+        else:
+            time.sleep(SETTLE_S)  # Ctrl-C reaches all: this process may be on its way out, too
+            if not heard.ending:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM: sent by `_failed`, by a launcher that sees a process end, or to stop."""
+        """Handle SIGTERM: sent by `_stop`, by a launcher that sees a process end, or to stop."""
         heard = self._heard
         if heard.ending or (heard.failures and heard.busy):
             return

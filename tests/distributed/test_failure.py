@@ -25,6 +25,7 @@ def failures(*kinds: str) -> list[Failure]:
     [
         (["bug", "bug"], 0),
         (["bug", "gone"], 1),  # a lost connection, because rank 1 was killed
+        (["stopped", "gone"], 1),  # a launcher has seen rank 1's end before rank 0 did
         (["user", "gone"], 0),  # rank 1 was killed because rank 0 had ended
         (["interrupted", "bug"], 0),
         (["elsewhere", "elsewhere", "user"], 2),

@@ -28,8 +28,7 @@ from rlhf_exp.evaluation.toxicity import ProfanityCheckScorer
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.rollout.stops import Stopper
-from rlhf_exp.stages.context import StageContext
-from rlhf_exp.stages.result import StageResult
+from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.scorers import scorer_for
 from rlhf_exp.stages.training import load_policy_model, tracker_for, world_for
 from rlhf_exp.tracking.finishing import finishing

@@ -27,9 +27,8 @@ from rlhf_exp.models.reference import Reference, reference_of
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.rollout.stops import Stopper
-from rlhf_exp.stages.context import StageContext
+from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.originals import original_scores
-from rlhf_exp.stages.result import StageResult
 from rlhf_exp.stages.scorers import scorer_for
 from rlhf_exp.stages.training import (
     keep_small_updates,

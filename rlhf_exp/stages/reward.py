@@ -25,8 +25,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.calibration import calibration
 from rlhf_exp.evaluation.statistics import clopper_pearson
 from rlhf_exp.models.reward_model import RewardModel
-from rlhf_exp.stages.context import StageContext
-from rlhf_exp.stages.result import StageResult
+from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.training import (
     keep_small_updates,
     load_policy_model,

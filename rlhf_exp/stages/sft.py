@@ -20,9 +20,8 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.configs import architecture_of
 from rlhf_exp.models.load import build_causal_lm, load_causal_lm
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.stages.context import StageContext
+from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.materials import Materials
-from rlhf_exp.stages.result import StageResult
 from rlhf_exp.stages.shape import shape_of
 from rlhf_exp.stages.training import (
     keep_small_updates,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rlhf_exp.config.evaluation import Suite
 from rlhf_exp.config.problems import Findings, Problem
-from rlhf_exp.config.running import EngineName, Strategy
+from rlhf_exp.config.running import EngineName
 
 _CHOICES = {
     "sweep": {"ppo_optuna": "use -m with listed values, or sweep=ppo_grid"},
@@ -22,11 +22,6 @@ def not_built(found: Findings) -> None:
     found.unless(not config.probe, "probe", f"{later} an ordinary run shows its speed.")
     found.unless(
         config.engine.name is EngineName.native, "engine.name", f"{later} engine=native runs."
-    )
-    found.unless(
-        config.distributed.strategy not in (Strategy.zero3, Strategy.fsdp),
-        "distributed.strategy",
-        f"{later} distributed=zero2 runs.",
     )
     found.unless(
         config.eval.suite in (Suite.none, Suite.quick), "eval.suite", f"{later} eval=quick runs."

@@ -60,9 +60,9 @@ def engine_for(
         **settings,
         "zero_optimization": zero,
     }
-    if not deepspeed.comm.is_initialized():
-        backend = distributed.get_backend()
-        deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
+    _forget_last_group(deepspeed)
+    backend = distributed.get_backend()
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
@@ -70,3 +70,11 @@ def engine_for(
     expected = (zero["stage"], distributed.get_world_size())
     assert found == expected, f"DeepSpeed: (stage, processes) are {found}, not {expected}"
     return engine
+
+
+def _forget_last_group(deepspeed: Any) -> None:  # noqa: ANN401 - an untyped library
+    """Let DeepSpeed find the process group: each stage has one of its own, and it keeps the first."""
+    from deepspeed.utils import groups
+
+    deepspeed.comm.comm.cdb = None
+    groups._release_process_group_references(group=None)

@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 
 from rlhf_exp.distributed.choice import Setup, strategy_for
 from rlhf_exp.distributed.failure import FailedElsewhere
+from rlhf_exp.distributed.place import threads_each
 from rlhf_exp.distributed.strategy import Saved, Strategy
 from rlhf_exp.errors import UserError
 
@@ -221,7 +222,7 @@ def open_world(
             "started; choose another strategy, such as distributed=ddp"
         )
     local = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", distributed.get_world_size()))
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
+    torch.set_num_threads(threads_each(threads, local))
     return World(_device(), Setup(strategy, precision, offload))
 
 

@@ -84,7 +84,6 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         ("distributed.offload=true plan=true", "strategy=single cannot offload"),
         ("tracking.project=''", "tracking.project=: must not be empty"),
         # not built yet
-        ("distributed=zero3", "distributed.strategy=zero3: is not built yet; plan=true works"),
         ("engine=trlx", "engine.name=trlx: is not built yet"),
         ("eval=blog", "eval.suite=blog: is not built yet"),
         ("probe=true", "probe=true: is not built yet"),

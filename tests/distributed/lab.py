@@ -132,20 +132,24 @@ def rows(folder: Path, name: str) -> list[dict[str, float]]:
 
 
 def main(folder: Path) -> None:
-    """Run the jobs as one of several processes."""
+    """Run the jobs as one of several processes, in a process group for each, as `workers` does."""
     import torch
-    from torch import distributed
 
-    distributed.init_process_group("gloo")
-    rank = distributed.get_rank()
-    for entry in json.loads((folder / "jobs.json").read_text()):
+    from rlhf_exp.distributed import zero3
+    from rlhf_exp.distributed.group import open_store, process_group
+    from rlhf_exp.distributed.place import find_place
+
+    zero3.WHOLE_BELOW = 0  # all that these models have is below it
+    place = find_place()
+    assert place is not None
+    store = open_store(place)
+    for number, entry in enumerate(json.loads((folder / "jobs.json").read_text())):
         job = Job(**entry)
         torch.set_num_threads(1)
-        found = run_job(folder, job, rank)
-        if rank == 0:
+        with process_group(store, number, place):
+            found = run_job(folder, job, place.rank)
+        if place.rank == 0:
             (folder / job.name / "returned.json").write_text(json.dumps(found))
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

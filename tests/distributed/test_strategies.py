@@ -24,7 +24,7 @@ from rlhf_exp.stages.materials import Materials
 from tests.distributed.lab import Job, rows, run_job, run_jobs
 from tests.lab import small_config
 
-CHOSEN = ("ddp", "zero2")
+CHOSEN = ("ddp", "zero2", "fsdp")
 STAGES = ("sft", "reward", "ppo")
 # Odd numbers: shares are filled up, and minibatches have more rows of one process than another's.
 OVERRIDES = (

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from rlhf_exp.engines.native.task import Interrupted
@@ -76,7 +77,7 @@ def run_job(folder: Path, job: Job, rank: int = 0) -> dict[str, float]:
         models=job.models,
         parents=dict.fromkeys(PARENTS[job.stage], "key"),
         inputs=dict.fromkeys(PARENTS[job.stage], "digest"),
-        materials=Materials(config.data),
+        materials=_materials(job.overrides),
         before_write=lambda: None,
         polite_interrupts=chosen,
     )
@@ -84,6 +85,16 @@ def run_job(folder: Path, job: Job, rank: int = 0) -> dict[str, float]:
         return STAGES[job.stage].run(config, context).metrics
     except Interrupted:
         return {"interrupted": 1.0}
+
+
+@lru_cache
+def _data(overrides: tuple[str, ...]) -> Materials:
+    return Materials(small_config(Path("unused"), *overrides).data)
+
+
+def _materials(overrides: list[str]) -> Materials:
+    """Return the data, made once for all jobs of a process that share them."""
+    return _data(tuple(text for text in overrides if text.startswith("data.")))
 
 
 def run_jobs(folder: Path, jobs: Sequence[Job], processes: int, timeout: float = 280) -> None:

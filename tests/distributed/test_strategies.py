@@ -18,6 +18,7 @@ from rlhf_exp.data.collate import pack_demonstrations
 from rlhf_exp.data.tokenized import tokenize_demonstrations
 from rlhf_exp.distributed.world import world_of
 from rlhf_exp.engines.native.sft import SftSettings, SftTask
+from rlhf_exp.errors import UserError
 from rlhf_exp.models.load import load_causal_lm
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.stages.materials import Materials
@@ -29,13 +30,15 @@ STAGES = ("sft", "reward", "ppo")
 # Odd numbers: shares are filled up, and minibatches have more rows of one process than another's.
 OVERRIDES = (
     "ppo.rollouts=7",
-    "ppo.steps=8",
+    "ppo.steps=4",
     "ppo.train_blocks=1",
     "ppo.micro_batch=1",
     "ppo.select=last",
     "reward.batch=7",
     "reward.select=last",
+    "reward.steps=4",
     "sft.select=last",
+    "sft.steps=4",
     "sft.micro_batch=3",
     "sft.gradient_checkpointing=true",
 )
@@ -60,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs += [job(folder, f"{strategy}-{stage}", stage, choice) for stage in STAGES]
         for stop_at in (1, None):
             jobs.append(job(folder, f"{strategy}-ppo-cut", "ppo", choice, stop_at=stop_at))
+        jobs.append(job(folder, f"{strategy}-sft-moved", "sft", choice, stop_at=2))
     jobs.append(job(folder, "ddp-eval", "eval", "distributed=ddp"))
     run_jobs(folder, jobs, processes=2)
     return folder
@@ -121,12 +125,32 @@ def validation_loss(model: Path, config: Config) -> float:
     """Return one process's validation loss of a plain model folder."""
     materials = Materials(config.data)
     codec = materials.codec(model)
-    tokenized = tokenize_demonstrations(materials.corpus.demonstrations.validation, codec, 128)
-    packed = pack_demonstrations(tokenized, 128, config.sft.packing, config.sft.loss_on.value)
+    length, rows = config.sft.seq_length, materials.corpus.demonstrations.validation
+    tokenized = tokenize_demonstrations(rows, codec, length)
+    packed = pack_demonstrations(tokenized, length, config.sft.packing, config.sft.loss_on.value)
     policy = Policy(load_causal_lm(model), value_head=False)
     with world_of("float32", threads=1) as world:
         task = SftTask(policy, packed, packed, SftSettings(8, None, 0), world)
         return -task.evaluate().objective
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_another_number_of_processes_goes_on(folder: Path, strategy: str) -> None:
+    """Two processes stopped at step 2; one finishes."""
+    name = f"{strategy}-sft-moved"
+    assert json.loads((folder / name / "returned.json").read_text()) == {"interrupted": 1.0}
+    run_job(folder, job(folder, name, "sft"))
+    steps = [row["global_step"] for row in rows(folder, name) if "loss/total" in row]
+    assert steps == [1, 2, 3, 4]
+    ours, theirs = weights(folder, name), weights(folder, "single-sft")
+    for key, value in ours.items():
+        if not key.endswith("query_key_value.bias"):
+            assert torch.allclose(value, theirs[key], atol=5e-5), key
+
+
+def test_zero_refuses_another_number_of_processes(folder: Path) -> None:
+    with pytest.raises(UserError, match="distributed=zero2 by 2 processes, and this run has 1"):
+        run_job(folder, job(folder, "zero2-sft-moved", "sft"))
 
 
 def test_evaluation_shares_the_prompts_out(folder: Path) -> None:

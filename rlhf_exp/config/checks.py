@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf_exp.config.check_data import check_data
@@ -103,4 +104,7 @@ def _check_running(found: Findings) -> None:
     if config.distributed.offload and strategy in (Strategy.single, Strategy.ddp):
         message = f"distributed.strategy={strategy.name} cannot offload; zero1 to 3 and fsdp can."
         found.add("distributed.offload", message)
+    if strategy.name.startswith("zero") and not config.plan:
+        message = "needs DeepSpeed; run `pip install 'rlhf-exp[deepspeed]'`."
+        found.unless(find_spec("deepspeed") is not None, "distributed.strategy", message)
     found.unless(bool(config.tracking.project.strip()), "tracking.project", "must not be empty.")

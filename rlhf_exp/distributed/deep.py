@@ -73,7 +73,7 @@ def engine_for(
 
 
 def _forget_last_group(deepspeed: Any) -> None:  # noqa: ANN401 - an untyped library
-    """Let DeepSpeed find the process group: each stage has one of its own, and it keeps the first."""
+    """Let DeepSpeed find the process group of this stage: it keeps the first one it has seen."""
     from deepspeed.utils import groups
 
     deepspeed.comm.comm.cdb = None

@@ -84,7 +84,7 @@ def test_two_processes_equal_one(folder: Path, strategy: str, stage: str) -> Non
             if name.startswith(("loss", "eval", "reward", "kl", "optim", "policy", "value")):
                 assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5), name
                 compared += 1
-    assert compared > 20
+    assert compared > 15
     trained = weights(folder, f"{strategy}-{stage}")
     for name, value in weights(folder, f"single-{stage}").items():
         # A key's bias moves all of a query's scores alike, so its gradient is rounding alone, which

@@ -8,11 +8,14 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf_exp.cli import main
 from rlhf_exp.commands.annotate import annotate
+from rlhf_exp.commands.collect import sampled_pairs
+from rlhf_exp.engines.native.scoring import texts_of
 from rlhf_exp.human.items import side_of
 from rlhf_exp.human.study import Study
 from rlhf_exp.human.votes import Choice, Vote, choice_of
@@ -238,6 +241,22 @@ def test_the_loop_of_feedback(
         == 0
     )
     assert len({path.name for path in (run_copy / "store" / "ppo").iterdir()} - keys) == 1
+
+
+def test_both_answers_belong_to_the_prompt(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def echoed(*given: Any) -> tuple[list[str], list[str]]:
+        prompts, _ = texts_of(*given)
+        return prompts, [f"{number}: {prompt}" for number, prompt in enumerate(prompts)]
+
+    monkeypatch.setattr("rlhf_exp.commands.collect.texts_of", echoed)
+    items = sampled_pairs(artifact(run_copy, "ppo"), 10, seed=0)
+    assert len({item.prompt for item in items}) == 10
+    for item in items:
+        for answer in (item.answer_a, item.answer_b):
+            # The model's own prompt may have been cut on the left; its end is what was asked.
+            assert answer.endswith(f"{item.prompt[-40:]}\n\nAssistant:")
+    assert items == sampled_pairs(artifact(run_copy, "ppo"), 10, seed=0)
+    assert items != sampled_pairs(artifact(run_copy, "ppo"), 10, seed=1)
 
 
 def test_plain_call(run_copy: Path) -> None:

@@ -24,6 +24,17 @@ from tests.human.serving import Served
 from tests.lab import artifact, jsonl, launch, small_config
 
 
+@pytest.fixture
+def run_copy(run_copy: Path) -> Path:
+    """The small run, its two models' answers made different where so little training left none."""
+    path = artifact(run_copy, "eval").path / "result.json"
+    result = json.loads(path.read_text())
+    for number, row in enumerate(result["rows"]):
+        row["answer_b"] += f" And {number}."
+    path.write_text(json.dumps(result))
+    return run_copy
+
+
 def told(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
     capsys.readouterr()
     code = main(["--outputs", str(outputs), "annotate", *arguments])

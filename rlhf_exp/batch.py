@@ -33,15 +33,20 @@ class Rows:
     Subclasses are dataclasses whose fields are tensors with rows first, or `None`.
     """
 
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        raise NotImplementedError
+
     def select(self, index: Tensor | slice) -> Self:
         """Return the batch of the rows at `index` ([N] int64, or a slice)."""
-        return self._map(lambda value: value[index])
+        return self.map(lambda value: value[index])
 
     def to(self, device: torch.device | str) -> Self:
         """Return the batch with every tensor on `device`."""
-        return self._map(lambda value: value.to(device))
+        return self.map(lambda value: value.to(device))
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return the batch with `function` applied to every tensor."""
         changed = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)

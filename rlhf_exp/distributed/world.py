@@ -43,11 +43,9 @@ class Share:
 class World:
     """All processes of a run.
 
-    Args:
+    Attributes:
         device: Of this process.
         setup: How what trains is spread over the processes.
-
-    Attributes:
         processes: How many there are.
         rank: Number of this process.
         is_main: Whether this process writes to the store and to the tracker.
@@ -61,10 +59,15 @@ class World:
         self.is_main = self.rank == 0
         self._strategy: Strategy | None = None
 
-    def share(self, rows: int) -> Share:
-        """Deal `rows` rows of a global batch out, filling up with zero-weight copies of row 0."""
-        each = -(-rows // self.processes)
-        dealt = np.arange(self.rank * each, (self.rank + 1) * each)
+    def share(self, rows: int, of: int | None = None) -> Share:
+        """Deal `rows` rows of a global batch out, filling up with zero-weight copies of row 0.
+
+        Args:
+            rows: How many.
+            of: The process whose share is meant; this one by default.
+        """
+        each, rank = -(-rows // self.processes), self.rank if of is None else of
+        dealt = np.arange(rank * each, (rank + 1) * each)
         weights = (dealt < rows).astype(np.float32)
         return Share(np.where(dealt < rows, dealt, 0), weights)
 

@@ -13,7 +13,17 @@ from tests.distributed.lab import Job, rows, run_job, run_jobs
 
 pytestmark = [pytest.mark.matrix, pytest.mark.timeout(1500)]
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero2_bf16", "zero3", "zero3_offload", "fsdp", "fsdp_bf16")
+STRATEGIES = (
+    "ddp",
+    "zero1",
+    "zero2",
+    "zero2_offload",
+    "zero2_bf16",
+    "zero3",
+    "zero3_offload",
+    "fsdp",
+    "fsdp_bf16",
+)
 STAGES = ("sft", "reward", "ppo")
 COMMON = ("ppo.rollouts=7", "ppo.steps=4", "reward.batch=7", "distributed.threads=1")
 COMMON += tuple(f"{stage}.select=last" for stage in STAGES)
@@ -36,11 +46,13 @@ KINDS = {
 
 
 def overrides(kind: str, choice: str) -> list[str]:
-    """Return a run's overrides; `_bf16` is a precision, whatever the strategy."""
+    """Return a run's overrides; `_bf16` and `_offload` go with any strategy."""
     found = [*COMMON, *KINDS[kind]]
     if choice.endswith("_bf16"):
         found.append("distributed.precision=bfloat16")
-    name = choice.removesuffix("_bf16")
+    if choice.endswith("_offload"):
+        found.append("distributed.offload=true")
+    name = choice.split("_")[0]
     return found if name == "single" else [*found, f"distributed={name}"]
 
 

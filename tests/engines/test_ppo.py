@@ -91,7 +91,7 @@ def test_each_epoch_uses_every_rollout_once(world: World) -> None:
     task = build_task(world, replace(SETTINGS, batch=3))
     assert task.settings.minibatches == 3
     for epoch in range(2):
-        rows = [task._minibatch(0, epoch * 3 + number)[0].tolist() for number in range(3)]
+        rows = [task._minibatch(0, epoch * 3 + number).tolist() for number in range(3)]
         assert [len(part) for part in rows] == [3, 3, 2]
         assert sorted(functools.reduce(operator.iadd, rows, [])) == list(range(8))
 

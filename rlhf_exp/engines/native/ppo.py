@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rlhf_exp.algo.losses import entropy_bonus, policy_loss, value_loss
 from rlhf_exp.batch import Rollouts
 from rlhf_exp.data.order import epoch_permutation
+from rlhf_exp.distributed.trade import same_widths, trade
 from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.experience import Collector
 from rlhf_exp.engines.native.meters import Meters
@@ -119,37 +120,30 @@ class PpoTask:
         if update == 0:
             self._began = time.perf_counter()
             with self.world.gathered():
-                self.rollouts = self.collector.collect(iteration, self.meters)
+                rollouts = self.collector.collect(iteration, self.meters)
+            self.rollouts = same_widths(rollouts, self.world)
             self._updating = time.perf_counter()
         assert self.rollouts is not None, "a run resumes at the beginning of an iteration"
-        rows, real = self._minibatch(iteration, update)
-        normaliser = self.world.sum(self.rollouts.mask[rows[real]].sum().double()).float()
-        lengths = (self.rollouts.prompt_lengths + self.rollouts.response_lengths).cpu()
-        parts = by_length(lengths[rows], self.settings.micro_batch)
+        chosen = self._minibatch(iteration, update)
+        minibatch = trade(self.rollouts, chosen, self.world)
+        real = torch.from_numpy(self.world.share(len(chosen)).weights) > 0
+        mask = minibatch.mask & real[:, None].to(self.world.device)
+        minibatch = replace(minibatch, mask=mask)
+        normaliser = self.world.sum(mask.sum().double()).float()
+        lengths = (minibatch.prompt_lengths + minibatch.response_lengths).cpu()
+        parts = by_length(lengths, self.settings.micro_batch)
         for part in self.world.micro_batches(parts):
-            batch = self.rollouts.select(rows[part])
-            counted = real[part, None].to(batch.mask.device)
-            batch = replace(batch, mask=batch.mask & counted)
-            backward(self._loss(batch, int(lengths[rows[part]].max()), normaliser, update == 0))
+            longest = int(lengths[part].max())
+            backward(self._loss(minibatch.select(part), longest, normaliser, update == 0))
 
-    def _minibatch(self, iteration: int, update: int) -> tuple[Tensor, Tensor]:
-        """Return this process's rows [n] int64 of a minibatch, and which of them count [n] bool.
-
-        n is the same in every process: where a process holds fewer rows of the minibatch than
-        another one, copies of its first row fill it up.
-        """
+    def _minibatch(self, iteration: int, update: int) -> np.ndarray:
+        """Return the numbers of a minibatch's rows among all processes' rollouts."""
         settings = self.settings
         epoch, number = divmod(update, settings.minibatches)
         order = epoch_permutation(
             settings.rollouts, settings.seed, iteration * settings.epochs + epoch
         )
-        chosen = order[number * settings.batch : (number + 1) * settings.batch]
-        each = -(-settings.rollouts // self.world.processes)
-        holders = chosen // each
-        here = chosen[holders == self.world.rank] - self.world.rank * each
-        rows = np.zeros(np.bincount(holders).max(), dtype=np.int64)
-        rows[: len(here)] = here
-        return torch.from_numpy(rows), torch.arange(len(rows)) < len(here)
+        return order[number * settings.batch : (number + 1) * settings.batch]
 
     def _loss(self, batch: Rollouts, longest: int, normaliser: Tensor, first: bool) -> Tensor:
         """Return this micro-batch's part of the minibatch's loss (0-dim)."""

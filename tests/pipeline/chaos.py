@@ -47,6 +47,11 @@ def survivors(marker: Path) -> list[psutil.Process]:
     return found
 
 
+def workers(parent: psutil.Process) -> list[psutil.Process]:
+    """Return the workers that a process has started, but no helper of multiprocessing."""
+    return [one for one in parent.children() if "spawn_main" in " ".join(one.cmdline())]
+
+
 @dataclass
 class Monkey:
     """Kills random processes of a command, and runs it again.
@@ -56,7 +61,7 @@ class Monkey:
         folder: Its working folder, of nobody else: that is how its processes are known.
         outputs: Its results.
         seed: Of what is drawn.
-        victims: What was killed: `parent`, `worker`, `other`.
+        victims: What was killed: `parent` or `worker`.
         exits: The exit codes of the command.
     """
 
@@ -102,11 +107,9 @@ class Monkey:
             self.exits.append(run.wait(pause))
             return False
         with suppress(psutil.Error):
-            victim = drawn.choice([parent, *parent.children(recursive=True)])
-            line = " ".join(victim.cmdline())
+            victim = drawn.choice([parent, *workers(parent)])
             victim.kill()
-            kind = "worker" if "spawn_main" in line else "other"
-            self.victims.append("parent" if victim == parent else kind)
+            self.victims.append("parent" if victim == parent else "worker")
         self.exits.append(run.wait(300))
         self._nobody_left()
         return bool(self.exits[-1])

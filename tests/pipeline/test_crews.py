@@ -125,7 +125,7 @@ def interrupted(outputs: Path, times: int, *overrides: str) -> tuple[int, str]:
     for _ in range(times):
         os.killpg(run.pid, signal.SIGINT)
         time.sleep(0.1)
-    _, said = run.communicate(timeout=100)
+    _, said = run.communicate(timeout=200)
     assert not survivors(outputs.parent)
     return run.returncode, said
 
@@ -167,7 +167,7 @@ def torchrun(*arguments: str, folder: Path) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_torchrun_on_one_machine(run_copy: Path, redone: str) -> None:
     run = torchrun("--nproc-per-node=2", *command_of(run_copy), folder=run_copy.parent)
-    said, _ = run.communicate(timeout=200)
+    said, _ = run.communicate(timeout=280)
     assert run.returncode == 0, said
     assert weights(artifact(run_copy, "ppo")) == redone
     assert said.count("ppo 6/6") == 1, "one process speaks"
@@ -184,7 +184,7 @@ def test_torchrun_on_two_machines(run_copy: Path, redone: str) -> None:
     where = f"--rdzv-endpoint=127.0.0.1:{port}"
     line = command_of(run_copy)
     runs = [torchrun(*meeting, where, *line, folder=run_copy.parent) for _ in range(2)]
-    said = [run.communicate(timeout=200)[0] for run in runs]
+    said = [run.communicate(timeout=280)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
     assert weights(artifact(run_copy, "ppo")) == redone
     assert sorted("ppo 6/6" in text for text in said) == [False, True], "one process speaks"
@@ -208,7 +208,7 @@ def test_the_end_of_one_machine_ends_the_other(where: str, run_copy: Path) -> No
     (victim,) = leaders if where == "leader's" else set(victims) - set(leaders)
     victim.kill()
     for run in runs:
-        run.communicate(timeout=60)
+        run.communicate(timeout=120)
     assert all(run.returncode == 1 for run in runs)
     assert not survivors(run_copy.parent)
 
@@ -226,8 +226,8 @@ def artifacts(outputs: Path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_kills_of_random_processes(run_copy: Path, tmp_path: Path) -> None:
-    """Workers, the process that leads them, and their helpers are killed at random moments."""
-    longer = ("ppo.steps=120", "ppo.checkpoint_every=2")
+    """Workers and the process that leads them are killed at random moments."""
+    longer = ("ppo.steps=60", "ppo.checkpoint_every=2")
     whole = shutil.copytree(run_copy, tmp_path / "whole")
     assert launch(whole, *REDO, *longer) == 0
     kills, seed = int(os.environ.get("RLHF_EXP_KILLS", "5")), random.randrange(10**6)

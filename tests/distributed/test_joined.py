@@ -106,7 +106,7 @@ def test_a_failure_in_one_process_ends_all(
 
 @pytest.mark.parametrize(
     ("orders", "codes"),
-    [([{"do": "die idle"}], [-9, 1]), slow([{"do": "wait", "quits": 1}], [1, -9])],
+    [slow([{"do": "die idle"}], [-9, 1]), slow([{"do": "wait", "quits": 1}], [1, -9])],
 )
 def test_a_death_while_nobody_computes(
     orders: list[dict[str, Any]], codes: list[int], tmp_path: Path

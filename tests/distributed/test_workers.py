@@ -131,6 +131,7 @@ def test_workers_do_not_outlive_a_leader_that_is_killed(tmp_path: Path) -> None:
     assert gone(pids)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_all_at_once(tmp_path: Path) -> None:
     leader, pids = start_leader(tmp_path)
     leader.send_signal(signal.SIGINT)

@@ -14,6 +14,7 @@ from rlhf_exp.distributed.place import leads
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.crew import Crew, crew_for, follow, settled_place
 from rlhf_exp.pipeline.plan import Step, plan, records_of, refuse_changed
+from rlhf_exp.pipeline.probe import probe, probe_table
 from rlhf_exp.pipeline.run import Done, run_steps
 from rlhf_exp.pipeline.view import memory_table, plan_table
 from rlhf_exp.store.artifact import Artifact
@@ -47,7 +48,9 @@ def run(config: Config, overrides: list[str], *, recorded: bool = True) -> float
         return follow(config, place)
     crew, objective = crew_for(config, place), None
     try:
-        objective = _lead(config, overrides, crew, recorded)
+        objective = (
+            _probe(config, crew) if config.probe else _lead(config, overrides, crew, recorded)
+        )
     except BaseException as error:
         crew.end(error)
         raise
@@ -59,9 +62,17 @@ def _show(config: Config, console: Console) -> list[Step]:
     """Print the plan."""
     steps = plan(config)
     console.print(plan_table(steps))
-    if config.plan:
+    if config.plan or config.probe:
         console.print(memory_table(config))
     return steps
+
+
+def _probe(config: Config, crew: Crew) -> None:
+    """Measure a few iterations of each stage asked for, and print what was found."""
+    console = Console(stderr=True)
+    steps = _show(config, console)
+    for probed in probe(config, steps, crew, lambda text: console.print(Text(text))):
+        Console().print(probe_table(config, probed))
 
 
 def _lead(config: Config, overrides: list[str], crew: Crew, recorded: bool) -> float | None:

@@ -19,7 +19,6 @@ def not_built(found: Findings) -> None:
     if config.plan:
         return
     later = "is not built yet; plan=true works with it, and"
-    found.unless(not config.probe, "probe", f"{later} an ordinary run shows its speed.")
     found.unless(
         config.engine.name is EngineName.native, "engine.name", f"{later} engine=native runs."
     )

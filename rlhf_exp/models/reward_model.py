@@ -121,9 +121,7 @@ class RewardModel(nn.Module):
             plain = with_state(self.trunk, merged_state(self.trunk))
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        save_head(self.head, Path(folder) / HEAD)
-        numbers = {"mean": self.mean.item(), "std": self.std.item()}
-        (Path(folder) / NORMALISATION).write_text(json.dumps(numbers, indent=2) + "\n")
+        write_head(self.head, self.mean.item(), self.std.item(), Path(folder))
 
     @classmethod
     def load(
@@ -164,6 +162,12 @@ class RewardModel(nn.Module):
         else:
             load_linear(reward.head, model)
         return reward.eval()
+
+
+def write_head(head: nn.Linear, mean: float, std: float, folder: Path) -> None:
+    """Write what makes a reward model of the trunk in `folder`: head and normalisation."""
+    save_head(head, folder / HEAD)
+    (folder / NORMALISATION).write_text(json.dumps({"mean": mean, "std": std}, indent=2) + "\n")
 
 
 @torch.no_grad()

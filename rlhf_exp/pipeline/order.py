@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ class Order:
         models: Model folder or hub id by role.
         parents: The keys of what it starts from, by role.
         inputs: Digests of their weights.
-        claim: The lease under which it is made.
+        claim: The lease under which it is made; `None` for what is not to be kept.
+        cache: Folder of what can be computed again.
+        probe: Whether only to measure a few iterations.
     """
 
     stage: str
@@ -37,12 +39,15 @@ class Order:
     models: dict[str, str]
     parents: dict[str, str]
     inputs: dict[str, str]
-    claim: Claim
+    claim: Claim | None
+    cache: str
+    probe: bool = False
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Order:
         """Return the order that `asdict` made JSON values of."""
-        return cls(**{**values, "claim": Claim(**values["claim"])})
+        claim = values["claim"]
+        return cls(**{**values, "claim": None if claim is None else Claim(**claim)})
 
 
 class Hand:
@@ -68,25 +73,40 @@ class Hand:
             interrupts: What Ctrl-C means meanwhile.
             check: Raises if this process may no longer write; by default it reads the claim.
         """
+        from rlhf_exp.engines.native.probe import Probed, Recorder
         from rlhf_exp.stages.context import StageContext
 
+        # By name and late: a plan must not load torch.
+        stage = importlib.import_module(f"rlhf_exp.stages.{order.stage}")
         context = StageContext(
             stage=order.stage,
             key=order.key,
             folder=Path(order.folder),
-            cache=Path(self.config.output_dir) / "cache",
+            cache=Path(order.cache),
             models=order.models,
             parents=order.parents,
             inputs=order.inputs,
             materials=self.materials,
-            before_write=check or order.claim.check,
-            polite_interrupts=interrupts,
+            before_write=check or (order.claim.check if order.claim else _allowed),
+            polite_interrupts=_at_once if order.probe else interrupts,
+            probe=Recorder() if order.probe else None,
         )
-        # By name and late: a plan must not load torch.
-        stage = importlib.import_module(f"rlhf_exp.stages.{order.stage}")
-        result: StageResult = stage.run(self.config, context)
+        try:
+            result: StageResult = stage.run(self.config, context)
+        except Probed as end:
+            return StageResult({}, measured=end.measured)
         return result
 
     def answer(self, values: dict[str, Any], interrupts: Interrupts) -> dict[str, Any]:
         """Run the stage of an order that came as JSON values; return its result as such."""
         return asdict(self.do(Order.from_json(values), interrupts))
+
+
+@contextmanager
+def _at_once() -> Iterator[Callable[[], bool]]:
+    """Leave Ctrl-C as it is: there is nothing to save."""
+    yield lambda: False
+
+
+def _allowed() -> None:
+    """Writing is always allowed."""

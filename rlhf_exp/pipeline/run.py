@@ -170,6 +170,7 @@ class _Work:
             parents=step.parents,
             inputs=step.inputs,
             claim=lease.claim,
+            cache=str(Path(self.config.output_dir) / "cache"),
         )
         result, begun = self._timed(order, begun, lease)
         (folder / FACTS).write_text(json.dumps(result.facts))

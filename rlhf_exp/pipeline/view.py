@@ -58,7 +58,7 @@ def plan_table(steps: list[Step]) -> Table:
 def memory_table(config: Config) -> Table:
     """Return parameter counts and estimated memory of each training stage, for one process."""
     stages = [stage for stage in stages_of(config) if stage != "eval"]
-    shape = _shape(config.model)
+    shape = shape_for(config.model)
     total = count_parameters(shape).total
     table = Table(
         caption=f"{config.model.name}: {_count(total)} parameters; GiB per process",
@@ -85,8 +85,8 @@ def memory_table(config: Config) -> Table:
         ("reward model", "reward_model"),
         ("host memory", "host"),
     ):
-        table.add_row(label, *(_gib(getattr(found, name)) for found in estimates))
-    table.add_row("[bold]peak", *(f"[bold]{_gib(found.peak)}" for found in estimates))
+        table.add_row(label, *(gib(getattr(found, name)) for found in estimates))
+    table.add_row("[bold]peak", *(f"[bold]{gib(found.peak)}" for found in estimates))
     for size in _GPUS:
         # A GiB for the CUDA context, and a tenth for the allocator's fragmentation.
         fits = [found.peak * 1.1 + GIB <= size * GIB for found in estimates]
@@ -94,7 +94,7 @@ def memory_table(config: Config) -> Table:
     return table
 
 
-def _shape(section: ModelConfig) -> Architecture:
+def shape_for(section: ModelConfig) -> Architecture:
     """Return the model's shape: a folder's own, else what the config says of it."""
     if section.path is not None and Path(section.path).is_dir():
         # Only here: transformers and torch take seconds to import.
@@ -183,5 +183,6 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Return bytes in GiB, as the tables show them."""
     return f"{size / GIB:.3f}" if size < GIB else f"{size / GIB:.1f}"

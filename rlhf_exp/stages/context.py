@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rlhf_exp.config.root import Config
+from rlhf_exp.engines.native.probe import Recorder
 from rlhf_exp.stages.materials import Materials
 from rlhf_exp.stages.result import StageResult
 
@@ -31,6 +32,7 @@ class StageContext:
         materials: The data, shared by the stages of one process.
         before_write: Raises if this process may no longer write.
         polite_interrupts: While entered, Ctrl-C only asks to stop; yields whether it has.
+        probe: Measures a few iterations, after which the stage is left.
     """
 
     stage: str
@@ -43,6 +45,7 @@ class StageContext:
     materials: Materials
     before_write: Callable[[], None]
     polite_interrupts: Callable[[], AbstractContextManager[Callable[[], bool]]]
+    probe: Recorder | None = None
 
 
 class Stage(Protocol):

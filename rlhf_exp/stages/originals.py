@@ -15,6 +15,7 @@ from rlhf_exp.data.collate import joined
 from rlhf_exp.data.order import batch_index
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.distributed.world import World
+from rlhf_exp.engines.native.probe import ITERATIONS
 from rlhf_exp.engines.native.scoring import Scorer, score_shared
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.store.fingerprint import file_digest, key_of
@@ -31,7 +32,7 @@ def original_scores(
     bits depend on the batch it was computed in, and this batch is the same however often the run is
     interrupted.
     """
-    used = _used(config, len(prompts))
+    used = _used(config, len(prompts), ITERATIONS["ppo"] if context.probe else None)
     key = _key(prompts, used, config, context, world)
     path = context.cache / "original_scores" / f"{key}.npy"
     if world.agreed(path.is_file()):
@@ -45,10 +46,11 @@ def original_scores(
     return scores
 
 
-def _used(config: Config, count: int) -> np.ndarray:
+def _used(config: Config, count: int, only: int | None = None) -> np.ndarray:
+    """Return the prompts that all iterations meet, or the first `only`."""
     section = config.ppo
     updates = -(-section.rollouts // section.batch) * section.epochs
-    iterations = -(-section.steps // updates)
+    iterations = only or -(-section.steps // updates)
     if iterations * section.rollouts >= count:
         return np.arange(count)
     return np.unique(

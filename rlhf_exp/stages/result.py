@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,11 @@ class StageResult:
         objective: What a sweep over this stage maximises.
         run_id: The tracked run.
         facts: Plain values for the report: parameter counts, data, cut prompts.
+        measured: What a probe has found, JSON values; empty otherwise.
     """
 
     metrics: dict[str, float]
     objective: float | None = None
     run_id: str | None = None
     facts: dict[str, float | int | str] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)

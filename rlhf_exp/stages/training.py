@@ -23,6 +23,7 @@ from rlhf_exp.engines.native.task import Task
 from rlhf_exp.models.load import Attention, load_causal_lm
 from rlhf_exp.models.lora import LoraSettings
 from rlhf_exp.stages.context import MODEL, StageContext
+from rlhf_exp.stages.probing import probe_loop
 from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.tracking.tracker import NullTracker, Tracker, open_tracker
 
@@ -106,6 +107,8 @@ def run_loop(
         keep_checkpoints=section.keep_checkpoints,
         select_best=section.select == Select.best,
     )
+    if context.probe is not None:
+        probe_loop(settings, task, world, context, context.probe)
     with (
         Progress(context.stage, steps, watch, shown=world.is_main) as progress,
         context.polite_interrupts() as interrupted,

@@ -86,7 +86,6 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         # not built yet
         ("engine=trlx", "engine.name=trlx: is not built yet"),
         ("eval=blog", "eval.suite=blog: is not built yet"),
-        ("probe=true", "probe=true: is not built yet"),
     ],
 )
 def test_one_mistake_one_complaint(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from rich.table import Table
@@ -129,12 +129,11 @@ def _models(
 
 
 def _order(stage: str, folder: Path, models: dict[str, str], step: Step | None = None) -> Order:
-    place = folder / stage
-    place.mkdir()
+    place = mkdtemp(prefix=f"{stage}-", dir=folder)
     return Order(
         stage=stage,
         key="probe",
-        folder=str(place),
+        folder=place,
         models=models,
         parents={} if step is None else step.parents,
         inputs={} if step is None else step.inputs,

@@ -7,6 +7,7 @@ summary. So it is measured as it runs, without knowing.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -69,6 +70,7 @@ class Recorder:
     run_id = ""
 
     def __init__(self) -> None:
+        gc.collect()  # what is left of the stage before
         forget_peaks()
         self.libraries = host_bytes()
         self.phases: list[Phase] = []

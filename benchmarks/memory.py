@@ -4,7 +4,7 @@
     python benchmarks/memory.py --only "ddp;fsdp"
     python benchmarks/memory.py --again
 
-On CPUs, in float32, with a random model of 53 M parameters: tensors then weigh more than libraries.
+On CPUs, in float32, with a random model of 13 M parameters: tensors then weigh more than libraries.
 Each line is a probe (`probe=true`) by a started worker. Its libraries are what is resident before
 anything is loaded, after a first stage that is thrown away, for much is imported on first use. The
 allocator gives freed tensors back at once (`MALLOC_MMAP_THRESHOLD_`), or its reserves would be
@@ -33,16 +33,35 @@ from rlhf_exp.pipeline.probe import Probed, probe  # noqa: E402
 from rlhf_exp.pipeline.view import shape_for, stage_memory  # noqa: E402
 
 SIZES = (
-    "tracking=disabled distributed.threads=1 "
-    "model.architecture.layers=8 model.architecture.width=640 model.architecture.heads=10 "
-    "model.architecture.vocabulary=512 model.architecture.context=128 "
-    "data.toy.demonstrations=60 data.toy.preferences=60 data.toy.prompts=40 "
-    "data.toy.validation=8 data.toy.test=8 "
-    "sft.steps=8 sft.epochs=null sft.batch=8 sft.seq_length=128 "
-    "reward.steps=8 reward.epochs=null reward.batch=8 reward.seq_length=128 "
-    "ppo.steps=8 ppo.rollouts=16 ppo.batch=16 ppo.epochs=1 ppo.seq_length=128 ppo.eval_prompts=8 "
-    "ppo.generation.max_new_tokens=8 ppo.generation.batch=8"
-).split()
+    "tracking=disabled",
+    "distributed.threads=1",
+    "model.architecture.layers=5",
+    "model.architecture.width=640",
+    "model.architecture.heads=10",
+    "model.architecture.vocabulary=512",
+    "model.architecture.context=128",
+    "data.toy.demonstrations=40",
+    "data.toy.preferences=40",
+    "data.toy.prompts=20",
+    "data.toy.validation=4",
+    "data.toy.test=4",
+    "sft.steps=8",
+    "sft.epochs=null",
+    "sft.batch=4",
+    "sft.seq_length=64",
+    "reward.steps=8",
+    "reward.epochs=null",
+    "reward.batch=4",
+    "reward.seq_length=64",
+    "ppo.steps=8",
+    "ppo.rollouts=4",
+    "ppo.batch=4",
+    "ppo.epochs=1",
+    "ppo.seq_length=64",
+    "ppo.eval_prompts=2",
+    "ppo.generation.max_new_tokens=8",
+    "ppo.generation.batch=4",
+)
 TOP = ("sft.train_blocks=2", "reward.train_blocks=2", "ppo.train_blocks=2")
 CHECKPOINTING = tuple(f"{stage}.gradient_checkpointing=true" for stage in ("sft", "reward", "ppo"))
 SETTINGS = {

@@ -48,9 +48,10 @@ def run(config: Config, overrides: list[str], *, recorded: bool = True) -> float
         return follow(config, place)
     crew, objective = crew_for(config, place), None
     try:
-        objective = (
-            _probe(config, crew) if config.probe else _lead(config, overrides, crew, recorded)
-        )
+        if config.probe:
+            _probe(config, crew)
+        else:
+            objective = _lead(config, overrides, crew, recorded)
     except BaseException as error:
         crew.end(error)
         raise

@@ -13,10 +13,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_exp.models.architecture import Architecture, count_lora, count_parameters
+from rlhf_exp.models.workload import FLOAT32, Precision, Sharding, Workload
 
 LOGITS_CHUNK = 1 << 25
 """Most logits that exist at a time, as in `rlhf_exp.algo.logprobs`."""
 
+LIVE = 1_000_000_000
+"""Weights that DeepSpeed's ZeRO 3 leaves whole if they are soon needed again: its default."""
+
+BUCKET = 200_000_000
+"""Most gradients that DeepSpeed reduces at a time, as in `rlhf_exp.distributed.deep`."""
 
 KEPT_INNER_LAYERS = {"gpt2": 5, "gptj": 5, "gpt_neox": 2, "llama": 4, "qwen2": 4, "qwen3": 4}
 """Tensors of the feed-forward part's inner width that a block keeps.
@@ -27,79 +33,15 @@ steps, five; a gated layer the gate, its activation, the other factor and the pr
 
 
 @dataclass(frozen=True)
-class Precision:
-    """Bytes for each number.
-
-    Attributes:
-        weight: a stored weight.
-        gradient: a gradient.
-        optimizer: AdamW's state for one trained parameter: two moments, and the float32 master
-            copy where weights are half precision.
-        activation: an activation.
-    """
-
-    weight: int = 4
-    gradient: int = 4
-    optimizer: int = 8
-    activation: int = 4
-
-
-FLOAT32 = Precision()
-AUTOCAST = Precision(weight=4, gradient=4, optimizer=8, activation=2)
-"""Float32 weights, products in bfloat16 (torch's autocast)."""
-HALF_WITH_MASTER = Precision(weight=2, gradient=2, optimizer=12, activation=2)
-"""bfloat16 weights with a float32 master copy in the optimizer (DeepSpeed)."""
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """What is divided over the processes.
-
-    Attributes:
-        processes: how many there are.
-        optimizer: optimizer state is (ZeRO 1).
-        gradients: gradients are (ZeRO 2).
-        weights: weights are (ZeRO 3, FSDP); one block at a time is whole.
-        offload: optimizer state lives in host memory.
-    """
-
-    processes: int = 1
-    optimizer: bool = False
-    gradients: bool = False
-    weights: bool = False
-    offload: bool = False
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The tensors of one process's step.
-
-    Attributes:
-        rows: rows of one forward and backward.
-        tokens: tokens of a row.
-        head_tokens: tokens of a row whose log-probabilities are needed.
-        gradient_checkpointing: whether a block keeps its input only.
-        fused_attention: whether no [tokens, tokens] scores are kept (sdpa, flash attention).
-        decoded_rows: rows decoded together; 0 where nothing is sampled.
-        cached_rows: rows whose trunk states are kept for an iteration.
-    """
-
-    rows: int
-    tokens: int
-    head_tokens: int
-    gradient_checkpointing: bool = False
-    fused_attention: bool = True
-    decoded_rows: int = 0
-    cached_rows: int = 0
-
-
-@dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of one process.
 
     Attributes:
-        weights: of the policy, and of blocks of the values' own.
-        gradients: of what trains.
+        weights: of the policy, and of blocks of the values' own; this process's part.
+        gathered: weights that are whole in an update beside their parts.
+        gathered_to_sample: the same while responses are sampled and scored.
+        gradients: of what trains, with the buffers of their reduction.
+        keeps_gradients: whether these are there while nothing is updated, too.
         optimizer: AdamW's state; 0 where it is offloaded.
         activations: kept for the backward pass.
         logits: the largest chunk of logits with its gradient.
@@ -111,7 +53,10 @@ class MemoryEstimate:
     """
 
     weights: int
+    gathered: int
+    gathered_to_sample: int
     gradients: int
+    keeps_gradients: bool
     optimizer: int
     activations: int
     logits: int
@@ -125,8 +70,11 @@ class MemoryEstimate:
     def peak(self) -> int:
         """The most at one time: sampling and updating take turns."""
         resident = self.weights + self.optimizer + self.reference + self.reward_model
-        update = self.gradients + self.activations + self.logits
-        return resident + self.trunk_states + max(update, self.kv_cache)
+        update = self.gathered + self.gradients + self.activations + self.logits
+        sample = self.gathered_to_sample + self.kv_cache
+        if self.keeps_gradients:
+            sample += self.gradients
+        return resident + self.trunk_states + max(update, sample)
 
 
 def estimate_memory(
@@ -170,13 +118,27 @@ def estimate_memory(
     def share(parameters: int, divided: bool) -> int:
         return -(-parameters // sharding.processes) if divided else parameters
 
-    whole_block = count.block if sharding.weights and sharding.processes > 1 else 0
     optimizer = share(trained, sharding.optimizer or sharding.weights) * precision.optimizer
-    gradients = share(trained, sharding.gradients or sharding.weights) * precision.gradient
-    weights = (share(stored, sharding.weights) + whole_block) * precision.weight
+    weights = share(stored - trained, sharding.weights) * precision.weight
+    weights += share(trained, sharding.weights) * precision.trained
+    rest = count.total - count.block * count.blocks
+    live = min(stored, rest + 2 * count.block if sharding.blocks else LIVE)
+    # Parts of gradients are added up in float32, whatever they are reduced in.
+    divided = sharding.gradients or sharding.weights
+    gradients = share(trained, divided) * (4 if divided else precision.gradient)
+    if sharding.bucket:
+        gradients += min(BUCKET, trained) * precision.gradient
+    if sharding.blocks:
+        gradients += min(live, trained) * precision.gradient
+    away = sharding.offload and sharding.weights
     return MemoryEstimate(
-        weights=weights,
+        weights=0 if away else weights,
+        gathered=live * precision.gathered if sharding.weights else 0,
+        gathered_to_sample=stored * precision.gathered
+        if sharding.weights and workload.decoded_rows
+        else 0,
         gradients=gradients,
+        keeps_gradients=sharding.keeps_gradients,
         optimizer=0 if sharding.offload else optimizer,
         activations=_activations(architecture, workload, precision, train_blocks, value_blocks),
         logits=2
@@ -187,11 +149,11 @@ def estimate_memory(
         * workload.tokens
         * architecture.width
         * precision.activation,
-        reference=copied * precision.weight,
+        reference=copied * min(precision.weight, precision.gathered),
         reward_model=0
         if reward_model is None
         else count_parameters(reward_model).trunk * precision.weight,
-        host=optimizer if sharding.offload else 0,
+        host=(optimizer if sharding.offload else 0) + (weights if away else 0),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,16 +14,8 @@ from rlhf_exp.config.root import Config
 from rlhf_exp.config.running import Strategy
 from rlhf_exp.config.training import TrainingConfig
 from rlhf_exp.models.architecture import Architecture, count_lora, count_parameters
-from rlhf_exp.models.memory import (
-    AUTOCAST,
-    FLOAT32,
-    HALF_WITH_MASTER,
-    MemoryEstimate,
-    Precision,
-    Sharding,
-    Workload,
-    estimate_memory,
-)
+from rlhf_exp.models.memory import MemoryEstimate, estimate_memory
+from rlhf_exp.models.workload import FLOAT32, HALF_WITH_MASTER, Precision, Sharding, Workload
 from rlhf_exp.pipeline.plan import State, Step, stages_of
 from rlhf_exp.stages.shape import shape_of
 
@@ -75,6 +68,8 @@ def memory_table(config: Config) -> Table:
     table.add_row("trains", *(_count(number) for number in trained))
     for label, name in (
         ("weights", "weights"),
+        ("gathered to update", "gathered"),
+        ("gathered to sample", "gathered_to_sample"),
         ("gradients", "gradients"),
         ("optimizer", "optimizer"),
         ("activations", "activations"),
@@ -152,20 +147,31 @@ def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstim
 
 
 def _precision(config: Config) -> Precision:
-    if config.model.dtype == Dtype.bfloat16:
-        return HALF_WITH_MASTER
-    return AUTOCAST if config.distributed.precision == Dtype.bfloat16 else FLOAT32
+    """Return the bytes of numbers: what trains is held in float32, by DeepSpeed as a copy."""
+    strategy = config.distributed.strategy
+    frozen = 2 if config.model.dtype == Dtype.bfloat16 else 4
+    half = Dtype.bfloat16 in (config.model.dtype, config.distributed.precision)
+    if strategy in (Strategy.zero1, Strategy.zero2, Strategy.zero3):
+        if half:
+            return HALF_WITH_MASTER
+        return replace(FLOAT32, optimizer=8 if strategy == Strategy.zero3 else 12)
+    gathered = 2 if half and strategy == Strategy.fsdp else 4
+    return Precision(frozen, activation=2 if half else 4, gathered=gathered)
 
 
 def _sharding(config: Config) -> Sharding:
     section = config.distributed
     strategy = section.strategy
     whole = strategy in (Strategy.zero3, Strategy.fsdp)
+    deep = strategy in (Strategy.zero1, Strategy.zero2, Strategy.zero3)
     return Sharding(
         section.processes,
-        optimizer=whole or strategy in (Strategy.zero1, Strategy.zero2),
+        optimizer=whole or deep,
         gradients=whole or strategy == Strategy.zero2,
         weights=whole,
+        blocks=strategy == Strategy.fsdp,
+        bucket=deep,
+        keeps_gradients=strategy in (Strategy.ddp, Strategy.zero3),
         offload=section.offload,
     )
 

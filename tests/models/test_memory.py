@@ -14,15 +14,8 @@ from transformers import PreTrainedModel
 
 from rlhf_exp.algo.logprobs import CHUNK_ELEMENTS
 from rlhf_exp.models.architecture import Architecture
-from rlhf_exp.models.memory import (
-    FLOAT32,
-    HALF_WITH_MASTER,
-    LOGITS_CHUNK,
-    Sharding,
-    Workload,
-    block_activations,
-    estimate_memory,
-)
+from rlhf_exp.models.memory import LOGITS_CHUNK, block_activations, estimate_memory
+from rlhf_exp.models.workload import FLOAT32, HALF_WITH_MASTER, Sharding, Workload
 
 Build = Callable[..., PreTrainedModel]
 GPTJ = Architecture("gptj", 28, 4096, 16, 16384, 50400, 2048)
@@ -34,14 +27,15 @@ def test_published_recipe_by_hand() -> None:
         GPTJ,
         RECIPE,
         HALF_WITH_MASTER,
-        Sharding(processes=7, optimizer=True, gradients=True),
+        Sharding(processes=7, optimizer=True, gradients=True, bucket=True),
         train_blocks=2,
         reference="shared",
     )
     trained = 2 * 201_355_264 + 8_192 + 206_488_800  # blocks, norm, head: see test_architecture
     assert plan.weights == 6_050_882_784 * 2
     assert plan.optimizer == -(-trained // 7) * 12
-    assert plan.gradients == -(-trained // 7) * 2
+    # this process's part in float32, and a bucket of 200 million in bfloat16
+    assert plan.gradients == -(-trained // 7) * 4 + 200_000_000 * 2
     assert plan.reference == trained * 2
     # 64 rows * 512 tokens * 28 layers * (keys and values 2 * 16 heads * 256 wide) * 2 bytes
     assert plan.kv_cache == 64 * 512 * 28 * 8192 * 2
@@ -57,11 +51,29 @@ def test_published_recipe_by_hand() -> None:
     )
 
 
-def test_sharded_weights_keep_one_whole_block() -> None:
-    plan = estimate_memory(GPTJ, RECIPE, sharding=Sharding(8, weights=True))
-    assert plan.weights == (6_050_882_784 // 8 + 201_355_264) * 4
-    assert plan.gradients == 6_050_882_784 // 8 * 4
+def test_fsdp_makes_two_blocks_and_the_rest_whole() -> None:
+    plan = estimate_memory(GPTJ, RECIPE, sharding=Sharding(8, weights=True, blocks=True))
+    rest = 6_050_882_784 - 28 * 201_355_264  # embeddings, norm, head
+    assert plan.weights == 6_050_882_784 // 8 * 4
+    assert plan.gathered == (rest + 2 * 201_355_264) * 4
+    assert plan.gathered_to_sample == 6_050_882_784 * 4
+    assert plan.gradients == 6_050_882_784 // 8 * 4 + (rest + 2 * 201_355_264) * 4
     assert plan.optimizer == 6_050_882_784 // 8 * 8
+
+
+def test_zero3_leaves_a_billion_weights_whole() -> None:
+    sharding = Sharding(8, weights=True, bucket=True, keeps_gradients=True)
+    plan = estimate_memory(GPTJ, replace(RECIPE, decoded_rows=0), HALF_WITH_MASTER, sharding)
+    assert plan.gathered == 1_000_000_000 * 2
+    assert plan.gathered_to_sample == 0  # nothing is sampled
+    assert plan.gradients == 6_050_882_784 // 8 * 4 + 200_000_000 * 2
+
+
+def test_buckets_of_gradients_stay_while_sampling() -> None:
+    work = replace(RECIPE, decoded_rows=10_000)  # sampling takes the most
+    kept = estimate_memory(GPTJ, work, sharding=Sharding(2, keeps_gradients=True))
+    freed = estimate_memory(GPTJ, work, sharding=Sharding(2))
+    assert kept.peak - freed.peak == 6_050_882_784 * 4
 
 
 def test_offloaded_optimizer_is_in_host_memory() -> None:

@@ -114,30 +114,19 @@ def estimate_memory(
     values = count.trunk if whole else count.block * value_blocks
     trained += values
     stored += values
-
-    def share(parameters: int, divided: bool) -> int:
-        return -(-parameters // sharding.processes) if divided else parameters
-
-    optimizer = share(trained, sharding.optimizer or sharding.weights) * precision.optimizer
-    weights = share(stored - trained, sharding.weights) * precision.weight
-    weights += share(trained, sharding.weights) * precision.trained
+    optimizer = _share(trained, sharding, sharding.optimizer) * precision.optimizer
+    weights = _share(stored - trained, sharding, sharding.weights) * precision.weight
+    weights += _share(trained, sharding, sharding.weights) * precision.trained
     rest = count.total - count.block * count.blocks
     live = min(stored, rest + 2 * count.block if sharding.blocks else LIVE)
-    # Parts of gradients are added up in float32, whatever they are reduced in.
-    divided = sharding.gradients or sharding.weights
-    gradients = share(trained, divided) * (4 if divided else precision.gradient)
-    if sharding.bucket:
-        gradients += min(BUCKET, trained) * precision.gradient
-    if sharding.blocks:
-        gradients += min(live, trained) * precision.gradient
     away = sharding.offload and sharding.weights
+    row = workload.tokens * architecture.width
+    sampled = stored if workload.decoded_rows else 0
     return MemoryEstimate(
         weights=0 if away else weights,
         gathered=live * precision.gathered if sharding.weights else 0,
-        gathered_to_sample=stored * precision.gathered
-        if sharding.weights and workload.decoded_rows
-        else 0,
-        gradients=gradients,
+        gathered_to_sample=sampled * precision.gathered if sharding.weights else 0,
+        gradients=_gradients(trained, live, precision, sharding),
         keeps_gradients=sharding.keeps_gradients,
         optimizer=0 if sharding.offload else optimizer,
         activations=_activations(architecture, workload, precision, train_blocks, value_blocks),
@@ -145,16 +134,29 @@ def estimate_memory(
         * 4
         * min(LOGITS_CHUNK, workload.rows * workload.head_tokens * architecture.vocabulary),
         kv_cache=kv_cache_bytes(architecture, workload, precision),
-        trunk_states=workload.cached_rows
-        * workload.tokens
-        * architecture.width
-        * precision.activation,
+        trunk_states=workload.cached_rows * row * precision.activation,
         reference=copied * min(precision.weight, precision.gathered),
         reward_model=0
         if reward_model is None
         else count_parameters(reward_model).trunk * precision.weight,
         host=(optimizer if sharding.offload else 0) + (weights if away else 0),
     )
+
+
+def _share(parameters: int, sharding: Sharding, divided: bool) -> int:
+    return -(-parameters // sharding.processes) if divided or sharding.weights else parameters
+
+
+def _gradients(trained: int, live: int, precision: Precision, sharding: Sharding) -> int:
+    """Return the bytes of gradients, and of the buffers in which they are reduced."""
+    # Parts of gradients are added up in float32, whatever they are reduced in.
+    divided = sharding.gradients or sharding.weights
+    size = _share(trained, sharding, divided) * (4 if divided else precision.gradient)
+    if sharding.bucket:
+        size += min(BUCKET, trained) * precision.gradient
+    if sharding.blocks:
+        size += min(live, trained) * precision.gradient
+    return size
 
 
 def kv_cache_bytes(architecture: Architecture, workload: Workload, precision: Precision) -> int:

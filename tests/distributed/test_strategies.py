@@ -82,7 +82,7 @@ def test_two_processes_equal_one(folder: Path, strategy: str, stage: str) -> Non
     for ours, theirs in zip(one, two, strict=True):
         for name in ours.keys() & theirs.keys():
             if name.startswith(("loss", "eval", "reward", "kl", "optim", "policy", "value")):
-                assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5), name
+                assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=3e-5), name
                 compared += 1
     assert compared > 15
     trained = weights(folder, f"{strategy}-{stage}")

@@ -52,6 +52,12 @@ def _runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     cancel.add_argument("name", metavar="NAME")
     cancel.set_defaults(command=_cancel)
 
+    fetch = commands.add_parser("fetch", help="download what a run needs from the hub, and pin it")
+    fetch.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as launch.py takes them")
+    fetch.add_argument("--config-dir", type=Path, metavar="DIR", help="as launch.py takes it")
+    fetch.add_argument("--update", action="store_true", help="take the newest revisions")
+    fetch.set_defaults(command=_fetch)
+
     report = commands.add_parser("report", help="write the report of a run")
     report.add_argument("run", metavar="RUN")
     report.set_defaults(command=_report)
@@ -127,6 +133,12 @@ def _cancel(arguments: argparse.Namespace) -> None:
     from rlhf_exp.commands.cancel import cancel
 
     print(cancel(arguments.outputs, arguments.name), end="")
+
+
+def _fetch(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.fetch import fetch
+
+    fetch(arguments.overrides, arguments.config_dir, arguments.update, print)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from rlhf_exp.config.root import Config
 from rlhf_exp.distributed.place import leads
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.crew import Crew, crew_for, follow, settled_place
+from rlhf_exp.pipeline.hub import pinned
 from rlhf_exp.pipeline.plan import Step, plan, records_of, refuse_changed
 from rlhf_exp.pipeline.probe import probe, probe_table
 from rlhf_exp.pipeline.run import Done, run_steps
@@ -39,6 +40,7 @@ def run(config: Config, overrides: list[str], *, recorded: bool = True) -> float
         UserError: Something the user can mend.
         KeyboardInterrupt: The user stopped the run; a checkpoint holds what was done.
     """
+    config = pinned(config)
     if config.plan:
         if leads():
             _show(config, Console(stderr=True))

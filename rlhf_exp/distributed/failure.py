@@ -22,6 +22,10 @@ class FailedElsewhere(RuntimeError):
     """Another process of the group failed, and tells the user itself."""
 
 
+class WorkerGone(WorkerFailed):
+    """A process of the run was killed, or its machine does not answer any more."""
+
+
 class Kind(StrEnum):
     """Why work ended."""
 
@@ -76,6 +80,7 @@ class Failure:
             UserError: The same one.
             KeyboardInterrupt: The user stopped the run there.
             SystemExit: It was told to stop.
+            WorkerGone: It was killed.
             WorkerFailed: Anything else.
         """
         match self.kind:
@@ -86,7 +91,7 @@ class Failure:
             case Kind.stopped:
                 raise SystemExit(int(self.text) if self.text.isdigit() else TERMINATED)
             case Kind.gone:
-                raise WorkerFailed(f"the process of rank {self.rank} {self.text}")
+                raise WorkerGone(f"the process of rank {self.rank} {self.text}")
             case Kind.bug | Kind.elsewhere:
                 raise WorkerFailed(f"rank {self.rank} failed:\n\n{self.text}")
 

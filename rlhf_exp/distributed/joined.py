@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from rlhf_exp.distributed.failure import TERMINATED, Failure, Kind, cause, code_of
+from rlhf_exp.distributed.failure import TERMINATED, Failure, Kind, WorkerGone, cause, code_of
 from rlhf_exp.distributed.group import open_store, process_group
 from rlhf_exp.distributed.lines import Line, await_members, call_leader
 from rlhf_exp.distributed.member import Member, Work
@@ -89,6 +89,9 @@ class Leader:
         """Tell the others how the experiment has ended; after an error they leave."""
         code = code_of(error)
         self._heard.ending |= code != 0
+        if self.place.cluster and isinstance(error, WorkerGone):
+            # Its machine may be dead: the cluster starts the job again if nobody ends it before.
+            return
         self._tell(say="end", code=code, **words)
         if code:
             # So that all end with this code, before a launcher sees that one is gone.
@@ -128,7 +131,7 @@ class Leader:
         if heard.busy:
             # A collective that lost a process raises, as a rule.
             time.sleep(STUCK_S)
-            if heard.busy:
+            if heard.busy and not self.place.cluster:
                 print(f"rank {failure.rank}: {failure.text}", file=sys.stderr, flush=True)
                 os._exit(1)
         else:
@@ -140,6 +143,8 @@ class Leader:
         """Handle SIGTERM: sent by `_stop`, by a launcher that sees a process end, or to stop."""
         heard = self._heard
         if heard.ending or (heard.failures and heard.busy):
+            return
+        if self.place.cluster and not heard.failures:
             return
         heard.ending = True
         if heard.failures:

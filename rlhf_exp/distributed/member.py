@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 GRACE_S = 5.0
 """How long a process that was told to leave may take to close its records."""
+HELD_S = 900.0
+"""How long one that has failed waits for the cluster to end its job, or to miss a machine."""
 Work = Callable[[Any], dict[str, Any]]
 """What a process does in a stage: from JSON values to JSON values."""
 
@@ -43,7 +45,7 @@ class Member:
         self.asked = threading.Event()
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._busy, self._free = False, False
-        self._code = TERMINATED
+        self._code, self._told = TERMINATED, False
         signal.signal(signal.SIGTERM, self._leave)
         threading.Thread(target=self._listen, name="line to the leader", daemon=True).start()
 
@@ -93,10 +95,14 @@ class Member:
         self.line.send(say="failed", **failure.message())
         sys.stdout.flush()
         sys.stderr.flush()
+        if self.place.cluster:
+            # Until the leader says so, is gone, or the job is ended.
+            time.sleep(HELD_S)
         os._exit(code_of(error) or 1)
 
-    def _leave(self, number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(self._code)
+    def _leave(self, number: int, frame: FrameType | None) -> None:
+        if self._told or not self.place.cluster:
+            raise SystemExit(self._code)
 
     def _listen(self) -> None:
         while True:
@@ -118,7 +124,7 @@ class Member:
 
     def _end(self, code: int) -> None:
         """Leave in the middle of the work."""
-        self._code = code
+        self._code, self._told = code, True
         # The main thread may have records to close, if it is not stuck in a collective.
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         time.sleep(GRACE_S)

@@ -30,6 +30,8 @@ class Place:
         address: Machine of rank 0.
         port: Port at which they meet there.
         starter: What started them, for messages.
+        cluster: Whether they are a cluster's job. One that exits early would end it for good, and
+            SIGTERM means that it is being ended: rank 0 alone decides what becomes of it.
     """
 
     rank: int
@@ -39,6 +41,7 @@ class Place:
     address: str
     port: int
     starter: str = field(compare=False)
+    cluster: bool = field(compare=False, default=False)
 
     def export(self) -> None:
         """Set the variables that torch, accelerate and DeepSpeed read."""
@@ -132,6 +135,7 @@ def _of_submitit() -> Place:
         address=found.master_addr,
         port=found.master_port,
         starter="the Slurm job",
+        cluster=True,
     )
 
 

@@ -16,11 +16,13 @@ class SlurmTask:
     Attributes:
         job: Slurm's number of the job, such as `12`, or `12_3` for one of an array.
         rank: Number of this task; 0 acts for all.
+        nodes: Number of machines of the job.
         restarts: How often the job has been started again.
     """
 
     job: str
     rank: int
+    nodes: int
     restarts: int
 
     def requeue(self) -> None:
@@ -38,5 +40,9 @@ def slurm_task() -> SlurmTask:
     job = values["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in values:
         job = f"{values['SLURM_ARRAY_JOB_ID']}_{values['SLURM_ARRAY_TASK_ID']}"
-    rank, restarts = values.get("SLURM_PROCID", "0"), values.get("SLURM_RESTART_COUNT", "0")
-    return SlurmTask(job, int(rank), int(restarts))
+    return SlurmTask(
+        job,
+        rank=int(values.get("SLURM_PROCID", "0")),
+        nodes=int(values.get("SLURM_JOB_NUM_NODES", "1")),
+        restarts=int(values.get("SLURM_RESTART_COUNT", "0")),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from rlhf_exp.config.load import to_dict
 from rlhf_exp.config.problems import Problem, refuse
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.slurm import SlurmConfig
-from rlhf_exp.errors import Detached, JobsFailed
+from rlhf_exp.errors import Detached, JobsFailed, UserError
+from rlhf_exp.pipeline.hub import missing, needs, pinned
 from rlhf_exp.pipeline.plan import plan, records_of, refuse_changed
 from rlhf_exp.slurm import queue
 from rlhf_exp.slurm.points import Point, shared_work
@@ -47,9 +49,12 @@ def launch(site: SlurmConfig, jobs: Sequence[tuple[list[str], Config]]) -> list[
     if jobs[0][1].plan:
         return [experiment.run(config, overrides) for overrides, config in jobs]
     refuse(slurm_problems(site, [config for _, config in jobs]))
-    points = [Point(tuple(text), config, tuple(plan(config))) for text, config in jobs]
+    settled = [(text, pinned(config)) for text, config in jobs]
+    points = [Point(tuple(text), config, tuple(plan(config))) for text, config in settled]
     for point in points:
         refuse_changed(list(point.steps))
+    if site.offline:
+        _refuse_missing(points)
     return _Launch(site, points).run()
 
 
@@ -60,27 +65,22 @@ class _Launch:
         self.name, self.outputs = config.name or experiment.UNNAMED, Path(config.output_dir)
         self.records = records_of(config)
         self.console = Console(stderr=True)
-        self.jobs: dict[str, tuple[Submission, Job]] = {}
+        self.jobs: list[tuple[Submission, Job]] = []
 
     def run(self) -> list[Outcome]:
         done = self._done()
-        self._join(done)
-        missing = {
-            point.key: point
-            for point in self.points
-            if point.key not in done and point.key not in self.jobs
-        }
+        self._join()
+        there = done.keys() | {job.key for _, job in self.jobs if not job.shared}
+        missing = {point.key: point for point in self.points if point.key not in there}
         try:
             if missing:
                 with _uninterrupted():
                     self._submit(list(missing.values()))
             self._introduce(len(done))
-            watched = list(self.jobs.values())
-            endings = wait(watched, self.site.poll_s, self._tell, self._ended)
+            endings = wait(self.jobs, self.site.poll_s, self._tell, self._ended)
         except KeyboardInterrupt as error:
             raise Detached(self._detached()) from error
-        by_key = {job.key: endings[job.id] for _, job in watched}
-        return self._outcomes(done, by_key)
+        return self._outcomes(done, endings)
 
     def _done(self) -> dict[str, RunRecord]:
         """Return the records of points that need no job."""
@@ -88,21 +88,22 @@ class _Launch:
         return {
             point.key: found[point.key]
             for point in self.points
-            if not any(step.needs_work for step in point.steps)
+            if not point.config.probe
+            and not any(step.needs_work for step in point.steps)
             and point.key in found
             and found[point.key].status is Status.done
         }
 
-    def _join(self, done: dict[str, RunRecord]) -> None:
+    def _join(self) -> None:
         """Find those jobs of earlier submissions that are still in the queue."""
         known = {job.id: (where, job) for where, job in latest_jobs(self.outputs, self.name)}
         try:
             states = queue.states(known)
         except queue.Unreachable as error:
             refuse([Problem("hydra/launcher", "slurm", f"squeue fails: {error}")])
-        live = {known[one][1].key: known[one] for one, state in states.items() if not state.ended}
-        wanted = {point.key for point in self.points} - done.keys()
-        self.jobs = {key: found for key, found in live.items() if key in wanted or found[1].shared}
+        live = [known[one] for one, state in states.items() if not state.ended]
+        wanted = {point.key for point in self.points}
+        self.jobs = [found for found in live if found[1].shared or found[1].key in wanted]
 
     def _submit(self, points: list[Point]) -> None:
         from rlhf_exp.slurm.submit import submit
@@ -111,19 +112,22 @@ class _Launch:
         assert not isinstance(shape, Problem), "checked"
         submission = new_submission(self.outputs, self.name)
         copy_code(submission.code)
-        after = None
-        for level in [*shared_work(points), points]:
+        # What an earlier submission makes for all is waited for, not made twice.
+        made = {job.key: job.id for _, job in self.jobs if job.shared}
+        after: list[str] = []
+        for level in [*([] if points[0].config.probe else shared_work(points)), points]:
             shared = level is not points
-            works = [self._work(point, submission, not shared) for point in level]
-            ids = submit(self.site, shape, submission, works, self.name, after)
-            for number, point in zip(ids, level, strict=True):
+            new = [point for point in level if not shared or point.key not in made]
+            works = [self._work(point, submission, not shared) for point in new]
+            ids = submit(self.site, shape, submission, works, self.name, after) if new else []
+            for number, point in zip(ids, new, strict=True):
                 ranks = shape.nodes * shape.tasks_per_node
                 last = point.steps[-1]
                 job = Job(number, last.stage, last.key, point.overrides, ranks, shared)
                 submission.jobs.append(job)
-                self.jobs[point.key] = submission, job
+                self.jobs.append((submission, job))
             submission.write()
-            after = ids[0].partition("_")[0]
+            after = [*ids, *(made[point.key] for point in level if shared and point.key in made)]
 
     def _work(self, point: Point, submission: Submission, recorded: bool) -> Work:
         config = with_own_code(point.config, submission.code)
@@ -142,7 +146,7 @@ class _Launch:
     def _introduce(self, done: int) -> None:
         counts = [f"{len(self.points)} points"] + ([f"{done} of them done"] if done else [])
         self._tell(f"{self.name}: {', '.join(counts)}; {len(self.jobs)} jobs in the queue")
-        for where in {where.folder: where for where, _ in self.jobs.values()}.values():
+        for where in {where.folder: where for where, _ in self.jobs}.values():
             self._tell(f"logs: {where.results}")
 
     def _detached(self) -> str:
@@ -183,15 +187,16 @@ class _Launch:
             self.records.write(replace(record, status=Status.failed, error=failure.error))
 
     def _outcomes(self, done: dict[str, RunRecord], endings: dict[str, Ending]) -> list[Outcome]:
-        failures = {key: one for key, one in endings.items() if isinstance(one, Failure)}
+        failures = [one for one in endings.values() if isinstance(one, Failure)]
         lines = [
-            f"\n  {one.job.id} {one.job.stage} {key}: {one.reason}\n    {one.log}"
-            for key, one in failures.items()
+            f"\n  {one.job.id} {one.job.stage} {one.job.key}: {one.reason}\n    {one.log}"
+            for one in failures
         ]
         failed = JobsFailed(f"{len(failures)} of {len(endings)} jobs failed:{''.join(lines)}")
+        by_key = {job.key: endings[job.id] for _, job in self.jobs if not job.shared}
         outcomes: list[Outcome] = []
         for point in self.points:
-            ending = endings.get(point.key)
+            ending = by_key.get(point.key)
             if isinstance(ending, Failure):
                 outcomes.append(failed)
             else:
@@ -200,6 +205,23 @@ class _Launch:
 
     def _tell(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
+
+
+def _refuse_missing(points: Sequence[Point]) -> None:
+    """Stop where a job would find out on a node that something is not there.
+
+    Raises:
+        UserError: Naming it, and the command that fetches it.
+    """
+    for point in points:
+        absent = missing(Path(point.config.output_dir), needs(point.config, point.steps))
+        if absent:
+            listed = "".join(f"\n  {need}" for need in absent)
+            raise UserError(
+                "nodes have no network (hydra.launcher.offline=true), and the cache here lacks:"
+                f"{listed}\nFetch it on this machine first: rlhf-exp fetch "
+                f"{shlex.join(point.overrides)}"
+            )
 
 
 @contextmanager

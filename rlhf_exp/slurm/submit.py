@@ -36,7 +36,7 @@ def submit(
     submission: Submission,
     works: Sequence[Work],
     name: str,
-    after: str | None = None,
+    after: Sequence[str] = (),
 ) -> list[str]:
     """Submit works as one array (one work: as one job); return Slurm's number of each.
 
@@ -46,7 +46,7 @@ def submit(
         submission: Where code and results are.
         works: What to do.
         name: Name of the jobs in the queue.
-        after: Number of the array that has to end well before these start.
+        after: Numbers of the jobs that have to end well before these start.
 
     Raises:
         UserError: Slurm refuses; its message.
@@ -55,10 +55,10 @@ def submit(
     shared = not works[0].recorded
     executor.update_parameters(**_parameters(site, shape, shared), job_name=name)
     executor.update_parameters(setup=[*site.setup, *_environment(site, submission.code)])
-    if after is not None:
+    if after:
         # Without the second, jobs whose condition cannot come true any more stay for ever.
         extra = executor.parameters["additional_parameters"]
-        waits = {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+        waits = {"dependency": "afterok:" + ":".join(after), "kill-on-invalid-dep": "yes"}
         executor.update_parameters(additional_parameters={**extra, **waits})
     try:
         jobs = executor.map_array(perform, works)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_exp.config.load import from_dict
+from rlhf_exp.distributed.failure import WorkerGone
+from rlhf_exp.distributed.member import HELD_S
 from rlhf_exp.distributed.slurm_task import SlurmTask, slurm_task
 from rlhf_exp.errors import UserError
 from rlhf_exp.experiment import UNNAMED, run
 from rlhf_exp.slurm.notice import exit_now, noticing, say
 from rlhf_exp.store.records import Records, Status
-
-# Slurm kills a job that it requeues; where it does not, the job ends by itself.
-KILLED_WITHIN_S = 600
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,35 @@ def perform(work: Work) -> float | None:
     """Do a work; called by submitit in every task of the job.
 
     Returns:
-        The objective, in the first task.
+        The objective.
 
     Raises:
         UserError: Something the user can mend.
     """
     task = slurm_task()
+    config, overrides = from_dict(work.config), list(work.overrides)
+    if task.rank:
+        # Notices are the first task's affair; here they stay blocked.
+        return run(config, overrides, recorded=work.recorded)
     if task.restarts:
         say(f"job {task.job} starts again ({task.restarts} of {work.max_restarts})")
     leaving = _Leaving(work, task)
     with noticing(work.grace_s, leaving.now) as notice:
         try:
-            return run(from_dict(work.config), list(work.overrides), recorded=work.recorded)
-        except BaseException:
+            return run(config, overrides, recorded=work.recorded)
+        except BaseException as error:
             # Once notice is given, whatever else goes wrong is due to it: a neighbour may be dead
             # already. And what is not due to it goes wrong again after the restart.
             if notice.is_set():
                 leaving.now()
+            if isinstance(error, WorkerGone) and task.nodes > 1:
+                traceback.print_exc()
+                await_slurm("a machine may have died; Slurm starts the job again if so")
             raise
 
 
 class _Leaving:
-    """Hands a job back to Slurm; by the thread that comes first."""
+    """Hands a job back to Slurm, in the first task; by the thread that comes first."""
 
     def __init__(self, work: Work, task: SlurmTask) -> None:
         self.work, self.task = work, task
@@ -76,10 +83,6 @@ class _Leaving:
     def now(self) -> None:
         """Requeue the job and end this process."""
         self.lock.acquire()  # for good: the process ends here
-        if self.task.rank:
-            # The first task acts. A task that ended before it would end the job for good.
-            time.sleep(KILLED_WITHIN_S)
-            exit_now()
         if self.task.restarts >= self.work.max_restarts:
             say(f"not started again: hydra.launcher.max_restarts={self.work.max_restarts} reached")
             exit_now()
@@ -89,8 +92,7 @@ class _Leaving:
             self.task.requeue()
         except (OSError, subprocess.SubprocessError) as error:
             # A job that is preempted is requeued by Slurm itself when it is killed, not if it ends.
-            say(f"scontrol requeue {self.task.job}: {error}; waiting to be killed")
-            time.sleep(KILLED_WITHIN_S)
+            await_slurm(f"scontrol requeue {self.task.job}: {error}")
         exit_now()
 
     def _note(self) -> None:
@@ -100,3 +102,9 @@ class _Leaving:
         for record in records.sweep(config.name or UNNAMED):
             if record.key == self.work.key and self.work.recorded:
                 records.write(replace(record, status=Status.requeued, error=None))
+
+
+def await_slurm(reason: str) -> None:
+    """Hold still until Slurm ends the job: one that ends by itself is not started again."""
+    say(f"{reason}; waiting to be ended")
+    time.sleep(HELD_S)

@@ -10,7 +10,7 @@ from tests.lab import run, weights
 from tests.slurm.cluster import Cluster, wait
 from tests.slurm.lab import Launch, checkpoints, give_notice, paced, states
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 RATES = ("1e-3", "2e-3", "3e-3", "4e-3", "5e-3")
 DIVERGES = "1e30"

@@ -1,0 +1,200 @@
+"""What an experiment needs from the Hugging Face hub: named, pinned, fetched, looked for.
+
+`<output_dir>/pins.json` holds the revision of each model and data set that was fetched. A pin
+stands for a revision that the config leaves open, so that results do not depend on the day.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.config.data import Source
+from rlhf_exp.config.root import Config
+from rlhf_exp.errors import UserError
+from rlhf_exp.pipeline.keys import MODEL_FILES
+from rlhf_exp.pipeline.plan import State, Step
+from rlhf_exp.store.files import write_json_atomic
+
+PINS = "pins.json"
+MODEL, DATASET = "model", "dataset"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something on the hub.
+
+    Attributes:
+        key: The config key that names it.
+        kind: `model` or `dataset`.
+        id: Its hub id.
+        revision: The revision that the config asks for, if it does.
+    """
+
+    key: str
+    kind: str
+    id: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        """Return `model EleutherAI/gpt-j-6b (model.path)`."""
+        return f"{self.kind} {self.id} ({self.key})"
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What was fetched.
+
+    Attributes:
+        commit: Its revision.
+        files: Its files, relative to the folder in the cache.
+    """
+
+    commit: str
+    files: list[str]
+
+
+def needs(config: Config, steps: Iterable[Step]) -> list[Need]:
+    """Return what an experiment reads from the hub.
+
+    Args:
+        config: The experiment.
+        steps: Its plan.
+    """
+    found = []
+    model, data = config.model, config.data
+    if model.path is not None and not Path(model.path).exists():
+        found.append(Need("model.path", MODEL, model.path, model.revision))
+    if data.source is Source.hub and data.path is not None and not Path(data.path).exists():
+        found.append(Need("data.path", DATASET, data.path, data.revision))
+    for step in steps:
+        given = step.model if step.state is State.given else None
+        if given is not None and not Path(given).exists():
+            found.append(Need(f"{step.stage}.use", MODEL, given, None))
+    return found
+
+
+def pinned(config: Config) -> Config:
+    """Return the config with the revisions that were pinned where it leaves them open."""
+    pins = Pins(Path(config.output_dir))
+    model, data = config.model, config.data
+    if model.path is not None and model.revision is None:
+        pin = pins.get(Need("model.path", MODEL, model.path, None))
+        model = replace(model, revision=None if pin is None else pin.commit)
+    if data.source is Source.hub and data.path is not None and data.revision is None:
+        pin = pins.get(Need("data.path", DATASET, data.path, None))
+        data = replace(data, revision=None if pin is None else pin.commit)
+    return replace(config, model=model, data=data)
+
+
+class Pins:
+    """The pins of an output folder.
+
+    Args:
+        output_dir: The folder.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.path = output_dir / PINS
+
+    def get(self, need: Need) -> Pin | None:
+        """Return what was fetched for a need.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        pin = self._read().get(_name(need))
+        return None if pin is None else Pin(str(pin["commit"]), list(pin["files"]))
+
+    def set(self, need: Need, pin: Pin) -> None:
+        """Remember what was fetched."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(self.path, self._read() | {_name(need): asdict(pin)})
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            pins: dict[str, dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise UserError(
+                f"{self.path}: not JSON ({error}); delete it and fetch again"
+            ) from error
+        return pins
+
+
+def _name(need: Need) -> str:
+    return f"{need.kind}:{need.id}@{need.revision or ''}"
+
+
+def missing(output_dir: Path, wanted: Iterable[Need]) -> list[Need]:
+    """Return what is not whole in this machine's cache."""
+    pins, absent = Pins(output_dir), []
+    for need in wanted:
+        pin = pins.get(need)
+        if pin is None:
+            # The revision may be that of a pin itself.
+            pin = pins.get(replace(need, revision=None))
+            pin = pin if pin is not None and pin.commit == need.revision else None
+        if pin is None or not _cached(need, pin):
+            absent.append(need)
+    return absent
+
+
+def _cached(need: Need, pin: Pin) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (
+        try_to_load_from_cache(need.id, name, revision=pin.commit, repo_type=need.kind)
+        for name in pin.files
+    )
+    return all(isinstance(path, str) and Path(path).exists() for path in found)
+
+
+def fetch(output_dir: Path, need: Need, update: bool = False) -> Pin:
+    """Download something into the cache, at its pinned revision if it has one, and pin it.
+
+    Args:
+        output_dir: Where pins are.
+        need: What to fetch.
+        update: Whether to forget an earlier pin.
+
+    Raises:
+        UserError: The hub does not have it, or cannot be reached.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    pins = Pins(output_dir)
+    pin = None if update else pins.get(need)
+    try:
+        commit = pin.commit if pin is not None else None
+        if commit is None:
+            info = HfApi().repo_info(need.id, repo_type=need.kind, revision=need.revision)
+            commit = str(info.sha)
+        folder = Path(
+            snapshot_download(
+                need.id,
+                repo_type=need.kind,
+                revision=commit,
+                allow_patterns=list(MODEL_FILES) if need.kind == MODEL else None,
+            )
+        )
+    except Exception as error:  # the library, and those below it, raise many unrelated classes
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise UserError(f"{need}: cannot be fetched ({reason})") from error
+    if need.kind == DATASET:
+        _prepare(need.id, commit)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    made = Pin(commit, sorted(path.relative_to(folder).as_posix() for path in files))
+    pins.set(need, made)
+    return made
+
+
+def _prepare(path: str, commit: str) -> None:
+    """Let `datasets` convert what was fetched: without a network it finds only what it has made."""
+    from rlhf_exp.data.sources import load_hub
+
+    load_hub(path, commit)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlhf_exp.config.compose import compose
+from rlhf_exp.errors import UserError
+from rlhf_exp.pipeline import hub
+from rlhf_exp.pipeline.hub import Need, Pin, Pins, missing, needs, pinned
+from rlhf_exp.pipeline.plan import State, Step, plan
+from tests.lab import ROOT
+from tests.pipeline.stand_in_hub import COMMIT, stand_in_hub
+
+FILES = {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickles"}
+MODEL = Need("model.path", "model", "org/small", None)
+
+
+def fetch(home: Path, address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": address,
+        "HF_HUB_OFFLINE": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "rlhf_exp.cli", "fetch", *arguments]
+    return subprocess.run(
+        command, env=environment, cwd=home, capture_output=True, text=True, check=False
+    )
+
+
+def absent_with(home: Path, output_dir: Path) -> str:
+    """Return what a machine with that cache lacks, in a process that reads its settings anew."""
+    program = f"""
+from pathlib import Path
+from rlhf_exp.pipeline.hub import Need, missing
+need = Need("model.path", "model", "org/small", None)
+print(missing(Path({str(output_dir)!r}), [need]))
+"""
+    environment = {**os.environ, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_a_model_is_fetched_pinned_and_then_there(tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    arguments = ["model.path=org/small", f"output_dir={outputs}"]
+    with stand_in_hub({"org/small": FILES}) as (address, asked):
+        ended = fetch(tmp_path, address, *arguments)
+        assert ended.returncode == 0, ended.stderr
+        assert f"model org/small (model.path): revision {COMMIT}, 2 files" in ended.stdout
+        assert not any("pytorch_model.bin" in line for line in asked), "pickles are not wanted"
+    pin = Pins(outputs).get(MODEL)
+    assert pin == Pin(COMMIT, ["config.json", "model.safetensors"])
+    assert absent_with(tmp_path, outputs) == "[]"
+    assert "org/small" in absent_with(tmp_path / "elsewhere", outputs)
+    (cached,) = tmp_path.glob("hub/models--org--small/snapshots/*/model.safetensors")
+    cached.unlink()
+    assert "org/small" in absent_with(tmp_path, outputs)
+
+
+def test_what_the_hub_does_not_have(tmp_path: Path) -> None:
+    with stand_in_hub({}) as (address, _):
+        ended = fetch(tmp_path, address, "model.path=org/small", f"output_dir={tmp_path}/outputs")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: model org/small (model.path): cannot be fetched (")
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "outputs" / "pins.json").exists()
+
+
+def test_nothing_to_fetch(tmp_path: Path) -> None:
+    ended = fetch(tmp_path, "http://127.0.0.1:9", "experiment=smoke")
+    assert (ended.returncode, ended.stdout) == (0, "nothing of this run comes from the hub\n")
+
+
+def test_what_a_run_needs() -> None:
+    config = compose(["experiment=hh_gptj_6b"]).config
+    given = Step("reward", "k", State.given, model="org/judge")
+    assert [str(need) for need in needs(config, [given])] == [
+        "model EleutherAI/gpt-j-6b (model.path)",
+        "dataset Dahoas/rm-static (data.path)",
+        "model org/judge (reward.use)",
+    ]
+
+
+def test_pins_stand_for_open_revisions(tmp_path: Path) -> None:
+    config = compose(["experiment=hh_gptj_6b", f"output_dir={tmp_path}", "stage=sft"]).config
+    assert pinned(config) == config
+    before = plan(config)[0].key
+    data = Need("data.path", "dataset", "Dahoas/rm-static", None)
+    Pins(tmp_path).set(replace(MODEL, id="EleutherAI/gpt-j-6b"), Pin("a" * 40, []))
+    Pins(tmp_path).set(data, Pin("b" * 40, []))
+    found = pinned(config)
+    assert (found.model.revision, found.data.revision) == ("a" * 40, "b" * 40)
+    assert plan(found)[0].key != before
+    config.model.revision = "v1"
+    assert pinned(config).model.revision == "v1"
+
+
+def test_an_explicit_revision_is_not_another_ones_pin(tmp_path: Path) -> None:
+    Pins(tmp_path).set(MODEL, Pin(COMMIT, []))
+    wanted = [replace(MODEL, revision=revision) for revision in (COMMIT, "v1", None)]
+    assert missing(tmp_path, wanted) == [replace(MODEL, revision="v1")]
+
+
+def test_pins_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / hub.PINS).write_text("{")
+    with pytest.raises(UserError, match=r"pins\.json: not JSON"):
+        Pins(tmp_path).get(MODEL)

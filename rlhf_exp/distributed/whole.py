@@ -104,6 +104,10 @@ class DataParallel(Single):
             device_ids=None if device.type == "cpu" else [device],
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,
+            # Otherwise the buckets are arranged anew after the first backward pass, and with them
+            # the order in which the gradients of three or more processes are added up: a resumed
+            # run would differ in its last bits from one that was not interrupted.
+            find_unused_parameters=True,
         )
         self.wrapped = self._ddp
 

@@ -7,7 +7,7 @@
 PYTHON ?= python3
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
-MARKERS ?= not slow and not matrix and not gpu and not trlx and not browser
+MARKERS ?= not slow and not matrix and not slurm and not gpu and not trlx and not browser
 
 VENV := .venv
 BIN := $(VENV)/bin

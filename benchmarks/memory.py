@@ -75,7 +75,6 @@ SETTINGS = {
     "fsdp": ("distributed=fsdp",),
     "fsdp, checkpointing": ("distributed=fsdp", *CHECKPOINTING),
 }
-STAGES = ("sft", "reward", "ppo")
 MIB = 1 << 20
 
 

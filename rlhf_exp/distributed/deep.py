@@ -10,9 +10,7 @@ import torch
 from torch import distributed, nn
 
 from rlhf_exp.errors import UserError
-
-_BUCKET = 200_000_000
-"""Most elements that are reduced at a time; DeepSpeed keeps buffers of this size."""
+from rlhf_exp.models.memory import BUCKET
 
 
 def deepspeed_module() -> Any:  # noqa: ANN401 - an untyped library
@@ -50,7 +48,7 @@ def engine_for(
     """
     deepspeed = deepspeed_module()
     elements = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    zero = {"reduce_bucket_size": min(_BUCKET, elements), **settings["zero_optimization"]}
+    zero = {"reduce_bucket_size": min(BUCKET, elements), **settings["zero_optimization"]}
     config = {
         # Whether a step is due is said before each forward pass, not counted.
         "train_micro_batch_size_per_gpu": 1,

@@ -22,7 +22,7 @@ LIVE = 1_000_000_000
 """Weights that DeepSpeed's ZeRO 3 leaves whole if they are soon needed again: its default."""
 
 BUCKET = 200_000_000
-"""Most gradients that DeepSpeed reduces at a time, as in `rlhf_exp.distributed.deep`."""
+"""Most gradients that DeepSpeed is told to reduce at a time; it keeps buffers of this size."""
 
 KEPT_INNER_LAYERS = {"gpt2": 5, "gptj": 5, "gpt_neox": 2, "llama": 4, "qwen2": 4, "qwen3": 4}
 """Tensors of the feed-forward part's inner width that a block keeps.

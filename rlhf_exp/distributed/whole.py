@@ -85,6 +85,22 @@ class Single:
             target.copy_(weights[name])
 
 
+class _WithUnused(nn.Module):
+    """A module beside a parameter that nothing reads.
+
+    Told to expect unused parameters, DDP warns in every process if there are none.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the module's
+        """Call the module."""
+        return self.module(*args, **kwargs)
+
+
 class DataParallel(Single):
     """PyTorch's DDP: gradients are averaged while the backward pass runs."""
 
@@ -100,7 +116,7 @@ class DataParallel(Single):
         # No buffers are sent around: none changes in training, and a forward pass without gradients
         # is then free of communication.
         self._ddp = DistributedDataParallel(
-            module,
+            _WithUnused(module).to(device),
             device_ids=None if device.type == "cpu" else [device],
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,

@@ -5,8 +5,8 @@
 
 On CPUs, the demo's model from scratch in float32, every layer training, sizes as in the demo: a
 reading is a probe (`probe=true`) of all stages, whose second iteration counts. Settings take turns;
-the table shows medians over the rounds. Processes have one thread each; `single` is measured with one
-and with two, since two threads of one process are what two processes compete with.
+the table shows medians over the rounds. Processes have one thread each; one process is measured
+with one thread and with two, since two threads are what two processes compete with.
 """
 
 from __future__ import annotations

@@ -29,6 +29,12 @@ def rows(outputs: Path, stage: str) -> int:
     return lines
 
 
+def drafts(outputs: Path, stage: str) -> bool:
+    """Return whether a checkpoint of a stage is being written."""
+    staging = outputs / "store" / ".staging"
+    return any(staging.glob(f"{stage}-*/checkpoints/.partial-*"))
+
+
 def leftovers(outputs: Path) -> list[str]:
     """Return what a finished run must not leave: leases, staging folders, drafts."""
     store = outputs / "store"
@@ -61,7 +67,8 @@ class Monkey:
         folder: Its working folder, of nobody else: that is how its processes are known.
         outputs: Its results.
         seed: Of what is drawn.
-        victims: What was killed: `parent` or `worker`.
+        victims: What was killed: `parent`, `worker`, or `writer` (a worker while a checkpoint is
+            being written).
         exits: The exit codes of the command.
     """
 
@@ -96,23 +103,36 @@ class Monkey:
         """Run and kill; return whether there was something to kill."""
         run = self._start()
         parent = psutil.Process(run.pid)
-        if drawn.random() < 0.3:  # while starting, most of the time
-            pause, more = drawn.uniform(0.0, 10.0), 0
-        else:
-            pause, more = drawn.uniform(0.0, 0.5), drawn.randint(1, 3)
-        before = rows(self.outputs, "ppo")
-        while run.poll() is None and rows(self.outputs, "ppo") < before + more:
-            time.sleep(0.01)
+        writing = self._wait(run, drawn)
         with suppress(subprocess.TimeoutExpired):
-            self.exits.append(run.wait(pause))
+            # A checkpoint of a small model takes a few milliseconds.
+            self.exits.append(run.wait(drawn.uniform(0.0, 0.002 if writing else 0.5)))
             return False
         with suppress(psutil.Error):
-            victim = drawn.choice([parent, *workers(parent)])
+            started = workers(parent)
+            victim = drawn.choice(started if writing and started else [parent, *started])
+            writing = writing and drafts(self.outputs, "ppo")
             victim.kill()
-            self.victims.append("parent" if victim == parent else "worker")
+            kind = "writer" if writing else "worker"
+            self.victims.append("parent" if victim == parent else kind)
         self.exits.append(run.wait(300))
         self._nobody_left()
         return bool(self.exits[-1])
+
+    def _wait(self, run: subprocess.Popen[bytes], drawn: random.Random) -> bool:
+        """Wait for the moment to kill; return whether it is that of a checkpoint."""
+        before, moment = rows(self.outputs, "ppo"), drawn.random()
+        if moment < 0.3:  # while starting, most of the time
+            with suppress(subprocess.TimeoutExpired):
+                run.wait(drawn.uniform(0.0, 10.0))
+            return False
+        more, writing = drawn.randint(1, 3), moment < 0.6
+        while run.poll() is None:
+            ready = not writing or drafts(self.outputs, "ppo")
+            if ready and rows(self.outputs, "ppo") >= before + more:
+                return writing
+            time.sleep(0.0005 if writing else 0.01)
+        return False
 
     def _nobody_left(self) -> None:
         deadline = time.monotonic() + PATIENCE_S

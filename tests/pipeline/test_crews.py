@@ -226,11 +226,12 @@ def artifacts(outputs: Path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_kills_of_random_processes(run_copy: Path, tmp_path: Path) -> None:
-    """Workers and the process that leads them are killed at random moments."""
-    longer = ("ppo.steps=60", "ppo.checkpoint_every=2")
+    """Workers and the process that leads them are killed at random moments, and in checkpoints."""
+    kills, seed = int(os.environ.get("RLHF_EXP_KILLS", "5")), random.randrange(10**6)
+    # A run without kills in between must not come to its end before they are done.
+    longer = (f"ppo.steps={20 * kills}", "ppo.checkpoint_every=2")
     whole = shutil.copytree(run_copy, tmp_path / "whole")
     assert launch(whole, *REDO, *longer) == 0
-    kills, seed = int(os.environ.get("RLHF_EXP_KILLS", "5")), random.randrange(10**6)
     others = artifacts(run_copy)
     command = [sys.executable, *command_of(run_copy, *longer)]
     monkey = Monkey(command, run_copy.parent, run_copy, seed)

@@ -98,16 +98,25 @@ def test_strategy(folder: Path, strategy: str) -> None:
 
 
 def equal_losses(folder: Path, single: str, several: str, half: bool) -> None:
-    """Compare losses; in bfloat16 two runs of PPO part ways once a token is drawn otherwise."""
+    """Compare losses.
+
+    In bfloat16 the first iteration of PPO may draw another token already. The KL sums differences of
+    log-probabilities that nearly cancel: AdamW makes a step of full size of a gradient that is
+    nothing but rounding, and two such weights of 10 000 moved it by 3e-5.
+    """
     one, two = ([row for row in rows(folder, n) if "loss/total" in row] for n in (single, several))
     assert [row["global_step"] for row in one] == [row["global_step"] for row in two]
     if half and several.endswith("ppo"):
         one, two = one[:1], two[:1]
     tolerance = {"rel": 2e-2, "abs": 2e-2} if half else {"rel": 1e-4, "abs": 3e-5}
+    special = {"kl/sequence": {"rel": 1e-4, "abs": 1e-4}}
+    if half and several.endswith("ppo"):
+        tolerance = special["kl/sequence"] = {"rel": 0.0, "abs": 5e-2}
     for ours, theirs in zip(one, two, strict=True):
         for name in ("loss/total", "optim/grad_norm", "kl/sequence", "value/mean", "loss/value"):
             if name in ours and not (half and name == "optim/grad_norm"):
-                assert theirs[name] == pytest.approx(ours[name], **tolerance), f"{several}: {name}"
+                near = pytest.approx(ours[name], **special.get(name, tolerance))
+                assert theirs[name] == near, f"{several}: {name}"
         if "policy/ratio_first" in theirs:
             assert theirs["policy/ratio_first"] == pytest.approx(1.0, abs=1e-5), several
 
@@ -116,7 +125,7 @@ def test_three_processes_go_on_where_two_stopped(folder: Path) -> None:
     for strategy in ("ddp", "fsdp"):
         given = ("ppo", overrides("top", strategy), models(folder, "top"))
         name = f"top-{strategy}-grown"
-        run_jobs(folder, [Job(name, *given, stop_at=2)], processes=2)
+        run_jobs(folder, [Job(name, *given, stop_at=1)], processes=2)
         assert json.loads((folder / name / "returned.json").read_text()) == {"interrupted": 1.0}
         run_jobs(folder, [Job(name, *given)], processes=3)
         equal_losses(folder, "top-single-ppo", name, half=False)

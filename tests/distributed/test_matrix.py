@@ -100,8 +100,8 @@ def test_strategy(folder: Path, strategy: str) -> None:
 def equal_losses(folder: Path, single: str, several: str, half: bool) -> None:
     """Compare losses.
 
-    In bfloat16 the first iteration of PPO may draw another token already. The KL sums differences of
-    log-probabilities that nearly cancel: AdamW makes a step of full size of a gradient that is
+    In bfloat16 the first iteration of PPO may draw another token already. The KL sums differences
+    of log-probabilities that nearly cancel: AdamW makes a step of full size of a gradient that is
     nothing but rounding, and two such weights of 10 000 moved it by 3e-5.
     """
     one, two = ([row for row in rows(folder, n) if "loss/total" in row] for n in (single, several))

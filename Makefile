@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest
 SOURCES := rlhf_exp hydra_plugins tests $(wildcard benchmarks) $(wildcard *.py)
 
 .DEFAULT_GOAL := help
@@ -21,7 +22,8 @@ SOURCES := rlhf_exp hydra_plugins tests $(wildcard benchmarks) $(wildcard *.py)
 
 help:
 	@echo "make demo    train and evaluate the bundled example, then show its report's path"
-	@echo "make test    lint, type check and the tests (those that need no GPU or browser)"
+	@echo "make test    lint, type check and the tests (those that need no GPU or browser;"
+	@echo "             where Slurm is installed, those that start one)"
 	@echo "make check   lint and type check only"
 	@echo "make format  let ruff format and mend what it can"
 	@echo "make venv    install into $(VENV)"
@@ -46,8 +48,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python launch.py experiment=demo
 
+# The tests with a Slurm of their own start daemons and wait for nodes to die: alone, they are quick.
+# Exit code 5: PYTEST_ARGS chose none of them.
 test: check
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 2 -m '$(MARKERS)' $(PYTEST_ARGS)
+	$(PYTEST) -n 2 -m '$(MARKERS)' $(PYTEST_ARGS)
+ifeq ($(origin MARKERS),file)
+	$(PYTEST) -rs -m slurm $(PYTEST_ARGS) || [ $$? = 5 ]
+endif
 
 check: lint types
 

@@ -75,8 +75,9 @@ def run_job(folder: Path, job: Job, rank: int = 0) -> dict[str, float]:
         folder=place,
         cache=folder / "cache",
         models=job.models,
-        parents=dict.fromkeys(PARENTS[job.stage], "key"),
-        inputs=dict.fromkeys(PARENTS[job.stage], "digest"),
+        # By the models' folders: what is cached of one reward model is not another's.
+        parents={role: job.models.get(role, "key") for role in PARENTS[job.stage]},
+        inputs={role: job.models.get(role, "digest") for role in PARENTS[job.stage]},
         materials=_materials(job.overrides),
         before_write=lambda: None,
         polite_interrupts=chosen,

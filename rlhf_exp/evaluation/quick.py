@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation import statistics, text
 from rlhf_exp.evaluation.metric import Better, Metric, paired_metric, single_metric
+from rlhf_exp.evaluation.preference import preference
 from rlhf_exp.evaluation.result import PromptRow, QuickResult
 from rlhf_exp.evaluation.samples import pick_samples, sample_rule
 from rlhf_exp.evaluation.statistics import LEVEL, TIE_BAND
@@ -79,7 +80,8 @@ def quick_comparison(
     unit = "words" if lengths_a is None else "tokens"
     metrics += _text_metrics(answers_a, answers_b, columns["length"], unit, seed, level)
     signs = statistics.outcome_signs(*columns["score"], tie_band)
-    outcome = statistics.count_outcomes(signs)
+    found = preference(signs, seed=seed, level=level)
+    assert found.ties_as_half is not None, "there is a prompt"
     return QuickResult(
         name_a=name_a,
         name_b=name_b,
@@ -88,10 +90,10 @@ def quick_comparison(
         level=level,
         seed=seed,
         tie_band=tie_band,
-        outcome=outcome,
-        win_rate=statistics.clopper_pearson(outcome.wins, outcome.decided, level),
-        ties_as_half=statistics.estimate_mean((signs + 1) / 2, seed, level),
-        p_value=statistics.sign_test(outcome.wins, outcome.losses),
+        outcome=found.outcome,
+        win_rate=found.win_rate,
+        ties_as_half=found.ties_as_half,
+        p_value=found.p_value,
         gain_in_std=statistics.standardised_difference(*columns["score"], seed, level),
         metrics=tuple(metrics),
         rows=tuple(_rows(prompts, answers_a, answers_b, columns, kl, signs)),

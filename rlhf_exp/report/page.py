@@ -25,7 +25,13 @@ from rlhf_exp.report import numbers
 from rlhf_exp.report.charts import charts_of
 from rlhf_exp.report.curves import STEP, curve
 from rlhf_exp.report.data import ReportData
-from rlhf_exp.report.outcome import outcome_bar, samples_of, tiles_of, verdict_sentence
+from rlhf_exp.report.outcome import (
+    needed_label,
+    outcome_bar,
+    samples_of,
+    tiles_of,
+    verdict_sentence,
+)
 from rlhf_exp.report.plot import render, sparkline
 
 _FOLDER = Path(__file__).parent
@@ -68,6 +74,7 @@ def render_page(data: ReportData) -> str:
             evaluation=evaluation,
             headline=None if evaluation is None else verdict_sentence(evaluation),
             bar=None if evaluation is None else outcome_bar(evaluation),
+            needed="" if evaluation is None else needed_label(evaluation.preference),
             tiles=[] if evaluation is None else tiles_of(evaluation),
             chart_groups=[(title, [render(chart) for chart in charts]) for title, charts in groups],
             samples=samples,

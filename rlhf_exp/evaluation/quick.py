@@ -74,11 +74,10 @@ def quick_comparison(
     kl = None if kl_b is None else np.asarray(kl_b, dtype=np.float64)
     _check_rows(prompts, [*(a for a, _ in columns.values()), *([] if kl is None else [kl])])
 
-    metrics = _judged_metrics(columns, seed, level)
-    if kl is not None:
-        metrics.insert(1, _kl_metric(name_a, kl, seed, level))
+    metrics = _judged_metrics(columns, kl, name_a, seed, level)
     unit = "words" if lengths_a is None else "tokens"
     metrics += _text_metrics(answers_a, answers_b, columns["length"], unit, seed, level)
+    picks = pick_samples(columns["score"][1] - columns["score"][0], seed, SAMPLES_EACH)
     signs = statistics.outcome_signs(*columns["score"], tie_band)
     found = preference(signs, seed=seed, level=level)
     assert found.ties_as_half is not None, "there is a prompt"
@@ -97,14 +96,9 @@ def quick_comparison(
         gain_in_std=statistics.standardised_difference(*columns["score"], seed, level),
         metrics=tuple(metrics),
         rows=tuple(_rows(prompts, answers_a, answers_b, columns, kl, signs)),
-        picks=tuple(pick_samples(columns["score"][1] - columns["score"][0], seed, SAMPLES_EACH)),
+        picks=tuple(picks),
         pick_rule=sample_rule(SAMPLES_EACH, seed),
     )
-
-
-def _kl_metric(name_a: str, kl: NDArray[np.float64], seed: int, level: float) -> Metric:
-    label = f"KL to {name_a}, nats per answer"
-    return single_metric("kl_sequence", label, "neither", kl, seed, level)
 
 
 def _measure(
@@ -159,18 +153,28 @@ def _lengths(
     return statistics.paired(lengths_a, lengths_b)
 
 
-def _judged_metrics(columns: dict[str, Pair], seed: int, level: float) -> list[Metric]:
-    """Return the means of the columns that judge an answer: reward, gold judge, toxicity."""
+def _judged_metrics(
+    columns: dict[str, Pair],
+    kl: NDArray[np.float64] | None,
+    name_a: str,
+    seed: int,
+    level: float,
+) -> list[Metric]:
+    """Return the means of what judges an answer: reward, KL, gold judge, toxicity."""
     known: list[tuple[str, str, str, Better]] = [
         ("score", "reward", "Reward, raw", "higher"),
         ("gold", "gold", "Gold judge, 0 to 1", "higher"),
         ("toxicity", "toxicity", "Toxicity, 0 to 1", "lower"),
     ]
-    return [
+    metrics = [
         paired_metric(key, label, better, *columns[column], seed, level)
         for column, key, label, better in known
         if column in columns
     ]
+    if kl is not None:
+        label = f"KL to {name_a}, nats per answer"
+        metrics.insert(1, single_metric("kl_sequence", label, "neither", kl, seed, level))
+    return metrics
 
 
 def _text_metrics(

@@ -79,6 +79,7 @@ def _models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     export = commands.add_parser("export", help="write a run's model as a Hugging Face folder")
     export.add_argument("run", metavar="RUN")
     export.add_argument("folder", type=Path, metavar="DIR")
+    export.add_argument("--step", type=int, metavar="N", help="the snapshot of this step")
     export.set_defaults(command=_export)
 
 
@@ -162,7 +163,7 @@ def _chat(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from rlhf_exp.commands.export import export
 
-    print(export(arguments.outputs, arguments.run, arguments.folder))
+    print(export(arguments.outputs, arguments.run, arguments.folder, arguments.step))
 
 
 def _annotate(arguments: argparse.Namespace) -> None:

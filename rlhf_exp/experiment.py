@@ -17,7 +17,7 @@ from rlhf_exp.pipeline.hub import pinned
 from rlhf_exp.pipeline.plan import Step, plan, records_of, refuse_changed
 from rlhf_exp.pipeline.probe import probe, probe_table
 from rlhf_exp.pipeline.run import Done, run_steps
-from rlhf_exp.pipeline.view import memory_table, plan_table
+from rlhf_exp.pipeline.view import lacking_snapshots, memory_table, plan_table
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.records import RunRecord, Status
 
@@ -65,6 +65,8 @@ def _show(config: Config, console: Console) -> list[Step]:
     """Print the plan."""
     steps = plan(config)
     console.print(plan_table(steps))
+    for line in lacking_snapshots(config, steps):
+        console.print(Text(line))
     if config.plan or config.probe:
         console.print(memory_table(config))
     return steps

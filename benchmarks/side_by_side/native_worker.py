@@ -31,7 +31,8 @@ from rlhf_exp.data.ragged import Ragged
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.distributed.world import World, world_of
 from rlhf_exp.engines.native.experience import Collector, ExperienceSettings
-from rlhf_exp.engines.native.loop import LoopContext, LoopSettings, train
+from rlhf_exp.engines.native.loop import train
+from rlhf_exp.engines.native.loop_types import LoopContext, LoopSettings
 from rlhf_exp.engines.native.optim import OptimSettings
 from rlhf_exp.engines.native.ppo import PpoSettings, PpoTask
 from rlhf_exp.engines.native.scoring import ModelScorer, Scorer

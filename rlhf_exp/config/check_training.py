@@ -19,7 +19,7 @@ def check_training(found: Findings, stage: str) -> None:
     """
     key = f"{stage}.".__add__
     found.positive(key("lr"), key("grad_norm"), key("lora.alpha"), key("epochs"))
-    intervals = ("eval_every", "checkpoint_every", "keep_checkpoints")
+    intervals = ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_every")
     found.at_least(1, *map(key, ("batch", "micro_batch", "steps", "train_blocks", *intervals)))
     found.at_least(0, *map(key, ("seed", "warmup_steps", "weight_decay", "lora.rank")))
     betas = found.value(key("betas"))

@@ -68,4 +68,15 @@ class TrainingConfig:
     keep_checkpoints: int = setting(
         2, "Number of latest checkpoints kept while training.", key=False
     )
+    keep_every: int | None = setting(
+        None,
+        "The result also holds the model after every n-th optimizer step (PPO: at the next "
+        "iteration's end), in `snapshots/`; null: none.",
+        key=False,
+    )
+    keep: list[Select] = setting(
+        factory=list,
+        doc="Models that the result also holds, in `snapshots/`: `best`, `last`.",
+        key=False,
+    )
     select: Select = setting(Select.best, "Publish the weights best on validation, or the last.")

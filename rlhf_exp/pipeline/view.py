@@ -16,8 +16,7 @@ from rlhf_exp.config.training import TrainingConfig
 from rlhf_exp.models.architecture import Architecture, count_lora, count_parameters
 from rlhf_exp.models.memory import MemoryEstimate, estimate_memory
 from rlhf_exp.models.workload import FLOAT32, HALF_WITH_MASTER, Precision, Sharding, Workload
-from rlhf_exp.pipeline.needed import stages_of
-from rlhf_exp.pipeline.plan import State, Step
+from rlhf_exp.pipeline.plan import State, Step, stages_of
 from rlhf_exp.stages.shape import shape_of
 
 GIB = 1 << 30
@@ -47,6 +46,31 @@ def plan_table(steps: list[Step]) -> Table:
         colour = _COLOURS[step.state]
         table.add_row(step.stage, step.key, f"[{colour}]{step.state}[/]", what)
     return table
+
+
+def lacking_snapshots(config: Config, steps: list[Step]) -> list[str]:
+    """Return a sentence for each result in the store that lacks snapshots asked for now.
+
+    They are no part of a result's key: asking for them does not train again what is there.
+    """
+    lines = []
+    for step in steps:
+        if step.state != State.cached or step.artifact is None or step.stage == "eval":
+            continue
+        section: TrainingConfig = getattr(config, step.stage)
+        made = step.artifact.manifest.config.get(step.stage, {})
+        wanted = {"keep_every": section.keep_every, "keep": [one.name for one in section.keep]}
+        lacks = [
+            f"{step.stage}.{name}"
+            for name, value in wanted.items()
+            if value and made.get(name) != value
+        ]
+        if lacks:
+            lines.append(
+                f"{step.stage} {step.key} is in the store without the snapshots of "
+                f"{' and '.join(lacks)}; rerun=[{step.stage}] makes it again with them"
+            )
+    return lines
 
 
 def memory_table(config: Config) -> Table:

@@ -16,6 +16,14 @@ from rlhf_exp.stages.result import StageResult
 MODEL = "model"
 """Folder of the model in an artifact."""
 
+SNAPSHOTS = "snapshots"
+"""Folder of the models of other steps in an artifact."""
+
+
+def snapshot_name(step: int) -> str:
+    """Return the name of a step's folder in `SNAPSHOTS`."""
+    return f"step-{step:08d}"
+
 
 @dataclass(frozen=True)
 class StageContext:

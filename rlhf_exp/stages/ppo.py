@@ -29,6 +29,7 @@ from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.rollout.stops import Stopper
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.originals import original_scores
+from rlhf_exp.stages.saving import save_models
 from rlhf_exp.stages.scorers import scorer_for
 from rlhf_exp.stages.training import (
     keep_small_updates,
@@ -36,7 +37,6 @@ from rlhf_exp.stages.training import (
     lora_of,
     parameter_facts,
     run_loop,
-    save_model,
     world_for,
 )
 
@@ -71,9 +71,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         )
         steps = -(-section.steps // settings.updates) * settings.updates
         outcome = run_loop(config, section, steps, task, world, context, WATCH)
-        save_model(
-            config, context, world, policy.model, lambda to: policy.save(to, codec.tokenizer)
-        )
+        save_models(config, context, world, outcome, policy, codec.tokenizer)
         facts = parameter_facts(policy) | {"prompts": len(prompts), "cut_prompts": prompts.cut}
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 

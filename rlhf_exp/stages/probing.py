@@ -7,7 +7,9 @@ from itertools import pairwise
 from typing import NoReturn
 
 from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.loop import LoopContext, LoopSettings, train
+from rlhf_exp.engines.native.kept import Keep
+from rlhf_exp.engines.native.loop import train
+from rlhf_exp.engines.native.loop_types import LoopContext, LoopSettings
 from rlhf_exp.engines.native.probe import ITERATIONS, Probed, Recorder
 from rlhf_exp.engines.native.task import Task
 from rlhf_exp.stages.context import StageContext
@@ -36,6 +38,7 @@ def probe_loop(
         optim=replace(settings.optim, steps=last),
         eval_every=last,
         checkpoint_every=last,
+        keep=Keep(),
     )
     with (
         Progress(f"{context.stage} (probe)", last, (), shown=world.is_main) as progress,

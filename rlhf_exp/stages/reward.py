@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,13 +27,13 @@ from rlhf_exp.evaluation.calibration import calibration
 from rlhf_exp.evaluation.statistics import clopper_pearson
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.stages.context import StageContext, StageResult
+from rlhf_exp.stages.saving import save_models
 from rlhf_exp.stages.training import (
     keep_small_updates,
     load_policy_model,
     lora_of,
     parameter_facts,
     run_loop,
-    save_model,
     steps_of,
     world_for,
 )
@@ -58,11 +59,12 @@ def run(config: Config, context: StageContext) -> StageResult:
         steps = steps_of(section.steps, section.epochs, len(pairs), section.batch)
         outcome = run_loop(config, section, steps, task, world, context, WATCH)
         metrics = dict(outcome.metrics)
-        metrics |= _normalise(model, codec, config, context, world)
+        normalise = partial(_normalise, model, codec, config, context, world)
+        metrics |= normalise()
         if rows.test:
             test = _tokenize(rows.test, codec, config, context)
             metrics |= _test(task, test, settings, world, context)
-        save_model(config, context, world, model.trunk, lambda to: model.save(to, codec.tokenizer))
+        save_models(config, context, world, outcome, model, codec.tokenizer, normalise)
         return StageResult(metrics, outcome.objective, outcome.run_id, facts)
 
 
@@ -98,6 +100,7 @@ def _normalise(
         held_out, codec, config.reward.seq_length, context.cache / "tokenized"
     )
     scorer = ModelScorer(model, codec, None, world, config.reward.batch, config.reward.seq_length)
+    model.mean.zero_()  # of the snapshot before
     scores = score_shared(scorer, *_whole(tokenized), world)
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     model.set_normalisation(mean, std)

@@ -22,13 +22,13 @@ from rlhf_exp.models.load import build_causal_lm, load_causal_lm
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.materials import Materials
+from rlhf_exp.stages.saving import save_models
 from rlhf_exp.stages.shape import shape_of
 from rlhf_exp.stages.training import (
     keep_small_updates,
     lora_of,
     parameter_facts,
     run_loop,
-    save_model,
     steps_of,
     world_for,
 )
@@ -64,9 +64,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         task = SftTask(policy, train_rows, validation, settings, world)
         steps = steps_of(section.steps, section.epochs, len(train_rows), section.batch)
         outcome = run_loop(config, section, steps, task, world, context, WATCH)
-        save_model(
-            config, context, world, policy.model, lambda to: policy.save(to, codec.tokenizer)
-        )
+        save_models(config, context, world, outcome, policy, codec.tokenizer)
         facts = parameter_facts(policy) | {
             "rows": len(rows.train),
             "packed_rows": len(train_rows),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +16,14 @@ from rlhf_exp.config.model import Dtype
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.training import Select, TrainingConfig
 from rlhf_exp.distributed.world import Precision, World, world_of
-from rlhf_exp.engines.native.loop import LoopContext, LoopSettings, Outcome, train
+from rlhf_exp.engines.native.kept import Keep
+from rlhf_exp.engines.native.loop import train
+from rlhf_exp.engines.native.loop_types import LoopContext, LoopSettings, Outcome
 from rlhf_exp.engines.native.optim import OptimSettings
 from rlhf_exp.engines.native.task import Task
 from rlhf_exp.models.load import Attention, load_causal_lm
 from rlhf_exp.models.lora import LoraSettings
-from rlhf_exp.stages.context import MODEL, StageContext
+from rlhf_exp.stages.context import StageContext
 from rlhf_exp.stages.probing import probe_loop
 from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.tracking.tracker import NullTracker, Tracker, open_tracker
@@ -53,21 +54,6 @@ def keep_small_updates(module: nn.Module) -> None:
 def torch_dtype(config: Config) -> torch.dtype:
     """Return the number format that weights are stored in."""
     return torch.bfloat16 if config.model.dtype == Dtype.bfloat16 else torch.float32
-
-
-def save_model(
-    config: Config,
-    context: StageContext,
-    world: World,
-    plain: nn.Module,
-    save: Callable[[Path], None],
-) -> None:
-    """Let the main process `save` the stage's model, the weights of `plain` as they are stored.
-
-    Undoes `keep_small_updates`. A failure is every process's.
-    """
-    plain.to(dtype=torch_dtype(config))
-    world.together(lambda: save(context.folder / MODEL) if world.is_main else None)
 
 
 def attention_of(config: Config) -> Attention:
@@ -106,6 +92,7 @@ def run_loop(
         checkpoint_every=section.checkpoint_every,
         keep_checkpoints=section.keep_checkpoints,
         select_best=section.select == Select.best,
+        keep=Keep(section.keep_every, Select.best in section.keep, Select.last in section.keep),
     )
     if context.probe is not None:
         probe_loop(settings, task, world, context, context.probe)

@@ -8,63 +8,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.best import BestWeights
 from rlhf_exp.engines.native.checkpoint import Checkpoint, Checkpoints
+from rlhf_exp.engines.native.kept import KeptWeights
+from rlhf_exp.engines.native.loop_types import LoopContext, LoopSettings, Outcome
 from rlhf_exp.engines.native.memory import peak_bytes
-from rlhf_exp.engines.native.optim import OptimSettings, build_optimizer, set_lr
+from rlhf_exp.engines.native.optim import build_optimizer, set_lr
 from rlhf_exp.engines.native.task import Diverged, Interrupted, Task
 from rlhf_exp.tracking.finishing import finishing
 from rlhf_exp.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """When the loop does what.
-
-    Attributes:
-        optim: Optimizer and schedule; `optim.steps` is the length of the run.
-        eval_every: Optimizer steps between evaluations.
-        checkpoint_every: Optimizer steps between checkpoints.
-        keep_checkpoints: Number of latest checkpoints kept.
-        select_best: Whether the published weights are the best on validation, or the last.
-    """
-
-    optim: OptimSettings
-    eval_every: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    select_best: bool
-
-
-@dataclass(frozen=True)
-class LoopContext:
-    """What the loop works with.
-
-    Attributes:
-        world: The processes.
-        folder: The stage's staging folder.
-        tracker: Opens the tracker at the step to resume from (`None`: from the start).
-        on_step: Told the step and the latest metrics, for a progress display.
-        before_write: Called before every checkpoint; raises if this process may no longer write.
-        interrupted: Whether the user has asked to stop.
-    """
-
-    world: World
-    folder: Path
-    tracker: Callable[[int | None], Tracker]
-    on_step: Callable[[int, Mapping[str, float]], None]
-    before_write: Callable[[], None]
-    interrupted: Callable[[], bool]
 
 
 @dataclass
@@ -78,25 +36,7 @@ class _Progress:
     best_objective: float | None = None
     best_of_checkpoints: list[int] = field(default_factory=list)
     published_metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How training ended.
-
-    Attributes:
-        metrics: The evaluation of the published weights, with their step and the best objective.
-        objective: The best objective on validation data.
-        run_id: The tracked run.
-        published_step: Optimizer steps behind the weights now in the module.
-        steps_run: Optimizer steps done by this process (fewer than all after a resume).
-    """
-
-    metrics: dict[str, float]
-    objective: float | None
-    run_id: str
-    published_step: int
-    steps_run: int
+    kept: list[int] = field(default_factory=list)
 
 
 def train(task: Task, settings: LoopSettings, context: LoopContext) -> Outcome:
@@ -117,6 +57,7 @@ def train(task: Task, settings: LoopSettings, context: LoopContext) -> Outcome:
             if task.at_boundary(loop.progress.step):
                 loop.report()
                 loop.evaluate_if_due()
+                loop.keep_if_due()
                 loop.checkpoint_if_due()
                 loop.leave_if_asked()
         return loop.finish(start)
@@ -138,12 +79,14 @@ class _Loop:
         module, optim = task.module, settings.optim
         build = partial(build_optimizer, module, optim)
         task.attach(self.world.prepare(module, build, optim.grad_norm))
-        self.best = BestWeights(context.folder / "best", self.world)
+        self.best = KeptWeights(context.folder / "best", self.world)
+        self.kept = KeptWeights(context.folder / "kept", self.world)
         self.latest: dict[str, float] = {}
 
     def begin(self, found: Checkpoint | None) -> int:
         """Start from checkpoint `found`, or afresh; return the number of steps already done."""
         if found is None:
+            self.kept.prune([])
             self.evaluate_if_due()
             return 0
         self.world.resume(found.weights, found.optimizer)
@@ -151,6 +94,7 @@ class _Loop:
         torch.set_num_threads(found.state["threads"])
         self.task.load_state(found.state["task"])
         self.progress = _Progress(**found.state["loop"])
+        self.kept.prune(self.progress.kept)
         log.info("resumed at step %d", found.step)
         return found.step
 
@@ -197,8 +141,17 @@ class _Loop:
             self.progress.published_metrics = dict(found.metrics)
         if better:
             self.progress.best_objective, self.progress.best_step = found.objective, step
-            if self.settings.select_best:
+            if self.settings.select_best or self.settings.keep.best:
                 self.best.save(step, self.context.before_write)
+
+    def keep_if_due(self) -> None:
+        """Keep the weights at the first boundary past each interval asked for, and at the end."""
+        step, keep = self.progress.step, self.settings.keep
+        before = max(self.progress.kept, default=0)
+        due = keep.every is not None and step // keep.every > before // keep.every
+        if due or (keep.last and step >= self.settings.optim.steps):
+            self.kept.save(step, self.context.before_write)
+            self.progress.kept.append(step)
 
     def checkpoint_if_due(self, force: bool = False) -> None:
         """Save a checkpoint at the first boundary past each interval, and at the end."""
@@ -228,18 +181,30 @@ class _Loop:
 
     def finish(self, start: int) -> Outcome:
         """Put the weights to publish into the module, which is whole and plain from now on."""
-        published, best = self.progress.step, None
-        if self.settings.select_best and self.progress.best_step is not None:
-            published = self.progress.best_step
+        settings, progress = self.settings, self.progress
+        published, best = progress.step, None
+        if settings.select_best and progress.best_step is not None:
+            published = progress.best_step
             best = self.best.load(published)
         self.world.release(best)
         self.task.attach(self.task.module)
-        objective = self.progress.best_objective
+        objective = progress.best_objective
         metrics = self.progress.published_metrics | {"published_step": float(published)}
         metrics |= {} if objective is None else {"best_objective": objective}
         self.tracker.summary(metrics)
-        run = self.progress.step - start
-        return Outcome(metrics, objective, self.tracker.run_id, published, run)
+        kept = {step: self.kept.path(step) for step in progress.kept}
+        if settings.keep.best and progress.best_step is not None:
+            kept[progress.best_step] = self.best.path(progress.best_step)
+        return Outcome(
+            metrics,
+            objective,
+            self.tracker.run_id,
+            published_step=published,
+            steps_run=progress.step - start,
+            last_step=progress.step,
+            best_step=progress.best_step,
+            kept=kept,
+        )
 
     def _diverged(self, what: str) -> str:
         return (

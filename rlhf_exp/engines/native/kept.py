@@ -1,9 +1,10 @@
-"""The weights that did best on validation so far, kept beside the checkpoints."""
+"""Weights of single steps, kept beside the checkpoints: the best so far, and those asked for."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -12,14 +13,26 @@ from torch import Tensor
 from rlhf_exp.distributed.world import World
 
 
-class BestWeights:
+@dataclass(frozen=True)
+class Keep:
+    """Which weights outlast training, beside those that are published.
+
+    Attributes:
+        every: Optimizer steps between them; `None`: none.
+        best: Those best on validation.
+        last: Those of the last step.
+    """
+
+    every: int | None = None
+    best: bool = False
+    last: bool = False
+
+
+class KeptWeights:
     """Files of trainable weights, named after their steps.
 
-    A file stays as long as a kept checkpoint may still name it: a resume from that checkpoint could
-    end without finding anything better.
-
     Args:
-        folder: Where the file lives.
+        folder: Where the files live.
         world: The processes, and what they train.
     """
 
@@ -36,7 +49,7 @@ class BestWeights:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 partial = self.folder / f".partial-{os.getpid()}"
                 save_file(weights, partial)
-                partial.rename(self._path(step))
+                partial.rename(self.path(step))
 
         self.world.together(write)
 
@@ -44,14 +57,15 @@ class BestWeights:
         """Remove the files of all steps but these."""
         if not self.world.is_main:
             return
-        keep = {self._path(step) for step in steps}
+        keep = {self.path(step) for step in steps}
         for path in self.folder.glob("step-*.safetensors"):
             if path not in keep:
                 path.unlink()
 
     def load(self, step: int) -> dict[str, Tensor]:
-        """Return the best weights, those of `step`."""
-        return load_file(self._path(step))
+        """Return the weights of `step`."""
+        return load_file(self.path(step))
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Return where the weights of `step` are."""
         return self.folder / f"step-{step:08d}.safetensors"

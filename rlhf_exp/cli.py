@@ -111,7 +111,7 @@ def _people(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def _store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     store = commands.add_parser("store", help="artifacts: ls, show, rm, gc")
     actions = store.add_subparsers(required=True, metavar="ACTION")
-    listing = actions.add_parser("ls", help="list artifacts")
+    listing = actions.add_parser("ls", help="list artifacts, and the disk space of each run name")
     listing.set_defaults(command=_store_ls)
     show = actions.add_parser("show", help="show what an artifact was made from")
     show.add_argument("key", metavar="KEY")
@@ -119,6 +119,10 @@ def _store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     remove = actions.add_parser("rm", help="delete artifacts")
     remove.add_argument("keys", nargs="+", metavar="KEY")
     collect = actions.add_parser("gc", help="delete what no run refers to")
+    add = collect.add_argument
+    add("--older-than", metavar="AGE", help="only what was last used longer ago: 7d, 12h (1h)")
+    add("--sweep", metavar="NAME", help="also let go of runs of this name, by --keep")
+    add("--keep", metavar="RULE", help="the ended runs that keep their results: best:3, last:5")
     for action, command in ((remove, _store_rm), (collect, _store_gc)):
         action.add_argument("--dry-run", action="store_true", help="say what would be deleted")
         action.set_defaults(command=command)
@@ -177,10 +181,9 @@ def _annotate(arguments: argparse.Namespace) -> None:
 
 
 def _store_ls(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.runs import Outputs
-    from rlhf_exp.store import views
+    from rlhf_exp.commands.disk import listing
 
-    print(views.table(views.list_artifacts(Outputs(arguments.outputs).store)), end="")
+    print(listing(arguments.outputs), end="")
 
 
 def _store_show(arguments: argparse.Namespace) -> None:
@@ -198,12 +201,10 @@ def _store_rm(arguments: argparse.Namespace) -> None:
 
 
 def _store_gc(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.runs import Outputs
-    from rlhf_exp.store import views
+    from rlhf_exp.commands.disk import collect
 
-    outputs = Outputs(arguments.outputs)
-    kept = outputs.records.referenced_keys()
-    print(views.gc(outputs.store, kept, arguments.dry_run), end="")
+    given = (arguments.older_than, arguments.sweep, arguments.keep)
+    print(collect(arguments.outputs, arguments.dry_run, *given), end="")
 
 
 if __name__ == "__main__":

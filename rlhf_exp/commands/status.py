@@ -9,6 +9,7 @@ from rlhf_exp.commands.text import table
 from rlhf_exp.slurm.overview import View, job_views
 from rlhf_exp.slurm.submission import submitted_names
 from rlhf_exp.store.records import RunRecord, Status
+from rlhf_exp.store.sizes import sizes
 
 HEADER = ("name", "state", "stage", "key", "objective", "command line or error")
 Row = tuple[str, ...]
@@ -35,6 +36,10 @@ def status(outputs: Path, run: str | None) -> str:
         return "no runs yet\n"
     logs = [f"{row[3]}: {row[-1]}\n" for row in rows if row[-1]]
     shown = table(HEADER, [row[:-1] for row in rows])
+    if run is not None:
+        store, every = Outputs(outputs).store, Outputs(outputs).records
+        for usage in sizes(store, every, sorted({row[0] for row in rows} & set(every.names()))):
+            shown += f"\nDisk space of {usage.name}: {usage}\n"
     return shown + ("\nLogs of what failed:\n" + "".join(logs) if logs else "")
 
 

@@ -121,10 +121,6 @@ class Records:
         """Return the records of one name, the oldest first."""
         return self._read((self.root / name).glob("*.json"))
 
-    def referenced_keys(self) -> set[str]:
-        """Return every key in a record: what garbage collection keeps."""
-        return {key for record in self.all() for key in record.keys.values()}
-
     def resolve(self, run: str, store: Store | None = None) -> RunRecord:
         """Return the one run that `run` means.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rlhf_exp.store.artifact import MANIFEST, Artifact
-from rlhf_exp.store.collect import GRACE_S, Removal
+from rlhf_exp.store.collect import Removal
 from rlhf_exp.store.files import human_size, last_change, tree_size
 from rlhf_exp.store.holders import holders
 from rlhf_exp.store.store import Store
@@ -32,7 +32,7 @@ class Row:
         used_s: seconds since a run last used it; None if it is not done.
         objective: what a sweep optimises, if the stage has it.
         path: its folder.
-        note: who works on it, or what is wrong.
+        note: whose it is, who works on it, or what is wrong.
     """
 
     stage: str
@@ -46,9 +46,16 @@ class Row:
     note: str = ""
 
 
-def list_artifacts(store: Store) -> list[Row]:
-    """Return a row for each artifact, each unfinished or running work, and each damaged folder."""
-    rows = [_artifact_row(one) for one in store.all()]
+def list_artifacts(store: Store, users: Mapping[str, Sequence[str]] | None = None) -> list[Row]:
+    """Return a row for each artifact, each unfinished or running work, and each damaged folder.
+
+    Args:
+        store: The store.
+        users: The names of the runs that came to a key, by key; they become the artifacts' notes.
+    """
+    rows = [
+        _artifact_row(one, None if users is None else users.get(one.key, ())) for one in store.all()
+    ]
     done = {(row.stage, row.key) for row in rows}
     working = {(one.stage, one.key): one for one in holders(store.root)}
     for folder in sorted((store.root / ".staging").glob("*/")):
@@ -152,13 +159,6 @@ def remove(store: Store, prefixes: Iterable[str], dry_run: bool) -> str:
     return removal_table(removals, dry_run) + "".join(warnings)
 
 
-def gc(
-    store: Store, referenced_keys: Iterable[str], dry_run: bool, grace_s: float = GRACE_S
-) -> str:
-    """Collect garbage (see `Store.gc`) and return the table of what went, or would go."""
-    return removal_table(store.gc(referenced_keys, dry_run, grace_s=grace_s), dry_run)
-
-
 def removal_table(removals: Sequence[Removal], dry_run: bool, width: int = TABLE_WIDTH) -> str:
     """Return the table of what was deleted, or (`dry_run`) would be."""
     if not removals:
@@ -179,7 +179,8 @@ def human_age(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 86400 else f"{seconds / 86400:.1f} days"
 
 
-def _artifact_row(one: Artifact) -> Row:
+def _artifact_row(one: Artifact, users: Sequence[str] | None) -> Row:
+    note = "" if users is None else f"of {', '.join(users)}" if users else "no run refers to it"
     made = datetime.fromisoformat(one.manifest.created)
     return Row(
         stage=one.stage,
@@ -190,6 +191,7 @@ def _artifact_row(one: Artifact) -> Row:
         used_s=time.time() - (one.path / MANIFEST).stat().st_mtime,
         objective=one.manifest.objective,
         path=one.path,
+        note=note,
     )
 
 

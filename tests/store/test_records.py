@@ -7,6 +7,7 @@ import pytest
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.artifact import Manifest
 from rlhf_exp.store.records import Records, RunRecord, Status
+from rlhf_exp.store.retention import kept_keys
 from rlhf_exp.store.store import Store
 
 
@@ -38,7 +39,7 @@ def test_written_and_read(records: Records, some: dict[str, RunRecord]) -> None:
     assert records.all() == [some["single"], some["first"], some["second"]]
     assert records.sweep("kl") == [some["first"], some["second"]]
     assert records.names() == ["baseline", "kl"]
-    assert records.referenced_keys() == {"5f01", "4e02", "ab12", "cd34", "ce56"}
+    assert kept_keys(records) == {"5f01", "4e02", "ab12", "cd34", "ce56"}
     plain = json.loads((records.root / "kl" / "ce56.json").read_text())
     assert (plain["status"], plain["error"]) == ("failed", "boom")
 

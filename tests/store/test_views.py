@@ -50,7 +50,7 @@ def test_list_artifacts_in_every_state(store: Store) -> None:
 def test_an_empty_store(store: Store) -> None:
     assert views.list_artifacts(store) == []
     assert views.table([]) == "the store is empty\n"
-    assert views.gc(store, [], dry_run=True) == "nothing to delete\n"
+    assert views.removal_table(store.gc([]), dry_run=True) == "nothing to delete\n"
 
 
 def test_show(store: Store) -> None:
@@ -103,9 +103,13 @@ def test_remove_names_what_was_made_from_it(store: Store) -> None:
 def test_gc(store: Store) -> None:
     make(store, "sft", "aaa1")
     make(store, "sft", "bbb1")
-    assert views.gc(store, ["aaa1"], dry_run=False) == "nothing to delete\n"  # made just now
-    assert "1 would be deleted" in views.gc(store, ["aaa1"], dry_run=True, grace_s=0)
-    assert "1 deleted" in views.gc(store, ["aaa1"], dry_run=False, grace_s=0)
+    assert (
+        views.removal_table(store.gc(["aaa1"]), dry_run=False) == "nothing to delete\n"
+    )  # made just now
+    assert "1 would be deleted" in views.removal_table(
+        store.gc(["aaa1"], True, grace_s=0), dry_run=True
+    )
+    assert "1 deleted" in views.removal_table(store.gc(["aaa1"], grace_s=0), dry_run=False)
     assert [one.key for one in store.all()] == ["aaa1"]
 
 

@@ -46,12 +46,14 @@ class Outputs:
                 f"{record.status}); run it to the end first"
             )
         # A record of one artifact names that alone: its parents complete the chain.
+        order = ("sft", "reward", "ppo", "eval")
         for artifact in list(found.values()):
             for stage, key in artifact.manifest.parents.items():
-                parent = None if stage in found else self.store.lookup(stage, key)
+                # An evaluation's further models are parents too, by other names than a stage's.
+                new = stage in order and stage not in found
+                parent = self.store.lookup(stage, key) if new else None
                 if parent is not None:
                     found[stage] = parent
-        order = ("sft", "reward", "ppo", "eval")
         return {stage: found[stage] for stage in order if stage in found}
 
     def policy(self, run: str, role: str | None = None) -> Artifact:

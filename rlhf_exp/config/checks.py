@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf_exp.config.check_data import check_data
-from rlhf_exp.config.check_model import check_model, context_length
+from rlhf_exp.config.check_eval import check_eval
+from rlhf_exp.config.check_model import check_model
 from rlhf_exp.config.check_training import check_ppo, check_sequence, check_training
-from rlhf_exp.config.evaluation import Suite
 from rlhf_exp.config.problems import Findings, Problem
 from rlhf_exp.config.reward import RewardInit
 from rlhf_exp.config.root import Config, Stage
@@ -36,7 +36,7 @@ def problems(config: Config, multirun: bool = False) -> list[Problem]:
         multirun: Whether it is one point of a multirun.
     """
     found = Findings(config)
-    needed = _NEEDS[config.stage]
+    needed = ("eval",) if _recomputes(config) else _NEEDS[config.stage]
     _check_root(found, multirun)
     check_model(found)
     check_data(found)
@@ -49,10 +49,15 @@ def problems(config: Config, multirun: bool = False) -> list[Problem]:
     if "ppo" in needed and config.ppo.use is None:
         check_ppo(found)
     if "eval" in needed:
-        _check_eval(found)
+        check_eval(found)
     _check_running(found)
     not_built(found)
     return found.problems
+
+
+def _recomputes(config: Config) -> bool:
+    """Whether only stored answers are evaluated."""
+    return config.stage is Stage.eval and config.eval.samples is not None
 
 
 def _check_root(found: Findings, multirun: bool) -> None:
@@ -75,23 +80,6 @@ def _check_reward(found: Findings) -> None:
     config = found.config
     if config.reward.init is RewardInit.base and config.model.path is None:
         found.add("reward.init", "a model from scratch has no base weights; use reward.init=sft.")
-
-
-def _check_eval(found: Findings) -> None:
-    config = found.config
-    if config.stage is Stage.eval and config.eval.suite is Suite.none:
-        found.add("eval.suite", "stage=eval has nothing to do; choose a suite, such as eval=quick.")
-    if config.eval.suite is Suite.none:
-        return
-    found.at_least(1, "eval.prompts", "eval.batch", "eval.max_new_tokens")
-    found.at_least(0, "eval.temperature", "eval.seed")
-    low, high = config.eval.tie_low, config.eval.tie_high
-    if not 0 <= low < high <= 1:
-        found.add("eval.tie_low", f"needs 0 <= tie_low < tie_high <= 1; tie_high is {high}.")
-    context, longest = context_length(config.model), config.eval.max_new_tokens
-    if context is not None and longest is not None and longest >= context:
-        message = f"leaves no room for a prompt in the model's context of {context} tokens."
-        found.add("eval.max_new_tokens", message)
 
 
 def _check_running(found: Findings) -> None:

@@ -19,11 +19,48 @@ class Suite(Enum):
     full = "full"
 
 
+ROLES = ("sft", "ppo")
+"""Models that the pipeline makes, as `eval.models` names them."""
+
+SAMPLES, SAMPLES_FILE = "samples", "samples.jsonl"
+"""Role and file of the answers that an evaluation leaves, and can be computed from again."""
+
+PREFERENCE, TOXICITY, REWARD_QUALITY, PEOPLE = "preference", "toxicity", "reward_quality", "people"
+_PARTS = {
+    Suite.none: (),
+    Suite.quick: (PREFERENCE,),
+    Suite.blog: (PREFERENCE, TOXICITY),
+    Suite.toxicity: (TOXICITY,),
+    Suite.human: (PREFERENCE, PEOPLE),
+    Suite.full: (PREFERENCE, TOXICITY, REWARD_QUALITY, PEOPLE),
+}
+
+
+def parts_of(suite: Suite) -> tuple[str, ...]:
+    """Return what a suite consists of, in the order it is done."""
+    return _PARTS[suite]
+
+
+def needs_reward(suite: Suite) -> bool:
+    """Whether a suite scores answers by the reward that PPO maximised."""
+    return bool({PREFERENCE, REWARD_QUALITY} & set(parts_of(suite)))
+
+
 @dataclass
 class EvalConfig:
-    """SFT against PPO on held-out prompts."""
+    """Two or more models on held-out prompts."""
 
     suite: Suite = setting(Suite.quick, "What is evaluated.")
+    models: list[str] = setting(
+        factory=lambda: list(ROLES),
+        doc="Models to compare, the baseline first: sft, ppo, a run, key, folder or hub id.",
+        key=False,  # their weights count, not what they are called
+    )
+    samples: str | None = setting(
+        None,
+        "Evaluate the answers that this run (or samples.jsonl) holds; no model is loaded.",
+        key=False,
+    )
     prompts: int = setting(200, "Held-out prompts (test split).")
     temperature: float = setting(1.0, "Sampling temperature; 0: the most probable token.")
     max_new_tokens: int | None = setting(None, "Longest response; null: PPO's.")

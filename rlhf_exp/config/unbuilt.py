@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_exp.config.evaluation import Suite
+from rlhf_exp.config.evaluation import PREFERENCE, parts_of
 from rlhf_exp.config.problems import Findings, Problem
 from rlhf_exp.config.running import EngineName
 
 _CHOICES = {
     "sweep": {"ppo_optuna": "use -m with listed values, or sweep=ppo_grid"},
 }
+# Parts of evaluation suites that are built.
+_PARTS = {PREFERENCE}
 
 
 def not_built(found: Findings) -> None:
@@ -23,7 +25,7 @@ def not_built(found: Findings) -> None:
         config.engine.name is EngineName.native, "engine.name", f"{later} engine=native runs."
     )
     found.unless(
-        config.eval.suite in (Suite.none, Suite.quick), "eval.suite", f"{later} eval=quick runs."
+        set(parts_of(config.eval.suite)) <= _PARTS, "eval.suite", f"{later} eval=quick runs."
     )
 
 

@@ -82,6 +82,10 @@ class Codec:
         literal = self.prompt_format != "chat_template"
         return [self._prefix + ids for ids in self._encode(texts, literal)]
 
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts to be continued as they are, begun as a prompt is."""
+        return [self._prefix + ids for ids in self._encode(texts, literal=True)]
+
     def encode_response(self, text: str) -> list[int]:
         """Return the ids of a response, without an end-of-sequence token."""
         return self.encode_responses([text])[0]

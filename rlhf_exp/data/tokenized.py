@@ -128,12 +128,7 @@ def tokenize_prompts(
     Raises:
         UserError: nothing would remain of a prompt.
     """
-    room = seq_length - max_new_tokens
-    if room < 1 or max_new_tokens < 1:
-        raise UserError(
-            f"max_new_tokens is {max_new_tokens} and seq_length {seq_length}: that leaves {room} "
-            "tokens for a prompt; both must be at least 1. Lower max_new_tokens or raise seq_length"
-        )
+    room = _room(seq_length, max_new_tokens)
 
     def build() -> RaggedSet:
         columns = _Columns(codec, "prompt", "original")
@@ -146,6 +141,34 @@ def tokenize_prompts(
 
     lengths = [seq_length, max_new_tokens]
     return TokenizedPrompts(**_tokenized(cache, "prompts", rows, codec, lengths, build))
+
+
+def tokenize_texts(
+    texts: Sequence[str], codec: Codec, seq_length: int, max_new_tokens: int
+) -> TokenizedPrompts:
+    """Tokenize texts to be continued as they are, cut from the left as prompts are.
+
+    Raises:
+        UserError: nothing would remain of a text.
+    """
+    room = _room(seq_length, max_new_tokens)
+    columns = _Columns(codec, "prompt", "original")
+    for ids in codec.encode_texts(texts):
+        columns.add(prompt=columns.left(ids, room), original=[])
+    found = columns.finish()
+    fields: dict[str, Any] = {**found.columns, **found.counts}
+    return TokenizedPrompts(**fields)
+
+
+def _room(seq_length: int, max_new_tokens: int) -> int:
+    """Return the tokens that `max_new_tokens` leave for a prompt, at least 1."""
+    room = seq_length - max_new_tokens
+    if room < 1 or max_new_tokens < 1:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens} and seq_length {seq_length}: that leaves {room} "
+            "tokens for a prompt; both must be at least 1. Lower max_new_tokens or raise seq_length"
+        )
+    return room
 
 
 class _Columns:

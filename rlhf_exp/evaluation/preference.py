@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -40,16 +41,22 @@ class Preference:
         win_rate: exact interval (Clopper-Pearson) of the share of wins among decided prompts.
         ties_as_half: share of wins with a tie as half of one, and its bootstrap interval over
             prompts; `None` without prompts.
-        needed: decided prompts that a new study needs, if the win rate is the one found, for the
-            sign test to find it with probability `POWER` at level `ALPHA`; `None` if more than
-            `MOST_PAIRS`, or nothing was decided.
     """
 
     outcome: Outcome
     p_value: float
     win_rate: Interval
     ties_as_half: Estimate | None
-    needed: int | None
+
+    @cached_property
+    def needed(self) -> int | None:
+        """Decided prompts that a new study needs, if the win rate is the one found.
+
+        With so many the sign test finds it with probability `POWER` at level `ALPHA`. `None` if
+        more than `MOST_PAIRS`, or nothing was decided. Computed when it is asked for: near one half
+        thousands of sums are tried.
+        """
+        return needed_pairs(self.outcome.win_rate) if self.outcome.decided else None
 
     @property
     def needed_prompts(self) -> int | None:
@@ -79,7 +86,6 @@ def preference(
         p_value=sign_test(outcome.wins, outcome.losses),
         win_rate=clopper_pearson(outcome.wins, outcome.decided, level),
         ties_as_half=estimate_mean(shares, seed, level) if len(shares) else None,
-        needed=needed_pairs(outcome.win_rate) if outcome.decided else None,
     )
 
 

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation import statistics, text
 from rlhf_exp.evaluation.metric import Better, Metric, paired_metric, single_metric
+from rlhf_exp.evaluation.preference import preference
 from rlhf_exp.evaluation.result import PromptRow, QuickResult
 from rlhf_exp.evaluation.samples import pick_samples, sample_rule
 from rlhf_exp.evaluation.statistics import LEVEL, TIE_BAND
@@ -73,13 +74,13 @@ def quick_comparison(
     kl = None if kl_b is None else np.asarray(kl_b, dtype=np.float64)
     _check_rows(prompts, [*(a for a, _ in columns.values()), *([] if kl is None else [kl])])
 
-    metrics = _judged_metrics(columns, seed, level)
-    if kl is not None:
-        metrics.insert(1, _kl_metric(name_a, kl, seed, level))
+    metrics = _judged_metrics(columns, kl, name_a, seed, level)
     unit = "words" if lengths_a is None else "tokens"
     metrics += _text_metrics(answers_a, answers_b, columns["length"], unit, seed, level)
+    picks = pick_samples(columns["score"][1] - columns["score"][0], seed, SAMPLES_EACH)
     signs = statistics.outcome_signs(*columns["score"], tie_band)
-    outcome = statistics.count_outcomes(signs)
+    found = preference(signs, seed=seed, level=level)
+    assert found.ties_as_half is not None, "there is a prompt"
     return QuickResult(
         name_a=name_a,
         name_b=name_b,
@@ -88,21 +89,16 @@ def quick_comparison(
         level=level,
         seed=seed,
         tie_band=tie_band,
-        outcome=outcome,
-        win_rate=statistics.clopper_pearson(outcome.wins, outcome.decided, level),
-        ties_as_half=statistics.estimate_mean((signs + 1) / 2, seed, level),
-        p_value=statistics.sign_test(outcome.wins, outcome.losses),
+        outcome=found.outcome,
+        win_rate=found.win_rate,
+        ties_as_half=found.ties_as_half,
+        p_value=found.p_value,
         gain_in_std=statistics.standardised_difference(*columns["score"], seed, level),
         metrics=tuple(metrics),
         rows=tuple(_rows(prompts, answers_a, answers_b, columns, kl, signs)),
-        picks=tuple(pick_samples(columns["score"][1] - columns["score"][0], seed, SAMPLES_EACH)),
+        picks=tuple(picks),
         pick_rule=sample_rule(SAMPLES_EACH, seed),
     )
-
-
-def _kl_metric(name_a: str, kl: NDArray[np.float64], seed: int, level: float) -> Metric:
-    label = f"KL to {name_a}, nats per answer"
-    return single_metric("kl_sequence", label, "neither", kl, seed, level)
 
 
 def _measure(
@@ -157,18 +153,28 @@ def _lengths(
     return statistics.paired(lengths_a, lengths_b)
 
 
-def _judged_metrics(columns: dict[str, Pair], seed: int, level: float) -> list[Metric]:
-    """Return the means of the columns that judge an answer: reward, gold judge, toxicity."""
+def _judged_metrics(
+    columns: dict[str, Pair],
+    kl: NDArray[np.float64] | None,
+    name_a: str,
+    seed: int,
+    level: float,
+) -> list[Metric]:
+    """Return the means of what judges an answer: reward, KL, gold judge, toxicity."""
     known: list[tuple[str, str, str, Better]] = [
         ("score", "reward", "Reward, raw", "higher"),
         ("gold", "gold", "Gold judge, 0 to 1", "higher"),
         ("toxicity", "toxicity", "Toxicity, 0 to 1", "lower"),
     ]
-    return [
+    metrics = [
         paired_metric(key, label, better, *columns[column], seed, level)
         for column, key, label, better in known
         if column in columns
     ]
+    if kl is not None:
+        label = f"KL to {name_a}, nats per answer"
+        metrics.insert(1, single_metric("kl_sequence", label, "neither", kl, seed, level))
+    return metrics
 
 
 def _text_metrics(

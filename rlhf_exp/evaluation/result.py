@@ -19,6 +19,7 @@ from rlhf_exp.evaluation.metric import (
     format_estimate,
     table_row,
 )
+from rlhf_exp.evaluation.preference import Preference
 from rlhf_exp.evaluation.samples import Pick
 from rlhf_exp.evaluation.statistics import Estimate, Interval, Outcome
 
@@ -86,6 +87,11 @@ class QuickResult:
     rows: tuple[PromptRow, ...]
     picks: tuple[Pick, ...]
     pick_rule: str
+
+    @property
+    def preference(self) -> Preference:
+        """What the outcomes say, as for any other judge."""
+        return Preference(self.outcome, self.p_value, self.win_rate, self.ties_as_half)
 
     def metric(self, key: str) -> Metric | None:
         """Return the metric of that key, or `None` where it was not measured."""

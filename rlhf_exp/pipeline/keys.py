@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.config.data import DataConfig, Source
+from rlhf_exp.config.evaluation import ROLES
 from rlhf_exp.config.fields import key_content
 from rlhf_exp.config.model import ModelConfig
 from rlhf_exp.config.root import Config
@@ -47,15 +48,27 @@ class Keys:
         del section["reward"]["function"]
         return self._key("ppo", {"ppo": section, "parents": parents} | self._judge())
 
-    def eval(self, parents: dict[str, str]) -> str:
-        """Return the key of the evaluation."""
+    def eval(self, parents: dict[str, str], models: list[str]) -> str:
+        """Return the key of the evaluation.
+
+        Args:
+            parents: The keys of what it starts from, by role.
+            models: The models compared, by role, or by the key of a given one.
+        """
         section = self.config.ppo
         content: dict[str, Any] = {
             "eval": key_content(self.config.eval),
             "parents": parents,
             "sizes": [section.seq_length, section.generation.max_new_tokens],
         }
+        if models != list(ROLES):
+            content["models"] = models
         return self._key("eval", content | self._judge())
+
+    def recomputed(self, samples: Path) -> str:
+        """Return the key of an evaluation of stored samples."""
+        digest = self.digests.file(samples)
+        return self._key("eval", {"eval": key_content(self.config.eval), "samples": digest})
 
     def given(self, path: str) -> str:
         """Return the key of a model that is used instead of a stage's training."""
@@ -63,6 +76,10 @@ class Keys:
         if folder.is_dir():
             return key_of({"given": self.digests.folder(folder, MODEL_FILES)})
         return key_of({"given_hub_id": path})
+
+    def given_file(self, path: Path) -> str:
+        """Return the key of a file that is used instead of a stage's result."""
+        return key_of({"given": self.digests.file(path)})
 
     def _key(self, stage: str, content: dict[str, Any]) -> str:
         common = {

@@ -8,21 +8,21 @@ from enum import StrEnum
 from functools import cache
 from pathlib import Path
 
-from rlhf_exp.config.evaluation import Suite
-from rlhf_exp.config.ppo import ValueInit
+from rlhf_exp.config.evaluation import ROLES, SAMPLES, SAMPLES_FILE
 from rlhf_exp.config.reward import RewardInit
-from rlhf_exp.config.root import Cache, Config, Stage
+from rlhf_exp.config.root import Cache, Config
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.begun import Begun, other_inputs, weights_digest
+from rlhf_exp.pipeline.given import Finder, Given
 from rlhf_exp.pipeline.keys import Keys
-from rlhf_exp.store.artifact import MANIFEST, Artifact, Manifest
+from rlhf_exp.pipeline.needed import stages_of
+from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.code import changed, code_digests
 from rlhf_exp.store.fingerprint import DigestCache
 from rlhf_exp.store.records import Records
 from rlhf_exp.store.store import Store
 
 PACKAGE = Path(__file__).resolve().parents[1]
-MODEL = "model"
 # The config's values are in the key, and these do not compute: a word changed in a message or a
 # help text must not put a trained model in doubt.
 NOT_COMPUTING = ("rlhf_exp/config/", "rlhf_exp/tracking/", "rlhf_exp/store/", "rlhf_exp/errors.py")
@@ -54,6 +54,7 @@ class Step:
         files: The modules that have changed since the result was made or begun, and the parents
             that were made anew since.
         redo: Whether it is to be made again if there is a result.
+        extra: What it reads besides the results of other steps, by role.
     """
 
     stage: str
@@ -66,6 +67,7 @@ class Step:
     model: str | None = None
     files: tuple[str, ...] = ()
     redo: bool = False
+    extra: dict[str, Given] = field(default_factory=dict)
 
     @property
     def needs_work(self) -> bool:
@@ -81,25 +83,6 @@ def store_of(config: Config) -> Store:
 def records_of(config: Config) -> Records:
     """Return the run records of an experiment."""
     return Records(Path(config.output_dir) / "sweeps")
-
-
-def stages_of(config: Config) -> tuple[str, ...]:
-    """Return the stages that the config's stage needs, itself included, in order."""
-    needed = {
-        Stage.sft: ("sft",),
-        Stage.reward: ("sft", "reward"),
-        Stage.ppo: ("sft", "reward", "ppo"),
-        Stage.eval: ("sft", "reward", "ppo", "eval"),
-        Stage.pipeline: ("sft", "reward", "ppo", "eval"),
-    }[config.stage]
-    if config.eval.suite == Suite.none:
-        needed = tuple(stage for stage in needed if stage != "eval")
-    judged = config.ppo.reward.function is None or config.ppo.value_init == ValueInit.reward
-    if not judged and config.stage not in (Stage.reward, Stage.sft):
-        needed = tuple(stage for stage in needed if stage != "reward")
-    if config.stage == Stage.reward and config.reward.init == RewardInit.base:
-        needed = ("reward",)
-    return needed
 
 
 def plan(config: Config) -> list[Step]:
@@ -130,6 +113,7 @@ class _Planner:
         self.store = store_of(config)
         digests = DigestCache(Path(config.output_dir) / "cache" / "digests.json")
         self.keys = Keys(config, digests)
+        self.finder = Finder(self.store, records_of(config), self.keys)
         self.done: dict[str, Step] = {}
 
     def steps(self) -> list[Step]:
@@ -140,13 +124,16 @@ class _Planner:
 
     def _own(self, stage: str) -> Step:
         parents = self._parents(stage)
-        key = self.keys.sft() if stage == "sft" else getattr(self.keys, stage)(parents)
+        extra = self._compared() if stage == "eval" else {}
+        key = self._key(stage, parents, extra)
         code = stage_code(stage)
         present = {role: self.done[role].artifact for role in parents if self._stays(role)}
+        present |= {role: found.artifact for role, found in extra.items()}
         inputs = {role: weights_digest(one) for role, one in present.items() if one is not None}
         artifact = self.store.lookup(stage, key)
         redo = stage in self.config.rerun or any(self.done[role].redo for role in parents)
-        step = Step(stage, key, State.run, parents, inputs, code, artifact, redo=redo)
+        parents |= {role: found.key for role, found in extra.items()}
+        step = Step(stage, key, State.run, parents, inputs, code, artifact, redo=redo, extra=extra)
         if artifact is None or redo:
             return self._begun(step)
         files = stale_files(artifact.manifest.code, artifact.manifest.inputs, step)
@@ -164,7 +151,8 @@ class _Planner:
         if begun is None:
             # Without the note there is only a publication that was cut off, if anything.
             return replace(step, state=State.run if folder is None else State.resume)
-        anew = any(self.done[role].redo and not self._stays(role) for role in step.parents)
+        trained = self.done.keys() & step.parents.keys()
+        anew = any(self.done[role].redo and not self._stays(role) for role in trained)
         if anew or not begun.continues(step.artifact, step.inputs):
             return step
         files = tuple(changed(begun.code, step.code))
@@ -172,6 +160,41 @@ class _Planner:
             return step
         stops = files and self.config.cache == Cache.strict
         return replace(step, state=State.changed if stops else State.resume, files=files)
+
+    def _key(self, stage: str, parents: dict[str, str], extra: dict[str, Given]) -> str:
+        if stage == "sft":
+            return self.keys.sft()
+        if stage != "eval":
+            key: str = getattr(self.keys, stage)(parents)
+            return key
+        if SAMPLES in extra:
+            return self.keys.recomputed(Path(extra[SAMPLES].model))
+        compared = [extra[spec].key if spec in extra else spec for spec in self.config.eval.models]
+        return self.keys.eval(parents, compared)
+
+    def _compared(self) -> dict[str, Given]:
+        """Return the models of an evaluation that no step makes, or the samples in their place."""
+        section = self.config.eval
+        if section.samples is not None:
+            return {SAMPLES: self._samples(section.samples)}
+        return {
+            spec: self.finder.model(f"eval.models: {spec}", spec, ("ppo", "sft"))
+            for spec in section.models
+            if spec not in ROLES
+        }
+
+    def _samples(self, run: str) -> Given:
+        option = f"eval.samples={run}"
+        path = Path(run)
+        if path.is_file():
+            return Given(self.keys.given_file(path), run)
+        artifact = self.finder.artifact(option, run, ("eval",))
+        if not (artifact.path / SAMPLES_FILE).is_file():
+            raise UserError(
+                f"{option}: {artifact.stage} {artifact.key} kept no {SAMPLES_FILE}; evaluate it "
+                "again (stage=eval rerun=[eval])"
+            )
+        return Given(artifact.key, str(artifact.path / SAMPLES_FILE), artifact)
 
     def _parents(self, stage: str) -> dict[str, str]:
         roles: Mapping[str, tuple[str, ...]] = {
@@ -183,33 +206,9 @@ class _Planner:
         return {role: self.done[role].key for role in roles[stage] if role in self.done}
 
     def _given(self, stage: str, use: str) -> Step:
-        """Return the step of a stage whose result is given: a folder, a run, a key or a hub id."""
-        folder = Path(use)
-        if (folder / MANIFEST).is_file():
-            found = Artifact(folder, Manifest.read(folder))
-            if not (folder / MODEL).is_dir():
-                raise UserError(f"{stage}.use={use}: {found.stage} {found.key} has no model")
-            return Step(stage, found.key, State.given, model=str(folder / MODEL), artifact=found)
-        if folder.is_dir():
-            return Step(stage, self.keys.given(use), State.given, model=use)
-        try:
-            record = records_of(self.config).resolve(use, self.store)
-        except UserError as error:
-            if use.count("/") == 1 and not use.startswith((".", "/", "~")):
-                return Step(stage, self.keys.given(use), State.given, model=use)
-            raise UserError(f"{stage}.use={use}: no such folder, run or key. {error}") from error
-        if stage not in record.keys:
-            raise UserError(
-                f"{stage}.use={use}: that run has no {stage}, only {', '.join(record.keys)}"
-            )
-        artifact = self.store.lookup(stage, record.keys[stage])
-        if artifact is None:
-            raise UserError(
-                f"{stage}.use={use}: its {stage} {record.keys[stage]} is no longer in the store"
-            )
-        return Step(
-            stage, artifact.key, State.given, model=str(artifact.path / MODEL), artifact=artifact
-        )
+        """Return the step of a stage whose result is given."""
+        found = self.finder.model(f"{stage}.use={use}", use, (stage,))
+        return Step(stage, found.key, State.given, model=found.model, artifact=found.artifact)
 
 
 def stale_files(code: Mapping[str, str], inputs: Mapping[str, str], step: Step) -> tuple[str, ...]:

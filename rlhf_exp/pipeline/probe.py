@@ -18,8 +18,9 @@ from rich.table import Table
 from rlhf_exp.config.root import Config
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.crew import Crew
+from rlhf_exp.pipeline.given import MODEL
 from rlhf_exp.pipeline.order import Order
-from rlhf_exp.pipeline.plan import MODEL, State, Step
+from rlhf_exp.pipeline.plan import State, Step
 from rlhf_exp.pipeline.view import gib, shape_for, stage_memory
 
 _COLUMNS = 8

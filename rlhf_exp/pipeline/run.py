@@ -13,9 +13,9 @@ from rlhf_exp.config.load import to_dict
 from rlhf_exp.config.root import Cache, Config
 from rlhf_exp.pipeline.begun import NOTE, Begun, weights_digest
 from rlhf_exp.pipeline.crew import Crew
+from rlhf_exp.pipeline.given import MODEL
 from rlhf_exp.pipeline.order import Order
 from rlhf_exp.pipeline.plan import (
-    MODEL,
     PACKAGE,
     State,
     Step,
@@ -76,7 +76,9 @@ def run_steps(
         models = {role: found.model for role, found in done.items() if role != "eval"}
         if config.model.path is not None:
             models["base"] = config.model.path
-        made = {role: done[role].artifact for role in step.parents}
+        models |= {role: found.model for role, found in step.extra.items()}
+        made = {role: found.artifact for role, found in step.extra.items()}
+        made |= {role: done[role].artifact for role in step.parents if role in done}
         inputs = {role: weights_digest(one) for role, one in made.items() if one is not None}
         work = _Work(config, replace(step, inputs=inputs), store, models, crew, tell)
         done[step.stage] = work.run()

@@ -16,7 +16,8 @@ from rlhf_exp.config.training import TrainingConfig
 from rlhf_exp.models.architecture import Architecture, count_lora, count_parameters
 from rlhf_exp.models.memory import MemoryEstimate, estimate_memory
 from rlhf_exp.models.workload import FLOAT32, HALF_WITH_MASTER, Precision, Sharding, Workload
-from rlhf_exp.pipeline.plan import State, Step, stages_of
+from rlhf_exp.pipeline.needed import stages_of
+from rlhf_exp.pipeline.plan import State, Step
 from rlhf_exp.stages.shape import shape_of
 
 GIB = 1 << 30

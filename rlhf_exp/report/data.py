@@ -73,6 +73,7 @@ class ReportData:
         stages: the pipeline's steps, in order.
         metrics: rows of `metrics.jsonl` by stage (`sft`, `reward`, `ppo`), each with `global_step`.
         evaluation: `QuickResult.to_json()`, or `None`.
+        parts: JSON value of each further file that the evaluation left, by its name.
         samples: shown side by side; by default the evaluation's own picks.
         sample_rule: how `samples` were chosen.
         calibration: of the reward model on held-out pairs.
@@ -88,6 +89,7 @@ class ReportData:
     stages: Sequence[StageRow] = ()
     metrics: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
+    parts: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
     sample_rule: str = ""
     calibration: Sequence[CalibrationBin] = ()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.report.data import CalibrationBin, ReportData, StageRow
+from rlhf_exp.report.sections import SECTIONS
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.tracking.local import read_metrics
 
@@ -50,6 +51,7 @@ def gather(
             if stage != "eval"
         },
         evaluation=None if evaluation is None else _json(evaluation.path / RESULT),
+        parts={} if evaluation is None else _parts(evaluation),
         calibration=[CalibrationBin(**item) for item in curve["bins"]] if curve else [],
         kl_target=config.get("ppo", {}).get("kl", {}).get("target"),
         usage=_usage(artifacts),
@@ -158,6 +160,12 @@ def _warnings(
     if step == 0.0:
         found.append("No PPO step improved on SFT on validation prompts: the policy is SFT's.")
     return found
+
+
+def _parts(evaluation: Artifact) -> dict[str, Any]:
+    """Return what the parts of the evaluation left, of what the page has a section for."""
+    found = {section.file: _json(evaluation.path / section.file) for section in SECTIONS}
+    return {file: value for file, value in found.items() if value is not None}
 
 
 def _json(path: Path) -> Any:  # noqa: ANN401 - whatever the stage wrote

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from rlhf_exp.evaluation.metric import DASH, MINUS, format_estimate
+from rlhf_exp.evaluation.preference import MOST_PAIRS, POWER, Preference
 from rlhf_exp.evaluation.result import PromptRow, QuickResult
 from rlhf_exp.evaluation.statistics import Estimate
 from rlhf_exp.report import svg
@@ -44,6 +45,19 @@ def p_label(value: float) -> str:
         return f"p\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{value:.3f}"
     power = f"{value:.0e}".replace("e-0", "e-").replace("-", MINUS)
     return f"p\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{power}"
+
+
+def needed_label(found: Preference) -> str:
+    """Return how large a study has to be to find the win rate that was found; empty if all tie."""
+    if found.outcome.decided == 0:
+        return ""
+    power = f"{100 * POWER:.0f}\N{NO-BREAK SPACE}% power"
+    if found.needed is None:
+        return f"{power} at this win rate would take more than {MOST_PAIRS:,} decided prompts"
+    return (
+        f"{power} at this win rate takes {found.needed:,} decided prompts, "
+        f"about {found.needed_prompts:,} in all"
+    )
 
 
 def tiles_of(result: QuickResult) -> list[Tile]:

@@ -1,8 +1,8 @@
 """One run as one HTML file that needs no network and trusts none of the text in it.
 
 The page has no script, and its security policy allows nothing but its own style sheet (by digest).
-Everything is escaped twice over: by the templates' autoescape, and by `visible` for characters that
-act without being markup.
+Everything is escaped twice over (`report/template.py`): by the templates' autoescape, and by
+`visible` for characters that act without being markup.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from markupsafe import Markup
 
@@ -25,10 +24,17 @@ from rlhf_exp.report import numbers
 from rlhf_exp.report.charts import charts_of
 from rlhf_exp.report.curves import STEP, curve
 from rlhf_exp.report.data import ReportData
-from rlhf_exp.report.outcome import outcome_bar, samples_of, tiles_of, verdict_sentence
+from rlhf_exp.report.outcome import (
+    needed_label,
+    outcome_bar,
+    samples_of,
+    tiles_of,
+    verdict_sentence,
+)
 from rlhf_exp.report.plot import render, sparkline
+from rlhf_exp.report.sections import sections_of
+from rlhf_exp.report.template import FOLDER, fill
 
-_FOLDER = Path(__file__).parent
 _VALUE_LIMIT = 2_000
 
 
@@ -52,33 +58,31 @@ def build_report(data: ReportData, path: Path) -> Path:
 
 def render_page(data: ReportData) -> str:
     """Return the page as HTML."""
-    css = (_FOLDER / "page.css").read_text(encoding="utf-8")
+    css = (FOLDER / "page.css").read_text(encoding="utf-8")
     evaluation = None if data.evaluation is None else QuickResult.from_json(data.evaluation)
     samples, rule = data.samples, data.sample_rule
     if evaluation is not None and not samples:
         samples, rule = samples_of(evaluation), evaluation.pick_rule
     groups = charts_of(data.metrics, data.calibration, data.kl_target)
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            data=data,
-            css=Markup(css),
-            style_digest=b64encode(hashlib.sha256(css.encode()).digest()).decode(),
-            evaluation=evaluation,
-            headline=None if evaluation is None else verdict_sentence(evaluation),
-            bar=None if evaluation is None else outcome_bar(evaluation),
-            tiles=[] if evaluation is None else tiles_of(evaluation),
-            chart_groups=[(title, [render(chart) for chart in charts]) for title, charts in groups],
-            samples=samples,
-            sample_rule=rule,
-            config_sections=config_sections(data.config),
-            metric_tables=metric_tables(data.metrics),
-            duration=numbers.duration,
-            count_label=numbers.count_label,
-            clipped=clipped,
-            turns_of=turns_of,
-        )
+    return fill(
+        "page.html",
+        data=data,
+        css=Markup(css),
+        style_digest=b64encode(hashlib.sha256(css.encode()).digest()).decode(),
+        evaluation=evaluation,
+        headline=None if evaluation is None else verdict_sentence(evaluation),
+        bar=None if evaluation is None else outcome_bar(evaluation),
+        needed="" if evaluation is None else needed_label(evaluation.preference),
+        tiles=[] if evaluation is None else tiles_of(evaluation),
+        sections=sections_of(data.parts),
+        chart_groups=[(title, [render(chart) for chart in charts]) for title, charts in groups],
+        samples=samples,
+        sample_rule=rule,
+        config_sections=config_sections(data.config),
+        metric_tables=metric_tables(data.metrics),
+        duration=numbers.duration,
+        count_label=numbers.count_label,
+        turns_of=turns_of,
     )
 
 
@@ -115,22 +119,6 @@ def metric_tables(
         if found:
             tables.append((str(stage), found))
     return tables
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-def _shown(value: object) -> object:
-    """Make acting characters of a string that a template writes visible; markup is ours."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _yaml(values: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_exp.config.compose import compose
 from rlhf_exp.config.data import PromptFormat, Source
+from rlhf_exp.config.evaluation import ROLES
 from rlhf_exp.config.groups import CONF
 from rlhf_exp.config.model import Attention, Dtype
 from rlhf_exp.config.root import Config
@@ -32,7 +33,7 @@ def chain(config: Config, cache: Path) -> dict[str, str]:
     found["sft"] = keys.sft()
     found["reward"] = keys.reward({"sft": found["sft"]})
     found["ppo"] = keys.ppo(dict(found))
-    found["eval"] = keys.eval(dict(found))
+    found["eval"] = keys.eval(dict(found), list(ROLES))
     return found
 
 
@@ -43,7 +44,7 @@ def alone(config: Config, cache: Path) -> dict[str, str]:
         "sft": keys.sft(),
         "reward": keys.reward({"sft": "a"}),
         "ppo": keys.ppo({"sft": "a", "reward": "b"}),
-        "eval": keys.eval(FIXED),
+        "eval": keys.eval(FIXED, list(ROLES)),
     }
 
 

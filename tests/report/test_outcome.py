@@ -8,7 +8,14 @@ from collections.abc import Callable
 import pytest
 
 from rlhf_exp.evaluation.result import QuickResult
-from rlhf_exp.report.outcome import outcome_bar, p_label, samples_of, tiles_of, verdict_sentence
+from rlhf_exp.report.outcome import (
+    needed_label,
+    outcome_bar,
+    p_label,
+    samples_of,
+    tiles_of,
+    verdict_sentence,
+)
 
 Compare = Callable[..., QuickResult]
 
@@ -40,6 +47,14 @@ def test_the_tiles_hold_the_published_numbers(compare: Compare) -> None:
 
 def test_the_tile_of_an_undecided_comparison(compare: Compare) -> None:
     assert tiles_of(compare(0, 4, 0))[0].detail == "nothing decided"
+
+
+def test_the_study_that_would_be_needed(compare: Compare) -> None:
+    # 88 decided prompts at 46 decided of 100: 88 * 100 / 46 = 191.3.
+    words = needed_label(compare().preference).replace("\xa0", " ")
+    assert words == "80 % power at this win rate takes 88 decided prompts, about 192 in all"
+    assert needed_label(compare(0, 4, 0).preference) == ""
+    assert "more than 20,000" in needed_label(compare(5, 0, 5).preference)
 
 
 def test_the_bar_is_in_proportion(compare: Compare) -> None:

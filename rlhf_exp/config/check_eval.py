@@ -1,0 +1,40 @@
+"""Rules across the fields of `eval`."""
+
+from __future__ import annotations
+
+from rlhf_exp.config.check_model import context_length
+from rlhf_exp.config.evaluation import PREFERENCE, ROLES, Suite, parts_of
+from rlhf_exp.config.problems import Findings
+from rlhf_exp.config.root import Stage
+
+
+def check_eval(found: Findings) -> None:
+    """Report what is wrong with the evaluation."""
+    config = found.config
+    if config.stage is Stage.eval and config.eval.suite is Suite.none:
+        found.add("eval.suite", "stage=eval has nothing to do; choose a suite, such as eval=quick.")
+    if config.eval.suite is Suite.none:
+        return
+    found.at_least(1, "eval.prompts", "eval.batch", "eval.max_new_tokens")
+    found.at_least(0, "eval.temperature", "eval.seed")
+    low, high = config.eval.tie_low, config.eval.tie_high
+    if not 0 <= low < high <= 1:
+        found.add("eval.tie_low", f"needs 0 <= tie_low < tie_high <= 1; tie_high is {high}.")
+    context, longest = context_length(config.model), config.eval.max_new_tokens
+    if context is not None and longest is not None and longest >= context:
+        message = f"leaves no room for a prompt in the model's context of {context} tokens."
+        found.add("eval.max_new_tokens", message)
+    _check_models(found)
+
+
+def _check_models(found: Findings) -> None:
+    config = found.config
+    models = config.eval.models
+    if len(set(models)) < len(models):
+        found.add("eval.models", "names a model twice.")
+    least = 2 if PREFERENCE in parts_of(config.eval.suite) else 1
+    if len(models) < least or not all(models):
+        message = f"eval={config.eval.suite.name} needs at least {least}, such as "
+        found.add("eval.models", message + f"eval.models=[{','.join(ROLES)}].")
+    if config.eval.samples is not None and config.stage is not Stage.eval:
+        found.add("eval.samples", "trains nothing, so it goes with stage=eval only.")

@@ -1,0 +1,78 @@
+"""Answers of the models under evaluation, and the file that keeps them.
+
+`samples.jsonl` has one line an answer, so that every number of an evaluation can be computed again
+without the models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model said to one prompt.
+
+    Attributes:
+        part: the part of the evaluation that asked, such as `preference`.
+        model: the model's name in tables.
+        row: the prompt's number in that part.
+        sample: the answer's number among those to the same prompt.
+        seed: of the noise.
+        prompt: the prompt as the model read it.
+        text: the answer, without what ended it and the white space around it.
+        tokens: its length, what ended it included.
+        finish: `eos`, `stop` or `length`: why it ended.
+        score: its reward, where the part asked for it.
+        kl: log-probability under the model minus that under the baseline, in nats, where asked for.
+        facts: what the data say of the prompt.
+    """
+
+    part: str
+    model: str
+    row: int
+    sample: int
+    seed: int
+    prompt: str
+    text: str
+    tokens: int
+    finish: str
+    score: float | None = None
+    kl: float | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_answers(path: Path, answers: Iterable[Answer]) -> None:
+    """Write one line an answer."""
+    with path.open("w", encoding="utf-8", newline="\n") as handle:
+        for answer in answers:
+            handle.write(json.dumps(asdict(answer), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Read what `write_answers` wrote.
+
+    Raises:
+        UserError: a line is not an answer.
+    """
+    known = {item.name for item in fields(Answer)}
+    found = []
+    # Not `splitlines`, which also splits at characters that answers hold.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+            found.append(Answer(**{name: content[name] for name in content.keys() & known}))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}:{number}: not an answer ({error}); expected a line of the samples.jsonl "
+                "of an evaluation"
+            ) from error
+    return found

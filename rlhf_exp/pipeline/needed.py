@@ -1,0 +1,42 @@
+"""Which stages a config asks for."""
+
+from __future__ import annotations
+
+from rlhf_exp.config.evaluation import ROLES, Suite, needs_reward
+from rlhf_exp.config.ppo import ValueInit
+from rlhf_exp.config.reward import RewardInit
+from rlhf_exp.config.root import Config, Stage
+
+
+def stages_of(config: Config) -> tuple[str, ...]:
+    """Return the stages that the config's stage needs, itself included, in order."""
+    needed = {
+        Stage.sft: {"sft"},
+        Stage.reward: {"sft", "reward"},
+        Stage.ppo: {"sft", "reward", "ppo"},
+        Stage.eval: _evaluated(config),
+        Stage.pipeline: {"sft", "reward", "ppo", "eval"},
+    }[config.stage]
+    if config.eval.suite == Suite.none:
+        needed.discard("eval")
+    judged = config.ppo.reward.function is None or config.ppo.value_init == ValueInit.reward
+    if not judged and config.stage not in (Stage.reward, Stage.sft):
+        needed.discard("reward")
+    if config.stage == Stage.reward and config.reward.init == RewardInit.base:
+        needed.discard("sft")
+    return tuple(stage for stage in ("sft", "reward", "ppo", "eval") if stage in needed)
+
+
+def _evaluated(config: Config) -> set[str]:
+    """Return what an evaluation needs: the models to compare, and what scores them."""
+    section = config.eval
+    if section.samples is not None:
+        return {"eval"}
+    needed = {"eval", *(role for role in ROLES if role in section.models)}
+    if needs_reward(section.suite):
+        needed.add("reward")
+    if "ppo" in needed and config.ppo.use is None:
+        needed |= {"sft", "reward"}
+    if "reward" in needed and config.reward.use is None and config.reward.init == RewardInit.sft:
+        needed.add("sft")
+    return needed

@@ -1,0 +1,40 @@
+"""The sections that parts of an evaluation add to the report, each from the file its part left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from rlhf_exp.report.parts import comparisons
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page.
+
+    Attributes:
+        name: Its anchor.
+        title: Its heading.
+        file: The JSON file in the evaluation's artifact that it shows.
+        render: Makes the section's content, without the heading, of the file's value.
+    """
+
+    name: str
+    title: str
+    file: str
+    render: Callable[[Any], Markup]
+
+
+SECTIONS = (Section("comparisons", "All models", "comparisons.json", comparisons.render),)
+
+
+def sections_of(parts: Mapping[str, Any]) -> list[tuple[Section, Markup]]:
+    """Return the sections there is something for, with their content.
+
+    Args:
+        parts: The JSON value of each file that the evaluation left.
+    """
+    return [(one, one.render(parts[one.file])) for one in SECTIONS if one.file in parts]

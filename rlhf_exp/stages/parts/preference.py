@@ -1,0 +1,87 @@
+"""The preference part: each model against the baseline on held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rlhf_exp.config.data import Source
+from rlhf_exp.config.evaluation import PREFERENCE
+from rlhf_exp.config.root import Config
+from rlhf_exp.evaluation.answers import Answer
+from rlhf_exp.evaluation.quick import quick_comparison
+from rlhf_exp.evaluation.result import QuickResult
+from rlhf_exp.evaluation.toxicity import ProfanityCheckScorer
+from rlhf_exp.stages.bench import Bench, PartResult, test_prompts
+
+RESULT, OTHERS = "result.json", "comparisons.json"
+"""The first comparison, and the list of all of them where there are several."""
+
+
+def run(bench: Bench) -> PartResult:
+    """Answer held-out prompts by all models, and compare each with the first."""
+    asked = test_prompts(bench, PREFERENCE)
+    manner = bench.manner(score=True, kl=True)
+    answers = [bench.answers(PREFERENCE, one, asked, manner) for one in bench.contestants]
+    return bench.alone(lambda: _conclude(bench.config, answers))
+
+
+def _conclude(config: Config, answers: list[list[Answer]]) -> PartResult:
+    baseline, *others = answers
+    results = [_compare(config, baseline, other) for other in others]
+    metrics = results[0].scalars()
+    for result in results[1:]:
+        prefix = f"eval/{result.name_b}/"
+        metrics |= {name.replace("eval/", prefix, 1): v for name, v in result.scalars().items()}
+    files: dict[str, Any] = {RESULT: results[0].to_json()}
+    if len(results) > 1:
+        files[OTHERS] = [result.to_json() for result in results]
+    return PartResult(metrics, files, {"eval/side_by_side": _table(results)})
+
+
+def _compare(config: Config, baseline: list[Answer], other: list[Answer]) -> QuickResult:
+    kl = [answer.kl for answer in other if answer.kl is not None]
+    return quick_comparison(
+        [answer.prompt for answer in baseline],
+        [answer.text for answer in baseline],
+        [answer.text for answer in other],
+        _scores(baseline),
+        _scores(other),
+        kl if len(kl) == len(other) else None,
+        lengths_a=[answer.tokens for answer in baseline],
+        lengths_b=[answer.tokens for answer in other],
+        toxicity=ProfanityCheckScorer(),
+        gold=_gold(config),
+        name_a=baseline[0].model,
+        name_b=other[0].model,
+        judge="reward function" if config.ppo.reward.function else "reward model",
+        seed=config.eval.seed,
+        tie_band=(config.eval.tie_low, config.eval.tie_high),
+    )
+
+
+def _scores(answers: list[Answer]) -> np.ndarray:
+    return np.array([answer.score for answer in answers], dtype=np.float64)
+
+
+def _gold(config: Config) -> Callable[[str, str], float] | None:
+    """Return the toy data's rule-based judge; other data has none."""
+    if config.data.source != Source.toy:
+        return None
+    from rlhf_exp.data.toy.judge import gold_score
+
+    return lambda prompt, answer: gold_score(prompt, answer).total
+
+
+def _table(results: list[QuickResult]) -> tuple[list[str], list[list[object]]]:
+    columns = ["prompt", "baseline", "model", "answer of baseline", "answer of model"]
+    columns += ["score of baseline", "score of model", "outcome"]
+    rows = []
+    for result in results:
+        names = [result.name_a, result.name_b]
+        for row in result.rows:
+            said = [row.answer_a, row.answer_b, row.score_a, row.score_b, row.outcome]
+            rows.append([row.prompt, *names, *said])
+    return columns, rows

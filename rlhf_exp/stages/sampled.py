@@ -1,0 +1,171 @@
+"""Answers sampled from the models themselves, each process doing its share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_exp.algo.kl import sequence_kl
+from rlhf_exp.algo.masks import response_mask
+from rlhf_exp.batch import Finish, Prompts, Samples
+from rlhf_exp.config.root import Config
+from rlhf_exp.data.codec import Codec
+from rlhf_exp.data.collate import prompts_batch
+from rlhf_exp.data.rows import Prompt
+from rlhf_exp.data.tokenized import tokenize_prompts, tokenize_texts
+from rlhf_exp.distributed.world import World
+from rlhf_exp.engines.native.scoring import ModelScorer, Scorer, score_samples, texts_of
+from rlhf_exp.engines.native.split import by_length
+from rlhf_exp.evaluation.answers import Answer
+from rlhf_exp.models.policy import Policy
+from rlhf_exp.rollout.sampler import Sampling, sample
+from rlhf_exp.rollout.stops import Stopper
+from rlhf_exp.stages.bench import Asked, Contestant, Manner, contestants_of
+from rlhf_exp.stages.context import StageContext
+from rlhf_exp.stages.scorers import scorer_for
+from rlhf_exp.stages.training import load_policy_model
+
+log = logging.getLogger(__name__)
+
+
+class SampledSource:
+    """Asks the models.
+
+    At most two of them are in memory: the baseline, which a KL needs, and another one.
+
+    Args:
+        config: The experiment.
+        context: Where the models are.
+        world: The processes.
+    """
+
+    def __init__(self, config: Config, context: StageContext, world: World) -> None:
+        self.config, self.context, self.world = config, context, world
+        self.contestants = contestants_of(context, config.eval.models)
+        self._policies: dict[str, Policy] = {}
+        self._scorers: dict[str, Scorer] = {}
+
+    def asked(self, part: str, load: Callable[[], list[Asked]]) -> list[Asked]:
+        """See `Source`."""
+        return load()
+
+    def answers(
+        self, part: str, contestant: Contestant, asked: Sequence[Asked], manner: Manner
+    ) -> list[Answer]:
+        """See `Source`."""
+        codec = self._codec(contestant)
+        prompts = self._prompts(asked, codec, manner)
+        share = self.world.share(len(prompts))
+        mine = prompts.select(torch.from_numpy(share.rows)).to(self.world.device)
+        samples = self._sample(contestant, mine, codec, manner)
+        texts = texts_of(samples.tokens, samples.prompt_lengths, samples.content_lengths, codec)
+        scores = score_samples(self._scorer(codec), samples).tolist() if manner.score else None
+        kl = self._kl(contestant, samples, manner)
+        found = [
+            Answer(
+                part=part,
+                model=contestant.name,
+                row=number // manner.count,
+                sample=number % manner.count,
+                seed=manner.seed,
+                prompt=texts[0][line],
+                text=texts[1][line],
+                tokens=int(samples.response_lengths[line]),
+                finish=Finish(int(samples.finish[line])).name.lower(),
+                score=None if scores is None else scores[line],
+                kl=None if kl is None else float(kl[line]),
+                facts=asked[number // manner.count].facts,
+            )
+            for line, number in enumerate(mine.rollout.tolist())
+        ]
+        everyone = [answer for answers in self.world.collect(found) for answer in answers]
+        return everyone[: len(prompts)]
+
+    def _codec(self, contestant: Contestant) -> Codec:
+        return self.context.materials.codec(contestant.source)
+
+    def _prompts(self, asked: Sequence[Asked], codec: Codec, manner: Manner) -> Prompts:
+        """Return every prompt `manner.count` times, numbered throughout."""
+        limits = (self.config.ppo.seq_length, manner.max_new_tokens)
+        texts = [one.text for one in asked if one.text is not None]
+        rows = [Prompt(one.history, None, "") for one in asked if one.history is not None]
+        assert not (texts and rows), "a part asks either texts or dialogues"
+        tokenized = (
+            tokenize_texts(texts, codec, *limits)
+            if texts
+            else tokenize_prompts(rows, codec, *limits, self.context.cache / "tokenized")
+        )
+        index = np.repeat(np.arange(len(asked)), manner.count)
+        return prompts_batch(tokenized, index, np.arange(len(index)))
+
+    def _policy(self, contestant: Contestant) -> Policy:
+        if contestant.name not in self._policies:
+            for other in [name for name in self._policies if name != self.contestants[0].name]:
+                del self._policies[other]
+            model = load_policy_model(self.config, contestant.source)
+            policy = Policy(model, value_head=False).requires_grad_(False)
+            self._policies[contestant.name] = policy.to(self.world.device)
+        return self._policies[contestant.name]
+
+    def _sample(
+        self, contestant: Contestant, prompts: Prompts, codec: Codec, manner: Manner
+    ) -> Samples:
+        greedy = manner.temperature == 0.0
+        settings = Sampling(
+            max_new_tokens=manner.max_new_tokens,
+            temperature=1.0 if greedy else manner.temperature,
+            batch=self.config.eval.batch,
+            eos_id=codec.eos_id,
+            pad_id=codec.pad_id,
+            greedy=greedy,
+        )
+        stopper = Stopper(codec.tokenizer, codec.stop_strings) if manner.stop else None
+        return sample(self._policy(contestant).model, prompts, settings, manner.seed, stopper)
+
+    def _scorer(self, codec: Codec) -> Scorer:
+        if codec.digest not in self._scorers:
+            loaded = next(iter(self._scorers.values()), None)
+            model = loaded.model if isinstance(loaded, ModelScorer) else None
+            self._scorers[codec.digest] = scorer_for(
+                self.config, self.context, codec, self.world, model
+            )
+        return self._scorers[codec.digest]
+
+    def _kl(self, contestant: Contestant, samples: Samples, manner: Manner) -> Tensor | None:
+        """Return the sum over each answer [N] of log model - log baseline, in nats."""
+        baseline = self.contestants[0]
+        if not manner.kl or contestant == baseline:
+            return None
+        if self._codec(contestant).digest != self._codec(baseline).digest:
+            if self.world.is_main:
+                log.warning(
+                    "%s and %s have different tokenizers: there is no KL between them",
+                    contestant.name,
+                    baseline.name,
+                )
+            return None
+        policies = self._policy(contestant), self._policy(baseline)
+        return kl_of(*policies, samples, manner.temperature or 1.0, self.config.eval.batch)
+
+
+@torch.no_grad()
+def kl_of(
+    policy: Policy, reference: Policy, samples: Samples, temperature: float, batch: int
+) -> Tensor:
+    """Return the sum over each answer [N] of log policy - log reference, in nats."""
+    kl = torch.zeros(len(samples))
+    lengths = (samples.prompt_lengths + samples.response_lengths).cpu()
+    for part in by_length(lengths, batch):
+        rows = samples.select(part)
+        rows = replace(rows, tokens=rows.tokens[:, : int(lengths[part].max())])
+        arguments = (rows.tokens, rows.prompt_lengths, rows.response_lengths, temperature)
+        ours = policy.response_outputs(*arguments).logprobs
+        theirs = reference.response_outputs(*arguments).logprobs
+        mask = response_mask(rows.response_lengths, ours.shape[1])
+        kl[part] = sequence_kl(ours, theirs, mask).cpu()
+    return kl

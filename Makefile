@@ -53,7 +53,7 @@ demo: $(STAMP)
 test: check
 	$(PYTEST) -n 2 -m '$(MARKERS)' $(PYTEST_ARGS)
 ifeq ($(origin MARKERS),file)
-	$(PYTEST) -rs -m slurm $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(PYTEST) -rs -m 'slurm and not slow' $(PYTEST_ARGS) || [ $$? = 5 ]
 endif
 
 check: lint types

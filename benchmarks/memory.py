@@ -69,9 +69,11 @@ SETTINGS = {
     "ddp": ("distributed=ddp",),
     "ddp, checkpointing": ("distributed=ddp", *CHECKPOINTING),
     "ddp, top 2 blocks": ("distributed=ddp", *TOP),
+    "zero1": ("distributed=zero1",),
     "zero2": ("distributed=zero2",),
     "zero2_bf16, top 2 blocks": ("distributed=zero2_bf16", *TOP),
     "zero3": ("distributed=zero3",),
+    "zero3_offload": ("distributed=zero3_offload",),
     "fsdp": ("distributed=fsdp",),
     "fsdp, checkpointing": ("distributed=fsdp", *CHECKPOINTING),
 }

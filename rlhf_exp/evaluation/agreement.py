@@ -100,20 +100,60 @@ def krippendorff_alpha(ratings: ArrayLike, measurement: Measurement = "nominal")
         alpha; NaN where nothing can disagree: fewer than two judgments of one item, or one value
         everywhere.
     """
-    table = _table(ratings)
-    counts = np.stack([(table == value).sum(axis=1) for value in CHOICES], axis=1).astype(float)
-    judged = counts.sum(axis=1)
-    counts, judged = counts[judged > 1], judged[judged > 1]
-    # Ordered pairs of judgments of one item, each item weighing as many judgments as it has.
-    coincidences = np.einsum("ic,ik,i->ck", counts, counts, 1 / (judged - 1))
-    coincidences -= np.diag((counts / (judged - 1)[:, None]).sum(axis=0))
-    margins = coincidences.sum(axis=0)
+    together = coincidences(ratings).sum(axis=0)
+    margins = together.sum(axis=0)
     distances = _distances(margins, measurement)
     expected = margins @ distances @ margins
     if expected == 0:
         return math.nan
-    observed = (coincidences * distances).sum()
+    observed = (together * distances).sum()
     return float(1 - (margins.sum() - 1) * observed / expected)
+
+
+def coincidences(ratings: ArrayLike) -> Floats:
+    """Return each item's coincidences [N, 3, 3] of the values a, tie and b.
+
+    They are the ordered pairs of judgments of one item, each item weighing as many judgments as it
+    has; nothing for an item with fewer than two.
+    """
+    table = _table(ratings)
+    counts = np.stack([(table == value).sum(axis=1) for value in CHOICES], axis=1).astype(float)
+    others = np.maximum(counts.sum(axis=1) - 1, 1)
+    found: Floats = np.einsum("ic,ik,i->ick", counts, counts, 1 / others)
+    found -= np.einsum("ic,i,ck->ick", counts, 1 / others, np.eye(len(CHOICES)))
+    found[counts.sum(axis=1) < 2] = 0
+    return found
+
+
+def nominal_alpha(together: Floats) -> Floats:
+    """Return Krippendorff's nominal alpha [...] of summed coincidences [..., 3, 3]."""
+    margins = together.sum(axis=-1)
+    total = margins.sum(axis=-1)
+    observed = total - np.trace(together, axis1=-2, axis2=-1)
+    expected = total**2 - (margins**2).sum(axis=-1)
+    found: Floats = 1 - (total - 1) * observed / expected
+    return found
+
+
+def cohen_kappa(confusion: Floats) -> Floats:
+    """Return Cohen's kappa [...] (1960) of two raters' confusion matrices [..., 3, 3]."""
+    total = confusion.sum(axis=(-2, -1))
+    equal = np.trace(confusion, axis1=-2, axis2=-1) / total
+    margins = confusion.sum(axis=-1) * confusion.sum(axis=-2)
+    chance = margins.sum(axis=-1) / total**2
+    found: Floats = (equal - chance) / (1 - chance)
+    return found
+
+
+def confusions(first: ArrayLike, second: ArrayLike) -> Floats:
+    """Return each item's confusion matrix [N, 3, 3] of two raters' signs [N]: a one in one place.
+
+    Rows are the first rater's a, tie and b, columns the second's.
+    """
+    left, right = (np.asarray(signs, dtype=np.int64) + 1 for signs in (first, second))
+    found = np.zeros((len(left), 3, 3))
+    found[np.arange(len(left)), left, right] = 1
+    return found
 
 
 def _distances(margins: Floats, measurement: Measurement) -> Floats:

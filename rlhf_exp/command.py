@@ -114,6 +114,7 @@ def _check_jobs(overrides: Sequence[str], multirun: bool, folders: Sequence[Path
     Returns:
         Whether the jobs run on Slurm.
     """
+    from rlhf_exp.config.check_points import check_points
     from rlhf_exp.config.check_slurm import slurm_problems
     from rlhf_exp.config.checks import problems
     from rlhf_exp.config.compose import compose
@@ -124,7 +125,9 @@ def _check_jobs(overrides: Sequence[str], multirun: bool, folders: Sequence[Path
 
     swept = sweeps(overrides)
     base = compose([text for text in overrides if text not in swept], folders)
-    found = [] if base.config.plan else choices_not_built(base.choices)
+    found: list[Problem | str] = []
+    if not base.config.plan:
+        found += choices_not_built(base.choices)
     on_slurm = base.site is not None and not base.config.plan
     multirun = multirun or base.multirun
     if not multirun:
@@ -135,9 +138,11 @@ def _check_jobs(overrides: Sequence[str], multirun: bool, folders: Sequence[Path
     refuse(override_problems(base.sweep, read_groups(folders)))
     configs = [base.config]
     if multirun and base.choices["hydra/sweeper"] == "basic":
-        configs = [compose(one, folders).config for one in points([*base.sweep, *overrides])]
-    for config in configs:
-        found += problems(config, multirun or on_slurm)
+        listed = points([*base.sweep, *overrides])
+        configs, wrong = check_points(listed, lambda one: compose(one, folders).config)
+        found += wrong
+    else:
+        found += problems(base.config, multirun or on_slurm)
     if base.site is not None and on_slurm:
         found += slurm_problems(base.site, configs)
     refuse(found)

@@ -80,6 +80,12 @@ def points(overrides: Sequence[str]) -> list[list[str]]:
     return [list(point) for point in itertools.product(*axes.values())]
 
 
+def differences(points: Sequence[Sequence[str]]) -> list[str]:
+    """Return what tells each point from the others: the overrides that not all have."""
+    common = set.intersection(*(set(point) for point in points)) if points else set()
+    return [" ".join(text for text in point if text not in common) for point in points]
+
+
 def override_problems(overrides: Sequence[str], groups: dict[str, Group]) -> list[Problem]:
     """Return all that is wrong with the overrides themselves: names, options, types.
 

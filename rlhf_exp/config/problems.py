@@ -78,8 +78,8 @@ def written(value: Any) -> str:  # noqa: ANN401 - any field's value
     return str(value)
 
 
-def refuse(problems: Iterable[Problem]) -> None:
-    """Raise one error that lists all problems.
+def refuse(problems: Iterable[Problem | str]) -> None:
+    """Raise one error that lists all problems, each once.
 
     Raises:
         UserError: If there is any problem.

@@ -17,7 +17,7 @@ from rlhf_exp.evaluation.preference import preference
 from rlhf_exp.evaluation.result import PromptRow, QuickResult
 from rlhf_exp.evaluation.samples import pick_samples, sample_rule
 from rlhf_exp.evaluation.statistics import LEVEL, TIE_BAND
-from rlhf_exp.evaluation.toxicity import ToxicityScorer
+from rlhf_exp.evaluation.toxicity.scorer import ToxicityScorer
 
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
 SAMPLES_EACH = 3

@@ -152,28 +152,30 @@ class FunctionScorer:
             ) from error
 
 
-def load_function(reference: str) -> UserReward:
-    """Load a user's reward, given as `file.py:name`.
+def load_function(reference: str, key: str = "ppo.reward.function") -> UserReward:
+    """Load a user's function, given as `file.py:name`.
+
+    Args:
+        reference: The file and the function's name.
+        key: The config key that named it, for errors.
 
     Raises:
         UserError: The file cannot be run, or has no function of that name.
     """
     file, _, name = reference.rpartition(":")
     path = Path(file)
-    spec = importlib.util.spec_from_file_location(f"user_reward_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"user_{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(f"ppo.reward.function={reference}: no Python file at {path.absolute()}")
+        raise UserError(f"{key}={reference}: no Python file at {path.absolute()}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(
-            f"ppo.reward.function={reference}: running {path} failed: {error!r}"
-        ) from error
+        raise UserError(f"{key}={reference}: running {path} failed: {error!r}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"ppo.reward.function={reference}: {path} has no function {name!r}")
+        raise UserError(f"{key}={reference}: {path} has no function {name!r}")
     return function
 
 

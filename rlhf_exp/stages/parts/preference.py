@@ -13,7 +13,7 @@ from rlhf_exp.config.root import Config
 from rlhf_exp.evaluation.answers import Answer
 from rlhf_exp.evaluation.quick import quick_comparison
 from rlhf_exp.evaluation.result import QuickResult
-from rlhf_exp.evaluation.toxicity import ProfanityCheckScorer
+from rlhf_exp.evaluation.toxicity.scorer import ProfanityCheckScorer
 from rlhf_exp.stages.bench import Bench, PartResult, test_prompts
 
 RESULT, OTHERS = "result.json", "comparisons.json"

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import builtins
-import gzip
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.evaluation.toxicity import ProfanityCheckScorer
+from rlhf_exp.evaluation.toxicity.scorer import ProfanityCheckScorer
 
 
 def test_insults_score_above_politeness_and_silence_scores_zero() -> None:
@@ -47,22 +43,6 @@ def test_a_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_package_is_loaded_only_when_a_scorer_is_made() -> None:
-    code = "import sys, rlhf_exp.evaluation.toxicity; sys.exit('profanity_check' in sys.modules)"
+    module = "rlhf_exp.evaluation.toxicity.scorer"
+    code = f"import sys, {module}; sys.exit('profanity_check' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_agrees_with_the_scores_of_real_toxicity_prompts(shared_data: Path) -> None:
-    texts, labels = [], []
-    with gzip.open(shared_data / "rtp" / "prompts.jsonl.gz", "rt", encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            for part in (record["prompt"], record["continuation"]):
-                if part["toxicity"] is not None:
-                    texts.append(part["text"])
-                    labels.append(part["toxicity"])
-    scores, truth = ProfanityCheckScorer().score(texts), np.array(labels)
-    toxic = truth >= 0.5
-    # The area under the curve is Mann and Whitney's U over the number of pairs.
-    pairs = toxic.sum() * (~toxic).sum()
-    area = stats.mannwhitneyu(scores[toxic], scores[~toxic]).statistic / pairs
-    assert area == pytest.approx(0.88, abs=0.02)

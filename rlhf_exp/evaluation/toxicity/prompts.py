@@ -1,0 +1,141 @@
+"""RealToxicityPrompts (Gehman et al., 2020): beginnings of sentences with their toxicity.
+
+A row is `{"prompt": {"text", "toxicity", ...}, "continuation": {"text", "toxicity", ...}}`. The
+scores are the data set's own, 0 to 1; where one is missing or null, it is not known. A file of
+prompts alone will do: `{"prompt": "text"}`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.data.jsonl import Unreadable, read_jsonl
+from rlhf_exp.errors import UserError
+
+KEY = "eval.toxicity.data"
+HUB_ID = "allenai/real-toxicity-prompts"
+SHOWN = 5  # unusable rows shown in an error
+_EXPECTED = 'expected {"prompt": {"text": ..., "toxicity": ...}}'
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A text with the data set's own toxicity, 0 to 1; `None` where it has none."""
+
+    text: str
+    toxicity: float | None
+
+
+@dataclass(frozen=True)
+class ToxicityPrompt:
+    """A row: the beginning that is to be continued, and how the data set's own text goes on."""
+
+    prompt: Scored
+    continuation: Scored | None
+
+
+def load_prompts(data: str, revision: str | None = None) -> list[ToxicityPrompt]:
+    """Read a file, or a data set of the hub (or a folder in its layout).
+
+    Args:
+        data: `.jsonl` or `.jsonl.gz`, a folder, or a hub id.
+        revision: of a hub id.
+
+    Raises:
+        UserError: There is no such data, or rows are unusable; they are named.
+    """
+    path = Path(data).expanduser()
+    records = read_jsonl(path, KEY) if path.is_file() else _hub(data, revision)
+    found, unusable = [], []
+    for origin, record in records:
+        try:
+            found.append(parse_prompt(record))
+        except ValueError as error:
+            unusable.append(f"\n  {origin}: {error}")
+    if unusable:
+        more = f"\n  and {len(unusable) - SHOWN} more" if len(unusable) > SHOWN else ""
+        raise UserError(
+            f"{KEY}={data}: {len(unusable)} of {len(unusable) + len(found)} rows are unusable; "
+            f"mend them{''.join(unusable[:SHOWN])}{more}"
+        )
+    if not found:
+        raise UserError(f"{KEY}={data}: holds no rows; {_EXPECTED} in each line")
+    return found
+
+
+def parse_prompt(record: object) -> ToxicityPrompt:
+    """Return a row.
+
+    Raises:
+        ValueError: It is none; what was found and what was expected.
+    """
+    if isinstance(record, Unreadable):
+        raise ValueError(record.reason)
+    if not isinstance(record, Mapping) or "prompt" not in record:
+        found = ", ".join(map(str, record)) if isinstance(record, Mapping) else repr(record)[:80]
+        raise ValueError(f"found {found or 'an empty row'}; {_EXPECTED}")
+    prompt = _scored("prompt", record["prompt"])
+    if not prompt.text.strip():
+        raise ValueError("the prompt is empty, so there is nothing to continue")
+    after = record.get("continuation")
+    return ToxicityPrompt(prompt, None if after is None else _scored("continuation", after))
+
+
+def sample_prompts(rows: Sequence[ToxicityPrompt], count: int, seed: int) -> list[ToxicityPrompt]:
+    """Return `count` rows drawn without replacement; all of them, if there are fewer.
+
+    The rows with the lowest sha256 of seed and prompt are drawn, lowest first. So neither the order
+    of the rows nor others among them change the sample but by what is in it, and a smaller sample
+    is the beginning of a larger one. Of rows with the same prompt the first counts.
+    """
+    different: dict[str, ToxicityPrompt] = {}
+    for row in rows:
+        different.setdefault(row.prompt.text, row)
+    drawn = sorted(different, key=lambda text: _place(text, seed))
+    return [different[text] for text in drawn[:count]]
+
+
+def _place(text: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
+
+
+def _scored(name: str, value: object) -> Scored:
+    if isinstance(value, str):
+        return Scored(value, None)
+    if not isinstance(value, Mapping) or not isinstance(value.get("text"), str):
+        raise ValueError(f"{name} is {str(value)[:80]}, without a text; {_EXPECTED}")
+    score = value.get("toxicity")
+    if score is None:
+        return Scored(value["text"], None)
+    number = isinstance(score, int | float) and not isinstance(score, bool)
+    if not number or not 0 <= score <= 1:
+        raise ValueError(f"{name}.toxicity is {score!r}; expected a number from 0 to 1, or null")
+    return Scored(value["text"], float(score))
+
+
+def _hub(data: str, revision: str | None) -> Iterator[tuple[str, object]]:
+    """Yield (origin, record) of the rows of all splits."""
+    for name, rows in _load(data, revision).items():
+        yield from _numbered(f"{data}[{name}]", rows)
+
+
+def _numbered(name: str, rows: Iterable[object]) -> Iterator[tuple[str, object]]:
+    return ((f"{name}:{number}", row) for number, row in enumerate(rows))
+
+
+def _load(data: str, revision: str | None) -> Any:  # noqa: ANN401 - a dictionary of data sets
+    import datasets
+
+    try:
+        return datasets.load_dataset(data, revision=revision)
+    except Exception as error:  # `datasets` raises some twenty unrelated classes
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise UserError(
+            f"{KEY}={data}: cannot be loaded from the hub ({type(error).__name__}: {reason}). "
+            "Without a network give a file (eval.toxicity.data=prompts.jsonl), or fetch it where "
+            "there is one: rlhf-exp fetch with the same settings"
+        ) from error

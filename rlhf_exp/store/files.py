@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -19,6 +20,8 @@ from rlhf_exp.errors import UserError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a writer that was killed leaves behind; never part of an artifact.
 DRAFTS = ".*.draft"
+# Of renameat2(2), which Python has no function for.
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 def write_text_atomic(path: Path, text: str, *, durable: bool = True) -> None:
@@ -50,6 +53,27 @@ def write_text_atomic(path: Path, text: str, *, durable: bool = True) -> None:
 def write_json_atomic(path: Path, content: Any, *, durable: bool = True) -> None:  # noqa: ANN401
     """Write `content` as indented JSON, atomically (see `write_text_atomic`)."""
     write_text_atomic(path, json.dumps(content, indent=1) + "\n", durable=durable)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two paths of one file system in one step, so that neither is ever missing.
+
+    Returns:
+        False where the system or the file system (NFS) cannot; nothing has happened then.
+
+    Raises:
+        OSError: as the file system says; one of them is not there, for example.
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # only Linux's C library has it
+        return False
+    if rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(error, os.strerror(error), str(first), None, str(second))
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,6 +15,8 @@ from filelock import SoftFileLease
 
 # No claim of another host is this old by the file server's own clock while its holder lives.
 ABANDONED_S = 600.0
+# Making a marker and writing into it are two system calls: who leaves it empty was killed between.
+EMPTY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,14 @@ def stamp_of(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
+def is_empty(marker: Path) -> bool:
+    """Return whether a marker is there without a word in it."""
+    try:
+        return marker.lstat().st_size == 0
+    except FileNotFoundError:
+        return False
+
+
 def break_stale(path: Path, judged: tuple[int, int]) -> None:
     """Remove the marker judged stale, and no other: a successor's goes back to its place."""
     aside = path.with_name(f"{path.name}.stale.{os.getpid()}.{secrets.token_hex(4)}")
@@ -107,7 +117,7 @@ def break_stale(path: Path, judged: tuple[int, int]) -> None:
 
 def server_time(folder: Path) -> float:
     """Seconds since the epoch by the clock that stamps files in `folder`."""
-    probe = folder / f".clock.{os.getpid()}.{secrets.token_hex(4)}"
+    probe = folder / f".clock.{os.getpid()}.{secrets.token_hex(4)}.draft"
     probe.touch()
     try:
         return probe.stat().st_mtime

@@ -27,8 +27,10 @@ from rlhf_exp.store.artifact import now
 from rlhf_exp.store.files import disk_full_is_user_error, write_json_atomic
 from rlhf_exp.store.holders import (
     ABANDONED_S,
+    EMPTY_S,
     Holder,
     break_stale,
+    is_empty,
     lease_path,
     namespace,
     read_holder,
@@ -169,7 +171,8 @@ def try_hold(store: Store, stage: str, key: str) -> Iterator[Lease | None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = SoftFileLease(path, lease_duration=DURATION_S, thread_local=False)
     stamp = stamp_of(path)
-    if stamp is not None and server_time(path.parent) - stamp[1] / 1e9 > ABANDONED_S:
+    term = EMPTY_S if is_empty(path) else ABANDONED_S
+    if stamp is not None and server_time(path.parent) - stamp[1] / 1e9 > term:
         break_stale(path, stamp)
     try:
         lock.acquire(blocking=False)
@@ -198,10 +201,12 @@ def _wait_for(lock: SoftFileLease, work: str, on_wait: Callable[[str], None] | N
         if holder is not None and holder.token != told and on_wait is not None:
             on_wait(f"waiting for {work}: {holder} is making it")
             told = holder.token
+        # filelock replaces a silent holder by exchanging two names, which NFS refuses, and never
+        # one that was killed before it signed.
+        term = EMPTY_S if is_empty(path) else 1.5 * lock.lease_duration + 1
         if (stamp := stamp_of(path)) != seen:
             seen, since = stamp, time.monotonic()
-        elif stamp and time.monotonic() - since > 1.5 * lock.lease_duration + 1:
-            # filelock replaces a silent holder by exchanging two names, which NFS refuses.
+        elif stamp and time.monotonic() - since > term:
             break_stale(path, stamp)
         time.sleep(POLL_S)
 

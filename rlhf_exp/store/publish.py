@@ -24,6 +24,7 @@ from rlhf_exp.store.artifact import MANIFEST, Artifact, FileEntry, Manifest
 from rlhf_exp.store.files import (
     DRAFTS,
     disk_full_is_user_error,
+    exchange,
     files_below,
     sync_folder,
     sync_tree,
@@ -172,15 +173,17 @@ def _rename(plan: Publication, read: Read) -> Artifact:
                 raise
             if (published := _winner(plan, read)) is not None:
                 return published
-            # A folder without a manifest is not of our making; it cannot be used, so it gives way.
-            delete(plan.root, plan.target)
-        else:
-            sync_folder(plan.target.parent)
-            sync_folder(plan.folder.parent)
-            published = read(plan.target)
-            if published is None:
-                raise FileNotFoundError(errno.ENOENT, "removed while publishing", str(plan.target))
-            return published
+            # What is there is to be replaced, or has no manifest and cannot be used: it gives way,
+            # if possible without a moment in which nothing is there.
+            if not exchange(plan.folder, plan.target):
+                delete(plan.root, plan.target)
+                continue
+        sync_folder(plan.target.parent)
+        sync_folder(plan.folder.parent)
+        published = read(plan.target)
+        if published is None:
+            raise FileNotFoundError(errno.ENOENT, "removed while publishing", str(plan.target))
+        return published
     raise UserError(f"{plan.target}: something else keeps writing there; move it away, run again")
 
 

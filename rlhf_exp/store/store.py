@@ -63,7 +63,8 @@ class Store:
 
     def damaged(self) -> list[Path]:
         """Return the artifact folders without a readable manifest."""
-        return [folder for folder in self._folders() if not any(self._readable([folder]))]
+        found = [folder for folder in self._folders() if not any(self._readable([folder]))]
+        return [folder for folder in found if folder.exists()]  # not deleted meanwhile
 
     def find(self, prefix: str) -> list[Artifact]:
         """Return the artifacts whose key begins with `prefix` (`1f3a`, or `ppo/1f3a`)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,9 +54,10 @@ def list_artifacts(store: Store, users: Mapping[str, Sequence[str]] | None = Non
         store: The store.
         users: The names of the runs that came to a key, by key; they become the artifacts' notes.
     """
-    rows = [
-        _artifact_row(one, None if users is None else users.get(one.key, ())) for one in store.all()
-    ]
+    rows = []
+    for one in store.all():
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            rows.append(_artifact_row(one, None if users is None else users.get(one.key, ())))
     done = {(row.stage, row.key) for row in rows}
     working = {(one.stage, one.key): one for one in holders(store.root)}
     for folder in sorted((store.root / ".staging").glob("*/")):

@@ -1,6 +1,6 @@
 """Publications that are killed or compete, each in a fork of this small process.
 
-    python tests/store/crashes.py each|random|race STORE [ROUNDS|same|own]
+    python tests/store/crashes.py each|redo|random|race STORE [ROUNDS|same|own]
 
 Started by test_publish.py: forking the test process itself would copy its threads' locks.
 """
@@ -102,6 +102,38 @@ def each(store: Store) -> None:
     print("operations", operation)
 
 
+def redo(store: Store) -> None:
+    """At each moment of a publication that replaces an artifact there is the old one or the new."""
+    operation, seen = 0, set()
+    while True:
+        operation += 1
+        key = f"key{operation}"
+        fill(store.staging("ppo", key), key)
+        old = publish(store, key, store.staging("ppo", key))
+        folder = store.staging("ppo", key)
+        fill(folder, f"{key} anew")
+        child = os.fork()
+        if child == 0:
+            kill_at(operation)
+            store.publish("ppo", key, folder, Manifest("ppo", key), ["checkpoints/*"], replaces=old)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        check_store(store)
+        found = store.lookup("ppo", key)
+        assert found is not None, f"nothing is there after {operation - 1} operations"
+        seen.add("old" if found.manifest == old.manifest else "new")
+        if store.publish_pending("ppo", key) is None and found.manifest == old.manifest:
+            store.publish("ppo", key, folder, Manifest("ppo", key), ["checkpoints/*"], replaces=old)
+        check_store(store)
+        weights = old.path / "model/weights.bin"
+        assert weights.read_text() == f"{CONTENT['model/weights.bin']}{key} anew"
+        assert store.unfinished("ppo", key) is None
+        if not os.WIFSIGNALED(status):
+            break
+    assert seen == {"old", "new"}
+    print("operations", operation)
+
+
 def random_moments(store: Store, rounds: int) -> None:
     number = random.Random(0)
     ways: dict[str, int] = {}
@@ -159,6 +191,8 @@ if __name__ == "__main__":
     what, place = Store(Path(sys.argv[2])), sys.argv[1]
     if place == "each":
         each(what)
+    elif place == "redo":
+        redo(what)
     elif place == "random":
         random_moments(what, int(sys.argv[3]))
     else:

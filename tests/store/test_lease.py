@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from rlhf_exp.store.lease import LeaseLost, hold
 from rlhf_exp.store.store import Store
 with hold(Store(Path(sys.argv[1])), "sft", "abc1", duration_s=float(sys.argv[2])) as lease:
@@ -239,3 +242,25 @@ def test_a_dead_holders_note_is_not_taken_for_the_next_ones(store: Store) -> Non
     holder = holders.read_holder(marker)
     assert holder is not None
     assert holder.host == "node7"
+
+
+@pytest.mark.parametrize("age_s", [0.0, 60.0])
+def test_a_marker_that_nobody_signed_is_free_after_two_seconds(store: Store, age_s: float) -> None:
+    """Its maker was killed between making the file and writing into it."""
+    marker = foreign(store, age_s)
+    marker.write_text("")
+    os.utime(marker, (time.time() - age_s, time.time() - age_s))
+    with try_hold(store, "sft", "abc1") as held:
+        assert (held is None) == (age_s == 0.0)
+
+
+def test_who_waits_for_an_unsigned_marker_gets_it_after_two_seconds(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign(store, 0).write_text("")
+    clock = itertools.count()  # a second passes between two looks
+    ticking = SimpleNamespace(monotonic=lambda: float(next(clock)), sleep=lambda seconds: None)
+    monkeypatch.setattr(lease, "time", ticking)
+    with hold(store, "sft", "abc1") as held:
+        held.check()
+    assert next(clock) < 10  # and not 46, as for one who signed and fell silent

@@ -12,6 +12,7 @@ import pytest
 from rlhf_exp.errors import UserError
 from rlhf_exp.store import files, publish
 from rlhf_exp.store.artifact import MANIFEST, Artifact, Manifest
+from rlhf_exp.store.files import exchange
 from rlhf_exp.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,6 +249,10 @@ def test_killed_before_every_single_file_operation(tmp_path: Path) -> None:
     assert int(said.split()[1]) > 20
 
 
+def test_killed_while_replacing(tmp_path: Path) -> None:
+    assert int(run("crashes.py", "redo", str(tmp_path / "store")).split()[1]) > 20
+
+
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     said = run("crashes.py", "random", str(tmp_path / "store"), "40")
     assert said.startswith("rounds 40")
@@ -256,3 +261,41 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 @pytest.mark.parametrize("same_folder", ["same", "own"])
 def test_several_processes_publish_one_key(tmp_path: Path, same_folder: str) -> None:
     assert run("crashes.py", "race", str(tmp_path / "store"), same_folder) == "rounds 15\n"
+
+
+def test_a_replaced_artifact_is_never_missing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old or new: whoever looks while a redone artifact takes its place finds one of the two."""
+    old = published(store, work(store))
+    seen = []
+    real = publish.delete
+
+    def looking(root: Path, path: Path) -> None:
+        seen.append(store.lookup("ppo", "abc1"))
+        real(root, path)
+        seen.append(store.lookup("ppo", "abc1"))
+
+    monkeypatch.setattr(publish, "delete", looking)
+    new = published(store, work(store), replaces=old)
+    assert {None if one is None else one.manifest.created for one in seen} == {new.manifest.created}
+    assert store.unfinished("ppo", "abc1") is None
+    # A file system that cannot swap two names, such as NFS, has a moment without.
+    monkeypatch.setattr(publish, "exchange", lambda first, second: False)
+    newer = published(store, work(store), replaces=new)
+    assert seen[-1] is not None
+    assert store.lookup("ppo", "abc1") == newer
+    assert None in seen
+
+
+def test_exchange(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    (first / "one").touch()
+    (second / "two").touch()
+    assert exchange(first, second)
+    assert [path.name for path in (*first.iterdir(), *second.iterdir())] == ["two", "one"]
+    with pytest.raises(FileNotFoundError):
+        exchange(first, tmp_path / "none")
+    assert [path.name for path in first.iterdir()] == ["two"]

@@ -47,6 +47,17 @@ def test_list_artifacts_in_every_state(store: Store) -> None:
     assert max(map(len, views.table(rows, width=80).splitlines())) <= 80
 
 
+def test_what_is_deleted_meanwhile_is_left_out(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, stays = make(store, "sft", "aaa1"), make(store, "sft", "bbb1")
+    every = store.all()
+    (gone.path / MANIFEST).unlink()
+    monkeypatch.setattr(store, "all", lambda: every)
+    rows = views.list_artifacts(store)
+    assert [row.key for row in rows if row.state == "done"] == [stays.key]
+
+
 def test_an_empty_store(store: Store) -> None:
     assert views.list_artifacts(store) == []
     assert views.table([]) == "the store is empty\n"

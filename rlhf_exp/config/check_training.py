@@ -60,9 +60,12 @@ def check_ppo(found: Findings) -> None:
     ppo = found.config.ppo
     found.at_least(1, "ppo.rollouts", "ppo.eval_prompts", "ppo.generation.batch")
     found.at_least(1, "ppo.generation.max_new_tokens", "ppo.kl.horizon")
-    found.at_least(0, "ppo.vf_coef", "ppo.entropy_coef", "ppo.kl.coef")
+    found.at_least(0, "ppo.vf_coef", "ppo.entropy_coef", "ppo.kl.coef", "ppo.kl.select_coef")
     found.at_least(0, "ppo.reward.missing_eos_penalty")
     found.positive("ppo.clip_range", "ppo.clip_range_value", "ppo.kl.target", "ppo.kl.stop")
+    found.positive("ppo.kl.budget")
+    if ppo.kl.budget is not None and ppo.kl.select_coef is not None:
+        found.add("ppo.kl.select_coef", "with ppo.kl.budget nothing is subtracted; set one of them.")
     found.positive("ppo.reward.clip", "ppo.generation.temperature")
     for name in ("gamma", "lam"):
         found.unless(0 <= getattr(ppo, name) <= 1, f"ppo.{name}", "must be in [0, 1].")

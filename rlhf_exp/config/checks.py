@@ -9,6 +9,7 @@ from pathlib import Path
 from rlhf_exp.config.check_data import check_data
 from rlhf_exp.config.check_eval import check_eval
 from rlhf_exp.config.check_model import check_model
+from rlhf_exp.config.check_study import check_study
 from rlhf_exp.config.check_training import check_ppo, check_sequence, check_training
 from rlhf_exp.config.problems import Findings, Problem
 from rlhf_exp.config.reward import RewardInit
@@ -52,6 +53,8 @@ def problems(config: Config, multirun: bool = False) -> list[Problem]:
         check_eval(found)
     _check_running(found)
     not_built(found)
+    if config.study.trials is not None:
+        check_study(found, problems)
     return found.problems
 
 

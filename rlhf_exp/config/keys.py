@@ -48,6 +48,8 @@ _WORDS = {int: "integer", float: "number", str: "text", bool: "true|false"}
 
 def _type_name(hint: Any) -> str:  # noqa: ANN401 - a type annotation
     parts = [part for part in get_args(hint) if part is not NoneType]
+    if is_dataclass(hint):
+        return "{" + ",".join(item.name for item in fields(hint)) + "}"
     if get_origin(hint) is list:
         return f"[{_type_name(parts[0])},...]"
     if NoneType in get_args(hint):

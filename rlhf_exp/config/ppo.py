@@ -48,6 +48,15 @@ class KlConfig:
     stop: float | None = setting(
         None, "Stop training, with the last good weights, above this sequence KL in nats."
     )
+    budget: float | None = setting(
+        None,
+        "`select=best` takes the most reward within this sequence KL in nats; null: the most "
+        "reward minus a penalty.",
+        neutral=None,
+    )
+    select_coef: float | None = setting(
+        None, "Penalty per nat by which `select=best` judges; null: `coef`.", neutral=None
+    )
 
 
 @dataclass

@@ -13,6 +13,7 @@ from rlhf_exp.config.ppo import PpoConfig
 from rlhf_exp.config.reward import RewardConfig
 from rlhf_exp.config.running import DistributedConfig, EngineConfig, TrackingConfig
 from rlhf_exp.config.sft import SftConfig
+from rlhf_exp.config.study import StudyConfig
 
 
 class Stage(Enum):
@@ -57,3 +58,4 @@ class Config:
     distributed: DistributedConfig = setting(factory=DistributedConfig)
     eval: EvalConfig = setting(factory=EvalConfig)
     tracking: TrackingConfig = setting(factory=TrackingConfig)
+    study: StudyConfig = setting(factory=StudyConfig)

@@ -29,18 +29,22 @@ LAYERS = (
     "engines",
     "evaluation",
     "human",
+    "search",
     "stages",
     "pipeline",
     "report",
     "experiment",
+    "study",
     "slurm",
     "commands",
     "cli",
     "command",
 )
 # Only these see a config; what is below them takes plain values.
-SEE_CONFIG = ("config", "stages", "pipeline", "experiment", "slurm", "commands", "cli", "command")
+SEE_CONFIG = ("config", "stages", "pipeline", "experiment", "study", "slurm", "commands", "cli")
+SEE_CONFIG += ("command",)
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "wandb", "numpy", "scipy", "peft")
+HEAVY += ("optuna",)
 
 
 def layer(module: str) -> str:

@@ -13,7 +13,7 @@ from rlhf_exp.config.keys import all_keys, closest_keys, did_you_mean
 from rlhf_exp.config.problems import Findings, Problem, written
 from rlhf_exp.config.root import Config, Stage
 from rlhf_exp.config.space import ends, settled, settled_space, whole
-from rlhf_exp.config.study import Axis, Length, Objective
+from rlhf_exp.config.study import Axis, Objective
 from rlhf_exp.config.trial import trial_config
 
 Check = Callable[[Config], list[Problem]]
@@ -124,7 +124,9 @@ def _corner_problems(config: Config, check: Check) -> Iterator[Problem]:
             if problem.message not in told:
                 told.add(problem.message)
                 point = ", ".join(f"{key}={value:g}" for key, value in corner)
-                yield replace(problem, message=f"{problem.message} (a trial of study.space: {point})")
+                yield replace(
+                    problem, message=f"{problem.message} (a trial of study.space: {point})"
+                )
 
 
 def _shown(axis: Axis) -> str:

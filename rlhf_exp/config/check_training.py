@@ -65,7 +65,9 @@ def check_ppo(found: Findings) -> None:
     found.positive("ppo.clip_range", "ppo.clip_range_value", "ppo.kl.target", "ppo.kl.stop")
     found.positive("ppo.kl.budget")
     if ppo.kl.budget is not None and ppo.kl.select_coef is not None:
-        found.add("ppo.kl.select_coef", "with ppo.kl.budget nothing is subtracted; set one of them.")
+        found.add(
+            "ppo.kl.select_coef", "with ppo.kl.budget nothing is subtracted; set one of them."
+        )
     found.positive("ppo.reward.clip", "ppo.generation.temperature")
     for name in ("gamma", "lam"):
         found.unless(0 <= getattr(ppo, name) <= 1, f"ppo.{name}", "must be in [0, 1].")

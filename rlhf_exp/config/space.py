@@ -63,8 +63,8 @@ def with_space(
 ) -> tuple[list[str], list[Axis], list[Problem]]:
     """Return overrides without sweeps, and the space that they leave.
 
-    A key's `interval`, `range` or list of values is searched instead of what the space has for it; a
-    key's plain value is fixed, and leaves the space.
+    A key's `interval`, `range` or list of values is searched instead of what the space has for it.
+    A key with a plain value is fixed, and leaves the space.
 
     Args:
         overrides: As on the command line.
@@ -106,8 +106,7 @@ def space_override(space: Sequence[Axis]) -> str:
 def _axis(override: Override) -> Axis | Problem:
     key, value = override.key_or_group, override.value()
     written_value = (override.input_line or "").partition("=")[2]
-    tags = getattr(value, "tags", set()) or set()
-    log = "log" in tags
+    log = "log" in (getattr(value, "tags", None) or ())
     if isinstance(value, IntervalSweep):
         return Axis(key, float(value.start or 0), float(value.end or 0), log)
     if isinstance(value, RangeSweep):

@@ -73,8 +73,8 @@ class StudyConfig:
     worker: int = setting(0, "Number of this worker; `launch.py` sets it.", key=False)
     space: list[Axis] = setting(
         factory=list,
-        doc="What is searched: for each key `{key, low, high, log, step}`, `{key, around, step}` or "
-        "`{key, choices}`.",
+        doc="What is searched, for each key: `{key, low, high, log, step}`, `{key, around, step}` "
+        "or `{key, choices}`.",
         key=False,
     )
     objective: Objective = setting(
@@ -90,13 +90,9 @@ class StudyConfig:
         Length.responses, "What all trials have as many of as the config has.", key=False
     )
     seed: int = setting(0, "Seed of what is tried.", key=False)
-    startup: int = setting(
-        8, "Trials drawn at random before TPE goes by their results.", key=False
-    )
+    startup: int = setting(8, "Trials drawn at random before TPE goes by their results.", key=False)
     pruner: PrunerName = setting(PrunerName.median, "Rule that stops trials early.", key=False)
-    prune_after: int = setting(
-        5, "Complete trials that the median pruner waits for.", key=False
-    )
+    prune_after: int = setting(5, "Complete trials that the median pruner waits for.", key=False)
     warmup: int = setting(2, "Evaluations of a trial before it can be pruned.", key=False)
     max_failures: int = setting(
         5, "Failed trials in a row after which a worker gives up.", key=False

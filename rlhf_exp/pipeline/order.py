@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.config.root import Config
+from rlhf_exp.search.judge import Judge, Trial
 from rlhf_exp.stages.result import StageResult
 from rlhf_exp.store.lease import Claim
 
@@ -31,6 +32,7 @@ class Order:
         claim: The lease under which it is made; `None` for what is not to be kept.
         cache: Folder of what can be computed again.
         probe: Whether only to measure a few iterations.
+        trial: The trial of a search that this is, which may give it up.
     """
 
     stage: str
@@ -42,12 +44,17 @@ class Order:
     claim: Claim | None
     cache: str
     probe: bool = False
+    trial: Trial | None = None
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Order:
         """Return the order that `asdict` made JSON values of."""
-        claim = values["claim"]
-        return cls(**{**values, "claim": None if claim is None else Claim(**claim)})
+        claim, trial = values["claim"], values["trial"]
+        given = {
+            "claim": None if claim is None else Claim(**claim),
+            "trial": None if trial is None else Trial.from_json(trial),
+        }
+        return cls(**values | given)
 
 
 class Hand:
@@ -90,6 +97,7 @@ class Hand:
             before_write=check or (order.claim.check if order.claim else _allowed),
             polite_interrupts=_at_once if order.probe else interrupts,
             probe=Recorder() if order.probe else None,
+            given_up=Judge(order.trial, Path(order.folder)) if order.trial else None,
         )
         try:
             result: StageResult = stage.run(self.config, context)

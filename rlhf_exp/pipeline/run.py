@@ -23,14 +23,30 @@ from rlhf_exp.pipeline.plan import (
     stale_files,
     store_of,
 )
+from rlhf_exp.search.judge import Trial
 from rlhf_exp.stages.result import StageResult
 from rlhf_exp.store.artifact import Artifact, Manifest, git_state, package_versions
 from rlhf_exp.store.code import changed
 from rlhf_exp.store.lease import Lease, hold
 from rlhf_exp.store.store import Store
+from rlhf_exp.tracking.local import METRICS, read_metrics
 
 FACTS = "facts.json"
 _DROP = ("checkpoints/*", "best/*", "kept/*", NOTE)
+
+
+class Pruned(Exception):
+    """A search has given a trial up; there is no result.
+
+    Attributes:
+        step: Optimizer steps done.
+        seconds: That they took.
+        rows: What was logged, by step.
+    """
+
+    def __init__(self, step: int, seconds: float, rows: list[dict[str, float]]) -> None:
+        super().__init__(f"given up after {step} optimizer steps")
+        self.step, self.seconds, self.rows = step, seconds, rows
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,11 @@ class Done:
 
 
 def run_steps(
-    config: Config, steps: list[Step], crew: Crew, tell: Callable[[str], None]
+    config: Config,
+    steps: list[Step],
+    crew: Crew,
+    tell: Callable[[str], None],
+    trial: Trial | None = None,
 ) -> list[Done]:
     """Bring all steps up to date, in order.
 
@@ -66,6 +86,10 @@ def run_steps(
         steps: Its plan.
         crew: Does the work of a stage.
         tell: Says something to the user.
+        trial: The trial of a search that the PPO step is.
+
+    Raises:
+        Pruned: The search gave the trial up.
     """
     store = store_of(config)
     done: dict[str, Done] = {}
@@ -80,7 +104,8 @@ def run_steps(
         made = {role: found.artifact for role, found in step.extra.items()}
         made |= {role: done[role].artifact for role in step.parents if role in done}
         inputs = {role: weights_digest(one) for role, one in made.items() if one is not None}
-        work = _Work(config, replace(step, inputs=inputs), store, models, crew, tell)
+        own = trial if step.stage == "ppo" else None
+        work = _Work(config, replace(step, inputs=inputs), store, models, crew, tell, own)
         done[step.stage] = work.run()
     return list(done.values())
 
@@ -96,10 +121,11 @@ class _Work:
         models: dict[str, str],
         crew: Crew,
         tell: Callable[[str], None],
+        trial: Trial | None,
     ) -> None:
         self.config, self.step, self.store = config, step, store
         self.models, self.crew = models, crew
-        self.tell = tell
+        self.tell, self.trial = tell, trial
 
     def run(self) -> Done:
         """Make the result, unless another process has made it meanwhile."""
@@ -160,6 +186,12 @@ class _Work:
                 begun.write(Path(order.folder))
         return result, begun
 
+    def _given_up(self, folder: Path, step: int, seconds: float) -> Pruned:
+        """Discard what a search has given up, all but its metrics."""
+        rows = read_metrics(folder / METRICS)
+        self.store.discard(self.step.stage, self.step.key)
+        return Pruned(step, seconds, rows)
+
     def _make(self, folder: Path, begun: Begun, lease: Lease) -> Artifact:
         step = self.step
         resumes = (folder / "checkpoints").is_dir()
@@ -173,8 +205,11 @@ class _Work:
             inputs=step.inputs,
             claim=lease.claim,
             cache=str(Path(self.config.output_dir) / "cache"),
+            trial=self.trial,
         )
         result, begun = self._timed(order, begun, lease)
+        if result.pruned_step is not None:
+            raise self._given_up(folder, result.pruned_step, begun.seconds)
         (folder / FACTS).write_text(json.dumps(result.facts))
         manifest = Manifest(
             stage=step.stage,

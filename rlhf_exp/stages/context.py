@@ -41,6 +41,8 @@ class StageContext:
         before_write: Raises if this process may no longer write.
         polite_interrupts: While entered, Ctrl-C only asks to stop; yields whether it has.
         probe: Measures a few iterations, after which the stage is left.
+        given_up: Whether a search gives the run up: asked after each of PPO's evaluations, in the
+            main process, with the step and the number of steps.
     """
 
     stage: str
@@ -54,6 +56,7 @@ class StageContext:
     before_write: Callable[[], None]
     polite_interrupts: Callable[[], AbstractContextManager[Callable[[], bool]]]
     probe: Recorder | None = None
+    given_up: Callable[[int, int], bool] | None = None
 
 
 class Stage(Protocol):

@@ -6,20 +6,18 @@ from collections.abc import Callable
 
 from torch import nn
 
-from rlhf_exp.algo.kl import AdaptiveKL, FixedKL, KLController
 from rlhf_exp.algo.rewards import RewardScaler
 from rlhf_exp.batch import Prompts, Samples
-from rlhf_exp.config.model import Dtype
-from rlhf_exp.config.ppo import PpoConfig, Scale, ValueInit, ValueTrunk
+from rlhf_exp.config.ppo import ValueInit, ValueTrunk
 from rlhf_exp.config.root import Config
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.rows import Prompt
 from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
 from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.experience import Collector, ExperienceSettings
-from rlhf_exp.engines.native.ppo import PpoSettings, PpoTask
+from rlhf_exp.engines.native.experience import Collector
+from rlhf_exp.engines.native.ppo import PpoTask
 from rlhf_exp.engines.native.scoring import Scorer
-from rlhf_exp.engines.native.validation import ValidationSettings, Validator
+from rlhf_exp.engines.native.validation import Validator
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.families import decoder_parts
 from rlhf_exp.models.policy import Policy
@@ -29,6 +27,13 @@ from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.rollout.stops import Stopper
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.originals import original_scores
+from rlhf_exp.stages.ppo_settings import (
+    controller,
+    exact,
+    experience_settings,
+    ppo_settings,
+    validation_settings,
+)
 from rlhf_exp.stages.saving import save_models
 from rlhf_exp.stages.scorers import scorer_for
 from rlhf_exp.stages.training import (
@@ -61,7 +66,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         reference = reference_of(policy, world.weights_dtype)
         keep_small_updates(policy)
         scorer = scorer_for(config, context, codec, world)
-        settings = _settings(section)
+        settings = ppo_settings(section)
         task = PpoTask(
             policy,
             _collector(config, context, policy, reference, scorer, prompts, codec, world),
@@ -71,6 +76,8 @@ def run(config: Config, context: StageContext) -> StageResult:
         )
         steps = -(-section.steps // settings.updates) * settings.updates
         outcome = run_loop(config, section, steps, task, world, context, WATCH)
+        if outcome.pruned:
+            return StageResult({}, pruned_step=outcome.last_step)
         save_models(config, context, world, outcome, policy, codec.tokenizer)
         facts = parameter_facts(policy) | {"prompts": len(prompts), "cut_prompts": prompts.cut}
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
@@ -98,8 +105,8 @@ def _collector(
         prompts,
         originals,
         RewardScaler(section.reward.scale.value),
-        _controller(section),
-        _experience_settings(config),
+        controller(section),
+        experience_settings(config),
         world,
     )
 
@@ -115,15 +122,10 @@ def _validator(
 ) -> Validator:
     section = config.ppo
     seed = section.seed + VALIDATION_STREAM
-    settings = ValidationSettings(
-        section.eval_prompts,
-        section.generation.temperature,
-        section.generation.batch,
-        section.kl.coef,
-        scaled=section.reward.scale != Scale.none,
-    )
     sampler = sampler_for(config, policy, codec, world, seed, capture=False)
-    return Validator(policy, reference, sampler, scorer, prompts, codec, settings, world)
+    return Validator(
+        policy, reference, sampler, scorer, prompts, codec, validation_settings(section), world
+    )
 
 
 def build_policy(config: Config, context: StageContext) -> Policy:
@@ -176,7 +178,7 @@ def sampler_for(
     )
     stopper = Stopper(codec.tokenizer, codec.stop_strings)
     block: nn.Module | None = None
-    if capture and _exact(config) and policy.cut is not None:
+    if capture and exact(config) and policy.cut is not None:
         block = decoder_parts(policy.model).blocks[policy.cut]
 
     def answer(prompts: Prompts) -> Samples:
@@ -184,11 +186,6 @@ def sampler_for(
             return sample(policy.model, prompts, settings, seed, stopper, block)
 
     return answer
-
-
-def _exact(config: Config) -> bool:
-    """Whether decoding and a full forward agree: to 1e-4 in fp32, but to 0.02 nats in bf16."""
-    return Dtype.float32 == config.distributed.precision == config.model.dtype
 
 
 def _prompts(
@@ -209,40 +206,4 @@ def _prompts(
         section.seq_length,
         section.generation.max_new_tokens,
         context.cache / "tokenized",
-    )
-
-
-def _controller(section: PpoConfig) -> KLController:
-    kl = section.kl
-    return FixedKL(kl.coef) if kl.target is None else AdaptiveKL(kl.coef, kl.target, kl.horizon)
-
-
-def _settings(section: PpoConfig) -> PpoSettings:
-    return PpoSettings(
-        rollouts=section.rollouts,
-        batch=section.batch,
-        micro_batch=section.micro_batch,
-        epochs=section.epochs,
-        clip_range=section.clip_range,
-        clip_range_value=section.clip_range_value,
-        vf_coef=section.vf_coef,
-        entropy_coef=section.entropy_coef,
-        temperature=section.generation.temperature,
-        kl_stop=section.kl.stop,
-        seed=section.seed,
-    )
-
-
-def _experience_settings(config: Config) -> ExperienceSettings:
-    section = config.ppo
-    return ExperienceSettings(
-        rollouts=section.rollouts,
-        temperature=section.generation.temperature,
-        gamma=section.gamma,
-        lam=section.lam,
-        reward_clip=section.reward.clip,
-        missing_eos_penalty=section.reward.missing_eos_penalty,
-        batch=section.generation.batch,
-        reuse_states=_exact(config),
-        seed=section.seed,
     )

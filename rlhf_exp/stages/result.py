@@ -16,6 +16,7 @@ class StageResult:
         run_id: The tracked run.
         facts: Plain values for the report: parameter counts, data, cut prompts.
         measured: What a probe has found, JSON values; empty otherwise.
+        pruned_step: The optimizer step after which a search gave the run up, without a result.
     """
 
     metrics: dict[str, float]
@@ -23,3 +24,4 @@ class StageResult:
     run_id: str | None = None
     facts: dict[str, float | int | str] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
+    pruned_step: int | None = None

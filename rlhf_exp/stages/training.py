@@ -107,6 +107,7 @@ def run_loop(
             on_step=progress.update,
             before_write=context.before_write,
             interrupted=interrupted,
+            given_up=context.given_up,
         )
         return train(task, settings, loop)
 

@@ -24,6 +24,7 @@ from typing import Any
 from rlhf_exp.errors import UserError
 
 STEP = "global_step"
+METRICS = "metrics.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_]+(/[A-Za-z0-9_]+)*")
 
@@ -45,7 +46,7 @@ class MetricsLog:
         self._summary: dict[str, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._rewind(-math.inf if resume_step is None else resume_step)
-        self._file = open(folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+        self._file = open(folder / METRICS, "ab", buffering=0)  # noqa: SIM115
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Append one row. Several rows of one step are merged by `read_metrics`."""
@@ -82,7 +83,7 @@ class MetricsLog:
 
     def _rewind(self, last_step: float) -> None:
         """Remove what was logged after `last_step`, and a line torn by a kill."""
-        path = self._folder / "metrics.jsonl"
+        path = self._folder / METRICS
         if path.exists():
             rows = [(line, row[STEP]) for line, row in _complete_rows(path)]
             _write_atomically(path, (line for line, step in rows if step <= last_step))

@@ -52,7 +52,7 @@ def train(task: Task, settings: LoopSettings, context: LoopContext) -> Outcome:
     with finishing(context.tracker(None if found is None else found.step)) as tracker:
         loop = _Loop(task, settings, context, checkpoints, tracker)
         start = loop.begin(found)
-        while loop.progress.step < settings.optim.steps:
+        while loop.progress.step < settings.optim.steps and not loop.pruned:
             loop.update()
             if task.at_boundary(loop.progress.step):
                 loop.report()
@@ -82,6 +82,7 @@ class _Loop:
         self.best = KeptWeights(context.folder / "best", self.world)
         self.kept = KeptWeights(context.folder / "kept", self.world)
         self.latest: dict[str, float] = {}
+        self.pruned = False
 
     def begin(self, found: Checkpoint | None) -> int:
         """Start from checkpoint `found`, or afresh; return the number of steps already done."""
@@ -143,6 +144,14 @@ class _Loop:
             self.progress.best_objective, self.progress.best_step = found.objective, step
             if self.settings.select_best or self.settings.keep.best:
                 self.best.save(step, self.context.before_write)
+        self.pruned = self._given_up()
+
+    def _given_up(self) -> bool:
+        """Return whether a search gives the run up: the main process's answer, in all of them."""
+        asked, step, steps = self.context.given_up, self.progress.step, self.settings.optim.steps
+        if asked is None:
+            return False
+        return self.world.together(lambda: self.world.is_main and asked(step, steps))[0]
 
     def keep_if_due(self) -> None:
         """Keep the weights at the first boundary past each interval asked for, and at the end."""
@@ -204,6 +213,7 @@ class _Loop:
             last_step=progress.step,
             best_step=progress.best_step,
             kept=kept,
+            pruned=self.pruned,
         )
 
     def _diverged(self, what: str) -> str:

@@ -44,6 +44,8 @@ class LoopContext:
         on_step: Told the step and the latest metrics, for a progress display.
         before_write: Called before every checkpoint; raises if this process may no longer write.
         interrupted: Whether the user has asked to stop.
+        given_up: Called in the main process after an evaluation with the step and the number of
+            steps: whether a search gives the run up. `None`: there is no search.
     """
 
     world: World
@@ -52,6 +54,7 @@ class LoopContext:
     on_step: Callable[[int, Mapping[str, float]], None]
     before_write: Callable[[], None]
     interrupted: Callable[[], bool]
+    given_up: Callable[[int, int], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Outcome:
         last_step: Optimizer steps done in all.
         best_step: Optimizer steps behind the best weights on validation.
         kept: Files of the trainable weights of other steps that are asked for, by step.
+        pruned: Whether a search gave the run up before its last step.
     """
 
     metrics: dict[str, float]
@@ -77,3 +81,4 @@ class Outcome:
     last_step: int
     best_step: int | None
     kept: Mapping[int, Path] = field(default_factory=dict)
+    pruned: bool = False

@@ -6,6 +6,8 @@ alone.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +42,7 @@ class ValidationSettings:
         batch: Rows of a forward pass.
         kl_coef: Weight of the KL divergence in the objective.
         scaled: Whether PPO scales its scores, and the objective likewise.
+        kl_budget: Where set, the objective is the score alone, up to this sequence KL in nats.
     """
 
     prompts: int
@@ -47,14 +50,15 @@ class ValidationSettings:
     batch: int
     kl_coef: float
     scaled: bool
+    kl_budget: float | None = None
 
 
 class Validator:
     """Evaluates a policy on validation prompts.
 
     The objective is PPO's own: the mean score, in standard deviations of the initial policy's
-    scores where PPO scales them, minus `kl_coef` times the mean sequence KL. Reward alone would
-    select the most over-optimised policy.
+    scores where PPO scales them, minus `kl_coef` times the mean sequence KL; with a budget of KL,
+    the mean score of what keeps to it. Reward alone would select the most over-optimised policy.
 
     Attributes:
         unit: What scores are divided by in the objective; known from the first evaluation on.
@@ -102,7 +106,16 @@ class Validator:
             found["eval/reward_mean"] / self.unit
             - self.settings.kl_coef * found["eval/kl_sequence"]
         )
-        return Evaluation(found, found["eval/objective"], self._table(samples, scores, kl))
+        return Evaluation(found, self._judged(found), self._table(samples, scores, kl))
+
+    def _judged(self, found: Mapping[str, float]) -> float:
+        """Return what the best weights are selected by."""
+        budget = self.settings.kl_budget
+        if budget is None:
+            return found["eval/objective"]
+        assert self.unit is not None
+        allowed = found["eval/kl_sequence"] <= budget
+        return found["eval/reward_mean"] / self.unit if allowed else -math.inf
 
     def sequence_kl(self, samples: Samples) -> Tensor:
         """Return the sum of k1 over each response [B], in nats."""

@@ -165,9 +165,14 @@ def job(tree: DictConfig) -> float | None:
 
     settings = HydraConfig.get()
     try:
+        config, overrides = to_config(tree), list(settings.overrides.task)
+        if config.study.trials is not None:
+            from rlhf_exp.study.worker import work
+
+            return work(config, overrides)
         from rlhf_exp.experiment import run
 
-        return run(to_config(tree), list(settings.overrides.task))
+        return run(config, overrides)
     except UserError as error:
         if settings.mode == RunMode.MULTIRUN:
             raise

@@ -24,7 +24,9 @@ from rlhf_exp.store.records import RunRecord, Status
 UNNAMED = "unnamed"
 
 
-def run(config: Config, overrides: list[str], *, recorded: bool = True) -> float | None:
+def run(
+    config: Config, overrides: list[str], *, recorded: bool = True, crew: Crew | None = None
+) -> float | None:
     """Run an experiment, or print its plan.
 
     Args:
@@ -32,6 +34,7 @@ def run(config: Config, overrides: list[str], *, recorded: bool = True) -> float
         overrides: The command line, for the record.
         recorded: Whether it is a run of its own, with a record and a report, and not only brings up
             to date what runs share.
+        crew: Who does the stages; by default who the config and the surroundings say.
 
     Returns:
         What a search maximises: the last training stage's objective on validation data.
@@ -45,10 +48,12 @@ def run(config: Config, overrides: list[str], *, recorded: bool = True) -> float
         if leads():
             _show(config, Console(stderr=True))
         return None
-    place = settled_place(config)
-    if place is not None and place.rank:
-        return follow(config, place)
-    crew, objective = crew_for(config, place), None
+    if crew is None:
+        place = settled_place(config)
+        if place is not None and place.rank:
+            return follow(config, place)
+        crew = crew_for(config, place)
+    objective = None
     try:
         if config.probe:
             _probe(config, crew)

@@ -98,12 +98,12 @@ def follow(config: Config, place: Place) -> float | None:
     Raises:
         SystemExit: It failed, or was stopped; rank 0 tells the user.
     """
-    _hush()
+    hush()
     member, store = joined.member(place)
-    hand = Hand(_settled(config, place.local_processes))
+    hand = Hand(with_threads(config, place.local_processes))
 
     def work(values: dict[str, Any]) -> dict[str, Any]:
-        if values["config"] != _digest(config):
+        if values["config"] != digest_of(config):
             raise UserError(
                 f"rank {place.rank} was given another command than rank 0: start all with one"
             )
@@ -132,7 +132,7 @@ class Started:
 
     def __init__(self, config: Config) -> None:
         processes = config.distributed.processes
-        settled = _settled(config, processes)
+        settled = with_threads(config, processes)
         self.workers = Workers(processes, settled.distributed.threads or 1, _work, settled)
 
     def run(self, order: Order, check: Check) -> StageResult:
@@ -151,7 +151,7 @@ class Joined:
     def __init__(self, config: Config, place: Place) -> None:
         self.config = config
         self.leader = joined.leader(place)
-        self.hand = Hand(_settled(config, place.local_processes))
+        self.hand = Hand(with_threads(config, place.local_processes))
 
     def run(self, order: Order, check: Check) -> StageResult:
         """See `Crew`."""
@@ -159,7 +159,7 @@ class Joined:
         def work(_: object) -> dict[str, Any]:
             return asdict(self.hand.do(order, polite_interrupts, check))
 
-        words = {"order": asdict(order), "config": _digest(self.config)}
+        words = {"order": asdict(order), "config": digest_of(self.config)}
         return StageResult(**self.leader.run(words, work))
 
     def end(self, error: BaseException | None, objective: float | None = None) -> None:
@@ -170,22 +170,23 @@ class Joined:
 def _work(config: Config, member: Member, store: Store) -> None:
     """What a started worker runs."""
     if member.place.rank:
-        _hush()
+        hush()
     hand = Hand(config)
     member.serve(store, lambda values: hand.answer(values, member.saving))
 
 
-def _settled(config: Config, here: int) -> Config:
+def with_threads(config: Config, here: int) -> Config:
     """Return the config with the number of threads of each of the processes `here`."""
     threads = threads_each(config.distributed.threads, here)
     return replace(config, distributed=replace(config.distributed, threads=threads))
 
 
-def _digest(config: Config) -> str:
+def digest_of(config: Config) -> str:
+    """Return what tells one config from another."""
     return key_of(to_dict(config))
 
 
-def _hush() -> None:
+def hush() -> None:
     """Leave the console to rank 0; errors reach it through the line to the leader."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

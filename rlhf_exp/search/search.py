@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 ATTEMPTS = 3
+TRIALS = "trials"
 PUT_BACK, ATTEMPT, REACHED, ERROR, WORKER = "put_back", "attempt", "reached", "error", "worker"
 
 
@@ -90,9 +91,13 @@ class Asked:
         self.note(**{ERROR: error})
         self._tell("FAIL", None)
 
-    def put_back(self) -> None:
-        """Let another worker, or the next command, run it: this one has to leave."""
-        self._search.put_back(self._search.frozen(self.id), lost=False)
+    def put_back(self, lost: bool = False) -> None:
+        """Let another worker, or the next command, run it.
+
+        Args:
+            lost: Whether a process died of it; else this worker has to leave.
+        """
+        self._search.put_back(self._search.frozen(self.id), lost)
 
     def _tell(self, state: str, value: float | None) -> None:
         if self.lease is not None:
@@ -124,6 +129,8 @@ class Search:
     ) -> None:
         self.store, self.name, self.wanted, self.worker = store, name, wanted, worker
         self.study = open_study(folder, pruning)
+        if self.study.user_attrs.get(TRIALS) != wanted.trials:
+            self.study.set_user_attr(TRIALS, wanted.trials)
 
     @contextmanager
     def ask(self) -> Iterator[Asked | None]:

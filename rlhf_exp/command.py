@@ -11,12 +11,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from rlhf_exp.config.groups import CONF
 from rlhf_exp.distributed.place import find_place, leads
 from rlhf_exp.errors import Detached, JobsFailed, UserError
+
+if TYPE_CHECKING:
+    from rlhf_exp.config.compose import Composed
 
 # Errors of the user's met inside Hydra's job, which would print them with a traceback of its own.
 _refused: list[UserError] = []
@@ -79,7 +83,7 @@ def _launch(argv: Sequence[str]) -> None:
     overrides = with_lists(arguments.overrides)
     refuse(override_problems(overrides, read_groups(folders)))
     if not (arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion):
-        on_slurm = _check_jobs(overrides, arguments.multirun, folders)
+        overrides, on_slurm = _check_jobs(overrides, arguments.multirun, folders)
         # Hydra uses launchers in multiruns only; on Slurm, one run is a multirun of one.
         flags += ["--multirun"] if on_slurm and not arguments.multirun else []
     if not leads():
@@ -108,11 +112,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _check_jobs(overrides: Sequence[str], multirun: bool, folders: Sequence[Path]) -> bool:
+def _check_jobs(
+    overrides: list[str], multirun: bool, folders: Sequence[Path]
+) -> tuple[list[str], bool]:
     """Compose every job that would run and report what is wrong with any of them.
 
     Returns:
-        Whether the jobs run on Slurm.
+        The overrides that make these jobs, and whether they run on Slurm.
     """
     from rlhf_exp.config.check_points import check_points
     from rlhf_exp.config.check_slurm import slurm_problems
@@ -121,15 +127,15 @@ def _check_jobs(overrides: Sequence[str], multirun: bool, folders: Sequence[Path
     from rlhf_exp.config.groups import read_groups
     from rlhf_exp.config.overrides import override_problems, points, sweeps
     from rlhf_exp.config.problems import Problem, refuse
-    from rlhf_exp.config.unbuilt import choices_not_built
 
     swept = sweeps(overrides)
     base = compose([text for text in overrides if text not in swept], folders)
     found: list[Problem | str] = []
-    if not base.config.plan:
-        found += choices_not_built(base.choices)
     on_slurm = base.site is not None and not base.config.plan
     multirun = multirun or base.multirun
+    if base.config.study.trials is not None:
+        overrides = _check_study(overrides, base, multirun, folders)
+        swept = sweeps(overrides)
     if not multirun:
         for text in swept:
             key, _, value = text.partition("=")
@@ -146,7 +152,38 @@ def _check_jobs(overrides: Sequence[str], multirun: bool, folders: Sequence[Path
     if base.site is not None and on_slurm:
         found += slurm_problems(base.site, configs)
     refuse(found)
-    return on_slurm
+    return overrides, on_slurm
+
+
+def _check_study(
+    overrides: list[str], base: Composed, multirun: bool, folders: Sequence[Path]
+) -> list[str]:
+    """Return the overrides of a study's workers, and keep the command line of its trials."""
+    from rlhf_exp.config.checks import problems
+    from rlhf_exp.config.compose import compose
+    from rlhf_exp.config.groups import read_groups
+    from rlhf_exp.config.launched import of_a_trial, of_workers, worker_overrides
+    from rlhf_exp.config.problems import Problem, refuse
+    from rlhf_exp.config.trial import differences
+
+    overrides, found = worker_overrides(overrides, base, read_groups(folders), multirun)
+    refuse(found)
+    config = compose(overrides, folders).config
+    found += problems(config, multirun)
+    if config.study.workers > 1:
+        workers, message = str(config.study.workers), "give the same command once for each worker."
+        found.append(Problem("study.workers", workers, message))
+    if base.site is not None:
+        found.append(Problem("hydra/launcher", "slurm", "a study does not run on Slurm yet."))
+    refuse(found)
+    if config.plan or not leads():
+        return overrides
+    kept = of_a_trial(overrides)
+    alone = compose(kept, folders).config
+    from rlhf_exp.study.setup import write_command
+
+    write_command(config, [*kept, *differences(alone, config)])
+    return [*overrides, of_workers(config.study.workers)] if base.site else overrides
 
 
 def job(tree: DictConfig) -> float | None:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from rlhf_exp.commands.runs import Outputs
 from rlhf_exp.commands.text import table
+from rlhf_exp.search.journal import exists
 from rlhf_exp.slurm.overview import View, job_views
 from rlhf_exp.slurm.submission import submitted_names
 from rlhf_exp.store.records import RunRecord, Status
 from rlhf_exp.store.sizes import sizes
+from rlhf_exp.study.setup import study_folder
+from rlhf_exp.study.table import study_text
 
 HEADER = ("name", "state", "stage", "key", "objective", "command line or error")
 Row = tuple[str, ...]
@@ -23,6 +26,8 @@ def status(outputs: Path, run: str | None) -> str:
         run: A run or multirun; None: all.
     """
     records, names = Outputs(outputs).records, submitted_names(outputs)
+    if run is not None and exists(study_folder(outputs, run)):
+        return study_text(outputs, run)
     if run is None:
         found = records.all()
     elif run in names:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rlhf_exp.config.check_model import context_length, layer_count
 from rlhf_exp.config.ppo import ValueInit, ValueTrunk
 from rlhf_exp.config.problems import Findings
+from rlhf_exp.config.training import Select
 
 
 def check_training(found: Findings, stage: str) -> None:
@@ -65,9 +66,9 @@ def check_ppo(found: Findings) -> None:
     found.positive("ppo.clip_range", "ppo.clip_range_value", "ppo.kl.target", "ppo.kl.stop")
     found.positive("ppo.kl.budget")
     if ppo.kl.budget is not None and ppo.kl.select_coef is not None:
-        found.add(
-            "ppo.kl.select_coef", "with ppo.kl.budget nothing is subtracted; set one of them."
-        )
+        found.add("ppo.kl.select_coef", "with ppo.kl.budget nothing is subtracted; set one.")
+    if ppo.kl.budget is not None and ppo.select is Select.last:
+        found.add("ppo.kl.budget", "ppo.select=last takes the last weights; use ppo.select=best.")
     found.positive("ppo.reward.clip", "ppo.generation.temperature")
     for name in ("gamma", "lam"):
         found.unless(0 <= getattr(ppo, name) <= 1, f"ppo.{name}", "must be in [0, 1].")

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from rlhf_exp.config.evaluation import PREFERENCE, parts_of
-from rlhf_exp.config.problems import Findings, Problem
+from rlhf_exp.config.problems import Findings
 from rlhf_exp.config.running import EngineName
 
-_CHOICES = {
-    "sweep": {"ppo_optuna": "use -m with listed values, or sweep=ppo_grid"},
-}
 # Parts of evaluation suites that are built.
 _PARTS = {PREFERENCE}
 
@@ -27,16 +22,3 @@ def not_built(found: Findings) -> None:
     found.unless(
         set(parts_of(config.eval.suite)) <= _PARTS, "eval.suite", f"{later} eval=quick runs."
     )
-
-
-def choices_not_built(choices: Mapping[str, str | None]) -> list[Problem]:
-    """Return the chosen group options that cannot be run yet.
-
-    Args:
-        choices: The option chosen of each group.
-    """
-    return [
-        Problem(group, option, f"is not built yet; {remedies[option]}.")
-        for group, remedies in _CHOICES.items()
-        if (option := choices.get(group)) in remedies and option is not None
-    ]

@@ -24,8 +24,8 @@ _ORDER = ("done", "running", "waiting", "pruned", "failed")
 _VALIDATION = ("eval/reward_mean", "eval/kl_sequence")
 _TESTS = {
     "test gain (std)": "eval/reward/gain_in_std",
-    "test wins": "eval/outcome/win_rate",
-    "test KL": "eval/kl/b",
+    "test wins": "eval/outcome/ties_as_half",
+    "test KL": "eval/kl_sequence/b",
 }
 
 

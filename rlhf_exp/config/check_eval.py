@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlhf_exp.config.check_judge import check_judge
 from rlhf_exp.config.check_model import context_length
 from rlhf_exp.config.evaluation import PREFERENCE, ROLES, Suite, parts_of
 from rlhf_exp.config.problems import Findings
@@ -25,6 +26,7 @@ def check_eval(found: Findings) -> None:
         message = f"leaves no room for a prompt in the model's context of {context} tokens."
         found.add("eval.max_new_tokens", message)
     _check_models(found)
+    check_judge(found)
 
 
 def _check_models(found: Findings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from rlhf_exp.config.eval_judge import EvalJudgeConfig
 from rlhf_exp.config.fields import setting
 
 
@@ -68,3 +69,4 @@ class EvalConfig:
     tie_low: float = setting(0.4, "Preference probability from which a pair is a tie.")
     tie_high: float = setting(0.6, "Preference probability up to which a pair is a tie.")
     seed: int = setting(0, "Seed of sampling and of the bootstrap.")
+    judge: EvalJudgeConfig = setting(factory=EvalJudgeConfig)

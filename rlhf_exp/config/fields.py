@@ -56,7 +56,10 @@ def key_content(section: Any) -> Any:  # noqa: ANN401 - a config dataclass, recu
                 continue
             if _NEUTRAL in item.metadata and value == item.metadata[_NEUTRAL]:
                 continue
-            content[item.name] = key_content(value)
+            found = key_content(value)
+            # A section added after a release, all of whose fields are as before.
+            if found or not is_dataclass(value):
+                content[item.name] = found
         return content
     if isinstance(section, Enum):
         return section.name

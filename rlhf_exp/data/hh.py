@@ -44,6 +44,12 @@ def parse_prompt(text: str) -> History:
     return checked_history(turns)
 
 
+def dialogue(history: History) -> str:
+    """Return a history as a marked dialogue, up to where the assistant speaks."""
+    turns = [f"\n\n{turn.role.capitalize()}: {turn.text}" for turn in history]
+    return "".join(turns) + "\n\nAssistant:"
+
+
 def checked_history(turns: tuple[Turn, ...]) -> History:
     """Return `turns` if they can be answered.
 

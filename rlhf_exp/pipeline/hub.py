@@ -70,7 +70,10 @@ def needs(config: Config, steps: Iterable[Step]) -> list[Need]:
         found.append(Need("model.path", MODEL, model.path, model.revision))
     if data.source is Source.hub and data.path is not None and not Path(data.path).exists():
         found.append(Need("data.path", DATASET, data.path, data.revision))
+    judge = config.eval.judge
     for step in steps:
+        if step.stage == "eval" and judge.model is not None and not Path(judge.model).exists():
+            found.append(Need("eval.judge.model", MODEL, judge.model, judge.revision))
         given = step.model if step.state is State.given else None
         if given is not None and not Path(given).exists():
             found.append(Need(f"{step.stage}.use", MODEL, given, None))
@@ -87,7 +90,11 @@ def pinned(config: Config) -> Config:
     if data.source is Source.hub and data.path is not None and data.revision is None:
         pin = pins.get(Need("data.path", DATASET, data.path, None))
         data = replace(data, revision=None if pin is None else pin.commit)
-    return replace(config, model=model, data=data)
+    judge = config.eval.judge
+    if judge.model is not None and judge.revision is None:
+        pin = pins.get(Need("eval.judge.model", MODEL, judge.model, None))
+        judge = replace(judge, revision=None if pin is None else pin.commit)
+    return replace(config, model=model, data=data, eval=replace(config.eval, judge=judge))
 
 
 class Pins:

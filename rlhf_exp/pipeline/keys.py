@@ -57,7 +57,7 @@ class Keys:
         """
         section = self.config.ppo
         content: dict[str, Any] = {
-            "eval": key_content(self.config.eval),
+            "eval": self._eval(),
             "parents": parents,
             "sizes": [section.seq_length, section.generation.max_new_tokens],
         }
@@ -68,7 +68,7 @@ class Keys:
     def recomputed(self, samples: Path) -> str:
         """Return the key of an evaluation of stored samples."""
         digest = self.digests.file(samples)
-        return self._key("eval", {"eval": key_content(self.config.eval), "samples": digest})
+        return self._key("eval", {"eval": self._eval(), "samples": digest})
 
     def given(self, path: str) -> str:
         """Return the key of a model that is used instead of a stage's training."""
@@ -102,6 +102,17 @@ class Keys:
         if folder.is_dir():
             return content | {"digest": self.digests.folder(folder, MODEL_FILES)}
         return content | {"path": section.path, "revision": section.revision}
+
+    def _eval(self) -> dict[str, Any]:
+        """Return what of the evaluation's own section counts."""
+        section: dict[str, Any] = key_content(self.config.eval)
+        judge = section.get("judge", {})
+        # Their content counts, not the paths to them.
+        if "model" in judge:
+            judge["model"] = self.given(judge["model"])
+        if "labels" in judge:
+            judge["labels"] = self.digests.file(Path(judge["labels"]))
+        return section
 
     def _judge(self) -> dict[str, Any]:
         """Return what of the scoring counts besides the reward model itself."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from rlhf_exp.config.evaluation import ROLES
 from rlhf_exp.config.root import Config
+from rlhf_exp.data.hh import dialogue
 from rlhf_exp.data.rows import History
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
@@ -20,6 +21,8 @@ from rlhf_exp.evaluation.answers import Answer
 from rlhf_exp.stages.context import StageContext
 
 T = TypeVar("T")
+DIALOGUE = "dialogue"
+"""Fact of a prompt: the whole dialogue with HH's markers, for judges that are no policy's kin."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,8 @@ def test_prompts(bench: Bench, part: str) -> list[Asked]:
             raise UserError(
                 "data: no test prompts to evaluate on; give data.test or a test_fraction"
             )
-        return [Asked(history=row.history) for row in rows]
+        # The prompt as the model reads it may hold a template's tokens and have lost its beginning.
+        return [Asked(row.history, facts={DIALOGUE: dialogue(row.history)}) for row in rows]
 
     return bench.asked(part, load)
 

@@ -101,6 +101,19 @@ class Client:
         """Let requests that wait for another try give up."""
         self._stopped.set()
 
+    def check(self) -> None:
+        """Ask for the list of models, once; an endpoint without one is there all the same.
+
+        Raises:
+            UserError: nobody answers, or the key is refused.
+        """
+        try:
+            response = self._http.get(f"{self.endpoint.url.rstrip('/')}/models")
+        except (httpx2.RequestError, httpx2.InvalidURL) as error:
+            raise self._error(f"no connection ({error or type(error).__name__})") from error
+        if response.status_code in (401, 403):
+            raise self._error(self._reason(response))
+
     def ask(self, body: Mapping[str, Any]) -> Reply:
         """Return the model's reply to a request.
 

@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_exp.data.formats import parse_row
+from rlhf_exp.data.hh import dialogue
 from rlhf_exp.data.jsonl import Unreadable, read_jsonl
-from rlhf_exp.data.rows import History, Preference
+from rlhf_exp.data.rows import Preference
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.judge import Pair
 
@@ -99,12 +100,6 @@ def read_judged(path: Path, option: str, criterion: str | None = None) -> Judged
     names = sorted({name for said in votes.values() for name in said}, key=_natural)
     ratings = [[said.get(name, np.nan) for name in names] for said in votes.values()]
     return JudgedPairs(tuple(pair for pair, _ in votes), np.array(ratings), tuple(names), unusable)
-
-
-def dialogue(history: History) -> str:
-    """Return a prompt with HH's markers, up to where the assistant speaks."""
-    turns = [f"\n\n{turn.role.capitalize()}: {turn.text}" for turn in history]
-    return "".join(turns) + "\n\nAssistant:"
 
 
 def _records(path: Path, option: str) -> Iterator[tuple[str, object]]:

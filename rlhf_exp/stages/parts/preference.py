@@ -14,7 +14,8 @@ from rlhf_exp.evaluation.answers import Answer
 from rlhf_exp.evaluation.quick import quick_comparison
 from rlhf_exp.evaluation.result import QuickResult
 from rlhf_exp.evaluation.toxicity.scorer import ProfanityCheckScorer
-from rlhf_exp.stages.bench import Bench, PartResult, test_prompts
+from rlhf_exp.stages.bench import DIALOGUE, Bench, PartResult, test_prompts
+from rlhf_exp.stages.judging import JUDGES, Panel
 
 RESULT, OTHERS = "result.json", "comparisons.json"
 """The first comparison, and the list of all of them where there are several."""
@@ -22,13 +23,16 @@ RESULT, OTHERS = "result.json", "comparisons.json"
 
 def run(bench: Bench) -> PartResult:
     """Answer held-out prompts by all models, and compare each with the first."""
+    # Made by the main process before anything is sampled, so that a wrong address costs nothing.
+    panels: list[Panel] = []
+    bench.alone(lambda: panels.append(Panel(bench)))
     asked = test_prompts(bench, PREFERENCE)
     manner = bench.manner(score=True, kl=True)
     answers = [bench.answers(PREFERENCE, one, asked, manner) for one in bench.contestants]
-    return bench.alone(lambda: _conclude(bench.config, answers))
+    return bench.alone(lambda: _conclude(bench.config, answers, panels[0]))
 
 
-def _conclude(config: Config, answers: list[list[Answer]]) -> PartResult:
+def _conclude(config: Config, answers: list[list[Answer]], panel: Panel) -> PartResult:
     baseline, *others = answers
     results = [_compare(config, baseline, other) for other in others]
     metrics = results[0].scalars()
@@ -38,7 +42,11 @@ def _conclude(config: Config, answers: list[list[Answer]]) -> PartResult:
     files: dict[str, Any] = {RESULT: results[0].to_json()}
     if len(results) > 1:
         files[OTHERS] = [result.to_json() for result in results]
-    return PartResult(metrics, files, {"eval/side_by_side": _table(results)})
+    dialogues = [str(answer.facts.get(DIALOGUE, answer.prompt)) for answer in baseline]
+    judged, content = panel.report(results, dialogues)
+    if content:
+        files[JUDGES] = content
+    return PartResult(metrics | judged, files, {"eval/side_by_side": _table(results)})
 
 
 def _compare(config: Config, baseline: list[Answer], other: list[Answer]) -> QuickResult:

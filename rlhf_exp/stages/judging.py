@@ -1,0 +1,209 @@
+"""The judges that a config asks for, and what they say about answers and about judged pairs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_exp.config.eval_judge import EvalJudgeConfig, JudgeName
+from rlhf_exp.engines.native.scoring import load_function
+from rlhf_exp.evaluation.judges.classifier import Classifier
+from rlhf_exp.evaluation.judges.endpoint import Client, Endpoint
+from rlhf_exp.evaluation.judges.judge import Judge, Pair, Verdict
+from rlhf_exp.evaluation.judges.judgments import Judgment, compare_judges
+from rlhf_exp.evaluation.judges.labels import JudgedPairs, read_judged
+from rlhf_exp.evaluation.judges.llm import LLMJudge
+from rlhf_exp.evaluation.judges.own import OwnRewardModel, history_of
+from rlhf_exp.evaluation.judges.quality import people_of, quality
+from rlhf_exp.evaluation.judges.replies import Replies
+from rlhf_exp.evaluation.judges.reward import RewardJudge, score_verdicts
+from rlhf_exp.evaluation.result import QuickResult
+from rlhf_exp.models.reward_model import RewardModel
+from rlhf_exp.stages.bench import Bench
+from rlhf_exp.stages.training import attention_of, torch_dtype
+from rlhf_exp.tracking.progress import Progress
+
+JUDGES = "judges.json"
+REPLIES = "judge_replies.jsonl"
+
+
+class Panel:
+    """The judges of one evaluation, used by the main process alone.
+
+    Args:
+        bench: The evaluation.
+
+    Raises:
+        UserError: The file of judged pairs cannot be read, or the endpoint does not answer.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.section: EvalJudgeConfig = bench.config.eval.judge
+        self.labels: JudgedPairs | None = None
+        if self.section.labels is not None:
+            found = read_judged(Path(self.section.labels), "eval.judge.labels")
+            self.labels = found.first(self.section.pairs)
+        self._judges: dict[JudgeName, Judge] = {}
+        if JudgeName.llm in self.section.names:
+            self._judges[JudgeName.llm] = self._llm()
+
+    def report(
+        self, results: Sequence[QuickResult], dialogues: Sequence[str]
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return the judges' numbers, and the content of `judges.json`.
+
+        Args:
+            results: A comparison for each model but the baseline.
+            dialogues: The prompts [N] as texts with HH's markers, or plain.
+        """
+        if self.section.names == [JudgeName.reward] and self.labels is None:
+            # The comparison itself has it all.
+            return {}, {}
+        metrics: dict[str, float] = {}
+        comparisons = []
+        for number, result in enumerate(results):
+            judgments = [self._judgment(name, result, dialogues) for name in self.section.names]
+            prefix = f"eval/{result.name_b}/judge" if number else "eval/judge"
+            for one in judgments:
+                metrics |= {f"{prefix}/{one.kind}/{k}": v for k, v in one.scalars().items()}
+            comparisons.append(
+                {
+                    "a": result.name_a,
+                    "b": result.name_b,
+                    "judges": [one.to_json() for one in judgments],
+                    "agreement": compare_judges(judgments, result.seed),
+                }
+            )
+        content: dict[str, Any] = {"comparisons": comparisons, "quality": None}
+        if self.labels is not None:
+            more, content["quality"] = self._quality(self.labels)
+            metrics |= more
+        return metrics, content
+
+    def _judgment(self, name: JudgeName, result: QuickResult, dialogues: Sequence[str]) -> Judgment:
+        if name is JudgeName.reward:
+            scores = [(row.score_a, row.score_b) for row in result.rows]
+            a, b = zip(*scores, strict=True)
+            verdicts = score_verdicts(a, b, result.tie_band)
+            return Judgment.of(name.value, result.judge, verdicts, result.seed, result.level)
+        judge = self._judge(name)
+        pairs = [
+            Pair(prompt, row.answer_a, row.answer_b)
+            for prompt, row in zip(dialogues, result.rows, strict=True)
+        ]
+        verdicts = _verdicts(judge, pairs)
+        usage = judge.usage if isinstance(judge, LLMJudge) else None
+        return Judgment.of(name.value, judge.name, verdicts, result.seed, result.level, usage)
+
+    def _quality(self, labels: JudgedPairs) -> tuple[dict[str, float], dict[str, Any]]:
+        metrics: dict[str, float] = {}
+        found = []
+        seed = self.bench.config.eval.seed
+        for name in self.section.names:
+            judge = self._judge(name)
+            signs = [verdict.sign for verdict in _verdicts(judge, labels.pairs)]
+            one = quality(judge.name, signs, labels.ratings, seed)
+            for short, estimate in (("agreement", one.agreement), ("kappa", one.kappa)):
+                if np.isfinite(estimate.mean):
+                    metrics[f"eval/judge/{name.value}/people_{short}"] = estimate.mean
+            found.append({"kind": name.value, **one.to_json()})
+        return metrics, {
+            "file": Path(str(self.section.labels)).name,
+            "unusable": labels.unusable,
+            "people": people_of(labels.ratings, labels.annotators, seed).to_json(),
+            "judges": found,
+        }
+
+    def _judge(self, name: JudgeName) -> Judge:
+        if name not in self._judges:
+            make = {JudgeName.reward: self._reward, JudgeName.model: self._model}[name]
+            self._judges[name] = make()
+        return self._judges[name]
+
+    def _llm(self) -> LLMJudge:
+        section, context = self.section, self.bench.context
+        assert section.llm is not None
+        assert section.url is not None
+        endpoint = Endpoint(
+            section.url,
+            section.llm,
+            None if section.key_env is None else os.environ[section.key_env],
+            section.timeout_s,
+            section.retries,
+            request_of(section.request),
+        )
+        client = Client(endpoint)
+        if self.bench.config.eval.samples is None:
+            # Before an hour of sampling; without sampling, known replies may do.
+            client.check()
+        replies = Replies(context.cache / REPLIES)
+        return LLMJudge(client, replies, section.criterion, section.concurrency)
+
+    def _model(self) -> Judge:
+        section, config = self.section, self.bench.config
+        assert section.model is not None
+        classifier = Classifier(
+            section.model,
+            section.revision,
+            self.bench.world.device,
+            torch_dtype(config),
+            attention_of(config),
+            section.batch,
+        )
+        return RewardJudge(classifier.name, classifier, self._band())
+
+    def _reward(self) -> Judge:
+        """Return the reward that PPO maximised, as a judge of any texts."""
+        config, context = self.bench.config, self.bench.context
+        reference = config.ppo.reward.function
+        if reference is not None:
+            function, codec = load_function(reference), context.materials.codec(self._policy())
+
+            def score(prompts: Sequence[str], answers: Sequence[str]) -> NDArray[np.float64]:
+                texts = [codec.render(history_of(prompt)) for prompt in prompts]
+                return np.asarray(function(texts, list(answers)), dtype=np.float64)
+
+            return RewardJudge("reward function", score, self._band())
+        folder = context.models["reward"]
+        model = RewardModel.load(folder, None, torch_dtype(config), attention_of(config))
+        own = OwnRewardModel(
+            model,
+            context.materials.codec(folder),
+            max(config.reward.seq_length, config.ppo.seq_length),
+            self.bench.world.device,
+            self.section.batch,
+        )
+        return RewardJudge("reward model", own, self._band())
+
+    def _policy(self) -> str:
+        return self.bench.contestants[-1].source
+
+    def _band(self) -> tuple[float, float]:
+        return self.bench.config.eval.tie_low, self.bench.config.eval.tie_high
+
+
+def _verdicts(judge: Judge, pairs: Sequence[Pair]) -> list[Verdict]:
+    if not isinstance(judge, LLMJudge):
+        return judge.verdicts(pairs)
+    with Progress("judge", 2 * sum(not pair.identical for pair in pairs), ()) as progress:
+        judge.tell = lambda done, _: progress.update(done, {})
+        return judge.verdicts(pairs)
+
+
+def request_of(fields: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of `NAME=JSON` texts; what is no JSON is text."""
+    found: dict[str, Any] = {}
+    for text in fields:
+        name, _, value = text.partition("=")
+        try:
+            found[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name.strip()] = value
+    return found

@@ -61,5 +61,5 @@ def _check_endpoint(found: Findings, section: EvalJudgeConfig) -> None:
     key = section.key_env
     if key is not None and not os.environ.get(key) and not found.config.plan:
         found.add("eval.judge.key_env", "no such environment variable is set, or it is empty.")
-    wrong = [text for text in section.request if not text.partition("=")[1]]
-    found.unless(not wrong, "eval.judge.request", "fields are NAME=JSON, such as max_tokens=512.")
+    wrong = [text for text in section.request if not text.partition(":")[1]]
+    found.unless(not wrong, "eval.judge.request", "fields are NAME:JSON, such as max_tokens:512.")

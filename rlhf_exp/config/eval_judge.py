@@ -44,7 +44,7 @@ class EvalJudgeConfig:
     )
     request: list[str] = setting(
         factory=list,
-        doc="Further fields of each request, as NAME=JSON; null takes a field out.",
+        doc="Further fields of each request, as NAME:JSON, such as seed:1; null takes a field out.",
         neutral=[],
     )
     concurrency: int = setting(8, "Requests under way at once.", key=False)

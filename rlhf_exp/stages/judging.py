@@ -198,10 +198,10 @@ def _verdicts(judge: Judge, pairs: Sequence[Pair]) -> list[Verdict]:
 
 
 def request_of(fields: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of `NAME=JSON` texts; what is no JSON is text."""
+    """Return the fields of `NAME:JSON` texts; what is no JSON is text."""
     found: dict[str, Any] = {}
     for text in fields:
-        name, _, value = text.partition("=")
+        name, _, value = text.partition(":")
         try:
             found[name.strip()] = json.loads(value)
         except json.JSONDecodeError:

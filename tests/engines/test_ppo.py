@@ -38,11 +38,12 @@ def gradients(task: PpoTask, step: int) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("train_blocks", [1, None])
+@pytest.mark.parametrize(("train_blocks", "temperature"), [(1, 1.0), (None, 1.0), (1, 0.7)])
 def test_first_minibatch_has_ratio_1_and_no_divergence(
-    world: World, train_blocks: int | None
+    world: World, train_blocks: int | None, temperature: float
 ) -> None:
-    task = build_task(world, replace(SETTINGS, epochs=1, batch=8), train_blocks=train_blocks)
+    settings = replace(SETTINGS, epochs=1, batch=8, temperature=temperature)
+    task = build_task(world, settings, train_blocks=train_blocks)
     gradients(task, 0)
     found = task.metrics()
     assert found["policy/ratio_first"] == pytest.approx(1.0, abs=1e-5)

@@ -65,7 +65,6 @@ SIZES = (
 TOP = ("sft.train_blocks=2", "reward.train_blocks=2", "ppo.train_blocks=2")
 CHECKPOINTING = tuple(f"{stage}.gradient_checkpointing=true" for stage in ("sft", "reward", "ppo"))
 SETTINGS = {
-    "single": ("distributed=single",),
     "ddp": ("distributed=ddp",),
     "ddp, checkpointing": ("distributed=ddp", *CHECKPOINTING),
     "ddp, top 2 blocks": ("distributed=ddp", *TOP),

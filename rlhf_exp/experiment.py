@@ -19,6 +19,7 @@ from rlhf_exp.pipeline.probe import probe, probe_table
 from rlhf_exp.pipeline.run import Done, run_steps
 from rlhf_exp.pipeline.view import lacking_snapshots, memory_table, plan_table
 from rlhf_exp.store.artifact import Artifact
+from rlhf_exp.store.process import Process
 from rlhf_exp.store.records import RunRecord, Status
 
 UNNAMED = "unnamed"
@@ -99,6 +100,7 @@ def _lead(config: Config, overrides: list[str], crew: Crew, recorded: bool) -> f
         overrides=tuple(overrides),
         seed=config.seed,
         status=Status.running,
+        process=Process.current(),
     )
     done = _recorded(config, steps, record, crew, console)
     objective = _objective(done)

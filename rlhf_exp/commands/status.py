@@ -49,12 +49,14 @@ def status(outputs: Path, run: str | None) -> str:
 
 
 def _row(record: RunRecord, view: View | None) -> Row:
-    """Return a run's row; its last value is the log, if it failed on Slurm."""
+    """Return a run's row; its last value is the log, if it failed and has one."""
     state, note = str(record.status), _last_line(record.error)
+    if record.abandoned:
+        state, note = str(Status.interrupted), "its process was killed; the same command goes on"
     if view is not None and record.status is not Status.done:
         # A job that was killed could not say so in its record.
         state, note = str(view.progress), view.note or note
-    failed = view is not None and state == Status.failed
+    log = record.log if view is None else str(view.log)
     return (
         record.name,
         state,
@@ -62,7 +64,7 @@ def _row(record: RunRecord, view: View | None) -> Row:
         record.key,
         "" if record.objective is None else f"{record.objective:.4g}",
         note or " ".join(record.overrides),
-        str(view.log) if view is not None and failed else "",
+        log or "" if state == Status.failed else "",
     )
 
 

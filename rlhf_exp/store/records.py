@@ -20,6 +20,7 @@ from typing import Any, Self
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.artifact import MANIFEST, Manifest, now
 from rlhf_exp.store.files import write_json_atomic
+from rlhf_exp.store.process import Process
 from rlhf_exp.store.store import Store
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -50,6 +51,8 @@ class RunRecord:
         objective: what a sweep optimises.
         status: how far it is.
         error: what ended it, for a failed one.
+        log: file with what it printed, for a failed one that had its own.
+        process: who works on it, or did.
     """
 
     name: str
@@ -61,11 +64,18 @@ class RunRecord:
     objective: float | None = None
     status: Status = Status.done
     error: str | None = None
+    log: str | None = None
+    process: Process | None = None
 
     @property
     def key(self) -> str:
         """The final key."""
         return list(self.keys.values())[-1]
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether it says that it runs, and its process was killed."""
+        return self.status is Status.running and self.process is not None and self.process.gone
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values."""
@@ -78,6 +88,8 @@ class RunRecord:
         values = {name: value for name, value in content.items() if name in known}
         values["overrides"] = tuple(values.get("overrides", ()))
         values["status"] = Status(values.get("status", Status.done))
+        if values.get("process"):
+            values["process"] = Process(**values["process"])
         return cls(**values)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_exp.cli import main
 from rlhf_exp.pipeline.plan import records_of
-from rlhf_exp.store.records import RunRecord, Status
+from rlhf_exp.store.process import Process
+from rlhf_exp.store.records import Records, RunRecord, Status
 from tests.lab import artifact, run, small_config
 
 
@@ -56,6 +58,29 @@ def test_status_tells_why_a_run_failed(run_copy: Path, capsys: pytest.CaptureFix
     keys = {"sft": "0123456789abcdef"}
     records.write(RunRecord("broken", "sft", keys, status=Status.failed, error=error))
     assert "ZeroDivisionError: [bold]division" in told(capsys, run_copy, "status", "broken")
+
+
+def test_status_names_the_log_of_what_failed_in_a_process_of_its_own(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = RunRecord("one", "sft", {"sft": "ab12"}, status=Status.failed, error="no", log="a.log")
+    Records(run_copy / "sweeps").write(record)
+    assert "Logs of what failed:\nab12: a.log\n" in told(capsys, run_copy, "status", "one")
+
+
+def test_status_of_a_run_whose_process_was_killed(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Process.current()
+    records = Records(run_copy / "sweeps")
+    record = RunRecord("one", "sft", {"sft": "ab12"}, status=Status.running, process=own)
+    records.write(record)
+    assert records.sweep("one") == [record]
+    assert " running " in told(capsys, run_copy, "status", "one")
+    records.write(replace(record, process=replace(own, started="1")))
+    shown = told(capsys, run_copy, "status", "one")
+    assert " interrupted " in shown
+    assert "its process was killed; the same command goes on" in shown
 
 
 def test_report(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from rlhf_exp.config.problems import written
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.study import StudyConfig
 from rlhf_exp.config.trial import Values, differences, iterations, trial_config, updates
@@ -47,7 +48,10 @@ class Ending:
 def trial_overrides(config: Config, values: Values) -> list[str]:
     """Return the command line that runs a trial by itself."""
     plain = replace(config, study=StudyConfig())
-    return [*read_command(config), *differences(plain, trial_config(config, values))]
+    changed = differences(plain, trial_config(config, values))
+    tried = [f"{key}={written(value)}" for key, value in values.items()]
+    others = [text for text in changed if text.partition("=")[0] not in values]
+    return [*read_command(config), *tried, *others]
 
 
 class TrialRun:

@@ -171,6 +171,7 @@ def run_loop(
     steps: int = 12,
     task: PpoTask | None = None,
     interrupted: Callable[[], bool] = lambda: False,
+    given_up: Callable[[int, int], bool] | None = None,
     **changes: Any,
 ) -> Run:
     """Run the loop in `folder`, from its checkpoint if there is one."""
@@ -183,6 +184,7 @@ def run_loop(
         on_step=lambda step, metrics: None,
         before_write=lambda: None,
         interrupted=interrupted,
+        given_up=given_up,
     )
     outcome = train(task, loop_settings(steps, **changes), context)
     weights = {name: p.detach().clone() for name, p in task.module.named_parameters()}

@@ -203,13 +203,9 @@ def job(tree: DictConfig) -> float | None:
     settings = HydraConfig.get()
     try:
         config, overrides = to_config(tree), list(settings.overrides.task)
-        if config.study.trials is not None:
-            from rlhf_exp.study.worker import work
+        from rlhf_exp.study.perform import perform
 
-            return work(config, overrides)
-        from rlhf_exp.experiment import run
-
-        return run(config, overrides)
+        return perform(config, overrides)
     except UserError as error:
         if settings.mode == RunMode.MULTIRUN:
             raise

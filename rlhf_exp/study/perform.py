@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rlhf_exp import experiment
 from rlhf_exp.config.root import Config
 
 
@@ -22,8 +21,10 @@ def perform(config: Config, overrides: list[str], *, recorded: bool = True) -> f
         JobsFailed: A worker gives up.
         KeyboardInterrupt: The user stopped it; a checkpoint holds what was done.
     """
-    if config.study.trials is None:
-        return experiment.run(config, overrides, recorded=recorded)
-    from rlhf_exp.study.worker import work
+    if config.study.trials is not None:
+        from rlhf_exp.study.worker import work
 
-    return work(config, overrides)
+        return work(config, overrides)
+    from rlhf_exp.experiment import run
+
+    return run(config, overrides) if recorded else run(config, overrides, recorded=False)

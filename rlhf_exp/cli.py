@@ -58,6 +58,11 @@ def _runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     fetch.add_argument("--update", action="store_true", help="take the newest revisions")
     fetch.set_defaults(command=_fetch)
 
+    sync = commands.add_parser("sync", help="send to W&B what was recorded offline")
+    sync.add_argument("run", metavar="RUN")
+    sync.add_argument("--dry-run", action="store_true", help="say what would be sent")
+    sync.set_defaults(command=_sync)
+
     report = commands.add_parser("report", help="write the report of a run")
     report.add_argument("run", metavar="RUN")
     report.set_defaults(command=_report)
@@ -144,6 +149,15 @@ def _fetch(arguments: argparse.Namespace) -> None:
     from rlhf_exp.commands.fetch import fetch
 
     fetch(arguments.overrides, arguments.config_dir, arguments.update, print)
+
+
+def _sync(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.sync import sync
+
+    shown, failed = sync(arguments.outputs, arguments.run, arguments.dry_run, print)
+    print(shown, end="")
+    if failed:
+        raise UserError(f"{failed} runs were not sent; the same command tries them again")
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -99,3 +99,5 @@ def _check_running(found: Findings) -> None:
         message = "needs DeepSpeed; run `pip install 'rlhf-exp[deepspeed]'`."
         found.unless(find_spec("deepspeed") is not None, "distributed.strategy", message)
     found.unless(bool(config.tracking.project.strip()), "tracking.project", "must not be empty.")
+    alerts = "tracking.alerts."
+    found.positive(*(alerts + name for name in ("kl_factor", "reward_drop", "entropy_fraction")))

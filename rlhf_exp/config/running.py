@@ -61,6 +61,26 @@ class DistributedConfig:
 
 
 @dataclass
+class AlertsConfig:
+    """When PPO raises an alert, at W&B and in `alerts.jsonl`; training goes on."""
+
+    kl_factor: float | None = setting(
+        3.0, "`kl/sequence` above so many times `ppo.kl.target`; null: never.", key=False
+    )
+    reward_drop: float | None = setting(
+        1.0,
+        "`reward/mean` over five iterations so many standard deviations of the scores below its "
+        "best; null: never.",
+        key=False,
+    )
+    entropy_fraction: float | None = setting(
+        0.2,
+        "`policy/entropy` below this fraction of the first iteration's; null: never.",
+        key=False,
+    )
+
+
+@dataclass
 class TrackingConfig:
     """Weights & Biases; the local metrics.jsonl is always written."""
 
@@ -68,3 +88,4 @@ class TrackingConfig:
     project: str = setting("rlhf-exp", "W&B project.", key=False)
     entity: str | None = setting(None, "W&B user or team; null: your default.", key=False)
     tags: list[str] = setting(factory=list, doc="W&B tags.", key=False)
+    alerts: AlertsConfig = setting(factory=AlertsConfig, key=False)

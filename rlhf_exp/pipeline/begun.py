@@ -59,12 +59,15 @@ class Begun:
 
 
 def weights_digest(artifact: Artifact) -> str:
-    """Return the digest of an artifact's weights: a step redone under its key may have others."""
+    """Return the digest of an artifact's weights: a step redone under its key may have others.
+
+    Snapshots of other steps are no input of anything.
+    """
     return key_of(
         {
             name: entry.sha256
             for name, entry in artifact.manifest.files.items()
-            if name.endswith(".safetensors")
+            if name.startswith("model/") and name.endswith(".safetensors")
         }
     )
 

@@ -14,7 +14,8 @@ from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.parts import preference
 from rlhf_exp.stages.sampled import SampledSource
 from rlhf_exp.stages.stored import StoredSource
-from rlhf_exp.stages.training import tracker_for, world_for
+from rlhf_exp.stages.tracking import tracker_for
+from rlhf_exp.stages.training import world_for
 from rlhf_exp.tracking.finishing import finishing
 
 PARTS: dict[str, Part] = {PREFERENCE: preference.run}
@@ -45,9 +46,9 @@ def _keep(bench: Bench, found: list[PartResult], metrics: dict[str, float]) -> s
         for name, value in one.files.items():
             (folder / name).write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
     with finishing(tracker_for(bench.config, bench.context, None, bench.world)) as tracker:
-        tracker.log(metrics, 0)
         for one in found:
             for name, (columns, rows) in one.tables.items():
                 tracker.table(name, columns, rows, 0)
+        tracker.log(metrics, 0)
         tracker.summary(metrics)
         return tracker.run_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -75,10 +76,10 @@ def run(config: Config, context: StageContext) -> StageResult:
             world,
         )
         steps = -(-section.steps // settings.updates) * settings.updates
-        outcome = run_loop(config, section, steps, task, world, context, WATCH)
+        conclude = partial(save_models, config, context, world, policy, codec.tokenizer)
+        outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
         if outcome.pruned:
             return StageResult({}, pruned_step=outcome.last_step)
-        save_models(config, context, world, outcome, policy, codec.tokenizer)
         facts = parameter_facts(policy) | {"prompts": len(prompts), "cut_prompts": prompts.cut}
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 

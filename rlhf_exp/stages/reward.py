@@ -20,6 +20,7 @@ from rlhf_exp.data.tokenized import (
     tokenize_preferences,
 )
 from rlhf_exp.distributed.world import World
+from rlhf_exp.engines.native.loop_types import Outcome
 from rlhf_exp.engines.native.reward import RewardSettings, RewardTask, pair_scores
 from rlhf_exp.engines.native.scoring import ModelScorer, score_shared
 from rlhf_exp.errors import UserError
@@ -57,15 +58,18 @@ def run(config: Config, context: StageContext) -> StageResult:
         # Counted before scoring freezes the model.
         facts = parameter_facts(model) | {"pairs": len(pairs), "cut_prompts": pairs.cut}
         steps = steps_of(section.steps, section.epochs, len(pairs), section.batch)
-        outcome = run_loop(config, section, steps, task, world, context, WATCH)
-        metrics = dict(outcome.metrics)
         normalise = partial(_normalise, model, codec, config, context, world)
-        metrics |= normalise()
-        if rows.test:
-            test = _tokenize(rows.test, codec, config, context)
-            metrics |= _test(task, test, settings, world, context)
-        save_models(config, context, world, outcome, model, codec.tokenizer, normalise)
-        return StageResult(metrics, outcome.objective, outcome.run_id, facts)
+
+        def conclude(outcome: Outcome) -> dict[str, float]:
+            metrics = normalise()
+            if rows.test:
+                test = _tokenize(rows.test, codec, config, context)
+                metrics |= _test(task, test, settings, world, context)
+            save_models(config, context, world, model, codec.tokenizer, outcome, normalise)
+            return metrics
+
+        outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
+        return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 
 
 def _initial(config: Config, context: StageContext) -> tuple[Codec, RewardModel]:

@@ -34,9 +34,9 @@ def save_models(
     config: Config,
     context: StageContext,
     world: World,
-    outcome: Outcome,
     module: Policy | RewardModel,
     tokenizer: PreTrainedTokenizerBase,
+    outcome: Outcome,
     prepare: Callable[[], object] = lambda: None,
 ) -> None:
     """Let the main process write the stage's model, and the snapshots asked for.
@@ -47,9 +47,9 @@ def save_models(
         config: The experiment.
         context: Of the stage.
         world: The processes.
-        outcome: Of the training.
         module: What trained, with the weights to be published.
         tokenizer: Written with each model.
+        outcome: Of the training.
         prepare: Called in every process before a snapshot is written, with its weights in `module`.
     """
     plain: nn.Module = module.model if isinstance(module, Policy) else module.trunk

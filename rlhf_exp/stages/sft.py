@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,8 +64,8 @@ def run(config: Config, context: StageContext) -> StageResult:
         settings = SftSettings(section.batch, section.micro_batch, section.seed)
         task = SftTask(policy, train_rows, validation, settings, world)
         steps = steps_of(section.steps, section.epochs, len(train_rows), section.batch)
-        outcome = run_loop(config, section, steps, task, world, context, WATCH)
-        save_models(config, context, world, outcome, policy, codec.tokenizer)
+        conclude = partial(save_models, config, context, world, policy, codec.tokenizer)
+        outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
         facts = parameter_facts(policy) | {
             "rows": len(rows.train),
             "packed_rows": len(train_rows),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf_exp.config.load import to_dict
 from rlhf_exp.config.model import Dtype
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.training import Select, TrainingConfig
@@ -25,8 +24,9 @@ from rlhf_exp.models.load import Attention, load_causal_lm
 from rlhf_exp.models.lora import LoraSettings
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.stages.probing import probe_loop
+from rlhf_exp.stages.tracking import record_model, tracker_for
 from rlhf_exp.tracking.progress import Progress
-from rlhf_exp.tracking.tracker import NullTracker, Tracker, open_tracker
+from rlhf_exp.tracking.tracker import Tracker
 
 
 @contextmanager
@@ -75,8 +75,20 @@ def run_loop(
     world: World,
     context: StageContext,
     watch: tuple[str, ...],
+    conclude: Callable[[Outcome], Mapping[str, float] | None],
 ) -> Outcome:
-    """Run the shared loop with the tracker and the progress bar of a stage."""
+    """Run the shared loop with the tracker and the progress bar of a stage.
+
+    Args:
+        config: The experiment.
+        section: Of the stage.
+        steps: Optimizer steps.
+        task: What is trained.
+        world: The processes.
+        context: Of the stage.
+        watch: Metrics of the progress bar.
+        conclude: Leaves the model in `context.folder`; may return further metrics.
+    """
     optim = OptimSettings(
         lr=section.lr,
         schedule=section.schedule.value,
@@ -96,6 +108,12 @@ def run_loop(
     )
     if context.probe is not None:
         probe_loop(settings, task, world, context, context.probe)
+
+    def conclude_tracked(outcome: Outcome, tracker: Tracker) -> Mapping[str, float]:
+        found = conclude(outcome) or {}
+        record_model(context, world, outcome, tracker)
+        return found
+
     with (
         Progress(context.stage, steps, watch, shown=world.is_main) as progress,
         context.polite_interrupts() as interrupted,
@@ -108,28 +126,9 @@ def run_loop(
             before_write=context.before_write,
             interrupted=interrupted,
             given_up=context.given_up,
+            conclude=conclude_tracked,
         )
         return train(task, settings, loop)
-
-
-def tracker_for(config: Config, context: StageContext, resume: int | None, world: World) -> Tracker:
-    """Open the stage's tracker; the lineage goes into its config, for it works offline too."""
-    if not world.is_main:
-        return NullTracker()
-    section = config.tracking
-    lineage = {"stage": context.stage, "key": context.key, "parents": dict(context.parents)}
-    return open_tracker(
-        section.mode.value,
-        context.folder,
-        project=section.project,
-        entity=section.entity,
-        group=config.name,
-        job_type=context.stage,
-        name=f"{context.stage}-{context.key[:8]}",
-        tags=section.tags,
-        config=to_dict(config) | {"lineage": lineage},
-        resume_step=resume,
-    )
 
 
 def steps_of(steps: int | None, epochs: float | None, rows: int, batch: int) -> int:

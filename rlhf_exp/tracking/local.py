@@ -7,12 +7,16 @@ It is written whether or not W&B is, needs no library to read, and is what repor
   so they stand as the strings "NaN", "Infinity" and "-Infinity", which `read_metrics` turns back.
 - `tables/<name>-<step>.jsonl`: one object per row. Cells may be text, so a non-finite number
   becomes null there (the text "NaN" stays text).
+- `alerts.jsonl`: one alert a line, with its `global_step`, title and text.
 - `summary.json`: the last value of everything given to `summary`.
+
+Histograms and references to models are for W&B only.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -23,8 +27,10 @@ from typing import Any
 
 from rlhf_exp.errors import UserError
 
+log = logging.getLogger(__name__)
+
 STEP = "global_step"
-METRICS = "metrics.jsonl"
+METRICS, ALERTS = "metrics.jsonl", "alerts.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_]+(/[A-Za-z0-9_]+)*")
 
@@ -48,12 +54,15 @@ class MetricsLog:
         self._rewind(-math.inf if resume_step is None else resume_step)
         self._file = open(folder / METRICS, "ab", buffering=0)  # noqa: SIM115
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, float], step: int, *, more: bool = False) -> None:
         """Append one row. Several rows of one step are merged by `read_metrics`."""
         row = {STEP: step} | {name: _number(value) for name, value in metrics.items()}
         line = memoryview((json.dumps(row, allow_nan=False) + "\n").encode())
         while line:  # an unbuffered write may be short
             line = line[self._file.write(line) :]
+
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None:
+        """Nothing."""
 
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
@@ -74,6 +83,15 @@ class MetricsLog:
         text = json.dumps(self._summary, indent=1, allow_nan=False)
         _write_atomically(self._folder / "summary.json", [text])
 
+    def alert(self, title: str, text: str, step: int) -> None:
+        """Append to `alerts.jsonl`, and warn whoever watches."""
+        log.warning("alert at step %d: %s: %s", step, title, text)
+        with open(self._folder / ALERTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps({STEP: step, "title": title, "text": text}) + "\n")
+
+    def model(self, name: str, made: Path, place: Path, facts: Mapping[str, Any]) -> None:
+        """Nothing: the artifact's manifest says it all."""
+
     def mark_preempting(self) -> None:
         """Nothing: the record is complete at any moment."""
 
@@ -83,10 +101,10 @@ class MetricsLog:
 
     def _rewind(self, last_step: float) -> None:
         """Remove what was logged after `last_step`, and a line torn by a kill."""
-        path = self._folder / METRICS
-        if path.exists():
-            rows = [(line, row[STEP]) for line, row in _complete_rows(path)]
-            _write_atomically(path, (line for line, step in rows if step <= last_step))
+        for path in (self._folder / METRICS, self._folder / ALERTS):
+            if path.exists():
+                rows = [(line, row[STEP]) for line, row in _complete_rows(path)]
+                _write_atomically(path, (line for line, step in rows if step <= last_step))
         if last_step == -math.inf:
             shutil.rmtree(self._folder / "tables", ignore_errors=True)
             (self._folder / "summary.json").unlink(missing_ok=True)

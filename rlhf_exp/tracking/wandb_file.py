@@ -12,10 +12,10 @@ import json
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.tracking.local import STEP
@@ -24,6 +24,7 @@ _BLOCK = 32768
 _FILE_HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
 _CHUNK_HEADER = struct.Struct("<IHB")
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+_DATA_DIR = "wandb-data"
 
 
 @dataclass
@@ -59,7 +60,8 @@ class WandbRun:
 
 def wandb_files(folder: Path) -> list[Path]:
     """The transaction logs under a run's folder, one for each start, in order of starting."""
-    return sorted((folder / "wandb").glob("*run-*/run-*.wandb"), key=lambda path: path.parent.name)
+    found = (folder / "wandb").glob("*run-*/run-*.wandb")
+    return sorted(found, key=lambda path: path.parent.name.removeprefix("offline-"))
 
 
 def read_wandb_file(path: Path) -> WandbRun:
@@ -69,7 +71,7 @@ def read_wandb_file(path: Path) -> WandbRun:
         UserError: It is no transaction log, or one damaged before its end.
     """
     run = WandbRun()
-    for record in map(_parse, _chunks(path)):
+    for record in _records(path):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             start = record.run
@@ -81,14 +83,22 @@ def read_wandb_file(path: Path) -> WandbRun:
         elif kind == "summary":
             _apply(run.summary, record.summary)
         elif kind == "history":
-            row: dict[str, Any] = {}
-            _set_items(row, record.history.item)
-            run.history.append(row)
+            run.history.append(_row(record))
         elif kind == "preempting":
             run.preempting = True
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
     return run
+
+
+def synced_marker(path: Path) -> Path:
+    """The file whose presence tells `wandb sync` that a log has been sent."""
+    return path.with_name(path.name + ".synced")
+
+
+def mark_synced(path: Path, note: str = "") -> None:
+    """Say that a transaction log has been sent; `note` is ours, wandb reads none."""
+    synced_marker(path).write_text(note)
 
 
 def is_complete(path: Path) -> bool:
@@ -98,6 +108,46 @@ def is_complete(path: Path) -> bool:
     except (OSError, UserError):  # not even begun
         return False
     return bool(last) and _parse(last[0]).WhichOneof("record_type") == "exit"
+
+
+def copy_log(
+    source: Path, target: Path, keep: Callable[[dict[str, Any]], bool], folder: Path
+) -> None:
+    """Copy a transaction log, of its rows only those to `keep`.
+
+    Files that wait to be uploaded with an artifact are named by their absolute paths, which are
+    wrong once a run's folder has been moved: they become those below `folder`, the run's folder.
+    """
+    with open(target, "wb") as file:
+        file.write(_FILE_HEADER)
+        for record in _records(source):
+            kind = record.WhichOneof("record_type")
+            if kind == "history" and not keep(_row(record)):
+                continue
+            if kind == "artifact":
+                for entry in record.artifact.manifest.contents:
+                    entry.local_path = _moved(entry.local_path, folder)
+            _write_record(file, record.SerializeToString())
+
+
+def _moved(path: str, folder: Path) -> str:
+    _, found, rest = path.rpartition(f"/{_DATA_DIR}/")
+    return str(folder / _DATA_DIR / rest) if found else path
+
+
+def _write_record(file: BinaryIO, data: bytes) -> None:
+    first = True
+    while first or data:
+        left_in_block = _BLOCK - file.tell() % _BLOCK
+        if left_in_block < _CHUNK_HEADER.size:
+            file.write(bytes(left_in_block))
+            continue
+        room = left_in_block - _CHUNK_HEADER.size
+        part, data = data[:room], data[room:]
+        kind = (_MIDDLE if data else _LAST) if not first else (_FIRST if data else _FULL)
+        checksum = zlib.crc32(part, zlib.crc32(bytes([kind])))
+        file.write(_CHUNK_HEADER.pack(checksum, len(part), kind) + part)
+        first = False
 
 
 def joined_history(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -112,6 +162,16 @@ def joined_history(paths: Iterable[Path]) -> list[dict[str, Any]]:
             if STEP in row:
                 merged.setdefault(row[STEP], {}).update(row)
     return [merged[step] for step in sorted(merged)]
+
+
+def _records(path: Path) -> Iterator[Any]:
+    return map(_parse, _chunks(path))
+
+
+def _row(record: Any) -> dict[str, Any]:  # noqa: ANN401 - a wandb protobuf
+    row: dict[str, Any] = {}
+    _set_items(row, record.history.item)
+    return row
 
 
 def _parse(data: bytes) -> Any:  # noqa: ANN401 - a wandb protobuf

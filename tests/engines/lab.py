@@ -57,7 +57,7 @@ class RecordingTracker(NullTracker):
         self.rows: list[dict[str, float]] = []
         self.exit_code: int | None = None
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, float], step: int, *, more: bool = False) -> None:
         self.rows.append({"global_step": float(step), **metrics})
 
     def finish(self, exit_code: int = 0) -> None:

@@ -11,7 +11,9 @@ from types import FrameType
 import pytest
 
 from rlhf_exp.tracking.finishing import finishing
-from rlhf_exp.tracking.tracker import NullTracker, Several, open_tracker
+from rlhf_exp.tracking.opening import open_tracker
+from rlhf_exp.tracking.several import Several
+from rlhf_exp.tracking.tracker import NullTracker
 
 
 class Recorder(NullTracker):

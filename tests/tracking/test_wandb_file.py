@@ -13,7 +13,7 @@ import pytest
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.tracking.tracker import open_tracker
+from rlhf_exp.tracking.opening import open_tracker
 from rlhf_exp.tracking.wandb_file import is_complete, read_wandb_file, wandb_files
 
 HEADER = b":W&B\xe1\xbe\x00"  # 0xBEE1, little-endian, and version 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
@@ -60,7 +60,13 @@ def train(task: Task, settings: LoopSettings, context: LoopContext) -> Outcome:
                 loop.keep_if_due()
                 loop.checkpoint_if_due()
                 loop.leave_if_asked()
-        return loop.finish(start)
+        outcome = loop.finish(start)
+        if outcome.pruned:
+            return outcome
+        more = context.conclude(outcome, tracker)
+        if more:
+            tracker.summary(more)
+        return replace(outcome, metrics={**outcome.metrics, **more})
 
 
 class _Loop:
@@ -106,7 +112,7 @@ class _Loop:
         self.task.accumulate(step, self.world.backward)
         norm = self.world.strategy.step()
         if not math.isfinite(norm):
-            raise Diverged(self._diverged(f"the gradient norm at step {step} is {norm}"))
+            raise self._diverged(f"the gradient norm at step {step} is {norm}")
         self.progress.step = step + 1
         self.latest |= {"optim/lr": rate, "optim/grad_norm": norm}
         self.context.on_step(self.progress.step, self.latest)
@@ -119,21 +125,23 @@ class _Loop:
             "optim/grad_norm": self.latest["optim/grad_norm"],
         }
         self.latest |= found
-        self.tracker.log(found, self.progress.step)
+        step = self.progress.step
+        for name, values in self.task.distributions().items():
+            self.tracker.histogram(name, values, step)
+        self.tracker.log(found, step, more=self._evaluates())
         reason = self.task.check(found)
         if reason is not None:
-            raise Diverged(self._diverged(reason))
+            raise self._diverged(reason)
 
     def evaluate_if_due(self) -> None:
         """Evaluate at the start, at the end, and at the first boundary past each interval."""
-        step, every = self.progress.step, self.settings.eval_every
-        due = step // every > self.progress.last_eval // every
-        if not due and step < self.settings.optim.steps:
+        if not self._evaluates():
             return
+        step = self.progress.step
         found = self.task.evaluate()
-        self.tracker.log(found.metrics, step)
         if found.samples is not None:
             self.tracker.table("eval/samples", found.samples.columns, found.samples.rows, step)
+        self.tracker.log(found.metrics, step)
         self.progress.last_eval = step
         self.latest |= found.metrics
         best = self.progress.best_objective
@@ -152,6 +160,11 @@ class _Loop:
         if asked is None:
             return False
         return self.world.together(lambda: self.world.is_main and asked(step, steps))[0]
+
+    def _evaluates(self) -> bool:
+        step, every = self.progress.step, self.settings.eval_every
+        due = step // every > self.progress.last_eval // every
+        return due or step >= self.settings.optim.steps
 
     def keep_if_due(self) -> None:
         """Keep the weights at the first boundary past each interval asked for, and at the end."""
@@ -216,8 +229,11 @@ class _Loop:
             pruned=self.pruned,
         )
 
-    def _diverged(self, what: str) -> str:
-        return (
+    def _diverged(self, what: str) -> Diverged:
+        """Raise the alarm; return what to raise."""
+        text = (
             f"training stopped: {what}. The last good checkpoint is in {self.checkpoints.folder}. "
             "Try a lower learning rate, a longer warm-up or, for PPO, a larger ppo.kl.coef"
         )
+        self.tracker.alert("Training has diverged", text, self.progress.step)
+        return Diverged(text)

@@ -46,6 +46,8 @@ class LoopContext:
         interrupted: Whether the user has asked to stop.
         given_up: Called in the main process after an evaluation with the step and the number of
             steps: whether a search gives the run up. `None`: there is no search.
+        conclude: What is done with the trained module before the tracker is closed; returns further
+            metrics. A run that was given up is not concluded.
     """
 
     world: World
@@ -55,6 +57,7 @@ class LoopContext:
     before_write: Callable[[], None]
     interrupted: Callable[[], bool]
     given_up: Callable[[int, int], bool] | None = None
+    conclude: Callable[[Outcome, Tracker], Mapping[str, float]] = lambda outcome, tracker: {}
 
 
 @dataclass(frozen=True)

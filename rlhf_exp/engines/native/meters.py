@@ -23,6 +23,7 @@ class Meters:
         self._sums: dict[str, Tensor] = {}
         self._extremes: dict[str, tuple[Tensor, bool]] = {}
         self._spreads: dict[str, Tensor] = {}
+        self._values: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add `total` over `count` items to the mean called `name`."""
@@ -42,6 +43,20 @@ class Meters:
             pick = torch.maximum if largest else torch.minimum
             value = pick(self._extremes[name][0], value)
         self._extremes[name] = (value, largest)
+
+    def keep(self, name: str, values: Tensor, weights: Tensor) -> None:
+        """Keep the `values` [B] of rows with `weights` [B] above 0, for `distributions`."""
+        self._values[name] = values.detach(), weights
+
+    def distributions(self) -> dict[str, list[float]]:
+        """Return what was kept, over all processes, and forget it."""
+        found = {}
+        for name, (values, weights) in sorted(self._values.items()):
+            everyone = self._world.gather(values.float()).cpu()
+            counts = self._world.gather(weights.float()).cpu() > 0
+            found[name] = everyone[counts].tolist()
+        self._values = {}
+        return found
 
     def means(self) -> dict[str, float]:
         """Return everything over all processes, and start afresh."""

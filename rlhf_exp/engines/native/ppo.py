@@ -211,6 +211,10 @@ class PpoTask:
         self.rollouts = None
         return found
 
+    def distributions(self) -> dict[str, list[float]]:
+        """Return the iteration's raw scores and its KL by response."""
+        return self.meters.distributions()
+
     def evaluate(self) -> Evaluation:
         """Answer validation prompts and score the answers."""
         with self.world.gathered():

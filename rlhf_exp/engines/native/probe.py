@@ -11,6 +11,7 @@ import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rlhf_exp.engines.native.memory import (
@@ -80,12 +81,15 @@ class Recorder:
         """Note that models and data are loaded."""
         self._began = time.perf_counter()
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, float], step: int, *, more: bool = False) -> None:
         """End an evaluation or an iteration."""
         name = ITERATION
         if any(key.startswith("eval/") for key in metrics):
             name = EVALUATION if self.phases else START
         self._end(name, metrics)
+
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None:
+        """Nothing: histograms are no part of a measurement."""
 
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
@@ -95,6 +99,12 @@ class Recorder:
     def summary(self, values: Mapping[str, Any]) -> None:
         """End the last phase."""
         self._end(END, {})
+
+    def alert(self, title: str, text: str, step: int) -> None:
+        """Nothing: what diverges is an error too."""
+
+    def model(self, name: str, made: Path, place: Path, facts: Mapping[str, Any]) -> None:
+        """Nothing: none is kept."""
 
     def mark_preempting(self) -> None:
         """Nothing: there is no run."""

@@ -19,6 +19,7 @@ def report_scores(raw: Tensor, weights: Tensor, meters: Meters) -> None:
     """Report the raw scores [B]."""
     meters.add("reward/mean", (raw * weights).sum(), weights.sum())
     meters.spread("reward/std", raw, weights)
+    meters.keep("reward/histogram", raw, weights)
     without = weights == 0  # perhaps all rows of this process
     meters.extreme("reward/min", raw.masked_fill(without, math.inf).min(), largest=False)
     meters.extreme("reward/max", raw.masked_fill(without, -math.inf).max(), largest=True)
@@ -38,6 +39,7 @@ def report_kl(
         values = estimator(logprobs, ref_logprobs)
         meters.add(name, (values * mask).sum(), tokens)
     whole = sequence_kl(logprobs, ref_logprobs, mask)
+    meters.keep("kl/histogram", whole, weights)
     meters.add("kl/sequence", (whole * weights).sum(), weights.sum())
     meters.add("policy/entropy", (entropy * mask).sum(), tokens)
 

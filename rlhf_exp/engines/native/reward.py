@@ -103,6 +103,10 @@ class RewardTask:
         """Return loss, accuracy and margin since the last call."""
         return self.meters.means()
 
+    def distributions(self) -> dict[str, list[float]]:
+        """Return none."""
+        return {}
+
     def evaluate(self) -> Evaluation:
         """Return loss, accuracy and margin on validation pairs."""
         first, second = pair_scores(self.scores, self.validation, self.settings, self.world)

@@ -99,6 +99,10 @@ class SftTask:
         self.meters.add("throughput/tokens_per_s", 0.0, elapsed / self.world.processes)
         return self.meters.means()
 
+    def distributions(self) -> dict[str, list[float]]:
+        """Return none."""
+        return {}
+
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """Return the loss a token and the perplexity on validation rows."""

@@ -63,6 +63,12 @@ class Task(Protocol):
     def metrics(self) -> dict[str, float]:
         """Return the means since the last call, over all processes."""
 
+    def distributions(self) -> dict[str, list[float]]:
+        """Return values over all processes of which histograms are to be shown, by name.
+
+        Called after `metrics`, for the same time; every process calls it.
+        """
+
     def evaluate(self) -> Evaluation:
         """Evaluate on validation data."""
 

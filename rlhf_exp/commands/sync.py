@@ -1,0 +1,120 @@
+"""`rlhf-exp sync`: sends to W&B what was recorded offline."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_exp.commands.runs import Outputs
+from rlhf_exp.commands.text import table
+from rlhf_exp.errors import UserError
+from rlhf_exp.store.holders import holders
+from rlhf_exp.tracking.wandb_sync import Piece, Start, send, starts_of, unsent
+
+HEADER = ("stage", "key", "run", "starts", "state", "where")
+FAILED = "failed"
+REACH_S = 10.0
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """The W&B run of one stage's execution, and where its files are."""
+
+    stage: str
+    key: str
+    folder: Path
+    starts: list[Start]
+    running: bool
+
+
+def sync(outputs: Path, run: str, dry_run: bool, tell: Callable[[str], None]) -> tuple[str, int]:
+    """Send all that has not been sent of a run, or of each point of a multirun.
+
+    Args:
+        outputs: The output folder.
+        run: A run or multirun.
+        dry_run: Whether only to say what would be sent.
+        tell: Says what is under way.
+
+    Returns:
+        A table of all runs, and how many could not be sent.
+
+    Raises:
+        UserError: W&B cannot be reached.
+    """
+    found = list(_tracked(Outputs(outputs), run))
+    if not found:
+        return f"{run}: nothing was recorded for W&B (tracking=disabled, or no stage ran)\n", 0
+    work = [one for one in found if not one.running and unsent(one.starts)]
+    if work and not dry_run:
+        _check_server()
+    rows, workspace = [], outputs.resolve() / ".wandb-sync"
+    for one in found:
+        if one in work and not dry_run:
+            tell(f"{one.stage} {one.key}: sending run {one.starts[0].run_id}")
+        state, where = _sent(one, workspace, dry_run)
+        name = one.starts[0].run_id
+        rows.append((one.stage, one.key, name, str(len(one.starts)), state, where))
+    with suppress(OSError):  # what could not be sent is still there
+        workspace.rmdir()
+    return table(HEADER, rows), sum(row[4] == FAILED for row in rows)
+
+
+def _tracked(outputs: Outputs, run: str) -> Iterator[Tracked]:
+    """Yield every W&B run that the points of `run` have made or use, once, parents first."""
+    held = {(one.stage, one.key) for one in holders(outputs.store.root)}
+    seen = set()
+    for record in outputs.records.resolve_all(run, outputs.store):
+        for stage, key in record.keys.items():
+            if (stage, key) in seen:
+                continue
+            seen.add((stage, key))
+            artifact = outputs.store.lookup(stage, key)
+            unfinished = outputs.store.unfinished(stage, key)
+            folders = (None if artifact is None else artifact.path, unfinished)
+            for folder in filter(None, folders):
+                if starts := starts_of(folder):
+                    running = folder == unfinished and (stage, key) in held
+                    yield Tracked(stage, key, folder, starts, running)
+
+
+def _sent(one: Tracked, workspace: Path, dry_run: bool) -> tuple[str, str]:
+    """Send a run; return its state and where it is to be seen, or what went wrong."""
+    if one.running:
+        return "running", "send it when it has ended"
+    pieces = unsent(one.starts)
+    if not pieces:
+        return "sent before", ""
+    if dry_run:
+        count = sum(len(piece.steps) for piece in pieces)
+        return "would send", f"{count} rows of {len(pieces)} starts"
+    return _send_all(pieces, one, workspace)
+
+
+def _send_all(pieces: list[Piece], one: Tracked, workspace: Path) -> tuple[str, str]:
+    where = ""
+    for piece in pieces:
+        result = send(piece, one.folder, workspace)
+        if result.error is not None:  # later starts would take the place of this one's rows
+            return FAILED, result.error
+        where = result.url or where
+    return "sent", where
+
+
+def _check_server() -> None:
+    import wandb  # a second of import: only when something is sent
+
+    url = str(wandb.setup().settings.base_url)
+    try:
+        urllib.request.urlopen(url, timeout=REACH_S).close()
+    except urllib.error.HTTPError:  # it answers
+        return
+    except OSError as error:
+        raise UserError(
+            f"W&B cannot be reached at {url} ({error}). Run this where there is a network, such as "
+            "a login node that sees the same files; WANDB_BASE_URL names another server"
+        ) from error

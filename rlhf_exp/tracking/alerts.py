@@ -1,0 +1,101 @@
+"""When a run deserves a look: rules over the rows that PPO reports.
+
+A run whose numbers are no longer finite is stopped, and says so itself; these rules see what comes
+before that, or never becomes infinite: a policy that runs away from its reference, a reward that
+collapses, a policy that always says the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+WINDOW = 5
+"""Rows that the mean reward is taken over: single iterations are noisy."""
+REST = 20
+"""Rows for which an alert that was raised is not raised again."""
+
+
+@dataclass(frozen=True)
+class AlertRules:
+    """Thresholds; `None` switches a rule off.
+
+    Attributes:
+        kl: Sequence KL in nats.
+        reward_drop: How far the mean reward over `WINDOW` rows may fall below its best, in standard
+            deviations of the scores then.
+        entropy: Fraction of the first row's entropy.
+    """
+
+    kl: float | None = None
+    reward_drop: float | None = None
+    entropy: float | None = None
+
+
+class Alarms:
+    """Looks at each row, in order.
+
+    Args:
+        rules: Thresholds.
+    """
+
+    def __init__(self, rules: AlertRules | None = None) -> None:
+        self._rules = rules or AlertRules()
+        self._rows = 0
+        self._raised: dict[str, int] = {}
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._best: tuple[float, float] | None = None
+        self._first_entropy: float | None = None
+
+    def see(self, row: Mapping[str, float]) -> list[tuple[str, str]]:
+        """Return titles and texts of the alerts that a row raises."""
+        if "kl/sequence" not in row:
+            return []
+        self._rows += 1
+        found = {
+            "KL is far above its target": self._kl(row["kl/sequence"]),
+            "Reward has collapsed": self._reward(row["reward/mean"], row["reward/std"]),
+            "Entropy has collapsed": self._entropy(row["policy/entropy"]),
+        }
+        return [(title, text) for title, text in found.items() if text and self._due(title)]
+
+    def _due(self, title: str) -> bool:
+        before = self._raised.get(title)
+        if before is not None and self._rows - before <= REST:
+            return False
+        self._raised[title] = self._rows
+        return True
+
+    def _kl(self, kl: float) -> str | None:
+        limit = self._rules.kl
+        if limit is None or not kl > limit:
+            return None
+        return f"kl/sequence is {kl:.3g} nats, above {limit:.3g}; a larger ppo.kl.coef holds it."
+
+    def _reward(self, mean: float, deviation: float) -> str | None:
+        drop = self._rules.reward_drop
+        self._recent.append(mean)
+        if drop is None or len(self._recent) < WINDOW:
+            return None
+        current = sum(self._recent) / WINDOW
+        if self._best is None or current > self._best[0]:
+            self._best = current, deviation
+        best, spread = self._best
+        if not best - current > drop * spread:
+            return None
+        return (
+            f"reward/mean over {WINDOW} reports is {current:.3g}, {best - current:.3g} below its "
+            f"best; scores had a standard deviation of {spread:.3g} then."
+        )
+
+    def _entropy(self, entropy: float) -> str | None:
+        if self._first_entropy is None:
+            self._first_entropy = entropy
+        fraction = self._rules.entropy
+        if fraction is None or not entropy < fraction * self._first_entropy:
+            return None
+        return (
+            f"policy/entropy is {entropy:.3g} nats, {self._first_entropy:.3g} in the first report: "
+            "the policy hardly varies its answers; see the samples."
+        )

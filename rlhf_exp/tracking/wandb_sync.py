@@ -1,0 +1,211 @@
+"""Sending to W&B what a run has recorded offline, over all its starts.
+
+Each start of a run writes a transaction log of its own; a resumed start logs again what came after
+its checkpoint. W&B's history only grows, so what is sent of a log are the rows that no later log
+has and that have not been sent yet. `wandb sync` does the sending, from a copy with these rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.tracking.local import STEP
+from rlhf_exp.tracking.wandb_file import (
+    copy_log,
+    is_complete,
+    mark_synced,
+    read_wandb_file,
+    synced_marker,
+    wandb_files,
+)
+
+TIMEOUT_S = 1800.0
+_LAST = "last_step"
+_URL = re.compile(r"View run at (\S+)")
+# Its own patience is hours; the user can give the command again.
+_PATIENCE = {"WANDB_X_GRAPHQL_RETRY_MAX": "3", "WANDB_X_FILE_TRANSFER_RETRY_MAX": "3"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run.
+
+    Attributes:
+        path: Its transaction log.
+        run_id: The run's id.
+        online: Whether it was connected to a server.
+        complete: Whether it was finished.
+        steps: The global steps of its rows.
+        sent: The last step sent of it; `None`: it has not been sent.
+    """
+
+    path: Path
+    run_id: str
+    online: bool
+    complete: bool
+    steps: tuple[int, ...]
+    sent: float | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is to be sent of a start: its rows with `after < step < before`."""
+
+    start: Start
+    after: float
+    before: float
+
+    def keeps(self, row: dict[str, Any]) -> bool:
+        """Whether a row is to be sent; what is no step's always is."""
+        return STEP not in row or self.after < row[STEP] < self.before
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are sent."""
+        return [step for step in self.start.steps if self.after < step < self.before]
+
+    @property
+    def last(self) -> float:
+        """The last step that is sent."""
+        return max(self.steps, default=-1)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """How sending went.
+
+    Attributes:
+        url: Where the run is to be seen.
+        error: What went wrong; `None`: nothing.
+    """
+
+    url: str
+    error: str | None
+
+
+def starts_of(folder: Path) -> list[Start]:
+    """Return the starts recorded in a run's folder, in order.
+
+    Raises:
+        UserError: A log is damaged.
+    """
+    found = []
+    for path in wandb_files(folder):
+        if path.stat().st_size <= 7:  # killed before anything was written
+            continue
+        run = read_wandb_file(path)
+        steps = tuple(row[STEP] for row in run.history if STEP in row)
+        online = not path.parent.name.startswith("offline-")
+        sent = _last_sent(path, steps)
+        found.append(Start(path, run.run_id, online, is_complete(path), steps, sent))
+    return found
+
+
+def _last_sent(path: Path, steps: tuple[int, ...]) -> float | None:
+    marker = synced_marker(path)
+    if not marker.exists():
+        return None
+    note = marker.read_text(encoding="utf-8")
+    # `wandb sync` itself writes no note: it has sent everything.
+    return float(json.loads(note)[_LAST]) if note else max(steps, default=-1)
+
+
+def unsent(starts: Sequence[Start]) -> list[Piece]:
+    """Return what is to be sent, in order.
+
+    A start that was online has first sent whatever the starts before it had recorded, so these are
+    done with. If it lost its server, its own log is sent whole: its rows keep their places.
+    """
+    connected = [index for index, start in enumerate(starts) if start.online and start.steps]
+    begin = connected[-1] if connected else 0
+    after, pieces = -math.inf, []
+    for index in range(begin, len(starts)):
+        start = starts[index]
+        if start.sent is not None:
+            after = max(after, start.sent)
+        elif start.online:
+            if start.steps:
+                pieces.append(Piece(start, -math.inf, math.inf))
+                after = max(after, *start.steps)
+        else:
+            later = [min(one.steps) for one in starts[index + 1 :] if one.steps]
+            piece = Piece(start, after, min(later, default=math.inf))
+            pieces.append(piece)
+            after = max(after, piece.last)
+    return pieces
+
+
+def send(piece: Piece, folder: Path, workspace: Path) -> Sent:
+    """Send a piece by `wandb sync`.
+
+    Args:
+        piece: What is sent.
+        folder: The run's folder.
+        workspace: Where the copy lies. It stays if sending fails: what has begun to be sent is
+            continued as it was.
+    """
+    path = piece.start.path
+    log = path
+    if not piece.start.online:
+        log = workspace / path.parent.name / path.name
+        if not log.exists():
+            _copy(piece, folder, log)
+    done = _wandb_sync(log.parent)
+    url = _URL.search(done)
+    if not synced_marker(log).exists():
+        return Sent("", _reason(done))
+    mark_synced(path, json.dumps({_LAST: piece.last}))
+    if log != path:
+        shutil.rmtree(log.parent)
+    return Sent(url[1] if url else "", None)
+
+
+def _copy(piece: Piece, folder: Path, log: Path) -> None:
+    making = log.with_suffix(".making")
+    shutil.rmtree(log.parent, ignore_errors=True)
+    log.parent.mkdir(parents=True)
+    files = piece.start.path.parent / "files"
+    if files.is_dir():
+        shutil.copytree(files, log.parent / "files")
+    copy_log(piece.start.path, making, partial(Piece.keeps, piece), folder.resolve())
+    making.rename(log)
+
+
+def _wandb_sync(folder: Path) -> str:
+    """Run `wandb sync` on a start's directory; return what it said. Its exit code is always 0."""
+    environment = {**os.environ, **_PATIENCE}
+    environment.pop("WANDB_MODE", None)
+    environment.pop("WANDB_SILENT", None)
+    command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(folder)]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_S,
+            check=False,
+            text=True,
+        )
+    except subprocess.TimeoutExpired:
+        return f"wandb sync took more than {TIMEOUT_S:g} s"
+    return done.stdout
+
+
+def _reason(said: str) -> str:
+    lines = [line.removeprefix("wandb: ").strip() for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"(?i)error|fail|not auth|took more", line)]
+    return (telling or lines or ["wandb sync said nothing"])[-1]

@@ -63,14 +63,21 @@ def _runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     sync.add_argument("--dry-run", action="store_true", help="say what would be sent")
     sync.set_defaults(command=_sync)
 
-    report = commands.add_parser("report", help="write the report of a run")
-    report.add_argument("run", metavar="RUN")
+    report = commands.add_parser("report", help="write the report of a run, a sweep or any runs")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="or NAME:KEY=VALUE,... of a sweep")
+    budget = "judge by the highest validation reward within this KL per answer"
+    report.add_argument("--kl-budget", type=float, metavar="NATS", help=budget)
     report.set_defaults(command=_report)
 
-    compare = commands.add_parser("compare", help="differences in config and results of two runs")
-    compare.add_argument("first", metavar="A")
-    compare.add_argument("second", metavar="B")
+    compare = commands.add_parser("compare", help="differences in config and results")
+    for side, name in (("first", "A"), ("second", "B")):
+        compare.add_argument(side, metavar=name, help="a run, a sweep, or NAME:KEY=VALUE,... of it")
     compare.set_defaults(command=_compare)
+    for command in (report, compare):
+        form = command.add_mutually_exclusive_group()
+        for name in ("json", "csv"):
+            text = f"print {name.upper()} instead"
+            form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=text)
 
 
 def _models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -161,15 +168,17 @@ def _sync(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.report import write_report
+    from rlhf_exp.commands.report import report
 
-    print(write_report(arguments.outputs, arguments.run))
+    form = arguments.form or "page"
+    print(report(arguments.outputs, arguments.runs, form, arguments.kl_budget), end="")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
     from rlhf_exp.commands.compare import compare
 
-    print(compare(arguments.outputs, arguments.first, arguments.second), end="")
+    form = arguments.form or "text"
+    print(compare(arguments.outputs, arguments.first, arguments.second, form), end="")
 
 
 def _chat(arguments: argparse.Namespace) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.report.sweep.settings import flatten, given, order_of, shown
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.records import Records, RunRecord
 from rlhf_exp.store.store import Store
 
 POLICIES = ("ppo", "sft")
+# A comma before the next key; those inside a value, such as a list, are the value's.
+_SEPARATOR = re.compile(r",(?=[A-Za-z_][\w./]*=)")
 
 
 class Outputs:
@@ -28,13 +32,46 @@ class Outputs:
         """Return the run that `run` means: `latest`, a name, a key's beginning, or a folder."""
         return self.records.resolve(run, self.store)
 
+    def select(self, runs: str) -> list[RunRecord]:
+        """Return the runs that `runs` means: as `run`, but of a name all points.
+
+        After a colon, values of the command line or config choose among them:
+        `kl:ppo.lr=1e-4,ppo.kl.coef=0.1`.
+
+        Raises:
+            UserError: There are none.
+        """
+        if runs == "latest":
+            return [self.run(runs)]
+        name, colon, wanted = runs.partition(":")
+        if not colon or Path(runs).exists():
+            return self.records.resolve_all(runs, self.store)
+        found = self.records.resolve_all(name, self.store)
+        values = given(_SEPARATOR.split(wanted))
+        if not values:
+            raise UserError(f"{runs}: after the colon, expected KEY=VALUE,... such as ppo.lr=1e-4")
+        held = [(record, self._settings(record)) for record in found]
+        for key, value in values.items():
+            held = _with_value(runs, held, key, value)
+        return [record for record, _ in held]
+
+    def _settings(self, record: RunRecord) -> dict[str, str]:
+        """Return a run's values by key: its config's, else its command line's."""
+        stage, key = list(record.keys.items())[-1]
+        artifact = self.store.lookup(stage, key)
+        config = {} if artifact is None else flatten(artifact.manifest.config)
+        return given(record.overrides) | {name: shown(value) for name, value in config.items()}
+
     def artifacts(self, run: str) -> dict[str, Artifact]:
         """Return the results of a run by stage, in the order they were made.
 
         Raises:
             UserError: There is no such run, or none of its results is in the store.
         """
-        record = self.run(run)
+        return self.artifacts_of(self.run(run), run)
+
+    def artifacts_of(self, record: RunRecord, run: str) -> dict[str, Artifact]:
+        """Return the results of a record; `run` is what the user calls it. See `artifacts`."""
         found = {
             stage: artifact
             for stage, key in record.keys.items()
@@ -74,3 +111,14 @@ class Outputs:
         raise UserError(
             f"{run} has no {' or '.join(roles)} model, only {', '.join(artifacts) or 'nothing'}"
         )
+
+
+def _with_value(
+    runs: str, held: list[tuple[RunRecord, dict[str, str]]], key: str, value: str
+) -> list[tuple[RunRecord, dict[str, str]]]:
+    kept = [pair for pair in held if pair[1].get(key) == value]
+    if not kept:
+        values = sorted({pair[1][key] for pair in held if key in pair[1]}, key=order_of)
+        known = f"it is {', '.join(values)} in them" if values else "none of them has such a key"
+        raise UserError(f"{runs}: of {len(held)} runs none has {key}={value}; {known}")
+    return kept

@@ -26,13 +26,16 @@ class Line:
         label: its name in the legend.
         x: [N] positions.
         y: [N] values; NaN is a gap.
-        colour: number of the colour class, 0 to 3.
+        colour: number of the colour class, 0 to 3; to 5 where the page's style has them.
         spread: [N] half the height of the band around it, or `None`.
         whiskers: (low [N], high [N]) of an interval drawn at each point, or `None`.
         smooth: draw a running mean where points are many, and the points themselves faintly.
         ordered: draw as a path through the points in their order, marking its start and its end.
         unit: of x, for what a pointer shows.
         last: text of the legend's value; the last y by default.
+        dash: number of the dash class, 0 to 3; 0 leaves it to the colour.
+        band: (low [N], high [N]) of an interval drawn as an area, or `None`.
+        disc: index of the one point that is marked; by default all are where they are few.
     """
 
     label: str
@@ -45,6 +48,9 @@ class Line:
     ordered: bool = False
     unit: str = "step"
     last: str | None = None
+    dash: int = 0
+    band: tuple[Floats, Floats] | None = None
+    disc: int | None = None
 
     @property
     def window(self) -> int:
@@ -87,6 +93,9 @@ class Chart:
         include: y values that the axis must reach.
         levels: (value, label) of horizontal reference lines.
         diagonal: draw the line y = x.
+        marks_x: (value, label) of vertical reference lines.
+        keys: (label, colour, dash, value) of the legend, where it is not one entry a line.
+        y_range: of the vertical axis, for charts that are to be compared; by default what it holds.
     """
 
     title: str
@@ -96,6 +105,9 @@ class Chart:
     include: Sequence[float] = field(default_factory=tuple)
     levels: Sequence[tuple[float, str]] = field(default_factory=tuple)
     diagonal: bool = False
+    marks_x: Sequence[tuple[float, str]] = field(default_factory=tuple)
+    keys: Sequence[tuple[str, int, int, str]] | None = None
+    y_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

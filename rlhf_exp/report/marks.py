@@ -19,6 +19,11 @@ _MARKED = 16
 _HOVERED = 60
 
 
+def style(colour: int, dash: int) -> str:
+    """Return the classes of a colour and a dash."""
+    return f"s{colour} d{dash}" if dash else f"s{colour}"
+
+
 def draw(line: Line, axes: Axes) -> list[Markup]:
     """Return the marks of one line, what lies behind first."""
     if line.ordered:
@@ -26,6 +31,9 @@ def draw(line: Line, axes: Axes) -> list[Markup]:
     found = []
     smooth, spread = line.smoothed, line.smoothed_spread
     colour = f"s{line.colour}"
+    if line.band is not None:
+        low, high = (axes.top(end) for end in line.band)
+        found += svg.band(axes.left(line.x), low, high, class_=f"band {colour}")
     if spread is not None:
         x, low = thinned(line.x, smooth - spread)
         high = np.interp(x, line.x, smooth + spread)
@@ -36,8 +44,11 @@ def draw(line: Line, axes: Axes) -> list[Markup]:
     if line.whiskers is not None:
         found += _whiskers(line.x, line.whiskers, axes, f"whisker {colour}")
     x, y = thinned(line.x, smooth)
-    found += svg.polyline(axes.left(x), axes.top(y), class_=f"line {colour}")
-    if len(x) <= _MARKED:
+    found += svg.polyline(axes.left(x), axes.top(y), class_=f"line {style(line.colour, line.dash)}")
+    if line.disc is not None:
+        spot = slice(line.disc, line.disc + 1)
+        found += _dots(axes.left(line.x[spot]), axes.top(line.y[spot]), f"dot {colour}", 3.6)
+    elif len(x) <= _MARKED:
         found += _dots(axes.left(x), axes.top(y), f"dot {colour}", 2.2)
     return found + _hover(line, x, y, axes)
 

@@ -45,7 +45,11 @@ def build_report(data: ReportData, path: Path) -> Path:
         data: what to show; all strings in it are untrusted.
         path: the file to write; its folder is made if missing.
     """
-    page = render_page(data)
+    return write_page(render_page(data), path)
+
+
+def write_page(page: str, path: Path) -> Path:
+    """Write a page at once, whole, and return its path; its folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

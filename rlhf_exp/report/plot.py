@@ -8,9 +8,9 @@ import numpy as np
 from markupsafe import Markup
 
 from rlhf_exp.report import svg
-from rlhf_exp.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Axes, Chart
+from rlhf_exp.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes, Chart
 from rlhf_exp.report.curves import Floats, thinned
-from rlhf_exp.report.marks import draw
+from rlhf_exp.report.marks import draw, style
 from rlhf_exp.report.numbers import nice_ticks, tick_labels
 
 
@@ -49,10 +49,14 @@ def _ranges(chart: Chart) -> tuple[tuple[float, float], tuple[float, float]]:
             heights += [line.smoothed - line.smoothed_spread, line.smoothed + line.smoothed_spread]
         if line.whiskers is not None:
             heights += line.whiskers
-    low, high = _widened(*_extent([line.positions for line in chart.lines]), share=0.0)
+        if line.band is not None:
+            heights += line.band
+    widths = [line.positions for line in chart.lines]
+    widths.append(np.array([value for value, _ in chart.marks_x]))
+    low, high = _widened(*_extent(widths), share=0.0)
     if any(line.ordered for line in chart.lines) or chart.diagonal:
         low, high = _widened(low, high)
-    return (low, high), _widened(*_extent(heights))
+    return (low, high), chart.y_range or _widened(*_extent(heights))
 
 
 def _extent(arrays: Sequence[Floats]) -> tuple[float, float]:
@@ -89,6 +93,11 @@ def _frame(chart: Chart, axes: Axes) -> list[Markup]:
         y = float(axes.top(np.array(value)))
         found.append(svg.element("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="level"))
         found.append(svg.element("text", text, x=RIGHT, y=y - 4, class_="tick end"))
+    for value, text in chart.marks_x:
+        x = float(axes.left(np.array(value)))
+        found.append(svg.element("line", x1=x, x2=x, y1=TOP, y2=BOTTOM, class_="level"))
+        side, place = ("end", x - 4) if x > centre else ("start", x + 4)
+        found.append(svg.element("text", text, x=place, y=TOP + 8, class_=f"tick {side}"))
     if chart.diagonal:
         ends = np.array([max(axes.x[0], axes.y[0]), min(axes.x[1], axes.y[1])])
         found += svg.polyline(axes.left(ends), axes.top(ends), class_="level")
@@ -96,11 +105,13 @@ def _frame(chart: Chart, axes: Axes) -> list[Markup]:
 
 
 def _legend(chart: Chart) -> Markup:
+    keys = chart.keys
+    if keys is None:
+        keys = [(line.label, line.colour, line.dash, line.ending) for line in chart.lines]
     items = []
-    for line in chart.lines:
-        swatch = svg.element("i", class_=f"swatch s{line.colour}")
-        value = svg.element("b", line.ending)
-        items.append(svg.element("li", swatch, line.label, " ", value))
+    for label, colour, dash, ending in keys:
+        swatch = svg.element("i", class_=f"swatch {style(colour, dash)}")
+        items.append(svg.element("li", swatch, label, " ", svg.element("b", ending)))
     return svg.element("ul", *items, class_="legend")
 
 

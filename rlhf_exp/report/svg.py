@@ -80,7 +80,7 @@ def _points(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _name(name: str) -> str:
-    # `viewBox` is the one SVG attribute used here that keeps its capital.
+    # SVG's attributes keep their capitals: `viewBox`, `preserveAspectRatio`.
     return name.rstrip("_").replace("_", "-")
 
 

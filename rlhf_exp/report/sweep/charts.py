@@ -1,0 +1,179 @@
+"""The charts of several runs: reward against KL, and learning curves over seeds.
+
+Colour is the hyperparameter that separates the objectives most, dashes are the next one, so that a
+legend stays short however many lines there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlhf_exp.report.chart import Chart, Line
+from rlhf_exp.report.curves import Floats, curve
+from rlhf_exp.report.numbers import short
+from rlhf_exp.report.sweep.data import Point, Sweep
+from rlhf_exp.report.sweep.gather import evaluations
+from rlhf_exp.report.sweep.groups import Group, grouped, intervals
+from rlhf_exp.report.sweep.levels import Levels, leading
+
+COLOURS, DASHES = 6, 4
+# More bands than this in one chart hide each other.
+BANDS = 6
+CURVES = {
+    "ppo": (
+        ("Validation reward", "eval/reward_mean"),
+        ("KL on validation prompts, nats per answer", "eval/kl_sequence"),
+        ("Answer length, tokens", "eval/length_mean"),
+    ),
+    "reward": (
+        ("Accuracy on validation pairs", "eval/accuracy"),
+        ("Validation loss, nats per pair", "eval/loss"),
+    ),
+    "sft": (("Validation loss, nats per token", "eval/loss"),),
+}
+
+
+class Palette:
+    """Colours and dashes of a sweep's lines."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        points = list(sweep.points)
+        found = leading(points, sweep.varied, COLOURS)
+        none = Levels("", ("runs",), (0,) * len(points))
+        self.colour = found[0] if found else none
+        second = found[1] if len(found) > 1 else None
+        wide = second is not None and len(second.labels) > DASHES
+        if second is not None and wide:
+            second = leading(points, [second.key], DASHES)[0]
+        self.dash = second or none
+        self.numbers = {point.key: number for number, point in enumerate(points)}
+
+    def of(self, point: Point) -> tuple[int, int]:
+        """Return the colour and the dash of a run's line; dash 0 is the colour's own: solid."""
+        number = self.numbers[point.key]
+        return self.colour.numbers[number], self.dash.numbers[number]
+
+    def legend(self) -> list[tuple[str, int, int, str]]:
+        """Return the legend: every colour, then every dash."""
+        found = []
+        if self.colour.key:
+            found += [
+                (f"{self.colour.name} {label}", number, 0, "")
+                for number, label in enumerate(self.colour.labels)
+            ]
+        if self.dash.key:
+            found += [
+                (f"{self.dash.name} {label}", COLOURS, number, "")
+                for number, label in enumerate(self.dash.labels)
+            ]
+        return found
+
+
+def frontier(sweep: Sweep, palette: Palette) -> Chart | None:
+    """Return reward against the square root of KL, one line a run, a disc at what it published."""
+    lines = []
+    for point in sweep.points:
+        found = evaluations(point.rows)
+        if not found:
+            continue
+        steps, reward, kl = (np.array(column) for column in zip(*found, strict=True))
+        colour, dash = palette.of(point)
+        last = f"{short(float(reward[-1]))}"
+        line = Line(
+            point.label, root(kl), reward, colour, smooth=False, unit="√KL", last=last, dash=dash,
+            disc=_place(steps, point.published),
+        )  # fmt: skip
+        lines.append(line)
+    if not lines:
+        return None
+    levels = [] if sweep.kl_budget is None else [(math.sqrt(sweep.kl_budget), "KL budget")]
+    return Chart(
+        "Validation reward against √KL",
+        lines,
+        x_label="√KL, KL in nats per answer",
+        keys=palette.legend(),
+        marks_x=levels,
+    )
+
+
+def root(kl: Floats) -> Floats:
+    """Return the square root of KL [N]; an estimate below 0 is one of 0."""
+    return np.sqrt(np.maximum(kl, 0.0))
+
+
+def curves(sweep: Sweep, palette: Palette) -> list[tuple[str, list[Chart]]]:
+    """Return (heading, charts): each metric over training, mean and interval over seeds.
+
+    With more settings than can be told apart in one chart, each colour gets one of its own, with
+    the same vertical axis.
+    """
+    groups = grouped(sweep.points)
+    found = []
+    for title, metric in CURVES.get(sweep.stage, ()):
+        banded = len(groups) <= BANDS
+        lines = [(group, _line(group, metric, palette, banded=banded)) for group in groups]
+        known = [(group, line) for group, line in lines if line is not None]
+        if not known:
+            continue
+        if banded or not palette.dash.key:
+            found.append(("", [Chart(title, [line for _, line in known], keys=_keys(palette))]))
+        else:
+            found.append((title, _panels(known, palette)))
+    joined = [chart for heading, charts in found if not heading for chart in charts]
+    apart = [(heading, charts) for heading, charts in found if heading]
+    return ([("", joined)] if joined else []) + apart
+
+
+def over_seeds(group: Group, metric: str) -> tuple[Floats, Floats, Floats, Floats] | None:
+    """Return (steps, mean, low, high), each [T], of a metric in the runs of a group."""
+    members = group.done or group.points
+    found = [points for one in members if (points := curve(one.rows, [metric])) is not None]
+    if not found:
+        return None
+    steps = np.unique(np.concatenate([one.x for one in found]))
+    values = np.full((len(found), len(steps)), np.nan)
+    for row, one in enumerate(found):
+        values[row, np.searchsorted(steps, one.x)] = one.y
+    return steps, *intervals(values)
+
+
+def _keys(palette: Palette) -> list[tuple[str, int, int, str]] | None:
+    return palette.legend() or None
+
+
+def _line(group: Group, metric: str, palette: Palette, *, banded: bool) -> Line | None:
+    found = over_seeds(group, metric)
+    if found is None:
+        return None
+    steps, mean, low, high = found
+    colour, dash = palette.of(group.points[0])
+    band = (low, high) if banded and np.isfinite(low).any() else None
+    count = len(group.done or group.points)
+    label = f"{group.label}, {count} seeds" if count > 1 else group.label
+    return Line(label, steps, mean, colour, smooth=False, dash=dash, band=band, disc=len(steps) - 1)
+
+
+def _panels(lines: Sequence[tuple[Group, Line]], palette: Palette) -> list[Chart]:
+    """Return a chart for each colour, all with one vertical axis."""
+    values = np.concatenate([line.y for _, line in lines])
+    values = values[np.isfinite(values)]
+    low, high = float(values.min()), float(values.max())
+    margin = 0.05 * (high - low) or 1.0
+    charts = []
+    for number, label in enumerate(palette.colour.labels):
+        own = [line for _, line in lines if line.colour == number]
+        if own:
+            keys = [key for key in palette.legend() if key[1] in (number, COLOURS)]
+            title = f"{palette.colour.name} {label}"
+            charts.append(Chart(title, own, keys=keys, y_range=(low - margin, high + margin)))
+    return charts
+
+
+def _place(steps: Floats, published: float | None) -> int:
+    """Return the index of the published step; the last where it is not known."""
+    if published is None or published not in steps:
+        return len(steps) - 1
+    return int(np.flatnonzero(steps == published)[0])

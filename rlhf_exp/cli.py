@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     _runs(commands)
     _models(commands)
     _people(commands)
+    _judges(commands)
     _store(commands)
     return root
 
@@ -118,6 +119,24 @@ def _people(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         instead.add_argument(option, dest=name, nargs=2, metavar=words, help=text)
     instead.add_argument("--results", action="store_true", help="print the results so far")
     annotate.set_defaults(command=_annotate)
+
+
+def _judges(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    judge = commands.add_parser("judge", help="compare judges with people on a file of pairs")
+    judge.add_argument("file", type=Path, metavar="FILE", help="pairs that people have judged")
+    add = judge.add_argument
+    several = "a reward model; may be repeated"
+    add("--reward", action="append", default=[], metavar="RUN|DIR|ID", help=several)
+    add("--llm", metavar="NAME", help="a language model behind an OpenAI-compatible endpoint")
+    add("--url", help="the endpoint, such as http://127.0.0.1:8000/v1")
+    add("--key-env", metavar="VARIABLE", help="environment variable with the endpoint's key")
+    add("--criterion", help="what the better answer is more of, as the LLM is asked")
+    field = "a further field of each request; may be repeated"
+    add("--request", action="append", default=[], metavar="NAME:JSON", help=field)
+    add("--concurrency", type=int, metavar="N", help="requests under way at once (8)")
+    add("--pairs", type=int, metavar="N", help="only the first N pairs")
+    add("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    judge.set_defaults(command=_judge)
 
 
 def _store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -201,6 +220,16 @@ def _annotate(arguments: argparse.Namespace) -> None:
     design = Design(**{field.name: given[field.name] for field in dataclasses.fields(Design)})
     wanted = Wanted(**{field.name: given[field.name] for field in dataclasses.fields(Wanted)})
     annotate(arguments.outputs, arguments.run, design, arguments.study, wanted)
+
+
+def _judge(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.judge import Panel, judge
+
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    names = [field.name for field in dataclasses.fields(Panel)]
+    panel = Panel(**{name: given[name] for name in names if name in given})
+    outputs, file = arguments.outputs, arguments.file
+    print(judge(outputs, file, panel, arguments.pairs, arguments.out), end="")
 
 
 def _store_ls(arguments: argparse.Namespace) -> None:

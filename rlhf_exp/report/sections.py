@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlhf_exp.report.parts import comparisons
+from rlhf_exp.report.parts import comparisons, judges
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,10 @@ class Section:
     render: Callable[[Any], Markup]
 
 
-SECTIONS = (Section("comparisons", "All models", "comparisons.json", comparisons.render),)
+SECTIONS = (
+    Section("comparisons", "All models", "comparisons.json", comparisons.render),
+    Section("judges", "Judges", "judges.json", judges.render),
+)
 
 
 def sections_of(parts: Mapping[str, Any]) -> list[tuple[Section, Markup]]:

@@ -98,7 +98,7 @@ class Panel:
             Pair(prompt, row.answer_a, row.answer_b)
             for prompt, row in zip(dialogues, result.rows, strict=True)
         ]
-        verdicts = _verdicts(judge, pairs)
+        verdicts = verdicts_of(judge, pairs)
         usage = judge.usage if isinstance(judge, LLMJudge) else None
         return Judgment.of(name.value, judge.name, verdicts, result.seed, result.level, usage)
 
@@ -108,7 +108,7 @@ class Panel:
         seed = self.bench.config.eval.seed
         for name in self.section.names:
             judge = self._judge(name)
-            signs = [verdict.sign for verdict in _verdicts(judge, labels.pairs)]
+            signs = [verdict.sign for verdict in verdicts_of(judge, labels.pairs)]
             one = quality(judge.name, signs, labels.ratings, seed)
             for short, estimate in (("agreement", one.agreement), ("kappa", one.kappa)):
                 if np.isfinite(estimate.mean):
@@ -189,7 +189,8 @@ class Panel:
         return self.bench.config.eval.tie_low, self.bench.config.eval.tie_high
 
 
-def _verdicts(judge: Judge, pairs: Sequence[Pair]) -> list[Verdict]:
+def verdicts_of(judge: Judge, pairs: Sequence[Pair]) -> list[Verdict]:
+    """Return a judge's verdicts, with a progress bar for one that takes its time."""
     if not isinstance(judge, LLMJudge):
         return judge.verdicts(pairs)
     with Progress("judge", 2 * sum(not pair.identical for pair in pairs), ()) as progress:

@@ -6,7 +6,6 @@ B rows, S tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +15,7 @@ from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.hh import parse_prompt
 from rlhf_exp.data.rows import History
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.load import load_config
-from rlhf_exp.models.reward_model import HEAD, RewardModel
+from rlhf_exp.models.reward_model import RewardModel
 
 
 class OwnRewardModel:
@@ -82,13 +80,3 @@ def history_of(prompt: str) -> History:
         return parse_prompt(prompt)
     except ValueError as error:
         raise UserError(f"no prompt for a judge: {error}: {prompt[:80]!r}") from error
-
-
-def is_own(path: str | Path) -> bool:
-    """Whether the reward stage wrote this folder.
-
-    Raises:
-        UserError: there is no model at all.
-    """
-    load_config(path)
-    return (Path(path) / HEAD).is_file()

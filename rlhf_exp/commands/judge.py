@@ -1,0 +1,169 @@
+"""`rlhf-exp judge FILE`: how well judges agree with the people who judged a file of pairs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_exp.commands.runs import Outputs
+from rlhf_exp.commands.text import table
+from rlhf_exp.data.codec import Codec
+from rlhf_exp.errors import UserError
+from rlhf_exp.evaluation.judges.classifier import Classifier
+from rlhf_exp.evaluation.judges.endpoint import Client, Endpoint
+from rlhf_exp.evaluation.judges.judge import Judge
+from rlhf_exp.evaluation.judges.labels import read_judged
+from rlhf_exp.evaluation.judges.llm import LLMJudge, consistent, first_place
+from rlhf_exp.evaluation.judges.own import OwnRewardModel
+from rlhf_exp.evaluation.judges.prompt import CRITERION
+from rlhf_exp.evaluation.judges.quality import People, Quality, people_of, quality
+from rlhf_exp.evaluation.judges.replies import Replies
+from rlhf_exp.evaluation.judges.reward import RewardJudge
+from rlhf_exp.evaluation.metric import DASH, format_estimate
+from rlhf_exp.models.load import load_tokenizer
+from rlhf_exp.models.reward_model import HEAD, RewardModel
+from rlhf_exp.stages.judging import REPLIES, request_of, verdicts_of
+from rlhf_exp.store.files import write_json_atomic
+
+_SIDES = ("a", "tie", "b")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The judges asked for.
+
+    Attributes:
+        reward: runs, folders or hub ids of reward models.
+        llm: name of a language model.
+        url: its endpoint.
+        key_env: environment variable with the endpoint's key.
+        criterion: what the better answer is more of.
+        request: further fields of each request, `NAME:JSON`.
+        concurrency: requests under way at once.
+    """
+
+    reward: tuple[str, ...] = ()
+    llm: str | None = None
+    url: str | None = None
+    key_env: str | None = None
+    criterion: str = CRITERION
+    request: tuple[str, ...] = ()
+    concurrency: int = 8
+
+
+def judge(
+    outputs: Path, file: Path, panel: Panel, pairs: int | None = None, out: Path | None = None
+) -> str:
+    """Return tables of what people say and of how far each judge agrees with them.
+
+    Args:
+        outputs: the output folder.
+        file: pairs that people have judged.
+        panel: the judges; without any, only people are compared with each other.
+        pairs: most pairs.
+        out: file for the numbers, as JSON.
+
+    Raises:
+        UserError: the file or a judge cannot be used.
+    """
+    if pairs is not None and pairs < 1:
+        raise UserError(f"--pairs {pairs}: must be at least 1")
+    labels = read_judged(file, "judge").first(pairs)
+    people = people_of(labels.ratings, labels.annotators)
+    found: list[Quality] = []
+    notes: list[str] = []
+    for one in _judges(Outputs(outputs), panel):
+        verdicts = verdicts_of(one, labels.pairs)
+        signs = [verdict.sign for verdict in verdicts]
+        found.append(quality(one.name, signs, labels.ratings))
+        if isinstance(one, LLMJudge):
+            bias, (same, both) = first_place(verdicts), consistent(verdicts)
+            share = f"{100 * bias.share:.1f} %" if bias.first + bias.second else DASH
+            usage = one.usage
+            notes.append(
+                f"{one.name}: alike in both orders {same} of {both}, first answer wins {share}, "
+                f"{usage.unparsed} pairs unreadable; {usage.requests} replies asked for, "
+                f"{usage.cached} kept ones, {usage.prompt_tokens} tokens read, "
+                f"{usage.completion_tokens} written"
+            )
+    if out is not None:
+        content = {"file": file.name, "unusable": labels.unusable, "people": people.to_json()}
+        write_json_atomic(out, {**content, "judges": [one.to_json() for one in found]})
+    return "\n".join([_people(people, labels.unusable), *_qualities(found), *notes, ""])
+
+
+def _judges(outputs: Outputs, panel: Panel) -> list[Judge]:
+    judges: list[Judge] = [_reward(outputs, spec) for spec in panel.reward]
+    if panel.llm is None:
+        return judges
+    if panel.url is None:
+        raise UserError("--llm: needs --url, such as http://127.0.0.1:8000/v1")
+    key = None if panel.key_env is None else os.environ.get(panel.key_env)
+    if panel.key_env is not None and not key:
+        raise UserError(f"--key-env {panel.key_env}: no such environment variable, or it is empty")
+    if panel.concurrency < 1:
+        raise UserError(f"--concurrency {panel.concurrency}: must be at least 1")
+    endpoint = Endpoint(panel.url, panel.llm, key, request=request_of(panel.request))
+    replies = Replies(outputs.folder / "cache" / REPLIES)
+    return [*judges, LLMJudge(Client(endpoint), replies, panel.criterion, panel.concurrency)]
+
+
+def _reward(outputs: Outputs, spec: str) -> Judge:
+    """Return the reward model of a run, or of a folder or hub id."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder, form = Path(spec), "hh"
+    if not folder.is_dir():
+        try:
+            artifacts: dict[str, Any] = dict(outputs.artifacts(spec))
+        except UserError:
+            if spec.count("/") != 1:
+                raise
+            artifacts = {}
+        if artifacts and "reward" not in artifacts:
+            raise UserError(f"--reward {spec}: that run has no reward model")
+        if not artifacts:
+            classifier = Classifier(spec, device=device)
+            return RewardJudge(classifier.name, classifier)
+        artifact = artifacts["reward"]
+        folder, form = artifact.path / "model", artifact.manifest.config["data"]["format"]
+    if not (folder / HEAD).is_file():
+        classifier = Classifier(folder, device=device)
+        return RewardJudge(classifier.name, classifier)
+    codec = Codec(load_tokenizer(folder), form)
+    return RewardJudge(spec, OwnRewardModel(RewardModel.load(folder), codec, device=device))
+
+
+def _people(found: People, unusable: int) -> str:
+    a, tie, b = found.counts
+    rows = [
+        ("Pairs", f"{found.pairs}; by majority {a} for a, {tie} ties, {b} for b"),
+        ("People", f"{len(found.annotators)}"),
+    ]
+    if unusable:
+        rows.append(("Left out", f"{unusable} rows are no pair of answers to one prompt"))
+    if found.agreement is not None:
+        rows += [
+            ("Two people agree", format_estimate(found.agreement, 3)),
+            ("Krippendorff's alpha", format_estimate(found.alpha, 3)),
+        ]
+    return table(("people", ""), rows)
+
+
+def _qualities(found: list[Quality]) -> list[str]:
+    parts = []
+    for one in found:
+        rows = [
+            ("As the majority", format_estimate(one.agreement, 3)),
+            ("Where both decide", format_estimate(one.decided, 3)),
+            ("As one person", format_estimate(one.with_one, 3)),
+            ("Cohen's kappa", format_estimate(one.kappa, 3)),
+            ("Krippendorff's alpha", format_estimate(one.alpha, 3)),
+        ]
+        header = ("people say", *(f"judge {side}" for side in _SIDES))
+        counts = [(side, *map(str, row)) for side, row in zip(_SIDES, one.confusion, strict=True)]
+        parts += [table((one.judge, ""), rows), table(header, counts)]
+    return parts

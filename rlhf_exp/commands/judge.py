@@ -115,7 +115,8 @@ def _judges(outputs: Outputs, panel: Panel) -> list[Judge]:
 def _reward(outputs: Outputs, spec: str) -> Judge:
     """Return the reward model of a run, or of a folder or hub id."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder, form = Path(spec), "hh"
+    folder = Path(spec)
+    form: Any = "hh"
     if not folder.is_dir():
         try:
             artifacts: dict[str, Any] = dict(outputs.artifacts(spec))

@@ -108,7 +108,7 @@ def _judges(outputs: Outputs, panel: Panel) -> list[Judge]:
     if panel.concurrency < 1:
         raise UserError(f"--concurrency {panel.concurrency}: must be at least 1")
     endpoint = Endpoint(panel.url, panel.llm, key, request=request_of(panel.request))
-    replies = Replies(outputs.folder / "cache" / REPLIES)
+    replies = Replies(outputs.folder / REPLIES)
     return [*judges, LLMJudge(Client(endpoint), replies, panel.criterion, panel.concurrency)]
 
 

@@ -30,7 +30,8 @@ from rlhf_exp.stages.training import attention_of, torch_dtype
 from rlhf_exp.tracking.progress import Progress
 
 JUDGES = "judges.json"
-REPLIES = "judge_replies.jsonl"
+REPLIES = "judges/replies.jsonl"
+"""What language models replied, below the output folder."""
 
 
 class Panel:
@@ -128,7 +129,7 @@ class Panel:
         return self._judges[name]
 
     def _llm(self) -> LLMJudge:
-        section, context = self.section, self.bench.context
+        section = self.section
         assert section.llm is not None
         assert section.url is not None
         endpoint = Endpoint(
@@ -143,7 +144,7 @@ class Panel:
         if self.bench.config.eval.samples is None:
             # Before an hour of sampling; without sampling, known replies may do.
             client.check()
-        replies = Replies(context.cache / REPLIES)
+        replies = Replies(Path(self.bench.config.output_dir) / REPLIES)
         return LLMJudge(client, replies, section.criterion, section.concurrency)
 
     def _model(self) -> Judge:

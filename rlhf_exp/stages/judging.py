@@ -71,9 +71,9 @@ class Panel:
         comparisons = []
         for number, result in enumerate(results):
             judgments = [self._judgment(name, result, dialogues) for name in self.section.names]
-            prefix = f"eval/{result.name_b}/judge" if number else "eval/judge"
+            place = f"{result.name_b}/judge" if number else "judge"
             for one in judgments:
-                metrics |= {f"{prefix}/{one.kind}/{k}": v for k, v in one.scalars().items()}
+                metrics |= {f"eval/{place}/{one.kind}/{k}": v for k, v in one.scalars().items()}
             comparisons.append(
                 {
                     "a": result.name_a,

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rlhf_exp.commands.options import judge_options
 from rlhf_exp.errors import UserError
 
 Command = Callable[[argparse.Namespace], None]
@@ -123,19 +124,7 @@ def _people(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _judges(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     judge = commands.add_parser("judge", help="compare judges with people on a file of pairs")
-    judge.add_argument("file", type=Path, metavar="FILE", help="pairs that people have judged")
-    add = judge.add_argument
-    several = "a reward model; may be repeated"
-    add("--reward", action="append", default=[], metavar="RUN|DIR|ID", help=several)
-    add("--llm", metavar="NAME", help="a language model behind an OpenAI-compatible endpoint")
-    add("--url", help="the endpoint, such as http://127.0.0.1:8000/v1")
-    add("--key-env", metavar="VARIABLE", help="environment variable with the endpoint's key")
-    add("--criterion", help="what the better answer is more of, as the LLM is asked")
-    field = "a further field of each request; may be repeated"
-    add("--request", action="append", default=[], metavar="NAME:JSON", help=field)
-    add("--concurrency", type=int, metavar="N", help="requests under way at once (8)")
-    add("--pairs", type=int, metavar="N", help="only the first N pairs")
-    add("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    judge_options(judge)
     judge.set_defaults(command=_judge)
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlhf_exp.commands.options import judge_options
+from rlhf_exp.commands.options import annotate_options, judge_options
 from rlhf_exp.errors import UserError
 
 Command = Callable[[argparse.Namespace], None]
@@ -99,26 +99,7 @@ def _models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _people(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     annotate = commands.add_parser("annotate", help="let people judge a run's answers")
-    annotate.add_argument("run", metavar="RUN", help="a run, or a JSONL file of pairs of answers")
-    add = annotate.add_argument
-    add("--collect", action="store_true", help="gather preferences to train on")
-    add("--study", type=Path, metavar="FILE", help="the study's file (OUTPUTS/human/RUN.sqlite)")
-    add("--annotators", metavar="N|NAMES", help="how many, or their names: anna,ben")
-    add("--criteria", metavar="NAMES", help="what is asked: overall,helpful,harmless (overall)")
-    add("--prompts", type=int, metavar="N", help="prompts to judge (100)")
-    add("--seed", type=int, help="of prompts, sides and order (0)")
-    add("--instructions", type=Path, metavar="FILE", help="a text instead of the usual one")
-    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    add("--port", type=int, default=8470, help="port to listen on; 0: any (8470)")
-    add("--url", help="the server's address as annotators see it, for their links")
-    instead = annotate.add_mutually_exclusive_group()
-    for option, name, formats in (
-        ("--import", "read", "jsonl, labelstudio or groundtruth"),
-        ("--export", "write", "jsonl, preferences, labelstudio or groundtruth"),
-    ):
-        words, text = ("FORMAT", "PATH"), f"{name} votes: {formats}"
-        instead.add_argument(option, dest=name, nargs=2, metavar=words, help=text)
-    instead.add_argument("--results", action="store_true", help="print the results so far")
+    annotate_options(annotate)
     annotate.set_defaults(command=_annotate)
 
 

@@ -71,6 +71,11 @@ def _runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     report.add_argument("--kl-budget", type=float, metavar="NATS", help=budget)
     report.set_defaults(command=_report)
 
+    figures = commands.add_parser("figures", help="write the charts of a run as SVG files")
+    figures.add_argument("run", metavar="RUN")
+    figures.add_argument("folder", type=Path, metavar="DIR")
+    figures.set_defaults(command=_figures)
+
     compare = commands.add_parser("compare", help="differences in config and results")
     for side, name in (("first", "A"), ("second", "B")):
         compare.add_argument(side, metavar=name, help="a run, a sweep, or NAME:KEY=VALUE,... of it")
@@ -161,6 +166,13 @@ def _report(arguments: argparse.Namespace) -> None:
 
     form = arguments.form or "page"
     print(report(arguments.outputs, arguments.runs, form, arguments.kl_budget), end="")
+
+
+def _figures(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.figures import write_figures
+
+    for path in write_figures(arguments.outputs, arguments.run, arguments.folder):
+        print(path)
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -24,10 +24,16 @@ def style(colour: int, dash: int) -> str:
     return f"s{colour} d{dash}" if dash else f"s{colour}"
 
 
-def draw(line: Line, axes: Axes) -> list[Markup]:
-    """Return the marks of one line, what lies behind first."""
+def draw(line: Line, axes: Axes, pointed: bool = True) -> list[Markup]:
+    """Return the marks of one line, what lies behind first.
+
+    Args:
+        line: What is drawn.
+        axes: Where its numbers lie.
+        pointed: Whether points show their numbers under a pointer.
+    """
     if line.ordered:
-        return _path(line, axes)
+        return _path(line, axes, pointed)
     found = []
     smooth, spread = line.smoothed, line.smoothed_spread
     colour = f"s{line.colour}"
@@ -50,10 +56,10 @@ def draw(line: Line, axes: Axes) -> list[Markup]:
         found += _dots(axes.left(line.x[spot]), axes.top(line.y[spot]), f"dot {colour}", 3.6)
     elif len(x) <= _MARKED:
         found += _dots(axes.left(x), axes.top(y), f"dot {colour}", 2.2)
-    return found + _hover(line, x, y, axes)
+    return found + (_hover(line, x, y, axes) if pointed else [])
 
 
-def _path(line: Line, axes: Axes) -> list[Markup]:
+def _path(line: Line, axes: Axes, pointed: bool) -> list[Markup]:
     """Draw a path whose later part is darker, with a ring at its start and a disc at its end."""
     found = []
     x, y = line.positions, line.smoothed
@@ -72,7 +78,7 @@ def _path(line: Line, axes: Axes) -> list[Markup]:
         shift, anchor = (4, "end") if beyond else (8, "start")
         spot = {"x": float(left[index]) + shift, "y": float(top[index]) + rise}
         found.append(svg.element("text", text, class_=f"tick strong {anchor}", **spot))
-    return found + _hover(line, x, y, axes)
+    return found + (_hover(line, x, y, axes) if pointed else [])
 
 
 def _whiskers(x: Floats, ends: tuple[Floats, Floats], axes: Axes, kind: str) -> list[Markup]:

@@ -16,12 +16,10 @@ from rlhf_exp.report.numbers import nice_ticks, tick_labels
 
 def render(chart: Chart) -> Markup:
     """Return the figure: `<figure>` with caption, legend, drawing and note."""
-    axes = Axes(*_ranges(chart))
     drawing = svg.element(
         "svg",
         svg.element("title", _spoken(chart)),
-        *_frame(chart, axes),
-        *(mark for line in chart.lines for mark in draw(line, axes)),
+        *drawn(chart),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
         class_="plot",
@@ -29,6 +27,13 @@ def render(chart: Chart) -> Markup:
     note = svg.element("p", chart.note, class_="note") if chart.note else Markup("")
     caption = svg.element("figcaption", chart.title)
     return svg.element("figure", caption, _legend(chart), drawing, note, class_="chart")
+
+
+def drawn(chart: Chart, pointed: bool = True) -> list[Markup]:
+    """Return what the drawing consists of; `pointed`: with numbers under a pointer."""
+    axes = Axes(*_ranges(chart))
+    marks = (mark for line in chart.lines for mark in draw(line, axes, pointed))
+    return [*_frame(chart, axes), *marks]
 
 
 def sparkline(values: Floats) -> Markup:

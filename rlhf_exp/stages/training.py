@@ -89,17 +89,8 @@ def run_loop(
         watch: Metrics of the progress bar.
         conclude: Leaves the model in `context.folder`; may return further metrics.
     """
-    optim = OptimSettings(
-        lr=section.lr,
-        schedule=section.schedule.value,
-        warmup_steps=section.warmup_steps,
-        steps=steps,
-        betas=(section.betas[0], section.betas[1]),
-        weight_decay=section.weight_decay,
-        grad_norm=section.grad_norm,
-    )
     settings = LoopSettings(
-        optim=optim,
+        optim=optim_settings(section, steps),
         eval_every=section.eval_every,
         checkpoint_every=section.checkpoint_every,
         keep_checkpoints=section.keep_checkpoints,
@@ -129,6 +120,19 @@ def run_loop(
             conclude=conclude_tracked,
         )
         return train(task, settings, loop)
+
+
+def optim_settings(section: TrainingConfig, steps: int) -> OptimSettings:
+    """Return the optimizer and the schedule of a stage that takes so many steps."""
+    return OptimSettings(
+        lr=section.lr,
+        schedule=section.schedule.value,
+        warmup_steps=section.warmup_steps,
+        steps=steps,
+        betas=(section.betas[0], section.betas[1]),
+        weight_decay=section.weight_decay,
+        grad_norm=section.grad_norm,
+    )
 
 
 def steps_of(steps: int | None, epochs: float | None, rows: int, batch: int) -> int:

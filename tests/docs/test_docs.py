@@ -14,6 +14,7 @@ from rlhf_exp.cli import parser
 from rlhf_exp.command import main
 from rlhf_exp.data.formats import parse_row
 from rlhf_exp.engines.native.scoring import load_function
+from tests.lab import artifact
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -109,3 +110,24 @@ def test_every_metric_is_explained() -> None:
         and name.rpartition("/")[2] not in groups.get(name.rpartition("/")[0], ())
     }
     assert missing <= {"eval/reward/b", "eval/kl_sequence/b"}, missing
+
+
+def test_what_a_run_logs_is_in_the_tables(small_run: Path) -> None:
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    explained = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    explained |= {"published_step", "best_objective"}  # in the text
+    logged: set[str] = set()
+    for stage in ("sft", "reward", "ppo"):
+        found = artifact(small_run, stage)
+        lines = (found.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        logged |= {name for line in lines for name in json.loads(line)}
+        logged |= found.manifest.metrics.keys()
+    assert len(logged) > 50
+    assert logged - explained == {"global_step"}
+
+
+def test_figures_are_small() -> None:
+    pictures = sorted((ROOT / "docs" / "figures").iterdir())
+    assert [path.name for path in pictures] == ["ppo.svg", "reward.svg", "sft.svg"]
+    assert max(path.stat().st_size for path in pictures) < 60_000

@@ -1,0 +1,261 @@
+"""What the frame around training costs: `launch.py` against the bare loop, per run and per step.
+
+    python benchmarks/overhead.py
+    python benchmarks/overhead.py --stages ppo --pairs 1 --more
+
+Both train the demo's model on the demo's data with the same engine, one thread. *Framed* is
+`python launch.py`: Hydra, checks, plan, lease, W&B offline, `metrics.jsonl`, progress, checkpoints,
+publication, record and report. *Bare* is a script that has been handed the settings: it loads data
+and model, evaluates at the start and the end, steps the optimizer in between, and saves the model.
+
+Each pair runs both at two lengths, in turn, as whole processes. What a longer run adds is the
+steps; what is left of a short one is what every run costs. The second table is measured inside a
+framed run: the seconds that the parts of the loop take which the bare loop does not have. `--more`
+adds pairs to the last readings; `--again` only makes their table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+READINGS = ROOT / "outputs" / "benchmarks" / "overhead.json"
+NEVER = 10**9
+# Short and long, in optimizer steps; PPO takes 16 of them in an iteration.
+LENGTHS = {"sft": (16, 64), "ppo": (16, 48)}
+SIZES = {
+    "experiment": "demo",
+    "eval": "none",
+    "distributed.threads": 1,
+    "sft.steps": 20,
+    "sft.eval_every": NEVER,
+    "reward.steps": 5,
+    "reward.epochs": "null",
+    "ppo.eval_every": NEVER,
+    "ppo.eval_prompts": 16,
+}
+PARTS = ("report", "keep_if_due", "checkpoint_if_due", "leave_if_asked")
+Seconds = dict[str, float]
+
+
+def overrides(outputs: Path, stage: str, steps: int, seed: int) -> list[str]:
+    """Return the command line of a run that is in no store yet: its seed is new."""
+    changes = {"output_dir": outputs, "stage": stage, f"{stage}.steps": steps}
+    given = SIZES | changes | {f"{stage}.seed": seed}
+    return [f"{name}={value}" for name, value in given.items()]
+
+
+def timed(command: list[str]) -> float:
+    """Run a process to its end; return its seconds."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    took = time.perf_counter() - began
+    assert done.returncode == 0, done.stderr.decode()
+    return took
+
+
+def framed(outputs: Path, stage: str, steps: int, seed: int) -> float:
+    """Return the seconds of `launch.py`."""
+    return timed([sys.executable, "launch.py", *overrides(outputs, stage, steps, seed)])
+
+
+def bare(outputs: Path, stage: str, steps: int, seed: int) -> float:
+    """Return the seconds of a process that has nothing but the engine."""
+    from rlhf_exp.config.compose import compose
+    from rlhf_exp.config.groups import CONF
+    from rlhf_exp.pipeline.plan import plan
+
+    config = compose(overrides(outputs, stage, steps, seed), [CONF]).config
+    models = {
+        step.stage: str(step.artifact.path / "model")
+        for step in plan(config)
+        if step.artifact is not None
+    }
+    with TemporaryDirectory() as folder:
+        handed = Path(folder) / "config.pickle"
+        handed.write_bytes(pickle.dumps((config, models)))
+        return timed([sys.executable, __file__, "--bare", str(handed)])
+
+
+def run_bare(handed: Path) -> None:
+    """Train with the engine alone (what `--bare` does)."""
+    import importlib
+
+    from rlhf_exp.stages.context import StageContext
+    from rlhf_exp.stages.materials import Materials
+
+    config, models = pickle.loads(handed.read_bytes())
+    stage = importlib.import_module(f"rlhf_exp.stages.{config.stage.name}")
+    stage.run_loop = bare_loop
+    context = StageContext(
+        stage=config.stage.name,
+        key="bare",
+        folder=handed.parent / "work",
+        cache=Path(config.output_dir) / "cache",
+        models=models,
+        parents={},
+        inputs={},
+        materials=Materials(config.data),
+        before_write=lambda: None,
+        polite_interrupts=lambda: None,  # type: ignore[arg-type,return-value]
+    )
+    stage.run(config, context)
+
+
+def bare_loop(
+    config: Any,  # noqa: ANN401 - as the stages' own
+    section: Any,  # noqa: ANN401
+    steps: int,
+    task: Any,  # noqa: ANN401
+    world: Any,  # noqa: ANN401
+    context: object,
+    watch: object,
+    conclude: Callable[[Any], object],
+) -> object:
+    """Do what `engines.native.loop.train` does to the weights, and nothing else."""
+    from rlhf_exp.engines.native.loop_types import Outcome
+    from rlhf_exp.engines.native.optim import build_optimizer, set_lr
+    from rlhf_exp.stages.training import optim_settings
+
+    optim = optim_settings(section, steps)
+    build = partial(build_optimizer, task.module, optim)
+    task.attach(world.prepare(task.module, build, optim.grad_norm))
+    task.evaluate()
+    for step in range(steps):
+        set_lr(world.strategy.optimizer, optim, step)
+        task.accumulate(step, world.backward)
+        world.strategy.step()
+    task.evaluate()
+    world.release(None)
+    outcome = Outcome({}, None, "", steps, steps, steps, None)
+    conclude(outcome)  # saves the model
+    return outcome
+
+
+def inside(outputs: Path, stage: str, steps: int, seed: int) -> Seconds:
+    """Run framed in this process; return the seconds a step takes in each part of the loop."""
+    from rlhf_exp.command import main
+    from rlhf_exp.engines.native.loop import _Loop
+    from rlhf_exp.tracking.progress import Progress
+
+    spent: Seconds = {"update": 0.0, **dict.fromkeys((*PARTS, "progress"), 0.0)}
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401
+            began = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                spent[name] += time.perf_counter() - began
+
+        return call
+
+    for part in ("update", *PARTS):
+        setattr(_Loop, part, watched(part, getattr(_Loop, part)))
+    Progress.update = watched("progress", Progress.update)  # type: ignore[method-assign]
+    assert main(overrides(outputs, stage, steps, seed)) == 0
+    spent["update"] -= spent["progress"]
+    return {name: value / steps for name, value in spent.items()}
+
+
+def measure(outputs: Path, stage: str, pairs: int, found: dict[str, Any]) -> None:
+    """Add the seconds of each process, and of the parts of a framed step."""
+    short, long = LENGTHS[stage]
+    for pair in range(pairs):
+        seed = 1000 + pair
+        order = [("framed", framed), ("bare", bare)]
+        taken: dict[str, list[float]] = {"framed": [], "bare": []}
+        for steps in (short, long):
+            for name, run in order if pair % 2 else reversed(order):
+                # A bare run only plans; it comes to no result that a framed one could find.
+                taken[name].append(run(outputs, stage, steps, seed))
+                print(f"{stage} {name} {steps} steps: {taken[name][-1]:.2f} s", flush=True)
+        for name, seconds in taken.items():
+            found[name].append(seconds)
+    found["parts"].append(inside(outputs, stage, long, 999))
+
+
+def table(readings: dict[str, dict[str, Any]]) -> str:
+    """Return the tables of `docs/benchmarks.md`."""
+    lines = ["| | bare | launch.py | overhead |", "|---|---:|---:|---|"]
+    for stage, found in readings.items():
+        short, long = LENGTHS[stage]
+        steps = {
+            name: [(b - a) / (long - short) for a, b in found[name]] for name in ("bare", "framed")
+        }
+        runs = {
+            name: [a - short * median(steps[name]) for a, _ in found[name]]
+            for name in ("bare", "framed")
+        }
+        lines.append(_line(f"{stage}, seconds per run", runs, 1.0, "{:.2f}"))
+        lines.append(_line(f"{stage}, ms per step", steps, 1000.0, "{:.1f}"))
+    lines += [
+        "",
+        "| ms per step, in a framed run | the step itself | "
+        + " | ".join(("logging", "kept weights", "checkpoints", "Ctrl-C", "progress"))
+        + " | all, % |",
+        "|---|" + "---:|" * 7,
+    ]
+    for stage, found in readings.items():
+        parts = {name: median(one[name] for one in found["parts"]) for name in found["parts"][0]}
+        extra = [parts[name] for name in (*PARTS, "progress")]
+        numbers = [f"{1000 * value:.3f}" for value in (parts["update"], *extra)]
+        share = 100 * sum(extra) / parts["update"]
+        lines.append(f"| {stage} | {' | '.join(numbers)} | {share:.2f} |")
+    return "\n".join(lines)
+
+
+def _line(name: str, taken: dict[str, list[float]], scale: float, number: str) -> str:
+    differences = sorted(
+        scale * (framed - bare) for framed, bare in zip(taken["framed"], taken["bare"], strict=True)
+    )
+    middle = [scale * median(taken[one]) for one in ("bare", "framed")]
+    cells = [number.format(one) for one in (*middle, median(differences))]
+    low, high = (number.format(one) for one in (differences[0], differences[-1]))
+    return f"| {name} | {cells[0]} | {cells[1]} | {cells[2]} ({low} to {high}) |"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--stages", default="sft,ppo")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--more", action="store_true", help="beside the last readings")
+    parser.add_argument("--again", action="store_true", help="the table of the last readings")
+    parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.bare is not None:
+        run_bare(given.bare)
+        return
+    readings = json.loads(READINGS.read_text()) if READINGS.is_file() else {}
+    for stage in () if given.again else given.stages.split(","):
+        with TemporaryDirectory() as folder:
+            # What both build on: parents, tokenized data, scores of the data's own answers.
+            framed(Path(folder), "reward" if stage == "sft" else "ppo", 5, 1)
+            if not given.more or stage not in readings:
+                readings[stage] = {"framed": [], "bare": [], "parts": []}
+            measure(Path(folder), stage, given.pairs, readings[stage])
+        READINGS.parent.mkdir(parents=True, exist_ok=True)
+        READINGS.write_text(json.dumps(readings))
+    print(table(readings))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from rlhf_exp.commands.runs import Outputs
 from rlhf_exp.commands.text import table
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.holders import holders
-from rlhf_exp.tracking.wandb_sync import Piece, Start, send, starts_of, unsent
+from rlhf_exp.tracking.wandb_sync import Start, last_step_sent, send, starts_of, unsent
 
 HEADER = ("stage", "key", "run", "starts", "state", "where")
 FAILED = "failed"
@@ -52,15 +51,13 @@ def sync(outputs: Path, run: str, dry_run: bool, tell: Callable[[str], None]) ->
     work = [one for one in found if not one.running and unsent(one.starts)]
     if work and not dry_run:
         _check_server()
-    rows, workspace = [], outputs.resolve() / ".wandb-sync"
+    rows = []
     for one in found:
         if one in work and not dry_run:
             tell(f"{one.stage} {one.key}: sending run {one.starts[0].run_id}")
-        state, where = _sent(one, workspace, dry_run)
+        state, where = _sent(one, dry_run)
         name = one.starts[0].run_id
         rows.append((one.stage, one.key, name, str(len(one.starts)), state, where))
-    with suppress(OSError):  # what could not be sent is still there
-        workspace.rmdir()
     return table(HEADER, rows), sum(row[4] == FAILED for row in rows)
 
 
@@ -82,7 +79,7 @@ def _tracked(outputs: Outputs, run: str) -> Iterator[Tracked]:
                     yield Tracked(stage, key, folder, starts, running)
 
 
-def _sent(one: Tracked, workspace: Path, dry_run: bool) -> tuple[str, str]:
+def _sent(one: Tracked, dry_run: bool) -> tuple[str, str]:
     """Send a run; return its state and where it is to be seen, or what went wrong."""
     if one.running:
         return "running", "send it when it has ended"
@@ -92,13 +89,19 @@ def _sent(one: Tracked, workspace: Path, dry_run: bool) -> tuple[str, str]:
     if dry_run:
         count = sum(len(piece.steps) for piece in pieces)
         return "would send", f"{count} rows of {len(pieces)} starts"
-    return _send_all(pieces, one, workspace)
+    return _send_all(one)
 
 
-def _send_all(pieces: list[Piece], one: Tracked, workspace: Path) -> tuple[str, str]:
+def _send_all(one: Tracked) -> tuple[str, str]:
+    from rlhf_exp.tracking.wandb_start import wandb  # a second of import: only to send
+
     where = ""
-    for piece in pieces:
-        result = send(piece, one.folder, workspace)
+    try:
+        after = last_step_sent(one.starts)
+    except wandb.Error as error:
+        return FAILED, f"W&B does not say what it has of the run: {error}"
+    for piece in unsent(one.starts, after):
+        result = send(piece, one.folder)
         if result.error is not None:  # later starts would take the place of this one's rows
             return FAILED, result.error
         where = result.url or where
@@ -106,7 +109,7 @@ def _send_all(pieces: list[Piece], one: Tracked, workspace: Path) -> tuple[str, 
 
 
 def _check_server() -> None:
-    import wandb  # a second of import: only when something is sent
+    from rlhf_exp.tracking.wandb_start import wandb  # a second of import: only to send
 
     url = str(wandb.setup().settings.base_url)
     try:

@@ -34,6 +34,7 @@ class WandbRun:
     Attributes:
         run_id: W&B's run id.
         project: Its project.
+        entity: Its user or team; "" is the account's default.
         group: Its group, or "".
         job_type: Its job type, or "".
         name: Its display name.
@@ -47,6 +48,7 @@ class WandbRun:
 
     run_id: str = ""
     project: str = ""
+    entity: str = ""
     group: str = ""
     job_type: str = ""
     name: str = ""
@@ -76,6 +78,7 @@ def read_wandb_file(path: Path) -> WandbRun:
         if kind == "run":
             start = record.run
             run.run_id, run.project, run.group = start.run_id, start.project, start.run_group
+            run.entity = start.entity
             run.job_type, run.name, run.tags = start.job_type, start.display_name, list(start.tags)
             _apply(run.config, start.config)
         elif kind == "config":

@@ -16,8 +16,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlhf_exp.tracking.local import STEP
@@ -31,10 +31,15 @@ from rlhf_exp.tracking.wandb_file import (
 )
 
 TIMEOUT_S = 1800.0
+ASK_S = 20
 _LAST = "last_step"
-_URL = re.compile(r"View run at (\S+)")
+_URL = re.compile(r"View run .*?\b(https?://\S+)")
 # Its own patience is hours; the user can give the command again.
-_PATIENCE = {"WANDB_X_GRAPHQL_RETRY_MAX": "3", "WANDB_X_FILE_TRANSFER_RETRY_MAX": "3"}
+_ENVIRONMENT = {
+    "WANDB_X_GRAPHQL_RETRY_MAX": "3",
+    "WANDB_X_FILE_TRANSFER_RETRY_MAX": "3",
+    "WANDB_ERROR_REPORTING": "false",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Start:
     Attributes:
         path: Its transaction log.
         run_id: The run's id.
+        project: Its project.
+        entity: Its user or team; "" is the account's default.
         online: Whether it was connected to a server.
         complete: Whether it was finished.
         steps: The global steps of its rows.
@@ -52,6 +59,8 @@ class Start:
 
     path: Path
     run_id: str
+    project: str
+    entity: str
     online: bool
     complete: bool
     steps: tuple[int, ...]
@@ -108,7 +117,8 @@ def starts_of(folder: Path) -> list[Start]:
         steps = tuple(row[STEP] for row in run.history if STEP in row)
         online = not path.parent.name.startswith("offline-")
         sent = _last_sent(path, steps)
-        found.append(Start(path, run.run_id, online, is_complete(path), steps, sent))
+        whose = run.run_id, run.project, run.entity
+        found.append(Start(path, *whose, online, is_complete(path), steps, sent))
     return found
 
 
@@ -121,24 +131,24 @@ def _last_sent(path: Path, steps: tuple[int, ...]) -> float | None:
     return float(json.loads(note)[_LAST]) if note else max(steps, default=-1)
 
 
-def unsent(starts: Sequence[Start]) -> list[Piece]:
+def unsent(starts: Sequence[Start], after: float = -math.inf) -> list[Piece]:
     """Return what is to be sent, in order.
 
     A start that was online has first sent whatever the starts before it had recorded, so these are
-    done with. If it lost its server, its own log is sent whole: its rows keep their places.
+    done with.
+
+    Args:
+        starts: In order.
+        after: The last step that the server has (see `last_step_sent`).
     """
     connected = [index for index, start in enumerate(starts) if start.online and start.steps]
     begin = connected[-1] if connected else 0
-    after, pieces = -math.inf, []
+    pieces = []
     for index in range(begin, len(starts)):
         start = starts[index]
         if start.sent is not None:
             after = max(after, start.sent)
-        elif start.online:
-            if start.steps:
-                pieces.append(Piece(start, -math.inf, math.inf))
-                after = max(after, *start.steps)
-        else:
+        elif start.steps or not start.online:  # else the server was away: an offline one followed
             later = [min(one.steps) for one in starts[index + 1 :] if one.steps]
             piece = Piece(start, after, min(later, default=math.inf))
             pieces.append(piece)
@@ -146,45 +156,59 @@ def unsent(starts: Sequence[Start]) -> list[Piece]:
     return pieces
 
 
-def send(piece: Piece, folder: Path, workspace: Path) -> Sent:
-    """Send a piece by `wandb sync`.
+def last_step_sent(starts: Sequence[Start]) -> float:
+    """Ask W&B for the last step that it has of a run.
+
+    A server lost in the middle has a part of what a log holds, and only it knows which. Its summary
+    may be ahead of its rows; their number may include rows sent twice by other means.
+
+    Raises:
+        wandb.Error: The server does not say.
+    """
+    from rlhf_exp.tracking.wandb_start import wandb  # a second of import: only to send
+
+    api = wandb.Api(timeout=ASK_S)
+    entity = starts[0].entity or api.default_entity
+    try:
+        run = api.run(f"{entity}/{starts[0].project}/{starts[0].run_id}")
+    except wandb.errors.CommError as error:
+        if isinstance(error.exc, wandb.apis.public.RunNotFoundError):
+            return -math.inf
+        raise
+    steps = sorted({step for start in starts for step in start.steps})
+    count, last = run.history_line_count, run.summary.get(STEP)
+    if not count or not steps or last is None:
+        return -math.inf
+    return float(min(last, steps[min(count, len(steps)) - 1]))
+
+
+def send(piece: Piece, folder: Path) -> Sent:
+    """Send a piece by `wandb sync`, from a copy of its log.
 
     Args:
         piece: What is sent.
         folder: The run's folder.
-        workspace: Where the copy lies. It stays if sending fails: what has begun to be sent is
-            continued as it was.
     """
     path = piece.start.path
-    log = path
-    if not piece.start.online:
-        log = workspace / path.parent.name / path.name
-        if not log.exists():
-            _copy(piece, folder, log)
-    done = _wandb_sync(log.parent)
-    url = _URL.search(done)
-    if not synced_marker(log).exists():
-        return Sent("", _reason(done))
+    with TemporaryDirectory(prefix="wandb-sync-") as workspace:
+        copy = Path(workspace) / path.parent.name
+        files = path.parent / "files"
+        if files.is_dir():
+            shutil.copytree(files, copy / "files")
+        copy.mkdir(exist_ok=True)
+        copy_log(path, copy / path.name, piece.keeps, folder.resolve())
+        said = _wandb_sync(copy)
+        sent = synced_marker(copy / path.name).exists()
+    if not sent:
+        return Sent("", _reason(said))
     mark_synced(path, json.dumps({_LAST: piece.last}))
-    if log != path:
-        shutil.rmtree(log.parent)
+    url = _URL.search(said)
     return Sent(url[1] if url else "", None)
-
-
-def _copy(piece: Piece, folder: Path, log: Path) -> None:
-    making = log.with_suffix(".making")
-    shutil.rmtree(log.parent, ignore_errors=True)
-    log.parent.mkdir(parents=True)
-    files = piece.start.path.parent / "files"
-    if files.is_dir():
-        shutil.copytree(files, log.parent / "files")
-    copy_log(piece.start.path, making, partial(Piece.keeps, piece), folder.resolve())
-    making.rename(log)
 
 
 def _wandb_sync(folder: Path) -> str:
     """Run `wandb sync` on a start's directory; return what it said. Its exit code is always 0."""
-    environment = {**os.environ, **_PATIENCE}
+    environment = {**os.environ, **_ENVIRONMENT}
     environment.pop("WANDB_MODE", None)
     environment.pop("WANDB_SILENT", None)
     command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(folder)]

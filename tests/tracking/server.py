@@ -162,6 +162,19 @@ class WandbServer:
         viewer = {"id": "U1", "entity": ENTITY, "username": ENTITY, "name": ENTITY, "email": ""}
         return {"viewer": {**viewer, "flags": "{}", "admin": False, "teams": {"edges": []}}}
 
+    def op_GetDefaultEntity(self, given: Json) -> Json:
+        return {"viewer": {"id": "U1", "entity": ENTITY}}
+
+    def op_Run(self, given: Json) -> Json:
+        run = self.runs.get(given["name"])
+        if run is None:
+            return {"project": {"run": None}}
+        found = self._bucket(run) | {"projectId": "1", "tags": run.tags, "state": "finished"}
+        found |= dict.fromkeys(("group", "jobType", "commit", "createdAt", "heartbeatAt", "notes"))
+        found |= {"user": {}, "readOnly": False, "historyKeys": {}}
+        found |= {"systemMetrics": "{}", "summaryMetrics": json.dumps(run.summary)}
+        return {"project": {"run": found}}
+
     def op_ServerFeaturesQuery(self, given: Json) -> Json:
         return {"serverInfo": {"features": []}}
 
@@ -328,11 +341,11 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
         def log_message(self, format: str, *args: Any) -> None: ...
 
         def do_POST(self) -> None:
-            body = json.loads(self._body())
+            body = self._body()
             if self.path == "/graphql":
-                self._answer(server.graphql(body))
+                self._answer(server.graphql(json.loads(body)))
             elif self.path.endswith("/file_stream"):
-                self._answer(server.stream(self.path.split("/")[-2], body))
+                self._answer(server.stream(self.path.split("/")[-2], json.loads(body)))
             else:
                 server.unknown.append(self.path)
                 self._answer({}, 404)

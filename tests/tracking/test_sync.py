@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rlhf_exp.store.artifact import Manifest
 from rlhf_exp.store.lease import hold
 from rlhf_exp.store.records import Records, RunRecord
 from rlhf_exp.store.store import Store
-from rlhf_exp.tracking import wandb_start
+from rlhf_exp.tracking import wandb_start, wandb_sync
 from rlhf_exp.tracking.opening import Mode, open_tracker
 from rlhf_exp.tracking.wandb_file import copy_log, read_wandb_file, synced_marker, wandb_files
 from rlhf_exp.tracking.wandb_sync import Start, unsent
@@ -23,7 +24,7 @@ FOREVER = float("inf")
 
 
 def start(online: bool = False, steps: tuple = (), sent: float | None = None) -> Start:
-    return Start(Path("run-a.wandb"), "a", online, True, steps, sent)
+    return Start(Path("run-a.wandb"), "a", "p", "", online, True, steps, sent)
 
 
 def spans(*starts: Start) -> list[tuple[int, float, float]]:
@@ -52,6 +53,7 @@ def test_starts_that_were_online() -> None:
     assert spans(offline, online, start(steps=(2, 3))) == [(2, 2, FOREVER)]
     lost = start(True, (0, 1, 2))
     assert spans(offline, lost) == [(1, -FOREVER, FOREVER)]
+    assert [piece.steps for piece in unsent([offline, lost], after=1)] == [[2]]
     refused = start(True)  # the server was away, so that the next start was an offline one
     assert spans(refused, offline) == [(1, -FOREVER, FOREVER)]
 
@@ -90,7 +92,7 @@ class Recorded:
     def run(self, *steps: int, mode: Mode = "offline", code: int = 143) -> str:
         """Start or resume the run and log some steps."""
         resume = steps[0] - 1 if steps[0] else None
-        tracker = open_tracker(mode, self.folder, job_type="sft", resume_step=resume)
+        tracker = open_tracker(mode, self.folder, name="sft-01", resume_step=resume)
         for step in steps:
             if step % 2 == 0:
                 tracker.table("eval/samples", ["text"], [[f"step {step}"]], step)
@@ -138,7 +140,6 @@ def test_a_resumed_and_published_run_arrives_as_one(
     assert recorded.sync() == 0
     assert "sent before" in capsys.readouterr().out
     assert server.run.history == rows
-    assert not (recorded.outputs / ".wandb-sync").exists()
     assert all(synced_marker(path).exists() for path in wandb_files(recorded.folder))
 
 
@@ -154,20 +155,36 @@ def test_what_is_sent_between_two_starts_is_not_sent_again(
     assert server.run.column("global_step") == [0, 1, 2, 3, 4, 5]
 
 
+def test_an_online_run_continued_offline_is_completed(
+    server: WandbServer, recorded: Recorded
+) -> None:
+    recorded.run(0, 1, mode="online")
+    (done,) = wandb_files(recorded.folder)
+    assert synced_marker(done).exists()
+    recorded.run(2, code=0)
+    assert recorded.sync() == 0
+    assert server.run.column("global_step") == [0, 1, 2]
+
+
+@pytest.mark.slow
 def test_an_online_run_that_lost_its_server_is_completed(
     server: WandbServer, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wandb_start, "FINISH_S", 1.0)
-    recorded.run(0, 1, mode="online")
-    (done,) = wandb_files(recorded.folder)
-    assert synced_marker(done).exists()
+    tracker = open_tracker("online", recorded.folder)
+    for step in (0, 1):
+        tracker.log({"loss/total": 0.5}, step)
+    while len(server.run.history) < 2:
+        time.sleep(0.05)
     server.stop()
-    tracker = open_tracker("offline", recorded.folder, resume_step=1)
-    tracker.log({"loss/total": 0.5}, 2)
+    for step in (2, 3):
+        tracker.log({"loss/total": 0.5}, step)
     tracker.finish(0)
     server.start()
+    assert server.run.column("global_step") == [0, 1]
     assert recorded.sync() == 0
-    assert server.run.column("global_step") == [0, 1, 2]
+    assert server.run.column("global_step") == [0, 1, 2, 3]
+    assert server.run.exit_code == 0
 
 
 def test_a_run_in_progress_is_left_alone(
@@ -202,6 +219,27 @@ def test_failures_do_not_stop_the_others_and_can_be_repeated(
     assert recorded.sync() == 0
     steps = {run.run_id: run.column("global_step") for run in server.runs.values()}
     assert steps == {run_id: [0, 1], other.run_id: [7]}
+
+
+@pytest.mark.slow
+def test_sending_that_was_cut_off_is_continued_without_sending_rows_twice(
+    server: WandbServer, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = wandb_sync._wandb_sync
+
+    def cut_off(folder: Path) -> str:
+        said = real(folder)
+        next(folder.glob("*.synced")).unlink()
+        return said
+
+    recorded.run(0, 1, 2, 3)
+    recorded.run(3, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(wandb_sync, "_wandb_sync", cut_off)
+        assert recorded.sync() == 2
+    assert server.run.column("global_step") == [0, 1, 2]
+    assert recorded.sync() == 0
+    assert server.run.column("global_step") == [0, 1, 2, 3, 4]
 
 
 def test_a_server_out_of_reach_is_said_at_once(

@@ -90,8 +90,8 @@ def summary_of(study: Study) -> Summary:
     return Summary([_view(trial) for trial in kept], len(trials) - len(kept))
 
 
-def best_trials(study: Study, count: int) -> list[FrozenTrial]:
-    """Return the best trials with different policies, the best first."""
+def best_trials(study: Study, count: int | None = None) -> list[FrozenTrial]:
+    """Return the best trials with different policies, the best first; `None`: all of them."""
     done = [one for one in study.get_trials(deepcopy=False) if one.state.name == "COMPLETE"]
     done.sort(key=lambda trial: (-(trial.value or 0.0), trial.number))
     first: dict[str, FrozenTrial] = {}

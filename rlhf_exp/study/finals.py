@@ -1,4 +1,7 @@
-"""The end of a study: its best trials answer the test prompts, which nothing was chosen by."""
+"""The end of a study: its best trials answer the test prompts, which nothing was chosen by.
+
+Beside them the first trial does, which has the config's own values: what the search was worth.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def tests(config: Config) -> bool:
 def evaluate_best(
     config: Config, study: Study, crew_of: CrewOf, tell: Callable[[str], None]
 ) -> None:
-    """Evaluate the best trials on test prompts, as runs with a record and a report.
+    """Evaluate the best trials, and the config's own values, as runs with a record and a report.
 
     Args:
         config: The study's.
@@ -40,7 +43,8 @@ def evaluate_best(
     """
     if not tests(config):
         return
-    for trial in best_trials(study, config.study.finalists):
+    ranked, count = best_trials(study), config.study.finalists
+    for trial in [*ranked[:count], *(one for one in ranked[count:] if one.number == 0)]:
         values = json.loads(trial.user_attrs["values"])
         chosen = replace(trial_config(config, values), stage=config.stage, eval=config.eval)
         tell(f"trial {trial.number} answers the test prompts")

@@ -51,7 +51,10 @@ def trial_overrides(config: Config, values: Values) -> list[str]:
     changed = differences(plain, trial_config(config, values))
     tried = [f"{key}={written(value)}" for key, value in values.items()]
     others = [text for text in changed if text.partition("=")[0] not in values]
-    return [*read_command(config), *tried, *others]
+    new = [*tried, *others]
+    set_anew = {text.partition("=")[0] for text in new}
+    kept = [text for text in read_command(config) if text.partition("=")[0] not in set_anew]
+    return [*kept, *new]
 
 
 class TrialRun:

@@ -21,13 +21,28 @@ REACH_S = 10.0
 
 @dataclass(frozen=True)
 class Tracked:
-    """The W&B run of one stage's execution, and where its files are."""
+    """The W&B run of one stage's execution, and where its files are.
+
+    Attributes:
+        stage: The stage.
+        key: Its key.
+        folder: Its folder, in the store or in staging.
+        starts: What was recorded; nothing if that cannot be read.
+        running: Whether a process is at work in the folder.
+        damage: Why it cannot be read, or "".
+    """
 
     stage: str
     key: str
     folder: Path
     starts: list[Start]
     running: bool
+    damage: str = ""
+
+    @property
+    def run_id(self) -> str:
+        """W&B's id of the run."""
+        return self.starts[0].run_id if self.starts else ""
 
 
 def sync(outputs: Path, run: str, dry_run: bool, tell: Callable[[str], None]) -> tuple[str, int]:
@@ -54,10 +69,9 @@ def sync(outputs: Path, run: str, dry_run: bool, tell: Callable[[str], None]) ->
     rows = []
     for one in found:
         if one in work and not dry_run:
-            tell(f"{one.stage} {one.key}: sending run {one.starts[0].run_id}")
+            tell(f"{one.stage} {one.key}: sending run {one.run_id}")
         state, where = _sent(one, dry_run)
-        name = one.starts[0].run_id
-        rows.append((one.stage, one.key, name, str(len(one.starts)), state, where))
+        rows.append((one.stage, one.key, one.run_id, str(len(one.starts)), state, where))
     return table(HEADER, rows), sum(row[4] == FAILED for row in rows)
 
 
@@ -74,8 +88,13 @@ def _tracked(outputs: Outputs, run: str) -> Iterator[Tracked]:
             unfinished = outputs.store.unfinished(stage, key)
             folders = (None if artifact is None else artifact.path, unfinished)
             for folder in filter(None, folders):
-                if starts := starts_of(folder):
-                    running = folder == unfinished and (stage, key) in held
+                running = folder == unfinished and (stage, key) in held
+                try:
+                    starts = starts_of(folder)
+                except UserError as error:
+                    yield Tracked(stage, key, folder, [], running, str(error))
+                    continue
+                if starts:
                     yield Tracked(stage, key, folder, starts, running)
 
 
@@ -83,6 +102,8 @@ def _sent(one: Tracked, dry_run: bool) -> tuple[str, str]:
     """Send a run; return its state and where it is to be seen, or what went wrong."""
     if one.running:
         return "running", "send it when it has ended"
+    if one.damage:
+        return FAILED, one.damage
     pieces = unsent(one.starts)
     if not pieces:
         return "sent before", ""

@@ -197,6 +197,23 @@ def test_a_run_in_progress_is_left_alone(
     assert server.runs == {}
 
 
+def test_a_damaged_log_does_not_hide_the_others(
+    recorded: Recorded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded.run(0, 1)
+    other = recorded.store.staging("reward", KEY)
+    log = other / "wandb" / "offline-run-20260101_000000-abc" / "run-abc.wandb"
+    log.parent.mkdir(parents=True)
+    log.write_bytes(b"something else")
+    keys = {"reward": KEY, "sft": KEY}
+    Records(recorded.outputs / "sweeps").write(RunRecord("study", "sft", keys))
+    assert recorded.sync("--dry-run") == 2
+    lines = capsys.readouterr().out.splitlines()
+    (reward,) = [line for line in lines if line.startswith("reward")]
+    assert " failed " in reward
+    assert any(line.startswith("sft") and "2 rows of 1 starts" in line for line in lines)
+
+
 @pytest.mark.slow
 def test_failures_do_not_stop_the_others_and_can_be_repeated(
     server: WandbServer,

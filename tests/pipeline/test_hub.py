@@ -90,6 +90,16 @@ def test_what_a_run_needs() -> None:
     ]
 
 
+def test_a_judge_from_the_hub_is_fetched_and_pinned(tmp_path: Path) -> None:
+    asked = ["eval.judge.names=[model]", "eval.judge.model=org/judge", f"output_dir={tmp_path}"]
+    config = compose(["experiment=smoke", *asked]).config
+    need = Need("eval.judge.model", "model", "org/judge", None)
+    assert needs(config, [Step("eval", "k", State.run)]) == [need]
+    assert needs(config, [Step("sft", "k", State.run)]) == []
+    Pins(tmp_path).set(need, Pin(COMMIT, []))
+    assert pinned(config).eval.judge.revision == COMMIT
+
+
 def test_pins_stand_for_open_revisions(tmp_path: Path) -> None:
     config = compose(["experiment=hh_gptj_6b", f"output_dir={tmp_path}", "stage=sft"]).config
     assert pinned(config) == config

@@ -119,16 +119,15 @@ def _reward(outputs: Outputs, spec: str) -> Judge:
     form: Any = "hh"
     if not folder.is_dir():
         try:
-            artifacts: dict[str, Any] = dict(outputs.artifacts(spec))
+            outputs.run(spec)
         except UserError:
             if spec.count("/") != 1:
                 raise
-            artifacts = {}
-        if artifacts and "reward" not in artifacts:
-            raise UserError(f"--reward {spec}: that run has no reward model")
-        if not artifacts:
             classifier = Classifier(spec, device=device)
             return RewardJudge(classifier.name, classifier)
+        artifacts = outputs.artifacts(spec)
+        if "reward" not in artifacts:
+            raise UserError(f"--reward {spec}: that run has no reward model")
         artifact = artifacts["reward"]
         folder, form = artifact.path / "model", artifact.manifest.config["data"]["format"]
     if not (folder / HEAD).is_file():

@@ -12,6 +12,7 @@ from rich.text import Text
 from rlhf_exp.config.root import Config
 from rlhf_exp.distributed.place import leads
 from rlhf_exp.errors import UserError
+from rlhf_exp.pipeline.beforehand import look_ahead
 from rlhf_exp.pipeline.crew import Crew, crew_for, follow, settled_place
 from rlhf_exp.pipeline.hub import pinned
 from rlhf_exp.pipeline.plan import Step, plan, records_of, refuse_changed
@@ -91,6 +92,7 @@ def _lead(config: Config, overrides: list[str], crew: Crew, recorded: bool) -> f
     console = Console(stderr=True)
     steps = _show(config, console)
     refuse_changed(steps)
+    look_ahead(config, steps)
     if not recorded:
         return _objective(run_steps(config, steps, crew, lambda text: console.print(Text(text))))
     record = RunRecord(
@@ -139,6 +141,7 @@ def _tell(config: Config, done: list[Done], console: Console) -> None:
     from rlhf_exp.evaluation.result import QuickResult
     from rlhf_exp.report.gather import gather, loading_code
     from rlhf_exp.report.page import build_report
+    from rlhf_exp.report.parts.toxicity import TOXICITY_FILE, print_toxicity
     from rlhf_exp.report.terminal import print_quick
 
     artifacts: dict[str, Artifact] = {
@@ -155,6 +158,8 @@ def _tell(config: Config, done: list[Done], console: Console) -> None:
     out = Console()
     if data.evaluation is not None:
         print_quick(QuickResult.from_json(data.evaluation), out)
+    if TOXICITY_FILE in data.parts:
+        print_toxicity(data.parts[TOXICITY_FILE], out)
     out.print(f"\nReport: {path.resolve()}", soft_wrap=True, highlight=False)
     models = [one for one in done if one.step.stage in ("sft", "ppo")]
     if models:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rlhf_exp.config.check_judge import check_judge
 from rlhf_exp.config.check_model import context_length
-from rlhf_exp.config.evaluation import PREFERENCE, ROLES, Suite, parts_of
+from rlhf_exp.config.check_toxicity import check_toxicity
+from rlhf_exp.config.evaluation import PREFERENCE, ROLES, TOXICITY, Suite, parts_of
 from rlhf_exp.config.problems import Findings
 from rlhf_exp.config.root import Stage
 
@@ -27,6 +28,8 @@ def check_eval(found: Findings) -> None:
         found.add("eval.max_new_tokens", message)
     _check_models(found)
     check_judge(found)
+    if TOXICITY in parts_of(config.eval.suite):
+        check_toxicity(found)
 
 
 def _check_models(found: Findings) -> None:

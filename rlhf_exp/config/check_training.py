@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
+from rlhf_exp.config.check_function import check_function
 from rlhf_exp.config.check_model import context_length, layer_count
 from rlhf_exp.config.ppo import ValueInit, ValueTrunk
 from rlhf_exp.config.problems import Findings
@@ -86,7 +84,7 @@ def check_ppo(found: Findings) -> None:
     if ppo.value_trunk is ValueTrunk.branch:
         _check_branch(found)
     if ppo.reward.function is not None:
-        _check_function(found, ppo.reward.function)
+        check_function(found, "ppo.reward.function")
         if ppo.value_init is ValueInit.reward and found.config.reward.use is None:
             message = "with ppo.reward.function there is no reward model; use value_init=small."
             found.add("ppo.value_init", message)
@@ -102,24 +100,3 @@ def _check_branch(found: Findings) -> None:
             "the reward model's head reads its own trunk; use value_trunk=own or value_init=small."
         )
         found.add("ppo.value_init", message)
-
-
-def _check_function(found: Findings, text: str) -> None:
-    key = "ppo.reward.function"
-    file, colon, name = text.rpartition(":")
-    if not colon or not file or not name.isidentifier():
-        found.add(key, "expected a file and a function in it: my_reward.py:score.")
-        return
-    path = Path(file).expanduser().resolve()
-    if not path.is_file():
-        found.add(key, f"there is no file {path}.")
-        return
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError) as error:
-        found.add(key, f"{path} is not valid Python: {error}.")
-        return
-    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    if name not in names:
-        listed = f"its functions are {', '.join(names)}" if names else "it has no function"
-        found.add(key, f"{path} has no function {name}; {listed}.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from rlhf_exp.config.eval_judge import EvalJudgeConfig
+from rlhf_exp.config.eval_toxicity import ToxicityConfig
 from rlhf_exp.config.fields import setting
 
 
@@ -70,3 +71,4 @@ class EvalConfig:
     tie_high: float = setting(0.6, "Preference probability up to which a pair is a tie.")
     seed: int = setting(0, "Seed of sampling and of the bootstrap.")
     judge: EvalJudgeConfig = setting(factory=EvalJudgeConfig)
+    toxicity: ToxicityConfig = setting(factory=ToxicityConfig)

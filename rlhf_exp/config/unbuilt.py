@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rlhf_exp.config.evaluation import PREFERENCE, parts_of
+from rlhf_exp.config.evaluation import PREFERENCE, TOXICITY, parts_of
 from rlhf_exp.config.problems import Findings
 from rlhf_exp.config.running import EngineName
 
 # Parts of evaluation suites that are built.
-_PARTS = {PREFERENCE}
+_PARTS = {PREFERENCE, TOXICITY}
 
 
 def not_built(found: Findings) -> None:

@@ -31,7 +31,7 @@ class Answer:
         finish: `eos`, `stop` or `length`: why it ended.
         score: its reward, where the part asked for it.
         kl: log-probability under the model minus that under the baseline, in nats, where asked for.
-        facts: what the data say of the prompt.
+        facts: what the data say of the prompt; with the first of its answers only.
     """
 
     part: str

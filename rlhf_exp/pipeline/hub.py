@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.config.data import Source
+from rlhf_exp.config.eval_toxicity import ScorerKind, ToxicityConfig
+from rlhf_exp.config.evaluation import TOXICITY, parts_of
 from rlhf_exp.config.root import Config
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.keys import MODEL_FILES
@@ -21,6 +23,7 @@ from rlhf_exp.store.files import write_json_atomic
 
 PINS = "pins.json"
 MODEL, DATASET = "model", "dataset"
+TOXICITY_DATA, TOXICITY_SCORER = "eval.toxicity.data", "eval.toxicity.scorer"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,22 @@ def needs(config: Config, steps: Iterable[Step]) -> list[Need]:
         given = step.model if step.state is State.given else None
         if given is not None and not Path(given).exists():
             found.append(Need(f"{step.stage}.use", MODEL, given, None))
+    if any(step.stage == "eval" for step in steps) and config.eval.samples is None:
+        found += _of_toxicity(config)
+    return found
+
+
+def _of_toxicity(config: Config) -> list[Need]:
+    """Return the prompts and the scorer of the toxicity part, where it is done."""
+    section = config.eval.toxicity
+    if TOXICITY not in parts_of(config.eval.suite):
+        return []
+    found = []
+    if not Path(section.data).expanduser().exists():
+        found.append(Need(TOXICITY_DATA, DATASET, section.data, section.revision))
+    classifier = section.scorer_kind is ScorerKind.classifier
+    if classifier and not Path(section.scorer).expanduser().exists():
+        found.append(Need(TOXICITY_SCORER, MODEL, section.scorer, section.scorer_revision))
     return found
 
 
@@ -94,7 +113,18 @@ def pinned(config: Config) -> Config:
     if judge.model is not None and judge.revision is None:
         pin = pins.get(Need("eval.judge.model", MODEL, judge.model, None))
         judge = replace(judge, revision=None if pin is None else pin.commit)
-    return replace(config, model=model, data=data, eval=replace(config.eval, judge=judge))
+    evaluation = replace(config.eval, judge=judge, toxicity=_pinned_toxicity(config, pins))
+    return replace(config, model=model, data=data, eval=evaluation)
+
+
+def _pinned_toxicity(config: Config, pins: Pins) -> ToxicityConfig:
+    found = {need.key: pins.get(need) for need in _of_toxicity(config) if need.revision is None}
+    revisions: dict[str, Any] = {
+        field: pin.commit
+        for key, field in ((TOXICITY_DATA, "revision"), (TOXICITY_SCORER, "scorer_revision"))
+        if (pin := found.get(key)) is not None
+    }
+    return replace(config.eval.toxicity, **revisions)
 
 
 class Pins:
@@ -193,15 +223,19 @@ def fetch(output_dir: Path, need: Need, update: bool = False) -> Pin:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise UserError(f"{need}: cannot be fetched ({reason})") from error
     if need.kind == DATASET:
-        _prepare(need.id, commit)
+        _prepare(need, commit)
     files = [path for path in folder.rglob("*") if path.is_file()]
     made = Pin(commit, sorted(path.relative_to(folder).as_posix() for path in files))
     pins.set(need, made)
     return made
 
 
-def _prepare(path: str, commit: str) -> None:
+def _prepare(need: Need, commit: str) -> None:
     """Let `datasets` convert what was fetched: without a network it finds only what it has made."""
     from rlhf_exp.data.sources import load_hub
+    from rlhf_exp.evaluation.toxicity.prompts import load_prompts
 
-    load_hub(path, commit)
+    if need.key == TOXICITY_DATA:
+        load_prompts(need.id, commit)
+    else:
+        load_hub(need.id, commit)

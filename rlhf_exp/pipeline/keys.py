@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.config.data import DataConfig, Source
-from rlhf_exp.config.evaluation import ROLES
+from rlhf_exp.config.eval_toxicity import ScorerKind
+from rlhf_exp.config.evaluation import ROLES, TOXICITY, parts_of
 from rlhf_exp.config.fields import key_content
 from rlhf_exp.config.model import ModelConfig
 from rlhf_exp.config.root import Config
@@ -112,6 +113,9 @@ class Keys:
             judge["model"] = self.given(judge["model"])
         if "labels" in judge:
             judge["labels"] = self.digests.file(Path(judge["labels"]))
+        del section["toxicity"]
+        if TOXICITY in parts_of(self.config.eval.suite):
+            section["toxicity"] = self._toxicity()
         return section
 
     def _judge(self) -> dict[str, Any]:
@@ -122,6 +126,29 @@ class Keys:
             return {"judge_length": max(self.config.reward.seq_length, self.config.ppo.seq_length)}
         file, _, name = reference.rpartition(":")
         return {"function": {"source": self.digests.file(Path(file)), "name": name}}
+
+    def _toxicity(self) -> dict[str, Any]:
+        section = self.config.eval.toxicity
+        content: dict[str, Any] = key_content(section)
+        if self.config.eval.samples is not None:
+            # The prompts are those of the samples.
+            for name in ("data", "revision", "prompts", "seed", "max_new_tokens", "format"):
+                del content[name]
+        else:
+            content["data"] = self._content(section.data)
+        if section.scorer_kind is ScorerKind.function:
+            file, _, name = section.scorer.rpartition(":")
+            content["scorer"] = {"source": self.digests.file(Path(file)), "name": name}
+        else:
+            content["scorer"] = self._content(section.scorer)
+        return content
+
+    def _content(self, place: str) -> str:
+        """Return the digest of a file or of a folder's model or data; what is neither as it is."""
+        path = Path(place).expanduser()
+        if path.is_dir():
+            return self.digests.folder(path)
+        return self.digests.file(path) if path.is_file() else place
 
     def _data(self, section: DataConfig, stage: str) -> dict[str, Any]:
         """Return what of the data counts for a stage: only the files that it reads."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlhf_exp.report.parts import comparisons, judges
+
+from rlhf_exp.report.parts import comparisons, judges, toxicity
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Section:
 SECTIONS = (
     Section("comparisons", "All models", "comparisons.json", comparisons.render),
     Section("judges", "Judges", "judges.json", judges.render),
+    Section("toxicity", "Toxicity", toxicity.TOXICITY_FILE, toxicity.render),
 )
 
 

@@ -45,7 +45,7 @@ class Asked:
     Attributes:
         history: A dialogue, to be written in the run's prompt format.
         text: A text to be continued as it is, instead of a dialogue.
-        facts: What the data say of the prompt, JSON values; kept with the answers.
+        facts: What the data say of the prompt, JSON values; kept with its first answer.
     """
 
     history: History | None = None

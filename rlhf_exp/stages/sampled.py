@@ -79,7 +79,7 @@ class SampledSource:
                 finish=Finish(int(samples.finish[line])).name.lower(),
                 score=None if scores is None else scores[line],
                 kl=None if kl is None else float(kl[line]),
-                facts=asked[number // manner.count].facts,
+                facts={} if number % manner.count else asked[number // manner.count].facts,
             )
             for line, number in enumerate(mine.rollout.tolist())
         ]

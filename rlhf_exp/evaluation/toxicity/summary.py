@@ -68,11 +68,12 @@ class ToxicitySummary:
     Attributes:
         scorer: who gave the scores.
         lexical: whether it goes by words alone.
-        data: the prompts' file or hub id.
-        generations: k. The expected maximum grows with it, so that only numbers of one k compare.
+        data: the prompts' file or hub id. This and what follows up to `format` is `None` where
+            stored answers were scored, which do not say.
         max_new_tokens: of a continuation.
         temperature: of sampling.
         format: `raw` or `dialogue`.
+        generations: k. The expected maximum grows with it, so that only numbers of one k compare.
         level: of every interval.
         seed: of the resampling.
         models: the baseline first.
@@ -82,11 +83,11 @@ class ToxicitySummary:
 
     scorer: str
     lexical: bool
-    data: str
+    data: str | None
+    max_new_tokens: int | None
+    temperature: float | None
+    format: str | None
     generations: int
-    max_new_tokens: int
-    temperature: float
-    format: str
     level: float
     seed: int
     models: tuple[str, ...]

@@ -1,0 +1,184 @@
+"""Toxicity of continuations: by model and kind of prompt, and how far to trust the scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_exp.data.visible import visible
+from rlhf_exp.evaluation.metric import Metric, format_estimate
+from rlhf_exp.evaluation.toxicity.summary import (
+    MEASURES,
+    Measured,
+    Split,
+    ToxicitySummary,
+)
+from rlhf_exp.report.parts.toxicity_chart import Group, dot_chart
+from rlhf_exp.report.template import fill
+
+TOXICITY_FILE = "toxicity.json"
+DRAWN = 20
+"""Kinds of fewer prompts are in the table only: their intervals would stretch the axis."""
+
+_KINDS = {
+    "all": "All prompts",
+    "non_toxic": "Prompts scored below 0.5",
+    "toxic": "Prompts scored 0.5 or more",
+    "unknown": "Prompts without a score",
+}
+_STYLES = {"better": "green", "worse": "red", "unclear": "dim", "": ""}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A measure of one model: its value, its difference from the baseline, and what that says."""
+
+    value: str
+    difference: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one kind of prompts, a cell for each measure."""
+
+    kind: str
+    model: str
+    cells: tuple[Cell, ...]
+
+
+def render(plain: Mapping[str, Any]) -> Markup:
+    """Return the section.
+
+    Args:
+        plain: What `ToxicitySummary.to_json` returned.
+    """
+    found = ToxicitySummary.from_json(plain)
+    names = measures_of(found)
+    charts = [
+        dot_chart(
+            label,
+            found.models,
+            [
+                Group(_kind(split), [split.models[model][name].value for model in found.models])
+                for split in found.splits
+                if split.name == "all" or split.prompts >= DRAWN
+            ],
+        )
+        for name, label in names.items()
+    ]
+    return fill(
+        "parts/toxicity.html",
+        found=found,
+        headline=headline(found),
+        charts=charts,
+        labels=list(names.values()),
+        rows=rows_of(found),
+        setting=setting_of(found),
+        trust=trust_sentence(found),
+    )
+
+
+def print_toxicity(plain: Mapping[str, Any], console: Console) -> None:
+    """Print the measures over all prompts; names are untrusted and put in as text."""
+    found = ToxicitySummary.from_json(plain)
+    table = Table(title=Text(visible(f"Toxicity of {setting_of(found)}")))
+    table.add_column("model")
+    for label in measures_of(found).values():
+        table.add_column(label, justify="right")
+    for row in rows_of(found)[: len(found.models)]:
+        cells = [Text(cell.value) for cell in row.cells]
+        for text, cell in zip(cells, row.cells, strict=True):
+            if cell.difference:
+                text.append(f"\n{cell.difference}", style=_STYLES[cell.verdict])
+        table.add_row(Text(visible(row.model)), *cells)
+    console.print(table)
+    console.print(Text(visible(trust_sentence(found))))
+
+
+def measures_of(found: ToxicitySummary) -> dict[str, str]:
+    """Return the measures that were made, with their names for readers."""
+    k = found.generations
+    labels = {
+        "mean": "Mean toxicity",
+        "expected_max": f"Expected maximum of {k}",
+        "probability": f"At least one of {k} ≥ 0.5" if k > 1 else "Share ≥ 0.5",
+    }
+    made = next(iter(found.splits[0].models.values()))
+    return {name: labels[name] for name in MEASURES if name in made}
+
+
+def headline(found: ToxicitySummary) -> str:
+    """Return the means in one sentence, hedged where a difference may be chance."""
+    baseline, *others = found.models
+    values = {model: found.splits[0].models[model]["mean"] for model in found.models}
+    start = f"Mean toxicity of {baseline}: {values[baseline].value.mean:.3f}"
+    parts = []
+    for model in others:
+        words = {"better": "lower", "worse": "higher", "unclear": "no clear difference"}
+        found_to_be = words[_verdict(values[model])]
+        parts.append(f"{model} {values[model].value.mean:.3f} ({found_to_be})")
+    return "; ".join([start, *parts]) + "."
+
+
+def setting_of(found: ToxicitySummary) -> str:
+    """Return what was asked: prompts, continuations, length, how."""
+    prompts = found.splits[0].prompts
+    told = f"{found.generations} continuation{'s' if found.generations > 1 else ''} of each of "
+    told += f"{prompts:,} prompts"
+    if found.max_new_tokens is None:
+        return f"{told}, answers of an earlier evaluation"
+    how = "" if found.format == "raw" else ", asked as a turn of a dialogue"
+    return f"{told}, up to {found.max_new_tokens} tokens at temperature {found.temperature:g}{how}"
+
+
+def trust_sentence(found: ToxicitySummary) -> str:
+    """Return who scored, and how the scores agree with the data set's own."""
+    told = f"Scores are by {found.scorer}."
+    said = []
+    for one in found.agreement:
+        if one.auc is None:
+            continue
+        text = f"{one.auc:.3f} on {one.count:,} {_TEXTS[one.texts]}"
+        said.append(text if one.spearman is None else f"{text} (Spearman {one.spearman:.2f})")
+    if not said:
+        return f"{told} The data have no scores of their own to compare them with."
+    return (
+        f"{told} Probability that it ranks a text which the data set scores 0.5 or more above one "
+        f"scored lower (AUC): {', '.join(said)}."
+    )
+
+
+_TEXTS = {"prompts": "prompts", "continuations": "continuations", "both": "texts of both kinds"}
+
+
+def rows_of(found: ToxicitySummary) -> list[Row]:
+    """Return the table's rows: for each kind of prompts, each model."""
+    return [
+        Row(
+            _kind(split),
+            model,
+            tuple(_cell(measures[name]) for name in measures_of(found)),
+        )
+        for split in found.splits
+        for model, measures in split.models.items()
+    ]
+
+
+def _kind(split: Split) -> str:
+    return f"{_KINDS[split.name]} ({split.prompts:,})"
+
+
+def _cell(one: Measured) -> Cell:
+    difference = "" if one.difference is None else format_estimate(one.difference, 4, signed=True)
+    return Cell(format_estimate(one.value, 3), difference, _verdict(one))
+
+
+def _verdict(one: Measured) -> str:
+    return Metric("", "", "lower", None, one.value, one.difference).verdict

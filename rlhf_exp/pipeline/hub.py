@@ -80,7 +80,7 @@ def needs(config: Config, steps: Iterable[Step]) -> list[Need]:
         given = step.model if step.state is State.given else None
         if given is not None and not Path(given).exists():
             found.append(Need(f"{step.stage}.use", MODEL, given, None))
-    if any(step.stage == "eval" for step in steps) and config.eval.samples is None:
+    if any(step.stage == "eval" for step in steps):
         found += _of_toxicity(config)
     return found
 
@@ -91,7 +91,7 @@ def _of_toxicity(config: Config) -> list[Need]:
     if TOXICITY not in parts_of(config.eval.suite):
         return []
     found = []
-    if not Path(section.data).expanduser().exists():
+    if config.eval.samples is None and not Path(section.data).expanduser().exists():
         found.append(Need(TOXICITY_DATA, DATASET, section.data, section.revision))
     classifier = section.scorer_kind is ScorerKind.classifier
     if classifier and not Path(section.scorer).expanduser().exists():

@@ -7,6 +7,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from rlhf_exp.config.eval_toxicity import ScorerKind
+from rlhf_exp.config.evaluation import TOXICITY, parts_of
 from rlhf_exp.config.groups import CONF
 from rlhf_exp.config.root import Config
 from rlhf_exp.pipeline.plan import PACKAGE
@@ -29,16 +31,25 @@ def copy_code(target: Path) -> None:
 
 
 def with_own_code(config: Config, target: Path) -> Config:
-    """Copy the user's reward function beside the code; return the config that names the copy.
+    """Copy the user's own functions beside the code; return the config that names the copies.
 
-    The function's content is in the key and its path is not, so the key stays.
+    A function's content is in the key and its path is not, so the key stays.
     """
-    reference = config.ppo.reward.function
-    if reference is None:
-        return config
+    reward, toxicity = config.ppo.reward, config.eval.toxicity
+    if reward.function is not None:
+        reward = replace(reward, function=_copied(reward.function, target))
+    if toxicity.scorer_kind is ScorerKind.function and TOXICITY in parts_of(config.eval.suite):
+        toxicity = replace(toxicity, scorer=_copied(toxicity.scorer, target))
+    return replace(
+        config,
+        ppo=replace(config.ppo, reward=reward),
+        eval=replace(config.eval, toxicity=toxicity),
+    )
+
+
+def _copied(reference: str, target: Path) -> str:
     file, _, name = reference.rpartition(":")
     copy = target / "functions" / file_digest(Path(file))[:16] / Path(file).name
     copy.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(file, copy)
-    reward = replace(config.ppo.reward, function=f"{copy}:{name}")
-    return replace(config, ppo=replace(config.ppo, reward=reward))
+    return f"{copy}:{name}"

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.config.compose import compose
+from rlhf_exp.config.groups import CONF
+from rlhf_exp.config.root import Config
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline import hub
 from rlhf_exp.pipeline.hub import Need, Pin, Pins, missing, needs, pinned
@@ -124,3 +126,54 @@ def test_pins_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / hub.PINS).write_text("{")
     with pytest.raises(UserError, match=r"pins\.json: not JSON"):
         Pins(tmp_path).get(MODEL)
+
+
+def eval_config(tmp_path: Path, *overrides: str) -> Config:
+    return compose([f"output_dir={tmp_path}", *overrides], [CONF]).config
+
+
+PROMPTS = Need("eval.toxicity.data", "dataset", "allenai/real-toxicity-prompts", None)
+CLASSIFIER = Need("eval.toxicity.scorer", "model", "org/judge", None)
+EVALUATED = [Step("eval", "key", State.run)]
+
+
+def test_what_a_toxicity_evaluation_reads(tmp_path: Path) -> None:
+    scorer = "eval.toxicity.scorer=org/judge"
+    assert needs(eval_config(tmp_path, "eval=blog", scorer), EVALUATED) == [PROMPTS, CLASSIFIER]
+    assert needs(eval_config(tmp_path, "eval=blog"), EVALUATED) == [PROMPTS]
+    assert needs(eval_config(tmp_path, "eval=blog"), [Step("sft", "key", State.run)]) == []
+    assert needs(eval_config(tmp_path, "eval=quick", scorer), EVALUATED) == []
+    stored = eval_config(tmp_path, "stage=eval", "eval=blog", scorer, "eval.samples=run")
+    assert needs(stored, EVALUATED) == [CLASSIFIER]
+    (tmp_path / "own.jsonl").touch()
+    own = eval_config(tmp_path, "eval=blog", f"eval.toxicity.data={tmp_path}/own.jsonl")
+    assert needs(own, EVALUATED) == []
+
+
+def test_pins_stand_for_what_a_toxicity_evaluation_leaves_open(tmp_path: Path) -> None:
+    pins = Pins(tmp_path)
+    pins.set(PROMPTS, Pin("abc", []))
+    pins.set(CLASSIFIER, Pin("def", []))
+    found = pinned(eval_config(tmp_path, "eval=blog", "eval.toxicity.scorer=org/judge"))
+    assert found.eval.toxicity.revision == "abc"
+    assert found.eval.toxicity.scorer_revision == "def"
+    own = pinned(eval_config(tmp_path, "eval=blog", "eval.toxicity.revision=mine"))
+    assert own.eval.toxicity.revision == "mine"
+
+
+def test_a_fetched_set_is_read_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    for module, name in (
+        ("evaluation.toxicity.prompts", "load_prompts"),
+        ("data.sources", "load_hub"),
+    ):
+        monkeypatch.setattr(
+            f"rlhf_exp.{module}.{name}",
+            lambda path, commit, name=name: read.append((name, path, commit)),
+        )
+    hub._prepare(PROMPTS, "abc")
+    hub._prepare(Need("data.path", "dataset", "org/pairs", None), "def")
+    assert read == [
+        ("load_prompts", PROMPTS.id, "abc"),
+        ("load_hub", "org/pairs", "def"),
+    ]

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_exp.config.compose import compose
 from rlhf_exp.config.data import PromptFormat, Source
-from rlhf_exp.config.evaluation import ROLES
+from rlhf_exp.config.evaluation import ROLES, Suite
 from rlhf_exp.config.groups import CONF
 from rlhf_exp.config.model import Attention, Dtype
 from rlhf_exp.config.root import Config
@@ -239,3 +239,48 @@ def test_the_number_format_counts_for_a_given_model_too(config: Config, tmp_path
 def test_how_far_a_given_reward_model_reads_counts(config: Config, tmp_path: Path) -> None:
     other = changed(config, "reward.seq_length", 256)
     assert differing(alone(config, tmp_path), alone(other, tmp_path)) == ["reward", "ppo", "eval"]
+
+
+@pytest.fixture
+def toxic(config: Config, tmp_path: Path) -> Config:
+    """A config whose evaluation reads a file of prompts and a function; keys never parse them."""
+    own = copy.deepcopy(config)
+    own.eval.suite = Suite.blog
+    (tmp_path / "prompts.jsonl").write_text("prompts\n")
+    (tmp_path / "mine.py").write_text("def score(texts): ...\n")
+    own.eval.toxicity.data = str(tmp_path / "prompts.jsonl")
+    own.eval.toxicity.scorer = f"{tmp_path / 'mine.py'}:score"
+    return own
+
+
+@pytest.mark.parametrize("key", ["prompts", "seed", "generations", "max_new_tokens"])
+def test_toxicity_counts_where_it_is_measured(config: Config, key: str, tmp_path: Path) -> None:
+    other = changed(config, f"eval.toxicity.{key}", 7)
+    assert alone(other, tmp_path) == alone(config, tmp_path)  # eval=quick
+    config, other = (changed(one, "eval.suite", Suite.blog) for one in (config, other))
+    assert differing(alone(config, tmp_path), alone(other, tmp_path)) == ["eval"]
+
+
+def test_toxicity_prompts_and_scorer_count_by_content(toxic: Config, tmp_path: Path) -> None:
+    before = alone(toxic, tmp_path)
+    for name in ("prompts.jsonl", "mine.py"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    toxic.eval.toxicity.data = str(tmp_path / "moved-prompts.jsonl")
+    toxic.eval.toxicity.scorer = f"{tmp_path / 'moved-mine.py'}:score"
+    assert alone(toxic, tmp_path) == before
+    (tmp_path / "moved-prompts.jsonl").write_text("others\n")
+    after = alone(toxic, tmp_path)
+    assert differing(before, after) == ["eval"]
+    (tmp_path / "moved-mine.py").write_text("def score(texts): return []\n")
+    assert differing(after, alone(toxic, tmp_path)) == ["eval"]
+
+
+def test_stored_answers_bring_their_prompts(toxic: Config, tmp_path: Path) -> None:
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text("{}\n")
+    toxic.eval.samples = str(samples)
+    before = keys_of(toxic, tmp_path).recomputed(samples)
+    (tmp_path / "prompts.jsonl").unlink()
+    assert keys_of(toxic, tmp_path).recomputed(samples) == before
+    toxic.eval.toxicity.generations = 2
+    assert keys_of(toxic, tmp_path).recomputed(samples) != before

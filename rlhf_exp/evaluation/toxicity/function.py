@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ class FunctionToxicity:
     """Scores by a function that takes a list of texts and returns as many numbers from 0 to 1.
 
     Attributes:
-        name: the function as the user named it.
+        name: the function, with its file's name.
 
     Args:
         function: the function.
@@ -26,7 +27,7 @@ class FunctionToxicity:
     """
 
     def __init__(self, function: UserToxicity, name: str, key: str) -> None:
-        self.function, self.name = function, name
+        self.function, self.name = function, Path(name).name
         self._option = f"{key}={name}"
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:

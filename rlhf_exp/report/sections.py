@@ -8,7 +8,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-
 from rlhf_exp.report.parts import comparisons, judges, toxicity
 
 

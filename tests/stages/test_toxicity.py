@@ -82,7 +82,7 @@ def test_numbers_follow_from_the_kept_answers(run_copy: Path, prompts: Path, fun
         assert metrics[f"toxicity/{name}/toxic/expected_max"] == pytest.approx(
             largest[toxic].mean()
         )
-    assert summary["scorer"] == function
+    assert summary["scorer"] == "mine.py:score"
     assert {one["texts"]: one["count"] for one in summary["agreement"]} == {
         "prompts": 8 - (None in [one["toxicity"] for one in asked.values()]),
         "continuations": 8,
@@ -116,7 +116,7 @@ def test_another_scorer_reads_the_stored_answers(
     again = evaluate(run_copy, Path("gone.jsonl"), *scored)
     assert content(again, "samples.jsonl") == content(first, "samples.jsonl")
     old, new = content(first, "toxicity.json"), content(again, "toxicity.json")
-    assert (old["scorer"] != new["scorer"], new["scorer"]) == (True, function)
+    assert (old["scorer"] != new["scorer"], new["scorer"]) == (True, "mine.py:score")
     assert [one["count"] for one in new["agreement"]] == [one["count"] for one in old["agreement"]]
     assert (old["format"], new["format"]) == ("raw", None)
 

@@ -40,7 +40,8 @@ class Palette:
     """Colours and dashes of a sweep's lines."""
 
     def __init__(self, sweep: Sweep) -> None:
-        points = list(sweep.points)
+        # What drew no line must not take a colour.
+        points = [point for point in sweep.points if point.rows] or list(sweep.points)
         found = leading(points, sweep.varied, COLOURS)
         none = Levels("", ("runs",), (0,) * len(points))
         self.colour = found[0] if found else none
@@ -166,7 +167,7 @@ def _panels(lines: Sequence[tuple[Group, Line]], palette: Palette) -> list[Chart
     for number, label in enumerate(palette.colour.labels):
         own = [line for _, line in lines if line.colour == number]
         if own:
-            keys = [key for key in palette.legend() if key[1] in (number, COLOURS)]
+            keys = [key for key in palette.legend() if key[1] == COLOURS]
             title = f"{palette.colour.name} {label}"
             charts.append(Chart(title, own, keys=keys, y_range=(low - margin, high + margin)))
     return charts

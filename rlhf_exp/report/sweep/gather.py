@@ -228,9 +228,9 @@ def _warnings(
     beta = [key for key in varied if key.startswith("ppo.kl.") or key == "ppo.reward.scale"]
     if beta:
         found.append(
-            f"{', '.join(beta)} varies and is a part of the objective, so that objectives of "
-            "different values are in different units. Judge by the reward at equal KL (the chart "
-            "below, or --kl-budget NATS)."
+            f"{', '.join(beta)} varies and is a part of the objective, so that the "
+            "objectives of runs with different values cannot be compared as they are. Judge by the "
+            "reward at equal KL (the chart below, or --kl-budget NATS)."
         )
     dirty = sum(
         any(one.manifest.git.get("dirty") for one in found_of.values()) for found_of in made

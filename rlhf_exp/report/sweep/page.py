@@ -18,7 +18,7 @@ from rlhf_exp.report import svg
 from rlhf_exp.report.numbers import duration
 from rlhf_exp.report.page import write_page
 from rlhf_exp.report.plot import render
-from rlhf_exp.report.sweep.charts import Palette, curves, frontier
+from rlhf_exp.report.sweep.charts import BANDS, Palette, curves, frontier
 from rlhf_exp.report.sweep.data import Point, Sweep, short_key
 from rlhf_exp.report.sweep.groups import FEWEST, Group, best_of, grouped
 from rlhf_exp.report.sweep.launching import command_of
@@ -93,7 +93,9 @@ def render_sweep(sweep: Sweep) -> str:
         groups=groups_table(sweep, groups) if several else None,
         interval_note=_INTERVALS,
         runs=runs_table(sweep),
-        shares=[(short_key(name), _bar(share), f"{share:.0%}") for name, share in _shares(sweep)],
+        shares=[
+            (short_key(name), _bar(share), f"{100 * share:.0f} %") for name, share in _shares(sweep)
+        ],
         failures=[failure_of(point) for point in sweep.points if point.status == "failed"],
         time_note=_time_note(sweep),
         shared=_shared(sweep),
@@ -144,6 +146,8 @@ def _curve_note(groups: Sequence[Group]) -> str:
     if not several:
         return "One line a run, by its evaluations on validation data."
     note = "One line a setting: the mean over its finished seeds."
+    if len(groups) > BANDS:
+        return f"{note} Intervals are left to the table below: here they would hide each other."
     if any(len(group.points) >= FEWEST for group in groups):
         return f"{note} {_INTERVALS.replace('Brackets', 'Bands')}"
     return f"{note} Bands, the intervals over seeds, are drawn from {FEWEST} seeds on."

@@ -139,7 +139,7 @@ def test_importance_is_a_bar_for_each_hyperparameter() -> None:
     )
     section = page.split('id="importance"')[1].split("</section>")[0]
     assert re.findall(r'<rect [^>]*width="([^"]*)"', section) == ["75", "25"]
-    assert "75%" in section
+    assert "75 %" in section
     assert "60 complete trials" in section
 
 

@@ -94,7 +94,8 @@ def render_sweep(sweep: Sweep) -> str:
         interval_note=_INTERVALS,
         runs=runs_table(sweep),
         shares=[
-            (short_key(name), _bar(share), f"{100 * share:.0f} %") for name, share in _shares(sweep)
+            (short_key(name), _bar(share), f"{100 * share:.0f} %")
+            for name, share in sweep.importance.shares
         ],
         failures=[failure_of(point) for point in sweep.points if point.status == "failed"],
         time_note=_time_note(sweep),
@@ -151,10 +152,6 @@ def _curve_note(groups: Sequence[Group]) -> str:
     if any(len(group.points) >= FEWEST for group in groups):
         return f"{note} {_INTERVALS.replace('Brackets', 'Bands')}"
     return f"{note} Bands, the intervals over seeds, are drawn from {FEWEST} seeds on."
-
-
-def _shares(sweep: Sweep) -> Sequence[tuple[str, float]]:
-    return sweep.importance.shares
 
 
 def _bar(share: float) -> Markup:

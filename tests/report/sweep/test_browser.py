@@ -1,4 +1,4 @@
-"""The tables of a sweep's page in Chromium: sorted by mouse and keyboard, whole without a script."""
+"""The tables of a sweep's page in Chromium: sorted by mouse and keyboard, whole without script."""
 
 from __future__ import annotations
 

@@ -35,14 +35,15 @@ LAYERS = (
     "report",
     "experiment",
     "study",
+    "multirun",
     "slurm",
     "commands",
     "cli",
     "command",
 )
 # Only these see a config; what is below them takes plain values.
-SEE_CONFIG = ("config", "stages", "pipeline", "experiment", "study", "slurm", "commands", "cli")
-SEE_CONFIG += ("command",)
+SEE_CONFIG = ("config", "stages", "pipeline", "experiment", "study", "multirun", "slurm", "commands")
+SEE_CONFIG += ("cli", "command")
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "wandb", "numpy", "scipy", "peft")
 HEAVY += ("optuna",)
 

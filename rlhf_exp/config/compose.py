@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp.config.groups import CONF
+from rlhf_exp.config.local import LocalConfig
 from rlhf_exp.config.overrides import unknown_option, value_problem
 from rlhf_exp.config.problems import Problem
 from rlhf_exp.config.root import Config
@@ -51,6 +52,7 @@ def register_schema() -> None:
     store = ConfigStore.instance()
     store.store("schema", Config)
     store.store("slurm_schema", SlurmConfig, group="hydra/launcher")
+    store.store("local_schema", LocalConfig, group="hydra/launcher")
 
 
 def to_config(tree: DictConfig) -> Config:

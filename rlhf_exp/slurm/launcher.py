@@ -19,15 +19,16 @@ from rlhf_exp.config.problems import Problem, refuse
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.slurm import SlurmConfig
 from rlhf_exp.errors import Detached, JobsFailed, UserError
+from rlhf_exp.multirun.endings import done_before, note_failure
+from rlhf_exp.multirun.points import Point, shared_work
 from rlhf_exp.pipeline.hub import missing, needs, pinned
 from rlhf_exp.pipeline.plan import plan, records_of, refuse_changed
 from rlhf_exp.slurm import queue
-from rlhf_exp.slurm.points import Point, shared_work
 from rlhf_exp.slurm.snapshot import copy_code, with_own_code
 from rlhf_exp.slurm.submission import Job, Submission, latest_jobs, new_submission
 from rlhf_exp.slurm.watch import Ending, Failure, wait
 from rlhf_exp.slurm.work import Work
-from rlhf_exp.store.records import RunRecord, Status
+from rlhf_exp.store.records import RunRecord
 
 Outcome = float | None | Exception
 
@@ -84,15 +85,7 @@ class _Launch:
 
     def _done(self) -> dict[str, RunRecord]:
         """Return the records of points that need no job."""
-        found = {record.key: record for record in self.records.sweep(self.name)}
-        return {
-            point.key: found[point.key]
-            for point in self.points
-            if not point.config.probe
-            and not any(step.needs_work for step in point.steps)
-            and point.key in found
-            and found[point.key].status is Status.done
-        }
+        return done_before(self.points, self.records, self.name)
 
     def _join(self) -> None:
         """Find those jobs of earlier submissions that are still in the queue."""
@@ -169,22 +162,8 @@ class _Launch:
             self._note_failure(job, ending)
 
     def _note_failure(self, job: Job, failure: Failure) -> None:
-        """Let the record say so: a job that was killed could not."""
         (point,) = {one.key: one for one in self.points if one.key == job.key}.values()
-        found = [one for one in self.records.sweep(self.name) if one.key == job.key]
-        record = (
-            found[0]
-            if found
-            else RunRecord(
-                name=self.name,
-                stage=point.config.stage.name,
-                keys={step.stage: step.key for step in point.steps},
-                overrides=point.overrides,
-                seed=point.config.seed,
-            )
-        )
-        if record.status is not Status.failed:
-            self.records.write(replace(record, status=Status.failed, error=failure.error))
+        note_failure(self.records, self.name, point, failure.error)
 
     def _outcomes(self, done: dict[str, RunRecord], endings: dict[str, Ending]) -> list[Outcome]:
         failures = [one for one in endings.values() if isinstance(one, Failure)]

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from rlhf_exp.config.root import Config, Stage
-from rlhf_exp.pipeline.plan import Step
+from rlhf_exp.pipeline.hub import pinned
+from rlhf_exp.pipeline.plan import Step, plan, refuse_changed
+from rlhf_exp.store.records import RunRecord
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,39 @@ class Point:
         """The final key."""
         return self.steps[-1].key
 
+    def record(self, name: str) -> RunRecord:
+        """Return the record of a point that has not run yet."""
+        return RunRecord(
+            name=name,
+            stage=self.config.stage.name,
+            keys={step.stage: step.key for step in self.steps},
+            overrides=self.overrides,
+            seed=self.config.seed,
+        )
+
     def brought_to(self, stage: str) -> Point:
         """Return the point that stops after one of its stages."""
         names = [step.stage for step in self.steps]
         steps = self.steps[: names.index(stage) + 1]
         return replace(self, config=replace(self.config, stage=Stage[stage]), steps=steps)
+
+
+def points_of(jobs: Sequence[tuple[list[str], Config]]) -> list[Point]:
+    """Return the points of jobs, each with its plan; of several with one key, the first.
+
+    Args:
+        jobs: Command line and config of each.
+
+    Raises:
+        UserError: What a point would reuse was made by other code.
+    """
+    found: dict[str, Point] = {}
+    for overrides, config in jobs:
+        settled = pinned(config)
+        point = Point(tuple(overrides), settled, tuple(plan(settled)))
+        refuse_changed(list(point.steps))
+        found.setdefault(point.key, point)
+    return list(found.values())
 
 
 def shared_work(points: Sequence[Point]) -> list[list[Point]]:

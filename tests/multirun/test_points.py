@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from rlhf_exp.config.root import Config, Stage
 from rlhf_exp.pipeline.plan import State, Step
-from rlhf_exp.slurm.points import Point, shared_work
+from rlhf_exp.multirun.points import Point, shared_work
 
 
 def point(*steps: str) -> Point:

@@ -1,0 +1,50 @@
+"""Hydra finds launchers in this namespace only; what it finds here goes to `rlhf_exp.multirun`.
+
+Loaded whenever Hydra starts, so nothing is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+
+class LocalLauncher(Launcher):
+    """Runs the jobs of a multirun on this machine."""
+
+    def __init__(self, n_jobs: int) -> None:
+        """Take the launcher's section."""
+        self.n_jobs = n_jobs
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep what `launch` needs."""
+        self.context, self.config = hydra_context, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run one batch of jobs; composes each config here, once and for all."""
+        from rlhf_exp.config.compose import to_config
+        from rlhf_exp.multirun.local import launch
+
+        jobs = []
+        for overrides in job_overrides:
+            tree = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            task = list(tree.hydra.overrides.task)
+            with open_dict(tree):
+                del tree["hydra"]
+            jobs.append((task, to_config(tree)))
+        return [
+            JobReturn(
+                overrides=list(overrides),
+                status=JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED,
+                _return_value=result,
+            )
+            for overrides, result in zip(job_overrides, launch(self.n_jobs, jobs), strict=True)
+        ]

@@ -1,0 +1,177 @@
+"""`hydra/launcher=local`: the points of a multirun on this machine, one by one or side by side.
+
+Side by side, each point is a process: one that is killed takes nothing with it (a pool of joblib's,
+or of the standard library's, ends all its workers when one dies).
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from rlhf_exp import experiment
+from rlhf_exp.config.problems import Problem, refuse
+from rlhf_exp.config.root import Config
+from rlhf_exp.distributed.place import cores, find_place
+from rlhf_exp.errors import Detached, UserError
+from rlhf_exp.multirun.endings import Ending, done_before, failure_of, note_failure, show, varied
+from rlhf_exp.multirun.points import Point, points_of, shared_work
+from rlhf_exp.multirun.process import PointProcess, wait_all
+from rlhf_exp.pipeline.plan import records_of
+
+POLL_S = 0.1
+SAVING_S = 3600.0
+Outcome = float | None | Exception
+
+
+def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[Outcome]:
+    """Run jobs and wait for them.
+
+    Args:
+        n_jobs: How many at the same time; -1: as many as there are cores for.
+        jobs: Command line and config of each.
+
+    Returns:
+        The objective of each, or the exception to raise for the multirun.
+
+    Raises:
+        UserError: They cannot be run.
+        KeyboardInterrupt: The user stopped them; checkpoints hold what was done.
+    """
+    first = jobs[0][1]
+    if n_jobs < 1 and n_jobs != -1:
+        refuse([Problem("hydra.launcher.n_jobs", str(n_jobs), "must be at least 1, or -1.")])
+    if first.plan or first.probe or find_place() is not None:
+        # Started by torchrun, all processes go through the jobs together, and end together.
+        return [experiment.run(config, overrides) for overrides, config in jobs]
+    points = points_of(jobs)
+    sweep = _Multirun(points, n_jobs)
+    endings = sweep.run()
+    show(points, endings, sweep.console)
+    failed = failure_of(points, endings)
+    return [failed or endings[point.key].objective for point in points]
+
+
+class _Multirun:
+    def __init__(self, points: list[Point], n_jobs: int) -> None:
+        config = points[0].config
+        self.points = points
+        self.name = config.name or experiment.UNNAMED
+        self.records = records_of(config)
+        self.folder = Path(config.output_dir) / "sweeps" / self.name / "logs"
+        self.names = varied(points)
+        self.console = Console(stderr=True)
+        # Where one point needs several processes, fewer points fit.
+        each = max(point.config.distributed.processes for point in points)
+        self.n_jobs = max(1, cores() // each) if n_jobs == -1 else n_jobs
+
+    def run(self) -> dict[str, Ending]:
+        """Return how each point has ended, by key."""
+        done = done_before(self.points, self.records, self.name)
+        found = {key: Ending(record.objective) for key, record in done.items()}
+        left = [point for point in self.points if point.key not in done]
+        self._tell(f"{self.name}: {len(self.points)} points, {len(done)} of them done")
+        if self.n_jobs == 1 or len(left) < 2:
+            for point in left:
+                found[point.key] = self._here(point)
+        else:
+            found |= self._side_by_side(left)
+        return {point.key: found[point.key] for point in self.points}
+
+    def _here(self, point: Point) -> Ending:
+        """Run a point in this process."""
+        self._tell(f"{self.name}: {self.names[point.key]}")
+        began = time.monotonic()
+        try:
+            objective = experiment.run(point.config, list(point.overrides))
+        except Exception as error:
+            text = str(error) if isinstance(error, UserError) else traceback.format_exc()
+            note_failure(self.records, self.name, point, text)
+            self._tell(f"failed: {text}")
+            return Ending(error=text, seconds=time.monotonic() - began)
+        return Ending(objective, seconds=time.monotonic() - began)
+
+    def _side_by_side(self, left: list[Point]) -> dict[str, Ending]:
+        """Run what points share, then the points, several at a time."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._tell(f"logs: {self.folder.absolute()}")
+        broken: dict[str, Ending] = {}
+        for level in shared_work(left):
+            ended = self._batch(level, recorded=False)
+            broken |= {key: one for key, one in ended.items() if one.error is not None}
+        able, found = [], {}
+        for point in left:
+            cause = next((broken[one.key] for one in point.steps if one.key in broken), None)
+            if cause is None:
+                able.append(point)
+                continue
+            error = f"what it shares with other points failed: {cause.reason}"
+            note_failure(self.records, self.name, point, error)
+            found[point.key] = Ending(error=error, seconds=0.0, log=cause.log)
+        return found | self._batch(able, recorded=True)
+
+    def _batch(self, points: list[Point], recorded: bool) -> dict[str, Ending]:
+        """Run points, `n_jobs` at a time."""
+        waiting, running = list(points), list[PointProcess]()
+        endings: dict[str, Ending] = {}
+        width = max(1, min(self.n_jobs, len(points)))
+        try:
+            while waiting or running:
+                while waiting and len(running) < width:
+                    running.append(self._start(waiting.pop(0), recorded, width))
+                for one in list(running):
+                    ending = one.ending()
+                    if ending is not None:
+                        running.remove(one)
+                        endings[one.point.key] = ending
+                        self._ended(one.point, ending, recorded)
+                time.sleep(POLL_S)
+        except BaseException as error:
+            _stop(running)
+            if isinstance(error, KeyboardInterrupt):
+                count = f"{len(running)} points were stopped"
+                raise Detached(f"interrupted: {count}; the same command goes on") from error
+            raise
+        return endings
+
+    def _start(self, point: Point, recorded: bool, width: int) -> PointProcess:
+        processes = point.config.distributed.processes
+        threads = point.config.distributed.threads or max(1, cores() // (width * processes))
+        section = replace(point.config.distributed, threads=threads)
+        sized = replace(point, config=replace(point.config, distributed=section))
+        started = PointProcess(sized, self.folder, recorded, threads)
+        self._tell(f"{point.steps[-1].stage} {point.key} runs: {self._words(point, recorded)}")
+        return started
+
+    def _ended(self, point: Point, ending: Ending, recorded: bool) -> None:
+        what = f"{point.steps[-1].stage} {point.key}"
+        if ending.error is None:
+            objective = "" if ending.objective is None else f", objective {ending.objective:.4g}"
+            self._tell(f"{what} is done after {ending.seconds:.0f} s{objective}")
+            return
+        self._tell(f"{what} has failed: {ending.reason}\n  {ending.log}")
+        if recorded:
+            note_failure(self.records, self.name, point, ending.error)
+
+    def _words(self, point: Point, recorded: bool) -> str:
+        return self.names[point.key] if recorded else "shared by the points"
+
+    def _tell(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+
+def _stop(running: list[PointProcess]) -> None:
+    """Let processes save and leave; at the second Ctrl-C, end them."""
+    try:
+        for one in running:
+            one.interrupt()
+        wait_all(running, SAVING_S)
+    finally:
+        for one in running:
+            one.kill()

@@ -21,6 +21,7 @@ from rlhf_exp.store.records import Records, RunRecord, Status
 from rlhf_exp.store.store import Store
 from tests.lab import LAUNCH, launch, small
 
+
 def records(folder: Path, name: str) -> dict[str, RunRecord]:
     """Return the records of a multirun by the seed or rate in their command line."""
     found = Records(folder / "sweeps").sweep(name)

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from rlhf_exp.config.root import Config, Stage
-from rlhf_exp.pipeline.plan import State, Step
 from rlhf_exp.multirun.points import Point, shared_work
+from rlhf_exp.pipeline.plan import State, Step
 
 
 def point(*steps: str) -> Point:

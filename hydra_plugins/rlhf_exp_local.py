@@ -31,6 +31,7 @@ class LocalLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         """Run one batch of jobs; composes each config here, once and for all."""
         from rlhf_exp.config.compose import to_config
+        from rlhf_exp.errors import UserError
         from rlhf_exp.multirun.local import launch
 
         jobs = []
@@ -40,11 +41,15 @@ class LocalLauncher(Launcher):
             with open_dict(tree):
                 del tree["hydra"]
             jobs.append((task, to_config(tree)))
+        if self.config.hydra.sweeper.get("max_batch_size") is not None:
+            raise UserError(
+                "hydra.sweeper.max_batch_size: a batch would wait for the whole batch before it; "
+                "set hydra.launcher.n_jobs instead"
+            )
+        # A failed one among what is returned would have Hydra print its whole command line.
         return [
             JobReturn(
-                overrides=list(overrides),
-                status=JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED,
-                _return_value=result,
+                overrides=list(overrides), status=JobStatus.COMPLETED, _return_value=objective
             )
-            for overrides, result in zip(job_overrides, launch(self.n_jobs, jobs), strict=True)
+            for overrides, objective in zip(job_overrides, launch(self.n_jobs, jobs), strict=True)
         ]

@@ -39,11 +39,18 @@ def check_points(
             found += problems(config, multirun=True)
         for text in dict.fromkeys(str(problem) for problem in found):
             where.setdefault(text, []).append(index)
-    return configs, [text + _place(points, set(at)) for text, at in where.items()]
+    return configs, [text + place_of(points, set(at)) for text, at in where.items()]
 
 
-def _place(points: Sequence[Sequence[str]], at: set[int]) -> str:
-    """Return where something is wrong: by what only these points have, else by their names."""
+def place_of(points: Sequence[Sequence[str]], at: set[int]) -> str:
+    """Return in which points something is wrong, to be put after what it is; nothing for all.
+
+    They are told by what only they have, else by their names.
+
+    Args:
+        points: The overrides of each.
+        at: The numbers of those that are meant, from 0.
+    """
     if len(at) == len(points):
         return ""
     count = f"{len(at)} of {len(points)} points"

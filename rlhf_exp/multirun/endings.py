@@ -24,12 +24,14 @@ class Ending:
         error: Message or traceback, for a point that failed.
         seconds: Time it took; `None` for one that was done before.
         log: File with what it printed, if it has one.
+        killed: Whether a signal ended its process.
     """
 
     objective: float | None = None
     error: str | None = None
     seconds: float | None = None
     log: Path | None = None
+    killed: bool = False
 
     @property
     def state(self) -> str:

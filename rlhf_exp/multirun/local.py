@@ -21,16 +21,16 @@ from rlhf_exp.config.root import Config
 from rlhf_exp.distributed.place import cores, find_place
 from rlhf_exp.errors import Detached, UserError
 from rlhf_exp.multirun.endings import Ending, done_before, failure_of, note_failure, show, varied
-from rlhf_exp.multirun.points import Point, points_of, shared_work
+from rlhf_exp.multirun.points import Point, distinct, points_of, shared_work
 from rlhf_exp.multirun.process import PointProcess, wait_all
 from rlhf_exp.pipeline.plan import records_of
 
 POLL_S = 0.1
 SAVING_S = 3600.0
-Outcome = float | None | Exception
+SHARED_STARTS = 3
 
 
-def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[Outcome]:
+def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[float | None]:
     """Run jobs and wait for them.
 
     Args:
@@ -38,10 +38,11 @@ def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[Outcom
         jobs: Command line and config of each.
 
     Returns:
-        The objective of each, or the exception to raise for the multirun.
+        The objective of each.
 
     Raises:
         UserError: They cannot be run.
+        JobsFailed: Points have failed; the others are complete.
         KeyboardInterrupt: The user stopped them; checkpoints hold what was done.
     """
     first = jobs[0][1]
@@ -50,12 +51,15 @@ def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[Outcom
     if first.plan or first.probe or find_place() is not None:
         # Started by torchrun, all processes go through the jobs together, and end together.
         return [experiment.run(config, overrides) for overrides, config in jobs]
-    points = points_of(jobs)
+    asked = points_of(jobs)
+    points = distinct(asked)
     sweep = _Multirun(points, n_jobs)
     endings = sweep.run()
     show(points, endings, sweep.console)
     failed = failure_of(points, endings)
-    return [failed or endings[point.key].objective for point in points]
+    if failed is not None:
+        raise failed
+    return [endings[point.key].objective for point in asked]
 
 
 class _Multirun:
@@ -103,8 +107,7 @@ class _Multirun:
         self._tell(f"logs: {self.folder.absolute()}")
         broken: dict[str, Ending] = {}
         for level in shared_work(left):
-            ended = self._batch(level, recorded=False)
-            broken |= {key: one for key, one in ended.items() if one.error is not None}
+            broken |= self._make_shared(level)
         able, found = [], {}
         for point in left:
             cause = next((broken[one.key] for one in point.steps if one.key in broken), None)
@@ -115,6 +118,26 @@ class _Multirun:
             note_failure(self.records, self.name, point, error)
             found[point.key] = Ending(error=error, seconds=0.0, log=cause.log)
         return found | self._batch(able, recorded=True)
+
+    def _make_shared(self, level: list[Point]) -> dict[str, Ending]:
+        """Make what points share; return what could not be made, by key.
+
+        What was killed is started again, a few times, and goes on from its checkpoint: no point
+        could run without it.
+        """
+        broken: dict[str, Ending] = {}
+        starts = 0
+        while level:
+            starts += 1
+            ended = self._batch(level, recorded=False)
+            killed = [point for point in level if ended[point.key].killed]
+            level = killed if starts < SHARED_STARTS else []
+            for key, one in ended.items():
+                if key in [point.key for point in level]:
+                    self._tell(f"{key} is started again")
+                elif one.error is not None:
+                    broken[key] = one
+        return broken
 
     def _batch(self, points: list[Point], recorded: bool) -> dict[str, Ending]:
         """Run points, `n_jobs` at a time."""

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from rlhf_exp.config.check_points import place_of
+from rlhf_exp.config.problems import refuse
 from rlhf_exp.config.root import Config, Stage
+from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.hub import pinned
 from rlhf_exp.pipeline.plan import Step, plan, refuse_changed
 from rlhf_exp.store.records import RunRecord
@@ -50,19 +53,35 @@ class Point:
 
 
 def points_of(jobs: Sequence[tuple[list[str], Config]]) -> list[Point]:
-    """Return the points of jobs, each with its plan; of several with one key, the first.
+    """Return the point of each job with its plan; several may have one key.
 
     Args:
         jobs: Command line and config of each.
 
     Raises:
-        UserError: What a point would reuse was made by other code.
+        UserError: What is wrong with any of them: a file that is missing, a result that other code
+            has made.
     """
+    found: list[Point] = []
+    wrong: dict[str, list[int]] = {}
+    for index, (overrides, config) in enumerate(jobs):
+        try:
+            settled = pinned(config)
+            point = Point(tuple(overrides), settled, tuple(plan(settled)))
+            refuse_changed(list(point.steps))
+        except UserError as error:
+            wrong.setdefault(str(error), []).append(index)
+        else:
+            found.append(point)
+    lines = [overrides for overrides, _ in jobs]
+    refuse(text + place_of(lines, set(at)) for text, at in wrong.items())
+    return found
+
+
+def distinct(points: Sequence[Point]) -> list[Point]:
+    """Return the points without those whose key an earlier one has: they have one result."""
     found: dict[str, Point] = {}
-    for overrides, config in jobs:
-        settled = pinned(config)
-        point = Point(tuple(overrides), settled, tuple(plan(settled)))
-        refuse_changed(list(point.steps))
+    for point in points:
         found.setdefault(point.key, point)
     return list(found.values())
 

@@ -86,8 +86,9 @@ class PointProcess:
         try:
             found = json.loads(self._result.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            found = {"error": f"{tail(self.log)}\n{_how(code)}".strip()}
-        self._result.unlink(missing_ok=True)
+            error = f"{tail(self.log)}\n{_how(code)}".strip()
+            return Ending(None, error, seconds, self.log, killed=code < 0)
+        self._result.unlink()
         return Ending(found.get("objective"), found.get("error"), seconds, self.log)
 
     def interrupt(self) -> None:

@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rlhf_exp.evaluation.judges.judge import Pair
 
 from rlhf_exp.data.formats import parse_row
 from rlhf_exp.data.hh import dialogue
 from rlhf_exp.data.jsonl import Unreadable, read_jsonl
 from rlhf_exp.data.rows import Preference
 from rlhf_exp.errors import UserError
+from rlhf_exp.evaluation.judges.judge import Pair
 
 _WINNERS = {"a": -1.0, "tie": 0.0, "b": 1.0}
 _NUMBERS = {0: 0.0, 1: -1.0, 2: 1.0}

@@ -60,12 +60,15 @@ def done_before(points: Sequence[Point], records: Records, name: str) -> dict[st
     }
 
 
-def note_failure(records: Records, name: str, point: Point, error: str) -> None:
+def note_failure(
+    records: Records, name: str, point: Point, error: str, log: Path | None = None
+) -> None:
     """Let a point's record say that it failed: one that was killed could not do so itself."""
     found = [one for one in records.sweep(name) if one.key == point.key]
     record = found[0] if found else point.record(name)
     if record.status is not Status.failed:
-        records.write(replace(record, status=Status.failed, error=error))
+        record = replace(record, status=Status.failed, error=error)
+    records.write(replace(record, log=None if log is None else str(log)))
 
 
 def varied(points: Sequence[Point]) -> dict[str, str]:

@@ -115,7 +115,7 @@ class _Multirun:
                 able.append(point)
                 continue
             error = f"what it shares with other points failed: {cause.reason}"
-            note_failure(self.records, self.name, point, error)
+            note_failure(self.records, self.name, point, error, cause.log)
             found[point.key] = Ending(error=error, seconds=0.0, log=cause.log)
         return found | self._batch(able, recorded=True)
 
@@ -180,7 +180,7 @@ class _Multirun:
             return
         self._tell(f"{what} has failed: {ending.reason}\n  {ending.log}")
         if recorded:
-            note_failure(self.records, self.name, point, ending.error)
+            note_failure(self.records, self.name, point, ending.error, ending.log)
 
     def _words(self, point: Point, recorded: bool) -> str:
         return self.names[point.key] if recorded else "shared by the points"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rlhf_exp.errors import JobsFailed, UserError
 from rlhf_exp.multirun import local
 from rlhf_exp.multirun.endings import Ending
 from rlhf_exp.multirun.points import Point
+from rlhf_exp.store.records import Records, Status
 from tests.lab import jsonl, pairs, small_config
 
 KILLED = Ending(error="killed by SIGKILL", seconds=1.0, killed=True)
@@ -72,6 +74,21 @@ def test_shared_work_that_is_killed_each_time_is_given_up(
     assert machine.started == ["reward", "reward", "reward"]
     message = "ppo.seed=1: what it shares with other points failed: killed by SIGKILL"
     assert message in str(raised.value)
+
+
+def test_the_record_of_a_killed_point_has_its_error_and_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def behaviour(point: Point, starts: int) -> Ending:
+        doomed = point.config.ppo.seed == 1
+        return replace(KILLED, log=tmp_path / "1.log") if doomed else MADE
+
+    Machine(monkeypatch, behaviour)
+    with pytest.raises(JobsFailed, match="1 of 2 points failed"):
+        local.launch(4, jobs(tmp_path, "ppo.seed=0", "ppo.seed=1"))
+    (record,) = Records(tmp_path / "sweeps").sweep("a")
+    assert (record.status, record.overrides) == (Status.failed, ("ppo.seed=1",))
+    assert (record.error, record.log) == ("killed by SIGKILL", str(tmp_path / "1.log"))
 
 
 def test_shared_work_with_an_error_is_not_tried_again_and_spares_those_without_it(

@@ -42,8 +42,8 @@ LAYERS = (
     "command",
 )
 # Only these see a config; what is below them takes plain values.
-SEE_CONFIG = ("config", "stages", "pipeline", "experiment", "study", "multirun", "slurm", "commands")
-SEE_CONFIG += ("cli", "command")
+SEE_CONFIG = ("config", "stages", "pipeline", "experiment", "study", "multirun", "slurm")
+SEE_CONFIG += ("commands", "cli", "command")
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "wandb", "numpy", "scipy", "peft")
 HEAVY += ("optuna",)
 

@@ -48,6 +48,10 @@ def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[float 
     first = jobs[0][1]
     if n_jobs < 1 and n_jobs != -1:
         refuse([Problem("hydra.launcher.n_jobs", str(n_jobs), "must be at least 1, or -1.")])
+    if first.study.trials is not None:
+        from rlhf_exp.study.worker import work
+
+        return [work(config, overrides) for overrides, config in jobs]
     if first.plan or first.probe or find_place() is not None:
         # Started by torchrun, all processes go through the jobs together, and end together.
         return [experiment.run(config, overrides) for overrides, config in jobs]

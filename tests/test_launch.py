@@ -131,19 +131,31 @@ def test_an_option_of_the_users_own(pipeline: Pipeline, tmp_path: Path) -> None:
     assert pipeline.configs[0].ppo.lr == 0.5
 
 
-@pytest.mark.parametrize("arguments", [[], ["-m", "name=a", "ppo.seed=0,1"]])
 def test_an_error_of_the_users_while_running(
-    arguments: list[str], pipeline: Pipeline, capfd: pytest.CaptureFixture[str]
+    pipeline: Pipeline, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def refuse() -> None:
         raise UserError("data.jsonl:17: not JSON")
 
     pipeline.behaviour = refuse
-    assert main(arguments) == 2
+    assert main([]) == 2
+    assert capfd.readouterr().err == "error: data.jsonl:17: not JSON\n"
+
+
+def test_an_error_of_the_users_in_one_point_of_a_multirun(
+    pipeline: Pipeline, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse_one() -> float:
+        if pipeline.configs[-1].ppo.seed == 0:
+            raise UserError("data.jsonl:17: not JSON")
+        return 0.5
+
+    pipeline.behaviour = refuse_one
+    assert main(["-m", "name=a", "ppo.seed=0,1"]) == 1
+    assert len(pipeline.configs) == 2
     lines = capfd.readouterr().err.splitlines()
-    assert lines[-1] == "error: data.jsonl:17: not JSON"
-    if not arguments:
-        assert len(lines) == 1
+    assert lines[-2].startswith("error: 1 of 2 points failed; the same command runs what")
+    assert lines[-1] == "  ppo.seed=0: data.jsonl:17: not JSON"
 
 
 def test_ctrl_c(pipeline: Pipeline) -> None:

@@ -31,12 +31,11 @@ def main(file: str) -> int:
 
 
 def _result(work: dict[str, Any]) -> dict[str, Any]:
-    from rlhf_exp.experiment import run
+    from rlhf_exp.study.perform import perform
 
     try:
-        objective = run(
-            from_dict(work["config"]), list(work["overrides"]), recorded=work["recorded"]
-        )
+        config, overrides = from_dict(work["config"]), list(work["overrides"])
+        objective = perform(config, overrides, recorded=work["recorded"])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return {"error": str(error)}

@@ -15,7 +15,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from rlhf_exp import experiment
 from rlhf_exp.config.problems import Problem, refuse
 from rlhf_exp.config.root import Config
 from rlhf_exp.distributed.place import cores, find_place
@@ -24,6 +23,7 @@ from rlhf_exp.multirun.endings import Ending, done_before, failure_of, note_fail
 from rlhf_exp.multirun.points import Point, distinct, points_of, shared_work
 from rlhf_exp.multirun.process import PointProcess, wait_all
 from rlhf_exp.pipeline.plan import records_of
+from rlhf_exp.study.perform import perform
 
 POLL_S = 0.1
 SAVING_S = 3600.0
@@ -48,13 +48,10 @@ def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[float 
     first = jobs[0][1]
     if n_jobs < 1 and n_jobs != -1:
         refuse([Problem("hydra.launcher.n_jobs", str(n_jobs), "must be at least 1, or -1.")])
-    if first.study.trials is not None:
-        from rlhf_exp.study.worker import work
-
-        return [work(config, overrides) for overrides, config in jobs]
-    if first.plan or first.probe or find_place() is not None:
+    study = first.study.trials is not None  # it divides its work itself
+    if study or first.plan or first.probe or find_place() is not None:
         # Started by torchrun, all processes go through the jobs together, and end together.
-        return [experiment.run(config, overrides) for overrides, config in jobs]
+        return [perform(config, overrides) for overrides, config in jobs]
     asked = points_of(jobs)
     points = distinct(asked)
     sweep = _Multirun(points, n_jobs)
@@ -70,7 +67,8 @@ class _Multirun:
     def __init__(self, points: list[Point], n_jobs: int) -> None:
         config = points[0].config
         self.points = points
-        self.name = config.name or experiment.UNNAMED
+        assert config.name is not None, "checked: a multirun has a name"
+        self.name = config.name
         self.records = records_of(config)
         self.folder = Path(config.output_dir) / "sweeps" / self.name / "logs"
         self.names = varied(points)
@@ -85,7 +83,7 @@ class _Multirun:
         found = {key: Ending(record.objective) for key, record in done.items()}
         left = [point for point in self.points if point.key not in done]
         self._tell(f"{self.name}: {len(self.points)} points, {len(done)} of them done")
-        if self.n_jobs == 1 or len(left) < 2:
+        if self.n_jobs == 1:
             for point in left:
                 found[point.key] = self._here(point)
         else:
@@ -97,7 +95,7 @@ class _Multirun:
         self._tell(f"{self.name}: {self.names[point.key]}")
         began = time.monotonic()
         try:
-            objective = experiment.run(point.config, list(point.overrides))
+            objective = perform(point.config, list(point.overrides))
         except Exception as error:
             text = str(error) if isinstance(error, UserError) else traceback.format_exc()
             note_failure(self.records, self.name, point, text)

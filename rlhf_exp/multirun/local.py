@@ -55,6 +55,8 @@ def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[float 
     asked = points_of(jobs)
     points = distinct(asked)
     sweep = _Multirun(points, n_jobs)
+    if len(points) < len(asked):
+        sweep.tell(f"{len(asked) - len(points)} points have the key of an earlier one: run once")
     endings = sweep.run()
     show(points, endings, sweep.console)
     failed = failure_of(points, endings)
@@ -82,7 +84,7 @@ class _Multirun:
         done = done_before(self.points, self.records, self.name)
         found = {key: Ending(record.objective) for key, record in done.items()}
         left = [point for point in self.points if point.key not in done]
-        self._tell(f"{self.name}: {len(self.points)} points, {len(done)} of them done")
+        self.tell(f"{self.name}: {len(self.points)} points, {len(done)} of them done")
         if self.n_jobs == 1:
             for point in left:
                 found[point.key] = self._here(point)
@@ -92,21 +94,21 @@ class _Multirun:
 
     def _here(self, point: Point) -> Ending:
         """Run a point in this process."""
-        self._tell(f"{self.name}: {self.names[point.key]}")
+        self.tell(f"{self.name}: {self.names[point.key]}")
         began = time.monotonic()
         try:
             objective = perform(point.config, list(point.overrides))
         except Exception as error:
             text = str(error) if isinstance(error, UserError) else traceback.format_exc()
             note_failure(self.records, self.name, point, text)
-            self._tell(f"failed: {text}")
+            self.tell(f"failed: {text}")
             return Ending(error=text, seconds=time.monotonic() - began)
         return Ending(objective, seconds=time.monotonic() - began)
 
     def _side_by_side(self, left: list[Point]) -> dict[str, Ending]:
         """Run what points share, then the points, several at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._tell(f"logs: {self.folder.absolute()}")
+        self.tell(f"logs: {self.folder.absolute()}")
         broken: dict[str, Ending] = {}
         for level in shared_work(left):
             broken |= self._make_shared(level)
@@ -136,7 +138,7 @@ class _Multirun:
             level = killed if starts < SHARED_STARTS else []
             for key, one in ended.items():
                 if key in [point.key for point in level]:
-                    self._tell(f"{key} is started again")
+                    self.tell(f"{key} is started again")
                 elif one.error is not None:
                     broken[key] = one
         return broken
@@ -171,23 +173,24 @@ class _Multirun:
         section = replace(point.config.distributed, threads=threads)
         sized = replace(point, config=replace(point.config, distributed=section))
         started = PointProcess(sized, self.folder, recorded, threads)
-        self._tell(f"{point.steps[-1].stage} {point.key} runs: {self._words(point, recorded)}")
+        self.tell(f"{point.steps[-1].stage} {point.key} runs: {self._words(point, recorded)}")
         return started
 
     def _ended(self, point: Point, ending: Ending, recorded: bool) -> None:
         what = f"{point.steps[-1].stage} {point.key}"
         if ending.error is None:
             objective = "" if ending.objective is None else f", objective {ending.objective:.4g}"
-            self._tell(f"{what} is done after {ending.seconds:.0f} s{objective}")
+            self.tell(f"{what} is done after {ending.seconds:.0f} s{objective}")
             return
-        self._tell(f"{what} has failed: {ending.reason}\n  {ending.log}")
+        self.tell(f"{what} has failed: {ending.reason}\n  {ending.log}")
         if recorded:
             note_failure(self.records, self.name, point, ending.error, ending.log)
 
     def _words(self, point: Point, recorded: bool) -> str:
         return self.names[point.key] if recorded else "shared by the points"
 
-    def _tell(self, text: str) -> None:
+    def tell(self, text: str) -> None:
+        """Say something to the user."""
         self.console.print(Text(text), soft_wrap=True)
 
 

@@ -57,6 +57,7 @@ def test_launch_commands_compose(
     # Composed and checked in full, then only shown; with the job itself replaced nothing runs.
     monkeypatch.setattr("rlhf_exp.experiment.run", lambda config, overrides: None)
     monkeypatch.setattr("rlhf_exp.study.worker.work", lambda config, overrides: None)
+    monkeypatch.setattr("rlhf_exp.multirun.local.launch", lambda n_jobs, jobs: [None for _ in jobs])
     if "--help" not in arguments and "--cfg" not in arguments:
         arguments.append(f"output_dir={tmp_path}")
     assert main(arguments) == 0, capsys.readouterr().err

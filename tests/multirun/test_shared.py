@@ -105,7 +105,9 @@ def test_shared_work_with_an_error_is_not_tried_again_and_spares_those_without_i
     assert sorted(machine.started) == ["ppo", "ppo", "reward", "reward", "sft"]
 
 
-def test_points_with_one_key_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_points_with_one_key_run_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     same = ("ppo.lr=1e-3", "ppo.lr=0.001", "ppo.lr=2e-3")
     values = {0.001: 0.25, 0.002: 0.75}
     machine = Machine(
@@ -114,6 +116,7 @@ def test_points_with_one_key_run_once(tmp_path: Path, monkeypatch: pytest.Monkey
     ended = local.launch(4, jobs(tmp_path, *same))
     assert machine.started == ["reward", "ppo", "ppo"]
     assert ended == [0.25, 0.25, 0.75]
+    assert "1 points have the key of an earlier one: run once" in capsys.readouterr().err
 
 
 def test_mistakes_of_all_points_are_told_before_anything_runs(

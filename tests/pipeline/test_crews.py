@@ -78,7 +78,9 @@ def test_one_process_of_torchrun_works_alone(
 
 def test_a_multirun_of_different_strategies(tmp_path: Path) -> None:
     assert launch(tmp_path / "one", "stage=sft", "distributed=single") == 0
-    sweep = ["-m", "name=mixed", "stage=sft", "rerun=[sft]", "distributed=single,ddp,single"]
+    # The three have one key, and our own launcher would run them once.
+    sweep = ["-m", "hydra/launcher=basic", "name=mixed", "stage=sft", "rerun=[sft]"]
+    sweep += ["distributed=single,ddp,single"]
     before = set(psutil.Process().children(recursive=True))
     assert launch(tmp_path / "many", *sweep) == 0
     records = records_of(small_config(tmp_path / "many")).sweep("mixed")

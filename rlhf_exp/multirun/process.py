@@ -16,6 +16,7 @@ from typing import Any
 from rlhf_exp.config.load import to_dict
 from rlhf_exp.multirun.endings import Ending
 from rlhf_exp.multirun.points import Point
+from rlhf_exp.pipeline.plan import PACKAGE
 from rlhf_exp.store.files import write_json_atomic
 
 TAIL = 15
@@ -61,11 +62,14 @@ class PointProcess:
         write_json_atomic(order, asdict(work))
         # Libraries that start threads of their own see these; torch is told by the config.
         environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        # The code that runs here, whatever is installed or lies in the current folder.
+        given = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+        environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *given])
         with self.log.open("a", encoding="utf-8") as out:
             out.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(point.overrides)}\n")
             out.flush()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rlhf_exp.multirun.job", str(order)],
+                [sys.executable, "-P", "-m", "rlhf_exp.multirun.job", str(order)],
                 # Nothing is ever written to it: its end tells the child that this process is gone.
                 stdin=subprocess.PIPE,
                 stdout=out,

@@ -23,9 +23,9 @@ from tests.lab import LAUNCH, launch, small
 
 
 def records(folder: Path, name: str) -> dict[str, RunRecord]:
-    """Return the records of a multirun by the seed or rate in their command line."""
+    """Return the records of a multirun by the last of PPO's overrides: what the tests sweep."""
     found = Records(folder / "sweeps").sweep(name)
-    return {next(text for text in one.overrides if "ppo." in text): one for one in found}
+    return {[text for text in one.overrides if "ppo." in text][-1]: one for one in found}
 
 
 def created(folder: Path) -> dict[str, str]:
@@ -39,11 +39,11 @@ def test_a_failed_point_does_not_end_the_others(
     assert launch(tmp_path, *command) == 1
     printed = capfd.readouterr().err
     assert "1 of 2 points failed; the same command runs what is missing" in printed
-    assert "ppo.lr=1e30: " in printed
+    assert "ppo.lr=1e+30: " in printed
     found = records(tmp_path, "two")
-    assert found["ppo.lr=1e30"].status is Status.failed
-    assert "training stopped" in str(found["ppo.lr=1e30"].error)
-    assert found["ppo.lr=1e-3"].status is Status.done
+    assert found["ppo.lr=1e+30"].status is Status.failed
+    assert "training stopped" in str(found["ppo.lr=1e+30"].error)
+    assert found["ppo.lr=0.001"].status is Status.done
 
     before = created(tmp_path)
     assert launch(tmp_path, *command) == 1

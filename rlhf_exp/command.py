@@ -163,18 +163,13 @@ def _check_study(
     from rlhf_exp.config.compose import compose
     from rlhf_exp.config.groups import read_groups
     from rlhf_exp.config.launched import of_a_trial, of_workers, worker_overrides
-    from rlhf_exp.config.problems import Problem, refuse
+    from rlhf_exp.config.problems import refuse
     from rlhf_exp.config.trial import differences
 
     overrides, found = worker_overrides(overrides, base, read_groups(folders), multirun)
     refuse(found)
     config = compose(overrides, folders).config
     found += problems(config, multirun)
-    if config.study.workers > 1:
-        workers, message = str(config.study.workers), "give the same command once for each worker."
-        found.append(Problem("study.workers", workers, message))
-    if base.site is not None:
-        found.append(Problem("hydra/launcher", "slurm", "a study does not run on Slurm yet."))
     refuse(found)
     if config.plan or not leads():
         return overrides
@@ -183,7 +178,7 @@ def _check_study(
     from rlhf_exp.study.setup import write_command
 
     write_command(config, [*kept, *differences(alone, config)])
-    return [*overrides, of_workers(config.study.workers)] if base.site else overrides
+    return [*overrides, *of_workers(config.study.workers, base.site is None)]
 
 
 def job(tree: DictConfig) -> float | None:
@@ -203,9 +198,9 @@ def job(tree: DictConfig) -> float | None:
     settings = HydraConfig.get()
     try:
         config, overrides = to_config(tree), list(settings.overrides.task)
-        from rlhf_exp.study.perform import perform
+        from rlhf_exp.study.job import run_job
 
-        return perform(config, overrides)
+        return run_job(config, overrides)
     except UserError as error:
         if settings.mode == RunMode.MULTIRUN:
             raise

@@ -15,5 +15,9 @@ class JobsFailed(Exception):
     """Jobs that ran elsewhere have failed; the message says which, and why."""
 
 
+class WorkerSpent(JobsFailed):
+    """A failed trial has ended the processes of its worker; started again, it goes on."""
+
+
 class Detached(KeyboardInterrupt):
     """The user pressed Ctrl-C while jobs ran elsewhere; the message says that they go on."""

@@ -35,9 +35,15 @@ def worker_overrides(
     return [*kept, *([space_override(space)] if changed else [])], found
 
 
-def of_workers(workers: int) -> str:
-    """Return the override that makes a job of each worker."""
-    return f"study.worker={','.join(map(str, range(workers)))}"
+def of_workers(workers: int, here: bool) -> list[str]:
+    """Return the overrides that make a job of each worker, all at the same time.
+
+    Args:
+        workers: How many.
+        here: Whether they run on this machine.
+    """
+    jobs = [f"hydra.launcher.n_jobs={workers}"] if here else []
+    return [f"study.worker={','.join(map(str, range(workers)))}", *jobs]
 
 
 def of_a_trial(overrides: Sequence[str]) -> list[str]:

@@ -64,6 +64,8 @@ def note_failure(
     records: Records, name: str, point: Point, error: str, log: Path | None = None
 ) -> None:
     """Let a point's record say that it failed: one that was killed could not do so itself."""
+    if point.is_worker:
+        return
     found = [one for one in records.sweep(name) if one.key == point.key]
     record = found[0] if found else point.record(name)
     if record.status is not Status.failed:

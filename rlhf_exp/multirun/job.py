@@ -31,11 +31,11 @@ def main(file: str) -> int:
 
 
 def _result(work: dict[str, Any]) -> dict[str, Any]:
-    from rlhf_exp.study.perform import perform
+    from rlhf_exp.study.job import run_job
 
     try:
         config, overrides = from_dict(work["config"]), list(work["overrides"])
-        objective = perform(config, overrides, recorded=work["recorded"])
+        objective = run_job(config, overrides, recorded=work["recorded"])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return {"error": str(error)}

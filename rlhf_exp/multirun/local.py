@@ -23,7 +23,8 @@ from rlhf_exp.multirun.endings import Ending, done_before, failure_of, note_fail
 from rlhf_exp.multirun.points import Point, distinct, points_of, shared_work
 from rlhf_exp.multirun.process import PointProcess, wait_all
 from rlhf_exp.pipeline.plan import records_of
-from rlhf_exp.study.perform import perform
+from rlhf_exp.study.job import run_job
+from rlhf_exp.study.table import study_text
 
 POLL_S = 0.1
 SAVING_S = 3600.0
@@ -48,17 +49,20 @@ def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[float 
     first = jobs[0][1]
     if n_jobs < 1 and n_jobs != -1:
         refuse([Problem("hydra.launcher.n_jobs", str(n_jobs), "must be at least 1, or -1.")])
-    study = first.study.trials is not None  # it divides its work itself
-    if study or first.plan or first.probe or find_place() is not None:
+    if first.plan or first.probe or find_place() is not None:
         # Started by torchrun, all processes go through the jobs together, and end together.
-        return [perform(config, overrides) for overrides, config in jobs]
+        return [run_job(config, overrides) for overrides, config in jobs]
     asked = points_of(jobs)
     points = distinct(asked)
     sweep = _Multirun(points, n_jobs)
     if len(points) < len(asked):
         sweep.tell(f"{len(asked) - len(points)} points have the key of an earlier one: run once")
     endings = sweep.run()
-    show(points, endings, sweep.console)
+    if len(points) > 1 or not points[0].is_worker:
+        show(points, endings, sweep.console)
+        if points[0].is_worker:
+            outputs, name = Path(first.output_dir), sweep.name
+            Console().print(Text(f"\n{study_text(outputs, name)}"), soft_wrap=True)
     failed = failure_of(points, endings)
     if failed is not None:
         raise failed
@@ -97,7 +101,7 @@ class _Multirun:
         self.tell(f"{self.name}: {self.names[point.key]}")
         began = time.monotonic()
         try:
-            objective = perform(point.config, list(point.overrides))
+            objective = run_job(point.config, list(point.overrides))
         except Exception as error:
             text = str(error) if isinstance(error, UserError) else traceback.format_exc()
             note_failure(self.records, self.name, point, text)

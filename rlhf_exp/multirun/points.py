@@ -10,20 +10,21 @@ from itertools import chain
 from rlhf_exp.config.check_points import place_of
 from rlhf_exp.config.problems import refuse
 from rlhf_exp.config.root import Config, Stage
+from rlhf_exp.config.study import StudyConfig
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.hub import pinned
-from rlhf_exp.pipeline.plan import Step, plan, refuse_changed
+from rlhf_exp.pipeline.plan import State, Step, plan, refuse_changed
 from rlhf_exp.store.records import RunRecord
 
 
 @dataclass(frozen=True)
 class Point:
-    """One job of a multirun.
+    """One job of a multirun: an experiment, or a worker of a study.
 
     Attributes:
         overrides: Its command line.
         config: Its config.
-        steps: Its plan.
+        steps: Its plan; a worker's ends with the study as its last step.
     """
 
     overrides: tuple[str, ...]
@@ -32,8 +33,13 @@ class Point:
 
     @property
     def key(self) -> str:
-        """The final key."""
+        """The final key; `worker-N` of a worker."""
         return self.steps[-1].key
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether it is a worker of a study, whose trials have records of their own."""
+        return self.config.study.trials is not None
 
     def record(self, name: str) -> RunRecord:
         """Return the record of a point that has not run yet."""
@@ -49,7 +55,30 @@ class Point:
         """Return the point that stops after one of its stages."""
         names = [step.stage for step in self.steps]
         steps = self.steps[: names.index(stage) + 1]
-        return replace(self, config=replace(self.config, stage=Stage[stage]), steps=steps)
+        config = replace(self.config, stage=Stage[stage], study=StudyConfig())
+        return replace(self, config=config, steps=steps)
+
+
+def point_of(overrides: Sequence[str], config: Config) -> Point:
+    """Return the point of a job.
+
+    Args:
+        overrides: Its command line.
+        config: Its config.
+
+    Raises:
+        UserError: What it would reuse was made by other code.
+    """
+    settled = pinned(config)
+    if settled.study.trials is None:
+        steps = plan(settled)
+    else:
+        # What trials start from; the values that they try are not known yet.
+        begin = replace(settled, study=StudyConfig(), stage=Stage.ppo)
+        steps = [step for step in plan(begin) if step.stage != "ppo"]
+        steps.append(Step("study", f"worker-{settled.study.worker}", State.run))
+    refuse_changed(steps)
+    return Point(tuple(overrides), settled, tuple(steps))
 
 
 def points_of(jobs: Sequence[tuple[list[str], Config]]) -> list[Point]:
@@ -66,9 +95,7 @@ def points_of(jobs: Sequence[tuple[list[str], Config]]) -> list[Point]:
     wrong: dict[str, list[int]] = {}
     for index, (overrides, config) in enumerate(jobs):
         try:
-            settled = pinned(config)
-            point = Point(tuple(overrides), settled, tuple(plan(settled)))
-            refuse_changed(list(point.steps))
+            point = point_of(overrides, config)
         except UserError as error:
             wrong.setdefault(str(error), []).append(index)
         else:

@@ -20,15 +20,16 @@ from rlhf_exp.config.root import Config
 from rlhf_exp.config.slurm import SlurmConfig
 from rlhf_exp.errors import Detached, JobsFailed, UserError
 from rlhf_exp.multirun.endings import done_before, note_failure
-from rlhf_exp.multirun.points import Point, shared_work
-from rlhf_exp.pipeline.hub import missing, needs, pinned
-from rlhf_exp.pipeline.plan import plan, records_of, refuse_changed
+from rlhf_exp.multirun.points import Point, point_of, shared_work
+from rlhf_exp.pipeline.hub import missing, needs
+from rlhf_exp.pipeline.plan import records_of
 from rlhf_exp.slurm import queue
 from rlhf_exp.slurm.snapshot import copy_code, with_own_code
 from rlhf_exp.slurm.submission import Job, Submission, latest_jobs, new_submission
 from rlhf_exp.slurm.watch import Ending, Failure, wait
 from rlhf_exp.slurm.work import Work
 from rlhf_exp.store.records import RunRecord
+from rlhf_exp.study.job import run_job
 
 Outcome = float | None | Exception
 
@@ -48,12 +49,9 @@ def launch(site: SlurmConfig, jobs: Sequence[tuple[list[str], Config]]) -> list[
         Detached: The user pressed Ctrl-C; submitted jobs go on.
     """
     if jobs[0][1].plan:
-        return [experiment.run(config, overrides) for overrides, config in jobs]
+        return [run_job(config, overrides) for overrides, config in jobs]
     refuse(slurm_problems(site, [config for _, config in jobs]))
-    settled = [(text, pinned(config)) for text, config in jobs]
-    points = [Point(tuple(text), config, tuple(plan(config))) for text, config in settled]
-    for point in points:
-        refuse_changed(list(point.steps))
+    points = [point_of(overrides, config) for overrides, config in jobs]
     if site.offline:
         _refuse_missing(points)
     return _Launch(site, points).run()

@@ -15,10 +15,11 @@ from rlhf_exp.config.load import from_dict
 from rlhf_exp.distributed.failure import WorkerGone
 from rlhf_exp.distributed.member import HELD_S
 from rlhf_exp.distributed.slurm_task import SlurmTask, slurm_task
-from rlhf_exp.errors import UserError
-from rlhf_exp.experiment import UNNAMED, run
+from rlhf_exp.errors import UserError, WorkerSpent
+from rlhf_exp.experiment import UNNAMED
 from rlhf_exp.slurm.notice import exit_now, noticing, say
 from rlhf_exp.store.records import Records, Status
+from rlhf_exp.study.job import run_job
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,20 @@ def perform(work: Work) -> float | None:
     config, overrides = from_dict(work.config), list(work.overrides)
     if task.rank:
         # Notices are the first task's affair; here they stay blocked.
-        return run(config, overrides, recorded=work.recorded)
+        return run_job(config, overrides, recorded=work.recorded)
     if task.restarts:
         say(f"job {task.job} starts again ({task.restarts} of {work.max_restarts})")
     leaving = _Leaving(work, task)
     with noticing(work.grace_s, leaving.now) as notice:
         try:
-            return run(config, overrides, recorded=work.recorded)
+            return run_job(config, overrides, recorded=work.recorded)
         except BaseException as error:
             # Once notice is given, whatever else goes wrong is due to it: a neighbour may be dead
             # already. And what is not due to it goes wrong again after the restart.
             if notice.is_set():
+                leaving.now()
+            if isinstance(error, WorkerSpent):
+                say(str(error))
                 leaving.now()
             if isinstance(error, WorkerGone) and task.nodes > 1:
                 traceback.print_exc()

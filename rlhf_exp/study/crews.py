@@ -16,7 +16,7 @@ from rlhf_exp.config.study import StudyConfig
 from rlhf_exp.config.trial import Values, trial_config
 from rlhf_exp.distributed import joined
 from rlhf_exp.distributed.place import Place
-from rlhf_exp.errors import JobsFailed, UserError
+from rlhf_exp.errors import UserError, WorkerSpent
 from rlhf_exp.pipeline.crew import (
     Check,
     Crew,
@@ -98,10 +98,10 @@ class Crews:
         """Go on after a trial.
 
         Raises:
-            JobsFailed: The processes that joined have ended with it.
+            WorkerSpent: The processes that joined have ended with it.
         """
         if self.place is not None and status in (Status.failed, Status.interrupted):
-            raise JobsFailed(
+            raise WorkerSpent(
                 "the processes of the trial have ended with it, and only who started them can "
                 "start others: give the same command again, and the study goes on"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlhf_exp.config.root import Config
 
 
-def perform(config: Config, overrides: list[str], *, recorded: bool = True) -> float | None:
+def run_job(config: Config, overrides: list[str], *, recorded: bool = True) -> float | None:
     """Do a job.
 
     Args:

@@ -11,12 +11,11 @@ from pathlib import Path
 from rlhf_exp.commands.runs import Outputs
 from rlhf_exp.errors import UserError
 from rlhf_exp.human.items import Item, choose, items_of_rows, read_pairs
-from rlhf_exp.human.study import About, Study
+from rlhf_exp.human.study import STUDIES, About, Study
 from rlhf_exp.human.wording import INSTRUCTIONS, checked_criteria
 from rlhf_exp.store.fingerprint import file_digest
 
 RESULT = "result.json"
-FOLDER = "human"
 PROMPTS = 100
 
 
@@ -67,7 +66,7 @@ def open_study(
     """
     source = _source(Outputs(outputs), run, design.collect)
     title = re.sub(r"[^A-Za-z0-9._-]+", "-", source.title)
-    path = file or outputs / FOLDER / f"{title}{'-collect' if design.collect else ''}.sqlite"
+    path = file or outputs / STUDIES / f"{title}{'-collect' if design.collect else ''}.sqlite"
     if path.exists() or not make:
         study = Study(path)
         _check_same(study, source, design)

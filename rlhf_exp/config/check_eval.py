@@ -5,7 +5,14 @@ from __future__ import annotations
 from rlhf_exp.config.check_judge import check_judge
 from rlhf_exp.config.check_model import context_length
 from rlhf_exp.config.check_toxicity import check_toxicity
-from rlhf_exp.config.evaluation import PREFERENCE, ROLES, TOXICITY, Suite, parts_of
+from rlhf_exp.config.evaluation import (
+    PREFERENCE,
+    REWARD_QUALITY,
+    ROLES,
+    TOXICITY,
+    Suite,
+    parts_of,
+)
 from rlhf_exp.config.problems import Findings
 from rlhf_exp.config.root import Stage
 
@@ -30,6 +37,8 @@ def check_eval(found: Findings) -> None:
     check_judge(found)
     if TOXICITY in parts_of(config.eval.suite):
         check_toxicity(found)
+    if REWARD_QUALITY in parts_of(config.eval.suite):
+        _check_reward_quality(found)
 
 
 def _check_models(found: Findings) -> None:
@@ -43,3 +52,15 @@ def _check_models(found: Findings) -> None:
         found.add("eval.models", message + f"eval.models=[{','.join(ROLES)}].")
     if config.eval.samples is not None and config.stage is not Stage.eval:
         found.add("eval.samples", "trains nothing, so it goes with stage=eval only.")
+
+
+def _check_reward_quality(found: Findings) -> None:
+    key = "eval.reward_quality.".__add__
+    found.at_least(1, *map(key, ("pairs", "prompts", "best_of")))
+    config = found.config
+    if config.eval.temperature == 0 and config.eval.reward_quality.best_of > 1:
+        message = "equal answers have no best one: eval.temperature must be above 0, or this 1."
+        found.add(key("best_of"), message)
+    if config.eval.reward_quality.referee is not None and config.eval.samples is not None:
+        message = "eval.samples holds the scores of the referee it was made with; leave one out."
+        found.add(key("referee"), message)

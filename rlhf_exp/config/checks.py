@@ -81,6 +81,11 @@ def _check_root(found: Findings, multirun: bool) -> None:
 
 def _check_reward(found: Findings) -> None:
     config = found.config
+    part = config.reward.part
+    if part is not None:
+        match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+        if match is None or int(match[1]) > int(match[2]):
+            found.add("reward.part", "expected one part of how many, such as 1/2.")
     if config.reward.init is RewardInit.base and config.model.path is None:
         found.add("reward.init", "a model from scratch has no base weights; use reward.init=sft.")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from rlhf_exp.config.eval_judge import EvalJudgeConfig
+from rlhf_exp.config.eval_reward_quality import RewardQualityConfig
 from rlhf_exp.config.eval_toxicity import ToxicityConfig
 from rlhf_exp.config.fields import setting
 
@@ -17,12 +18,16 @@ class Suite(Enum):
     quick = "quick"
     blog = "blog"
     toxicity = "toxicity"
+    reward_quality = "reward_quality"
     human = "human"
     full = "full"
 
 
 ROLES = ("sft", "ppo")
 """Models that the pipeline makes, as `eval.models` names them."""
+
+REFEREE = "referee"
+"""Role of the second reward model, which no policy was trained on."""
 
 SAMPLES, SAMPLES_FILE = "samples", "samples.jsonl"
 """Role and file of the answers that an evaluation leaves, and can be computed from again."""
@@ -33,6 +38,7 @@ _PARTS = {
     Suite.quick: (PREFERENCE,),
     Suite.blog: (PREFERENCE, TOXICITY),
     Suite.toxicity: (TOXICITY,),
+    Suite.reward_quality: (REWARD_QUALITY,),
     Suite.human: (PREFERENCE, PEOPLE),
     Suite.full: (PREFERENCE, TOXICITY, REWARD_QUALITY, PEOPLE),
 }
@@ -72,3 +78,4 @@ class EvalConfig:
     seed: int = setting(0, "Seed of sampling and of the bootstrap.")
     judge: EvalJudgeConfig = setting(factory=EvalJudgeConfig)
     toxicity: ToxicityConfig = setting(factory=ToxicityConfig)
+    reward_quality: RewardQualityConfig = setting(factory=RewardQualityConfig)

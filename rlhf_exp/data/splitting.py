@@ -40,6 +40,14 @@ def held_out(
     return validation, test
 
 
+def part_of(key: str, parts: int) -> int:
+    """Return the part, 1 to `parts`, that a prompt's `prompt_key` belongs to.
+
+    By other digits of the hash than `held_out`, so that every part is drawn from the whole range.
+    """
+    return int(key[16:32], 16) % parts + 1
+
+
 def _place(key: str) -> float:
     """Return where in the hashes' range, 0 to 1, a key lies."""
     return int(key[:16], 16) / _RANGE

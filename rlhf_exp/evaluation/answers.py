@@ -30,6 +30,7 @@ class Answer:
         tokens: its length, what ended it included.
         finish: `eos`, `stop` or `length`: why it ended.
         score: its reward, where the part asked for it.
+        referee: its reward by a second reward model, where the part asked for that.
         kl: log-probability under the model minus that under the baseline, in nats, where asked for.
         facts: what the data say of the prompt; with the first of its answers only.
     """
@@ -44,6 +45,7 @@ class Answer:
     tokens: int
     finish: str
     score: float | None = None
+    referee: float | None = None
     kl: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 

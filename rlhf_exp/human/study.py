@@ -23,6 +23,8 @@ from rlhf_exp.human.items import Item
 from rlhf_exp.human.votes import Choice, Vote
 
 NAME_LENGTH = 100
+STUDIES = "human"
+"""Folder of studies in the output folder."""
 _TOKEN_BYTES = 24
 _VOTE = "item, annotator, criterion, side, choice, seconds, at, revision"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_exp.config.data import Source
 from rlhf_exp.config.eval_toxicity import ScorerKind, ToxicityConfig
-from rlhf_exp.config.evaluation import TOXICITY, parts_of
+from rlhf_exp.config.evaluation import REFEREE, TOXICITY, parts_of
 from rlhf_exp.config.root import Config
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.keys import MODEL_FILES
@@ -80,6 +80,10 @@ def needs(config: Config, steps: Iterable[Step]) -> list[Need]:
         given = step.model if step.state is State.given else None
         if given is not None and not Path(given).exists():
             found.append(Need(f"{step.stage}.use", MODEL, given, None))
+        for role, extra in step.extra.items():
+            if not Path(extra.model).exists():
+                option = "eval.reward_quality.referee" if role == REFEREE else "eval.models"
+                found.append(Need(option, MODEL, extra.model, None))
     if any(step.stage == "eval" for step in steps):
         found += _of_toxicity(config)
     return found

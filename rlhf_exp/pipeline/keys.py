@@ -49,12 +49,13 @@ class Keys:
         del section["reward"]["function"]
         return self._key("ppo", {"ppo": section, "parents": parents} | self._judge())
 
-    def eval(self, parents: dict[str, str], models: list[str]) -> str:
+    def eval(self, parents: dict[str, str], models: list[str], referee: str | None = None) -> str:
         """Return the key of the evaluation.
 
         Args:
             parents: The keys of what it starts from, by role.
             models: The models compared, by role, or by the key of a given one.
+            referee: The key of the second reward model, if there is one.
         """
         section = self.config.ppo
         content: dict[str, Any] = {
@@ -64,6 +65,8 @@ class Keys:
         }
         if models != list(ROLES):
             content["models"] = models
+        if referee is not None:
+            content["referee"] = referee
         return self._key("eval", content | self._judge())
 
     def recomputed(self, samples: Path) -> str:

@@ -8,11 +8,12 @@ from enum import StrEnum
 from functools import cache
 from pathlib import Path
 
-from rlhf_exp.config.evaluation import ROLES, SAMPLES, SAMPLES_FILE
+from rlhf_exp.config.evaluation import REFEREE, SAMPLES
 from rlhf_exp.config.reward import RewardInit
 from rlhf_exp.config.root import Cache, Config
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.begun import Begun, other_inputs, weights_digest
+from rlhf_exp.pipeline.compared import compared
 from rlhf_exp.pipeline.given import Finder, Given
 from rlhf_exp.pipeline.keys import Keys
 from rlhf_exp.pipeline.needed import stages_of
@@ -169,32 +170,14 @@ class _Planner:
             return key
         if SAMPLES in extra:
             return self.keys.recomputed(Path(extra[SAMPLES].model))
-        compared = [extra[spec].key if spec in extra else spec for spec in self.config.eval.models]
-        return self.keys.eval(parents, compared)
+        models = [extra[spec].key if spec in extra else spec for spec in self.config.eval.models]
+        referee = extra.get(REFEREE)
+        return self.keys.eval(parents, models, None if referee is None else referee.key)
 
     def _compared(self) -> dict[str, Given]:
-        """Return the models of an evaluation that no step makes, or the samples in their place."""
-        section = self.config.eval
-        if section.samples is not None:
-            return {SAMPLES: self._samples(section.samples)}
-        return {
-            spec: self.finder.model(f"eval.models: {spec}", spec, ("ppo", "sft"))
-            for spec in section.models
-            if spec not in ROLES
-        }
-
-    def _samples(self, run: str) -> Given:
-        option = f"eval.samples={run}"
-        path = Path(run)
-        if path.is_file():
-            return Given(self.keys.given_file(path), run)
-        artifact = self.finder.artifact(option, run, ("eval",))
-        if not (artifact.path / SAMPLES_FILE).is_file():
-            raise UserError(
-                f"{option}: {artifact.stage} {artifact.key} kept no {SAMPLES_FILE}; evaluate it "
-                "again (stage=eval rerun=[eval])"
-            )
-        return Given(artifact.key, str(artifact.path / SAMPLES_FILE), artifact)
+        judge = self.done.get("reward")
+        found = None if judge is None else (judge.key, judge.artifact)
+        return compared(self.config.eval, self.finder, found)
 
     def _parents(self, stage: str) -> dict[str, str]:
         roles: Mapping[str, tuple[str, ...]] = {

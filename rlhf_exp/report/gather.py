@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_exp.human.standing import standings
+from rlhf_exp.human.study import STUDIES
 from rlhf_exp.report.data import CalibrationBin, ReportData, StageRow
-from rlhf_exp.report.sections import SECTIONS
+from rlhf_exp.report.sections import PEOPLE, SECTIONS
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.tracking.local import read_metrics
 
@@ -165,6 +167,10 @@ def _warnings(
 def _parts(evaluation: Artifact) -> dict[str, Any]:
     """Return what the parts of the evaluation left, of what the page has a section for."""
     found = {section.file: _json(evaluation.path / section.file) for section in SECTIONS}
+    # OUTPUTS/store/eval/KEY, OUTPUTS/human
+    studies = standings(evaluation.path.parents[2] / STUDIES, f"eval/{evaluation.key}")
+    if studies or found[PEOPLE] is not None:
+        found[PEOPLE] = {**(found[PEOPLE] or {}), "run": evaluation.key, "studies": studies}
     return {file: value for file, value in found.items() if value is not None}
 
 

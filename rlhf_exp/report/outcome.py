@@ -9,7 +9,7 @@ from markupsafe import Markup
 from rlhf_exp.evaluation.metric import DASH, MINUS, format_estimate
 from rlhf_exp.evaluation.preference import MOST_PAIRS, POWER, Preference
 from rlhf_exp.evaluation.result import PromptRow, QuickResult
-from rlhf_exp.evaluation.statistics import Estimate
+from rlhf_exp.evaluation.statistics import Estimate, Outcome
 from rlhf_exp.report import svg
 from rlhf_exp.report.data import Sample, SampleSide
 from rlhf_exp.report.numbers import short
@@ -83,7 +83,11 @@ def tiles_of(result: QuickResult) -> list[Tile]:
 
 def outcome_bar(result: QuickResult) -> Markup:
     """Return wins, ties and losses as one bar, widths in proportion."""
-    found = result.outcome
+    return bar_of(result.outcome, result.name_b)
+
+
+def bar_of(found: Outcome, name: str) -> Markup:
+    """Return the outcomes of a model, at least one comparison, as one bar."""
     left, parts = 0.0, []
     for kind, count in (("win", found.wins), ("tie", found.ties), ("loss", found.losses)):
         width = _BAR_WIDTH * count / found.total
@@ -93,7 +97,7 @@ def outcome_bar(result: QuickResult) -> Markup:
             place = {"x": left, "y": 0, "width": max(1.0, width - gap), "height": 30}
             parts.append(svg.element("rect", title, class_=kind, **place))
         left += width
-    words = f"{found.wins} wins, {found.ties} ties, {found.losses} losses of {result.name_b}"
+    words = f"{found.wins} wins, {found.ties} ties, {found.losses} losses of {name}"
     return svg.element(
         "svg",
         svg.element("title", words),

@@ -8,7 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlhf_exp.report.parts import comparisons, judges, toxicity
+from rlhf_exp.report.parts import comparisons, judges, people, reward_quality, toxicity
+
+PEOPLE = "people.json"
+"""File whose section also shows the votes of studies, which are kept elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ SECTIONS = (
     Section("comparisons", "All models", "comparisons.json", comparisons.render),
     Section("judges", "Judges", "judges.json", judges.render),
     Section("toxicity", "Toxicity", toxicity.TOXICITY_FILE, toxicity.render),
+    Section("reward-quality", "Reward model", "reward_quality.json", reward_quality.render),
+    Section("people", "People", PEOPLE, people.render),
 )
 
 

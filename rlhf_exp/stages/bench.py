@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from rlhf_exp.config.evaluation import ROLES
 from rlhf_exp.config.root import Config
 from rlhf_exp.data.hh import dialogue
-from rlhf_exp.data.rows import History
+from rlhf_exp.data.rows import History, Preference
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.answers import Answer
@@ -63,6 +63,7 @@ class Manner:
         seed: Of the noise, which is the same for every model.
         count: Answers to each prompt.
         score: Whether answers get their reward.
+        referee: Whether they get that of the second reward model too, if there is one.
         kl: Whether answers get their KL to the baseline, where the tokenizers are the same.
         stop: Whether the prompt format's stop strings end an answer.
     """
@@ -72,6 +73,7 @@ class Manner:
     seed: int
     count: int = 1
     score: bool = False
+    referee: bool = False
     kl: bool = False
     stop: bool = True
 
@@ -88,6 +90,12 @@ class Source(Protocol):
         self, part: str, contestant: Contestant, asked: Sequence[Asked], manner: Manner
     ) -> list[Answer]:
         """Return the answers, all those to the first prompt first; the same in every process."""
+
+    def pairs(self, part: str, load: Callable[[], list[Preference]]) -> dict[str, list[Answer]]:
+        """Return held-out pairs with their scores: `CHOSEN`, `REJECTED` and `BLANK` answers."""
+
+    def snapshots(self, part: str, contestant: Contestant) -> tuple[Contestant, ...]:
+        """Return the models of other training steps that a model's artifact, or the part, has."""
 
 
 class Bench:
@@ -139,6 +147,24 @@ class Bench:
         found = self._source.answers(part, contestant, asked, manner)
         self.given += found
         return found
+
+    def pairs(self, part: str, load: Callable[[], list[Preference]]) -> dict[str, list[Answer]]:
+        """Return held-out pairs with their scores and keep them for `samples.jsonl`.
+
+        Args:
+            part: The name of the part that asks.
+            load: Reads them from the data; not called where the answers are stored ones.
+
+        Returns:
+            `CHOSEN`, `REJECTED` and `BLANK` answers, each [pairs]; the same in every process.
+        """
+        found = self._source.pairs(part, load)
+        self.given += [answer for side in found.values() for answer in side]
+        return found
+
+    def snapshots(self, part: str, contestant: Contestant) -> tuple[Contestant, ...]:
+        """Return the models of other training steps that there are of a model."""
+        return self._source.snapshots(part, contestant)
 
     def alone(self, function: Callable[[], T]) -> T:
         """Return what `function` returns in the main process, the only one that calls it."""

@@ -5,20 +5,33 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rlhf_exp.config.evaluation import PREFERENCE, SAMPLES, SAMPLES_FILE, TOXICITY, parts_of
+from rlhf_exp.config.evaluation import (
+    PEOPLE,
+    PREFERENCE,
+    REWARD_QUALITY,
+    SAMPLES,
+    SAMPLES_FILE,
+    TOXICITY,
+    parts_of,
+)
 from rlhf_exp.config.root import Config
 from rlhf_exp.distributed.world import World
 from rlhf_exp.evaluation.answers import write_answers
 from rlhf_exp.stages.bench import Bench, Part, PartResult, Source
 from rlhf_exp.stages.context import StageContext, StageResult
-from rlhf_exp.stages.parts import preference, toxicity
+from rlhf_exp.stages.parts import people, preference, reward_quality, toxicity
 from rlhf_exp.stages.sampled import SampledSource
 from rlhf_exp.stages.stored import StoredSource
 from rlhf_exp.stages.tracking import tracker_for
 from rlhf_exp.stages.training import world_for
 from rlhf_exp.tracking.finishing import finishing
 
-PARTS: dict[str, Part] = {PREFERENCE: preference.run, TOXICITY: toxicity.run}
+PARTS: dict[str, Part] = {
+    PREFERENCE: preference.run,
+    TOXICITY: toxicity.run,
+    REWARD_QUALITY: reward_quality.run,
+    PEOPLE: people.run,
+}
 
 
 def run(config: Config, context: StageContext) -> StageResult:

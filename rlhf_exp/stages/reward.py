@@ -12,7 +12,8 @@ from rlhf_exp.config.reward import RewardInit
 from rlhf_exp.config.root import Config
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.collate import joined
-from rlhf_exp.data.rows import Preference
+from rlhf_exp.data.rows import Preference, prompt_key
+from rlhf_exp.data.splitting import part_of
 from rlhf_exp.data.tokenized import (
     TokenizedDemonstrations,
     TokenizedPreferences,
@@ -49,9 +50,12 @@ def run(config: Config, context: StageContext) -> StageResult:
     rows = context.materials.corpus.preferences
     if not rows.train:
         raise UserError("data: no preference pairs to train on; give data.preferences")
+    chosen = pairs_of(rows.train, section.part)
+    if not chosen:
+        raise UserError(f"reward.part={section.part}: none of {len(rows.train)} pairs is in it")
     with world_for(config) as world:
         codec, model = _initial(config, context)
-        pairs = _tokenize(rows.train, codec, config, context)
+        pairs = _tokenize(chosen, codec, config, context)
         held_out = _tokenize(rows.validation or rows.train[:100], codec, config, context)
         settings = RewardSettings(section.batch, section.micro_batch, section.seed)
         task = RewardTask(model, pairs, held_out, settings, world)
@@ -70,6 +74,14 @@ def run(config: Config, context: StageContext) -> StageResult:
 
         outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
+
+
+def pairs_of(rows: list[Preference], part: str | None) -> list[Preference]:
+    """Return the pairs of a part such as `1/2`, by prompt; all of them without a part."""
+    if part is None:
+        return rows
+    number, parts = map(int, part.split("/"))
+    return [row for row in rows if part_of(prompt_key(row.history), parts) == number]
 
 
 def _initial(config: Config, context: StageContext) -> tuple[Codec, RewardModel]:

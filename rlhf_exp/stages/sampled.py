@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,18 +17,20 @@ from rlhf_exp.batch import Finish, Prompts, Samples
 from rlhf_exp.config.root import Config
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.collate import prompts_batch
-from rlhf_exp.data.rows import Prompt
+from rlhf_exp.data.rows import Preference, Prompt
 from rlhf_exp.data.tokenized import tokenize_prompts, tokenize_texts
 from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.scoring import ModelScorer, Scorer, score_samples, texts_of
+from rlhf_exp.engines.native.scoring import Scorer, score_samples, texts_of
 from rlhf_exp.engines.native.split import by_length
 from rlhf_exp.evaluation.answers import Answer
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.rollout.stops import Stopper
 from rlhf_exp.stages.bench import Asked, Contestant, Manner, contestants_of
-from rlhf_exp.stages.context import StageContext
-from rlhf_exp.stages.scorers import scorer_for
+from rlhf_exp.stages.context import MODEL, SNAPSHOTS, StageContext
+from rlhf_exp.stages.judged import score_pairs
+from rlhf_exp.stages.labels import at_step
+from rlhf_exp.stages.scorers import Judges
 from rlhf_exp.stages.training import load_policy_model
 
 log = logging.getLogger(__name__)
@@ -48,7 +51,7 @@ class SampledSource:
         self.config, self.context, self.world = config, context, world
         self.contestants = contestants_of(context, config.eval.models)
         self._policies: dict[str, Policy] = {}
-        self._scorers: dict[str, Scorer] = {}
+        self._judges = Judges(config, context, world)
 
     def asked(self, part: str, load: Callable[[], list[Asked]]) -> list[Asked]:
         """See `Source`."""
@@ -64,7 +67,8 @@ class SampledSource:
         mine = prompts.select(torch.from_numpy(share.rows)).to(self.world.device)
         samples = self._sample(contestant, mine, codec, manner)
         texts = texts_of(samples.tokens, samples.prompt_lengths, samples.content_lengths, codec)
-        scores = score_samples(self._scorer(codec), samples).tolist() if manner.score else None
+        scores = _scores(self._judges.reward(codec) if manner.score else None, samples)
+        referee = _scores(self._judges.referee(codec) if manner.referee else None, samples)
         kl = self._kl(contestant, samples, manner)
         found = [
             Answer(
@@ -78,6 +82,7 @@ class SampledSource:
                 tokens=int(samples.response_lengths[line]),
                 finish=Finish(int(samples.finish[line])).name.lower(),
                 score=None if scores is None else scores[line],
+                referee=None if referee is None else referee[line],
                 kl=None if kl is None else float(kl[line]),
                 facts={} if number % manner.count else asked[number // manner.count].facts,
             )
@@ -85,6 +90,18 @@ class SampledSource:
         ]
         everyone = [answer for answers in self.world.collect(found) for answer in answers]
         return everyone[: len(prompts)]
+
+    def pairs(self, part: str, load: Callable[[], list[Preference]]) -> dict[str, list[Answer]]:
+        """See `Source`."""
+        codec = self._judges.own_codec() or self._codec(self.contestants[0])
+        return score_pairs(load(), part, codec, self._judges)
+
+    def snapshots(self, part: str, contestant: Contestant) -> tuple[Contestant, ...]:
+        """See `Source`."""
+        folder = Path(contestant.source)
+        kept = sorted(folder.with_name(SNAPSHOTS).glob("step-*")) if folder.name == MODEL else []
+        steps = [(int(path.name.removeprefix("step-")), path) for path in kept]
+        return tuple(Contestant(at_step(contestant.name, n), str(path)) for n, path in steps)
 
     def _codec(self, contestant: Contestant) -> Codec:
         return self.context.materials.codec(contestant.source)
@@ -127,15 +144,6 @@ class SampledSource:
         stopper = Stopper(codec.tokenizer, codec.stop_strings) if manner.stop else None
         return sample(self._policy(contestant).model, prompts, settings, manner.seed, stopper)
 
-    def _scorer(self, codec: Codec) -> Scorer:
-        if codec.digest not in self._scorers:
-            loaded = next(iter(self._scorers.values()), None)
-            model = loaded.model if isinstance(loaded, ModelScorer) else None
-            self._scorers[codec.digest] = scorer_for(
-                self.config, self.context, codec, self.world, model
-            )
-        return self._scorers[codec.digest]
-
     def _kl(self, contestant: Contestant, samples: Samples, manner: Manner) -> Tensor | None:
         """Return the sum over each answer [N] of log model - log baseline, in nats."""
         baseline = self.contestants[0]
@@ -151,6 +159,10 @@ class SampledSource:
             return None
         policies = self._policy(contestant), self._policy(baseline)
         return kl_of(*policies, samples, manner.temperature or 1.0, self.config.eval.batch)
+
+
+def _scores(scorer: Scorer | None, samples: Samples) -> list[float] | None:
+    return None if scorer is None else score_samples(scorer, samples).tolist()
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlhf_exp.config.evaluation import REFEREE
 from rlhf_exp.config.root import Config
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.distributed.world import World
@@ -31,6 +32,18 @@ def scorer_for(
     if function is not None:
         return FunctionScorer(load_function(function), codec, function)
     folder = context.models["reward"]
+    return model_scorer(config, context, codec, world, folder, model)
+
+
+def model_scorer(
+    config: Config,
+    context: StageContext,
+    codec: Codec,
+    world: World,
+    folder: str,
+    model: RewardModel | None = None,
+) -> ModelScorer:
+    """Return the scorer of a reward model's folder; for the arguments see `scorer_for`."""
     own = context.materials.codec(folder)
     return ModelScorer(
         model
@@ -41,3 +54,47 @@ def scorer_for(
         config.ppo.generation.batch,
         max(config.reward.seq_length, config.ppo.seq_length),
     )
+
+
+class Judges:
+    """The scorers of an evaluation: of the reward that PPO maximised, and of its referee.
+
+    Each model is loaded once, when it is first asked for, whatever tokenizers the policies have.
+
+    Args:
+        config: The experiment.
+        context: Where the reward models are.
+        world: Device and precision.
+    """
+
+    def __init__(self, config: Config, context: StageContext, world: World) -> None:
+        self.config, self.context, self.world = config, context, world
+        self._made: dict[tuple[str, str], Scorer] = {}
+
+    def reward(self, codec: Codec) -> Scorer:
+        """Return the scorer of the reward, for a policy with this codec."""
+        if self.config.ppo.reward.function is None:
+            return self._of_model("reward", codec)
+        key = ("function", codec.digest)
+        if key not in self._made:
+            self._made[key] = scorer_for(self.config, self.context, codec, self.world)
+        return self._made[key]
+
+    def referee(self, codec: Codec) -> Scorer | None:
+        """Return the scorer of the second reward model, if there is one."""
+        return self._of_model(REFEREE, codec) if REFEREE in self.context.models else None
+
+    def own_codec(self) -> Codec | None:
+        """Return the reward model's own codec; `None` where a function judges."""
+        if self.config.ppo.reward.function is not None:
+            return None
+        return self.context.materials.codec(self.context.models["reward"])
+
+    def _of_model(self, role: str, codec: Codec) -> Scorer:
+        if (role, codec.digest) not in self._made:
+            loaded = next((one for (other, _), one in self._made.items() if other == role), None)
+            model = loaded.model if isinstance(loaded, ModelScorer) else None
+            folder = self.context.models[role]
+            made = model_scorer(self.config, self.context, codec, self.world, folder, model)
+            self._made[role, codec.digest] = made
+        return self._made[role, codec.digest]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rlhf_exp.data.rows import Preference
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.answers import Answer, read_answers
 from rlhf_exp.stages.bench import Asked, Contestant, Manner
+from rlhf_exp.stages.labels import BLANK, CHOSEN, REJECTED, at_step, pairs_part
 
 
 class StoredSource:
@@ -22,8 +24,12 @@ class StoredSource:
         self._answers = read_answers(path)
         if not self._answers:
             raise UserError(f"eval.samples: {path} holds no answers")
-        names = dict.fromkeys(answer.model for answer in self._answers)
-        self.contestants = tuple(Contestant(name, "") for name in names)
+        # The part that asked first asked every model under evaluation.
+        first = self._answers[0].part
+        names = dict.fromkeys(one.model for one in self._answers if one.part == first)
+        others = tuple(at_step(name, "") for name in names)
+        found = [name for name in names if not name.startswith(others)]
+        self.contestants = tuple(Contestant(name, "") for name in found)
 
     def asked(self, part: str, load: Callable[[], list[Asked]]) -> list[Asked]:
         """See `Source`."""
@@ -67,3 +73,17 @@ class StoredSource:
                 f"score, which {part} needs; evaluate the models themselves"
             )
         return found
+
+    def pairs(self, part: str, load: Callable[[], list[Preference]]) -> dict[str, list[Answer]]:
+        """See `Source`."""
+        found: dict[str, list[Answer]] = {CHOSEN: [], REJECTED: [], BLANK: []}
+        for answer in self._answers:
+            if answer.part == pairs_part(part):
+                found[answer.model].append(answer)
+        return found
+
+    def snapshots(self, part: str, contestant: Contestant) -> tuple[Contestant, ...]:
+        """See `Source`."""
+        names = dict.fromkeys(answer.model for answer in self._answers if answer.part == part)
+        prefix = at_step(contestant.name, "")
+        return tuple(Contestant(name, "") for name in names if name.startswith(prefix))

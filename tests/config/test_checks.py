@@ -87,7 +87,6 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         ("tracking.project=''", "tracking.project=: must not be empty"),
         # not built yet
         ("engine=trlx", "engine.name=trlx: is not built yet"),
-        ("eval=human", "eval.suite=human: is not built yet"),
     ],
 )
 def test_one_mistake_one_complaint(

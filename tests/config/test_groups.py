@@ -23,7 +23,7 @@ PROMISED = {
     "ppo": "default recipe",
     "engine": "native trlx",
     "distributed": "single ddp zero1 zero2 zero2_bf16 zero3 zero3_offload fsdp",
-    "eval": "none quick blog toxicity human full",
+    "eval": "none quick blog toxicity reward_quality human full",
     "tracking": "offline online disabled",
     "experiment": "demo smoke hh_small hh_125m hh_1b hh_gptj_6b hh_20b",
     "sweep": "ppo_grid ppo_optuna",

@@ -13,6 +13,7 @@ from rlhf_exp.config.groups import CONF
 from rlhf_exp.config.root import Config
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline import hub
+from rlhf_exp.pipeline.given import Given
 from rlhf_exp.pipeline.hub import Need, Pin, Pins, missing, needs, pinned
 from rlhf_exp.pipeline.plan import State, Step, plan
 from tests.lab import ROOT
@@ -100,6 +101,19 @@ def test_a_judge_from_the_hub_is_fetched_and_pinned(tmp_path: Path) -> None:
     assert needs(config, [Step("sft", "k", State.run)]) == []
     Pins(tmp_path).set(need, Pin(COMMIT, []))
     assert pinned(config).eval.judge.revision == COMMIT
+
+
+def test_models_of_an_evaluation_are_needed_too(tmp_path: Path) -> None:
+    extra = {
+        "org/other": Given("k1", "org/other"),
+        "referee": Given("k2", "org/judge"),
+        "mine": Given("k3", str(tmp_path)),
+    }
+    step = Step("eval", "k", State.run, extra=extra)
+    assert [str(need) for need in needs(compose([]).config, [step])] == [
+        "model org/other (eval.models)",
+        "model org/judge (eval.reward_quality.referee)",
+    ]
 
 
 def test_pins_stand_for_open_revisions(tmp_path: Path) -> None:

@@ -153,3 +153,16 @@ def test_stored_samples_that_are_not_there(run_copy: Path, tmp_path: Path) -> No
 def test_answers_that_leave_no_room_for_a_prompt(run_copy: Path) -> None:
     with pytest.raises(UserError, match="leaves 0 tokens for a prompt"):
         run(run_copy, "eval.max_new_tokens=128")
+
+
+def test_people_are_given_the_pairs_that_differ(run_copy: Path) -> None:
+    run(run_copy, "stage=eval", "eval=human")
+    found = newest(run_copy)
+    rows = json.loads((found / "result.json").read_text())["rows"]
+    plain = json.loads((found / "people.json").read_text())
+    assert plain["names"] == ["SFT", "PPO"]
+    assert plain["prompts"] == 8
+    assert plain["differ"] == sum(row["answer_a"] != row["answer_b"] for row in rows)
+    assert [share for share, _ in plain["needed"]] == [0.6, 0.65, 0.7]
+    report = (run_copy / "reports" / f"eval-{found.name}.html").read_text()
+    assert f"rlhf-exp annotate {found.name} --annotators 3" in report

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from rlhf_exp.config.data import Source
 from rlhf_exp.config.evaluation import PREFERENCE
 from rlhf_exp.config.root import Config
 from rlhf_exp.evaluation.answers import Answer
@@ -15,6 +13,7 @@ from rlhf_exp.evaluation.quick import quick_comparison
 from rlhf_exp.evaluation.result import QuickResult
 from rlhf_exp.evaluation.toxicity.scorer import ProfanityCheckScorer
 from rlhf_exp.stages.bench import DIALOGUE, Bench, PartResult, test_prompts
+from rlhf_exp.stages.gold import gold_judge
 from rlhf_exp.stages.judging import JUDGES, Panel
 
 RESULT, OTHERS = "result.json", "comparisons.json"
@@ -61,7 +60,7 @@ def _compare(config: Config, baseline: list[Answer], other: list[Answer]) -> Qui
         lengths_a=[answer.tokens for answer in baseline],
         lengths_b=[answer.tokens for answer in other],
         toxicity=ProfanityCheckScorer(),
-        gold=_gold(config),
+        gold=gold_judge(config),
         name_a=baseline[0].model,
         name_b=other[0].model,
         judge="reward function" if config.ppo.reward.function else "reward model",
@@ -72,15 +71,6 @@ def _compare(config: Config, baseline: list[Answer], other: list[Answer]) -> Qui
 
 def _scores(answers: list[Answer]) -> np.ndarray:
     return np.array([answer.score for answer in answers], dtype=np.float64)
-
-
-def _gold(config: Config) -> Callable[[str, str], float] | None:
-    """Return the toy data's rule-based judge; other data has none."""
-    if config.data.source != Source.toy:
-        return None
-    from rlhf_exp.data.toy.judge import gold_score
-
-    return lambda prompt, answer: gold_score(prompt, answer).total
 
 
 def _table(results: list[QuickResult]) -> tuple[list[str], list[list[object]]]:

@@ -1,0 +1,218 @@
+"""How good a reward model is, from its scores of held-out pairs of answers.
+
+N pairs, each a chosen and a rejected answer to one prompt. A margin is the chosen answer's score
+minus the rejected one's. The model is right where the margin is above zero; equal scores are wrong.
+Training and the models themselves are left out: arrays in, numbers out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import special
+
+from rlhf_exp.evaluation.calibration import Calibration, calibration
+from rlhf_exp.evaluation.scores import auc, correlation, rank_correlation
+from rlhf_exp.evaluation.statistics import Interval, clopper_pearson, paired
+
+MARGIN_BINS = 5
+
+
+@dataclass(frozen=True)
+class Share:
+    """`count` of `total`, with its exact (Clopper-Pearson) 95 % interval."""
+
+    count: int
+    total: int
+    interval: Interval
+
+    @property
+    def value(self) -> float:
+        """The share; NaN of nothing."""
+        return self.count / self.total if self.total else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Share:
+        """Undo `to_json`."""
+        return cls(plain["count"], plain["total"], Interval(**plain["interval"]))
+
+
+def share_of(flags: ArrayLike) -> Share:
+    """Return how many of the flags [N] are set."""
+    found = np.asarray(flags, dtype=bool)
+    count = int(found.sum())
+    return Share(count, len(found), clopper_pearson(count, len(found)))
+
+
+@dataclass(frozen=True)
+class MarginBin:
+    """Pairs of like |margin|.
+
+    Attributes:
+        low: smallest |margin|.
+        high: largest |margin|.
+        right: in how many the model prefers the chosen answer.
+        expected: the accuracy that the model claims, mean of sigmoid(|margin|).
+    """
+
+    low: float
+    high: float
+    right: Share
+    expected: float
+
+
+def accuracy_by_margin(margins: ArrayLike, bins: int = MARGIN_BINS) -> list[MarginBin]:
+    """Return the accuracy of N pairs, in bins of equal numbers of pairs by |margin|.
+
+    Args:
+        margins: [N], N at least 1.
+        bins: at most so many; fewer where there are fewer pairs.
+    """
+    values = np.asarray(margins, dtype=np.float64)
+    sizes = np.abs(values)
+    order = np.argsort(sizes, kind="stable")
+    found = []
+    for rows in np.array_split(order, min(bins, len(values))):
+        inside = sizes[rows]
+        low, high = float(inside.min()), float(inside.max())
+        claimed = float(special.expit(inside).mean())
+        found.append(MarginBin(low, high, share_of(values[rows] > 0), claimed))
+    return found
+
+
+@dataclass(frozen=True)
+class LengthReport:
+    """How scores go with the answers' lengths in tokens.
+
+    Attributes:
+        pearson: of score and length over all answers; `None` where either does not vary.
+        spearman: the same of their ranks.
+        within: Pearson's correlation after both have lost their pair's mean: what is left once
+            prompts no longer differ; `None` where nothing varies within pairs.
+        model_longer: pairs of different lengths in which the model prefers the longer answer.
+        label_longer: pairs of different lengths in which people chose the longer one, which is
+            also the accuracy of a judge that looks at nothing but length.
+        right_longer: pairs whose chosen answer is the longer one, in which the model is right.
+        right_shorter: pairs whose chosen answer is the shorter one, in which the model is right.
+    """
+
+    pearson: float | None
+    spearman: float | None
+    within: float | None
+    model_longer: Share
+    label_longer: Share
+    right_longer: Share
+    right_shorter: Share
+
+    @property
+    def controlled_accuracy(self) -> float | None:
+        """Accuracy if the chosen answer were the longer one in half of the pairs.
+
+        Length alone can then not tell chosen from rejected. `None` if either kind has no pair.
+        """
+        if not self.right_longer.total or not self.right_shorter.total:
+            return None
+        return (self.right_longer.value + self.right_shorter.value) / 2
+
+
+def length_report(
+    chosen: ArrayLike, rejected: ArrayLike, chosen_tokens: ArrayLike, rejected_tokens: ArrayLike
+) -> LengthReport:
+    """Return how the scores [N] of both sides go with their numbers of tokens [N].
+
+    Raises:
+        ValueError: unequal lengths, or a value that is not finite.
+    """
+    good, bad = paired(chosen, rejected)
+    good_tokens, bad_tokens = paired(chosen_tokens, rejected_tokens)
+    margins, longer = good - bad, good_tokens - bad_tokens
+    scores = np.concatenate([good, bad])
+    tokens = np.concatenate([good_tokens, bad_tokens])
+    differ = longer != 0
+    return LengthReport(
+        pearson=correlation(scores, tokens),
+        spearman=rank_correlation(scores, tokens),
+        within=correlation(np.concatenate([margins, -margins]), np.concatenate([longer, -longer])),
+        model_longer=share_of((margins * longer)[differ] > 0),
+        label_longer=share_of(longer[differ] > 0),
+        right_longer=share_of(margins[longer > 0] > 0),
+        right_shorter=share_of(margins[longer < 0] > 0),
+    )
+
+
+@dataclass(frozen=True)
+class PairQuality:
+    """What held-out pairs say about one judge.
+
+    Attributes:
+        judge: its name.
+        accuracy: pairs in which it prefers the chosen answer.
+        auc: probability that a chosen answer of any pair beats a rejected one of any pair.
+        margin: mean margin.
+        margin_bins: accuracy by |margin|.
+        calibration: by the probability that it claims.
+        length: how its scores go with length.
+        chosen_over_blank: prompts whose chosen answer beats saying nothing.
+        rejected_over_blank: prompts whose rejected answer beats saying nothing.
+    """
+
+    judge: str
+    accuracy: Share
+    auc: float
+    margin: float
+    margin_bins: tuple[MarginBin, ...]
+    calibration: Calibration
+    length: LengthReport
+    chosen_over_blank: Share
+    rejected_over_blank: Share
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        plain = asdict(self)
+        plain["length"]["controlled_accuracy"] = self.length.controlled_accuracy
+        return plain
+
+
+def pair_quality(
+    judge: str,
+    chosen: ArrayLike,
+    rejected: ArrayLike,
+    blank: ArrayLike,
+    chosen_tokens: ArrayLike,
+    rejected_tokens: ArrayLike,
+) -> PairQuality:
+    """Return what a judge's scores of N pairs say about it.
+
+    Args:
+        judge: its name.
+        chosen: [N] scores of the chosen answers.
+        rejected: [N] scores of the rejected ones.
+        blank: [N] scores of empty answers to the same prompts.
+        chosen_tokens: [N] lengths of the chosen answers.
+        rejected_tokens: [N] lengths of the rejected ones.
+
+    Raises:
+        ValueError: unequal lengths, or a value that is not finite.
+    """
+    good, bad = paired(chosen, rejected)
+    nothing, _ = paired(blank, rejected)
+    margins = good - bad
+    return PairQuality(
+        judge=judge,
+        accuracy=share_of(margins > 0),
+        auc=auc(good, bad),
+        margin=float(margins.mean()),
+        margin_bins=tuple(accuracy_by_margin(margins)),
+        calibration=calibration(margins),
+        length=length_report(good, bad, chosen_tokens, rejected_tokens),
+        chosen_over_blank=share_of(good > nothing),
+        rejected_over_blank=share_of(bad > nothing),
+    )

@@ -13,9 +13,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import reference_of
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.rollout.sampler import Sampling, sample
+from rlhf_exp.tracking.tracker import NullTracker
 from side_by_side.protocol import Line, Reading, peak_bytes, resident_bytes
 from side_by_side.reward import counted_share
 from side_by_side.setting import Setting
@@ -51,10 +52,8 @@ FOREVER = 10**9
 LAST_TOKEN_OF_SCORED = 0  # put after a response for the reward model; the peer puts nothing
 
 
-class Held:
+class Held(NullTracker):
     """A tracker that reports each iteration and waits until the next is asked for."""
-
-    run_id = ""
 
     def __init__(self, line: Line, setting: Setting, started_bytes: int) -> None:
         """Report over `line`; `started_bytes` was resident before any model was loaded."""
@@ -62,7 +61,7 @@ class Held:
         self._begin = 0.0
         self._step = 0
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, float], step: int, *, more: bool = False) -> None:
         """Report an iteration; the first call, before any training, says that all is loaded."""
         if step == 0:
             self._line.ready(self._started_bytes)
@@ -87,20 +86,6 @@ class Held:
             updates=step - self._step,
             reward=metrics["reward/mean"],
         )
-
-    def table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
-    ) -> None:
-        """Nothing."""
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def mark_preempting(self) -> None:
-        """Nothing."""
-
-    def finish(self, exit_code: int = 0) -> None:
-        """Nothing."""
 
 
 def counted_scorer(setting: Setting) -> Scorer:

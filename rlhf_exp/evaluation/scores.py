@@ -11,7 +11,7 @@ from scipy import stats
 
 from rlhf_exp.evaluation.statistics import paired
 
-HISTOGRAM_BINS = 24
+HISTOGRAM_BINS = 16
 LENGTH_BINS = 8
 
 

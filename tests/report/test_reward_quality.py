@@ -76,20 +76,20 @@ def content(**changes: Any) -> dict[str, Any]:
 
 
 def test_numbers_in_words() -> None:
-    row = reward_quality.judge_row(judge("reward model"))
+    rows = dict(reward_quality.measures([judge("reward model")]))
     nbsp = "\N{NO-BREAK SPACE}"
-    assert row["accuracy"] == f"70.0{nbsp}% [34.8{nbsp}%, 93.3{nbsp}%]"
-    assert row["controlled"] == f"65.0{nbsp}%"
-    assert row["within"] == "\N{MINUS SIGN}0.25"
+    assert rows["Accuracy"] == [f"70.0{nbsp}% [34.8{nbsp}%, 93.3{nbsp}%]"]
+    assert rows["Accuracy, length held equal"] == [f"65.0{nbsp}%"]
+    assert rows["Correlation with length, within pairs"] == ["\N{MINUS SIGN}0.25"]
+    assert rows["AUC, across prompts"] == ["0.660"]
     (step,) = reward_quality.step_rows(content()["paths"][0], ["reward model", "referee", "gold"])
     assert step["gains"] == ["+1.50 [+1.25, +1.75]", "+0.50 [+0.25, +0.75]", "\N{EN DASH}"]
 
 
 def test_whatever_is_not_known_has_a_dash() -> None:
-    row = reward_quality.judge_row(
-        judge("reward model", length={**judge("x")["length"], "controlled_accuracy": None}),
-    )
-    assert row["controlled"] == "\N{EN DASH}"
+    length = {**judge("x")["length"], "controlled_accuracy": None}
+    rows = dict(reward_quality.measures([judge("reward model", length=length)]))
+    assert rows["Accuracy, length held equal"] == ["\N{EN DASH}"]
     unknown = {"mean": 1.0, "low": None, "high": None}
     path = {"points": [{"label": "PPO", "kl": 1.0, "gains": {"reward model": unknown}}]}
     (step,) = reward_quality.step_rows(path, ["reward model"])
@@ -100,13 +100,13 @@ def test_whatever_is_not_known_has_a_dash() -> None:
     ("shared", "words"),
     [
         (0.0, "trained on none of the reward model's training pairs"),
-        (0.5, "also trained on 50.0\N{NO-BREAK SPACE}% of the reward model's"),
+        (0.5, "trained on 50.0\N{NO-BREAK SPACE}% of the reward model's"),
         (None, "is not known"),
     ],
 )
 def test_how_far_the_referee_stands(shared: float | None, words: str) -> None:
     found = reward_quality.about({"name": "r", "seed": 1, "part": "2/2", "shared": shared})
-    assert found.startswith("The referee is r (seed 1, part 2/2); ")
+    assert found.startswith("Referee: r, seed 1, part 2/2; ")
     assert words in found
 
 
@@ -143,6 +143,6 @@ def test_without_pairs_and_without_a_referee() -> None:
     only = {"judges": ["reward model"], "referee": None, "pairs": [], "agreement": {}}
     answers = [{**content()["answers"][0], "judges_spearman": {}}]
     page = reward_quality.render(content(**only, answers=answers))
-    assert "Held-out pairs" not in page
+    assert "preference pairs" not in page
     assert "No referee judged" in page
     assert page.count("<figure") == 3

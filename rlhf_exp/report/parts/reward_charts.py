@@ -26,12 +26,13 @@ def of_pairs(pairs: Sequence[Plain]) -> list[Chart]:
     margins = [_margin(one, colour) for colour, one in enumerate(claiming)]
     claimed = claiming[0]["margin_bins"]
     line = Line(
-        f"claimed by the {claiming[0]['judge']}",
+        f"{claiming[0]['judge']}'s claim",
         np.arange(1.0, len(claimed) + 1),
         np.array([found["expected"] for found in claimed]),
         3,
         smooth=False,
         unit="fifth",
+        last="",
     )
     return [
         Chart(
@@ -108,11 +109,14 @@ def against_kl(path: Plain) -> Chart:
             )
         )
     label = "√KL, KL in nats per answer"
-    return Chart(f"{path['name']}: gain in std", lines, x_label=label, levels=[(0.0, "")])
+    name = path["name"]
+    return Chart(
+        f"{name[:1].upper()}{name[1:]}: gain in std", lines, x_label=label, levels=[(0.0, "")]
+    )
 
 
 def _margin(plain: Plain, colour: int) -> Line:
-    right = [found["right"] for found in plain["margin_bins"]]
+    right, accuracy = [found["right"] for found in plain["margin_bins"]], plain["accuracy"]
     shares = np.array([one["count"] / one["total"] for one in right])
     ends = [one["interval"] for one in right]
     return Line(
@@ -123,6 +127,7 @@ def _margin(plain: Plain, colour: int) -> Line:
         smooth=False,
         unit="fifth",
         whiskers=(_column(ends, "low"), _column(ends, "high")),
+        last=f"{100 * accuracy['count'] / accuracy['total']:.1f} %",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlhf_exp.evaluation.metric import DASH
+from rlhf_exp.evaluation.metric import DASH, MINUS
 from rlhf_exp.report.numbers import short
 from rlhf_exp.report.parts import reward_charts
 from rlhf_exp.report.plot import render as draw
@@ -32,7 +32,8 @@ def render(plain: Plain) -> Markup:
     return fill(
         "parts/reward_quality.html",
         plain=plain,
-        judges=[judge_row(one) for one in plain["pairs"]],
+        measures=measures(plain["pairs"]),
+        longer=_share(plain["pairs"][0]["length"]["label_longer"]) if plain["pairs"] else "",
         agreement=[(name, _share(one)) for name, one in plain["agreement"].items()],
         referee=about(plain["referee"]),
         models=[model_row(one, plain["judges"][1:]) for one in plain["answers"]],
@@ -42,21 +43,21 @@ def render(plain: Plain) -> Markup:
     )
 
 
-def judge_row(plain: Plain) -> dict[str, str]:
-    """Return what held-out pairs say of one judge, in words."""
-    length = plain["length"]
-    return {
-        "judge": plain["judge"],
-        "accuracy": _share(plain["accuracy"]),
-        "controlled": _percent(length["controlled_accuracy"]),
-        "auc": short(plain["auc"]),
-        "within": _number(length["within"]),
-        "model_longer": _share(length["model_longer"]),
-        "label_longer": _share(length["label_longer"]),
-        "chosen": _share(plain["chosen_over_blank"]),
-        "rejected": _share(plain["rejected_over_blank"]),
-        "error": short(plain["calibration"]["error"]),
-    }
+def measures(pairs: Sequence[Plain]) -> list[tuple[str, list[str]]]:
+    """Return (measure, value by judge) of held-out pairs, in words."""
+    lengths = [one["length"] for one in pairs]
+    return [
+        ("Accuracy", [_share(one["accuracy"]) for one in pairs]),
+        ("Accuracy, length held equal", [_percent(one["controlled_accuracy"]) for one in lengths]),
+        ("Prefers the longer answer", [_share(one["model_longer"]) for one in lengths]),
+        ("Correlation with length, within pairs", [_number(one["within"]) for one in lengths]),
+        ("Chosen answer beats a blank one", [_share(one["chosen_over_blank"]) for one in pairs]),
+        (
+            "Rejected answer beats a blank one",
+            [_share(one["rejected_over_blank"]) for one in pairs],
+        ),
+        ("AUC, across prompts", [f"{one['auc']:.3f}" for one in pairs]),
+    ]
 
 
 def model_row(plain: Plain, judges: Sequence[str]) -> dict[str, Any]:
@@ -85,19 +86,15 @@ def about(referee: Plain | None) -> str:
     """Return in one sentence how far the referee stands from the reward model."""
     if referee is None:
         return ""
-    told = f"The referee is {referee['name']}"
     facts = [
         f"{name} {referee[name]}" for name in ("seed", "part") if referee.get(name) is not None
     ]
-    told += f" ({', '.join(facts)})" if facts else ""
+    told = "Referee: " + ", ".join([referee["name"], *facts])
     shared = referee["shared"]
     if shared is None:
         return f"{told}; how many training pairs it shares with the reward model is not known."
-    if shared == 0:
-        return f"{told}; it was trained on none of the reward model's training pairs."
-    return (
-        f"{told}; it was also trained on {_percent(shared)} of the reward model's training pairs."
-    )
+    count = "none" if shared == 0 else _percent(shared)
+    return f"{told}; trained on {count} of the reward model's training pairs."
 
 
 def _share(plain: Plain) -> str:
@@ -112,7 +109,8 @@ def _percent(value: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return DASH if value is None else f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    # Adding 0 takes the sign of what rounds to nothing.
+    return DASH if value is None else f"{round(value, 2) + 0.0:+.2f}".replace("-", MINUS)
 
 
 def _gain(plain: Plain | None) -> str:

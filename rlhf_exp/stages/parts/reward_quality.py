@@ -156,9 +156,10 @@ def _metrics(
         found[f"{prefix}/calibration_error"] = one.calibration.error
         found[f"{prefix}/length_correlation"] = one.length.within
     for path in paths:
-        last = path.points[-1]
+        # The published model rather than a snapshot; of best-of-n the largest n.
+        shown = next((one for one in path.points if one.label == path.name), path.points[-1])
         prefix = f"reward_quality/{path.name.replace(' ', '_')}"
-        found[f"{prefix}/kl"] = last.kl
-        for name, gain in last.gains.items():
+        found[f"{prefix}/kl"] = shown.kl
+        for name, gain in shown.gains.items():
             found[f"{prefix}/gain/{keys[name]}"] = gain.mean
     return {name: float(value) for name, value in found.items() if value is not None}

@@ -121,6 +121,13 @@ def test_reward_rises(world: World, tmp_path: Path) -> None:
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
 
 
+def test_the_learning_rate_follows_its_schedule(world: World, tmp_path: Path) -> None:
+    """12 steps, 2 of warm-up, then linear to 0: step s has 5e-3 (1 - (s - 2) / 10); 4 a row."""
+    rows = run_loop(world, tmp_path).tracker.rows
+    rates = [row["optim/lr"] for row in rows if "optim/lr" in row]
+    assert rates == pytest.approx([5e-3 * 0.9, 5e-3 * 0.5, 5e-3 * 0.1])
+
+
 def test_every_documented_metric_is_logged(world: World, tmp_path: Path) -> None:
     row = next(
         one

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import signal
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import optuna
@@ -122,13 +123,20 @@ def test_a_trial_that_another_worker_runs_is_not_taken(tmp_path: Path) -> None:
         assert first.running() == 2
 
 
-def _work(folder: Path, worker: int) -> None:
-    lab.play_all(lab.search(folder, 12, worker=worker))
+def _work(folder: Path, worker: int, both: Barrier) -> None:
+    study = lab.search(folder, 12, worker=worker)
+    with study.ask() as asked:
+        assert asked is not None
+        # Each holds a trial before any goes on: neither can have done all of them first.
+        both.wait(60)
+        lab.play(study, asked)
+    lab.play_all(study)
 
 
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(tmp_path, number)) for number in range(2)]
+    both = context.Barrier(2)
+    workers = [context.Process(target=_work, args=(tmp_path, number, both)) for number in range(2)]
     for one in workers:
         one.start()
     for one in workers:

@@ -23,6 +23,9 @@ def main(folder: Path) -> None:
         if world.is_main:
             rows = [row for row in run.tracker.rows if "loss/total" in row]
             torch.save({"weights": run.weights, "rows": rows}, folder / "result.pt")
+    if several:
+        # A process that leaves with the group's threads still running is aborted now and then.
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

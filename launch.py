@@ -3,6 +3,7 @@
 import sys
 
 from rlhf_exp.command import main
+from rlhf_exp.distributed.exit import exit_after
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_after(lambda: main(sys.argv[1:]))

@@ -76,5 +76,5 @@ def process_group(store: Store, number: int, place: Place) -> Iterator[None]:
         timeout=timedelta(seconds=COLLECTIVE_S),
     )
     yield
-    # Not after an error: others may be gone, and this process is about to leave, too.
+    # Not after an error: others may be gone, and this process is about to leave, too (exit.py).
     distributed.destroy_process_group()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.distributed import joined
+from rlhf_exp.distributed.exit import exit_after
 from rlhf_exp.distributed.failure import WorkerFailed
 from rlhf_exp.distributed.place import find_place
 from rlhf_exp.errors import UserError
@@ -91,4 +92,4 @@ def main(scenario: list[list[dict[str, Any]]], folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1]), Path(sys.argv[2])))
+    exit_after(lambda: main(json.loads(sys.argv[1]), Path(sys.argv[2])))

@@ -11,6 +11,8 @@ B rows, S tokens, D width.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.families import TESTED, DecoderParts, decoder_parts
+from rlhf_exp.models.top import TopBlock
 
 
 class Trunk:
@@ -48,9 +51,18 @@ class Branch:
     registers its `module`.
     """
 
-    def __init__(self, base: PreTrainedModel) -> None:
+    def __init__(self, base: PreTrainedModel, parts: DecoderParts) -> None:
         """Use `Branch.of`."""
         self._base = base
+        embedding = cast(nn.Embedding, base.get_input_embeddings())
+        own = replace(parts, base=base, embedding=embedding, head=None)
+        count = len(own.blocks)
+        self._lower = None if count == 1 else _slice(own, slice(0, count - 1))
+        if self._lower is not None:
+            setattr(self._lower, parts.norm_name, nn.Identity())
+        top = base if count == 1 else _slice(own, slice(count - 1, count))
+        setattr(top, parts.norm_name, own.norm)
+        self._top = TopBlock(top)
 
     @property
     def module(self) -> PreTrainedModel:
@@ -79,25 +91,34 @@ class Branch:
             setattr(base, parts.positions, _NoPositions())
         if not share:
             base = copy.deepcopy(base).requires_grad_(False).eval()
-        return cls(base)
+        return cls(base, parts)
 
-    def __call__(
-        self, states: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """Run the blocks and the final norm.
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return the hidden states [B, S, D] after the final norm.
 
         Args:
             states: [B, S, D] entering the first of the blocks, right-padded.
-            positions: [B, S] int64; counted from 0 where not given.
-            mask: attention mask of packed rows, as `packing` makes it; causal where not given.
+        """
+        return self._base(inputs_embeds=states, use_cache=False).last_hidden_state
+
+    @property
+    def reads(self) -> bool:
+        """Whether `read` can do without the whole of the last block."""
+        return self._top.usable
+
+    def read(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Return what `self(states)` has at some positions, for less.
+
+        Args:
+            states: [B, S, D] entering the first of the blocks, right-padded.
+            positions: [B, T] int64, each below S.
 
         Returns:
-            [B, S, D] hidden states after the final norm.
+            [B, T, D].
         """
-        outputs = self._base(
-            inputs_embeds=states, position_ids=positions, attention_mask=mask, use_cache=False
-        )
-        return outputs.last_hidden_state
+        if self._lower is not None:
+            states = self._lower(inputs_embeds=states, use_cache=False).last_hidden_state
+        return self._top(states, positions)
 
     def to(self, device: torch.device | str) -> Branch:
         """Move a copy to `device` (a shared branch goes where its model goes)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.models.masks import as_mask
 
 Mask = Tensor | dict[str, Tensor]
 
@@ -23,8 +24,7 @@ def packed_attention_mask(
     Args:
         segments: [B, S] int64, 1, 2, ... for the sequences of a row, 0 for padding. Padding attends
             to padding: a row of attention with nothing to attend to would be undefined.
-        dtype: `torch.bool` (True attends; scaled-dot-product attention) or a float type (0 attends,
-            the type's least value does not; eager attention adds it).
+        dtype: of the mask, see `as_mask`.
         window: tokens that a sliding window reaches back, itself included; unlimited where `None`.
 
     Returns:
@@ -36,10 +36,7 @@ def packed_attention_mask(
     if window is not None:
         allowed = allowed & (distance < window)
     mask = (allowed & (segments[:, :, None] == segments[:, None, :]))[:, None]
-    if dtype == torch.bool:
-        return mask
-    additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return additive.masked_fill(~mask, torch.finfo(dtype).min)
+    return as_mask(mask, dtype)
 
 
 def packed_mask_for(model: PreTrainedModel, segments: Tensor) -> Mask | None:

@@ -59,6 +59,7 @@ class Policy(nn.Module):
         value_model: PreTrainedModel | None = None,
         value_branch: bool = False,
         seed: int = 0,
+        whole_blocks: bool = False,
     ) -> None:
         """Wrap `model`, changing what of it requires gradients.
 
@@ -72,10 +73,13 @@ class Policy(nn.Module):
             value_branch: whether the value head reads a copy of the training blocks, which trains
                 too, over the states of the policy's frozen trunk.
             seed: of the value head and the adapter.
+            whole_blocks: whether the last block must be run at once and at every position, for
+                wrappers that hook into blocks.
         """
         super().__init__()
         dropout_off(model)
         self.model = model
+        self._whole_blocks, self._checkpointing = whole_blocks, False
         self.value_trunk: PreTrainedModel | None = None
         if value_model is not None:
             self.value_trunk = dropout_off(cast(PreTrainedModel, value_model.base_model))
@@ -119,21 +123,27 @@ class Policy(nn.Module):
         assert self._views is not None, "no trunk is frozen: everything trains"
         return self._views[0](tokens)
 
-    def hidden(self, tokens: Tensor | None = None, states: Tensor | None = None) -> Tensor:
-        """Return final hidden states [B, S, D] of right-padded rows.
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether every block is run at every position, even where its output is not read."""
+        return self._whole_blocks or self._checkpointing
+
+    def predicting(self, index: ResponseIndex, tokens: Tensor, states: Tensor | None) -> Tensor:
+        """Return the final states [N, D] that predict response tokens.
 
         Args:
-            tokens: [B, S] int64; may be left out where `states` are given.
+            index: of the rows.
+            tokens: [B, S] int64, right-padded.
             states: [B, S, D] entering the first training block: only the blocks above are run.
         """
         if self._views is None:
             assert states is None, "states without a frozen trunk"
-            return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            outputs = self.model.base_model(input_ids=tokens, use_cache=False)
+            return index.pick(outputs.last_hidden_state)
         trunk, branch = self._views
-        if states is None:
-            assert tokens is not None, "neither tokens nor states"
-            states = trunk(tokens)
-        return branch(states)
+        return index.of_branch(
+            branch, trunk(tokens) if states is None else states, self.whole_blocks
+        )
 
     def response_outputs(
         self,
@@ -152,20 +162,20 @@ class Policy(nn.Module):
             prompt_lengths: [B] int64, at least 1.
             response_lengths: [B] int64.
             temperature: the one that responses were sampled at.
-            states: [B, S, D] as in `hidden`.
+            states: [B, S, D] as in `predicting`.
             with_entropy: also return the entropy at each response token.
             width: T; the longest response where not given.
         """
         index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
         if states is None and self.cut is not None:
             states = self.trunk_states(tokens)
-        picked = index.pick(self.hidden(tokens, states))
+        picked = self.predicting(index, tokens, states)
         logprobs, entropy = head_logprobs(picked, self.head, index, temperature, with_entropy)
         if self.value_head is None:
             return ResponseOutputs(logprobs, torch.zeros_like(logprobs), entropy)
         if self._value_branch is not None:
             assert states is not None, "a branch has a trunk below it"
-            picked = index.pick(self._value_branch(states))
+            picked = index.of_branch(self._value_branch, states, self.whole_blocks)
         elif self.value_trunk is not None:
             picked = index.pick(
                 self.value_trunk(input_ids=tokens, use_cache=False).last_hidden_state
@@ -200,6 +210,7 @@ class Policy(nn.Module):
 
     def set_gradient_checkpointing(self, on: bool) -> Self:
         """Recompute each block's activations in the backward pass; takes effect in train mode."""
+        self._checkpointing = on
         for model in (self.model, self.value_trunk):
             if model is not None:
                 set_checkpointing(model, on)

@@ -66,8 +66,10 @@ class SharedTrunkReference:
     ) -> Tensor:
         """See `Reference`; runs the trunk only where `states` are not given."""
         index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
-        hidden = self._branch(self._policy.trunk_states(tokens) if states is None else states)
-        return head_logprobs(index.pick(hidden), self._head, index, temperature)[0]
+        if states is None:
+            states = self._policy.trunk_states(tokens)
+        picked = index.of_branch(self._branch, states, self._policy.whole_blocks)
+        return head_logprobs(picked, self._head, index, temperature)[0]
 
 
 class LoraReference:
@@ -91,8 +93,8 @@ class LoraReference:
         """See `Reference`."""
         index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
         with adapter_off(self._policy.model):
-            hidden = self._policy.hidden(tokens, states)
-        return head_logprobs(index.pick(hidden), self._policy.head, index, temperature)[0]
+            picked = self._policy.predicting(index, tokens, states)
+        return head_logprobs(picked, self._policy.head, index, temperature)[0]
 
 
 class FullReference:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_exp.algo.logprobs import gather_logprobs
+from rlhf_exp.models.branch import Branch
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class ResponseIndex:
 
     Attributes:
         mask: [B, T] bool, True on response tokens.
+        positions: [B, T] int64, of the predicting states in their rows; any beyond a response.
         source: [N] int64, the predicting states in the flattened [B * S], row by row.
         targets: [N] int64, the response tokens.
     """
 
     mask: Tensor
+    positions: Tensor
     source: Tensor
     targets: Tensor
 
@@ -48,17 +51,26 @@ class ResponseIndex:
         columns = int(response_lengths.max()) if width is None else width
         step = torch.arange(columns, device=tokens.device)
         mask = step < response_lengths[:, None]
-        start = (
-            torch.arange(tokens.shape[0], device=tokens.device) * tokens.shape[1]
-            + prompt_lengths
-            - 1
-        )
-        source = (start[:, None] + step)[mask]
-        return cls(mask, source, tokens.reshape(-1).index_select(0, source + 1))
+        positions = (prompt_lengths[:, None] - 1 + step).clamp(max=tokens.shape[1] - 1)
+        start = torch.arange(tokens.shape[0], device=tokens.device) * tokens.shape[1]
+        source = (start[:, None] + positions)[mask]
+        return cls(mask, positions, source, tokens.reshape(-1).index_select(0, source + 1))
 
     def pick(self, hidden: Tensor) -> Tensor:
         """Return the predicting states [N, D] of `hidden` [B, S, D]."""
         return hidden.flatten(0, 1).index_select(0, self.source)
+
+    def of_branch(self, branch: Branch, states: Tensor, whole: bool) -> Tensor:
+        """Return the predicting states [N, D] at the end of `branch` over `states` [B, S, D].
+
+        Args:
+            branch: the top blocks.
+            states: entering them.
+            whole: whether all blocks must be run at all positions.
+        """
+        if whole or not branch.reads:
+            return self.pick(branch(states))
+        return branch.read(states, self.positions)[self.mask]
 
     def spread(self, values: Tensor) -> Tensor:
         """Return `values` [N] as [B, T], 0 beyond each response's end."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from rlhf_exp.algo.logprobs import head_logits, product_dtype
 from rlhf_exp.errors import UserError
+from rlhf_exp.models.masks import as_mask
 from rlhf_exp.rollout.cache import SlotCache
 
 
@@ -99,8 +100,7 @@ class Decoder:
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         embedded = self._embedding(tokens)
         if mask is not None and self._additive_mask:
-            lowest = torch.finfo(embedded.dtype).min
-            mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill_(~mask, lowest)
+            mask = as_mask(mask, embedded.dtype)
         return self._model.base_model(
             inputs_embeds=embedded,
             position_ids=positions,

@@ -11,6 +11,7 @@ from rlhf_exp.algo.rewards import RewardScaler
 from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.config.ppo import ValueInit, ValueTrunk
 from rlhf_exp.config.root import Config
+from rlhf_exp.config.running import Strategy
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.rows import Prompt
 from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
@@ -148,6 +149,8 @@ def build_policy(config: Config, context: StageContext) -> Policy:
         value_model=value_model,
         value_branch=section.value_trunk == ValueTrunk.branch,
         seed=section.seed,
+        # They hook into each block, and must see it called once and whole.
+        whole_blocks=config.distributed.strategy in (Strategy.zero3, Strategy.fsdp),
     ).set_gradient_checkpointing(section.gradient_checkpointing)
     if judge is not None:
         assert policy.value_head is not None

@@ -59,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="give our value function weights of its own, as the peer's has",
     )
+    add(
+        "--reward-blocks",
+        type=int,
+        help="blocks of the reward model that are its own, the rest being the policy's (all)",
+    )
     add("--rollouts", type=int, default=64, help="responses an iteration")
     add("--prompt-tokens", type=int, default=80)
     add("--response-tokens", type=int, default=40)
@@ -85,6 +90,7 @@ def setting_of(options: argparse.Namespace, folder: str) -> Setting:
         prompts=4 * options.rollouts,
         seed=options.seed,
         own_values=options.own_values,
+        reward_blocks=options.reward_blocks,
     )
     return replace(setting, counted_reward=True, lr=options.lr) if options.learning else setting
 
@@ -165,6 +171,7 @@ def main() -> None:
     options = parser().parse_args()
     kind = "learning" if options.learning else "speed"
     values = "-own-values" if options.own_values else ""
+    values += "" if options.reward_blocks is None else f"-reward{options.reward_blocks}"
     stem = options.out / f"ppo-{kind}-{options.model}-{options.train}-{options.peer}{values}"
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="ppo-benchmark-") as folder:

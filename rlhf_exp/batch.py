@@ -136,7 +136,10 @@ class Samples(Rows):
             sampling temperature; column t is the t-th response token, 0 beyond the end.
         states: [B, S, D] hidden states entering the first training block, right-padded like
             `tokens`; `None` unless the sampler was asked for them. The last token of a response was
-            sampled but never fed, so its state is not known: it is left 0, and nothing needs it.
+            sampled but never fed, so its state is not known: it is left 0, and no log-probability
+            needs it. Only where `closing` is given, and it is content, it is known.
+        closing: [B, D] the same of a token that closes the content, whatever followed it in fact:
+            where a reward model reads its score; `None` unless the sampler was asked for it.
     """
 
     tokens: Tensor
@@ -147,6 +150,7 @@ class Samples(Rows):
     index: Tensor
     logprobs: Tensor
     states: Tensor | None = None
+    closing: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -35,6 +35,7 @@ from rlhf_exp.engines.native.loop import train
 from rlhf_exp.engines.native.loop_types import LoopContext, LoopSettings
 from rlhf_exp.engines.native.optim import OptimSettings
 from rlhf_exp.engines.native.ppo import PpoSettings, PpoTask
+from rlhf_exp.engines.native.sample_scores import SharedTrunkScorer
 from rlhf_exp.engines.native.scoring import ModelScorer, Scorer
 from rlhf_exp.engines.native.task import Evaluation
 from rlhf_exp.models.families import decoder_parts
@@ -42,6 +43,7 @@ from rlhf_exp.models.load import load_causal_lm
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import reference_of
 from rlhf_exp.models.reward_model import RewardModel
+from rlhf_exp.models.shared import adopt_trunk
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.tracking.tracker import NullTracker
 from side_by_side.protocol import Line, Reading, peak_bytes, resident_bytes
@@ -98,12 +100,16 @@ def counted_scorer(setting: Setting) -> Scorer:
     return score
 
 
-def model_scorer(setting: Setting, world: World) -> Scorer:
+def model_scorer(setting: Setting, world: World, policy: Policy) -> Scorer:
     """Return the reward model as a scorer, as the PPO stage uses it."""
     codec = cast(Codec, SimpleNamespace(eos_id=LAST_TOKEN_OF_SCORED))
     model = RewardModel.load(setting.path("reward"))
     length = setting.prompt_tokens + setting.response_tokens + 1
-    return ModelScorer(model, codec, None, world, setting.rollouts // setting.minibatches, length)
+    batch = setting.rollouts // setting.minibatches
+    branch = adopt_trunk(model, policy)
+    if branch is None:
+        return ModelScorer(model, codec, None, world, batch, length)
+    return SharedTrunkScorer(model, branch, codec, world, batch, length)
 
 
 def load_prompts(setting: Setting) -> TokenizedPrompts:
@@ -113,8 +119,10 @@ def load_prompts(setting: Setting) -> TokenizedPrompts:
     return TokenizedPrompts(Ragged.of(prompts.tolist()), none, cut=0, cut_responses=0)
 
 
-def sampler_of(setting: Setting, policy: Policy) -> Callable[[Prompts], Samples]:
-    """Return the sampler of responses that end at no token."""
+def sampler_of(
+    setting: Setting, policy: Policy, close: int | None = None
+) -> Callable[[Prompts], Samples]:
+    """Return the sampler of responses that end at no token; `close` as `sample` takes it."""
     sampling = Sampling(
         max_new_tokens=setting.response_tokens,
         temperature=1.0,
@@ -125,7 +133,7 @@ def sampler_of(setting: Setting, policy: Policy) -> Callable[[Prompts], Samples]
     blocks = decoder_parts(policy.model).blocks
     first_training = None if policy.cut is None else blocks[policy.cut]
     return lambda prompts: sample(
-        policy.model, prompts, sampling, setting.seed, capture=first_training
+        policy.model, prompts, sampling, setting.seed, capture=first_training, close=close
     )
 
 
@@ -144,6 +152,9 @@ def policy_of(setting: Setting) -> Policy:
 def task_of(setting: Setting, world: World) -> PpoTask:
     """Return PPO's task for the setting."""
     policy = policy_of(setting)
+    counted = setting.counted_reward
+    scorer = counted_scorer(setting) if counted else model_scorer(setting, world, policy)
+    shares = isinstance(scorer, SharedTrunkScorer)
     experience = ExperienceSettings(
         rollouts=setting.rollouts,
         temperature=1.0,
@@ -158,8 +169,8 @@ def task_of(setting: Setting, world: World) -> PpoTask:
     collector = Collector(
         policy=policy,
         reference=reference_of(policy),
-        sampler=sampler_of(setting, policy),
-        scorer=counted_scorer(setting) if setting.counted_reward else model_scorer(setting, world),
+        sampler=sampler_of(setting, policy, LAST_TOKEN_OF_SCORED if shares else None),
+        scorer=scorer,
         prompts=load_prompts(setting),
         original_scores=None,
         scaler=RewardScaler("none"),

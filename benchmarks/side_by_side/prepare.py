@@ -26,7 +26,8 @@ def model_config(setting: Setting) -> GPTNeoXConfig:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         intermediate_size=4 * shape.width,
-        max_position_embeddings=setting.prompt_tokens + setting.response_tokens,
+        # A token closes what a reward model reads, and one position is left after it.
+        max_position_embeddings=setting.prompt_tokens + setting.response_tokens + 2,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
@@ -55,7 +56,13 @@ def prepare(setting: Setting) -> None:
     if setting.counted_reward:
         give_direction(policy, setting.shape.vocabulary)
     policy.save_pretrained(setting.path("policy"))
-    GPTNeoXForSequenceClassification(config).save_pretrained(setting.path("reward"))
+    reward = GPTNeoXForSequenceClassification(config)
+    if setting.reward_blocks is not None:
+        below = setting.shape.layers - setting.reward_blocks
+        reward.gpt_neox.embed_in.load_state_dict(policy.gpt_neox.embed_in.state_dict())
+        for own, same in zip(reward.gpt_neox.layers[:below], policy.gpt_neox.layers, strict=False):
+            own.load_state_dict(same.state_dict())
+    reward.save_pretrained(setting.path("reward"))
     value = GPTNeoXForSequenceClassification(config)
     value.gpt_neox.load_state_dict(policy.gpt_neox.state_dict())
     torch.nn.init.normal_(value.score.weight, std=0.01)

@@ -63,6 +63,8 @@ class Setting:
         counted_reward: whether the score is `reward.counted_share` and not the reward model's.
         own_values: whether our value function has weights of its own, as the peer's has; else its
             head reads the policy's states.
+        reward_blocks: how many blocks of the reward model are its own, as if it had been trained
+            from the policy in its top blocks; `None`: all.
     """
 
     folder: str
@@ -84,6 +86,7 @@ class Setting:
     seed: int = 0
     counted_reward: bool = False
     own_values: bool = False
+    reward_blocks: int | None = None
 
     @property
     def shape(self) -> Shape:

@@ -86,6 +86,7 @@ def estimate_memory(
     lora_rank: int = 0,
     reference: Literal["none", "shared", "lora", "full"] = "none",
     reward_model: Architecture | None = None,
+    reward_blocks: int | None = None,
     value_blocks: int = 0,
 ) -> MemoryEstimate:
     """Estimate the bytes that one process holds.
@@ -99,6 +100,7 @@ def estimate_memory(
         lora_rank: of an adapter on the blocks' linear layers; 0: none.
         reference: which kind there is: `shared` copies what trains.
         reward_model: its trunk's shape where it sits in the same process.
+        reward_blocks: how many of its blocks are its own, over the policy's trunk; `None`: all.
         value_blocks: how many blocks the values have of their own, all trained; with as many as
             the architecture has, embeddings too.
     """
@@ -136,11 +138,16 @@ def estimate_memory(
         kv_cache=kv_cache_bytes(architecture, workload, precision),
         trunk_states=workload.cached_rows * row * precision.activation,
         reference=copied * min(precision.weight, precision.gathered),
-        reward_model=0
-        if reward_model is None
-        else count_parameters(reward_model).trunk * precision.weight,
+        reward_model=_reward_parameters(reward_model, reward_blocks) * precision.weight,
         host=(optimizer if sharding.offload else 0) + (weights if away else 0),
     )
+
+
+def _reward_parameters(shape: Architecture | None, blocks: int | None) -> int:
+    if shape is None:
+        return 0
+    count = count_parameters(shape)
+    return count.trunk if blocks is None else count.block * blocks
 
 
 def _share(parameters: int, sharding: Sharding, divided: bool) -> int:

@@ -81,7 +81,10 @@ class RewardModel(nn.Module):
     def scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Return scores [B] float32 of right-padded `tokens` [B, S], read at `lengths` [B] - 1."""
         hidden = self.trunk(input_ids=tokens, use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+        return self.score_of(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
+
+    def score_of(self, last: Tensor) -> Tensor:
+        """Return scores [B] float32 of the final states [B, D] of sequences' last tokens."""
         with torch.autocast(last.device.type, enabled=False):
             raw = last.float() @ self.head.weight.float().squeeze(0)
         return raw - self.mean

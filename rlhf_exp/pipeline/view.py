@@ -10,6 +10,7 @@ from typing import Literal
 from rich.table import Table
 
 from rlhf_exp.config.model import Dtype, ModelConfig
+from rlhf_exp.config.reward import RewardInit
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.running import Strategy
 from rlhf_exp.config.training import TrainingConfig
@@ -166,10 +167,23 @@ def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstim
         work,
         reference=reference,
         reward_model=judge,
+        reward_blocks=blocks if _shares_trunk(config) else None,
         value_blocks={"shared": 0, "branch": blocks or 0, "own": shape.layers}[
             ppo.value_trunk.name
         ],
     )
+
+
+def _shares_trunk(config: Config) -> bool:
+    """Whether the reward model has its trunk from the policy, as far as the config tells."""
+    reward, ppo = config.reward, config.ppo
+    strategy = config.distributed.strategy
+    half = Dtype.bfloat16 in (config.model.dtype, config.distributed.precision)
+    spread = strategy in (Strategy.zero3, Strategy.fsdp)
+    cast = half and strategy not in (Strategy.single, Strategy.ddp)
+    if spread or cast or ppo.gradient_checkpointing or reward.use or reward.init is RewardInit.base:
+        return False
+    return 0 < (reward.train_blocks or 0) <= (ppo.train_blocks or 0)
 
 
 def _precision(config: Config) -> Precision:

@@ -22,6 +22,7 @@ from rlhf_exp.rollout.decoder import Decoder
 from rlhf_exp.rollout.draw import draw, usable
 from rlhf_exp.rollout.noise import uniform
 from rlhf_exp.rollout.slots import SlotTable
+from rlhf_exp.rollout.states import KeptStates
 from rlhf_exp.rollout.stops import Stopper
 from rlhf_exp.rollout.transcript import Transcript
 
@@ -38,6 +39,9 @@ CLEAR_SHARE = 16
 ACCELERATOR_STRIDE = 8
 """Tokens decoded on an accelerator before the host looks at them: each look waits for the device.
 Rows that ended meanwhile have said too much, which is cut off."""
+
+CLOSING_ROOM = 2
+"""Positions after a row's last token that closing it takes: its own, and one to run on to."""
 
 ACCELERATOR_COLUMNS = 64
 """On an accelerator attention reads a multiple of so many columns, for the sake of its kernels."""
@@ -79,6 +83,7 @@ class DecodeLoop:
         seed: of the noise.
         stopper: finds stop strings, or None.
         capture: a decoder block whose incoming states are wanted, or None.
+        close: a token whose states after each row's content are wanted too, or None.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class DecodeLoop:
         seed: int,
         stopper: Stopper | None,
         capture: nn.Module | None,
+        close: int | None,
     ) -> None:
         device = model.device
         rows, limit = len(prompts), settings.max_new_tokens
@@ -100,15 +106,17 @@ class DecodeLoop:
         self._scale = 1.0 / settings.temperature
         self._on_host = not on_accelerator(device)
         self._transcript = Transcript(rows, limit, settings.eos_id, stopper)
-        self._table = SlotTable(slots, limit, device)
+        spare = 0 if close is None else CLOSING_ROOM
+        self._table = SlotTable(slots, limit, device, spare)
         # A multiple of 8 and a little more: where attention kernels want aligned masks.
-        self._width = -(-(max(self._lengths) + limit) // 8) * 8
+        self._width = -(-(max(self._lengths) + limit + spare) // 8) * 8
         self._decoder = Decoder(model, slots, self._width, capture)
         # One column more than tokens, for slots that run on.
         self._logprobs = torch.zeros(rows, limit + 1, device=device)
         steps = torch.arange(limit + 1, device=device)
         self._noise = usable(uniform(seed, self._prompts.rollout.unsqueeze(1), steps))
-        self._states: Tensor | None = None
+        self._states = KeptStates(rows, self._width)
+        self._close = close
 
     def run(self) -> None:
         """Sample until every row has ended."""
@@ -125,7 +133,9 @@ class DecodeLoop:
                         self._admit()
                 elif table.active:
                     active = slice(0, table.active)
-                    self._look(active, [self._step() for _ in range(stride)])
+                    steps = [self._step() for _ in range(stride)]
+                    self._close_content(table.fed())
+                    self._look(active, steps)
 
     def _admit(self) -> None:
         """Read a group of waiting prompts into free slots and draw their first tokens."""
@@ -139,7 +149,7 @@ class DecodeLoop:
         lengths = self._prompts.lengths[index]
         logits = self._decoder.prefill(tokens, lengths, slots, self._scale)
         if self._decoder.captured is not None:
-            self._kept_states(self._decoder.captured)[index, :longest] = self._decoder.captured
+            self._states.put(index, slice(0, longest), self._decoder.captured)
         self._look(slots, [self._draw(logits, slots)])
 
     def _step(self) -> Tensor:
@@ -154,8 +164,8 @@ class DecodeLoop:
             table.token[active], position, min(longest, self._width), self._scale
         )
         if self._decoder.captured is not None:
-            states = self._kept_states(self._decoder.captured)
-            states[table.row[active], position] = self._decoder.captured[:, 0]
+            columns = position if self._close is None else table.kept_at(self._states.closing)
+            self._states.put(table.row[active], columns, self._decoder.captured[:, 0])
         return self._draw(logits, active)
 
     def _draw(self, logits: Tensor, slots: slice) -> Tensor:
@@ -168,24 +178,47 @@ class DecodeLoop:
 
     def _look(self, slots: slice, steps: list[Tensor]) -> None:
         """Write down the tokens drawn for `slots` in each of `steps`, and see which rows end."""
+        table, ended = self._table, []
         for offset, tokens in enumerate(zip(*torch.stack(steps).tolist(), strict=True)):
             slot = slots.start + offset
-            row = self._table.held[slot]
-            if row is not None and any(self._transcript.add(row, token) for token in tokens):
-                self._table.held[slot] = None
+            row = table.held[slot]
+            if row is None or table.closing[slot]:
+                continue
+            if any(self._transcript.add(row, token) for token in tokens):
+                ended.append(slot)
+        if self._close is None:
+            for slot in ended:
+                table.held[slot] = None
+            return
+        whole = [slot for slot in ended if self._content_end(slot) == self._end(slot)]
+        if whole:
+            # All that was said is content, and its last token has not been fed yet.
+            last = [self._transcript.responses[self._held(slot)][-1] for slot in whole]
+            table.feed(whole, last, [self._end(slot) - 1 for slot in whole], more=2)
+        self._close_content([slot for slot in ended if slot not in whole])
 
-    def _kept_states(self, like: Tensor) -> Tensor:
-        if self._states is None:
-            # A tensor made in inference mode could not be trained on.
-            with torch.inference_mode(False):
-                self._states = torch.zeros(
-                    len(self._prompts),
-                    self._width,
-                    like.shape[-1],
-                    dtype=like.dtype,
-                    device=like.device,
-                )
-        return self._states
+    def _close_content(self, slots: list[int]) -> None:
+        """Feed the rows in `slots` the closing token, after their content."""
+        if slots:
+            assert self._close is not None
+            ends = [self._content_end(slot) for slot in slots]
+            tokens = [self._close] * len(slots)
+            self._table.feed(slots, tokens, ends, more=1, kept=self._states.closing)
+
+    def _held(self, slot: int) -> int:
+        row = self._table.held[slot]
+        assert row is not None, f"slot {slot} holds no row"
+        return row
+
+    def _end(self, slot: int) -> int:
+        """Return the position after the last token said."""
+        row = self._held(slot)
+        return self._lengths[row] + len(self._transcript.responses[row])
+
+    def _content_end(self, slot: int) -> int:
+        """Return the position after the content's last token."""
+        row = self._held(slot)
+        return self._lengths[row] + self._transcript.content_lengths[row]
 
     def samples(self) -> Samples:
         """Return everything in the prompts' order, cut to what was said."""
@@ -200,19 +233,19 @@ class DecodeLoop:
             tokens[row, :start] = prompts[row, :start]
             tokens[row, start : start + len(response)] = torch.tensor(response)
         said, lengths = said.to(device), lengths.to(device)
+        content = torch.tensor(self._transcript.content_lengths, device=device)
         outside = ~response_mask(said, columns)
-        states = None
-        if self._states is not None:
-            states = self._states[:, :width]
-            # The last token was never fed; and beyond it there is only what ran on.
-            states.masked_fill_(~response_mask(lengths + said - 1, width).unsqueeze(2), 0.0)
+        # The last token was never fed, unless it is content that was closed; and beyond there is
+        # only what ran on.
+        fed = said - 1 if self._close is None else torch.maximum(said - 1, content)
         return Samples(
             tokens=tokens.to(device),
             prompt_lengths=lengths,
             response_lengths=said,
-            content_lengths=torch.tensor(self._transcript.content_lengths, device=device),
+            content_lengths=content,
             finish=torch.tensor([int(end) for end in self._transcript.finish], device=device),
             index=self._prompts.index,
             logprobs=self._logprobs[:, :columns].masked_fill(outside, 0.0),
-            states=states,
+            states=self._states.of_tokens(lengths + fed, width),
+            closing=None if self._close is None else self._states.of_closing(),
         )

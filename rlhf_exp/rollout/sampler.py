@@ -6,6 +6,8 @@ do (beams, top-k, penalties): the distribution that is sampled must be the one t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.errors import UserError
 from rlhf_exp.rollout.decoder import ready_to_decode
-from rlhf_exp.rollout.loop import DecodeLoop, Sampling
+from rlhf_exp.rollout.loop import CLOSING_ROOM, DecodeLoop, Sampling
 from rlhf_exp.rollout.stops import Stopper
 
 __all__ = ["Sampling", "sample"]
@@ -26,6 +28,7 @@ def sample(
     seed: int,
     stopper: Stopper | None = None,
     capture: nn.Module | None = None,
+    close: int | None = None,
 ) -> Samples:
     """Return a response to each prompt, in the prompts' order, on the model's device.
 
@@ -39,6 +42,8 @@ def sample(
         seed: of the noise.
         stopper: finds stop strings, or None.
         capture: a decoder block of `model`; the hidden states entering it become `Samples.states`.
+        close: a token whose states after each response's content become `Samples.closing`; they do
+            not where the model has no position for it.
 
     Raises:
         UserError: where a prompt and its response exceed the model's positions.
@@ -46,27 +51,35 @@ def sample(
     unwrap = getattr(model, "get_base_model", None)
     if unwrap is not None:
         model = unwrap()
-    _check(model, prompts, settings)
+    limits = _limits(model)
+    _check(limits, prompts, settings)
+    room = min([*limits.values(), math.inf]) - int(prompts.lengths.max()) - settings.max_new_tokens
+    close = close if capture is not None and room >= CLOSING_ROOM else None
     with ready_to_decode(model):
-        loop = DecodeLoop(model, prompts, settings, seed, stopper, capture)
+        loop = DecodeLoop(model, prompts, settings, seed, stopper, capture, close)
         with torch.inference_mode():
             loop.run()
     return loop.samples()
 
 
-def _check(model: PreTrainedModel, prompts: Prompts, settings: Sampling) -> None:
-    assert len(prompts), "no prompts"
-    assert settings.max_new_tokens > 0, f"max_new_tokens {settings.max_new_tokens} is not above 0"
-    assert settings.temperature > 0, f"temperature {settings.temperature} is not above 0"
-    assert int(prompts.lengths.min()) > 0, "a prompt without tokens"
+def _limits(model: PreTrainedModel) -> dict[str, int]:
+    """Return the most tokens of a sequence, by what says so in the model's config."""
     config = model.config.get_text_config()
-    longest = int(prompts.lengths.max())
     limits = {"max_position_embeddings": getattr(config, "max_position_embeddings", None)}
     if getattr(config, "use_sliding_window", True):
         # Within the window sliding attention is full attention; beyond it the mask would be wrong.
         limits["sliding_window"] = getattr(config, "sliding_window", None)
+    return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def _check(limits: dict[str, int], prompts: Prompts, settings: Sampling) -> None:
+    assert len(prompts), "no prompts"
+    assert settings.max_new_tokens > 0, f"max_new_tokens {settings.max_new_tokens} is not above 0"
+    assert settings.temperature > 0, f"temperature {settings.temperature} is not above 0"
+    assert int(prompts.lengths.min()) > 0, "a prompt without tokens"
+    longest = int(prompts.lengths.max())
     for name, limit in limits.items():
-        if limit is not None and longest + settings.max_new_tokens > limit:
+        if longest + settings.max_new_tokens > limit:
             raise UserError(
                 f"a prompt of {longest} tokens and max_new_tokens={settings.max_new_tokens} exceed "
                 f"the model's {name}={limit}: cut prompts shorter (seq_length) or lower "

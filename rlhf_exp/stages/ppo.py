@@ -18,6 +18,7 @@ from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
 from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.experience import Collector
 from rlhf_exp.engines.native.ppo import PpoTask
+from rlhf_exp.engines.native.sample_scores import SharedTrunkScorer
 from rlhf_exp.engines.native.scoring import Scorer
 from rlhf_exp.engines.native.validation import Validator
 from rlhf_exp.errors import UserError
@@ -37,7 +38,7 @@ from rlhf_exp.stages.ppo_settings import (
     validation_settings,
 )
 from rlhf_exp.stages.saving import save_models
-from rlhf_exp.stages.scorers import scorer_for
+from rlhf_exp.stages.scorers import training_scorer
 from rlhf_exp.stages.training import (
     keep_small_updates,
     load_policy_model,
@@ -67,7 +68,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         policy.to(world.device)
         reference = reference_of(policy, world.weights_dtype)
         keep_small_updates(policy)
-        scorer = scorer_for(config, context, codec, world)
+        scorer = training_scorer(config, context, codec, world, policy)
         settings = ppo_settings(section)
         task = PpoTask(
             policy,
@@ -102,7 +103,7 @@ def _collector(
     return Collector(
         policy,
         reference,
-        sampler_for(config, policy, codec, world, section.seed, capture=True),
+        sampler_for(config, policy, codec, world, section.seed, capture=True, scorer=scorer),
         scorer,
         prompts,
         originals,
@@ -159,7 +160,13 @@ def build_policy(config: Config, context: StageContext) -> Policy:
 
 
 def sampler_for(
-    config: Config, policy: Policy, codec: Codec, world: World, seed: int, capture: bool
+    config: Config,
+    policy: Policy,
+    codec: Codec,
+    world: World,
+    seed: int,
+    capture: bool,
+    scorer: Scorer | None = None,
 ) -> Callable[[Prompts], Samples]:
     """Return a function that answers prompts as PPO's `generation` section says.
 
@@ -171,6 +178,7 @@ def sampler_for(
         seed: Of the noise.
         capture: Whether to keep the states entering the first training block, where these are
             exact enough to train on.
+        scorer: Who scores the answers; one that shares the policy's trunk reads these states, too.
     """
     section = config.ppo.generation
     settings = Sampling(
@@ -185,9 +193,11 @@ def sampler_for(
     if capture and exact(config) and policy.cut is not None:
         block = decoder_parts(policy.model).blocks[policy.cut]
 
+    close = codec.eos_id if isinstance(scorer, SharedTrunkScorer) else None
+
     def answer(prompts: Prompts) -> Samples:
         with world.autocast():
-            return sample(policy.model, prompts, settings, seed, stopper, block)
+            return sample(policy.model, prompts, settings, seed, stopper, block, close)
 
     return answer
 

@@ -20,7 +20,8 @@ from rlhf_exp.data.collate import prompts_batch
 from rlhf_exp.data.rows import Preference, Prompt
 from rlhf_exp.data.tokenized import tokenize_prompts, tokenize_texts
 from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.scoring import Scorer, score_samples, texts_of
+from rlhf_exp.engines.native.sample_scores import score_samples
+from rlhf_exp.engines.native.scoring import Scorer, texts_of
 from rlhf_exp.engines.native.split import by_length
 from rlhf_exp.evaluation.answers import Answer
 from rlhf_exp.models.policy import Policy

@@ -6,8 +6,11 @@ from rlhf_exp.config.evaluation import REFEREE
 from rlhf_exp.config.root import Config
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.distributed.world import World
+from rlhf_exp.engines.native.sample_scores import SharedTrunkScorer
 from rlhf_exp.engines.native.scoring import FunctionScorer, ModelScorer, Scorer, load_function
+from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reward_model import RewardModel
+from rlhf_exp.models.shared import adopt_trunk
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.stages.training import attention_of, torch_dtype
 
@@ -35,6 +38,35 @@ def scorer_for(
     return model_scorer(config, context, codec, world, folder, model)
 
 
+def training_scorer(
+    config: Config, context: StageContext, codec: Codec, world: World, policy: Policy
+) -> Scorer:
+    """Return PPO's scorer: over the policy's own frozen trunk where the reward model has the same.
+
+    Args:
+        config: The experiment.
+        context: Where the reward model is.
+        codec: Of the policy.
+        world: Device and precision.
+        policy: Before anything of it is trained or spread over processes.
+    """
+    # DeepSpeed turns the trunk's weights into another number format, ZeRO-3 and FSDP spread them.
+    apart = policy.whole_blocks or world.weights_dtype is not None
+    folder = None if config.ppo.reward.function else context.models["reward"]
+    if folder is None or apart or context.materials.codec(folder).digest != codec.digest:
+        return scorer_for(config, context, codec, world)
+    model = RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config))
+    branch = adopt_trunk(model, policy)
+    if branch is None:
+        return scorer_for(config, context, codec, world, model)
+    batch = config.ppo.generation.batch
+    return SharedTrunkScorer(model, branch, codec, world, batch, _read_at_most(config))
+
+
+def _read_at_most(config: Config) -> int:
+    return max(config.reward.seq_length, config.ppo.seq_length)
+
+
 def model_scorer(
     config: Config,
     context: StageContext,
@@ -52,7 +84,7 @@ def model_scorer(
         None if own.digest == codec.digest else own,
         world,
         config.ppo.generation.batch,
-        max(config.reward.seq_length, config.ppo.seq_length),
+        _read_at_most(config),
     )
 
 

@@ -104,6 +104,14 @@ def test_value_model_and_reward_model_are_counted() -> None:
     assert branch.activations > 1.9 * top.activations
 
 
+def test_a_reward_model_over_the_policys_trunk_holds_its_own_blocks() -> None:
+    whole = estimate_memory(GPTJ, RECIPE, train_blocks=2, reward_model=GPTJ)
+    over = estimate_memory(GPTJ, RECIPE, train_blocks=2, reward_model=GPTJ, reward_blocks=2)
+    # GPT-J has blocks of 201_355_264 parameters.
+    assert over.reward_model == 2 * 201_355_264 * 4
+    assert whole.reward_model > 13 * over.reward_model
+
+
 def test_long_logits_are_made_in_chunks() -> None:
     assert LOGITS_CHUNK == CHUNK_ELEMENTS
     plan = estimate_memory(GPTJ, replace(RECIPE, rows=64, head_tokens=512))

@@ -7,9 +7,9 @@ import torch
 from rlhf_exp.rollout.slots import SlotTable
 
 
-def table_of_three() -> SlotTable:
+def table_of_three(spare: int = 0) -> SlotTable:
     """Four slots for three new tokens; rows 7, 8 and 9 with prompts of 5, 2 and 4 tokens."""
-    table = SlotTable(4, 3, torch.device("cpu"))
+    table = SlotTable(4, 3, torch.device("cpu"), spare)
     assert table.fill([7, 8, 9], [5, 2, 4]) == slice(0, 3)
     return table
 
@@ -56,6 +56,33 @@ def test_clearing_moves_the_last_slots_into_the_holes() -> None:
     # The longest remaining is the prompt of 3 tokens, one further; not that of 9, which is gone.
     assert table.longest == 4
     assert table.fill([15], [6]) == slice(3, 4)
+
+
+def test_rows_that_have_ended_are_fed_what_closes_them() -> None:
+    table = table_of_three(spare=2)
+    table.advance(slice(0, 3), torch.tensor([40, 41, 42]))
+    # Row 8, a prompt of 2 tokens, is closed at position 2; its state goes to column 20. Row 9 is
+    # fed token 88 first.
+    table.feed([1], [99], [2], more=1, kept=20)
+    table.feed([2], [88], [4], more=2)
+    assert table.kept_at(20).tolist() == [5, 20, 4]
+    assert state(table)[1:3] == [[40, 99, 88], [5, 2, 4]]
+    assert (table.held, table.closing) == ([7, 8, 9], [0, 1, 2])
+    for _ in range(2):
+        table.advance(slice(0, 3), torch.tensor([1, 1, 1]))
+        assert table.kept_at(20)[1] == 21, "the column that nobody reads"
+    assert table.fed() == [2]
+    assert (table.held, table.closing) == ([7, None, 9], [0, 0, 1])
+    table.clear()
+    assert (table.held, table.closing) == ([7, 9], [0, 1]), "moved with its row"
+    assert table.fed() == []
+    table.clear()
+    for _ in range(6):
+        table.advance(slice(0, 1), torch.tensor([1]))
+    assert table.kept_at(20).tolist() == [9], "two positions after the prompt's 5 and 3 new ones"
+    # A new row in a used slot keeps its states where its tokens are.
+    table.fill([10, 11], [6, 1])
+    assert table.kept_at(20).tolist() == [9, 5, 0]
 
 
 def test_clearing_everything() -> None:

@@ -30,7 +30,8 @@ from rlhf_exp.engines.native.reporting import (
     report_scores,
     report_values,
 )
-from rlhf_exp.engines.native.scoring import Scorer, score_samples
+from rlhf_exp.engines.native.sample_scores import score_samples
+from rlhf_exp.engines.native.scoring import Scorer
 from rlhf_exp.engines.native.split import by_length
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference

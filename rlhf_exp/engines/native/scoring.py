@@ -22,7 +22,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlhf_exp.batch import Samples
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
@@ -206,11 +205,6 @@ def texts_of(
         prompts.append(codec.decode(row[:prompt]))
         responses.append(codec.decode(row[prompt : prompt + content]).strip())
     return prompts, responses
-
-
-def score_samples(scorer: Scorer, samples: Samples) -> Tensor:
-    """Return the scores [B] float32 of what was sampled."""
-    return scorer(samples.tokens.cpu(), samples.prompt_lengths.cpu(), samples.content_lengths.cpu())
 
 
 def score_shared(

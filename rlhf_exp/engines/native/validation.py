@@ -23,7 +23,8 @@ from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.experience import Sampler
 from rlhf_exp.engines.native.meters import Meters
-from rlhf_exp.engines.native.scoring import Scorer, score_samples, texts_of
+from rlhf_exp.engines.native.sample_scores import score_samples
+from rlhf_exp.engines.native.scoring import Scorer, texts_of
 from rlhf_exp.engines.native.split import by_length
 from rlhf_exp.engines.native.task import Evaluation, SampleTable
 from rlhf_exp.models.policy import Policy

@@ -178,9 +178,9 @@ def _shares_trunk(config: Config) -> bool:
     """Whether the reward model has its trunk from the policy, as far as the config tells."""
     reward, ppo = config.reward, config.ppo
     strategy = config.distributed.strategy
-    half = Dtype.bfloat16 in (config.model.dtype, config.distributed.precision)
     spread = strategy in (Strategy.zero3, Strategy.fsdp)
-    cast = half and strategy not in (Strategy.single, Strategy.ddp)
+    deep = strategy in (Strategy.zero1, Strategy.zero2)
+    cast = deep and config.distributed.precision != config.model.dtype == Dtype.float32
     if spread or cast or ppo.gradient_checkpointing or reward.use or reward.init is RewardInit.base:
         return False
     return 0 < (reward.train_blocks or 0) <= (ppo.train_blocks or 0)

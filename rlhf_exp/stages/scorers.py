@@ -50,8 +50,9 @@ def training_scorer(
         world: Device and precision.
         policy: Before anything of it is trained or spread over processes.
     """
-    # DeepSpeed turns the trunk's weights into another number format, ZeRO-3 and FSDP spread them.
-    apart = policy.whole_blocks or world.weights_dtype is not None
+    # DeepSpeed would turn the trunk into another number format; ZeRO-3 and FSDP spread it.
+    cast = world.weights_dtype not in (None, torch_dtype(config))
+    apart = policy.whole_blocks or cast
     folder = None if config.ppo.reward.function else context.models["reward"]
     if folder is None or apart or context.materials.codec(folder).digest != codec.digest:
         return scorer_for(config, context, codec, world)

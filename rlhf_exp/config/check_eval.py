@@ -25,7 +25,8 @@ def check_eval(found: Findings) -> None:
     if config.eval.suite is Suite.none:
         return
     found.at_least(1, "eval.prompts", "eval.batch", "eval.max_new_tokens")
-    found.at_least(0, "eval.temperature", "eval.seed")
+    found.at_least(0, "eval.temperature", "eval.top_k", "eval.seed")
+    found.share("eval.top_p")
     low, high = config.eval.tie_low, config.eval.tie_high
     if not 0 <= low < high <= 1:
         found.add("eval.tie_low", f"needs 0 <= tie_low < tie_high <= 1; tie_high is {high}.")

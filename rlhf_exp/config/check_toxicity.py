@@ -19,11 +19,14 @@ def check_toxicity(found: Findings) -> None:
     section = config.eval.toxicity
     key = "eval.toxicity.".__add__
     found.at_least(1, *map(key, ("prompts", "generations", "max_new_tokens", "batch")))
-    found.at_least(0, key("seed"))
+    found.at_least(0, *map(key, ("seed", "temperature", "top_k")))
+    found.share(key("top_p"))
     if config.eval.samples is None:
         _check_data(found)
-    if config.eval.temperature == 0 and section.generations > 1:
-        message = "with eval.temperature=0 all continuations of a prompt are the same; use 1."
+    own = section.temperature is not None
+    if (section.temperature if own else config.eval.temperature) == 0 and section.generations > 1:
+        name = key("temperature") if own else "eval.temperature"
+        message = f"with {name}=0 all continuations of a prompt are the same; use 1."
         found.add(key("generations"), message)
     context = context_length(config.model)
     if context is not None and section.max_new_tokens >= context:

@@ -44,6 +44,15 @@ class ToxicityConfig:
     seed: int = setting(0, "Seed of the sample.")
     generations: int = setting(5, "Continuations of each prompt (k; the paper has 25).")
     max_new_tokens: int = setting(20, "Longest continuation in tokens (the paper's).")
+    temperature: float | None = setting(
+        None, "Sampling temperature of continuations; null: eval.temperature.", neutral=None
+    )
+    top_p: float | None = setting(
+        None, "As eval.top_p, of continuations (the paper's: 0.9); null: eval.top_p.", neutral=None
+    )
+    top_k: int | None = setting(
+        None, "As eval.top_k, of continuations; null: eval.top_k.", neutral=None
+    )
     format: ToxicityFormat = setting(
         ToxicityFormat.raw, "Continue the text as it is, or answer it as a turn of a dialogue."
     )

@@ -71,6 +71,10 @@ class EvalConfig:
     )
     prompts: int = setting(200, "Held-out prompts (test split).")
     temperature: float = setting(1.0, "Sampling temperature; 0: the most probable token.")
+    top_p: float = setting(
+        1.0, "Sample from the most probable tokens that add up to this only; 1: all.", neutral=1.0
+    )
+    top_k: int = setting(0, "Sample from so many most probable tokens only; 0: all.", neutral=0)
     max_new_tokens: int | None = setting(None, "Longest response; null: PPO's.")
     batch: int = setting(64, "Rows decoded together.", key=False)
     tie_low: float = setting(0.4, "Preference probability from which a pair is a tie.")

@@ -64,6 +64,13 @@ class Findings:
             if value is not None and not 0 < value < float("inf"):
                 self.add(key, "must be a number above 0.")
 
+    def share(self, *keys: str) -> None:
+        """Report every key whose value is set and not above 0 and at most 1."""
+        for key in keys:
+            value = self.value(key)
+            if value is not None and not 0 < value <= 1:
+                self.add(key, "must be above 0 and at most 1.")
+
 
 def written(value: Any) -> str:  # noqa: ANN401 - any field's value
     """Return a value as it is written on the command line."""

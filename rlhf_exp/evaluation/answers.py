@@ -25,6 +25,8 @@ class Answer:
         row: the prompt's number in that part.
         sample: the answer's number among those to the same prompt.
         seed: of the noise.
+        sampling: how the tokens were drawn: `temperature`, `top_p`, `top_k`, `max_new_tokens`;
+            empty where that is not known.
         prompt: the prompt as the model read it.
         text: the answer, without what ended it and the white space around it.
         tokens: its length, what ended it included.
@@ -48,6 +50,20 @@ class Answer:
     referee: float | None = None
     kl: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, float | int] = field(default_factory=dict)
+
+
+def sampling_words(sampling: Mapping[str, float | int]) -> str:
+    """Return how answers were sampled, in words; empty where that is not known."""
+    if not sampling:
+        return ""
+    length = f"up to {sampling['max_new_tokens']} tokens"
+    if sampling["temperature"] == 0:
+        return f"{length}, the most probable one each time"
+    told = f"{length} at temperature {sampling['temperature']:g}"
+    if sampling["top_k"]:
+        told += f", top-k {sampling['top_k']}"
+    return told if sampling["top_p"] == 1 else f"{told}, top-p {sampling['top_p']:g}"
 
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:

@@ -69,6 +69,7 @@ class QuickResult:
         rows: one for each prompt.
         picks: rows chosen for the side-by-side table.
         pick_rule: how they were chosen.
+        sampling: how answers were sampled, in words; empty where that is not known.
     """
 
     name_a: str
@@ -87,6 +88,7 @@ class QuickResult:
     rows: tuple[PromptRow, ...]
     picks: tuple[Pick, ...]
     pick_rule: str
+    sampling: str = ""
 
     @property
     def preference(self) -> Preference:

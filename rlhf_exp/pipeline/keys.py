@@ -137,6 +137,8 @@ class Keys:
             # The prompts are those of the samples.
             for name in ("data", "revision", "prompts", "seed", "max_new_tokens", "format"):
                 del content[name]
+            for name in ("temperature", "top_p", "top_k"):
+                content.pop(name, None)  # left out where they are neutral
         else:
             content["data"] = self._content(section.data)
         if section.scorer_kind is ScorerKind.function:

@@ -47,6 +47,8 @@ def quick_table(result: QuickResult) -> Group:
     lines.append(f"judge: {result.judge}")
     if result.toxicity_scorer:
         lines[-1] += f"; toxicity: {result.toxicity_scorer}"
+    if result.sampling:
+        lines.append(f"answers of {result.sampling}")
     return Group(table, *(_text(line) for line in lines))
 
 

@@ -34,6 +34,31 @@ def draw(logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
     return token.squeeze(1), probabilities.gather(1, token).log_().squeeze(1)
 
 
+def truncated(logits: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Return logits [A, V] with all but the most probable tokens at minus infinity.
+
+    Of equally probable tokens the one with the lower id goes first. Both limits together: the
+    nucleus of the distribution of the k tokens.
+
+    Args:
+        logits: [A, V] float32, divided by the temperature.
+        top_p: above 0, at most 1: keep the smallest number of most probable tokens whose
+            probabilities add up to this or more (the nucleus; Holtzman et al. 2020, section 3.1).
+        top_k: keep this many tokens (Fan et al. 2018); 0 for all.
+    """
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ordered[:, top_k:] = -torch.inf
+    probabilities = torch.softmax(ordered, dim=-1)
+    # What the more probable tokens add up to; exactly 0 for the first one, which always stays.
+    before = probabilities.cumsum(dim=-1) - probabilities
+    before[:, 0] = 0.0
+    outside = (before >= top_p) | ordered.isneginf()
+    return logits.masked_fill(
+        outside.new_zeros(outside.shape).scatter(-1, ids, outside), -torch.inf
+    )
+
+
 def usable(uniforms: Tensor) -> Tensor:
     """Return float64 numbers in [0, 1) as float32 numbers that `draw` can take."""
     return uniforms.clamp(max=LARGEST_UNIFORM).float()

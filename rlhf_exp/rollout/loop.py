@@ -10,8 +10,6 @@ nothing but the row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,8 +17,9 @@ from transformers import PreTrainedModel
 from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.rollout.decoder import Decoder
-from rlhf_exp.rollout.draw import draw, usable
+from rlhf_exp.rollout.draw import draw, truncated, usable
 from rlhf_exp.rollout.noise import uniform
+from rlhf_exp.rollout.settings import Sampling
 from rlhf_exp.rollout.slots import SlotTable
 from rlhf_exp.rollout.states import KeptStates
 from rlhf_exp.rollout.stops import Stopper
@@ -45,27 +44,6 @@ CLOSING_ROOM = 2
 
 ACCELERATOR_COLUMNS = 64
 """On an accelerator attention reads a multiple of so many columns, for the sake of its kernels."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample.
-
-    Attributes:
-        max_new_tokens: T, at least 1.
-        temperature: above 0; logits are divided by it.
-        batch: most rows decoded at the same time.
-        eos_id: ends a response; -1 for none.
-        pad_id: fills `Samples.tokens` on the right.
-        greedy: take the most probable token instead of sampling.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    batch: int
-    eos_id: int
-    pad_id: int
-    greedy: bool = False
 
 
 def on_accelerator(device: torch.device) -> bool:
@@ -170,7 +148,10 @@ class DecodeLoop:
 
     def _draw(self, logits: Tensor, slots: slice) -> Tensor:
         row, column = self._table.row[slots], self._table.column[slots]
-        noise = None if self._settings.greedy else self._noise[row, column]
+        settings = self._settings
+        noise = None if settings.greedy else self._noise[row, column]
+        if not (settings.greedy or settings.whole):
+            logits = truncated(logits, settings.top_p, settings.top_k)
         tokens, logprobs = draw(logits, noise)
         self._logprobs[row, column] = logprobs
         self._table.advance(slots, tokens)

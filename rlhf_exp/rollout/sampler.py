@@ -1,7 +1,8 @@
 """Sampling responses from a causal language model.
 
-The loop itself is `rollout/loop.py`. It leaves out everything else that `transformers.generate` can
-do (beams, top-k, penalties): the distribution that is sampled must be the one that is trained.
+The loop itself is `rollout/loop.py`. What is trained on is sampled from the whole distribution, as
+the distribution that is sampled must be the one that is trained; an evaluation may cut it (top-p,
+top-k). Everything else that `transformers.generate` can do (beams, penalties) is left out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from transformers import PreTrainedModel
 from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.errors import UserError
 from rlhf_exp.rollout.decoder import ready_to_decode
-from rlhf_exp.rollout.loop import CLOSING_ROOM, DecodeLoop, Sampling
+from rlhf_exp.rollout.loop import CLOSING_ROOM, DecodeLoop
+from rlhf_exp.rollout.settings import Sampling
 from rlhf_exp.rollout.stops import Stopper
 
 __all__ = ["Sampling", "sample"]
@@ -76,6 +78,8 @@ def _check(limits: dict[str, int], prompts: Prompts, settings: Sampling) -> None
     assert len(prompts), "no prompts"
     assert settings.max_new_tokens > 0, f"max_new_tokens {settings.max_new_tokens} is not above 0"
     assert settings.temperature > 0, f"temperature {settings.temperature} is not above 0"
+    assert 0 < settings.top_p <= 1, f"top_p {settings.top_p} is not above 0 and at most 1"
+    assert settings.top_k >= 0, f"top_k {settings.top_k} is below 0"
     assert int(prompts.lengths.min()) > 0, "a prompt without tokens"
     longest = int(prompts.lengths.max())
     for name, limit in limits.items():

@@ -6,76 +6,20 @@ earlier evaluation. A part cannot tell the difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from rlhf_exp.config.evaluation import ROLES
 from rlhf_exp.config.root import Config
 from rlhf_exp.data.hh import dialogue
-from rlhf_exp.data.rows import History, Preference
+from rlhf_exp.data.rows import Preference
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.answers import Answer
+from rlhf_exp.stages.asking import DIALOGUE, Asked, Contestant, Manner
 from rlhf_exp.stages.context import StageContext
 
 T = TypeVar("T")
-DIALOGUE = "dialogue"
-"""Fact of a prompt: the whole dialogue with HH's markers, for judges that are no policy's kin."""
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A model under evaluation.
-
-    Attributes:
-        name: What tables call it.
-        source: Folder or hub id; empty where only its answers are known.
-    """
-
-    name: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt.
-
-    Attributes:
-        history: A dialogue, to be written in the run's prompt format.
-        text: A text to be continued as it is, instead of a dialogue.
-        facts: What the data say of the prompt, JSON values; kept with its first answer.
-    """
-
-    history: History | None = None
-    text: str | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Manner:
-    """How to answer.
-
-    Attributes:
-        max_new_tokens: Longest answer.
-        temperature: 0 takes the most probable token.
-        seed: Of the noise, which is the same for every model.
-        count: Answers to each prompt.
-        score: Whether answers get their reward.
-        referee: Whether they get that of the second reward model too, if there is one.
-        kl: Whether answers get their KL to the baseline, where the tokenizers are the same.
-        stop: Whether the prompt format's stop strings end an answer.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    count: int = 1
-    score: bool = False
-    referee: bool = False
-    kl: bool = False
-    stop: bool = True
 
 
 class Source(Protocol):
@@ -177,6 +121,8 @@ class Bench:
         usual: dict[str, Any] = {
             "max_new_tokens": section.max_new_tokens or self.config.ppo.generation.max_new_tokens,
             "temperature": section.temperature,
+            "top_p": section.top_p,
+            "top_k": section.top_k,
             "seed": section.seed,
         }
         return Manner(**{**usual, **other})
@@ -224,17 +170,3 @@ def test_prompts(bench: Bench, part: str) -> list[Asked]:
         return [Asked(row.history, facts={DIALOGUE: dialogue(row.history)}) for row in rows]
 
     return bench.asked(part, load)
-
-
-def contestants_of(context: StageContext, specs: Sequence[str]) -> tuple[Contestant, ...]:
-    """Return the models of a config's `eval.models`, by names that differ."""
-    found: list[Contestant] = []
-    for spec in specs:
-        name = spec.upper() if spec in ROLES else Path(spec).name or spec
-        taken = {one.name for one in found}
-        number = 2
-        unique = name
-        while unique in taken:
-            unique, number = f"{name} ({number})", number + 1
-        found.append(Contestant(unique, context.models[spec]))
-    return tuple(found)

@@ -27,7 +27,7 @@ from rlhf_exp.evaluation.answers import Answer
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.rollout.stops import Stopper
-from rlhf_exp.stages.bench import Asked, Contestant, Manner, contestants_of
+from rlhf_exp.stages.asking import Asked, Contestant, Manner, contestants_of
 from rlhf_exp.stages.context import MODEL, SNAPSHOTS, StageContext
 from rlhf_exp.stages.judged import score_pairs
 from rlhf_exp.stages.labels import at_step
@@ -78,6 +78,7 @@ class SampledSource:
                 row=number // manner.count,
                 sample=number % manner.count,
                 seed=manner.seed,
+                sampling=manner.sampling,
                 prompt=texts[0][line],
                 text=texts[1][line],
                 tokens=int(samples.response_lengths[line]),
@@ -141,6 +142,8 @@ class SampledSource:
             eos_id=codec.eos_id,
             pad_id=codec.pad_id,
             greedy=greedy,
+            top_p=manner.top_p,
+            top_k=manner.top_k,
         )
         stopper = Stopper(codec.tokenizer, codec.stop_strings) if manner.stop else None
         return sample(self._policy(contestant).model, prompts, settings, manner.seed, stopper)
@@ -149,6 +152,10 @@ class SampledSource:
         """Return the sum over each answer [N] of log model - log baseline, in nats."""
         baseline = self.contestants[0]
         if not manner.kl or contestant == baseline:
+            return None
+        if (manner.top_p, manner.top_k) != (1.0, 0):
+            # Answers of a part of the distribution say nothing of the whole, and the parts of two
+            # models need not have the same tokens.
             return None
         if self._codec(contestant).digest != self._codec(baseline).digest:
             if self.world.is_main:

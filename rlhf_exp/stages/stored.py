@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf_exp.data.rows import Preference
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.answers import Answer, read_answers
-from rlhf_exp.stages.bench import Asked, Contestant, Manner
+from rlhf_exp.stages.asking import Asked, Contestant, Manner
 from rlhf_exp.stages.labels import BLANK, CHOSEN, REJECTED, at_step, pairs_part
 
 

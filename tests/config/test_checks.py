@@ -75,6 +75,9 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         ("eval.tie_low=0.6", "eval.tie_low=0.6: needs 0 <= tie_low < tie_high <= 1"),
         ("eval=none stage=eval", "eval.suite=none: stage=eval has nothing to do"),
         ("eval.temperature=-1", "eval.temperature=-1.0: must be at least 0"),
+        ("eval.top_p=0", "eval.top_p=0.0: must be above 0 and at most 1"),
+        ("eval.top_p=1.1", "eval.top_p=1.1: must be above 0 and at most 1"),
+        ("eval.top_k=-1", "eval.top_k=-1: must be at least 0"),
         ("eval.max_new_tokens=256", "eval.max_new_tokens=256: leaves no room"),
         # the rest
         ("name=a/b", "name=a/b: use letters, digits"),

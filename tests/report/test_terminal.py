@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -27,6 +28,11 @@ def test_the_numbers_stand_in_eighty_columns(compare: Callable[..., QuickResult]
     flat = " ".join(text.replace("\xa0", " ").split())
     assert "30 wins, 54 ties, 16 losses; wins 0.652 of the decided [0.498, 0.786]" in flat
     assert "exact sign test p = 0.054" in flat
+
+
+def test_how_answers_were_sampled(compare: Callable[..., QuickResult]) -> None:
+    assert "answers of up to 9 tokens" in printed(replace(compare(), sampling="up to 9 tokens"))
+    assert "answers of" not in printed(compare())
 
 
 def test_names_neither_style_nor_steer_the_terminal(compare: Callable[..., QuickResult]) -> None:

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from rlhf_exp.rollout.draw import draw, usable
+from rlhf_exp.rollout.draw import draw, truncated, usable
 
 
 def uniforms(*numbers: float) -> torch.Tensor:
@@ -64,5 +65,61 @@ def test_greedy() -> None:
 
 def test_logits_that_are_not_numbers_give_a_valid_token_and_show() -> None:
     tokens, logprobs = draw(torch.full((1, 3), math.nan), uniforms(0.5))
+    assert 0 <= tokens.item() < 3
+    assert math.isnan(logprobs.item())
+
+
+# Probabilities 1/8, 4/8, 2/8, 1/8: tokens 1, 2 and, equal, the lower id first, 0 and 3.
+EIGHTHS = [math.log(1), math.log(4), math.log(2), math.log(1)]
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "kept"),
+    [
+        (1.0, 0, [0, 1, 2, 3]),
+        (0.1, 0, [1]),  # one always stays
+        (0.45, 0, [1]),
+        (0.55, 0, [1, 2]),
+        (0.7, 0, [1, 2]),
+        (0.8, 0, [0, 1, 2]),
+        (0.9, 0, [0, 1, 2, 3]),
+        (1.0, 1, [1]),
+        (1.0, 3, [0, 1, 2]),
+        (1.0, 9, [0, 1, 2, 3]),
+        (0.6, 2, [1]),  # 4/6 of what the two tokens have, where it is 4/8 of everything
+        (0.7, 2, [1, 2]),
+    ],
+)
+def test_the_nucleus_and_the_most_probable_by_hand(
+    top_p: float, top_k: int, kept: list[int]
+) -> None:
+    logits = torch.tensor([EIGHTHS]) + 7.0
+    found = truncated(logits, top_p, top_k)
+    assert torch.isfinite(found[0]).nonzero().flatten().tolist() == kept
+    assert torch.equal(found[0, kept], logits[0, kept])
+
+
+def test_a_cut_distribution_is_scaled_up_and_drawn_by_the_same_rule() -> None:
+    # Kept: tokens 1 and 2, 4/6 and 2/6, cumulated in the order of the ids: 0, 0.667, 1.
+    logits = truncated(torch.tensor([EIGHTHS]).expand(4, 4).clone(), 0.7, 0)
+    tokens, logprobs = draw(logits, uniforms(0.0, 0.66, 0.67, 1 - 2**-53))
+    assert tokens.tolist() == [1, 1, 2, 2]
+    expected = [math.log(4 / 6), math.log(4 / 6), math.log(2 / 6), math.log(2 / 6)]
+    assert logprobs.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (0.3, 0), (1.0, 17), (0.8, 40)])
+def test_the_same_tokens_as_transformers_keeps(top_p: float, top_k: int) -> None:
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * 3
+    expected = logits
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    assert torch.equal(truncated(logits, top_p, top_k), expected)
+
+
+def test_no_cut_mends_logits_that_are_not_numbers() -> None:
+    tokens, logprobs = draw(truncated(torch.full((1, 3), math.nan), 0.9, 2), uniforms(0.5))
     assert 0 <= tokens.item() < 3
     assert math.isnan(logprobs.item())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,6 +126,56 @@ def test_tokens_logprobs_and_states_are_those_of_the_full_forward(family: str) -
             samples.states[row, : end - 1], states[1][: end - 1], rtol=1e-4, atol=1e-4
         )
         assert samples.states[row, end - 1 :].abs().sum() == 0
+
+
+def test_a_cut_distribution_by_the_full_forward_and_the_same_noise() -> None:
+    model, prompts = build(), make_prompts(LENGTHS)
+    samples = sample(model, prompts, settings(top_p=0.7, top_k=5), seed=5)
+    outside = 0
+    for row, length in enumerate(LENGTHS):
+        logits, _ = full_forward(model, samples.tokens[row, : length + 9])
+        table = torch.softmax(logits.double() / 0.8, dim=-1).numpy()
+        for column in range(9):
+            probabilities = table[length + column - 1]
+            kept: list[int] = []
+            five = probabilities[np.argsort(-probabilities)[:5]].sum()
+            for token in np.argsort(-probabilities)[:5]:
+                if probabilities[kept].sum() / five >= 0.7:
+                    break
+                kept.append(int(token))
+            cut = np.zeros(VOCABULARY)
+            cut[kept] = probabilities[kept] / probabilities[kept].sum()
+            number = uniform(5, prompts.rollout[row], torch.tensor(column)).item()
+            token = int(samples.tokens[row, length + column])
+            assert token == np.searchsorted(cut.cumsum(), number, side="right")
+            assert samples.logprobs[row, column].item() == pytest.approx(
+                np.log(cut[token]), abs=1e-4
+            )
+            outside += token != np.searchsorted(probabilities.cumsum(), number, side="right")
+    assert outside > 9  # the cut matters
+
+
+def test_a_cut_distribution_does_not_depend_on_batch_or_order() -> None:
+    model, prompts = build(), make_prompts(LENGTHS)
+    cut = settings(top_p=0.7, eos_id=22)
+    reference = sample(model, prompts, cut, seed=5, capture=blocks(model)[1])
+    order = torch.tensor([4, 0, 6, 2, 1])
+    shuffled = sample(
+        model, prompts.select(order), replace(cut, batch=2), 5, capture=blocks(model)[1]
+    )
+    assert_same_rows(shuffled, reference.select(order))
+
+
+def test_nothing_is_cut_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("training samples from the whole distribution")
+
+    monkeypatch.setattr(loop, "truncated", refuse)
+    model, prompts = build(), make_prompts(LENGTHS)
+    sample(model, prompts, settings(), seed=5)
+    sample(model, prompts, settings(greedy=True, top_p=0.5), seed=5)
+    with pytest.raises(AssertionError, match="whole distribution"):
+        sample(model, prompts, settings(top_k=3), seed=5)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 100])

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_exp.data.toy.judge import gold_score
 from rlhf_exp.errors import UserError
+from rlhf_exp.evaluation.result import QuickResult
 from rlhf_exp.stages.materials import Materials
 from tests.lab import artifact, jsonl, pairs, run, small_config
 
@@ -139,6 +140,28 @@ def test_numbers_are_computed_again_without_the_models(run_copy: Path) -> None:
     assert new["metrics"] == old["metrics"]
     assert [row["score_b"] for row in new["rows"]] == [row["score_b"] for row in old["rows"]]
     assert new["tie_band"] == [0.499, 0.6]
+
+
+def test_a_cut_distribution_is_told_and_has_no_kl(run_copy: Path) -> None:
+    run(run_copy, "stage=eval", "eval.top_k=1", "eval.top_p=0.9", "eval.seed=3")
+    one = newest(run_copy)
+    run(run_copy, "stage=eval", "eval.temperature=0", "eval.seed=3")
+    other = newest(run_copy)
+    texts = [[line["text"] for line in samples(folder)] for folder in (one, other)]
+    assert texts[0] == texts[1], "the most probable token alone is the most probable token"
+    result = json.loads((one / "result.json").read_text())
+    assert result["sampling"] == "up to 8 tokens at temperature 1, top-k 1, top-p 0.9"
+    assert [row["kl_b"] for row in result["rows"]] == [None] * 8
+    greedy = json.loads((other / "result.json").read_text())
+    assert greedy["sampling"] == "up to 8 tokens, the most probable one each time"
+    report = (run_copy / "reports" / f"eval-{one.name}.html").read_text()
+    assert "answers of up to 8 tokens at temperature 1, top-k 1, top-p 0.9" in report
+
+
+def test_results_of_before_sampling_was_told(run_copy: Path) -> None:
+    plain = json.loads((artifact(run_copy, "eval").path / "result.json").read_text())
+    del plain["sampling"]
+    assert QuickResult.from_json(plain).sampling == ""
 
 
 def test_stored_samples_that_are_not_there(run_copy: Path, tmp_path: Path) -> None:

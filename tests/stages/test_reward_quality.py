@@ -117,6 +117,15 @@ def test_a_referee(run_copy: Path) -> None:
     )
 
 
+def test_reward_against_kl_is_of_whole_distributions(run_copy: Path) -> None:
+    """A KL of answers cut to the most probable tokens would be none."""
+    run(run_copy, *QUALITY)
+    whole = samples(newest(run_copy))
+    run(run_copy, *QUALITY, "eval.top_p=0.5", "eval.top_k=2")
+    assert samples(newest(run_copy)) == whole
+    assert {line["sampling"].get("top_p") for line in whole} == {1.0, None}  # pairs: none
+
+
 def test_the_reward_model_is_no_referee_of_itself(run_copy: Path, tmp_path: Path) -> None:
     own = artifact(run_copy, "reward")
     for same in (own.key, str(own.path)):

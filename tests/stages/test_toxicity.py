@@ -121,6 +121,20 @@ def test_another_scorer_reads_the_stored_answers(
     assert (old["format"], new["format"]) == ("raw", None)
 
 
+def test_continuations_have_generation_settings_of_their_own(run_copy: Path, prompts: Path) -> None:
+    own = ("eval.toxicity.top_p=0.9", "eval.toxicity.temperature=0.5")
+    first = evaluate(run_copy, prompts, "eval.top_k=7", *own)
+    expected = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_new_tokens": 4}
+    assert [line["sampling"] for line in content(first, "samples.jsonl")] == [expected] * 60
+    summary = content(first, "toxicity.json")
+    assert expected.items() <= summary.items()
+    report = (run_copy / "reports" / f"eval-{first.name}.html").read_text()
+    assert "up to 4 tokens at temperature 0.5, top-k 7, top-p 0.9" in report
+    # The answers know how they were made; what the config says now does not count.
+    again = evaluate(run_copy, prompts, f"eval.samples={first.name}", "eval.toxicity.label=null")
+    assert expected.items() <= content(again, "toxicity.json").items()
+
+
 def test_answers_in_a_dialogue(run_copy: Path, prompts: Path) -> None:
     found = evaluate(run_copy, prompts, "eval.toxicity.format=dialogue")
     for line in content(found, "samples.jsonl"):
@@ -167,6 +181,12 @@ def test_each_text_is_scored_once_and_silence_never() -> None:
         ),
         (["eval.toxicity.data=gone"], r"eval\.toxicity\.data=gone: expected a \.jsonl"),
         (["eval.temperature=0"], r"eval\.toxicity\.generations=5: with eval\.temperature=0"),
+        (
+            ["eval.toxicity.temperature=0"],
+            r"eval\.toxicity\.generations=5: with eval\.toxicity\.temperature=0",
+        ),
+        (["eval.toxicity.top_p=0"], r"eval\.toxicity\.top_p=0\.0: must be above 0"),
+        (["eval.toxicity.top_k=-1"], r"eval\.toxicity\.top_k=-1: must be at least 0"),
         (["eval.toxicity.label=toxic"], r"eval\.toxicity\.label=toxic: goes with a text class"),
         (
             ["eval.toxicity.scorer=gone.py:f"],

@@ -68,9 +68,9 @@ class ToxicitySummary:
     Attributes:
         scorer: who gave the scores.
         lexical: whether it goes by words alone.
-        data: the prompts' file or hub id. This and what follows up to `format` is `None` where
-            stored answers were scored, which do not say.
-        max_new_tokens: of a continuation.
+        data: the prompts' file or hub id. This and `format` is `None` where stored answers were
+            scored, which do not say.
+        max_new_tokens: of a continuation; this and the temperature `None` where not known.
         temperature: of sampling.
         format: `raw` or `dialogue`.
         generations: k. The expected maximum grows with it, so that only numbers of one k compare.
@@ -79,6 +79,8 @@ class ToxicitySummary:
         models: the baseline first.
         splits: those that have prompts, all prompts first.
         agreement: of the scorer with the data set's own scores, where it has any.
+        top_p: what the tokens that could be drawn add up to; 1 for all.
+        top_k: how many tokens could be drawn; 0 for all.
     """
 
     scorer: str
@@ -93,6 +95,8 @@ class ToxicitySummary:
     models: tuple[str, ...]
     splits: tuple[Split, ...]
     agreement: tuple[Agreement, ...]
+    top_p: float = 1.0
+    top_k: int = 0
 
     def scalars(self) -> dict[str, float]:
         """Return the numbers under flat names, for trackers and manifests."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_exp.data.visible import visible
+from rlhf_exp.evaluation.answers import sampling_words
 from rlhf_exp.evaluation.metric import Metric, format_estimate
 from rlhf_exp.evaluation.toxicity.summary import (
     MEASURES,
@@ -132,10 +133,12 @@ def setting_of(found: ToxicitySummary) -> str:
     prompts = found.splits[0].prompts
     told = f"{found.generations} continuation{'s' if found.generations > 1 else ''} of each of "
     told += f"{prompts:,} prompts"
-    if found.max_new_tokens is None:
+    if found.temperature is not None:
+        names = ("temperature", "top_p", "top_k", "max_new_tokens")
+        told += ", " + sampling_words({name: getattr(found, name) for name in names})
+    if found.format is None:
         return f"{told}, answers of an earlier evaluation"
-    how = "" if found.format == "raw" else ", asked as a turn of a dialogue"
-    return f"{told}, up to {found.max_new_tokens} tokens at temperature {found.temperature:g}{how}"
+    return told if found.format == "raw" else f"{told}, asked as a turn of a dialogue"
 
 
 def trust_sentence(found: ToxicitySummary) -> str:

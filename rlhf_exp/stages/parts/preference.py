@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from rlhf_exp.config.evaluation import PREFERENCE
 from rlhf_exp.config.root import Config
-from rlhf_exp.evaluation.answers import Answer
+from rlhf_exp.evaluation.answers import Answer, sampling_words
 from rlhf_exp.evaluation.quick import quick_comparison
 from rlhf_exp.evaluation.result import QuickResult
 from rlhf_exp.evaluation.toxicity.scorer import ProfanityCheckScorer
-from rlhf_exp.stages.bench import DIALOGUE, Bench, PartResult, test_prompts
+from rlhf_exp.stages.asking import DIALOGUE
+from rlhf_exp.stages.bench import Bench, PartResult, test_prompts
 from rlhf_exp.stages.gold import gold_judge
 from rlhf_exp.stages.judging import JUDGES, Panel
 
@@ -50,7 +52,7 @@ def _conclude(config: Config, answers: list[list[Answer]], panel: Panel) -> Part
 
 def _compare(config: Config, baseline: list[Answer], other: list[Answer]) -> QuickResult:
     kl = [answer.kl for answer in other if answer.kl is not None]
-    return quick_comparison(
+    found = quick_comparison(
         [answer.prompt for answer in baseline],
         [answer.text for answer in baseline],
         [answer.text for answer in other],
@@ -67,6 +69,7 @@ def _compare(config: Config, baseline: list[Answer], other: list[Answer]) -> Qui
         seed=config.eval.seed,
         tie_band=(config.eval.tie_low, config.eval.tie_high),
     )
+    return replace(found, sampling=sampling_words(other[0].sampling))
 
 
 def _scores(answers: list[Answer]) -> np.ndarray:

@@ -18,11 +18,15 @@ from rlhf_exp.evaluation.answers import Answer
 from rlhf_exp.evaluation.overoptimisation import Path, Point, Start, sizes_of
 from rlhf_exp.evaluation.reward_quality import PairQuality, pair_quality, share_of
 from rlhf_exp.evaluation.scores import by_length, distributions, rank_correlation
-from rlhf_exp.stages.bench import Asked, Bench, Contestant, PartResult, test_prompts
+from rlhf_exp.stages.asking import Asked, Contestant
+from rlhf_exp.stages.bench import Bench, PartResult, test_prompts
 from rlhf_exp.stages.labels import BLANK, CHOSEN, REJECTED
 from rlhf_exp.stages.parts.referees import Judge, about_referee, judges_of
 
 FILE = "reward_quality.json"
+
+WHOLE: dict[str, Any] = {"top_p": 1.0, "top_k": 0}
+"""A KL, estimated from answers or known of the best of n, is one of whole distributions."""
 
 Pairs = dict[str, list[Answer]]
 
@@ -31,7 +35,7 @@ def run(bench: Bench) -> PartResult:
     """Score held-out pairs, and the answers of every model at every step that is kept."""
     section = bench.config.eval.reward_quality
     asked = test_prompts(bench, REWARD_QUALITY)[: section.prompts]
-    many = bench.manner(count=section.best_of, score=True, referee=True)
+    many = bench.manner(**WHOLE, count=section.best_of, score=True, referee=True)
     start = bench.answers(REWARD_QUALITY, bench.baseline, asked, many)
     others = {one: _answers(bench, one, asked) for one in bench.contestants[1:]}
     # After the models' answers: what comes first in the samples are the models under evaluation.
@@ -44,7 +48,7 @@ def _answers(
     bench: Bench, contestant: Contestant, asked: Sequence[Asked]
 ) -> dict[str, list[Answer]]:
     """Return one answer to each prompt by a model, the published one first, by the model's name."""
-    manner = bench.manner(score=True, referee=True, kl=True)
+    manner = bench.manner(**WHOLE, score=True, referee=True, kl=True)
     models = [contestant, *bench.snapshots(REWARD_QUALITY, contestant)]
     return {one.name: bench.answers(REWARD_QUALITY, one, asked, manner) for one in models}
 

@@ -18,7 +18,8 @@ from rlhf_exp.evaluation.toxicity.prompts import ToxicityPrompt, load_prompts, s
 from rlhf_exp.evaluation.toxicity.scorer import ToxicityScorer
 from rlhf_exp.evaluation.toxicity.summary import ToxicitySummary, summarise_splits
 from rlhf_exp.evaluation.toxicity.validation import Agreement, agreement
-from rlhf_exp.stages.bench import Asked, Bench, PartResult
+from rlhf_exp.stages.asking import Asked
+from rlhf_exp.stages.bench import Bench, PartResult
 from rlhf_exp.stages.toxicity_scorers import check_scorer, shared_scores, toxicity_scorer
 
 SUMMARY, SCORES = "toxicity.json", "toxicity_scores.json"
@@ -46,18 +47,21 @@ def run(bench: Bench) -> PartResult:
     section = bench.config.eval.toxicity
     scorer = toxicity_scorer(bench.config, bench.world)
     asked = bench.asked(TOXICITY, lambda: _prompts(bench.config))
+    own = {name: getattr(section, name) for name in ("temperature", "top_p", "top_k")}
     manner = bench.manner(
         max_new_tokens=section.max_new_tokens,
         count=section.generations,
         stop=section.format is ToxicityFormat.dialogue,
+        **{name: value for name, value in own.items() if value is not None},
     )
-    scores = {}
+    scores, sampling = {}, manner.sampling
     for contestant in bench.contestants:
         answers = bench.answers(TOXICITY, contestant, asked, manner)
+        sampling = dict(answers[0].sampling)
         flat = shared_scores(scorer, [answer.text for answer in answers], bench.world)
         scores[contestant.name] = flat.reshape(len(asked), section.generations)
     agreements = _agreements(bench, scorer, [one.facts for one in asked])
-    return bench.alone(lambda: _conclude(bench.config, scorer, asked, scores, agreements))
+    return bench.alone(lambda: _conclude(bench.config, scorer, asked, scores, sampling, agreements))
 
 
 def _prompts(config: Config) -> list[Asked]:
@@ -111,6 +115,7 @@ def _conclude(
     scorer: ToxicityScorer,
     asked: Sequence[Asked],
     scores: dict[str, Floats],
+    sampling: dict[str, Any],
     agreements: tuple[Agreement, ...],
 ) -> PartResult:
     section, stored = config.eval.toxicity, config.eval.samples is not None
@@ -120,14 +125,16 @@ def _conclude(
         lexical=section.scorer == PROFANITY,
         data=None if stored else section.data,
         generations=section.generations,
-        max_new_tokens=None if stored else section.max_new_tokens,
-        temperature=None if stored else config.eval.temperature,
+        max_new_tokens=sampling.get("max_new_tokens"),
+        temperature=sampling.get("temperature"),
         format=None if stored else section.format.name,
         level=LEVEL,
         seed=config.eval.seed,
         models=tuple(scores),
         splits=summarise_splits(scores, own, config.eval.seed),
         agreement=agreements,
+        top_p=sampling.get("top_p", 1.0),
+        top_k=sampling.get("top_k", 0),
     )
     each = {model: np.round(values, 6).tolist() for model, values in scores.items()}
     return PartResult(summary.scalars(), {SUMMARY: summary.to_json(), SCORES: each})

@@ -138,9 +138,8 @@ def _objective(done: list[Done]) -> float | None:
 
 def _tell(config: Config, done: list[Done], console: Console) -> None:
     """Write the report, and print the results, its path and how to load the model."""
-    from rlhf_exp.evaluation.result import QuickResult
     from rlhf_exp.report.gather import gather, loading_code
-    from rlhf_exp.report.page import build_report
+    from rlhf_exp.report.page import build_report, comparisons_of
     from rlhf_exp.report.parts.toxicity import TOXICITY_FILE, print_toxicity
     from rlhf_exp.report.terminal import print_quick
 
@@ -156,8 +155,8 @@ def _tell(config: Config, done: list[Done], console: Console) -> None:
     path = Path(config.output_dir) / "reports" / f"{final.stage}-{final.key}.html"
     build_report(data, path)
     out = Console()
-    if data.evaluation is not None:
-        print_quick(QuickResult.from_json(data.evaluation), out)
+    for one in comparisons_of(data):
+        print_quick(one, out)
     if TOXICITY_FILE in data.parts:
         print_toxicity(data.parts[TOXICITY_FILE], out)
     out.print(f"\nReport: {path.resolve()}", soft_wrap=True, highlight=False)

@@ -8,10 +8,9 @@ from markupsafe import Markup
 
 from rlhf_exp.evaluation.metric import DASH, MINUS, format_estimate
 from rlhf_exp.evaluation.preference import MOST_PAIRS, POWER, Preference
-from rlhf_exp.evaluation.result import PromptRow, QuickResult
+from rlhf_exp.evaluation.result import QuickResult
 from rlhf_exp.evaluation.statistics import Estimate, Outcome
 from rlhf_exp.report import svg
-from rlhf_exp.report.data import Sample, SampleSide
 from rlhf_exp.report.numbers import short
 
 _BAR_WIDTH, _BAR_GAP = 1000.0, 3.0
@@ -107,33 +106,6 @@ def bar_of(found: Outcome, name: str) -> Markup:
         role="img",
         class_="bar",
     )
-
-
-def samples_of(result: QuickResult) -> list[Sample]:
-    """Return the evaluation's own picks as samples."""
-    return [
-        Sample(pick.rule, row.prompt, _sides(result, row))
-        for pick in result.picks
-        for row in [result.rows[pick.row]]
-    ]
-
-
-def _sides(result: QuickResult, row: PromptRow) -> list[SampleSide]:
-    facts_a = _facts(row.score_a, row.gold_a, row.toxicity_a, None)
-    facts_b = [*_facts(row.score_b, row.gold_b, row.toxicity_b, row.kl_b), ("outcome", row.outcome)]
-    return [
-        SampleSide(result.name_a, row.answer_a, facts_a),
-        SampleSide(result.name_b, row.answer_b, facts_b),
-    ]
-
-
-def _facts(
-    score: float, gold: float | None, toxicity: float | None, kl: float | None
-) -> list[tuple[str, str]]:
-    known = [("reward", score), ("gold", gold), ("toxicity", toxicity), ("KL", kl)]
-    return [
-        (label, f"{value:.2f}".replace("-", MINUS)) for label, value in known if value is not None
-    ]
 
 
 def _estimate_tile(label: str, estimate: Estimate, unit: str, *, signed: bool = False) -> Tile:

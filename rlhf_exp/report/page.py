@@ -27,12 +27,12 @@ from rlhf_exp.report.data import ReportData
 from rlhf_exp.report.outcome import (
     needed_label,
     outcome_bar,
-    samples_of,
     tiles_of,
     verdict_sentence,
 )
 from rlhf_exp.report.plot import render, sparkline
-from rlhf_exp.report.sections import sections_of
+from rlhf_exp.report.samples import rule_of, samples_of
+from rlhf_exp.report.sections import COMPARISONS, sections_of
 from rlhf_exp.report.template import FOLDER, fill
 
 _VALUE_LIMIT = 2_000
@@ -66,7 +66,8 @@ def render_page(data: ReportData) -> str:
     evaluation = None if data.evaluation is None else QuickResult.from_json(data.evaluation)
     samples, rule = data.samples, data.sample_rule
     if evaluation is not None and not samples:
-        samples, rule = samples_of(evaluation), evaluation.pick_rule
+        results = comparisons_of(data)
+        samples, rule = samples_of(results), rule_of(results)
     groups = charts_of(data.metrics, data.calibration, data.kl_target)
     return fill(
         "page.html",
@@ -88,6 +89,14 @@ def render_page(data: ReportData) -> str:
         count_label=numbers.count_label,
         turns_of=turns_of,
     )
+
+
+def comparisons_of(data: ReportData) -> list[QuickResult]:
+    """Return each model's comparison with the baseline; none where nothing was compared."""
+    if data.evaluation is None:
+        return []
+    found: Sequence[Mapping[str, Any]] = data.parts.get(COMPARISONS) or [data.evaluation]
+    return [QuickResult.from_json(one) for one in found]
 
 
 def config_sections(config: Mapping[str, Any]) -> list[tuple[str, str]]:

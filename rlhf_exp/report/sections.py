@@ -10,6 +10,9 @@ from markupsafe import Markup
 
 from rlhf_exp.report.parts import comparisons, judges, people, reward_quality, toxicity
 
+COMPARISONS = "comparisons.json"
+"""File that there is of three or more models: each against the baseline."""
+
 PEOPLE = "people.json"
 """File whose section also shows the votes of studies, which are kept elsewhere."""
 
@@ -32,7 +35,7 @@ class Section:
 
 
 SECTIONS = (
-    Section("comparisons", "All models", "comparisons.json", comparisons.render),
+    Section("comparisons", "All models", COMPARISONS, comparisons.render),
     Section("judges", "Judges", "judges.json", judges.render),
     Section("toxicity", "Toxicity", toxicity.TOXICITY_FILE, toxicity.render),
     Section("reward-quality", "Reward model", "reward_quality.json", reward_quality.render),

@@ -12,7 +12,6 @@ from rlhf_exp.report.outcome import (
     needed_label,
     outcome_bar,
     p_label,
-    samples_of,
     tiles_of,
     verdict_sentence,
 )
@@ -75,17 +74,3 @@ def test_p_values_are_readable() -> None:
     assert p_label(0.05407) == "p\xa0=\xa00.054"
     assert p_label(2.1e-14) == "p\xa0=\xa02e\u221214"
     assert p_label(0.0004) == "p\xa0=\xa04e\u22124"
-
-
-def test_samples_are_the_picks(compare: Compare) -> None:
-    result = compare()
-    samples = samples_of(result)
-    assert [sample.rule for sample in samples] == [pick.rule for pick in result.picks]
-    first = result.rows[result.picks[0].row]
-    assert samples[0].prompt == first.prompt
-    assert samples[0].sides[0].text == first.answer_a
-    assert dict(samples[0].sides[1].facts) == {
-        "reward": f"{first.score_b:.2f}".replace("-", "\u2212"),
-        "KL": "3.00",
-        "outcome": "win",
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf_exp.config.check_judge import check_judge
 from rlhf_exp.config.check_model import context_length
-from rlhf_exp.config.check_toxicity import check_toxicity
+from rlhf_exp.config.check_toxicity import check_scorer, check_toxicity
 from rlhf_exp.config.evaluation import (
     PREFERENCE,
     REWARD_QUALITY,
@@ -12,6 +12,7 @@ from rlhf_exp.config.evaluation import (
     TOXICITY,
     Suite,
     parts_of,
+    scores_toxicity,
 )
 from rlhf_exp.config.problems import Findings
 from rlhf_exp.config.root import Stage
@@ -38,6 +39,8 @@ def check_eval(found: Findings) -> None:
     check_judge(found)
     if TOXICITY in parts_of(config.eval.suite):
         check_toxicity(found)
+    if scores_toxicity(config.eval.suite):
+        check_scorer(found)
     if REWARD_QUALITY in parts_of(config.eval.suite):
         _check_reward_quality(found)
 

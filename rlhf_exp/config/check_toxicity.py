@@ -32,7 +32,6 @@ def check_toxicity(found: Findings) -> None:
     if context is not None and section.max_new_tokens >= context:
         message = f"leaves no room for a prompt in the model's context of {context} tokens."
         found.add(key("max_new_tokens"), message)
-    _check_scorer(found)
 
 
 def _check_data(found: Findings) -> None:
@@ -49,7 +48,8 @@ def _check_data(found: Findings) -> None:
         found.add("eval.toxicity.data", message)
 
 
-def _check_scorer(found: Findings) -> None:
+def check_scorer(found: Findings) -> None:
+    """Report what is wrong with who scores toxicity."""
     section = found.config.eval.toxicity
     kind = section.scorer_kind
     if kind is ScorerKind.function:

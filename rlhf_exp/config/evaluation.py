@@ -54,6 +54,11 @@ def needs_reward(suite: Suite) -> bool:
     return bool({PREFERENCE, REWARD_QUALITY} & set(parts_of(suite)))
 
 
+def scores_toxicity(suite: Suite) -> bool:
+    """Whether a suite says how toxic answers are, by `eval.toxicity.scorer`."""
+    return bool({PREFERENCE, TOXICITY} & set(parts_of(suite)))
+
+
 @dataclass
 class EvalConfig:
     """Two or more models on held-out prompts."""

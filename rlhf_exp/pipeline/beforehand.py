@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rlhf_exp.config.evaluation import TOXICITY, parts_of
+from rlhf_exp.config.eval_toxicity import ScorerKind
+from rlhf_exp.config.evaluation import TOXICITY, parts_of, scores_toxicity
 from rlhf_exp.config.root import Config
 from rlhf_exp.pipeline.plan import Step
 
@@ -17,7 +18,10 @@ def look_ahead(config: Config, steps: Iterable[Step]) -> None:
     """
     if not any(step.stage == "eval" and step.needs_work for step in steps):
         return
-    if TOXICITY in parts_of(config.eval.suite):
+    usual = config.eval.toxicity.scorer_kind is ScorerKind.profanity
+    if TOXICITY in parts_of(config.eval.suite) or (
+        scores_toxicity(config.eval.suite) and not usual
+    ):
         from rlhf_exp.stages.parts import toxicity
 
         toxicity.check(config)

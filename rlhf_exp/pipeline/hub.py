@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_exp.config.data import Source
 from rlhf_exp.config.eval_toxicity import ScorerKind, ToxicityConfig
-from rlhf_exp.config.evaluation import REFEREE, TOXICITY, parts_of
+from rlhf_exp.config.evaluation import REFEREE, TOXICITY, parts_of, scores_toxicity
 from rlhf_exp.config.root import Config
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.keys import MODEL_FILES
@@ -90,15 +90,14 @@ def needs(config: Config, steps: Iterable[Step]) -> list[Need]:
 
 
 def _of_toxicity(config: Config) -> list[Need]:
-    """Return the prompts and the scorer of the toxicity part, where it is done."""
-    section = config.eval.toxicity
-    if TOXICITY not in parts_of(config.eval.suite):
-        return []
+    """Return the prompts of the toxicity part, where it is done, and who scores toxicity."""
+    section, suite = config.eval.toxicity, config.eval.suite
     found = []
-    if config.eval.samples is None and not Path(section.data).expanduser().exists():
+    asks = TOXICITY in parts_of(suite) and config.eval.samples is None
+    if asks and not Path(section.data).expanduser().exists():
         found.append(Need(TOXICITY_DATA, DATASET, section.data, section.revision))
     classifier = section.scorer_kind is ScorerKind.classifier
-    if classifier and not Path(section.scorer).expanduser().exists():
+    if scores_toxicity(suite) and classifier and not Path(section.scorer).expanduser().exists():
         found.append(Need(TOXICITY_SCORER, MODEL, section.scorer, section.scorer_revision))
     return found
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.config.data import DataConfig, Source
-from rlhf_exp.config.eval_toxicity import ScorerKind
-from rlhf_exp.config.evaluation import ROLES, TOXICITY, parts_of
+from rlhf_exp.config.eval_toxicity import PROFANITY, ScorerKind
+from rlhf_exp.config.evaluation import PREFERENCE, ROLES, TOXICITY, parts_of
 from rlhf_exp.config.fields import key_content
 from rlhf_exp.config.model import ModelConfig
 from rlhf_exp.config.root import Config
@@ -116,9 +116,15 @@ class Keys:
             judge["model"] = self.given(judge["model"])
         if "labels" in judge:
             judge["labels"] = self.digests.file(Path(judge["labels"]))
-        del section["toxicity"]
-        if TOXICITY in parts_of(self.config.eval.suite):
+        parts, scorer = parts_of(self.config.eval.suite), self.config.eval.toxicity.scorer
+        if TOXICITY in parts:
             section["toxicity"] = self._toxicity()
+        elif PREFERENCE in parts and scorer != PROFANITY:
+            names = ("scorer_revision", "label")
+            found = {name: section["toxicity"][name] for name in names}
+            section["toxicity"] = found | {"scorer": self._scorer()}
+        else:
+            del section["toxicity"]
         return section
 
     def _judge(self) -> dict[str, Any]:
@@ -141,12 +147,16 @@ class Keys:
                 content.pop(name, None)  # left out where they are neutral
         else:
             content["data"] = self._content(section.data)
-        if section.scorer_kind is ScorerKind.function:
-            file, _, name = section.scorer.rpartition(":")
-            content["scorer"] = {"source": self.digests.file(Path(file)), "name": name}
-        else:
-            content["scorer"] = self._content(section.scorer)
+        content["scorer"] = self._scorer()
         return content
+
+    def _scorer(self) -> Any:  # noqa: ANN401 - JSON
+        """Return what stands for who scores toxicity."""
+        section = self.config.eval.toxicity
+        if section.scorer_kind is not ScorerKind.function:
+            return self._content(section.scorer)
+        file, _, name = section.scorer.rpartition(":")
+        return {"source": self.digests.file(Path(file)), "name": name}
 
     def _content(self, place: str) -> str:
         """Return the digest of a file or of a folder's model or data; what is neither as it is."""

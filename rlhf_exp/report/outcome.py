@@ -10,6 +10,7 @@ from rlhf_exp.evaluation.metric import DASH, MINUS, format_estimate
 from rlhf_exp.evaluation.preference import MOST_PAIRS, POWER, Preference
 from rlhf_exp.evaluation.result import QuickResult
 from rlhf_exp.evaluation.statistics import Estimate, Outcome
+from rlhf_exp.evaluation.toxicity.scorer import is_lexical
 from rlhf_exp.report import svg
 from rlhf_exp.report.numbers import short
 
@@ -78,6 +79,14 @@ def tiles_of(result: QuickResult) -> list[Tile]:
             unit = "nats" if metric.a is None else f"{result.name_a} {short(metric.a.mean)}"
             tiles.append(_estimate_tile(label, metric.b, unit))
     return tiles
+
+
+def toxicity_note(result: QuickResult) -> str:
+    """Return who scored toxicity, with a space before it; empty where nobody did."""
+    if result.toxicity_scorer is None:
+        return ""
+    how = "a lexical guess" if is_lexical(result.toxicity_scorer) else "scored"
+    return f" Toxicity is {how} by {result.toxicity_scorer}."
 
 
 def outcome_bar(result: QuickResult) -> Markup:

@@ -28,6 +28,7 @@ from rlhf_exp.report.outcome import (
     needed_label,
     outcome_bar,
     tiles_of,
+    toxicity_note,
     verdict_sentence,
 )
 from rlhf_exp.report.plot import render, sparkline
@@ -78,6 +79,7 @@ def render_page(data: ReportData) -> str:
         headline=None if evaluation is None else verdict_sentence(evaluation),
         bar=None if evaluation is None else outcome_bar(evaluation),
         needed="" if evaluation is None else needed_label(evaluation.preference),
+        toxicity_note="" if evaluation is None else toxicity_note(evaluation),
         tiles=[] if evaluation is None else tiles_of(evaluation),
         sections=sections_of(data.parts),
         chart_groups=[(title, [render(chart) for chart in charts]) for title, charts in groups],

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlhf_exp.config.eval_toxicity import ScorerKind
-from rlhf_exp.config.evaluation import TOXICITY, parts_of
+from rlhf_exp.config.evaluation import scores_toxicity
 from rlhf_exp.config.groups import CONF
 from rlhf_exp.config.root import Config
 from rlhf_exp.pipeline.plan import PACKAGE
@@ -38,7 +38,7 @@ def with_own_code(config: Config, target: Path) -> Config:
     reward, toxicity = config.ppo.reward, config.eval.toxicity
     if reward.function is not None:
         reward = replace(reward, function=_copied(reward.function, target))
-    if toxicity.scorer_kind is ScorerKind.function and TOXICITY in parts_of(config.eval.suite):
+    if toxicity.scorer_kind is ScorerKind.function and scores_toxicity(config.eval.suite):
         toxicity = replace(toxicity, scorer=_copied(toxicity.scorer, target))
     return replace(
         config,

@@ -156,7 +156,9 @@ def test_what_a_toxicity_evaluation_reads(tmp_path: Path) -> None:
     assert needs(eval_config(tmp_path, "eval=blog", scorer), EVALUATED) == [PROMPTS, CLASSIFIER]
     assert needs(eval_config(tmp_path, "eval=blog"), EVALUATED) == [PROMPTS]
     assert needs(eval_config(tmp_path, "eval=blog"), [Step("sft", "key", State.run)]) == []
-    assert needs(eval_config(tmp_path, "eval=quick", scorer), EVALUATED) == []
+    assert needs(eval_config(tmp_path, "eval=quick", scorer), EVALUATED) == [CLASSIFIER]
+    assert needs(eval_config(tmp_path, "eval=quick"), EVALUATED) == []
+    assert needs(eval_config(tmp_path, "eval=reward_quality", scorer), EVALUATED) == []
     stored = eval_config(tmp_path, "stage=eval", "eval=blog", scorer, "eval.samples=run")
     assert needs(stored, EVALUATED) == [CLASSIFIER]
     (tmp_path / "own.jsonl").touch()

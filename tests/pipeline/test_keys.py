@@ -275,6 +275,23 @@ def test_toxicity_prompts_and_scorer_count_by_content(toxic: Config, tmp_path: P
     assert differing(after, alone(toxic, tmp_path)) == ["eval"]
 
 
+def test_the_scorer_of_the_quick_comparison_counts_by_content(
+    config: Config, toxic: Config, tmp_path: Path
+) -> None:
+    toxic.eval.suite = Suite.quick
+    before = alone(toxic, tmp_path)
+    assert differing(before, alone(config, tmp_path)) == ["eval"]
+    toxic.eval.toxicity.data = "gone"
+    assert alone(toxic, tmp_path) == before
+    (tmp_path / "mine.py").write_text("def score(texts): return []\n")
+    assert differing(before, alone(toxic, tmp_path)) == ["eval"]
+    named = changed(config, "eval.toxicity.scorer", "org/judge")
+    other = changed(named, "eval.toxicity.label", "hate")
+    assert differing(alone(named, tmp_path), alone(other, tmp_path)) == ["eval"]
+    toxic.eval.suite = config.eval.suite = Suite.reward_quality
+    assert alone(toxic, tmp_path) == alone(config, tmp_path)
+
+
 def test_stored_answers_bring_their_prompts(toxic: Config, tmp_path: Path) -> None:
     samples = tmp_path / "samples.jsonl"
     samples.write_text("{}\n")

@@ -46,5 +46,8 @@ def test_the_users_own_reward_is_copied_and_the_key_stays(tmp_path: Path) -> Non
     assert (Path(path).read_text(), name) == (content, "score")
     assert [step.key for step in plan(copied)] == keys
     assert plan(config)[-1].key != keys[-1], "its content counts"
+    toxic = f"eval.toxicity.scorer={file}:score"
+    quick = with_own_code(small_config(tmp_path / "outputs", toxic), tmp_path / "code")
+    assert quick.eval.toxicity.scorer.startswith(str(tmp_path / "code"))
     plain = small_config(tmp_path / "outputs")
     assert with_own_code(plain, tmp_path / "code") == plain

@@ -225,6 +225,44 @@ def test_what_the_hub_lacks_is_missed_before_training(
     assert not list((tmp_path / "out").glob("store/*/*"))
 
 
+def test_the_quick_comparison_is_scored_by_the_scorer_of_the_config(
+    run_copy: Path, function: str
+) -> None:
+    run(run_copy, "stage=eval", f"eval.toxicity.scorer={function}")
+    found = max((run_copy / "store" / "eval").iterdir(), key=lambda path: path.stat().st_mtime)
+    result = content(found, "result.json")
+    assert result["toxicity_scorer"] == "mine.py:score"
+    for row in result["rows"]:
+        for side in "ab":
+            text = row[f"answer_{side}"]
+            expected = min(1.0, len(text) / 40) if text.strip() else 0.0
+            assert row[f"toxicity_{side}"] == expected
+    report = (run_copy / "reports" / f"eval-{found.name}.html").read_text()
+    assert "Toxicity is scored by mine.py:score." in report
+
+
+def test_one_scorer_speaks_in_both_parts(run_copy: Path, prompts: Path, function: str) -> None:
+    found = evaluate(run_copy, prompts, f"eval.toxicity.scorer={function}", "eval=blog")
+    assert content(found, "result.json")["toxicity_scorer"] == "mine.py:score"
+    assert content(found, "toxicity.json")["scorer"] == "mine.py:score"
+
+
+def test_the_default_scorer_is_called_a_guess(small_run: Path) -> None:
+    found = artifact(small_run, "eval")
+    assert content(found.path, "result.json")["toxicity_scorer"].startswith("alt-profanity-check")
+    report = (small_run / "reports" / f"eval-{found.key}.html").read_text()
+    assert "Toxicity is a lexical guess by alt-profanity-check" in report
+
+
+def test_a_scorer_of_the_quick_suite_is_looked_for_before_training(tmp_path: Path) -> None:
+    config = small_config(tmp_path, "eval.toxicity.scorer=gone.py:f")
+    (problem,) = problems(config)
+    assert re.match(r"eval\.toxicity\.scorer=gone\.py:f: there is no file", str(problem))
+    with pytest.raises(UserError, match="org/absent: no model can be loaded from there"):
+        run(tmp_path / "out", "eval.toxicity.scorer=org/absent")
+    assert not list((tmp_path / "out").glob("store/*/*"))
+
+
 def test_the_quick_suite_needs_no_prompts(tmp_path: Path) -> None:
     config = small_config(tmp_path, "eval.toxicity.data=gone.jsonl")
     assert problems(config) == []

@@ -6,13 +6,21 @@ number also shows the scorer's name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_exp.errors import UserError
+
+_LEXICAL = "alt-profanity-check"
+
+
+def is_lexical(name: str) -> bool:
+    """Return whether the scorer that calls itself so goes by words alone."""
+    return name.startswith(_LEXICAL)
 
 
 class ToxicityScorer(Protocol):
@@ -26,6 +34,23 @@ class ToxicityScorer(Protocol):
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return the toxicity of each of N texts: [N], 0 to 1."""
         ...
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A scorer's word on texts that it has read.
+
+    Attributes:
+        name: the scorer's.
+        scores: by text.
+    """
+
+    name: str
+    scores: Mapping[str, float]
+
+    def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return the toxicity of each of N texts: [N]; `KeyError` for one that was not read."""
+        return np.array([self.scores[text] for text in texts], dtype=np.float64)
 
 
 class ProfanityCheckScorer:
@@ -51,12 +76,12 @@ class ProfanityCheckScorer:
         from importlib.metadata import version
 
         self._predict = predict_prob
-        self._version = version("alt-profanity-check")
+        self._version = version(_LEXICAL)
 
     @property
     def name(self) -> str:
         """The package and its version."""
-        return f"alt-profanity-check {self._version}"
+        return f"{_LEXICAL} {self._version}"
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return the probability that each text is offensive: [N], 0 to 1; 0 for a blank text."""

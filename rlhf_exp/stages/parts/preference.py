@@ -12,11 +12,12 @@ from rlhf_exp.config.root import Config
 from rlhf_exp.evaluation.answers import Answer, sampling_words
 from rlhf_exp.evaluation.quick import quick_comparison
 from rlhf_exp.evaluation.result import QuickResult
-from rlhf_exp.evaluation.toxicity.scorer import ProfanityCheckScorer
+from rlhf_exp.evaluation.toxicity.scorer import Scored
 from rlhf_exp.stages.asking import DIALOGUE
 from rlhf_exp.stages.bench import Bench, PartResult, test_prompts
 from rlhf_exp.stages.gold import gold_judge
 from rlhf_exp.stages.judging import JUDGES, Panel
+from rlhf_exp.stages.toxicity_scorers import shared_scores, toxicity_scorer
 
 RESULT, OTHERS = "result.json", "comparisons.json"
 """The first comparison, and the list of all of them where there are several."""
@@ -30,12 +31,22 @@ def run(bench: Bench) -> PartResult:
     asked = test_prompts(bench, PREFERENCE)
     manner = bench.manner(score=True, kl=True)
     answers = [bench.answers(PREFERENCE, one, asked, manner) for one in bench.contestants]
-    return bench.alone(lambda: _conclude(bench.config, answers, panels[0]))
+    scored = _toxicity(bench, [answer.text for one in answers for answer in one])
+    return bench.alone(lambda: _conclude(bench.config, answers, scored, panels[0]))
 
 
-def _conclude(config: Config, answers: list[list[Answer]], panel: Panel) -> PartResult:
+def _toxicity(bench: Bench, texts: list[str]) -> Scored:
+    """Have the scorer of the config read the answers, each process its share."""
+    scorer = toxicity_scorer(bench.config, bench.world)
+    scores = shared_scores(scorer, texts, bench.world).tolist()
+    return Scored(scorer.name, dict(zip(texts, scores, strict=True)))
+
+
+def _conclude(
+    config: Config, answers: list[list[Answer]], scored: Scored, panel: Panel
+) -> PartResult:
     baseline, *others = answers
-    results = [_compare(config, baseline, other) for other in others]
+    results = [_compare(config, baseline, other, scored) for other in others]
     metrics = results[0].scalars()
     for result in results[1:]:
         prefix = f"eval/{result.name_b}/"
@@ -50,7 +61,9 @@ def _conclude(config: Config, answers: list[list[Answer]], panel: Panel) -> Part
     return PartResult(metrics | judged, files, {"eval/side_by_side": _table(results)})
 
 
-def _compare(config: Config, baseline: list[Answer], other: list[Answer]) -> QuickResult:
+def _compare(
+    config: Config, baseline: list[Answer], other: list[Answer], scored: Scored
+) -> QuickResult:
     kl = [answer.kl for answer in other if answer.kl is not None]
     found = quick_comparison(
         [answer.prompt for answer in baseline],
@@ -61,7 +74,7 @@ def _compare(config: Config, baseline: list[Answer], other: list[Answer]) -> Qui
         kl if len(kl) == len(other) else None,
         lengths_a=[answer.tokens for answer in baseline],
         lengths_b=[answer.tokens for answer in other],
-        toxicity=ProfanityCheckScorer(),
+        toxicity=scored,
         gold=gold_judge(config),
         name_a=baseline[0].model,
         name_b=other[0].model,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_exp.config.eval_toxicity import PROFANITY, ToxicityFormat
-from rlhf_exp.config.evaluation import TOXICITY
+from rlhf_exp.config.evaluation import TOXICITY, parts_of
 from rlhf_exp.config.root import Config
 from rlhf_exp.data.rows import Turn
 from rlhf_exp.evaluation.statistics import LEVEL
@@ -31,14 +31,14 @@ Floats = NDArray[np.float64]
 
 
 def check(config: Config) -> None:
-    """Raise for data or a scorer that the part would not find.
+    """Raise for a scorer, or for data of this part, that would not be found.
 
     Raises:
         UserError: Naming what is missing and the remedy.
     """
     section = config.eval.toxicity
     check_scorer(section)
-    if config.eval.samples is None:
+    if config.eval.samples is None and TOXICITY in parts_of(config.eval.suite):
         load_prompts(section.data, section.revision)
 
 

@@ -140,6 +140,7 @@ def _tell(config: Config, done: list[Done], console: Console) -> None:
     """Write the report, and print the results, its path and how to load the model."""
     from rlhf_exp.report.gather import gather, loading_code
     from rlhf_exp.report.page import build_report, comparisons_of
+    from rlhf_exp.report.parts.reward_quality import REWARD_QUALITY_FILE, print_reward_quality
     from rlhf_exp.report.parts.toxicity import TOXICITY_FILE, print_toxicity
     from rlhf_exp.report.terminal import print_quick
 
@@ -159,6 +160,8 @@ def _tell(config: Config, done: list[Done], console: Console) -> None:
         print_quick(one, out)
     if TOXICITY_FILE in data.parts:
         print_toxicity(data.parts[TOXICITY_FILE], out)
+    if REWARD_QUALITY_FILE in data.parts:
+        print_reward_quality(data.parts[REWARD_QUALITY_FILE], out)
     out.print(f"\nReport: {path.resolve()}", soft_wrap=True, highlight=False)
     models = [one for one in done if one.step.stage in ("sft", "ppo")]
     if models:

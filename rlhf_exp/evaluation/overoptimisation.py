@@ -24,6 +24,9 @@ from scipy import special
 from rlhf_exp.evaluation.metric import estimate_to_json
 from rlhf_exp.evaluation.statistics import Estimate, estimate_mean
 
+BEST_OF = "best of n"
+"""Name of the path of the best of the baseline's answers."""
+
 Floats = NDArray[np.float64]
 
 
@@ -125,7 +128,7 @@ class Start:
                     for name in self.judges
                 }
                 points.append(self.point(f"best of {n}", best_of_n_kl(n), found))
-        return Path("best of n", tuple(points)) if points else None
+        return Path(BEST_OF, tuple(points)) if points else None
 
     def point(self, label: str, kl: float, scores: Mapping[str, ArrayLike]) -> Point:
         """Return the gains of a policy's `scores`, by judge [P]."""

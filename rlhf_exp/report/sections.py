@@ -38,7 +38,9 @@ SECTIONS = (
     Section("comparisons", "All models", COMPARISONS, comparisons.render),
     Section("judges", "Judges", "judges.json", judges.render),
     Section("toxicity", "Toxicity", toxicity.TOXICITY_FILE, toxicity.render),
-    Section("reward-quality", "Reward model", "reward_quality.json", reward_quality.render),
+    Section(
+        "reward-quality", "Reward model", reward_quality.REWARD_QUALITY_FILE, reward_quality.render
+    ),
     Section("people", "People", PEOPLE, people.render),
 )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rlhf_exp.report.parts import reward_charts, reward_quality
 
@@ -146,3 +148,46 @@ def test_without_pairs_and_without_a_referee() -> None:
     assert "preference pairs" not in page
     assert "No referee judged" in page
     assert page.count("<figure") == 3
+
+
+def printed(plain: dict[str, Any]) -> str:
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=True, color_system=None)
+    reward_quality.print_reward_quality(plain, console)
+    return file.getvalue().replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_the_terminal_has_the_numbers_in_eighty_columns() -> None:
+    best = {"label": "best of 4", "kl": 0.64, "gains": {"reward model": gain(0.95)}}
+    published = {"label": "PPO", "kl": 9.0, "gains": {"reward model": gain(2.0)}}
+    paths = [
+        {"name": "best of n", "points": [best]},
+        {"name": "PPO", "points": [published, *content()["paths"][0]["points"]]},
+    ]
+    text = printed(content(paths=paths))
+    lines = text.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert "Reward on 10 held-out pairs" in text
+    (accuracy,) = (number for number, line in enumerate(lines) if "Accuracy  " in line)
+    assert lines[accuracy].count("70.0 %") == 2
+    assert lines[accuracy + 1].count("[34.8 %, 93.3 %]") == 2
+    (of_four,) = (number for number, line in enumerate(lines) if "best of 4" in line)
+    assert "0.64" in lines[of_four]
+    assert "+0.95" in lines[of_four]
+    assert "[+0.70, +1.20]" in lines[of_four + 1]
+    assert any("PPO" in line and "+2.00" in line for line in lines)
+    assert "step 96" not in text  # a snapshot; the report has it
+    assert "Referee: <i>other</i>, seed 1" in " ".join(text.split())
+
+
+def test_the_terminal_without_pairs_paths_or_referee() -> None:
+    only = {"judges": ["reward model"], "referee": None, "pairs": [], "paths": []}
+    assert printed(content(**only)) == ""
+
+
+def test_names_do_not_steer_the_terminal() -> None:
+    bad = "\x1b[2J[red]x[/red]"
+    paths = [{"name": bad, "points": [{"label": bad, "kl": 1.0, "gains": {}}]}]
+    text = printed(content(judges=[bad], pairs=[judge(bad)], paths=paths))
+    assert "\x1b" not in text
+    assert "[red]" in text

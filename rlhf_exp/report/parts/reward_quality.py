@@ -7,14 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from rlhf_exp.data.visible import visible
 from rlhf_exp.evaluation.metric import DASH, MINUS
+from rlhf_exp.evaluation.overoptimisation import BEST_OF
 from rlhf_exp.report.numbers import short
 from rlhf_exp.report.parts import reward_charts
 from rlhf_exp.report.plot import render as draw
 from rlhf_exp.report.template import fill
 
 Plain = Mapping[str, Any]
+
+REWARD_QUALITY_FILE = "reward_quality.json"
 
 
 def render(plain: Plain) -> Markup:
@@ -41,6 +48,37 @@ def render(plain: Plain) -> Markup:
         charts=[draw(chart) for chart in charts],
         pushed=[draw(chart) for chart in pushed],
     )
+
+
+def print_reward_quality(plain: Plain, console: Console) -> None:
+    """Print what held-out pairs and judges say; names are untrusted and put in as text.
+
+    Of a path only what a model was published at, and best-of-n: the report has every snapshot.
+    """
+    if plain["pairs"]:
+        table = Table(title=f"Reward on {plain['pairs'][0]['accuracy']['total']:,} held-out pairs")
+        table.add_column("of the pairs")
+        for one in plain["pairs"]:
+            table.add_column(_text(one["judge"]), justify="right")
+        for measure, values in measures(plain["pairs"]):
+            table.add_row(measure, *map(_two_lines, values))
+        console.print(table)
+    shown = [
+        row
+        for path in plain["paths"]
+        for row in step_rows(path, plain["judges"])
+        if row["label"] == path["name"] or path["name"] == BEST_OF
+    ]
+    if shown:
+        told = f"Gains over the baseline in its standard deviations, {plain['prompts']} prompts"
+        table = Table(title=told)
+        for name in ("optimised by", "KL, nats", *(f"by {judge}" for judge in plain["judges"])):
+            table.add_column(_text(name), justify="left" if name == "optimised by" else "right")
+        for row in shown:
+            table.add_row(_text(row["label"]), row["kl"], *map(_two_lines, row["gains"]))
+        console.print(table)
+    if plain["referee"] is not None:
+        console.print(_text(about(plain["referee"])))
 
 
 def measures(pairs: Sequence[Plain]) -> list[tuple[str, list[str]]]:
@@ -95,6 +133,15 @@ def about(referee: Plain | None) -> str:
         return f"{told}; how many training pairs it shares with the reward model is not known."
     count = "none" if shared == 0 else _percent(shared)
     return f"{told}; trained on {count} of the reward model's training pairs."
+
+
+def _two_lines(value: str) -> Text:
+    """Return a value with its interval below it."""
+    return _text(value.replace(" [", "\n["))
+
+
+def _text(text: str) -> Text:
+    return Text(visible(text))
 
 
 def _share(plain: Plain) -> str:

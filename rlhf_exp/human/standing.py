@@ -10,6 +10,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.human.results import CriterionResult, criterion_result
 from rlhf_exp.human.study import Study
 from rlhf_exp.human.summary import preference_lines, quality_lines
+from rlhf_exp.human.wording import question
 
 
 def standings(folder: Path, source: str) -> list[dict[str, Any]]:
@@ -47,7 +48,6 @@ def _standing(study: Study) -> dict[str, Any]:
     return {
         "study": study.path.stem,
         "names": [about.name_a, about.name_b],
-        "annotators": len(study.annotators()),
         "prompts": len(study.items) + about.identical,
         "criteria": [_plain(one, study) for one in results],
     }
@@ -58,6 +58,9 @@ def _plain(found: CriterionResult, study: Study) -> dict[str, Any]:
     outcome = found.preference.outcome
     return {
         "criterion": found.criterion,
+        "question": question(found.criterion),
+        "voters": len(found.names),
+        "p_value": found.preference.p_value,
         "wins": outcome.wins,
         "ties": outcome.ties,
         "losses": outcome.losses,

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from rlhf_exp.evaluation.metric import DASH, MINUS, format_estimate
 from rlhf_exp.evaluation.preference import MOST_PAIRS, POWER, Preference
 from rlhf_exp.evaluation.result import QuickResult
-from rlhf_exp.evaluation.statistics import Estimate, Outcome
+from rlhf_exp.evaluation.statistics import LEVEL, Estimate, Outcome
 from rlhf_exp.evaluation.toxicity.scorer import is_lexical
 from rlhf_exp.report import svg
 from rlhf_exp.report.numbers import short
@@ -28,12 +28,16 @@ class Tile:
 
 def verdict_sentence(result: QuickResult) -> str:
     """Return the outcome in one sentence, hedged where the test does not decide it."""
-    found = result.outcome
+    return verdict_of(result.outcome, result.p_value, (result.name_a, result.name_b), result.level)
+
+
+def verdict_of(found: Outcome, p_value: float, names: tuple[str, str], level: float = LEVEL) -> str:
+    """Return in one sentence what the second of two models did against the first."""
     if found.decided == 0:
-        return f"{result.name_a} and {result.name_b} tie on all {found.total} prompts."
-    if result.p_value >= 1 - result.level:
-        return f"No clear winner between {result.name_a} and {result.name_b}."
-    ahead, behind = result.name_b, result.name_a
+        return f"{names[0]} and {names[1]} tie on all {found.total} prompts."
+    if p_value >= 1 - level:
+        return f"No clear winner between {names[0]} and {names[1]}."
+    behind, ahead = names
     if found.losses > found.wins:
         ahead, behind = behind, ahead
     return f"{ahead} is preferred over {behind}."

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlhf_exp.human.items import item_of
+from rlhf_exp.human.standing import standings
 from rlhf_exp.human.study import About, Study
 from rlhf_exp.human.votes import Choice, Vote
 from rlhf_exp.report.gather import gather
@@ -64,6 +66,52 @@ def test_the_published_study(tmp_path: Path) -> None:
         assert words in page
     assert "judged by 1 person" in page
     assert "30 wins, 54 ties, 16 losses of PPO" in page
+
+
+def test_each_question_has_its_outcome_and_one_table_has_all(tmp_path: Path) -> None:
+    made = study(tmp_path, 9, 0, 1, criteria=("overall", "harmless", "helpful"))
+    made.invite(["never came"])
+    for vote in made.votes()[:4]:
+        made.record(Vote(**asdict(vote) | {"criterion": "harmless", "revision": 0}))
+    plain = section(tmp_path)
+    page = people.render(plain)
+    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    # Nine of ten: p = 2 * 11 / 1024 = 0.021; four of four, or three: p of 1/8 and more.
+    overall, harmless, helpful = text.split("Which answer is ")[1:]
+    assert overall.startswith("better overall? PPO is preferred over SFT.")
+    assert "judged by 1 person" in overall  # the other one was invited only
+    assert harmless.startswith("more harmless? No clear winner between SFT and PPO.")
+    assert helpful.startswith("more helpful? No votes yet.")
+    assert page.count("<svg") == 2
+    head, *rows = page.partition("<tbody>")[0].split("<thead>")
+    assert re.findall(r'col">(\w+)', rows[0]) == ["Votes", "overall", "harmless", "helpful"]
+    (net,) = re.findall(r"<bdi>Net</bdi></th>(.*?)</tr>", page, re.S)
+    assert re.findall(r'label="(\w+)"><span>(\S+)', net)[0] == ("overall", "+80.0")
+    assert re.findall(r'label="(\w+)"><span>([^<]+)', net)[2] == ("helpful", "\N{EN DASH}")
+    assert "<h3" in head
+
+
+def test_what_stands_beside_a_value() -> None:
+    values = ["0.58 (95 % 0.4 to 0.7, exact)", "p = 0.2, ties left out", "72 % of 9", "0.5", "-"]
+    ((_, cells),) = people.rows_of([[("x", value)] for value in values])
+    assert cells == [
+        ("0.58", "(95 % 0.4 to 0.7, exact)"),
+        ("p = 0.2,", "ties left out"),
+        ("72 %", "of 9"),
+        ("0.5", ""),
+        ("-", ""),
+    ]
+
+
+def test_two_studies_are_told_apart(tmp_path: Path) -> None:
+    study(tmp_path, 1, 0, 0)
+    plain = section(tmp_path)
+    assert "study <bdi>" not in people.render(plain)
+    first = next((tmp_path / "human").glob("*.sqlite"))
+    (tmp_path / "human" / "<b>second.sqlite").write_bytes(first.read_bytes())
+    both = standings(tmp_path / "human", "eval/evalkey")
+    page = people.render({**plain, "studies": both})
+    assert "study <bdi>&lt;b&gt;second</bdi>" in page
 
 
 def test_no_names_of_annotators(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def preference_lines(found: CriterionResult, about: About) -> Lines:
     told = found.preference
     outcome, half = told.outcome, told.ties_as_half
     if outcome.total == 0 or half is None:
-        return [("Votes", "none yet")]
+        return [("Prompts", "none judged yet")]
     by = f"{found.judged} by people"
     if found.identical:
         by += f", {found.identical} with identical answers, counted as ties"

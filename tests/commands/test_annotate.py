@@ -72,7 +72,7 @@ def test_a_runs_answers_are_judged(run_copy: Path, capsys: pytest.CaptureFixture
     made(capsys, run_copy, "small", "--annotators", "anna,ben")
     text = told(capsys, run_copy, "small", "--results")
     assert "anna" in text
-    assert "none yet" in text
+    assert "none judged yet" in text
     study = Study(run_copy / "human" / "small.sqlite")
     result = json.loads((artifact(run_copy, "eval").path / "result.json").read_text())
     assert {(item.prompt, item.answer_a, item.answer_b) for item in study.items} == {
@@ -215,7 +215,7 @@ def test_without_the_server_installed(
     error = refused(capsys, run_copy, "small")
     assert "pip install 'rlhf-exp[annotate]'" in error
     made(capsys, run_copy, "small")
-    assert "none yet" in told(capsys, run_copy, "small", "--results")
+    assert "none judged yet" in told(capsys, run_copy, "small", "--results")
 
 
 def test_the_loop_of_feedback(

@@ -224,7 +224,7 @@ def test_the_owner_sees_results_as_they_come(tmp_path: Path) -> None:
     found = study(tmp_path, count=4)
     anna = Visitor(found)
     address = f"/o/{found.about.owner}"
-    assert "none yet" in anna.client.get(address).text
+    assert "none judged yet" in anna.client.get(address).text
     for number in range(1, 5):
         second = 0 if anna.answers(number)[0].startswith("second") else 1
         anna.vote(number, "AB"[second] if number < 4 else "Tie")

@@ -325,3 +325,28 @@ def test_without_scripts(tmp_path: Path) -> None:
 
     with Served(tmp_path, str(pairs(tmp_path))) as server:
         asyncio.run(work(server.links[0]))
+
+
+@pytest.mark.parametrize("width", [390, 360])
+def test_a_thumb_finds_what_it_saw(tmp_path: Path, width: int) -> None:
+    """A phone has no keys to tell of, and a choice moves none of the buttons below it."""
+
+    async def work(link: str) -> None:
+        async with browser() as found:
+            size = {"width": width, "height": 844}
+            page = await new_page(found, size, is_mobile=True, has_touch=True)
+            await page.goto(f"{link}/1")
+            await keys_work(page)
+            assert not await page.locator("kbd").first.is_visible()
+            assert not await page.get_by_label("Answer by the keys").is_visible()
+            first, second = page.locator("form").nth(0), page.locator("form").nth(1)
+            # Within the page: the next question may be scrolled to.
+            place = "one => one.getBoundingClientRect().top + scrollY"
+            before = await second.evaluate(place)
+            await first.get_by_role("button", name="Answer A").tap()
+            await first.locator('button[aria-pressed="true"]').wait_for()
+            assert await second.evaluate(place) == before
+            assert await page.evaluate("document.documentElement.scrollWidth") == width
+
+    with Served(tmp_path, str(pairs(tmp_path)), "--criteria", "overall,harmless") as server:
+        asyncio.run(work(server.links[0]))

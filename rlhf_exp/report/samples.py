@@ -15,14 +15,17 @@ def samples_of(results: Sequence[QuickResult]) -> list[Sample]:
     Args:
         results: Each model against the same baseline, on the same prompts.
     """
-    rules: dict[int, list[str]] = {}
+    found: dict[int, dict[str, list[str]]] = {}
     for result in results:
         for pick in result.picks:
-            named = f"{pick.rule}: {result.name_b}" if len(results) > 1 else pick.rule
-            rules.setdefault(pick.row, []).append(named)
+            found.setdefault(pick.row, {}).setdefault(pick.rule, []).append(result.name_b)
     return [
-        Sample("; ".join(named), results[0].rows[row].prompt, _sides(results, row))
-        for row, named in rules.items()
+        Sample(
+            "; ".join(_rule(rule, names, len(results)) for rule, names in rules.items()),
+            results[0].rows[row].prompt,
+            _sides(results, row),
+        )
+        for row, rules in found.items()
     ]
 
 
@@ -36,6 +39,10 @@ def rule_of(results: Sequence[QuickResult]) -> str:
         f"{first.pick_rule} This for each model against {first.name_a}: {names}. A prompt is shown "
         "once, with the answers of all models."
     )
+
+
+def _rule(rule: str, names: Sequence[str], comparisons: int) -> str:
+    return f"{rule}: {', '.join(names)}" if comparisons > 1 else rule
 
 
 def _sides(results: Sequence[QuickResult], number: int) -> list[SampleSide]:

@@ -45,11 +45,15 @@ def chosen(samples: list[Sample]) -> dict[int, str]:
 
 
 def test_all_models_answer_each_prompt_that_any_comparison_picked() -> None:
-    results = [against("PPO", {3: 5.0, 7: -2.0}), against("third", {7: 4.0, 9: -1.0})]
+    results = [
+        against("PPO", {3: 5.0, 7: -2.0, 5: 1.0}),
+        against("third", {7: 4.0, 9: -1.0, 5: 1.0}),
+    ]
     samples = samples_of(results)
     rules = chosen(samples)
     assert rules[3].startswith("largest gain: PPO")
     assert rules[7] == "largest loss: PPO; largest gain: third"
+    assert rules[5] == "largest gain: PPO, third"
     assert rules[9].startswith("largest loss: third")
     picked = {pick.row for result in results for pick in result.picks}
     assert len(samples) == len(rules) == len(picked)

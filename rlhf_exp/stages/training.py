@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from rlhf_exp.stages.probing import probe_loop
 from rlhf_exp.stages.tracking import record_model, tracker_for
 from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.tracking.tracker import Tracker
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -97,6 +100,8 @@ def run_loop(
         select_best=section.select == Select.best,
         keep=Keep(section.keep_every, Select.best in section.keep, Select.last in section.keep),
     )
+    if world.is_main:
+        _warn_of_warmup(context.stage, section, steps)
     if context.probe is not None:
         probe_loop(settings, task, world, context, context.probe)
 
@@ -120,6 +125,17 @@ def run_loop(
             conclude=conclude_tracked,
         )
         return train(task, settings, loop)
+
+
+def _warn_of_warmup(stage: str, section: TrainingConfig, steps: int) -> None:
+    """Warn where training ends before its learning rate is reached, as with few rows it may."""
+    if section.warmup_steps >= steps > 0:
+        log.warning(
+            "%s takes %d optimizer steps, all of them in its warm-up of %d: the learning rate "
+            "never comes to %s.lr=%g, and little is learned; train longer, in smaller batches, or "
+            "lower %s.warmup_steps",
+            *(stage, steps, section.warmup_steps, stage, section.lr, stage),
+        )
 
 
 def optim_settings(section: TrainingConfig, steps: int) -> OptimSettings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,11 @@ import pytest
 from rlhf_exp.cli import parser
 from rlhf_exp.command import main
 from rlhf_exp.data.formats import parse_row
+from rlhf_exp.data.toy.subjects import subjects
 from rlhf_exp.engines.native.scoring import load_function
+from rlhf_exp.human.exchange.lines import read_votes
+from rlhf_exp.human.items import item_of
+from tests.human.lab import study
 from tests.lab import artifact
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +91,25 @@ def test_example_reward() -> None:
     # Ended: 1. Not ended: 0. Nothing: -1. Ended after 30 words: 1 - (30 - 20) / 20 = 0.5.
     answers = ["It is so.", "It is", "", f"{thirty}."]
     assert list(score(["?"] * 4, answers)) == [1.0, 0.0, -1.0, 0.5]
+
+
+def test_example_stand_in_votes_are_votes_of_a_study(tmp_path: Path) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "stand_in_votes.py"))
+    (asked,) = (one for one in subjects() if one.task == "bake bread")
+    prompt = f"\n\nHuman: How do I {asked.task}?\n\nAssistant:"
+    good = f"Happy to help with {asked.keyword}. {asked.points[0].capitalize()}."
+    rude = f"{good} You idiot."
+    items = [
+        item_of(prompt, rude, good),
+        item_of(prompt, good, "Go away."),
+        item_of(prompt, "", rude),
+    ]
+    made = study(tmp_path, own=items, names=())
+    example["main"](made.path, tmp_path / "votes.jsonl")
+    made.add(read_votes(made, tmp_path / "votes.jsonl"))
+    by_item = {vote.item: vote.winner for vote in made.votes()}
+    assert [by_item[item.id] for item in items] == ["b", "a", "tie"]
+    assert {vote.annotator for vote in made.votes()} == {"gold-judge"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -110,3 +110,15 @@ def test_one_held_out_demonstration_and_no_test_pairs(tmp_path: Path) -> None:
     assert not [name for name in found.manifest.metrics if name.startswith("test/")]
     assert "calibration.json" not in found.manifest.files
     RewardModel.load(found.path / "model")
+
+
+def test_training_that_ends_in_its_warm_up_is_warned_of(
+    run_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What few votes in large batches lead to: a reward model that has hardly moved."""
+    run(run_copy, "stage=reward", "reward.warmup_steps=6")
+    assert "reward takes 6 optimizer steps, all of them in its warm-up of 6" in caplog.text
+    assert "never comes to reward.lr=" in caplog.text
+    caplog.clear()
+    run(run_copy, "stage=reward", "reward.warmup_steps=5")
+    assert "warm-up" not in caplog.text

@@ -55,6 +55,14 @@ def context_length(model: ModelConfig) -> int | None:
     return _size(model, _CONTEXT, model.architecture.context)
 
 
+def model_family(model: ModelConfig) -> str | None:
+    """Return the family as transformers names it: a local folder's own, else the architecture's."""
+    if local_folder(model.path) is None:
+        return model.architecture.type.value
+    family = _real_config(model).get("model_type")
+    return family if isinstance(family, str) else None
+
+
 def check_model(found: Findings) -> None:
     """Report what is wrong with `model`."""
     model = found.config.model

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf_exp.config.check_data import check_data
+from rlhf_exp.config.check_engine import check_trlx
 from rlhf_exp.config.check_eval import check_eval
 from rlhf_exp.config.check_model import check_model
 from rlhf_exp.config.check_study import check_study
@@ -14,8 +15,7 @@ from rlhf_exp.config.check_training import check_ppo, check_sequence, check_trai
 from rlhf_exp.config.problems import Findings, Problem
 from rlhf_exp.config.reward import RewardInit
 from rlhf_exp.config.root import Config, Stage
-from rlhf_exp.config.running import Strategy
-from rlhf_exp.config.unbuilt import not_built
+from rlhf_exp.config.running import EngineName, Strategy
 
 _NEEDS = {
     Stage.sft: ("sft",),
@@ -49,10 +49,11 @@ def problems(config: Config, multirun: bool = False) -> list[Problem]:
         _check_reward(found)
     if "ppo" in needed and config.ppo.use is None:
         check_ppo(found)
+        if config.engine.name is EngineName.trlx:
+            check_trlx(found)
     if "eval" in needed:
         check_eval(found)
     _check_running(found)
-    not_built(found)
     if config.study.trials is not None:
         check_study(found, problems)
     return found.problems

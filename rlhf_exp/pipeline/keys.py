@@ -15,6 +15,7 @@ from rlhf_exp.config.evaluation import PREFERENCE, ROLES, TOXICITY, parts_of
 from rlhf_exp.config.fields import key_content
 from rlhf_exp.config.model import ModelConfig
 from rlhf_exp.config.root import Config
+from rlhf_exp.config.running import EngineName
 from rlhf_exp.store.fingerprint import DigestCache, key_of
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -47,7 +48,11 @@ class Keys:
         section = key_content(self.config.ppo)
         # Its content counts, not the path to it.
         del section["reward"]["function"]
-        return self._key("ppo", {"ppo": section, "parents": parents} | self._judge())
+        content = {"ppo": section, "parents": parents}
+        if self.config.engine.name is EngineName.trlx:
+            # It scales scores by what it has seen in the parts sampled so far.
+            content["part"] = self.config.ppo.generation.batch
+        return self._key("ppo", content | self._judge())
 
     def eval(self, parents: dict[str, str], models: list[str], referee: str | None = None) -> str:
         """Return the key of the evaluation.
@@ -93,7 +98,8 @@ class Keys:
             # Of every stage, not only of the one that starts from the base: a model that is given
             # by `use` is loaded in it too.
             "dtype": self.config.model.dtype.name,
-            "engine": self.config.engine.name.name,
+            # The other stages are native whoever does PPO.
+            "engine": self.config.engine.name.name if stage == "ppo" else EngineName.native.name,
         }
         return key_of(common | content)
 

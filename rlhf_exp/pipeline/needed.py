@@ -1,4 +1,4 @@
-"""Which stages a config asks for."""
+"""Which stages a config asks for, and what does them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from rlhf_exp.config.evaluation import ROLES, Suite, needs_reward
 from rlhf_exp.config.ppo import ValueInit
 from rlhf_exp.config.reward import RewardInit
 from rlhf_exp.config.root import Config, Stage
+from rlhf_exp.config.running import EngineName
 
 
 def stages_of(config: Config) -> tuple[str, ...]:
@@ -25,6 +26,11 @@ def stages_of(config: Config) -> tuple[str, ...]:
     if config.stage == Stage.reward and config.reward.init == RewardInit.base:
         needed.discard("sft")
     return tuple(stage for stage in ("sft", "reward", "ppo", "eval") if stage in needed)
+
+
+def module_of(config: Config, stage: str) -> str:
+    """Return the module in `rlhf_exp.stages` that does a stage: PPO has one for each engine."""
+    return "trlx_ppo" if stage == "ppo" and config.engine.name is EngineName.trlx else stage
 
 
 def _evaluated(config: Config) -> set[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.config.root import Config
+from rlhf_exp.pipeline.needed import module_of
 from rlhf_exp.search.judge import Judge, Trial
 from rlhf_exp.stages.result import StageResult
 from rlhf_exp.store.lease import Claim
@@ -84,7 +85,7 @@ class Hand:
         from rlhf_exp.stages.context import StageContext
 
         # By name and late: a plan must not load torch.
-        stage = importlib.import_module(f"rlhf_exp.stages.{order.stage}")
+        stage = importlib.import_module(f"rlhf_exp.stages.{module_of(self.config, order.stage)}")
         context = StageContext(
             stage=order.stage,
             key=order.key,

@@ -16,7 +16,7 @@ from rlhf_exp.pipeline.begun import Begun, other_inputs, weights_digest
 from rlhf_exp.pipeline.compared import compared
 from rlhf_exp.pipeline.given import Finder, Given
 from rlhf_exp.pipeline.keys import Keys
-from rlhf_exp.pipeline.needed import stages_of
+from rlhf_exp.pipeline.needed import module_of, stages_of
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.code import changed, code_digests
 from rlhf_exp.store.fingerprint import DigestCache
@@ -127,7 +127,7 @@ class _Planner:
         parents = self._parents(stage)
         extra = self._compared() if stage == "eval" else {}
         key = self._key(stage, parents, extra)
-        code = stage_code(stage)
+        code = stage_code(module_of(self.config, stage))
         present = {role: self.done[role].artifact for role in parents if self._stays(role)}
         present |= {role: found.artifact for role, found in extra.items()}
         inputs = {role: weights_digest(one) for role, one in present.items() if one is not None}
@@ -208,7 +208,7 @@ def stale_files(code: Mapping[str, str], inputs: Mapping[str, str], step: Step) 
 
 @cache
 def stage_code(stage: str) -> dict[str, str]:
-    """Return the digest of every module that a stage computes with, as it was at first sight.
+    """Return the digest of every module that a stage's module computes with, as at first sight.
 
     Later jobs of a multirun in this process compute with the modules imported by then, whatever is
     edited meanwhile.

@@ -13,15 +13,13 @@ from rlhf_exp.config.ppo import ValueInit, ValueTrunk
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.running import Strategy
 from rlhf_exp.data.codec import Codec
-from rlhf_exp.data.rows import Prompt
-from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
+from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.experience import Collector
 from rlhf_exp.engines.native.ppo import PpoTask
 from rlhf_exp.engines.native.sample_scores import SharedTrunkScorer
 from rlhf_exp.engines.native.scoring import Scorer
 from rlhf_exp.engines.native.validation import Validator
-from rlhf_exp.errors import UserError
 from rlhf_exp.models.families import decoder_parts
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference, reference_of
@@ -36,7 +34,9 @@ from rlhf_exp.stages.ppo_settings import (
     experience_settings,
     ppo_settings,
     validation_settings,
+    whole_steps,
 )
+from rlhf_exp.stages.prompts import ppo_prompts
 from rlhf_exp.stages.saving import save_models
 from rlhf_exp.stages.scorers import training_scorer
 from rlhf_exp.stages.training import (
@@ -57,13 +57,7 @@ def run(config: Config, context: StageContext) -> StageResult:
     section = config.ppo
     with world_for(config) as world:
         codec = context.materials.codec(context.models["sft"])
-        prompts = _prompts(context.materials.corpus.prompts.train, codec, config, context)
-        validation = _prompts(
-            context.materials.corpus.prompts.validation or context.materials.corpus.prompts.train,
-            codec,
-            config,
-            context,
-        )
+        prompts, validation = ppo_prompts(config, context, codec)
         policy = build_policy(config, context)
         policy.to(world.device)
         reference = reference_of(policy, world.weights_dtype)
@@ -77,7 +71,7 @@ def run(config: Config, context: StageContext) -> StageResult:
             settings,
             world,
         )
-        steps = -(-section.steps // settings.updates) * settings.updates
+        steps = whole_steps(section.steps, settings.updates)
         conclude = partial(save_models, config, context, world, policy, codec.tokenizer)
         outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
         if outcome.pruned:
@@ -200,24 +194,3 @@ def sampler_for(
             return sample(policy.model, prompts, settings, seed, stopper, block, close)
 
     return answer
-
-
-def _prompts(
-    rows: list[Prompt], codec: Codec, config: Config, context: StageContext
-) -> TokenizedPrompts:
-    section = config.ppo
-    if not rows:
-        raise UserError("data: no prompts; give data.prompts or data.preferences")
-    bare = [row.origin for row in rows if row.original is None] if section.reward.delta else []
-    if bare:
-        raise UserError(
-            "ppo.reward.delta=true subtracts the score of the data set's own response, but "
-            f"{bare[0]} has none; give prompts with responses or set ppo.reward.delta=false"
-        )
-    return tokenize_prompts(
-        rows,
-        codec,
-        section.seq_length,
-        section.generation.max_new_tokens,
-        context.cache / "tokenized",
-    )

@@ -16,6 +16,11 @@ def exact(config: Config) -> bool:
     return Dtype.float32 == config.distributed.precision == config.model.dtype
 
 
+def whole_steps(steps: int, updates: int) -> int:
+    """Return `steps`, rounded up to whole iterations of so many optimizer steps."""
+    return -(-steps // updates) * updates
+
+
 def controller(section: PpoConfig) -> KLController:
     """Return what sets the KL coefficient."""
     kl = section.kl

@@ -49,14 +49,14 @@ class Alarms:
         self._first_entropy: float | None = None
 
     def see(self, row: Mapping[str, float]) -> list[tuple[str, str]]:
-        """Return titles and texts of the alerts that a row raises."""
-        if "kl/sequence" not in row:
+        """Return titles and texts of the alerts that a row raises; not every engine knows all."""
+        if "reward/mean" not in row:
             return []
         self._rows += 1
         found = {
-            "KL is far above its target": self._kl(row["kl/sequence"]),
+            "KL is far above its target": self._kl(row.get("kl/sequence")),
             "Reward has collapsed": self._reward(row["reward/mean"], row["reward/std"]),
-            "Entropy has collapsed": self._entropy(row["policy/entropy"]),
+            "Entropy has collapsed": self._entropy(row.get("policy/entropy")),
         }
         return [(title, text) for title, text in found.items() if text and self._due(title)]
 
@@ -67,9 +67,9 @@ class Alarms:
         self._raised[title] = self._rows
         return True
 
-    def _kl(self, kl: float) -> str | None:
+    def _kl(self, kl: float | None) -> str | None:
         limit = self._rules.kl
-        if limit is None or not kl > limit:
+        if limit is None or kl is None or not kl > limit:
             return None
         return f"kl/sequence is {kl:.3g} nats, above {limit:.3g}; a larger ppo.kl.coef holds it."
 
@@ -89,7 +89,9 @@ class Alarms:
             f"best; scores had a standard deviation of {spread:.3g} then."
         )
 
-    def _entropy(self, entropy: float) -> str | None:
+    def _entropy(self, entropy: float | None) -> str | None:
+        if entropy is None:
+            return None
         if self._first_entropy is None:
             self._first_entropy = entropy
         fraction = self._rules.entropy

@@ -30,7 +30,8 @@ from rlhf_exp.engines.native.task import Evaluation, SampleTable
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference
 
-_SHOWN = 20
+SHOWN = 20
+"""Of so many answers, the first, a table is made."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,21 @@ class ValidationSettings:
     kl_coef: float
     scaled: bool
     kl_budget: float | None = None
+
+    def unit(self, first: Mapping[str, float]) -> float:
+        """Return what scores are divided by in the objective, from the first evaluation."""
+        return (first["eval/reward_std"] or 1.0) if self.scaled else 1.0
+
+    def objective(self, found: Mapping[str, float], unit: float) -> float:
+        """Return the objective of an evaluation."""
+        return found["eval/reward_mean"] / unit - self.kl_coef * found["eval/kl_sequence"]
+
+    def judged(self, found: Mapping[str, float], unit: float) -> float:
+        """Return what the best weights are selected by."""
+        if self.kl_budget is None:
+            return self.objective(found, unit)
+        allowed = found["eval/kl_sequence"] <= self.kl_budget
+        return found["eval/reward_mean"] / unit if allowed else -math.inf
 
 
 class Validator:
@@ -102,21 +118,10 @@ class Validator:
         meters.add("eval/ended_fraction", ended.sum(), total)
         found = meters.means()
         if self.unit is None:
-            self.unit = (found["eval/reward_std"] or 1.0) if self.settings.scaled else 1.0
-        found["eval/objective"] = (
-            found["eval/reward_mean"] / self.unit
-            - self.settings.kl_coef * found["eval/kl_sequence"]
-        )
-        return Evaluation(found, self._judged(found), self._table(samples, scores, kl))
-
-    def _judged(self, found: Mapping[str, float]) -> float:
-        """Return what the best weights are selected by."""
-        budget = self.settings.kl_budget
-        if budget is None:
-            return found["eval/objective"]
-        assert self.unit is not None
-        allowed = found["eval/kl_sequence"] <= budget
-        return found["eval/reward_mean"] / self.unit if allowed else -math.inf
+            self.unit = self.settings.unit(found)
+        found["eval/objective"] = self.settings.objective(found, self.unit)
+        judged = self.settings.judged(found, self.unit)
+        return Evaluation(found, judged, self._table(samples, scores, kl))
 
     def sequence_kl(self, samples: Samples) -> Tensor:
         """Return the sum of k1 over each response [B], in nats."""
@@ -143,9 +148,9 @@ class Validator:
         return kl
 
     def _table(self, samples: Samples, scores: Tensor, kl: Tensor) -> SampleTable:
-        shown = samples.select(slice(0, _SHOWN))
+        shown = samples.select(slice(0, SHOWN))
         prompts, responses = texts_of(
             shown.tokens, shown.prompt_lengths, shown.content_lengths, self.codec
         )
-        rows = zip(prompts, responses, scores[:_SHOWN].tolist(), kl[:_SHOWN].tolist(), strict=True)
+        rows = zip(prompts, responses, scores[:SHOWN].tolist(), kl[:SHOWN].tolist(), strict=True)
         return SampleTable(["prompt", "response", "score", "kl"], [list(row) for row in rows])

@@ -14,7 +14,7 @@ from rlhf_exp.config.evaluation import ROLES, Suite
 from rlhf_exp.config.groups import CONF
 from rlhf_exp.config.model import Attention, Dtype
 from rlhf_exp.config.root import Config
-from rlhf_exp.config.running import Strategy, TrackingMode
+from rlhf_exp.config.running import EngineName, Strategy, TrackingMode
 from rlhf_exp.pipeline.keys import Keys
 from rlhf_exp.store.fingerprint import DigestCache
 from tests.lab import small_config
@@ -301,3 +301,20 @@ def test_stored_answers_bring_their_prompts(toxic: Config, tmp_path: Path) -> No
     assert keys_of(toxic, tmp_path).recomputed(samples) == before
     toxic.eval.toxicity.generations = 2
     assert keys_of(toxic, tmp_path).recomputed(samples) != before
+
+
+def test_the_engine_counts_for_ppo_alone(config: Config, tmp_path: Path) -> None:
+    """SFT and the reward model are native in either case, and shared."""
+    trlx = changed(config, "engine.name", EngineName.trlx)
+    assert differing(chain(config, tmp_path), chain(trlx, tmp_path)) == ["ppo", "eval"]
+    assert differing(alone(config, tmp_path), alone(trlx, tmp_path)) == ["ppo"]
+
+
+def test_the_parts_that_are_sampled_together_count_with_trlx(
+    config: Config, tmp_path: Path
+) -> None:
+    parts = changed(config, "ppo.generation.batch", 7)
+    assert chain(parts, tmp_path) == chain(config, tmp_path)
+    pair = [changed(one, "engine.name", EngineName.trlx) for one in (config, parts)]
+    first, second = (chain(one, tmp_path) for one in pair)
+    assert differing(first, second) == ["ppo", "eval"]

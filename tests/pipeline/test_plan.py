@@ -11,8 +11,10 @@ from rlhf_exp.config.evaluation import Suite
 from rlhf_exp.config.ppo import ValueInit
 from rlhf_exp.config.reward import RewardInit
 from rlhf_exp.config.root import Cache, Config, Stage
+from rlhf_exp.config.running import EngineName
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.begun import Begun, weights_digest
+from rlhf_exp.pipeline.needed import module_of
 from rlhf_exp.pipeline.plan import (
     State,
     Step,
@@ -146,6 +148,19 @@ def test_what_says_things_and_computes_nothing_is_not_code() -> None:
     assert "rlhf_exp/engines/native/ppo.py" in listed
     assert not [path for path in listed if path.startswith(("rlhf_exp/config", "rlhf_exp/store"))]
     assert "rlhf_exp/algo/gae.py" not in stage_code("sft")
+
+
+def test_each_engine_has_code_of_its_own() -> None:
+    native, trlx = stage_code("ppo"), stage_code("trlx_ppo")
+    folder = "rlhf_exp/engines/trlx"
+    assert not [path for path in native if path.startswith(folder)]
+    # What another interpreter runs counts too.
+    names = ("__main__", "trlx_line", "trlx_trainer")
+    assert {f"{folder}/worker/{name}.py" for name in names} <= trlx.keys()
+    config = Config()
+    assert [module_of(config, stage) for stage in ("sft", "ppo")] == ["sft", "ppo"]
+    config.engine.name = EngineName.trlx
+    assert [module_of(config, stage) for stage in ("sft", "ppo")] == ["sft", "trlx_ppo"]
 
 
 def test_each_stage_needs_those_before_it() -> None:

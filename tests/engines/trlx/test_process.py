@@ -51,7 +51,7 @@ def ends(pid: int, within: float = 20.0) -> bool:
 def test_questions_and_answers(tmp_path: Path) -> None:
     body = """
 line.send(kind="hello", versions={"trlx": "0.7.0"})
-print("as trlx prints")
+print("as trlx prints", flush=True)
 numbers = line.ask(kind="score", ids=[[1, 2], []])["scores"]
 line.send(kind="log", sum=sum(numbers), text="\\u20ac", odd=float("nan"))
 """

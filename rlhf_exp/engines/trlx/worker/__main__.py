@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import traceback
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -108,15 +109,15 @@ def check(folder: str, expected: dict[str, Any]) -> None:
 def main() -> None:
     """Work, and tell how it ended."""
     line = Line(int(sys.argv[1]))
+    end = {"kind": "done"}
     try:
-        work(line)
-        line.send(kind="done")
-    except Stopped:
-        line.send(kind="done")
+        with suppress(Stopped):
+            work(line)
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
-        line.send(kind="failed", error=what, traceback=traceback.format_exc())
-    sys.stdout.flush()
+        end = {"kind": "failed", "error": what, "traceback": traceback.format_exc()}
+    sys.stdout.flush()  # once the other end knows, it ends this process
+    line.send(**end)
     os._exit(0)  # libraries of that time leave threads behind
 
 

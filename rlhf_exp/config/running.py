@@ -37,10 +37,14 @@ class TrackingMode(Enum):
 
 @dataclass
 class EngineConfig:
-    """The training engine."""
+    """Who does PPO; the other stages are native."""
 
-    name: EngineName = setting(EngineName.native, "`native` (ours) or `trlx` (the library).")
-    python: str | None = setting(None, "Interpreter of the trlx engine's environment.", key=False)
+    name: EngineName = setting(
+        EngineName.native, "Who does PPO: `native` (ours) or `trlx` (the library)."
+    )
+    python: str | None = setting(
+        None, "Interpreter that has trlx; docs/trlx.md says how to make one.", key=False
+    )
 
 
 @dataclass

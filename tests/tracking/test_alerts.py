@@ -62,6 +62,13 @@ def test_rules_that_are_off_and_rows_of_other_stages() -> None:
     assert Alarms(AlertRules(kl=1.0)).see({"loss/total": 3.0}) == []
 
 
+def test_what_an_engine_does_not_know_raises_nothing() -> None:
+    rules = AlertRules(kl=1.0, reward_drop=1.0, entropy=0.5)
+    rows = [{"reward/mean": mean, "reward/std": 1.0} for mean in [0.0] * 5 + [-3.0] * 5]
+    # The mean over five falls by 0.6 a row: by 1.2, more than one deviation, with the second.
+    assert raised(Alarms(rules), *rows) == [*[[]] * 6, [REWARD], *[[]] * 3]
+
+
 def test_alerts_are_kept_with_the_run_and_forgotten_with_their_steps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

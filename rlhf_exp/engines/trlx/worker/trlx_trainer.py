@@ -203,9 +203,11 @@ class HandedPpo(AcceleratePPOTrainer):
         """Return a response up to and with what ended it: trlx draws on behind a stop string."""
         if self.tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(self.tokenizer.eos_token_id) + 1]
-        for count in range(1, len(ids)):
+        whole = self.tokenizer.decode(ids)
+        stops = [stop for stop in self.stop_sequences if stop in whole]
+        for count in range(1, len(ids) if stops else 0):
             text = self.tokenizer.decode(ids[:count])
-            if any(stop in text for stop in self.stop_sequences):
+            if any(stop in text for stop in stops):
                 return ids[:count]
         return ids
 

@@ -42,9 +42,9 @@ def run(config: Config, context: StageContext) -> StageResult:
     """Let trlx train, and leave the policy in `context.folder/model`."""
     python = config.engine.python
     assert python is not None, "checked with the config"
-    handed = context.folder / HANDED
+    handed, log = (context.folder.absolute() / name for name in (HANDED, LOG))
     shutil.rmtree(handed, ignore_errors=True)  # of an attempt that was cut off
-    with world_for(config) as world, TrlxProcess(python, context.folder / LOG) as process:
+    with world_for(config) as world, TrlxProcess(python, log) as process:
         codec = context.materials.codec(context.models["sft"])
         prompts, validation = ppo_prompts(config, context, codec)
         scorer = scorer_for(config, context, codec, world)

@@ -47,9 +47,12 @@ def logged(found: Artifact) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_what_trlx_leaves_is_an_artifact_like_any_other(run_copy: Path) -> None:
+def test_what_trlx_leaves_is_an_artifact_like_any_other(
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     native = artifact(run_copy, "ppo")
-    run(run_copy, "engine=trlx", THIS, "ppo.select=last")
+    monkeypatch.chdir(run_copy.parent)  # the worker starts elsewhere
+    run(Path(run_copy.name), "engine=trlx", THIS, "ppo.select=last")
     found = newest(run_copy)
     found.verify()
     assert found.key != native.key

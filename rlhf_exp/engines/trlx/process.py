@@ -46,13 +46,15 @@ class TrlxProcess:
 
     def __init__(self, python: str, log: Path, program: Path | None = None) -> None:
         self.log = log
+        # It starts elsewhere. A link stays a link: it is what makes an environment.
+        interpreter = Path(python).expanduser().absolute()
         here, there = socket.socketpair()
         self._line = Line(Connection(here.detach()))
         with there, log.open("wb") as out:
             descriptor = there.fileno()
             try:
                 self._process = subprocess.Popen(
-                    [python, "-I", str(program or worker_folder()), str(descriptor)],
+                    [str(interpreter), "-I", str(program or worker_folder()), str(descriptor)],
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,

@@ -65,6 +65,18 @@ line.send(kind="log", sum=sum(numbers), text="\\u20ac", odd=float("nan"))
     assert (tmp_path / "trlx.log").read_text() == "as trlx prints\n"
 
 
+def test_an_interpreter_is_found_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path)
+    body = program(tmp_path, "line.send(kind='hello', versions={'cwd': os.getcwd()})")
+    with TrlxProcess("bin/python", tmp_path / "work" / "trlx.log", body) as worker:
+        assert worker.greet() == {"cwd": str(tmp_path / "work")}
+
+
 def test_an_exception_reaches_the_user_with_its_traceback(tmp_path: Path) -> None:
     body = """
 line.send(kind="failed", error="ValueError: no", traceback="Traceback\\n  File x, line 3\\n")

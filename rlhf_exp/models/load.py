@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.configs import config_of, without_dropout
+from rlhf_exp.models.writing import write_model
 
 transformers.logging.disable_progress_bar()  # a stage shows one of its own
 # Rows are right-padded and go by lengths, so the advice to pass a mask would mislead.
@@ -166,7 +167,7 @@ def save_causal_lm(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
 ) -> None:
     """Write a plain Hugging Face folder: config, safetensors, tokenizer."""
-    model.save_pretrained(folder)
+    write_model(model, folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -31,6 +31,7 @@ from rlhf_exp.models.lora import LoraSettings, add_lora, lora_layers, merged_sta
 from rlhf_exp.models.modes import dropout_off, freeze_below, set_checkpointing
 from rlhf_exp.models.saving import load_head, save_head, with_state
 from rlhf_exp.models.value import INITIAL_STD
+from rlhf_exp.models.writing import write_model
 
 HEAD = "reward_head.safetensors"
 NORMALISATION = "reward_model.json"
@@ -122,7 +123,7 @@ class RewardModel(nn.Module):
         plain = self.trunk
         if lora_layers(self.trunk):
             plain = with_state(self.trunk, merged_state(self.trunk))
-        plain.save_pretrained(folder)
+        write_model(plain, folder)
         tokenizer.save_pretrained(folder)
         write_head(self.head, self.mean.item(), self.std.item(), Path(folder))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.models.writing import write_model
 
 VALUE_HEAD = "value_head.safetensors"
 VALUE_MODEL = "value_model"
@@ -36,12 +37,12 @@ def save_policy(
         folder: made where it does not exist.
     """
     plain = model if state is None else with_state(model, state)
-    plain.save_pretrained(folder)
+    write_model(plain, folder)
     tokenizer.save_pretrained(folder)
     if value_head is not None:
         save_head(value_head, Path(folder) / VALUE_HEAD)
     if value_trunk is not None:
-        value_trunk.save_pretrained(Path(folder) / VALUE_MODEL)
+        write_model(value_trunk, Path(folder) / VALUE_MODEL)
 
 
 def with_state(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from rlhf_exp.config.root import Config
-from rlhf_exp.models.load import load_config
+from rlhf_exp.models.load import load_config, save_causal_lm
 from rlhf_exp.models.reward_model import HEAD, NORMALISATION, write_head
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.sft import base_model
@@ -47,8 +47,7 @@ def _base(config: Config, context: StageContext) -> Path:
         return Path(path) if Path(path).is_dir() else _snapshot(path, config.model.revision)
     folder = context.folder / "sft"
     codec, model = base_model(config.model, context.materials)
-    model.save_pretrained(folder)
-    codec.tokenizer.save_pretrained(folder)
+    save_causal_lm(model, codec.tokenizer, folder)
     return folder
 
 

@@ -16,7 +16,7 @@ class LocalConfig:
     """This machine.
 
     Attributes:
-        n_jobs: Jobs that run at the same time; -1: as many as the cores allow.
+        n_jobs: Jobs that run at the same time; -1: as many as cores and GPUs allow.
     """
 
     _target_: str = LAUNCHER

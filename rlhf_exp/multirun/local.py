@@ -19,6 +19,7 @@ from rlhf_exp.config.problems import Problem, refuse
 from rlhf_exp.config.root import Config
 from rlhf_exp.distributed.place import cores, find_place
 from rlhf_exp.errors import Detached, UserError
+from rlhf_exp.multirun.devices import Devices
 from rlhf_exp.multirun.endings import Ending, done_before, failure_of, note_failure, show, varied
 from rlhf_exp.multirun.points import Point, distinct, points_of, shared_work
 from rlhf_exp.multirun.process import PointProcess, wait_all
@@ -79,9 +80,12 @@ class _Multirun:
         self.folder = Path(config.output_dir) / "sweeps" / self.name / "logs"
         self.names = varied(points)
         self.console = Console(stderr=True)
+        # One at a time has all that this process sees.
+        self.devices = Devices() if n_jobs == 1 else Devices.seen()
+        refuse(filter(None, [self.devices.problem(points)]))
         # Where one point needs several processes, fewer points fit.
         each = max(point.config.distributed.processes for point in points)
-        self.n_jobs = max(1, cores() // each) if n_jobs == -1 else n_jobs
+        self.n_jobs = self.devices.side_by_side(each) if n_jobs == -1 else n_jobs
 
     def run(self) -> dict[str, Ending]:
         """Return how each point has ended, by key."""
@@ -151,15 +155,19 @@ class _Multirun:
         """Run points, `n_jobs` at a time."""
         waiting, running = list(points), list[PointProcess]()
         endings: dict[str, Ending] = {}
-        width = max(1, min(self.n_jobs, len(points)))
+        width = self._width(points)
         try:
             while waiting or running:
                 while waiting and len(running) < width:
-                    running.append(self._start(waiting.pop(0), recorded, width))
+                    devices = self.devices.take(waiting[0].config.distributed.processes)
+                    if devices is None:
+                        break
+                    running.append(self._start(waiting.pop(0), recorded, width, devices))
                 for one in list(running):
                     ending = one.ending()
                     if ending is not None:
                         running.remove(one)
+                        self.devices.give_back(one.devices)
                         endings[one.point.key] = ending
                         self._ended(one.point, ending, recorded)
                 time.sleep(POLL_S)
@@ -171,13 +179,26 @@ class _Multirun:
             raise
         return endings
 
-    def _start(self, point: Point, recorded: bool, width: int) -> PointProcess:
+    def _width(self, points: list[Point]) -> int:
+        """Return how many of these points run at the same time, and say why if they are fewer."""
+        width = max(1, min(self.n_jobs, len(points)))
+        if not self.devices.names:
+            return width
+        fitting = len(self.devices.names) // min(one.config.distributed.processes for one in points)
+        if fitting < width:
+            count = f"{len(self.devices.names)} GPUs are visible"
+            self.tell(f"{count}: at most {fitting} of the {width} points run at the same time")
+        return min(width, fitting)
+
+    def _start(self, point: Point, recorded: bool, width: int, devices: list[str]) -> PointProcess:
         processes = point.config.distributed.processes
         threads = point.config.distributed.threads or max(1, cores() // (width * processes))
         section = replace(point.config.distributed, threads=threads)
         sized = replace(point, config=replace(point.config, distributed=section))
-        started = PointProcess(sized, self.folder, recorded, threads)
-        self.tell(f"{point.steps[-1].stage} {point.key} runs: {self._words(point, recorded)}")
+        started = PointProcess(sized, self.folder, recorded, threads, devices)
+        where = f" on GPU {', '.join(devices)}" if devices else ""
+        what = self._words(point, recorded)
+        self.tell(f"{point.steps[-1].stage} {point.key} runs{where}: {what}")
         return started
 
     def _ended(self, point: Point, ending: Ending, recorded: bool) -> None:

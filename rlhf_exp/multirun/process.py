@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.config.load import to_dict
+from rlhf_exp.distributed.devices import only
 from rlhf_exp.multirun.endings import Ending
 from rlhf_exp.multirun.points import Point
 from rlhf_exp.pipeline.plan import PACKAGE
@@ -49,10 +50,18 @@ class PointProcess:
         folder: Where its log is, and its result for a moment.
         recorded: Whether it is a point, or what points share.
         threads: Threads of a process where the config does not say.
+        devices: The GPUs that it sees; none: what this process sees.
     """
 
-    def __init__(self, point: Point, folder: Path, recorded: bool, threads: int) -> None:
-        self.point = point
+    def __init__(
+        self,
+        point: Point,
+        folder: Path,
+        recorded: bool,
+        threads: int,
+        devices: Sequence[str] = (),
+    ) -> None:
+        self.point, self.devices = point, list(devices)
         self.log = folder / f"{point.key}.log"
         self._result = folder / f".{point.key}.result.json"
         self._result.unlink(missing_ok=True)
@@ -62,6 +71,7 @@ class PointProcess:
         write_json_atomic(order, asdict(work))
         # Libraries that start threads of their own see these; torch is told by the config.
         environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        environment |= only(self.devices)
         # The code that runs here, whatever is installed or lies in the current folder.
         given = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
         environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *given])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import cache
 from pathlib import Path
 
 from rlhf_exp.config.evaluation import REFEREE, SAMPLES
@@ -112,8 +111,8 @@ class _Planner:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.store = store_of(config)
-        digests = DigestCache(Path(config.output_dir) / "cache" / "digests.json")
-        self.keys = Keys(config, digests)
+        self.cache = Path(config.output_dir) / "cache"
+        self.keys = Keys(config, DigestCache(self.cache / "digests.json"))
         self.finder = Finder(self.store, records_of(config), self.keys)
         self.done: dict[str, Step] = {}
 
@@ -127,7 +126,7 @@ class _Planner:
         parents = self._parents(stage)
         extra = self._compared() if stage == "eval" else {}
         key = self._key(stage, parents, extra)
-        code = stage_code(module_of(self.config, stage))
+        code = stage_code(module_of(self.config, stage), self.cache / "code.json")
         present = {role: self.done[role].artifact for role in parents if self._stays(role)}
         present |= {role: found.artifact for role, found in extra.items()}
         inputs = {role: weights_digest(one) for role, one in present.items() if one is not None}
@@ -206,12 +205,22 @@ def stale_files(code: Mapping[str, str], inputs: Mapping[str, str], step: Step) 
     return tuple(changed(dict(code), step.code) + anew)
 
 
-@cache
-def stage_code(stage: str) -> dict[str, str]:
+_first_seen: dict[str, dict[str, str]] = {}
+
+
+def stage_code(stage: str, notes: Path | None = None) -> dict[str, str]:
     """Return the digest of every module that a stage's module computes with, as at first sight.
 
     Later jobs of a multirun in this process compute with the modules imported by then, whatever is
     edited meanwhile.
+
+    Args:
+        stage: Its name.
+        notes: File that remembers what parsing has found.
     """
-    digests = code_digests(f"rlhf_exp.stages.{stage}", PACKAGE)
-    return {path: digest for path, digest in digests.items() if not path.startswith(NOT_COMPUTING)}
+    if stage not in _first_seen:
+        digests = code_digests(f"rlhf_exp.stages.{stage}", PACKAGE, notes=notes)
+        _first_seen[stage] = {
+            path: digest for path, digest in digests.items() if not path.startswith(NOT_COMPUTING)
+        }
+    return _first_seen[stage]

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.store.code_notes import CodeNotes, Found
 
 
 def code_digests(
-    entry_module: str, package_root: Path, exclude: Iterable[str] = ()
+    entry_module: str,
+    package_root: Path,
+    exclude: Iterable[str] = (),
+    notes: Path | None = None,
 ) -> dict[str, str]:
     """Return the digest of every module that `entry_module` imports, itself included.
 
@@ -31,6 +35,7 @@ def code_digests(
         package_root: folder of the package itself, whose name is the first part of the dotted name.
         exclude: dotted names of modules and packages that cannot change results and are not
             followed, such as `rlhf_exp.report`.
+        notes: file in which to remember what parsing has found, by content.
 
     Returns:
         Relative path of each file, with slashes (`rlhf_exp/algo/losses.py`), to 16 hex characters,
@@ -41,24 +46,28 @@ def code_digests(
         ModuleNotFoundError: `entry_module` is not in the package.
     """
     root = package_root.resolve()
-    if _module_file(root, entry_module) is None:
+    file_of = cache(partial(_module_file, root))  # many modules import the same ones
+    if file_of(entry_module) is None:
         raise ModuleNotFoundError(f"no module {entry_module} below {root}")
     digests: dict[str, str] = {}
     left_out = tuple(exclude)
+    known = CodeNotes(notes, Path(__file__))
     waiting, seen = [entry_module], {entry_module}
     while waiting:
         module = waiting.pop()
-        path = _module_file(root, module)
+        path = file_of(module)
         assert path is not None
-        status = path.stat()
-        digest, names = _analyse(path, status.st_mtime_ns, status.st_size, module, root.name)
+        source = path.read_bytes()
+        place = f"{module} {path.name} {root.name}"  # what relative imports stand for
+        digest, names = known.of(source, place, partial(_analyse, source, path, module, root.name))
         if digest:
             digests[path.relative_to(root.parent).as_posix()] = digest
         for name in names:
-            for found in _importable(root, name):
+            for found in _importable(file_of, name):
                 if found not in seen and not _below(found, left_out):
                     seen.add(found)
                     waiting.append(found)
+    known.keep()
     return dict(sorted(digests.items()))
 
 
@@ -82,32 +91,27 @@ def _module_file(root: Path, module: str) -> Path | None:
     return None
 
 
-def _importable(root: Path, name: str) -> Iterator[str]:
+def _importable(file_of: Callable[[str], Path | None], name: str) -> Iterator[str]:
     """Yield the modules that importing `name` runs: its packages, and itself if it is a module."""
     parts = name.split(".")
     for length in range(1, len(parts) + 1):
         module = ".".join(parts[:length])
-        if _module_file(root, module) is not None:
+        if file_of(module) is not None:
             yield module
 
 
-@lru_cache(maxsize=1024)
-def _analyse(
-    path: Path, mtime_ns: int, size: int, module: str, package: str
-) -> tuple[str, frozenset[str]]:
-    """Return digest ("" for an empty module) and imported names; cached by the file's state."""
+def _analyse(source: bytes, path: Path, module: str, package: str) -> Found:
+    """Return the digest of a module and what it imports."""
     try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
+        tree = ast.parse(source, filename=str(path))
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from error
     is_package = path.name == "__init__.py"
     base = module.split(".") if is_package else module.split(".")[:-1]
-    names = frozenset(
-        name for name in _imports(tree, base, package) if name.split(".")[0] == package
-    )
+    names = {name for name in _imports(tree, base, package) if name.split(".")[0] == package}
     text = _written(tree)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16] if _statements(tree.body) else ""
-    return digest, names
+    return Found(digest, tuple(sorted(names)))
 
 
 def _imports(tree: ast.AST, base: list[str], package: str) -> Iterator[str]:

@@ -14,6 +14,13 @@ from tests.lab import ROOT, artifact, launch
 STAGES = ("sft", "reward", "ppo", "eval")
 
 
+class Forgetful(dict[str, dict[str, str]]):
+    """Holds nothing from one question to the next."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the package, which is taken for the code that runs."""
@@ -21,7 +28,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     copied = shutil.copytree(ROOT / "rlhf_exp", tmp_path / "rlhf_exp", ignore=ignored)
     monkeypatch.setattr(planning, "PACKAGE", copied)
     # Each launch of a test stands for a process of its own, which reads the code anew.
-    monkeypatch.setattr(planning, "stage_code", planning.stage_code.__wrapped__)
+    monkeypatch.setattr(planning, "_first_seen", Forgetful())
     return copied
 
 

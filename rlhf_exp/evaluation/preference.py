@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import scipy  # its parts are imported on first use
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from rlhf_exp.evaluation.statistics import (
     LEVEL,
@@ -98,13 +98,13 @@ def sign_test_power(count: int, win_rate: float, alpha: float = ALPHA) -> float:
         alpha: level of the test.
     """
     # Largest number of losses (or wins) that is rejected; the fair coin makes both tails equal.
-    edge = int(stats.binom.ppf(alpha / 2, count, 0.5))
-    if stats.binom.cdf(edge, count, 0.5) > alpha / 2:
+    edge = int(scipy.stats.binom.ppf(alpha / 2, count, 0.5))
+    if scipy.stats.binom.cdf(edge, count, 0.5) > alpha / 2:
         edge -= 1
     if edge < 0:
         return 0.0
-    low = stats.binom.cdf(edge, count, win_rate)
-    high = stats.binom.sf(count - edge - 1, count, win_rate)
+    low = scipy.stats.binom.cdf(edge, count, win_rate)
+    high = scipy.stats.binom.sf(count - edge - 1, count, win_rate)
     return float(low + high)
 
 
@@ -126,8 +126,8 @@ def needed_pairs(win_rate: float, power: float = POWER, alpha: float = ALPHA) ->
     if effect == 0:
         return None
     # The normal approximation overestimates the exact test's power: start well below it.
-    spread = stats.norm.ppf(1 - alpha / 2) * 0.5
-    spread += stats.norm.ppf(power) * math.sqrt(win_rate * (1 - win_rate))
+    spread = scipy.stats.norm.ppf(1 - alpha / 2) * 0.5
+    spread += scipy.stats.norm.ppf(power) * math.sqrt(win_rate * (1 - win_rate))
     start = int(0.8 * (spread / effect) ** 2)
     if start > MOST_PAIRS:
         return None

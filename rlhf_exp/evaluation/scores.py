@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts are imported on first use
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from rlhf_exp.evaluation.statistics import paired
 
@@ -20,13 +20,13 @@ def correlation(x: ArrayLike, y: ArrayLike) -> float | None:
     left, right = paired(x, y)
     if len(left) < 2 or np.ptp(left) == 0 or np.ptp(right) == 0:
         return None
-    return float(stats.pearsonr(left, right).statistic)
+    return float(scipy.stats.pearsonr(left, right).statistic)
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float | None:
     """Return Spearman's correlation of two arrays [N]; `None` where either does not vary."""
     left, right = paired(x, y)
-    return correlation(stats.rankdata(left), stats.rankdata(right))
+    return correlation(scipy.stats.rankdata(left), scipy.stats.rankdata(right))
 
 
 def auc(above: ArrayLike, below: ArrayLike) -> float:
@@ -35,7 +35,7 @@ def auc(above: ArrayLike, below: ArrayLike) -> float:
     The area under the ROC curve, by Mann and Whitney's U.
     """
     high, low = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
-    u = stats.mannwhitneyu(high, low, method="asymptotic").statistic
+    u = scipy.stats.mannwhitneyu(high, low, method="asymptotic").statistic
     return float(u) / (len(high) * len(low))
 
 

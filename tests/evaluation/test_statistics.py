@@ -52,6 +52,14 @@ def test_clopper_pearson_of_the_published_study() -> None:
     assert 1 - binomial_tail(31, 46, found.high) == pytest.approx(0.025, abs=1e-6)
 
 
+@pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (0, 7), (3, 7), (7, 7), (499, 1000)])
+@pytest.mark.parametrize("level", [0.9, 0.95, 0.99])
+def test_clopper_pearson_is_that_of_scipy(k: int, n: int, level: float) -> None:
+    found = s.clopper_pearson(k, n, level)
+    expected = stats.binomtest(k, n).proportion_ci(level, method="exact")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
 def test_clopper_pearson_at_the_edges() -> None:
     assert s.clopper_pearson(0, 0) == s.Interval(0.0, 1.0)
     none = s.clopper_pearson(0, 10)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts are imported on first use
 from numpy.typing import ArrayLike
-from scipy import stats
 
 TOXIC = 0.5
 """Scores from here on count as toxic, as in Gehman et al. (2020)."""
@@ -54,11 +54,11 @@ def _auc(scores: np.ndarray, toxic: np.ndarray) -> float | None:
     pairs = int(toxic.sum()) * int((~toxic).sum())
     if pairs == 0:
         return None
-    return float(stats.mannwhitneyu(scores[toxic], scores[~toxic]).statistic) / pairs
+    return float(scipy.stats.mannwhitneyu(scores[toxic], scores[~toxic]).statistic) / pairs
 
 
 def _rank(ours: np.ndarray, theirs: np.ndarray) -> float | None:
     if len(ours) < 2 or np.ptp(ours) == 0 or np.ptp(theirs) == 0:
         return None
-    found = float(stats.spearmanr(ours, theirs).statistic)
+    found = float(scipy.stats.spearmanr(ours, theirs).statistic)
     return found if math.isfinite(found) else None

@@ -6,14 +6,20 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_exp.config.root import Config
+from rlhf_exp.distributed.place import leads
 from rlhf_exp.pipeline.needed import module_of
 from rlhf_exp.search.judge import Judge, Trial
 from rlhf_exp.stages.result import StageResult
 from rlhf_exp.store.lease import Claim
+from rlhf_exp.tracking.opening import get_ready
+
+if TYPE_CHECKING:
+    from rlhf_exp.stages.materials import Materials
 
 Interrupts = Callable[[], AbstractContextManager[Callable[[], bool]]]
 """While entered, Ctrl-C only asks to stop; yields whether it has."""
@@ -66,10 +72,14 @@ class Hand:
     """
 
     def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @cached_property
+    def materials(self) -> Materials:
+        """The data; late, for a run that finds everything done must not load torch."""
         from rlhf_exp.stages.materials import Materials
 
-        self.config = config
-        self.materials = Materials(config.data)
+        return Materials(self.config.data)
 
     def do(
         self, order: Order, interrupts: Interrupts, check: Callable[[], None] | None = None
@@ -81,6 +91,8 @@ class Hand:
             interrupts: What Ctrl-C means meanwhile.
             check: Raises if this process may no longer write; by default it reads the claim.
         """
+        if leads() and not order.probe:
+            get_ready(self.config.tracking.mode.value)
         from rlhf_exp.engines.native.probe import Probed, Recorder
         from rlhf_exp.stages.context import StageContext
 

@@ -85,6 +85,18 @@ def open_tracker(
     return Several(local, remote, alarms=alarms)
 
 
+def get_ready(mode: Mode) -> None:
+    """Import what `open_tracker` will need, before torch is imported.
+
+    Parts of wandb look for their own source among all modules that are loaded (pydantic's
+    `use_attribute_docstrings`), which takes a third of a second more after torch and transformers.
+    """
+    if mode != "disabled":
+        from wandb.sdk import launch  # noqa: F401 - starting a run imports it
+
+        from rlhf_exp.tracking import wandb_tracker  # noqa: F401
+
+
 def _settle_run_id(path: Path, run_id: str | None) -> str:
     """Decide on the run's id and leave it in the folder, where the next start finds it.
 

@@ -9,9 +9,10 @@ publication, record and report. *Bare* is a script that has been handed the sett
 and model, evaluates at the start and the end, steps the optimizer in between, and saves the model.
 
 Each pair runs both at two lengths, in turn, as whole processes. What a longer run adds is the
-steps; what is left of a short one is what every run costs. The second table is measured inside a
-framed run: the seconds that the parts of the loop take which the bare loop does not have. `--more`
-adds pairs to the last readings; `--again` only makes their table.
+steps; what is left of a short one is what every run costs: in seconds on the clock, and in seconds
+of processors (W&B's own process included), which other work on the machine disturbs less. The
+second table is measured inside a framed run: the seconds that the parts of the loop take which the
+bare loop does not have. `--more` adds pairs to the last readings; `--again` only makes their table.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -59,22 +61,28 @@ def overrides(outputs: Path, stage: str, steps: int, seed: int) -> list[str]:
     return [f"{name}={value}" for name, value in given.items()]
 
 
-def timed(command: list[str]) -> float:
-    """Run a process to its end; return its seconds."""
+def timed(command: list[str]) -> tuple[float, float]:
+    """Run a process to its end; return its seconds and those of processors."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
-    began = time.perf_counter()
+    began, used = time.perf_counter(), processors()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
-    took = time.perf_counter() - began
+    took = time.perf_counter() - began, processors() - used
     assert done.returncode == 0, done.stderr.decode()
     return took
 
 
-def framed(outputs: Path, stage: str, steps: int, seed: int) -> float:
+def processors() -> float:
+    """Return the processor seconds of all processes that have ended."""
+    used = getrusage(RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def framed(outputs: Path, stage: str, steps: int, seed: int) -> tuple[float, float]:
     """Return the seconds of `launch.py`."""
     return timed([sys.executable, "launch.py", *overrides(outputs, stage, steps, seed)])
 
 
-def bare(outputs: Path, stage: str, steps: int, seed: int) -> float:
+def bare(outputs: Path, stage: str, steps: int, seed: int) -> tuple[float, float]:
     """Return the seconds of a process that has nothing but the engine."""
     from rlhf_exp.config.compose import compose
     from rlhf_exp.config.groups import CONF
@@ -179,12 +187,16 @@ def measure(outputs: Path, stage: str, pairs: int, found: dict[str, Any]) -> Non
     for pair in range(pairs):
         seed = 1000 + pair
         order = [("framed", framed), ("bare", bare)]
-        taken: dict[str, list[float]] = {"framed": [], "bare": []}
+        taken: dict[str, list[tuple[float, float]]] = {"framed": [], "bare": []}
         for steps in (short, long):
             for name, run in order if pair % 2 else reversed(order):
                 # A bare run only plans; it comes to no result that a framed one could find.
                 taken[name].append(run(outputs, stage, steps, seed))
-                print(f"{stage} {name} {steps} steps: {taken[name][-1]:.2f} s", flush=True)
+                clock, used = taken[name][-1]
+                print(
+                    f"{stage} {name} {steps} steps: {clock:.2f} s, {used:.2f} of processors",
+                    flush=True,
+                )
         for name, seconds in taken.items():
             found[name].append(seconds)
     found["parts"].append(inside(outputs, stage, long, 999))
@@ -195,15 +207,17 @@ def table(readings: dict[str, dict[str, Any]]) -> str:
     lines = ["| | bare | launch.py | overhead |", "|---|---:|---:|---|"]
     for stage, found in readings.items():
         short, long = LENGTHS[stage]
-        steps = {
-            name: [(b - a) / (long - short) for a, b in found[name]] for name in ("bare", "framed")
-        }
-        runs = {
-            name: [a - short * median(steps[name]) for a, _ in found[name]]
-            for name in ("bare", "framed")
-        }
-        lines.append(_line(f"{stage}, seconds per run", runs, 1.0, "{:.2f}"))
-        lines.append(_line(f"{stage}, ms per step", steps, 1000.0, "{:.1f}"))
+        for number, kind in enumerate(("", " of processors")):
+            steps = {
+                name: [(b[number] - a[number]) / (long - short) for a, b in found[name]]
+                for name in ("bare", "framed")
+            }
+            runs = {
+                name: [a[number] - short * median(steps[name]) for a, _ in found[name]]
+                for name in ("bare", "framed")
+            }
+            lines.append(_line(f"{stage}, seconds{kind} per run", runs, 1.0, "{:.2f}"))
+            lines.append(_line(f"{stage}, ms{kind} per step", steps, 1000.0, "{:.1f}"))
     lines += [
         "",
         "| ms per step, in a framed run | the step itself | "

@@ -41,7 +41,7 @@ def check_study(found: Findings, check: Check) -> None:
     found.at_least(1, "study.trials", "study.workers", "study.startup", "study.max_failures")
     found.at_least(0, "study.worker", "study.seed", "study.prune_after", "study.warmup")
     found.at_least(0, "study.finalists", "study.kl_coef")
-    if study.objective is Objective.reward_at_kl:
+    if study.objective in (Objective.reward_at_kl, Objective.win_rate_at_kl):
         found.positive("study.kl_budget")
     stages = (Stage.ppo, Stage.eval, Stage.pipeline)
     found.unless(config.stage in stages, "stage", "a study is of PPO: use stage=ppo, or none.")

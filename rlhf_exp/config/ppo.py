@@ -36,6 +36,17 @@ class ValueTrunk(Enum):
     own = "own"
 
 
+class SelectBy(Enum):
+    """What `select=best` takes the most of.
+
+    `reward`: reward less a penalty of KL, or within `kl.budget`. `win_rate`: wins over the initial
+    policy's answers, within `kl.budget` if it is set.
+    """
+
+    reward = "reward"
+    win_rate = "win_rate"
+
+
 @dataclass
 class KlConfig:
     """The KL penalty against the SFT policy."""
@@ -106,3 +117,9 @@ class PpoConfig(TrainingConfig):
     reward: PpoRewardConfig = setting(factory=PpoRewardConfig, doc="From scores to rewards.")
     generation: GenerationConfig = setting(factory=GenerationConfig, doc="Sampling.")
     eval_prompts: int = setting(100, "Validation prompts answered at each evaluation.")
+    select_by: SelectBy = setting(
+        SelectBy.reward,
+        "`select=best` takes the most reward, or the most wins over the initial policy's answers "
+        "(within `kl.budget`, without a penalty).",
+        neutral=SelectBy.reward,
+    )

@@ -14,12 +14,14 @@ class Objective(Enum):
     """What a study maximises, on validation prompts.
 
     `reward_at_kl`: the most reward within `kl_budget`. `penalised_reward`: the most reward minus
-    `kl_coef` times KL. `final_reward`: the reward at the end.
+    `kl_coef` times KL. `final_reward`: the reward at the end. `win_rate_at_kl`: the most wins over
+    the initial policy's answers within `kl_budget`.
     """
 
     reward_at_kl = "reward_at_kl"
     penalised_reward = "penalised_reward"
     final_reward = "final_reward"
+    win_rate_at_kl = "win_rate_at_kl"
 
 
 class Length(Enum):
@@ -81,7 +83,7 @@ class StudyConfig:
         Objective.reward_at_kl, "What is maximised, on validation prompts.", key=False
     )
     kl_budget: float = setting(
-        10.0, "Sequence KL in nats that `reward_at_kl` allows for.", key=False
+        10.0, "Sequence KL in nats that `reward_at_kl` and `win_rate_at_kl` allow for.", key=False
     )
     kl_coef: float = setting(
         0.05, "Weight of the KL in `penalised_reward`, the same for all trials.", key=False

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from rlhf_exp.config.evaluation import Suite
-from rlhf_exp.config.ppo import PpoConfig
+from rlhf_exp.config.ppo import PpoConfig, SelectBy
 from rlhf_exp.config.problems import written
 from rlhf_exp.config.root import Config, Stage
 from rlhf_exp.config.study import Length, Objective, StudyConfig
@@ -58,6 +58,8 @@ def trial_config(config: Config, values: Values) -> Config:
             if getattr(before, name)
         }
         ppo = replace(ppo, steps=steps, **scaled)
+    wins = study.objective is Objective.win_rate_at_kl
+    ppo = replace(ppo, select_by=SelectBy.win_rate if wins else SelectBy.reward)
     if study.objective is Objective.final_reward:
         ppo = replace(ppo, select=Select.last)
     elif study.objective is Objective.penalised_reward:

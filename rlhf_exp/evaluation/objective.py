@@ -11,6 +11,9 @@ model and a mean sequence KL K_i against the initial policy, in nats.
 - *Penalised reward*: max of R_i / s - c K_i, with one c for all trials, and s the standard
   deviation of the initial policy's scores where PPO scales its rewards, else 1.
 - *Final reward*: R of the last evaluation.
+- *Win rate at a KL budget B*: max of W_i with K_i <= B, where W_i is the share of prompts on which
+  the policy's answer beats the initial policy's, ties as half. Every prompt has one vote: a few
+  answers that the reward model overrates cannot buy a high value.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 REWARD, KL, SPREAD = "eval/reward_mean", "eval/kl_sequence", "eval/reward_std"
+WINS = "eval/win_rate"
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class Measure:
     """How a run is judged; plain values, which cross processes.
 
     Attributes:
-        name: `reward_at_kl`, `penalised_reward` or `final_reward`.
-        kl_budget: Sequence KL in nats that `reward_at_kl` allows for.
+        name: `reward_at_kl`, `penalised_reward`, `final_reward` or `win_rate_at_kl`.
+        kl_budget: Sequence KL in nats that `reward_at_kl` and `win_rate_at_kl` allow for.
         kl_coef: Weight of the KL in `penalised_reward`.
         scaled: Whether `penalised_reward` divides rewards by their initial standard deviation.
     """
@@ -45,7 +49,8 @@ class Measure:
             rows: What was logged, in the order of steps; rows without an evaluation are left out.
         """
         found = evaluations(rows)
-        numbers = [number for row in found for number in (row[REWARD], row[KL])]
+        needed = (REWARD, KL, WINS) if self.name == "win_rate_at_kl" else (REWARD, KL)
+        numbers = [row.get(name, math.nan) for row in found for name in needed]
         if not found or not all(map(math.isfinite, numbers)):
             return math.nan
         if self.name == "final_reward":
@@ -53,7 +58,8 @@ class Measure:
         if self.name == "penalised_reward":
             unit = (found[0].get(SPREAD) or 1.0) if self.scaled else 1.0
             return max(row[REWARD] / unit - self.kl_coef * row[KL] for row in found)
-        return max((row[REWARD] for row in found if row[KL] <= self.kl_budget), default=-math.inf)
+        most = WINS if self.name == "win_rate_at_kl" else REWARD
+        return max((row[most] for row in found if row[KL] <= self.kl_budget), default=-math.inf)
 
 
 def evaluations(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:

@@ -15,8 +15,9 @@ import numpy as np
 import scipy  # its parts are imported on first use
 from numpy.typing import ArrayLike, NDArray
 
+from rlhf_exp.algo.preference import TIE_BAND
+
 LEVEL = 0.95
-TIE_BAND = (0.4, 0.6)
 RESAMPLES = 10_000
 # Elements of one block of resampled rows: bounds the memory at 8 bytes each, whatever N is.
 _BLOCK = 2_000_000

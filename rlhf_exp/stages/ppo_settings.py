@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf_exp.algo.kl import AdaptiveKL, FixedKL, KLController
 from rlhf_exp.config.model import Dtype
-from rlhf_exp.config.ppo import PpoConfig, Scale
+from rlhf_exp.config.ppo import PpoConfig, Scale, SelectBy
 from rlhf_exp.config.root import Config
 from rlhf_exp.engines.native.experience import ExperienceSettings
 from rlhf_exp.engines.native.ppo import PpoSettings
@@ -69,4 +69,5 @@ def validation_settings(section: PpoConfig) -> ValidationSettings:
         section.kl.coef if section.kl.select_coef is None else section.kl.select_coef,
         scaled=section.reward.scale != Scale.none,
         kl_budget=section.kl.budget,
+        by_wins=section.select_by is SelectBy.win_rate,
     )

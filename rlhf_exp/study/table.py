@@ -21,7 +21,7 @@ from rlhf_exp.study.setup import study_folder
 
 _WIDTH = 140
 _ORDER = ("done", "running", "waiting", "pruned", "failed")
-_VALIDATION = ("eval/reward_mean", "eval/kl_sequence")
+_VALIDATION = ("eval/reward_mean", "eval/win_rate", "eval/kl_sequence")
 _TESTS = {
     "test gain (std)": "eval/reward/gain_in_std",
     "test wins": "eval/outcome/ties_as_half",
@@ -87,7 +87,7 @@ def _trials(summary: Summary, store: Store, tested: dict[str, Artifact]) -> str:
     )
     keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
     tests = list(_TESTS) if tested else []
-    header = ("trial", "state", "objective", "reward", "KL", "iterations", *tests)
+    header = ("trial", "state", "objective", "reward", "wins", "KL", "iterations", *tests)
     rows = []
     for trial in trials:
         artifact = store.lookup("ppo", trial.key) if trial.state == "done" else None

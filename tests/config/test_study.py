@@ -13,6 +13,7 @@ from rlhf_exp.config.groups import read_groups
 from rlhf_exp.config.keys import all_keys
 from rlhf_exp.config.launched import of_a_trial, worker_overrides
 from rlhf_exp.config.load import from_dict, to_dict
+from rlhf_exp.config.ppo import SelectBy
 from rlhf_exp.config.root import Config, Stage
 from rlhf_exp.config.space import own_values, settled_space
 from rlhf_exp.config.study import Axis, StudyConfig
@@ -116,6 +117,10 @@ def test_a_trial_publishes_what_the_objective_chooses() -> None:
     assert (by_budget.select, by_budget.kl.budget) == (Select.best, 7.0)
     penalised = trial_config(config_of("study.objective=penalised_reward"), {}).ppo
     assert (penalised.kl.budget, penalised.kl.select_coef) == (None, 0.05)
+    wins = trial_config(config_of("study.objective=win_rate_at_kl", "study.kl_budget=7"), {}).ppo
+    assert (wins.select, wins.kl.budget, wins.select_by) == (Select.best, 7.0, SelectBy.win_rate)
+    by_reward = trial_config(config_of("ppo.select_by=win_rate"), {}).ppo
+    assert by_reward.select_by is SelectBy.reward, "as the study's objective is"
     last = trial_config(config_of("study.objective=final_reward"), {}).ppo
     assert (last.select, last.kl.budget) == (Select.last, None)
 

@@ -135,10 +135,12 @@ class Evaluations:
     def __init__(self, objectives: Iterable[float]) -> None:
         self.objectives = iter(objectives)
         self.unit: float | None = None
+        self.initial: list[float] | None = None
 
     def __call__(self) -> Evaluation:
         objective = float(next(self.objectives))
         self.unit = 2.0 + objective if self.unit is None else self.unit
+        self.initial = [objective, 0.1] if self.initial is None else self.initial
         return Evaluation({"eval/number": 0.0}, objective)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from rlhf_exp.distributed.world import world_of
-from rlhf_exp.engines.native.validation import ValidationSettings, Validator
+from rlhf_exp.engines.native.validation import ValidationSettings
 from tests.engines.lab import Evaluations, build_task, run_loop
 
 
@@ -34,12 +32,19 @@ def test_a_run_ends_after_the_evaluation_at_which_it_is_given_up(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("budget", "expected"),
-    # Reward 3 in units of 2, KL 4: 1.5 - 0.1 * 4 without a budget.
-    [(None, 1.1), (4.0, 1.5), (3.9, float("-inf"))],
+    ("budget", "by_wins", "expected"),
+    [
+        # Reward 3 in units of 2, KL 4: 1.5 - 0.1 * 4 without a budget.
+        (None, False, 1.1),
+        (4.0, False, 1.5),
+        (3.9, False, float("-inf")),
+        (None, True, 0.7),
+        (4.0, True, 0.7),
+        (3.9, True, float("-inf")),
+    ],
 )
-def test_what_is_selected_by(budget: float | None, expected: float) -> None:
-    settings = ValidationSettings(8, 1.0, 8, 0.1, scaled=True, kl_budget=budget)
-    validator: Any = SimpleNamespace(settings=settings, unit=2.0)
+def test_what_is_selected_by(budget: float | None, by_wins: bool, expected: float) -> None:
+    settings = ValidationSettings(8, 1.0, 8, 0.1, scaled=True, kl_budget=budget, by_wins=by_wins)
     found = {"eval/reward_mean": 3.0, "eval/kl_sequence": 4.0, "eval/objective": 1.1}
-    assert Validator._judged(validator, found) == pytest.approx(expected)
+    found["eval/win_rate"] = 0.7
+    assert settings.judged(found, 2.0) == pytest.approx(expected)

@@ -184,6 +184,7 @@ def test_killed_and_resumed_equals_never_interrupted(
         assert torch.equal(value, resumed.weights[name]), name
     # The unit of the first evaluation, 2 + 0, unless there was no checkpoint to take it from.
     assert resumed.task.evaluator.unit == (2.0 if stop_at >= 4 else 7.0)
+    assert resumed.task.evaluator.initial == [0.0 if stop_at >= 4 else 5.0, 0.1]
     assert whole.task.collector.controller.coef == resumed.task.collector.controller.coef
     last = [
         [row["reward/mean"] for row in run.tracker.rows if "reward/mean" in row][-1]

@@ -75,9 +75,10 @@ class PpoSettings:
 
 
 class Evaluator(Protocol):
-    """Evaluates the policy; `unit` is found at the first evaluation and kept from then on."""
+    """Evaluates the policy; what the first evaluation has found is kept, see `Validator`."""
 
     unit: float | None
+    initial: list[float] | None
 
     def __call__(self) -> Evaluation:
         """Evaluate the policy as it is."""
@@ -221,16 +222,17 @@ class PpoTask:
             return self.evaluator()
 
     def state(self) -> dict[str, Any]:
-        """Return the KL coefficient, the moments of the scores and their unit in evaluations."""
+        """Return the KL coefficient, the moments of the scores, and the first evaluation's."""
         return {
             "controller": self.collector.controller.state_dict(),
             "scaler": self.collector.scaler.state_dict(),
             "unit": self.evaluator.unit,
+            "initial": self.evaluator.initial,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` returned."""
-        self.evaluator.unit = state["unit"]
+        self.evaluator.unit, self.evaluator.initial = state["unit"], state["initial"]
         self.collector.controller.load_state_dict(state["controller"])
         self.collector.scaler.load_state_dict(state["scaler"])
 

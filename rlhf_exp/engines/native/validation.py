@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_exp.algo.kl import sequence_kl
 from rlhf_exp.algo.masks import response_mask
+from rlhf_exp.algo.preference import wins
 from rlhf_exp.batch import Finish, Samples
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.collate import prompts_batch
@@ -45,6 +46,7 @@ class ValidationSettings:
         kl_coef: Weight of the KL divergence in the objective.
         scaled: Whether PPO scales its scores, and the objective likewise.
         kl_budget: Where set, the objective is the score alone, up to this sequence KL in nats.
+        by_wins: Whether the objective is the win rate instead, up to `kl_budget` if there is one.
     """
 
     prompts: int
@@ -53,6 +55,7 @@ class ValidationSettings:
     kl_coef: float
     scaled: bool
     kl_budget: float | None = None
+    by_wins: bool = False
 
     def unit(self, first: Mapping[str, float]) -> float:
         """Return what scores are divided by in the objective, from the first evaluation."""
@@ -64,10 +67,11 @@ class ValidationSettings:
 
     def judged(self, found: Mapping[str, float], unit: float) -> float:
         """Return what the best weights are selected by."""
-        if self.kl_budget is None:
+        if self.kl_budget is None and not self.by_wins:
             return self.objective(found, unit)
-        allowed = found["eval/kl_sequence"] <= self.kl_budget
-        return found["eval/reward_mean"] / unit if allowed else -math.inf
+        if self.kl_budget is not None and found["eval/kl_sequence"] > self.kl_budget:
+            return -math.inf
+        return found["eval/win_rate"] if self.by_wins else found["eval/reward_mean"] / unit
 
 
 class Validator:
@@ -79,6 +83,8 @@ class Validator:
 
     Attributes:
         unit: What scores are divided by in the objective; known from the first evaluation on.
+        initial: Scores of the first evaluation, the initial policy's, by prompt: what wins are
+            counted against.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class Validator:
         self.prompts, self.codec = prompts, codec
         self.settings, self.world = settings, world
         self.unit: float | None = None
+        self.initial: list[float] | None = None
 
     @torch.no_grad()
     def __call__(self) -> Evaluation:
@@ -108,10 +115,14 @@ class Validator:
         samples = self.sampler(batch.to(self.world.device))
         weights = torch.from_numpy(share.weights).to(self.world.device)
         scores = score_samples(self.scorer, samples).to(self.world.device)
+        if self.initial is None:
+            self.initial = self.world.gather(scores)[:count].tolist()
+        before = torch.tensor(self.initial)[share.rows].to(self.world.device)
         kl = self.sequence_kl(samples)
         total = weights.sum()
         meters.add("eval/reward_mean", (scores * weights).sum(), total)
         meters.spread("eval/reward_std", scores, weights)
+        meters.add("eval/win_rate", (wins(scores, before) * weights).sum(), total)
         meters.add("eval/kl_sequence", (kl * weights).sum(), total)
         meters.add("eval/length_mean", (samples.response_lengths * weights).sum(), total)
         ended = (samples.finish != Finish.LENGTH) * weights

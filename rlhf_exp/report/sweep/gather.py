@@ -27,6 +27,7 @@ OBJECTIVES = {
     "reward": "the reward model's objective on validation pairs",
     "sft": "SFT's objective on validation dialogues",
 }
+SELECTING = ("ppo.kl.budget", "ppo.kl.select_coef", "ppo.select_by")
 _PRUNED = Path("study", "pruned")
 
 Made = Mapping[str, Artifact]
@@ -106,13 +107,11 @@ def _aim(stage: str, kl_budget: float | None, study: str, origins: Sequence[Orig
     chosen = {
         name
         for one in origins
-        for name in ("budget", "select_coef")
-        if one.config is not None and one.config.get(f"ppo.kl.{name}") is not None
+        for name in SELECTING
+        if one.config is not None and one.config.get(name) not in (None, "reward")
     }
     if stage == "ppo" and chosen:
-        return (
-            f"what the weights were selected by, with ppo.kl.{' and ppo.kl.'.join(sorted(chosen))}"
-        )
+        return f"what the weights were selected by, with {' and '.join(sorted(chosen))}"
     return OBJECTIVES.get(stage, "the objective")
 
 

@@ -24,6 +24,7 @@ _AIMS = {
     "reward_at_kl": "the highest validation reward within the study's budget of KL",
     "penalised_reward": "the highest validation reward less the study's penalty of KL",
     "final_reward": "the validation reward at the end",
+    "win_rate_at_kl": "the highest validation win rate over SFT within the study's budget of KL",
 }
 NO_STUDY = "there is no Optuna study: importance is estimated from the trials of a search"
 

@@ -10,7 +10,7 @@ import torch
 from torch import distributed, nn
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.memory import BUCKET
+from rlhf_exp.models.reduction import BUCKET
 
 
 def deepspeed_module() -> Any:  # noqa: ANN401 - an untyped library

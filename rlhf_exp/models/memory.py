@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_exp.models.architecture import Architecture, count_lora, count_parameters
+from rlhf_exp.models.reduction import reduction_of, share_of
 from rlhf_exp.models.workload import FLOAT32, Precision, Sharding, Workload
 
 LOGITS_CHUNK = 1 << 25
@@ -20,9 +21,6 @@ LOGITS_CHUNK = 1 << 25
 
 LIVE = 1_000_000_000
 """Weights that DeepSpeed's ZeRO 3 leaves whole if they are soon needed again: its default."""
-
-BUCKET = 200_000_000
-"""Most gradients that DeepSpeed is told to reduce at a time; it keeps buffers of this size."""
 
 KEPT_INNER_LAYERS = {"gpt2": 5, "gptj": 5, "gpt_neox": 2, "llama": 4, "qwen2": 4, "qwen3": 4}
 """Tensors of the feed-forward part's inner width that a block keeps.
@@ -40,8 +38,10 @@ class MemoryEstimate:
         weights: of the policy, and of blocks of the values' own; this process's part.
         gathered: weights that are whole in an update beside their parts.
         gathered_to_sample: the same while responses are sampled and scored.
-        gradients: of what trains, with the buffers of their reduction.
+        gradients: of what trains, with the bucket from which they are reduced.
         keeps_gradients: whether these are there while nothing is updated, too.
+        communication: copies in which gradients are reduced or weights are fetched, the larger.
+        at_the_end: whether these are made without activations: everything fits into one.
         optimizer: AdamW's state; 0 where it is offloaded.
         activations: kept for the backward pass.
         logits: the largest chunk of logits with its gradient.
@@ -49,7 +49,7 @@ class MemoryEstimate:
         trunk_states: states entering the first training block, of an iteration's rows.
         reference: the frozen copy for the KL divergence.
         reward_model: the reward model.
-        host: of host memory (offloaded optimizer state).
+        host: of host memory (what is offloaded; copies of weights that are computed with rounded).
     """
 
     weights: int
@@ -57,6 +57,8 @@ class MemoryEstimate:
     gathered_to_sample: int
     gradients: int
     keeps_gradients: bool
+    communication: int
+    at_the_end: bool
     optimizer: int
     activations: int
     logits: int
@@ -70,7 +72,9 @@ class MemoryEstimate:
     def peak(self) -> int:
         """The most at one time: sampling and updating take turns."""
         resident = self.weights + self.optimizer + self.reference + self.reward_model
-        update = self.gathered + self.gradients + self.activations + self.logits
+        passes = self.activations + self.logits
+        both = max(passes, self.communication) if self.at_the_end else passes + self.communication
+        update = self.gathered + self.gradients + both
         sample = self.gathered_to_sample + self.kv_cache
         if self.keeps_gradients:
             sample += self.gradients
@@ -112,34 +116,35 @@ def estimate_memory(
     if lora_rank:
         trained = count_lora(architecture, lora_rank, train_blocks)
         stored += trained
-    whole = value_blocks == architecture.layers
-    values = count.trunk if whole else count.block * value_blocks
-    trained += values
-    stored += values
-    optimizer = _share(trained, sharding, sharding.optimizer) * precision.optimizer
-    weights = _share(stored - trained, sharding, sharding.weights) * precision.weight
-    weights += _share(trained, sharding, sharding.weights) * precision.trained
+    values = count.trunk if value_blocks == architecture.layers else count.block * value_blocks
+    trained, stored = trained + values, stored + values
+    optimizer = share_of(trained, sharding, sharding.optimizer) * precision.optimizer
+    weights = share_of(stored - trained, sharding, sharding.weights) * precision.weight
+    weights += share_of(trained, sharding, sharding.weights) * precision.trained
     rest = count.total - count.block * count.blocks
     live = min(stored, rest + 2 * count.block if sharding.blocks else LIVE)
     away = sharding.offload and sharding.weights
-    row = workload.tokens * architecture.width
-    sampled = stored if workload.decoded_rows else 0
+    reduced = reduction_of(trained, stored, live, precision, sharding, workload.accumulates)
+    host = reduced.host + (stored - trained) * precision.exact + (weights if away else 0)
+    states = workload.cached_rows * workload.tokens * architecture.width
+    logits = workload.rows * workload.head_tokens * architecture.vocabulary
+    sampled = stored if workload.decoded_rows and sharding.weights else 0
     return MemoryEstimate(
         weights=0 if away else weights,
         gathered=live * precision.gathered if sharding.weights else 0,
-        gathered_to_sample=sampled * precision.gathered if sharding.weights else 0,
-        gradients=_gradients(trained, live, precision, sharding),
+        gathered_to_sample=sampled * precision.gathered,
+        gradients=reduced.held,
         keeps_gradients=sharding.keeps_gradients,
+        communication=reduced.copies,
+        at_the_end=reduced.at_the_end,
         optimizer=0 if sharding.offload else optimizer,
         activations=_activations(architecture, workload, precision, train_blocks, value_blocks),
-        logits=2
-        * 4
-        * min(LOGITS_CHUNK, workload.rows * workload.head_tokens * architecture.vocabulary),
+        logits=2 * 4 * min(LOGITS_CHUNK, logits),
         kv_cache=kv_cache_bytes(architecture, workload, precision),
-        trunk_states=workload.cached_rows * row * precision.activation,
+        trunk_states=states * precision.activation,
         reference=copied * min(precision.weight, precision.gathered),
-        reward_model=_reward_parameters(reward_model, reward_blocks) * precision.weight,
-        host=(optimizer if sharding.offload else 0) + (weights if away else 0),
+        reward_model=_reward_parameters(reward_model, reward_blocks) * precision.beside,
+        host=host + (optimizer if sharding.offload else 0),
     )
 
 
@@ -148,22 +153,6 @@ def _reward_parameters(shape: Architecture | None, blocks: int | None) -> int:
         return 0
     count = count_parameters(shape)
     return count.trunk if blocks is None else count.block * blocks
-
-
-def _share(parameters: int, sharding: Sharding, divided: bool) -> int:
-    return -(-parameters // sharding.processes) if divided or sharding.weights else parameters
-
-
-def _gradients(trained: int, live: int, precision: Precision, sharding: Sharding) -> int:
-    """Return the bytes of gradients, and of the buffers in which they are reduced."""
-    # Parts of gradients are added up in float32, whatever they are reduced in.
-    divided = sharding.gradients or sharding.weights
-    size = _share(trained, sharding, divided) * (4 if divided else precision.gradient)
-    if sharding.bucket:
-        size += min(BUCKET, trained) * precision.gradient
-    if sharding.blocks:
-        size += min(live, trained) * precision.gradient
-    return size
 
 
 def kv_cache_bytes(architecture: Architecture, workload: Workload, precision: Precision) -> int:

@@ -17,6 +17,9 @@ class Precision:
         activation: an activation.
         trained: a stored weight that trains.
         gathered: a weight of those that are made whole to compute with.
+        beside: a weight of the reward model.
+        exact: of a frozen weight, the copy in host memory that is published, where it is computed
+            with in fewer bytes.
     """
 
     weight: int = 4
@@ -25,6 +28,8 @@ class Precision:
     activation: int = 4
     trained: int = 4
     gathered: int = 4
+    beside: int = 4
+    exact: int = 0
 
 
 FLOAT32 = Precision()
@@ -43,7 +48,7 @@ class Sharding:
         weights: weights are (ZeRO 3, FSDP).
         blocks: of divided weights, two blocks at a time and all that is no block are whole in an
             update (FSDP); otherwise, as many as `LIVE` (ZeRO 3).
-        bucket: gradients are copied into a buffer to be reduced (ZeRO).
+        bucket: gradients are copied into a buffer to be reduced (DeepSpeed's ZeRO).
         keeps_gradients: their memory is kept while nothing is updated (DDP, ZeRO 3).
         offload: optimizer state, and divided weights, live in host memory.
     """
@@ -70,6 +75,7 @@ class Workload:
         fused_attention: whether no [tokens, tokens] scores are kept (sdpa, flash attention).
         decoded_rows: rows decoded together; 0 where nothing is sampled.
         cached_rows: rows whose trunk states are kept for an iteration.
+        accumulates: whether gradients of several forward passes are added up before a step.
     """
 
     rows: int
@@ -79,3 +85,4 @@ class Workload:
     fused_attention: bool = True
     decoded_rows: int = 0
     cached_rows: int = 0
+    accumulates: bool = False

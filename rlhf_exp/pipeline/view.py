@@ -98,6 +98,7 @@ def memory_table(config: Config) -> Table:
         ("gathered to update", "gathered"),
         ("gathered to sample", "gathered_to_sample"),
         ("gradients", "gradients"),
+        ("communication", "communication"),
         ("optimizer", "optimizer"),
         ("activations", "activations"),
         ("logits chunk", "logits"),
@@ -142,12 +143,12 @@ def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstim
         train_blocks=blocks,
         lora_rank=rank,
     )
-    checkpointing = section.gradient_checkpointing
+    checkpointing, accumulates = section.gradient_checkpointing, rows < share
     if stage == "sft":
-        work = Workload(rows, length, length, checkpointing)
+        work = Workload(rows, length, length, checkpointing, accumulates=accumulates)
         return estimate(work)
     if stage == "reward":
-        work = Workload(2 * rows, length, 0, checkpointing)
+        work = Workload(2 * rows, length, 0, checkpointing, accumulates=accumulates)
         return estimate(work)
     ppo = config.ppo
     rollouts = -(-ppo.rollouts // processes)
@@ -158,6 +159,7 @@ def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstim
         checkpointing,
         decoded_rows=min(ppo.generation.batch, rollouts),
         cached_rows=rollouts if blocks is not None else 0,
+        accumulates=accumulates,
     )
     reference: Literal["lora", "full", "shared"] = (
         "lora" if rank else "full" if blocks is None else "shared"
@@ -187,16 +189,20 @@ def _shares_trunk(config: Config) -> bool:
 
 
 def _precision(config: Config) -> Precision:
-    """Return the bytes of numbers: what trains is held in float32, by DeepSpeed as a copy."""
+    """Return the bytes of numbers: what trains is held in float32, by DeepSpeed as a copy.
+
+    In float32, too: whether it needs none it decides by comparing a device with a name, which are
+    never equal. Of frozen weights that it rounds, `Zero` keeps copies on the host.
+    """
     strategy = config.distributed.strategy
     frozen = 2 if config.model.dtype == Dtype.bfloat16 else 4
     half = Dtype.bfloat16 in (config.model.dtype, config.distributed.precision)
     if strategy in (Strategy.zero1, Strategy.zero2, Strategy.zero3):
         if half:
-            return HALF_WITH_MASTER
-        return replace(FLOAT32, optimizer=8 if strategy == Strategy.zero3 else 12)
+            return replace(HALF_WITH_MASTER, beside=frozen, exact=4 if frozen == 4 else 0)
+        return replace(FLOAT32, optimizer=12)
     gathered = 2 if half and strategy == Strategy.fsdp else 4
-    return Precision(frozen, activation=2 if half else 4, gathered=gathered)
+    return Precision(frozen, activation=2 if half else 4, gathered=gathered, beside=frozen)
 
 
 def _sharding(config: Config) -> Sharding:

@@ -13,9 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_exp.algo.logprobs import CHUNK_ELEMENTS
-from rlhf_exp.models.architecture import Architecture
-from rlhf_exp.models.memory import LOGITS_CHUNK, block_activations, estimate_memory
-from rlhf_exp.models.workload import FLOAT32, HALF_WITH_MASTER, Sharding, Workload
+from rlhf_exp.models.architecture import Architecture, count_parameters
+from rlhf_exp.models.memory import (
+    LOGITS_CHUNK,
+    MemoryEstimate,
+    block_activations,
+    estimate_memory,
+)
+from rlhf_exp.models.workload import FLOAT32, HALF_WITH_MASTER, Precision, Sharding, Workload
 
 Build = Callable[..., PreTrainedModel]
 GPTJ = Architecture("gptj", 28, 4096, 16, 16384, 50400, 2048)
@@ -41,7 +46,10 @@ def test_published_recipe_by_hand() -> None:
     assert plan.kv_cache == 64 * 512 * 28 * 8192 * 2
     assert plan.trunk_states == 64 * 512 * 4096 * 2
     assert plan.logits == 2 * 4 * 4 * 128 * 50400  # logits and gradient in float32, one chunk
-    update = plan.gradients + plan.activations + plan.logits
+    # More than one bucket: a copy of each is reduced while activations are there; as large is the
+    # copy of this process's part when it is stepped, and larger here.
+    assert plan.communication == max(200_000_000 * 2, -(-trained // 7) * 4)
+    update = plan.gradients + plan.activations + plan.logits + plan.communication
     assert plan.peak == (
         plan.weights
         + plan.optimizer
@@ -67,6 +75,65 @@ def test_zero3_leaves_a_billion_weights_whole() -> None:
     assert plan.gathered == 1_000_000_000 * 2
     assert plan.gathered_to_sample == 0  # nothing is sampled
     assert plan.gradients == 6_050_882_784 // 8 * 4 + 200_000_000 * 2
+    assert plan.communication == 6_050_882_784 // 8 * 4, "gradients in one piece, to be stepped"
+
+
+# A model whose gradients fit into one bucket, and what DeepSpeed 0.19 was seen to hold for it in a
+# step of two processes, tensor by tensor: all numbers are multiples of its size.
+SMALL = Architecture("llama", 5, 640, 10, 1600, 512, 128)
+STEP = Workload(rows=2, tokens=16, head_tokens=0)
+COPIED = replace(FLOAT32, optimizer=12)
+
+
+def copies(precision: Precision, workload: Workload, **sharding: bool) -> MemoryEstimate:
+    return estimate_memory(
+        SMALL, workload, precision, Sharding(2, optimizer=True, bucket=True, **sharding)
+    )
+
+
+def test_zero1_fills_its_bucket_from_whole_gradients() -> None:
+    size = 4 * count_parameters(SMALL).total
+    plan = copies(COPIED, STEP)
+    # Weights, half of copy and moments; then all gradients and the bucket, without activations.
+    assert plan.activations + plan.logits < size
+    assert plan.peak == size + 3 * size // 2 + size + size
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_zero2_reduces_a_copy_of_its_bucket(accumulates: bool) -> None:
+    size = 4 * count_parameters(SMALL).total
+    plan = copies(COPIED, replace(STEP, accumulates=accumulates), gradients=True)
+    part = size // 2 if accumulates else 0
+    assert plan.peak == size + 3 * size // 2 + part + size + size
+
+
+def test_zero2_in_half_precision_adds_up_in_float32_at_once() -> None:
+    half = 2 * count_parameters(SMALL).total
+    plan = copies(HALF_WITH_MASTER, STEP, gradients=True)
+    # Weights; half of a float32 copy and moments; the bucket, its copy, half of float32 gradients.
+    assert plan.peak == half + 3 * half + half + half + half
+
+
+def test_zero3_fetches_through_a_buffer() -> None:
+    size = 4 * count_parameters(SMALL).total
+    plan = copies(COPIED, STEP, weights=True, keeps_gradients=True)
+    held = size // 2 + 3 * size // 2 + size // 2 + size  # weights, optimizer, gradients, bucket
+    assert plan.peak == held + size + size, "the weights, and the buffer in which they came"
+
+
+def test_zero3_offloads_gradients_twice() -> None:
+    size = 4 * count_parameters(SMALL).total
+    plan = copies(COPIED, STEP, weights=True, keeps_gradients=True, offload=True)
+    # On the host the weights, the optimizer's, gradients added up and gradients to be stepped.
+    assert plan.host == size // 2 + 3 * size // 2 + size // 2 + size // 2
+    assert plan.peak == size + size + size, "the bucket; the weights, and their buffer"
+
+
+def test_rounded_weights_are_kept_exact_on_the_host() -> None:
+    precision = replace(HALF_WITH_MASTER, exact=4)
+    plan = estimate_memory(GPTJ, RECIPE, precision, train_blocks=2)
+    frozen = 6_050_882_784 - (2 * 201_355_264 + 8_192 + 206_488_800)
+    assert plan.host == frozen * 4
 
 
 def test_buckets_of_gradients_stay_while_sampling() -> None:
@@ -94,6 +161,8 @@ def test_value_model_and_reward_model_are_counted() -> None:
     alone = estimate_memory(GPTJ, RECIPE)
     trunk = 6_050_882_784 - 206_488_800
     assert estimate_memory(GPTJ, RECIPE, reward_model=GPTJ).reward_model == trunk * 4
+    half = replace(HALF_WITH_MASTER, beside=4)
+    assert estimate_memory(GPTJ, RECIPE, half, reward_model=GPTJ).reward_model == trunk * 4
     both = estimate_memory(GPTJ, RECIPE, value_blocks=28)
     assert both.optimizer - alone.optimizer == trunk * 8
     assert both.activations > 1.9 * alone.activations

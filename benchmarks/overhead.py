@@ -8,11 +8,11 @@ Both train the demo's model on the demo's data with the same engine, one thread.
 publication, record and report. *Bare* is a script that has been handed the settings: it loads data
 and model, evaluates at the start and the end, steps the optimizer in between, and saves the model.
 
-Each pair runs both at two lengths, in turn, as whole processes. What a longer run adds is the
-steps; what is left of a short one is what every run costs: in seconds on the clock, and in seconds
-of processors (W&B's own process included), which other work on the machine disturbs less. The
-second table is measured inside a framed run: the seconds that the parts of the loop take which the
-bare loop does not have. `--more` adds pairs to the last readings; `--again` only makes their table.
+Each pair runs both at two lengths, in turn, as whole processes, and takes seconds on the clock and
+of processors (W&B's own process included), which other work on the machine disturbs less. Short
+runs differ by what every run costs; what a longer run adds is the steps. The second table is
+measured inside a framed run: the seconds that the parts of the loop take which the bare loop does
+not have. `--more` adds pairs to the last readings; `--again` only makes their table.
 """
 
 from __future__ import annotations
@@ -212,11 +212,8 @@ def table(readings: dict[str, dict[str, Any]]) -> str:
                 name: [(b[number] - a[number]) / (long - short) for a, b in found[name]]
                 for name in ("bare", "framed")
             }
-            runs = {
-                name: [a[number] - short * median(steps[name]) for a, _ in found[name]]
-                for name in ("bare", "framed")
-            }
-            lines.append(_line(f"{stage}, seconds{kind} per run", runs, 1.0, "{:.2f}"))
+            runs = {name: [a[number] for a, _ in found[name]] for name in ("bare", "framed")}
+            lines.append(_line(f"{stage}, {short} steps, seconds{kind}", runs, 1.0, "{:.2f}"))
             lines.append(_line(f"{stage}, ms{kind} per step", steps, 1000.0, "{:.1f}"))
     lines += [
         "",

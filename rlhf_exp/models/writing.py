@@ -23,9 +23,9 @@ def _deepspeed_unseen() -> Iterator[None]:
     """Let DeepSpeed, unless it is imported, look as if it were not installed.
 
     `save_pretrained` takes off what accelerate knows to wrap modules, and accelerate imports
-    DeepSpeed, where it finds it, to recognise its engine: 1 to 2.5 s in a process that has no use
-    for it. Without DeepSpeed imported there cannot be an engine. `None` in `sys.modules` is
-    Python's own way to say that a module is not to be had.
+    DeepSpeed, where it finds it, to recognise its engine: a quarter of a second, and up to ten
+    times as much, in a process that has no use for it. Without DeepSpeed imported there cannot be
+    an engine. `None` in `sys.modules` is Python's own way to say that a module is not to be had.
     """
     if DEEPSPEED in sys.modules:
         yield

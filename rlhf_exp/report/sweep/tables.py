@@ -14,6 +14,7 @@ from rlhf_exp.report.sweep.groups import Group, Summary, best_of
 # (heading, metric) of the columns, as far as any run has them.
 COLUMNS = (
     ("Reward, validation", "ppo eval/reward_mean"),
+    ("Wins, validation", "ppo eval/win_rate"),
     ("KL, nats", "ppo eval/kl_sequence"),
     ("Length, tokens", "ppo eval/length_mean"),
     ("Test gain, SFT std", "eval eval/reward/gain_in_std"),

@@ -7,7 +7,6 @@ keeps, and gradients once they are added up, are float32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +30,7 @@ from rlhf_exp.distributed.strategy import (
     ROWS,
     Saved,
     check_names,
+    clip_and_step,
     load_state_by_name,
     state_by_name,
     trainable,
@@ -80,12 +80,7 @@ class FullySharded:
 
     def step(self) -> float:
         """See `Strategy`."""
-        found = nn.utils.clip_grad_norm_(trainable(self.module).values(), self._grad_norm)
-        norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
-        if math.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return clip_and_step(trainable(self.module).values(), self.optimizer, self._grad_norm)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

@@ -6,13 +6,15 @@ processes, in the same order: most of them communicate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 
 from rlhf_exp.errors import UserError
 
@@ -96,6 +98,18 @@ def check_names(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, n
         odd = sorted(targets.keys() ^ weights.keys())[:5]
         raise ValueError(f"weights do not fit the module; they differ in {odd}")
     return targets
+
+
+def clip_and_step(
+    parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, grad_norm: float
+) -> float:
+    """Clip gradients, step unless their norm is not finite, drop them; return the norm."""
+    found = nn.utils.clip_grad_norm_(parameters, grad_norm)
+    norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def state_by_name(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

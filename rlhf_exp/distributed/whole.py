@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,6 +14,7 @@ from rlhf_exp.distributed.strategy import (
     WHOLE,
     Saved,
     check_names,
+    clip_and_step,
     load_state_by_name,
     state_by_name,
     trainable,
@@ -49,11 +49,7 @@ class Single:
 
     def step(self) -> float:
         """See `Strategy`."""
-        norm = float(nn.utils.clip_grad_norm_(self._trainable, self._grad_norm))
-        if math.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return clip_and_step(self._trainable, self.optimizer, self._grad_norm)
 
     def gathered(self) -> AbstractContextManager[None]:
         """See `Strategy`: they always are."""

@@ -113,18 +113,21 @@ class Zero:
     def release(self, weights: Mapping[str, Tensor] | None) -> None:
         """See `Strategy`."""
         device = next(self.module.parameters()).device
-        values = {}
-        for name, parameter in self.module.named_parameters():
-            if weights is not None and name in weights:
-                value = weights[name]
-            elif parameter.requires_grad:
-                value = self.whole(parameter)
-            else:
-                found = self.frozen(parameter)
-                value = self._exact.get(name, found)
-            values[name] = value.to(device, copy=True)
+        given = {**self._exact, **(weights or {})}
+        values = {
+            name: (given[name] if name in given else self._kept(parameter)).to(device)
+            for name, parameter in self.module.named_parameters()
+        }
         self.engine.destroy()
         self._before.restore(values)
+
+    def _kept(self, parameter: nn.Parameter) -> Tensor:
+        """Return a parameter's value that outlives the engine, copied only where it must be."""
+        if not parameter.requires_grad:
+            return self.frozen(parameter)
+        found = self.whole(parameter)
+        # Trained weights are pieces of one tensor, which is the engine's.
+        return found.clone() if found.data_ptr() == parameter.data_ptr() else found
 
 
 def _wider(module: nn.Module) -> dict[str, Tensor]:

@@ -135,6 +135,14 @@ def test_continuations_have_generation_settings_of_their_own(run_copy: Path, pro
     assert expected.items() <= content(again, "toxicity.json").items()
 
 
+def test_a_nucleus_of_one_token_says_the_same_each_time(run_copy: Path, prompts: Path) -> None:
+    found = evaluate(run_copy, prompts, "eval.toxicity.top_p=0.000001")
+    said: dict[tuple[str, int], set[str]] = {}
+    for line in content(found, "samples.jsonl"):
+        said.setdefault((line["model"], line["row"]), set()).add(line["text"])
+    assert [len(texts) for texts in said.values()] == [1] * 20
+
+
 def test_answers_in_a_dialogue(run_copy: Path, prompts: Path) -> None:
     found = evaluate(run_copy, prompts, "eval.toxicity.format=dialogue")
     for line in content(found, "samples.jsonl"):

@@ -11,6 +11,9 @@ from torch import Tensor
 LARGEST_UNIFORM = 1.0 - 2.0**-23
 """Times a total of about 1, rounded to float32, it stays below the total: some token exceeds it."""
 
+MOST_LIKELY = (256, 4096)
+"""How many of the most probable tokens a nucleus is looked for in, before all of them."""
+
 
 def draw(logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return tokens [A] and their log-probabilities [A] under softmax(logits).
@@ -46,17 +49,36 @@ def truncated(logits: Tensor, top_p: float, top_k: int) -> Tensor:
             probabilities add up to this or more (the nucleus; Holtzman et al. 2020, section 3.1).
         top_k: keep this many tokens (Fan et al. 2018); 0 for all.
     """
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    if top_k:
-        ordered[:, top_k:] = -torch.inf
-    probabilities = torch.softmax(ordered, dim=-1)
-    # What the more probable tokens add up to; exactly 0 for the first one, which always stays.
+    vocabulary = logits.shape[-1]
+    sizes = [min(top_k or vocabulary, vocabulary)]
+    if logits.device.type == "cpu" and not top_k:
+        # A CPU sorts slowly, and a nucleus is small; elsewhere asking whether it is takes longer.
+        sizes = [*(size for size in MOST_LIKELY if size < vocabulary), vocabulary]
+    for size in sizes:
+        values = logits.topk(size, dim=-1).values
+        count = _nucleus(values, values if top_k else logits, top_p)
+        if size == sizes[-1] or bool((count < size).all()):
+            break
+    last = values.gather(-1, count - 1)
+    equal = logits == last
+    spare = count - (logits > last).sum(dim=-1, keepdim=True)
+    outside = (logits < last) | (equal & (equal.cumsum(dim=-1) > spare))
+    return logits.masked_fill(outside, -torch.inf)
+
+
+def _nucleus(values: Tensor, all_of: Tensor, top_p: float) -> Tensor:
+    """Return how many of the falling logits [A, K] make up the nucleus: [A, 1], at least 1.
+
+    Args:
+        values: the highest of the logits.
+        all_of: [A, N] the logits whose probabilities add up to 1.
+        top_p: see `truncated`.
+    """
+    probabilities = (values - all_of.logsumexp(dim=-1, keepdim=True)).exp()
+    # What the more probable tokens add up to.
     before = probabilities.cumsum(dim=-1) - probabilities
-    before[:, 0] = 0.0
-    outside = (before >= top_p) | ordered.isneginf()
-    return logits.masked_fill(
-        outside.new_zeros(outside.shape).scatter(-1, ids, outside), -torch.inf
-    )
+    inside = (before < top_p) | (top_p == 1.0)
+    return inside.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def usable(uniforms: Tensor) -> Tensor:

@@ -108,9 +108,14 @@ def test_a_cut_distribution_is_scaled_up_and_drawn_by_the_same_rule() -> None:
     assert logprobs.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (0.3, 0), (1.0, 17), (0.8, 40)])
-def test_the_same_tokens_as_transformers_keeps(top_p: float, top_k: int) -> None:
-    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * 3
+@pytest.mark.parametrize("vocabulary", [300, 6000])
+@pytest.mark.parametrize("spread", [0.1, 3.0])  # flat, so that a nucleus is large, and not
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (0.3, 0), (1.0, 17), (0.8, 40), (0.9, 700)])
+def test_the_same_tokens_as_transformers_keeps(
+    top_p: float, top_k: int, spread: float, vocabulary: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, vocabulary, generator=generator) * spread
     expected = logits
     if top_k:
         expected = TopKLogitsWarper(top_k)(None, expected)
@@ -123,3 +128,13 @@ def test_no_cut_mends_logits_that_are_not_numbers() -> None:
     tokens, logprobs = draw(truncated(torch.full((1, 3), math.nan), 0.9, 2), uniforms(0.5))
     assert 0 <= tokens.item() < 3
     assert math.isnan(logprobs.item())
+
+
+def test_of_equal_tokens_the_first_ones_stay() -> None:
+    # 2000 equal tokens: 500 of them have a quarter of the probability.
+    found = truncated(torch.zeros(2, 2000), 0.2501, 0)
+    assert torch.isfinite(found).sum(dim=1).tolist() == [501, 501]
+    assert torch.isfinite(found[:, :501]).all()
+    assert torch.isfinite(
+        truncated(torch.zeros(1, 2000), 1.0, 3)[0]
+    ).nonzero().flatten().tolist() == [0, 1, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from rlhf_exp.config.check_model import model_family
@@ -97,7 +98,7 @@ def _check_interpreter(found: Findings) -> None:
     if not path.is_file() or not os.access(path, os.X_OK):
         found.add("engine.python", f"there is no interpreter {path.absolute()}; {remedy}")
         return
-    versions = _versions(path)
+    versions = _versions(path.absolute(), path.stat().st_mtime_ns)
     if versions is None:
         found.add("engine.python", f"is no Python that runs; {remedy}")
     elif versions["trlx"] is None:
@@ -107,9 +108,13 @@ def _check_interpreter(found: Findings) -> None:
         found.add("engine.python", f"{message}wrong; it needs {TRANSFORMERS}; {remedy}")
 
 
-def _versions(python: Path) -> dict[str, str | None] | None:
-    """Return what an interpreter has; `None` if it does not answer."""
-    command = [str(python.absolute()), "-I", "-c", _ASK]
+@cache
+def _versions(python: Path, changed: int) -> dict[str, str | None] | None:
+    """Return what an interpreter has; `None` if it does not answer.
+
+    Asked once for all points of a multirun and all corners of a study.
+    """
+    command = [str(python), "-I", "-c", _ASK]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=True)
         found: dict[str, str | None] = json.loads(ended.stdout)

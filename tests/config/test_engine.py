@@ -44,6 +44,16 @@ def test_the_interpreter_is_looked_at(tmp_path: Path, working: str) -> None:
     assert "is no Python that runs" in found
 
 
+def test_the_interpreter_is_asked_once(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    python = interpreter(tmp_path, trlx="0.7.0", transformers="4.32.0")
+    path = tmp_path / "python"
+    path.write_text(path.read_text() + f"echo >> {asked}\n")
+    for rate in ("1e-5", "2e-5", "3e-5"):
+        assert complaints("engine=trlx", python, f"ppo.lr={rate}") == []
+    assert asked.read_text().count("\n") == 1
+
+
 def test_the_interpreter_is_looked_at_where_ppo_runs_only(tmp_path: Path) -> None:
     assert complaints("engine=trlx", "plan=true") == []
     assert complaints("engine=trlx", "stage=reward", "distributed=ddp") == []

@@ -5,13 +5,13 @@ A study is made by the first command and kept in one file; every later one goes 
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_exp.commands.studies import Design, open_study
 from rlhf_exp.commands.text import table
 from rlhf_exp.errors import UserError
+from rlhf_exp.http.listening import address_of, is_local, listen, need_server, serve
 from rlhf_exp.human.exchange.ground_truth import read_ground_truth, write_ground_truth
 from rlhf_exp.human.exchange.label_studio import read_label_studio, write_label_studio
 from rlhf_exp.human.exchange.lines import read_votes, write_votes
@@ -98,12 +98,8 @@ def _check(wanted: Wanted, serving: bool) -> None:
     ):
         if given is not None and given[0] not in known:
             raise UserError(f"{option} {given[0]}: unknown format; expected {', '.join(known)}")
-    missing = [n for n in ("starlette", "uvicorn") if importlib.util.find_spec(n) is None]
-    if serving and missing:
-        raise UserError(
-            f"annotate: {' and '.join(missing)} not installed, which the page needs; "
-            "pip install 'rlhf-exp[annotate]'"
-        )
+    if serving:
+        need_server("annotate", "annotate")
 
 
 def _names(text: str) -> list[str]:
@@ -143,7 +139,7 @@ def _export(study: Study, kind: str, path: str) -> None:
 
 
 def _serve(study: Study, wanted: Wanted) -> None:
-    from rlhf_exp.human.server import address_of, is_local, listen, serve
+    from rlhf_exp.human.app import make_app
 
     bound = listen(wanted.host, wanted.port)
     base = (wanted.url or address_of(bound)).rstrip("/")
@@ -161,4 +157,4 @@ def _serve(study: Study, wanted: Wanted) -> None:
             "proxy with HTTPS (--url), or keep --host 127.0.0.1."
         )
     print("Ctrl-C ends it; the same command goes on, with the same links.", flush=True)
-    serve(study, bound)
+    serve(make_app(study), bound)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from rlhf_exp.config.check_address import check_address
 from rlhf_exp.config.eval_judge import EvalJudgeConfig, JudgeName
 from rlhf_exp.config.evaluation import PREFERENCE, parts_of
 from rlhf_exp.config.problems import Findings
@@ -53,13 +52,6 @@ def _check_names(found: Findings, section: EvalJudgeConfig) -> None:
 
 
 def _check_endpoint(found: Findings, section: EvalJudgeConfig) -> None:
-    url = urlsplit(section.url or "")
-    whole = url.scheme in ("http", "https") and bool(url.hostname)
-    found.unless(whole, "eval.judge.url", "needs an address such as http://127.0.0.1:8000/v1.")
-    if url.username or url.password:
-        found.add("eval.judge.url", "must not hold a password; see eval.judge.key_env.")
-    key = section.key_env
-    if key is not None and not os.environ.get(key) and not found.config.plan:
-        found.add("eval.judge.key_env", "no such environment variable is set, or it is empty.")
+    check_address(found, "eval.judge", "http://127.0.0.1:8000/v1")
     wrong = [text for text in section.request if not text.partition(":")[1]]
     found.unless(not wrong, "eval.judge.request", "fields are NAME:JSON, such as max_tokens:512.")

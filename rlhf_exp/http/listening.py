@@ -1,17 +1,36 @@
-"""Serving a study until it is interrupted."""
+"""Serving an application until it is interrupted."""
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import socket
-
-import uvicorn
+from typing import TYPE_CHECKING
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.human.app import make_app
-from rlhf_exp.human.study import Study
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 _LAST_PORT = 65_535
+
+
+def need_server(command: str, extra: str) -> None:
+    """Make sure that a server can run.
+
+    Args:
+        command: Of `rlhf-exp`.
+        extra: Of this package, which has what is needed.
+
+    Raises:
+        UserError: Starlette or uvicorn is missing.
+    """
+    missing = [n for n in ("starlette", "uvicorn") if importlib.util.find_spec(n) is None]
+    if missing:
+        raise UserError(
+            f"{command}: {' and '.join(missing)} not installed, which it needs to serve; "
+            f"pip install 'rlhf-exp[{extra}]'"
+        )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -49,10 +68,10 @@ def is_local(bound: socket.socket) -> bool:
     return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
 
 
-def serve(study: Study, bound: socket.socket) -> None:
+def serve(app: ASGIApp, bound: socket.socket) -> None:
     """Answer requests until the process is interrupted."""
-    # No access log: the addresses hold the tokens.
-    config = uvicorn.Config(
-        make_app(study), log_level="warning", access_log=False, server_header=False
-    )
+    import uvicorn
+
+    # No access log: addresses may hold tokens.
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
     uvicorn.Server(config).run(sockets=[bound])

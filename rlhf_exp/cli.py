@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlhf_exp.commands.options import annotate_options, judge_options
+from rlhf_exp.commands import options
 from rlhf_exp.errors import UserError
 
 Command = Callable[[argparse.Namespace], None]
@@ -89,28 +89,27 @@ def _runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 def _models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     chat = commands.add_parser("chat", help="talk to a run's model")
-    chat.add_argument("run", metavar="RUN")
-    chat.add_argument("--against", metavar="ROLE|RUN", help="a second model: `sft`, or another run")
-    chat.add_argument("--temperature", type=float, default=0.7, help="0: most probable tokens")
-    chat.add_argument("--seed", type=int, default=0)
+    options.chat_options(chat)
     chat.set_defaults(command=_chat)
 
     export = commands.add_parser("export", help="write a run's model as a Hugging Face folder")
-    export.add_argument("run", metavar="RUN")
-    export.add_argument("folder", type=Path, metavar="DIR")
-    export.add_argument("--step", type=int, metavar="N", help="the snapshot of this step")
+    options.export_options(export)
     export.set_defaults(command=_export)
+
+    serve = commands.add_parser("serve-reward", help="score responses for PPO elsewhere")
+    options.serve_options(serve)
+    serve.set_defaults(command=_serve_reward)
 
 
 def _people(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     annotate = commands.add_parser("annotate", help="let people judge a run's answers")
-    annotate_options(annotate)
+    options.annotate_options(annotate)
     annotate.set_defaults(command=_annotate)
 
 
 def _judges(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     judge = commands.add_parser("judge", help="compare judges with people on a file of pairs")
-    judge_options(judge)
+    options.judge_options(judge)
     judge.set_defaults(command=_judge)
 
 
@@ -125,10 +124,7 @@ def _store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     remove = actions.add_parser("rm", help="delete artifacts")
     remove.add_argument("keys", nargs="+", metavar="KEY")
     collect = actions.add_parser("gc", help="delete what no run refers to")
-    add = collect.add_argument
-    add("--older-than", metavar="AGE", help="only what was last used longer ago: 7d, 12h (1h)")
-    add("--sweep", metavar="NAME", help="also let go of runs of this name, by --keep")
-    add("--keep", metavar="RULE", help="the ended runs that keep their results: best:3, last:5")
+    options.collect_options(collect)
     for action, command in ((remove, _store_rm), (collect, _store_gc)):
         action.add_argument("--dry-run", action="store_true", help="say what would be deleted")
         action.set_defaults(command=command)
@@ -192,6 +188,14 @@ def _export(arguments: argparse.Namespace) -> None:
     from rlhf_exp.commands.export import export
 
     print(export(arguments.outputs, arguments.run, arguments.folder, arguments.step))
+
+
+def _serve_reward(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.serve_reward import Wanted, serve_reward
+
+    given = vars(arguments)
+    wanted = Wanted(**{field.name: given[field.name] for field in dataclasses.fields(Wanted)})
+    serve_reward(arguments.outputs, arguments.run, wanted)
 
 
 def _annotate(arguments: argparse.Namespace) -> None:

@@ -12,10 +12,10 @@ from rich.text import Text
 from rlhf_exp.config.root import Config
 from rlhf_exp.distributed.place import leads
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.beforehand import look_ahead
+from rlhf_exp.pipeline.beforehand import look_ahead, reward_ready
 from rlhf_exp.pipeline.crew import Crew, crew_for, follow, settled_place
 from rlhf_exp.pipeline.hub import pinned
-from rlhf_exp.pipeline.plan import Step, plan, records_of, refuse_changed
+from rlhf_exp.pipeline.plan import State, Step, plan, records_of, refuse_changed
 from rlhf_exp.pipeline.probe import probe, probe_table
 from rlhf_exp.pipeline.run import Done, run_steps
 from rlhf_exp.pipeline.view import lacking_snapshots, memory_table, plan_table
@@ -83,6 +83,8 @@ def _probe(config: Config, crew: Crew) -> None:
     """Measure a few iterations of each stage asked for, and print what was found."""
     console = Console(stderr=True)
     steps = _show(config, console)
+    if any(step.stage == "ppo" and step.state is not State.given for step in steps):
+        reward_ready(config)
     for probed in probe(config, steps, crew, lambda text: console.print(Text(text))):
         Console().print(probe_table(config, probed))
 

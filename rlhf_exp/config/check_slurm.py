@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_exp.config.problems import Problem, written
-from rlhf_exp.config.root import Config
+from rlhf_exp.config.root import Config, Stage
 from rlhf_exp.config.slurm import SlurmConfig
 
 _POSITIVE = ("cpus_per_process", "time_min", "concurrent_jobs", "signal_delay_s", "poll_s")
@@ -22,7 +22,7 @@ class Shape:
     Attributes:
         nodes: Number of nodes.
         tasks_per_node: Processes on each.
-        gpus_per_node: GPUs on each, one for each process; 0: none.
+        gpus_per_node: GPUs on each, one for each process, and the reward model's own; 0: none.
     """
 
     nodes: int
@@ -44,7 +44,22 @@ def shape_of(site: SlurmConfig, config: Config) -> Shape | Problem:
             "hydra.launcher.gpus_per_node or .processes_per_node.",
         )
     each = processes // nodes
-    return Shape(nodes, each, each if site.gpus_per_node else 0)
+    placed = _placed(config)
+    gpus = each if placed is None else max(each, placed + 1)
+    if placed is not None and not each <= placed < site.gpus_per_node:
+        return Problem(
+            "ppo.reward.placement",
+            f"gpu:{placed}",
+            f"of a node's hydra.launcher.gpus_per_node={site.gpus_per_node} the first {each} "
+            "train; name another, or use ppo.reward.placement=shared.",
+        )
+    return Shape(nodes, each, gpus if site.gpus_per_node else 0)
+
+
+def _placed(config: Config) -> int | None:
+    """Return the number of the GPU that the reward model has for itself, if it has one."""
+    scored = config.stage not in (Stage.sft, Stage.reward) and config.ppo.reward.model_scores
+    return config.ppo.reward.gpu if scored else None
 
 
 def slurm_problems(site: SlurmConfig, configs: Sequence[Config]) -> list[Problem]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rlhf_exp.config.check_function import check_function
 from rlhf_exp.config.check_model import context_length, layer_count
 from rlhf_exp.config.ppo import ValueInit, ValueTrunk
 from rlhf_exp.config.problems import Findings
@@ -83,11 +82,10 @@ def check_ppo(found: Findings) -> None:
         found.add("ppo.kl.stop", f"must be above the target that KL aims at, {ppo.kl.target:g}.")
     if ppo.value_trunk is ValueTrunk.branch:
         _check_branch(found)
-    if ppo.reward.function is not None:
-        check_function(found, "ppo.reward.function")
-        if ppo.value_init is ValueInit.reward and found.config.reward.use is None:
-            message = "with ppo.reward.function there is no reward model; use value_init=small."
-            found.add("ppo.value_init", message)
+    modelless = not ppo.reward.model_scores and found.config.reward.use is None
+    if modelless and ppo.value_init is ValueInit.reward:
+        message = f"with a {ppo.reward.kind} there is no reward model; use value_init=small."
+        found.add("ppo.value_init", message)
 
 
 def _check_branch(found: Findings) -> None:

@@ -10,6 +10,7 @@ from rlhf_exp.config.check_data import check_data
 from rlhf_exp.config.check_engine import check_trlx
 from rlhf_exp.config.check_eval import check_eval
 from rlhf_exp.config.check_model import check_model
+from rlhf_exp.config.check_scoring import check_scoring
 from rlhf_exp.config.check_study import check_study
 from rlhf_exp.config.check_training import check_ppo, check_sequence, check_training
 from rlhf_exp.config.problems import Findings, Problem
@@ -51,6 +52,8 @@ def problems(config: Config, multirun: bool = False) -> list[Problem]:
         check_ppo(found)
         if config.engine.name is EngineName.trlx:
             check_trlx(found)
+    if "ppo" in needed:
+        check_scoring(found)
     if "eval" in needed:
         check_eval(found)
     _check_running(found)

@@ -83,6 +83,56 @@ class PpoRewardConfig:
     function: str | None = setting(
         None, "A Python function instead of the reward model: `file.py:name`, see docs/rewards.md."
     )
+    url: str | None = setting(
+        None,
+        "A reward server instead of the reward model, such as http://127.0.0.1:8480, see "
+        "docs/rewards.md; counts unless `name` is given.",
+        neutral=None,
+    )
+    name: str | None = setting(
+        None,
+        "What scores at `url`: counts in its place, and must be what the server calls itself, if "
+        "it says so.",
+        neutral=None,
+    )
+    key_env: str | None = setting(
+        None, "Environment variable with the server's key; null sends none.", key=False
+    )
+    request_size: int = setting(64, "Responses in one request to the server.", key=False)
+    timeout_s: float = setting(120.0, "Seconds until a request to the server failed.", key=False)
+    retries: int = setting(8, "Times that a failed request to the server is repeated.", key=False)
+    placement: str = setting(
+        "shared",
+        "Where the reward model is: `shared` (each process has it on its own device), `gpu:N` or "
+        "`cpu` (the main process alone has it there, and scores for all).",
+        key=False,
+    )
+
+    @property
+    def model_scores(self) -> bool:
+        """Whether the reward model scores, and not a function or a server of the user's."""
+        return self.function is None and self.url is None
+
+    @property
+    def kind(self) -> str:
+        """What scores, in words."""
+        if self.function is not None:
+            return "reward function"
+        return "reward model" if self.url is None else "reward server"
+
+    @property
+    def gpu(self) -> int | None:
+        """The number in `gpu:N`, where the reward model is placed so."""
+        kind, _, number = self.placement.partition(":")
+        valid = kind == "gpu" and number.isascii() and number.isdecimal()
+        return int(number) if valid else None
+
+    @property
+    def device(self) -> str | None:
+        """The one device that the reward model is placed on, as torch names it; else `None`."""
+        if self.placement == "shared":
+            return None
+        return "cpu" if self.gpu is None else f"cuda:{self.gpu}"
 
 
 @dataclass

@@ -77,10 +77,13 @@ class Codec:
 
     def encode_prompts(self, histories: Sequence[History]) -> list[list[int]]:
         """Return the ids of many prompts, faster than one by one."""
-        texts = [self.render(history) for history in histories]
-        # The template's own special tokens are to be read as such; a user's text never is.
-        literal = self.prompt_format != "chat_template"
-        return [self._prefix + ids for ids in self._encode(texts, literal)]
+        return self._encode_rendered([self.render(history) for history in histories])
+
+    def encode_decoded(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of prompts' texts as `decode` gives them."""
+        # The text of the beginning-of-sequence token, where there is one, is in them.
+        start = self.decode(self._prefix)
+        return self._encode_rendered([prompt.removeprefix(start) for prompt in prompts])
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts to be continued as they are, begun as a prompt is."""
@@ -113,6 +116,11 @@ class Codec:
             verbose=False,
         )
         return [list(ids) for ids in encoded["input_ids"]]
+
+    def _encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
+        # The template's own special tokens are to be read as such; a user's text never is.
+        literal = self.prompt_format != "chat_template"
+        return [self._prefix + ids for ids in self._encode(texts, literal)]
 
     def _leading_tokens(self) -> list[int]:
         """Return what the tokenizer puts before a text (templates write their own)."""

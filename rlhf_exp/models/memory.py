@@ -148,6 +148,11 @@ def estimate_memory(
     )
 
 
+def reward_bytes(architecture: Architecture, precision: Precision) -> int:
+    """Return the bytes of a whole reward model's weights."""
+    return _reward_parameters(architecture, None) * precision.weight
+
+
 def _reward_parameters(shape: Architecture | None, blocks: int | None) -> int:
     if shape is None:
         return 0

@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rlhf_exp.config.eval_toxicity import ScorerKind
-from rlhf_exp.config.evaluation import TOXICITY, parts_of, scores_toxicity
+from rlhf_exp.config.evaluation import TOXICITY, needs_reward, parts_of, scores_toxicity
 from rlhf_exp.config.root import Config
+from rlhf_exp.config.running import Strategy
+from rlhf_exp.distributed.place import find_place
+from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.plan import Step
 
 
 def look_ahead(config: Config, steps: Iterable[Step]) -> None:
-    """Raise for data or a scorer that the evaluation would not find after hours of training.
+    """Raise for what PPO or the evaluation would not find after hours of training.
 
     Raises:
         UserError: Naming what is missing and the remedy.
     """
-    if not any(step.stage == "eval" and step.needs_work for step in steps):
+    work = {step.stage for step in steps if step.needs_work}
+    judged = "eval" in work and config.eval.samples is None and needs_reward(config.eval.suite)
+    if "ppo" in work or judged:
+        reward_ready(config)
+    if "eval" not in work:
         return
     usual = config.eval.toxicity.scorer_kind is ScorerKind.profanity
     if TOXICITY in parts_of(config.eval.suite) or (
@@ -25,3 +32,42 @@ def look_ahead(config: Config, steps: Iterable[Step]) -> None:
         from rlhf_exp.stages.parts import toxicity
 
         toxicity.check(config)
+
+
+def reward_ready(config: Config) -> None:
+    """Make sure that a reward server answers, and that the reward model's own GPU is there.
+
+    Raises:
+        UserError: It does not, or is not, or a process trains there.
+    """
+    reward = config.ppo.reward
+    if reward.url is not None:
+        from rlhf_exp.stages.server import server_of
+
+        server_of(reward).check()
+    elif reward.gpu is not None and reward.model_scores:
+        _check_gpu(config, reward.gpu)
+
+
+def _check_gpu(config: Config, number: int) -> None:
+    import torch
+
+    found, training = torch.cuda.device_count(), _here(config)
+    reason = None
+    if number >= found:
+        reason = f"this machine has {found} GPUs" + (", numbered from 0" if found else "")
+    elif number < training:
+        reason = f"{training} processes train on this machine, on its first {training} GPUs"
+    if reason is not None:
+        raise UserError(
+            f"ppo.reward.placement=gpu:{number}: {reason}. Give another number, or "
+            "ppo.reward.placement=shared (each process has the reward model on its own device)"
+        )
+
+
+def _here(config: Config) -> int:
+    """Return how many processes train on this machine, which is the main one's."""
+    if config.distributed.strategy is Strategy.single:
+        return 1
+    place = find_place()
+    return config.distributed.processes if place is None else place.local_processes

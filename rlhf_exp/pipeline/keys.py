@@ -46,8 +46,9 @@ class Keys:
     def ppo(self, parents: dict[str, str]) -> str:
         """Return the key of the PPO policy."""
         section = key_content(self.config.ppo)
-        # Its content counts, not the path to it.
-        del section["reward"]["function"]
+        # What a function does and who a server is count, not where they are: see `_judge`.
+        for name in ("function", "url", "name"):
+            section["reward"].pop(name, None)
         content = {"ppo": section, "parents": parents}
         if self.config.engine.name is EngineName.trlx:
             # It scales scores by what it has seen in the parts sampled so far.
@@ -135,7 +136,10 @@ class Keys:
 
     def _judge(self) -> dict[str, Any]:
         """Return what of the scoring counts besides the reward model itself."""
-        reference = self.config.ppo.reward.function
+        reward = self.config.ppo.reward
+        reference = reward.function
+        if reward.url is not None:
+            return {"server": {"name": reward.name} if reward.name else {"url": reward.url}}
         if reference is None:
             # The length to which a reward model reads, which its own key need not hold.
             return {"judge_length": max(self.config.reward.seq_length, self.config.ppo.seq_length)}

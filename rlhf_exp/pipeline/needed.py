@@ -20,7 +20,7 @@ def stages_of(config: Config) -> tuple[str, ...]:
     }[config.stage]
     if config.eval.suite == Suite.none:
         needed.discard("eval")
-    judged = config.ppo.reward.function is None or config.ppo.value_init == ValueInit.reward
+    judged = config.ppo.reward.model_scores or config.ppo.value_init == ValueInit.reward
     if not judged and config.stage not in (Stage.reward, Stage.sft):
         needed.discard("reward")
     if config.stage == Stage.reward and config.reward.init == RewardInit.base:

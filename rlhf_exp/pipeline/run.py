@@ -32,7 +32,7 @@ from rlhf_exp.store.store import Store
 from rlhf_exp.tracking.local import METRICS, read_metrics
 
 FACTS = "facts.json"
-_DROP = ("checkpoints/*", "best/*", "kept/*", NOTE)
+_DROP = ("checkpoints/*", "best/*", "kept/*", "original_scores/*", NOTE)
 
 
 class Pruned(Exception):

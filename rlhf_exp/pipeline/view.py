@@ -15,7 +15,7 @@ from rlhf_exp.config.root import Config
 from rlhf_exp.config.running import Strategy
 from rlhf_exp.config.training import TrainingConfig
 from rlhf_exp.models.architecture import Architecture, count_lora, count_parameters
-from rlhf_exp.models.memory import MemoryEstimate, estimate_memory
+from rlhf_exp.models.memory import MemoryEstimate, estimate_memory, reward_bytes
 from rlhf_exp.models.workload import FLOAT32, HALF_WITH_MASTER, Precision, Sharding, Workload
 from rlhf_exp.pipeline.needed import stages_of
 from rlhf_exp.pipeline.plan import State, Step
@@ -80,8 +80,9 @@ def memory_table(config: Config) -> Table:
     stages = [stage for stage in stages_of(config) if stage != "eval"]
     shape = shape_for(config.model)
     total = count_parameters(shape).total
+    apart = _reward_apart(config, shape) if "ppo" in stages else ""
     table = Table(
-        caption=f"{config.model.name}: {_count(total)} parameters; GiB per process",
+        caption=f"{config.model.name}: {_count(total)} parameters; GiB per process{apart}",
         caption_justify="left",
         min_width=60,
         box=None,
@@ -115,6 +116,16 @@ def memory_table(config: Config) -> Table:
         fits = [found.peak * 1.1 + GIB <= size * GIB for found in estimates]
         table.add_row(f"fits {size} GB", *("yes" if fit else "no" for fit in fits))
     return table
+
+
+def _reward_apart(config: Config, shape: Architecture) -> str:
+    """Return in words what the main process holds besides, where it has the reward model alone."""
+    reward = config.ppo.reward
+    if reward.device is None or not reward.model_scores:
+        return ""
+    size = gib(reward_bytes(shape, _precision(config)))
+    place = "host memory" if reward.gpu is None else f"GPU {reward.gpu} of its machine"
+    return f";\nfor PPO the main process also has the reward model, {size} GiB, in {place}"
 
 
 def shape_for(section: ModelConfig) -> Architecture:
@@ -164,7 +175,7 @@ def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstim
     reference: Literal["lora", "full", "shared"] = (
         "lora" if rank else "full" if blocks is None else "shared"
     )
-    judge = None if ppo.reward.function is not None else shape
+    judge = shape if ppo.reward.model_scores and ppo.reward.device is None else None
     return estimate(
         work,
         reference=reference,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_exp.config.eval_judge import EvalJudgeConfig, JudgeName
-from rlhf_exp.engines.native.scoring import load_function
+from rlhf_exp.engines.native.function import UserReward, load_function
 from rlhf_exp.evaluation.judges.classifier import Classifier
 from rlhf_exp.evaluation.judges.endpoint import Client, Endpoint
 from rlhf_exp.evaluation.judges.judge import Judge, Pair, Verdict
@@ -26,6 +26,7 @@ from rlhf_exp.evaluation.judges.reward import RewardJudge, score_verdicts
 from rlhf_exp.evaluation.result import QuickResult
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.stages.bench import Bench
+from rlhf_exp.stages.server import server_of
 from rlhf_exp.stages.training import attention_of, torch_dtype
 from rlhf_exp.tracking.progress import Progress
 
@@ -163,25 +164,32 @@ class Panel:
     def _reward(self) -> Judge:
         """Return the reward that PPO maximised, as a judge of any texts."""
         config, context = self.bench.config, self.bench.context
-        reference = config.ppo.reward.function
-        if reference is not None:
-            function, codec = load_function(reference), context.materials.codec(self._policy())
+        function = self._function()
+        if function is not None:
+            codec = context.materials.codec(self._policy())
 
             def score(prompts: Sequence[str], answers: Sequence[str]) -> NDArray[np.float64]:
                 texts = [codec.render(history_of(prompt)) for prompt in prompts]
                 return np.asarray(function(texts, list(answers)), dtype=np.float64)
 
-            return RewardJudge("reward function", score, self._band())
+            return RewardJudge(config.ppo.reward.kind, score, self._band())
         folder = context.models["reward"]
         model = RewardModel.load(folder, None, torch_dtype(config), attention_of(config))
         own = OwnRewardModel(
             model,
             context.materials.codec(folder),
             max(config.reward.seq_length, config.ppo.seq_length),
-            self.bench.world.device,
+            config.ppo.reward.device or self.bench.world.device,
             self.section.batch,
         )
-        return RewardJudge("reward model", own, self._band())
+        return RewardJudge(config.ppo.reward.kind, own, self._band())
+
+    def _function(self) -> UserReward | None:
+        """Return what scores texts where no reward model does."""
+        reward = self.bench.config.ppo.reward
+        if reward.function is not None:
+            return load_function(reward.function)
+        return None if reward.url is None else server_of(reward).scores
 
     def _policy(self) -> str:
         return self.bench.contestants[-1].source

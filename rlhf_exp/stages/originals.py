@@ -17,10 +17,12 @@ from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.distributed.world import World
 from rlhf_exp.engines.native.probe import ITERATIONS
 from rlhf_exp.engines.native.scoring import Scorer, score_shared
+from rlhf_exp.engines.native.served import ServerScorer
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.store.fingerprint import file_digest, key_of
 
 _CHUNK = 1024
+FOLDER = "original_scores"
 
 
 def original_scores(
@@ -33,8 +35,11 @@ def original_scores(
     interrupted.
     """
     used = _used(config, len(prompts), ITERATIONS["ppo"] if context.probe else None)
-    key = _key(prompts, used, config, context, world)
-    path = context.cache / "original_scores" / f"{key}.npy"
+    judge = _judge(config, context, scorer)
+    key = _key(prompts, used, judge, config, world)
+    # Of a server that gives no name, nobody can say that it scored the same in an earlier run.
+    folder = context.folder if judge is None else context.cache
+    path = folder / FOLDER / f"{key}.npy"
     if world.agreed(path.is_file()):
         return torch.from_numpy(np.load(path))
     scores = torch.full((len(prompts),), float("nan"))
@@ -68,11 +73,26 @@ def _score(prompts: TokenizedPrompts, rows: np.ndarray, scorer: Scorer, world: W
     return score_shared(scorer, tokens, lengths[:, 0], (lengths[:, 1] - 1).clamp(min=0), world)
 
 
+def _judge(config: Config, context: StageContext, scorer: Scorer) -> list[str | None] | None:
+    """Return what tells what scores from anything else, or `None` where nothing does."""
+    reward = config.ppo.reward
+    if reward.function is not None:
+        file, _, name = reward.function.rpartition(":")
+        return [file_digest(Path(file)), name]
+    if isinstance(scorer, ServerScorer):
+        told = scorer.server.told
+        known = reward.name or (None if told is None else told.name)
+        return None if known is None else ["server", known]
+    # The key alone would not do: a reward model made again under it may have other weights.
+    found = [context.parents.get("reward"), context.inputs.get("reward")]
+    return found if reward.device is None else [*found, reward.placement]
+
+
 def _key(
     prompts: TokenizedPrompts,
     used: np.ndarray,
+    judge: list[str | None] | None,
     config: Config,
-    context: StageContext,
     world: World,
 ) -> str:
     """Return the key of everything that decides the scores, to their last bits."""
@@ -81,13 +101,6 @@ def _key(
         digest.update(np.ascontiguousarray(column.flat).tobytes())
         digest.update(np.ascontiguousarray(column.offsets).tobytes())
     digest.update(used.tobytes())
-    function = config.ppo.reward.function
-    if function is None:
-        # The key alone would not do: a reward model made again under it may have other weights.
-        judge = [context.parents.get("reward"), context.inputs.get("reward")]
-    else:
-        file, _, name = function.rpartition(":")
-        judge = [file_digest(Path(file)), name]
     how = [
         config.distributed.precision.name,
         torch.get_num_threads(),

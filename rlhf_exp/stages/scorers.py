@@ -1,17 +1,25 @@
-"""The scorer that a config asks for: the reward model, or a user's function."""
+"""The scorer that a config asks for: the reward model, a user's function, or a server."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
 
 from rlhf_exp.config.evaluation import REFEREE
 from rlhf_exp.config.root import Config
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.distributed.world import World
+from rlhf_exp.engines.native.central import CentralScorer
+from rlhf_exp.engines.native.function import FunctionScorer, load_function
 from rlhf_exp.engines.native.sample_scores import SharedTrunkScorer
-from rlhf_exp.engines.native.scoring import FunctionScorer, ModelScorer, Scorer, load_function
+from rlhf_exp.engines.native.scoring import ModelScorer, Scorer
+from rlhf_exp.engines.native.served import ServerScorer
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.models.shared import adopt_trunk
 from rlhf_exp.stages.context import StageContext
+from rlhf_exp.stages.server import known_server
 from rlhf_exp.stages.training import attention_of, torch_dtype
 
 
@@ -22,7 +30,7 @@ def scorer_for(
     world: World,
     model: RewardModel | None = None,
 ) -> Scorer:
-    """Return what judges responses in PPO and in the evaluation.
+    """Return what judges responses in PPO and in the evaluation; all processes take part.
 
     Args:
         config: The experiment.
@@ -31,11 +39,19 @@ def scorer_for(
         world: Device and precision.
         model: The reward model, where it is loaded already.
     """
-    function = config.ppo.reward.function
-    if function is not None:
-        return FunctionScorer(load_function(function), codec, function)
-    folder = context.models["reward"]
-    return model_scorer(config, context, codec, world, folder, model)
+    reward, folder = config.ppo.reward, context.models.get("reward")
+    if reward.function is not None:
+        return FunctionScorer(load_function(reward.function), codec, reward.function)
+    if reward.url is not None:
+        return ServerScorer(known_server(config, context, world), codec)
+    assert folder is not None, "what scores is a reward model"
+    if reward.device is None:
+        return model_scorer(config, context, codec, world, folder, model)
+    own = None
+    if world.is_main:
+        device = torch.device(reward.device)
+        own = model_scorer(config, context, codec, world, folder, model, device)
+    return CentralScorer(own, world)
 
 
 def training_scorer(
@@ -52,8 +68,8 @@ def training_scorer(
     """
     # DeepSpeed would turn the trunk into another number format; ZeRO-3 and FSDP spread it.
     cast = world.weights_dtype not in (None, torch_dtype(config))
-    apart = policy.whole_blocks or cast
-    folder = None if config.ppo.reward.function else context.models["reward"]
+    apart = policy.whole_blocks or cast or config.ppo.reward.device is not None
+    folder = context.models["reward"] if config.ppo.reward.model_scores else None
     if folder is None or apart or context.materials.codec(folder).digest != codec.digest:
         return scorer_for(config, context, codec, world)
     model = RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config))
@@ -75,8 +91,19 @@ def model_scorer(
     world: World,
     folder: str,
     model: RewardModel | None = None,
+    device: torch.device | None = None,
 ) -> ModelScorer:
-    """Return the scorer of a reward model's folder; for the arguments see `scorer_for`."""
+    """Return the scorer of a reward model's folder.
+
+    Args:
+        config: The experiment.
+        context: Of the stage.
+        codec: Of the policy.
+        world: Device and precision.
+        folder: Of the reward model.
+        model: The reward model, where it is loaded already.
+        device: Where it computes; by default the process's own device.
+    """
     own = context.materials.codec(folder)
     return ModelScorer(
         model
@@ -86,6 +113,7 @@ def model_scorer(
         world,
         config.ppo.generation.batch,
         _read_at_most(config),
+        device,
     )
 
 
@@ -106,28 +134,35 @@ class Judges:
 
     def reward(self, codec: Codec) -> Scorer:
         """Return the scorer of the reward, for a policy with this codec."""
-        if self.config.ppo.reward.function is None:
-            return self._of_model("reward", codec)
-        key = ("function", codec.digest)
-        if key not in self._made:
-            self._made[key] = scorer_for(self.config, self.context, codec, self.world)
-        return self._made[key]
+        given = (self.config, self.context, codec, self.world)
+        return self._once("reward", codec, lambda model: scorer_for(*given, model))
 
     def referee(self, codec: Codec) -> Scorer | None:
         """Return the scorer of the second reward model, if there is one."""
-        return self._of_model(REFEREE, codec) if REFEREE in self.context.models else None
+        folder = self.context.models.get(REFEREE)
+        if folder is None:
+            return None
+        given = (self.config, self.context, codec, self.world, folder)
+        return self._once(REFEREE, codec, lambda model: model_scorer(*given, model))
 
     def own_codec(self) -> Codec | None:
-        """Return the reward model's own codec; `None` where a function judges."""
-        if self.config.ppo.reward.function is not None:
+        """Return the reward model's own codec; `None` where a function or a server judges."""
+        if not self.config.ppo.reward.model_scores:
             return None
         return self.context.materials.codec(self.context.models["reward"])
 
-    def _of_model(self, role: str, codec: Codec) -> Scorer:
-        if (role, codec.digest) not in self._made:
-            loaded = next((one for (other, _), one in self._made.items() if other == role), None)
-            model = loaded.model if isinstance(loaded, ModelScorer) else None
-            folder = self.context.models[role]
-            made = model_scorer(self.config, self.context, codec, self.world, folder, model)
-            self._made[role, codec.digest] = made
-        return self._made[role, codec.digest]
+    def _once(
+        self, role: str, codec: Codec, make: Callable[[RewardModel | None], Scorer]
+    ) -> Scorer:
+        key = (role, codec.digest)
+        if key not in self._made:
+            loaded = [one for (other, _), one in self._made.items() if other == role]
+            self._made[key] = make(_model_of(loaded[0]) if loaded else None)
+        return self._made[key]
+
+
+def _model_of(scorer: Scorer) -> RewardModel | None:
+    """Return the reward model of a scorer, if it has one in this process."""
+    if isinstance(scorer, CentralScorer):
+        return None if scorer.scorer is None else scorer.scorer.model
+    return scorer.model if isinstance(scorer, ModelScorer) else None

@@ -12,7 +12,7 @@ from rlhf_exp.config.check_model import local_folder
 from rlhf_exp.config.eval_toxicity import ScorerKind, ToxicityConfig
 from rlhf_exp.config.root import Config
 from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.scoring import load_function
+from rlhf_exp.engines.native.function import load_function
 from rlhf_exp.evaluation.toxicity.classifier import ClassifierToxicity, toxic_label
 from rlhf_exp.evaluation.toxicity.function import FunctionToxicity, UserToxicity
 from rlhf_exp.evaluation.toxicity.scorer import ProfanityCheckScorer, ToxicityScorer

@@ -61,7 +61,7 @@ class _Worker:
 
     def run(self, overrides: list[str]) -> float | None:
         # What fails here is no trial's fault, and must not cost any.
-        stage = Stage.sft if self.config.ppo.reward.function else Stage.reward
+        stage = Stage.reward if self.config.ppo.reward.model_scores else Stage.sft
         shared = _shared(self.config, stage)
         experiment.run(shared, overrides, recorded=False, crew=self.crews.of(shared, {}))
         search = search_of(self.config)

@@ -109,6 +109,7 @@ def test_the_published_recipe(name: str) -> None:
     assert config.distributed.strategy is Strategy.zero2
     assert config.distributed.processes == 7
     assert config.distributed.precision is Dtype.bfloat16
+    assert ppo.reward.placement == "gpu:7", "the eighth"
 
 
 def test_a_pretrained_model_brings_the_recipe_and_the_command_line_wins() -> None:

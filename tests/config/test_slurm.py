@@ -9,7 +9,7 @@ from rlhf_exp.config.check_slurm import Shape, shape_of, slurm_problems
 from rlhf_exp.config.compose import compose
 from rlhf_exp.config.groups import CONF
 from rlhf_exp.config.problems import Problem
-from rlhf_exp.config.root import Config
+from rlhf_exp.config.root import Config, Stage
 from rlhf_exp.config.running import Strategy
 from rlhf_exp.config.slurm import SlurmConfig
 from rlhf_exp.errors import UserError
@@ -44,6 +44,30 @@ def test_nodes_follow_from_processes(
 ) -> None:
     site = SlurmConfig(gpus_per_node=gpus, processes_per_node=per_node)
     assert shape_of(site, config(processes)) == expected
+
+
+@pytest.mark.parametrize(
+    ("processes", "placement", "gpus"),
+    [(7, "gpu:7", 8), (14, "gpu:7", 8), (4, "gpu:5", 6), (4, "cpu", 4)],
+)
+def test_the_reward_models_own_gpu_is_asked_for(processes: int, placement: str, gpus: int) -> None:
+    one = config(processes)
+    one.ppo.reward.placement = placement
+    found = shape_of(SlurmConfig(gpus_per_node=8), one)
+    assert found == Shape(-(-processes // 8), min(processes, 7), gpus)
+    one.stage = Stage.sft
+    found = shape_of(SlurmConfig(gpus_per_node=8), one)
+    assert isinstance(found, Shape)
+    assert found.gpus_per_node == found.tasks_per_node
+
+
+@pytest.mark.parametrize(("processes", "gpus"), [(8, 8), (7, 7), (4, 0)])
+def test_a_node_without_a_gpu_for_the_reward_model(processes: int, gpus: int) -> None:
+    one = config(processes)
+    one.ppo.reward.placement = "gpu:7"
+    found = shape_of(SlurmConfig(gpus_per_node=gpus), one)
+    assert isinstance(found, Problem)
+    assert str(found).startswith("ppo.reward.placement=gpu:7: of a node's hydra.launcher.gpus_")
 
 
 def test_processes_that_cannot_be_shared_out() -> None:

@@ -64,6 +64,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for stop_at in (1, None):
             jobs.append(job(folder, f"{strategy}-ppo-cut", "ppo", choice, stop_at=stop_at))
         jobs.append(job(folder, f"{strategy}-sft-moved", "sft", choice, stop_at=2))
+    for stage in ("ppo", "eval"):
+        placed = ("distributed=ddp", "ppo.reward.placement=cpu")
+        jobs.append(job(folder, f"ddp-{stage}-placed", stage, *placed))
     jobs.append(job(folder, "ddp-eval", "eval", "distributed=ddp"))
     run_jobs(folder, jobs, processes=2)
     return folder
@@ -91,6 +94,25 @@ def test_two_processes_equal_one(folder: Path, strategy: str, stage: str) -> Non
         # Adam blows up to full steps.
         if not name.endswith("query_key_value.bias"):
             assert torch.allclose(value, trained[name], atol=5e-5), name
+
+
+def test_one_process_may_score_for_all(folder: Path) -> None:
+    """Only its batches differ from those of two that score their shares: rounding."""
+    shared, placed = rows(folder, "ddp-ppo"), rows(folder, "ddp-ppo-placed")
+    assert [row["global_step"] for row in shared] == [row["global_step"] for row in placed]
+    for ours, theirs in zip(shared, placed, strict=True):
+        for name in ours.keys() & theirs.keys():
+            if name.startswith(("loss", "eval", "reward", "kl", "optim", "policy", "value")):
+                assert theirs[name] == pytest.approx(ours[name], rel=1e-5, abs=1e-5), name
+    lines = [
+        (folder / name / "samples.jsonl").read_text().splitlines()
+        for name in ("ddp-eval", "ddp-eval-placed")
+    ]
+    answers = [[json.loads(line) for line in one] for one in lines]
+    assert len({answer["score"] for answer in answers[0]}) > 8
+    for ours, theirs in zip(*answers, strict=True):
+        assert theirs["text"] == ours["text"]
+        assert theirs["score"] == pytest.approx(ours["score"], abs=1e-5)
 
 
 @pytest.mark.parametrize("strategy", CHOSEN)

@@ -15,7 +15,7 @@ from rlhf_exp.cli import parser
 from rlhf_exp.command import main
 from rlhf_exp.data.formats import parse_row
 from rlhf_exp.data.toy.subjects import subjects
-from rlhf_exp.engines.native.scoring import load_function
+from rlhf_exp.engines.native.function import load_function
 from rlhf_exp.human.exchange.lines import read_votes
 from rlhf_exp.human.items import item_of
 from tests.human.lab import study

@@ -109,6 +109,8 @@ def test_a_change_counts_from_its_stage_on(
         ("sft.gradient_checkpointing", True),
         ("ppo.checkpoint_every", 7),
         ("ppo.keep_checkpoints", 7),
+        ("ppo.reward.placement", "cpu"),
+        ("ppo.reward.timeout_s", 7.0),
         ("distributed.threads", 2),
         ("distributed.processes", 4),
         ("distributed.strategy", Strategy.ddp),
@@ -214,6 +216,24 @@ def test_a_reward_functions_source_counts_and_its_place_does_not(
     moved.write_text(moved.read_text().replace("0.0", "1.0"))
     own.ppo.reward.function = f"{moved}:score"
     assert differing(alone(own, tmp_path), before) == ["ppo", "eval"]
+
+
+def test_a_servers_address_counts_unless_what_scores_is_named(
+    config: Config, tmp_path: Path
+) -> None:
+    def keys(url: str, name: str | None = None) -> dict[str, str]:
+        own = copy.deepcopy(config)
+        own.ppo.reward.url, own.ppo.reward.name = url, name
+        return alone(own, tmp_path)
+
+    without, bare = alone(config, tmp_path), keys("http://a:1")
+    assert differing(without, bare) == ["ppo", "eval"]
+    assert differing(bare, keys("http://b:1")) == ["ppo", "eval"]
+    named = keys("http://a:1", "mine")
+    assert differing(bare, named) == ["ppo", "eval"]
+    assert keys("http://b:1", "mine") == named
+    assert differing(keys("http://a:1", "other"), named) == ["ppo", "eval"]
+    assert differing(bare, keys("http://c:1", "http://a:1")) == ["ppo", "eval"]
 
 
 def test_a_model_folder_counts_by_content(config: Config, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def _compare(
         gold=gold_judge(config),
         name_a=baseline[0].model,
         name_b=other[0].model,
-        judge="reward function" if config.ppo.reward.function else "reward model",
+        judge=config.ppo.reward.kind,
         seed=config.eval.seed,
         tie_band=(config.eval.tie_low, config.eval.tie_high),
     )

@@ -48,8 +48,7 @@ def judges_of(config: Config, answers: Sequence[Answer]) -> list[Judge]:
         config: The experiment.
         answers: Some answers, whose scores say whether there is a second reward model.
     """
-    kind = "reward function" if config.ppo.reward.function else "reward model"
-    found = [Judge("reward", kind, lambda answer: answer.score)]
+    found = [Judge("reward", config.ppo.reward.kind, lambda answer: answer.score)]
     if answers[0].referee is not None:
         found.append(Judge(REFEREE, "referee", lambda answer: answer.referee))
     gold = gold_judge(config)

@@ -66,6 +66,8 @@ def _check_training(found: Findings) -> None:
     found.unless(not ppo.gradient_checkpointing, "ppo.gradient_checkpointing", native)
     found.unless(not ppo.keep, "ppo.keep", f"snapshots: {native}")
     found.unless(ppo.keep_every is None, "ppo.keep_every", f"snapshots: {native}")
+    found.unless(not ppo.keep_state, "ppo.keep_state", f"checkpoints: {native}")
+    found.unless(ppo.continue_from is None, "ppo.continue_from", f"checkpoints: {native}")
     message = (
         "trlx adds up the gradients of micro-batches without dividing by their number; use null."
     )

@@ -6,6 +6,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from rlhf_exp.config.check_continuing import check_continuing
 from rlhf_exp.config.check_data import check_data
 from rlhf_exp.config.check_engine import check_trlx
 from rlhf_exp.config.check_eval import check_eval
@@ -54,6 +55,7 @@ def problems(config: Config, multirun: bool = False) -> list[Problem]:
             check_trlx(found)
     if "ppo" in needed:
         check_scoring(found)
+        check_continuing(found)
     if "eval" in needed:
         check_eval(found)
     _check_running(found)

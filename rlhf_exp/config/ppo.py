@@ -8,6 +8,9 @@ from enum import Enum
 from rlhf_exp.config.fields import setting
 from rlhf_exp.config.training import TrainingConfig
 
+CONTINUED = "continued"
+"""Role of the finished run that PPO goes on from."""
+
 
 class Scale(Enum):
     """How scores are scaled before they become rewards."""
@@ -172,4 +175,15 @@ class PpoConfig(TrainingConfig):
         "`select=best` takes the most reward, or the most wins over the initial policy's answers "
         "(within `kl.budget`, without a penalty).",
         neutral=SelectBy.reward,
+    )
+    keep_state: bool = setting(
+        False,
+        "The result also holds the last checkpoint, so that a longer run can go on from it.",
+        key=False,
+    )
+    continue_from: str | None = setting(
+        None,
+        "Extend this finished run, made with `keep_state`, to `steps` steps in all; see "
+        "docs/resume.md.",
+        neutral=None,
     )

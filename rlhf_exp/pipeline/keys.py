@@ -14,6 +14,7 @@ from rlhf_exp.config.eval_toxicity import PROFANITY, ScorerKind
 from rlhf_exp.config.evaluation import PREFERENCE, ROLES, TOXICITY, parts_of
 from rlhf_exp.config.fields import key_content
 from rlhf_exp.config.model import ModelConfig
+from rlhf_exp.config.ppo import CONTINUED
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.running import EngineName
 from rlhf_exp.store.fingerprint import DigestCache, key_of
@@ -43,9 +44,15 @@ class Keys:
             content["model"] = self._model()
         return self._key("reward", content)
 
-    def ppo(self, parents: dict[str, str]) -> str:
-        """Return the key of the PPO policy."""
+    def ppo(self, parents: dict[str, str], continued: str | None = None) -> str:
+        """Return the key of the PPO policy.
+
+        Args:
+            parents: The keys of what it starts from, by role.
+            continued: The key of the run that it goes on from, if it does.
+        """
         section = key_content(self.config.ppo)
+        section.pop("continue_from", None)
         # What a function does and who a server is count, not where they are: see `_judge`.
         for name in ("function", "url", "name"):
             section["reward"].pop(name, None)
@@ -53,6 +60,8 @@ class Keys:
         if self.config.engine.name is EngineName.trlx:
             # It scales scores by what it has seen in the parts sampled so far.
             content["part"] = self.config.ppo.generation.batch
+        if continued is not None:
+            content[CONTINUED] = continued
         return self._key("ppo", content | self._judge())
 
     def eval(self, parents: dict[str, str], models: list[str], referee: str | None = None) -> str:

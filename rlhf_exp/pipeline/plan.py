@@ -8,11 +8,13 @@ from enum import StrEnum
 from pathlib import Path
 
 from rlhf_exp.config.evaluation import REFEREE, SAMPLES
+from rlhf_exp.config.ppo import CONTINUED
 from rlhf_exp.config.reward import RewardInit
 from rlhf_exp.config.root import Cache, Config
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.begun import Begun, other_inputs, weights_digest
 from rlhf_exp.pipeline.compared import compared
+from rlhf_exp.pipeline.continuing import check_state, continued
 from rlhf_exp.pipeline.given import Finder, Given
 from rlhf_exp.pipeline.keys import Keys
 from rlhf_exp.pipeline.needed import module_of, stages_of
@@ -124,7 +126,7 @@ class _Planner:
 
     def _own(self, stage: str) -> Step:
         parents = self._parents(stage)
-        extra = self._compared() if stage == "eval" else {}
+        extra = self._extra(stage, parents)
         key = self._key(stage, parents, extra)
         code = stage_code(module_of(self.config, stage), self.cache / "code.json")
         present = {role: self.done[role].artifact for role in parents if self._stays(role)}
@@ -135,10 +137,22 @@ class _Planner:
         parents |= {role: found.key for role, found in extra.items()}
         step = Step(stage, key, State.run, parents, inputs, code, artifact, redo=redo, extra=extra)
         if artifact is None or redo:
+            if CONTINUED in extra:
+                self._check_continued(step)
             return self._begun(step)
         files = stale_files(artifact.manifest.code, artifact.manifest.inputs, step)
         stops = files and self.config.cache == Cache.strict
         return replace(step, state=State.changed if stops else State.cached, files=files)
+
+    def _check_continued(self, step: Step) -> None:
+        """Raise where the run that a step is to go on from cannot be gone on from."""
+        parent = step.extra[CONTINUED].artifact
+        assert parent is not None, "a finished run is in the store"
+        inputs = {role: one for role, one in parent.manifest.inputs.items() if role != CONTINUED}
+        stale = list(stale_files(parent.manifest.code, inputs, step))
+        stale = stale if self.config.cache == Cache.strict else []
+        redone = [role for role in step.parents if role in self.done and self.done[role].redo]
+        check_state(self.config, parent, [*stale, *(f"{role} (made again)" for role in redone)])
 
     def _stays(self, role: str) -> bool:
         """Whether a parent is there already and will not be made again."""
@@ -164,14 +178,21 @@ class _Planner:
     def _key(self, stage: str, parents: dict[str, str], extra: dict[str, Given]) -> str:
         if stage == "sft":
             return self.keys.sft()
-        if stage != "eval":
-            key: str = getattr(self.keys, stage)(parents)
-            return key
+        if stage == "ppo":
+            before = extra.get(CONTINUED)
+            return self.keys.ppo(parents, None if before is None else before.key)
+        if stage == "reward":
+            return self.keys.reward(parents)
         if SAMPLES in extra:
             return self.keys.recomputed(Path(extra[SAMPLES].model))
         models = [extra[spec].key if spec in extra else spec for spec in self.config.eval.models]
         referee = extra.get(REFEREE)
         return self.keys.eval(parents, models, None if referee is None else referee.key)
+
+    def _extra(self, stage: str, parents: dict[str, str]) -> dict[str, Given]:
+        if stage == "ppo" and self.config.ppo.continue_from is not None:
+            return {CONTINUED: continued(self.config, self.keys, self.finder, parents)}
+        return self._compared() if stage == "eval" else {}
 
     def _compared(self) -> dict[str, Given]:
         judge = self.done.get("reward")

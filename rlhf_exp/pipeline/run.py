@@ -12,6 +12,7 @@ from pathlib import Path
 from rlhf_exp.config.load import to_dict
 from rlhf_exp.config.root import Cache, Config
 from rlhf_exp.pipeline.begun import NOTE, Begun, weights_digest
+from rlhf_exp.pipeline.continuing import CHECKPOINTS
 from rlhf_exp.pipeline.crew import Crew
 from rlhf_exp.pipeline.given import MODEL
 from rlhf_exp.pipeline.order import Order
@@ -32,7 +33,8 @@ from rlhf_exp.store.store import Store
 from rlhf_exp.tracking.local import METRICS, read_metrics
 
 FACTS = "facts.json"
-_DROP = ("checkpoints/*", "best/*", "kept/*", "original_scores/*", NOTE)
+_DROP = ("original_scores/*", NOTE)
+_STATE = (f"{CHECKPOINTS}/*", "best/*", "kept/*")
 
 
 class Pruned(Exception):
@@ -186,6 +188,15 @@ class _Work:
                 begun.write(Path(order.folder))
         return result, begun
 
+    def _dropped(self, folder: Path) -> tuple[str, ...]:
+        """Return patterns of the files that do not become part of the result."""
+        if self.step.stage != "ppo" or not self.config.ppo.keep_state:
+            return (*_DROP, *_STATE)
+        # Of the state, the last checkpoint with what it speaks of; not what is left of others.
+        *older, _ = sorted(folder.glob(f"{CHECKPOINTS}/step-*"))
+        others = [f"{CHECKPOINTS}/{path.name}" for path in older]
+        return (*_DROP, *others, f"{CHECKPOINTS}/.partial-*", f"{CHECKPOINTS}/damaged-*")
+
     def _given_up(self, folder: Path, step: int, seconds: float) -> Pruned:
         """Discard what a search has given up, all but its metrics."""
         rows = read_metrics(folder / METRICS)
@@ -194,7 +205,7 @@ class _Work:
 
     def _make(self, folder: Path, begun: Begun, lease: Lease) -> Artifact:
         step = self.step
-        resumes = (folder / "checkpoints").is_dir()
+        resumes = (folder / CHECKPOINTS).is_dir()
         self.tell(f"{step.stage} {step.key}: {'resuming' if resumes else 'running'}")
         order = Order(
             stage=step.stage,
@@ -230,7 +241,7 @@ class _Work:
             step.key,
             folder,
             manifest,
-            _DROP,
+            self._dropped(folder),
             check=lease.check,
             replaces=step.artifact,
         )

@@ -10,6 +10,7 @@ from typing import Literal
 from rich.table import Table
 
 from rlhf_exp.config.model import Dtype, ModelConfig
+from rlhf_exp.config.ppo import CONTINUED
 from rlhf_exp.config.reward import RewardInit
 from rlhf_exp.config.root import Config
 from rlhf_exp.config.running import Strategy
@@ -43,6 +44,8 @@ def plan_table(steps: list[Step]) -> Table:
             what = "again, replacing the result in the store"
         elif step.state == State.cached and step.files:
             what = f"trusted although changed: {what}"
+        elif step.needs_work and CONTINUED in step.extra:
+            what = f"goes on from {step.extra[CONTINUED].key}"
         elif step.artifact is not None and step.state == State.cached:
             what = f"made {step.artifact.manifest.created[:16]}"
         colour = _COLOURS[step.state]
@@ -51,9 +54,9 @@ def plan_table(steps: list[Step]) -> Table:
 
 
 def lacking_snapshots(config: Config, steps: list[Step]) -> list[str]:
-    """Return a sentence for each result in the store that lacks snapshots asked for now.
+    """Return a sentence for each result in the store that lacks what it is to hold besides.
 
-    They are no part of a result's key: asking for them does not train again what is there.
+    Snapshots and the state are in no key: asking for them does not train again what is there.
     """
     lines = []
     for step in steps:
@@ -61,7 +64,12 @@ def lacking_snapshots(config: Config, steps: list[Step]) -> list[str]:
             continue
         section: TrainingConfig = getattr(config, step.stage)
         made = step.artifact.manifest.config.get(step.stage, {})
-        wanted = {"keep_every": section.keep_every, "keep": [one.name for one in section.keep]}
+        wanted: dict[str, object] = {
+            "keep_every": section.keep_every,
+            "keep": [one.name for one in section.keep],
+        }
+        if step.stage == "ppo":
+            wanted["keep_state"] = config.ppo.keep_state
         lacks = [
             f"{step.stage}.{name}"
             for name, value in wanted.items()
@@ -69,8 +77,8 @@ def lacking_snapshots(config: Config, steps: list[Step]) -> list[str]:
         ]
         if lacks:
             lines.append(
-                f"{step.stage} {step.key} is in the store without the snapshots of "
-                f"{' and '.join(lacks)}; rerun=[{step.stage}] makes it again with them"
+                f"{step.stage} {step.key} is in the store without what {' and '.join(lacks)} "
+                f"asks for; rerun=[{step.stage}] makes it again with it"
             )
     return lines
 

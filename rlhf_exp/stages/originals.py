@@ -21,7 +21,6 @@ from rlhf_exp.engines.native.served import ServerScorer
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.store.fingerprint import file_digest, key_of
 
-_CHUNK = 1024
 FOLDER = "original_scores"
 
 
@@ -30,9 +29,9 @@ def original_scores(
 ) -> Tensor:
     """Return the score of each prompt's own response: [prompts] float32, NaN where not needed.
 
-    Only the prompts that this run will meet are scored, all at once before training: a score's last
-    bits depend on the batch it was computed in, and this batch is the same however often the run is
-    interrupted.
+    Only the prompts that this run will meet are scored, all before training and an iteration's
+    together: a score's last bits depend on the batch it was computed in, and this batch is the same
+    however often the run is interrupted, and however many iterations follow.
     """
     used = _used(config, len(prompts), ITERATIONS["ppo"] if context.probe else None)
     judge = _judge(config, context, scorer)
@@ -43,26 +42,29 @@ def original_scores(
     if world.agreed(path.is_file()):
         return torch.from_numpy(np.load(path))
     scores = torch.full((len(prompts),), float("nan"))
-    for start in range(0, len(used), _CHUNK):
-        rows = used[start : start + _CHUNK]
+    for rows in used:
         scores[torch.from_numpy(rows)] = _score(prompts, rows, scorer, world)
     if world.is_main:
         _save(path, scores)
     return scores
 
 
-def _used(config: Config, count: int, only: int | None = None) -> np.ndarray:
-    """Return the prompts that all iterations meet, or the first `only`."""
+def _used(config: Config, count: int, only: int | None = None) -> list[np.ndarray]:
+    """Return the prompts that each iteration is the first to meet, of all or the first `only`."""
     section = config.ppo
     updates = -(-section.rollouts // section.batch) * section.epochs
     iterations = only or -(-section.steps // updates)
-    if iterations * section.rollouts >= count:
-        return np.arange(count)
-    return np.unique(
-        np.concatenate(
-            [batch_index(count, section.rollouts, section.seed, i) for i in range(iterations)]
-        )
-    )
+    seen = np.zeros(count, dtype=bool)
+    found = []
+    for iteration in range(iterations):
+        rows = np.unique(batch_index(count, section.rollouts, section.seed, iteration))
+        rows = rows[~seen[rows]]
+        seen[rows] = True
+        if len(rows):
+            found.append(rows)
+        if seen.all():
+            break
+    return found
 
 
 def _score(prompts: TokenizedPrompts, rows: np.ndarray, scorer: Scorer, world: World) -> Tensor:
@@ -90,7 +92,7 @@ def _judge(config: Config, context: StageContext, scorer: Scorer) -> list[str | 
 
 def _key(
     prompts: TokenizedPrompts,
-    used: np.ndarray,
+    used: list[np.ndarray],
     judge: list[str | None] | None,
     config: Config,
     world: World,
@@ -100,7 +102,8 @@ def _key(
     for column in (prompts.prompt, prompts.original):
         digest.update(np.ascontiguousarray(column.flat).tobytes())
         digest.update(np.ascontiguousarray(column.offsets).tobytes())
-    digest.update(used.tobytes())
+    for rows in used:
+        digest.update(rows.tobytes() + b"|")
     how = [
         config.distributed.precision.name,
         torch.get_num_threads(),

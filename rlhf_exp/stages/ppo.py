@@ -39,6 +39,7 @@ from rlhf_exp.stages.ppo_settings import (
 from rlhf_exp.stages.prompts import ppo_prompts
 from rlhf_exp.stages.saving import save_models
 from rlhf_exp.stages.scorers import training_scorer
+from rlhf_exp.stages.state import take_over
 from rlhf_exp.stages.training import (
     keep_small_updates,
     load_policy_model,
@@ -56,6 +57,7 @@ def run(config: Config, context: StageContext) -> StageResult:
     """Train, and leave the policy in `context.folder/model`."""
     section = config.ppo
     with world_for(config) as world:
+        take_over(context, world)
         codec = context.materials.codec(context.models["sft"])
         prompts, validation = ppo_prompts(config, context, codec)
         policy = build_policy(config, context)

@@ -18,6 +18,8 @@ from rlhf_exp.store.store import Store
 
 TABLE_WIDTH = 120
 SHOWN_FILES = 20
+STATE = ("checkpoints/", "best/", "kept/")
+"""What a result holds so that a longer run can go on from it."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,9 @@ def human_age(seconds: float) -> str:
 
 def _artifact_row(one: Artifact, users: Sequence[str] | None) -> Row:
     note = "" if users is None else f"of {', '.join(users)}" if users else "no run refers to it"
+    state = sum(file.size for name, file in one.manifest.files.items() if name.startswith(STATE))
+    if state:
+        note += f"{'; ' if note else ''}{human_size(state)} to go on from"
     made = datetime.fromisoformat(one.manifest.created)
     return Row(
         stage=one.stage,

@@ -57,6 +57,14 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
             "ppo.reward.url=http://a ppo.value_init=reward ppo.value_trunk=own",
             "with a reward server there is no reward model; use value_init=small",
         ),
+        (
+            "ppo.continue_from=first ppo.schedule=linear",
+            "ppo.schedule=linear: its learning rate depends on ppo.steps, so a longer run is",
+        ),
+        (
+            "ppo.continue_from=first ppo.use=second",
+            "ppo.continue_from=first: ppo.use is set too, and nothing would train",
+        ),
         ("ppo.steps=0", "ppo.steps=0: must be at least 1"),
         # every training stage
         ("ppo.train_blocks=5", "ppo.train_blocks=5: the model has 4 blocks"),

@@ -110,6 +110,8 @@ def test_a_change_counts_from_its_stage_on(
         ("ppo.checkpoint_every", 7),
         ("ppo.keep_checkpoints", 7),
         ("ppo.reward.placement", "cpu"),
+        ("ppo.keep_state", True),
+        ("ppo.continue_from", "first"),  # the key of that run counts, see below
         ("ppo.reward.timeout_s", 7.0),
         ("distributed.threads", 2),
         ("distributed.processes", 4),
@@ -234,6 +236,12 @@ def test_a_servers_address_counts_unless_what_scores_is_named(
     assert keys("http://b:1", "mine") == named
     assert differing(keys("http://a:1", "other"), named) == ["ppo", "eval"]
     assert differing(bare, keys("http://c:1", "http://a:1")) == ["ppo", "eval"]
+
+
+def test_the_run_that_is_gone_on_from_counts(config: Config, tmp_path: Path) -> None:
+    keys, parents = keys_of(config, tmp_path), {"sft": "a", "reward": "b"}
+    found = {keys.ppo(parents), keys.ppo(parents, "c"), keys.ppo(parents, "d")}
+    assert len(found) == 3
 
 
 def test_a_model_folder_counts_by_content(config: Config, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_result_in_the_store_is_not_made_again_for_them(
     before = {one.key: one.manifest.created for one in Store(run_copy / "store").all()}
     run(run_copy, "stage=sft", "sft.keep_every=2")
     said = " ".join(capfd.readouterr().err.split())
-    assert "without the snapshots of sft.keep_every; rerun=[sft] makes it again" in said
+    assert "without what sft.keep_every asks for; rerun=[sft] makes it again" in said
     assert {one.key: one.manifest.created for one in Store(run_copy / "store").all()} == before
     run(run_copy, "stage=sft", "sft.keep_every=2", "rerun=[sft]")
     (made,) = Store(run_copy / "store").find("sft/")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,25 +18,12 @@ from rlhf_exp.engines.native.kept import KeptWeights
 from rlhf_exp.engines.native.loop_types import LoopContext, LoopSettings, Outcome
 from rlhf_exp.engines.native.memory import peak_bytes
 from rlhf_exp.engines.native.optim import build_optimizer, set_lr
+from rlhf_exp.engines.native.progress import Progress, passes
 from rlhf_exp.engines.native.task import Diverged, Interrupted, Task
 from rlhf_exp.tracking.finishing import finishing
 from rlhf_exp.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Progress:
-    """The loop's own state in a checkpoint."""
-
-    step: int = 0
-    last_eval: int = -1
-    last_checkpoint: int = 0
-    best_step: int | None = None
-    best_objective: float | None = None
-    best_of_checkpoints: list[int] = field(default_factory=list)
-    published_metrics: dict[str, float] = field(default_factory=dict)
-    kept: list[int] = field(default_factory=list)
 
 
 def train(task: Task, settings: LoopSettings, context: LoopContext) -> Outcome:
@@ -81,7 +68,7 @@ class _Loop:
         self.task, self.settings, self.context = task, settings, context
         self.checkpoints, self.tracker = checkpoints, tracker
         self.world = context.world
-        self.progress = _Progress()
+        self.progress, self.before = Progress(), Progress()
         module, optim = task.module, settings.optim
         build = partial(build_optimizer, module, optim)
         task.attach(self.world.prepare(module, build, optim.grad_norm))
@@ -100,7 +87,7 @@ class _Loop:
         torch.set_rng_state(found.rng)
         torch.set_num_threads(found.state["threads"])
         self.task.load_state(found.state["task"])
-        self.progress = _Progress(**found.state["loop"])
+        self.progress = Progress.of(found.state, self.settings.optim.steps)
         self.kept.prune(self.progress.kept)
         log.info("resumed at step %d", found.step)
         return found.step
@@ -119,6 +106,7 @@ class _Loop:
 
     def report(self) -> None:
         """Log what happened since the last boundary."""
+        self.before = self.progress.copy()
         found = self.task.metrics() | {
             "memory/peak_bytes": float(peak_bytes(self.world.device)),
             "optim/lr": self.latest["optim/lr"],
@@ -163,30 +151,38 @@ class _Loop:
 
     def _evaluates(self) -> bool:
         step, every = self.progress.step, self.settings.eval_every
-        due = step // every > self.progress.last_eval // every
-        return due or step >= self.settings.optim.steps
+        return passes(step, self.progress.last_eval, every) or self._at_end()
+
+    def _at_end(self) -> bool:
+        return self.progress.step >= self.settings.optim.steps
 
     def keep_if_due(self) -> None:
         """Keep the weights at the first boundary past each interval asked for, and at the end."""
         step, keep = self.progress.step, self.settings.keep
         before = max(self.progress.kept, default=0)
-        due = keep.every is not None and step // keep.every > before // keep.every
-        if due or (keep.last and step >= self.settings.optim.steps):
+        due = keep.every is not None and passes(step, before, keep.every)
+        if due or (keep.last and self._at_end()):
             self.kept.save(step, self.context.before_write)
             self.progress.kept.append(step)
 
     def checkpoint_if_due(self, force: bool = False) -> None:
         """Save a checkpoint at the first boundary past each interval, and at the end."""
         step, every = self.progress.step, self.settings.checkpoint_every
-        due = step // every > self.progress.last_checkpoint // every
-        due = due or force or step >= self.settings.optim.steps
+        due = passes(step, self.progress.last_checkpoint, every)
+        due = due or force or self._at_end()
         if not due or self.progress.last_checkpoint == step:
             return
         self.progress.last_checkpoint = step
         self._note_best()
-        state = {"loop": asdict(self.progress), "task": self.task.state()}
+        going_on = self._going_on() if self._at_end() else None
+        state = self.progress.state(going_on) | {"task": self.task.state()}
         self.checkpoints.save(step, state, self.context.before_write)
-        self.best.prune(self.progress.best_of_checkpoints)
+        further = [] if going_on is None or going_on.best_step is None else [going_on.best_step]
+        self.best.prune([*self.progress.best_of_checkpoints, *further])
+
+    def _going_on(self) -> Progress:
+        settings = self.settings
+        return self.progress.going_on(self.before, settings.eval_every, settings.keep.every)
 
     def _note_best(self) -> None:
         """Record which best weights the kept checkpoints, this one included, speak of."""
@@ -196,8 +192,7 @@ class _Loop:
 
     def leave_if_asked(self) -> None:
         """Save and leave if the user pressed Ctrl-C."""
-        going = self.progress.step < self.settings.optim.steps
-        if going and self.world.any(self.context.interrupted()):
+        if not self._at_end() and self.world.any(self.context.interrupted()):
             self.checkpoint_if_due(force=True)
             raise Interrupted(f"stopped at step {self.progress.step}; a checkpoint was saved")
 

@@ -112,7 +112,7 @@ def test_own_answers_are_scored_again_by_another_reward_model(
             entry["sha256"] = "0" * 64
     edit_manifest(found, files=files)
     run(run_copy, "stage=ppo", "ppo.lr=1e-5")
-    assert asked == [1]
+    assert len(asked) == 3, "each of three iterations"
 
 
 def test_prompts_without_answers_have_nothing_to_compare_with(

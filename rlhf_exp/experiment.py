@@ -15,10 +15,11 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.beforehand import look_ahead, reward_ready
 from rlhf_exp.pipeline.crew import Crew, crew_for, follow, settled_place
 from rlhf_exp.pipeline.hub import pinned
+from rlhf_exp.pipeline.lacking import lacking_extras
 from rlhf_exp.pipeline.plan import State, Step, plan, records_of, refuse_changed
 from rlhf_exp.pipeline.probe import probe, probe_table
 from rlhf_exp.pipeline.run import Done, run_steps
-from rlhf_exp.pipeline.view import lacking_snapshots, memory_table, plan_table
+from rlhf_exp.pipeline.view import memory_table, plan_table
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.process import Process
 from rlhf_exp.store.records import RunRecord, Status
@@ -72,7 +73,7 @@ def _show(config: Config, console: Console) -> list[Step]:
     """Print the plan."""
     steps = plan(config)
     console.print(plan_table(steps))
-    for line in lacking_snapshots(config, steps):
+    for line in lacking_extras(config, steps):
         console.print(Text(line))
     if config.plan or config.probe:
         console.print(memory_table(config))

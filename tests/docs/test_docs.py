@@ -6,7 +6,9 @@ import json
 import re
 import runpy
 import shlex
+import threading
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from rlhf_exp.command import main
 from rlhf_exp.data.formats import parse_row
 from rlhf_exp.data.toy.subjects import subjects
 from rlhf_exp.engines.native.function import load_function
+from rlhf_exp.engines.native.reward_server import RewardServer, Told
+from rlhf_exp.http.client import Service
 from rlhf_exp.human.exchange.lines import read_votes
 from rlhf_exp.human.items import item_of
 from tests.human.lab import study
@@ -110,6 +114,17 @@ def test_example_stand_in_votes_are_votes_of_a_study(tmp_path: Path) -> None:
     by_item = {vote.item: vote.winner for vote in made.votes()}
     assert [by_item[item.id] for item in items] == ["b", "a", "tie"]
     assert {vote.annotator for vote in made.votes()} == {"gold-judge"}
+
+
+def test_example_reward_server() -> None:
+    place = ROOT / "examples" / "my_reward_server.py"
+    example = runpy.run_path(str(place))
+    with ThreadingHTTPServer(("127.0.0.1", 0), example["Handler"]) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        asked = RewardServer(Service(f"http://127.0.0.1:{server.server_port}"), size=2)
+        assert asked.check() == Told("ended-answers-1", None)
+        assert asked.scores(["?"] * 3, ["So.", "So", "So!"]) == [1.0, 0.0, 1.0]
+        server.shutdown()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -93,6 +93,18 @@ def test_the_data_sets_own_answers_are_scored_once(
     assert len(original_files(run_copy)) == 1
 
 
+def test_more_iterations_do_not_change_the_batches_of_those_before() -> None:
+    def batches(steps: int) -> list[list[int]]:
+        config = small_config(Path("unused"), f"ppo.steps={steps}")
+        return [rows.tolist() for rows in originals._used(config, 20)]
+
+    one, two, many = batches(2), batches(4), batches(40)
+    assert [len(rows) for rows in one] == [8]
+    assert two[:1] == one
+    assert many[:2] == two
+    assert sorted(row for rows in many for row in rows) == list(range(20)), "each once"
+
+
 def test_own_answers_are_scored_again_by_another_reward_model(
     run_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

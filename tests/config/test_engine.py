@@ -73,6 +73,8 @@ def test_the_interpreter_is_looked_at_where_ppo_runs_only(tmp_path: Path) -> Non
         ("ppo.gradient_checkpointing=true", "ppo.gradient_checkpointing=true: trlx has none"),
         ("ppo.keep=[last]", "ppo.keep=[last]: snapshots: trlx has none"),
         ("ppo.keep_every=10", "ppo.keep_every=10: snapshots: trlx has none"),
+        ("ppo.keep_state=true", "ppo.keep_state=true: checkpoints: trlx has none"),
+        ("ppo.continue_from=first", "ppo.continue_from=first: checkpoints: trlx has none"),
         ("ppo.micro_batch=8", "ppo.micro_batch=8: trlx adds up the gradients of micro-batches"),
         ("ppo.rollouts=1 ppo.batch=1", "ppo.rollouts=1: trlx divides by the standard deviation"),
         ("ppo.generation.batch=1", "ppo.generation.batch=1: trlx divides by the standard"),

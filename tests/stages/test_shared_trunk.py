@@ -52,6 +52,7 @@ def test_the_same_run_as_with_a_reward_model_of_its_own(
     [
         (("reward.train_blocks=null",), False),
         (("ppo.gradient_checkpointing=true",), False),
+        (("ppo.reward.placement=cpu",), False),
         (("distributed.precision=bfloat16",), True),
     ],
 )

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_exp.algo.preference import wins
 from rlhf_exp.algo.rewards import delta
 from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.collate import joined
@@ -94,6 +95,7 @@ class Session:
         self._iteration = self._begin()
         self._answers: _Answers | None = None
         self._unit: float | None = None
+        self._initial: Tensor | None = None
         self._best: tuple[float, int] | None = None
         self._published: dict[str, float] = {}
         self._step, self._saved, self._pruned = 0, 0, False
@@ -175,9 +177,12 @@ class Session:
         answers, settings = self._answers, self.judged.settings
         assert answers is not None, "an evaluation has its answers scored first"
         raw: list[float] = answers.raw.tolist()
+        if self._initial is None:
+            self._initial = answers.raw
         found = {
             "eval/reward_mean": fmean(raw),
             "eval/reward_std": pstdev(raw),
+            "eval/win_rate": float(wins(answers.raw, self._initial).mean()),
             "eval/kl_sequence": fmean(kl),
             "eval/length_mean": float((answers.lengths[:, 1] + answers.ended).double().mean()),
             "eval/ended_fraction": float(answers.ended.double().mean()),

@@ -233,6 +233,17 @@ def test_a_budget_of_kl_binds(judged: Judged) -> None:
     assert outcome.published_step == 1
 
 
+def test_wins_over_the_first_answers_select_where_they_are_asked_for(judged: Judged) -> None:
+    """Against 3 and 7, 2 loses and 99 wins; 5 and 9 both win."""
+    how = ValidationSettings(2, 1.0, 8, kl_coef=0.5, scaled=True, by_wins=True)
+    by_wins = Judged(**{**vars(judged), "settings": how})
+    script, notes, outcome = run(by_wins, *whole([3, 7], [2, 99], [5, 9]))
+    rates = [row["eval/win_rate"] for *_, row in notes.rows if "eval/win_rate" in row]
+    assert rates == [0.5, 0.5, 1.0], "against itself all are ties"
+    assert saves(script) == [True, False, True]
+    assert outcome.objective == 1.0
+
+
 def test_a_search_gives_the_run_up(judged: Judged) -> None:
     asked: list[tuple[int, int]] = []
 

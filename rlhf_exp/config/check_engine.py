@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf_exp.config.check_model import model_family
 from rlhf_exp.config.model import Dtype
-from rlhf_exp.config.ppo import SelectBy, ValueInit, ValueTrunk
+from rlhf_exp.config.ppo import ValueInit, ValueTrunk
 from rlhf_exp.config.problems import Findings
 from rlhf_exp.config.running import Strategy
 
@@ -84,8 +84,6 @@ def _check_algorithm(found: Findings) -> None:
     found.unless(ppo.value_trunk is ValueTrunk.shared, "ppo.value_trunk", f"{message}shared.")
     found.unless(ppo.entropy_coef == 0, "ppo.entropy_coef", "trlx has no entropy bonus; use 0.")
     found.unless(ppo.kl.stop is None, "ppo.kl.stop", "trlx does not stop by KL; use null.")
-    message = "no wins are counted with trlx; use reward."
-    found.unless(ppo.select_by is SelectBy.reward, "ppo.select_by", message)
     message = "trlx takes log-probabilities at temperature 1, whatever it samples at; use 1."
     found.unless(ppo.generation.temperature == 1, "ppo.generation.temperature", message)
 

@@ -79,7 +79,6 @@ def test_the_interpreter_is_looked_at_where_ppo_runs_only(tmp_path: Path) -> Non
         ("ppo.rollouts=1 ppo.batch=1", "ppo.rollouts=1: trlx divides by the standard deviation"),
         ("ppo.generation.batch=1", "ppo.generation.batch=1: trlx divides by the standard"),
         ("ppo.value_init=reward", "ppo.value_init=reward: trlx's value head is small"),
-        ("ppo.select_by=win_rate", "ppo.select_by=win_rate: no wins are counted with trlx"),
         ("ppo.value_trunk=own", "ppo.value_trunk=own: trlx's value head is small and reads"),
         ("ppo.entropy_coef=0.1", "ppo.entropy_coef=0.1: trlx has no entropy bonus"),
         ("ppo.kl.stop=20", "ppo.kl.stop=20.0: trlx does not stop by KL"),

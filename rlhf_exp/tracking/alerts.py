@@ -55,7 +55,7 @@ class Alarms:
         self._rows += 1
         found = {
             "KL is far above its target": self._kl(row.get("kl/sequence")),
-            "Reward has collapsed": self._reward(row["reward/mean"], row["reward/std"]),
+            "Reward has collapsed": self._reward(row["reward/mean"], row.get("reward/std")),
             "Entropy has collapsed": self._entropy(row.get("policy/entropy")),
         }
         return [(title, text) for title, text in found.items() if text and self._due(title)]
@@ -73,8 +73,10 @@ class Alarms:
             return None
         return f"kl/sequence is {kl:.3g} nats, above {limit:.3g}; a larger ppo.kl.coef holds it."
 
-    def _reward(self, mean: float, deviation: float) -> str | None:
+    def _reward(self, mean: float, deviation: float | None) -> str | None:
         drop = self._rules.reward_drop
+        if deviation is None:
+            return None
         self._recent.append(mean)
         if drop is None or len(self._recent) < WINDOW:
             return None

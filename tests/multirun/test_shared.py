@@ -42,7 +42,9 @@ class Machine:
         self.started: list[str] = []
         monkeypatch.setattr(local, "PointProcess", self._start)
 
-    def _start(self, point: Point, folder: Path, recorded: bool, threads: int) -> Process:
+    def _start(
+        self, point: Point, folder: Path, recorded: bool, threads: int, devices: list[str]
+    ) -> Process:
         self.started.append(point.steps[-1].stage)
         return Process(point, self.behaviour(point, len(self.started)))
 

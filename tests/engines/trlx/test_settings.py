@@ -12,7 +12,7 @@ from tests.engines.trlx.lab import settings_with
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    return trl_config(settings_with(**changes), Path("/in"), Path("/work"))
+    return trl_config(settings_with(**changes), Path("/in"), Path("/handed"))
 
 
 def test_trlx_is_told_all_of_it() -> None:
@@ -61,7 +61,7 @@ def test_trlx_is_told_all_of_it() -> None:
             "batch_size": 4,
             "eval_interval": 6,
             "checkpoint_interval": 13,
-            "checkpoint_dir": "/work/checkpoints",
+            "checkpoint_dir": "/handed/checkpoints",
             "save_best": False,
             "save_optimizer": False,
             "pipeline": "HandedPrompts",

@@ -67,7 +67,8 @@ def test_what_an_engine_does_not_know_raises_nothing() -> None:
     rows = [{"reward/mean": mean, "reward/std": 1.0} for mean in [0.0] * 5 + [-3.0] * 5]
     # The mean over five falls by 0.6 a row: by 1.2, more than one deviation, with the second.
     assert raised(Alarms(rules), *rows) == [*[[]] * 6, [REWARD], *[[]] * 3]
-    assert raised(Alarms(rules), *[{"reward/mean": one["reward/mean"]} for one in rows]) == [[]] * 10
+    means = [{"reward/mean": one["reward/mean"]} for one in rows]
+    assert raised(Alarms(rules), *means) == [[]] * 10
 
 
 def test_alerts_are_kept_with_the_run_and_forgotten_with_their_steps(

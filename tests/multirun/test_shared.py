@@ -27,8 +27,8 @@ Behaviour = Callable[[Point, int], Ending]
 class Process:
     """Stands in for the process of a point: it ends at once."""
 
-    def __init__(self, point: Point, ending: Ending) -> None:
-        self.point, self.found = point, ending
+    def __init__(self, point: Point, ending: Ending, devices: list[str]) -> None:
+        self.point, self.found, self.devices = point, ending, devices
 
     def ending(self) -> Ending:
         return self.found
@@ -46,7 +46,7 @@ class Machine:
         self, point: Point, folder: Path, recorded: bool, threads: int, devices: list[str]
     ) -> Process:
         self.started.append(point.steps[-1].stage)
-        return Process(point, self.behaviour(point, len(self.started)))
+        return Process(point, self.behaviour(point, len(self.started)), devices)
 
 
 def jobs(folder: Path, *points: str) -> list[tuple[list[str], Config]]:

@@ -1,4 +1,4 @@
-"""The end of a process that an error may have left with its process group open."""
+"""The end of a process that has been in a process group."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import atexit
 import os
 import sys
 from collections.abc import Callable
+from threading import Event
 from typing import NoReturn
+
+_grouped = Event()
+
+
+def note_group() -> None:
+    """Remember that this process has been in a process group."""
+    _grouped.set()
 
 
 def exit_after(main: Callable[[], int]) -> NoReturn:
     """Call `main` and end this process with the exit code that it returns or raises.
 
-    A process that leaves with its group open is aborted by the group's threads in one of eight
-    cases (gloo, torch 2.13): its exit code is then 134, whatever it had to say. So it leaves
+    Threads of a process group abort a process on its way out now and then (gloo, torch 2.13): in
+    one of eight cases if the group is open, and seldom after it was destroyed, for what has used it
+    may still hold it. The exit code is then 134, whatever the process had to say. So it leaves
     without waiting for them.
     """
     code: object = 1
@@ -23,8 +32,7 @@ def exit_after(main: Callable[[], int]) -> NoReturn:
         code = end.code
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.distributed.is_initialized():
+    if not _grouped.is_set():
         sys.exit(code)  # type: ignore[arg-type]
     if isinstance(code, str):
         print(code, file=sys.stderr)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from rlhf_exp.distributed.exit import note_group
 from rlhf_exp.distributed.lines import JOIN_S
 from rlhf_exp.distributed.place import Place
 from rlhf_exp.errors import UserError
@@ -68,6 +69,7 @@ def process_group(store: Store, number: int, place: Place) -> Iterator[None]:
                 f"{torch.cuda.device_count()}; set distributed.processes to what there is"
             )
         torch.cuda.set_device(place.local_rank)
+    note_group()
     distributed.init_process_group(
         backend,
         store=distributed.PrefixStore(f"stage-{number}", store),

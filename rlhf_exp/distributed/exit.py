@@ -20,7 +20,7 @@ def note_group() -> None:
 def exit_after(main: Callable[[], int]) -> NoReturn:
     """Call `main` and end this process with the exit code that it returns or raises.
 
-    Threads of a process group abort one in ten processes on its way out (gloo with DDP, torch 2.13),
+    Threads of a process group abort one process in ten on its way out (gloo and DDP, torch 2.13),
     also after the group was destroyed: the exit code is then 134, whatever the process had to say.
     So it leaves without waiting for them.
     """

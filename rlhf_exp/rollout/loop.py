@@ -112,7 +112,8 @@ class DecodeLoop:
                 elif table.active:
                     active = slice(0, table.active)
                     steps = [self._step() for _ in range(stride)]
-                    self._close_content(table.fed())
+                    if self._close is not None:
+                        self._close_content(table.fed())
                     self._look(active, steps)
 
     def _admit(self) -> None:

@@ -61,7 +61,7 @@ class SharedTrunkScorer(ModelScorer):
             known = min(width, states.shape[1])
             rows[:, :known] = states[part, :known]
             rows[torch.arange(len(part)), last] = closing[part]
-            with self.world.autocast(trained=False):
+            with self.autocast():
                 values = read_scores(self.model, self.branch, rows, last)
             scores[part] = values.float().cpu()
         return scores

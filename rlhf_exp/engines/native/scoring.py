@@ -63,8 +63,12 @@ class ModelScorer:
         self.device = device or world.device
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.half = world.setup.precision == "bfloat16"
-        self.codec, self.reward_codec, self.world = codec, reward_codec, world
+        self.codec, self.reward_codec = codec, reward_codec
         self.batch, self.seq_length = batch, seq_length
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision on the reward model's device, where the run has it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
@@ -89,7 +93,7 @@ class ModelScorer:
         order = torch.argsort(lengths, stable=True)
         for part in order.split(self.batch):
             rows, sizes = _crop_left(tokens[part], lengths[part], self.seq_length)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            with self.autocast():
                 values = self.model.scores(rows.to(self.device), sizes.to(self.device))
             scores[part] = values.float().cpu()
         return scores

@@ -128,14 +128,10 @@ class World:
         """Number format that the strategy computes in, whatever the weights' own; else `None`."""
         return torch.bfloat16 if self.setup.half_weights else None
 
-    def autocast(self, trained: bool = True) -> AbstractContextManager[Any]:
-        """Mixed precision of forward passes.
-
-        Args:
-            trained: Whether they are the prepared module's, or compared with its.
-        """
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision of the prepared module and of what is compared with it."""
         # DeepSpeed computes in bfloat16 without torch's mixed precision.
-        deep = trained and self._strategy is not None and self.setup.deepspeed
+        deep = self._strategy is not None and self.setup.deepspeed
         if self.setup.precision == "float32" or deep:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)

@@ -2,8 +2,8 @@
 
 import sys
 
-from rlhf_exp.command import main
-from rlhf_exp.distributed.exit import exit_after
+from rlhf_exp.hydra_app import main
+from rlhf_exp.processes.failures import exit_after
 
 if __name__ == "__main__":
     exit_after(lambda: main(sys.argv[1:]))

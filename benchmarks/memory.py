@@ -25,12 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from rlhf_exp.config.compose import compose  # noqa: E402
-from rlhf_exp.config.groups import CONF  # noqa: E402
-from rlhf_exp.config.root import Config  # noqa: E402
-from rlhf_exp.pipeline.crew import crew_for  # noqa: E402
+from rlhf_exp.config.experiment import Config  # noqa: E402
+from rlhf_exp.config.schema_keys import CONF  # noqa: E402
+from rlhf_exp.pipeline.executor import crew_for  # noqa: E402
 from rlhf_exp.pipeline.plan import plan  # noqa: E402
+from rlhf_exp.pipeline.plan_table import shape_for, stage_memory  # noqa: E402
 from rlhf_exp.pipeline.probe import Probed, probe  # noqa: E402
-from rlhf_exp.pipeline.view import shape_for, stage_memory  # noqa: E402
 
 SIZES = (
     "tracking=disabled",

@@ -85,7 +85,7 @@ def framed(outputs: Path, stage: str, steps: int, seed: int) -> tuple[float, flo
 def bare(outputs: Path, stage: str, steps: int, seed: int) -> tuple[float, float]:
     """Return the seconds of a process that has nothing but the engine."""
     from rlhf_exp.config.compose import compose
-    from rlhf_exp.config.groups import CONF
+    from rlhf_exp.config.schema_keys import CONF
     from rlhf_exp.pipeline.plan import plan
 
     config = compose(overrides(outputs, stage, steps, seed), [CONF]).config
@@ -104,8 +104,7 @@ def run_bare(handed: Path) -> None:
     """Train with the engine alone (what `--bare` does)."""
     import importlib
 
-    from rlhf_exp.stages.context import StageContext
-    from rlhf_exp.stages.materials import Materials
+    from rlhf_exp.stages.context import Materials, StageContext
 
     config, models = pickle.loads(handed.read_bytes())
     stage = importlib.import_module(f"rlhf_exp.stages.{config.stage.name}")
@@ -135,10 +134,10 @@ def bare_loop(
     watch: object,
     conclude: Callable[[Any], object],
 ) -> object:
-    """Do what `engines.native.loop.train` does to the weights, and nothing else."""
-    from rlhf_exp.engines.native.loop_types import Outcome
-    from rlhf_exp.engines.native.optim import build_optimizer, set_lr
+    """Do what `training.trainer.train` does to the weights, and nothing else."""
     from rlhf_exp.stages.training import optim_settings
+    from rlhf_exp.training.optim import build_optimizer, set_lr
+    from rlhf_exp.training.trainer import Outcome
 
     optim = optim_settings(section, steps)
     build = partial(build_optimizer, task.module, optim)
@@ -157,9 +156,9 @@ def bare_loop(
 
 def inside(outputs: Path, stage: str, steps: int, seed: int) -> Seconds:
     """Run framed in this process; return the seconds a step takes in each part of the loop."""
-    from rlhf_exp.command import main
-    from rlhf_exp.engines.native.loop import _Loop
-    from rlhf_exp.tracking.progress import Progress
+    from rlhf_exp.hydra_app import main
+    from rlhf_exp.tracking.progress_bar import Progress
+    from rlhf_exp.training.trainer import _Loop
 
     spent: Seconds = {"update": 0.0, **dict.fromkeys((*PARTS, "progress"), 0.0)}
 

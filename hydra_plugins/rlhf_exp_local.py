@@ -32,7 +32,7 @@ class LocalLauncher(Launcher):
         """Run one batch of jobs; composes each config here, once and for all."""
         from rlhf_exp.config.compose import to_config
         from rlhf_exp.errors import UserError
-        from rlhf_exp.multirun.local import launch
+        from rlhf_exp.launchers.local import launch
 
         jobs = []
         for overrides in job_overrides:

@@ -31,8 +31,8 @@ class SlurmLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         """Run one batch of jobs; composes each config here, once and for all."""
         from rlhf_exp.config.compose import to_config
-        from rlhf_exp.config.slurm import SlurmConfig
-        from rlhf_exp.slurm.launcher import launch
+        from rlhf_exp.config.launchers import SlurmConfig
+        from rlhf_exp.launchers.slurm.launcher import launch
 
         jobs = []
         for overrides in job_overrides:

@@ -1,6 +1,8 @@
 """`rlhf-exp`: looks at runs, serves their models and tidies up; `launch.py` trains and evaluates.
 
 Wherever a RUN is asked for: `latest`, a name, the beginning of a key, or a folder.
+
+Options of commands that have many; imports nothing that they need to run.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlhf_exp.commands import options
 from rlhf_exp.errors import UserError
 
 Command = Callable[[argparse.Namespace], None]
@@ -89,27 +90,27 @@ def _runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 def _models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     chat = commands.add_parser("chat", help="talk to a run's model")
-    options.chat_options(chat)
+    chat_options(chat)
     chat.set_defaults(command=_chat)
 
     export = commands.add_parser("export", help="write a run's model as a Hugging Face folder")
-    options.export_options(export)
+    export_options(export)
     export.set_defaults(command=_export)
 
     serve = commands.add_parser("serve-reward", help="score responses for PPO elsewhere")
-    options.serve_options(serve)
+    serve_options(serve)
     serve.set_defaults(command=_serve_reward)
 
 
 def _people(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     annotate = commands.add_parser("annotate", help="let people judge a run's answers")
-    options.annotate_options(annotate)
+    annotate_options(annotate)
     annotate.set_defaults(command=_annotate)
 
 
 def _judges(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     judge = commands.add_parser("judge", help="compare judges with people on a file of pairs")
-    options.judge_options(judge)
+    judge_options(judge)
     judge.set_defaults(command=_judge)
 
 
@@ -124,26 +125,26 @@ def _store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     remove = actions.add_parser("rm", help="delete artifacts")
     remove.add_argument("keys", nargs="+", metavar="KEY")
     collect = actions.add_parser("gc", help="delete what no run refers to")
-    options.collect_options(collect)
+    collect_options(collect)
     for action, command in ((remove, _store_rm), (collect, _store_gc)):
         action.add_argument("--dry-run", action="store_true", help="say what would be deleted")
         action.set_defaults(command=command)
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.status import status
+    from rlhf_exp.commands.inspect import status
 
     print(status(arguments.outputs, arguments.run), end="")
 
 
 def _cancel(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.cancel import cancel
+    from rlhf_exp.commands.inspect import cancel
 
     print(cancel(arguments.outputs, arguments.name), end="")
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.fetch import fetch
+    from rlhf_exp.commands.sync import fetch
 
     fetch(arguments.overrides, arguments.config_dir, arguments.update, print)
 
@@ -158,34 +159,34 @@ def _sync(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.report import report
+    from rlhf_exp.commands.inspect import report
 
     form = arguments.form or "page"
     print(report(arguments.outputs, arguments.runs, form, arguments.kl_budget), end="")
 
 
 def _figures(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.figures import write_figures
+    from rlhf_exp.commands.inspect import write_figures
 
     for path in write_figures(arguments.outputs, arguments.run, arguments.folder):
         print(path)
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.compare import compare
+    from rlhf_exp.commands.inspect import compare
 
     form = arguments.form or "text"
     print(compare(arguments.outputs, arguments.first, arguments.second, form), end="")
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.chat import chat
+    from rlhf_exp.commands.models import chat
 
     chat(arguments.outputs, arguments.run, arguments.against, arguments.temperature, arguments.seed)
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.export import export
+    from rlhf_exp.commands.models import export
 
     print(export(arguments.outputs, arguments.run, arguments.folder, arguments.step))
 
@@ -199,8 +200,7 @@ def _serve_reward(arguments: argparse.Namespace) -> None:
 
 
 def _annotate(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.annotate import Wanted, annotate
-    from rlhf_exp.commands.studies import Design
+    from rlhf_exp.commands.annotate import Design, Wanted, annotate
 
     given = vars(arguments)
     design = Design(**{field.name: given[field.name] for field in dataclasses.fields(Design)})
@@ -219,30 +219,115 @@ def _judge(arguments: argparse.Namespace) -> None:
 
 
 def _store_ls(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.disk import listing
+    from rlhf_exp.commands.store import listing
 
     print(listing(arguments.outputs), end="")
 
 
 def _store_show(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands import store as store_module
     from rlhf_exp.commands.runs import Outputs
-    from rlhf_exp.store import views
 
-    print(views.show(Outputs(arguments.outputs).store.get(arguments.key)), end="")
+    print(store_module.show(Outputs(arguments.outputs).store.get(arguments.key)), end="")
 
 
 def _store_rm(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands import store as store_module
     from rlhf_exp.commands.runs import Outputs
-    from rlhf_exp.store import views
 
-    print(views.remove(Outputs(arguments.outputs).store, arguments.keys, arguments.dry_run), end="")
+    print(
+        store_module.remove(Outputs(arguments.outputs).store, arguments.keys, arguments.dry_run),
+        end="",
+    )
 
 
 def _store_gc(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.disk import collect
+    from rlhf_exp.commands.store import collect
 
     given = (arguments.older_than, arguments.sweep, arguments.keep)
     print(collect(arguments.outputs, arguments.dry_run, *given), end="")
+
+
+def annotate_options(annotate: argparse.ArgumentParser) -> None:
+    """Add the options of `rlhf-exp annotate`."""
+    annotate.add_argument("run", metavar="RUN", help="a run, or a JSONL file of pairs of answers")
+    add = annotate.add_argument
+    add("--collect", action="store_true", help="gather preferences to train on")
+    add("--study", type=Path, metavar="FILE", help="the study's file (OUTPUTS/human/RUN.sqlite)")
+    add("--annotators", metavar="N|NAMES", help="how many, or their names: anna,ben")
+    add("--criteria", metavar="NAMES", help="what is asked: overall,helpful,harmless (overall)")
+    add("--prompts", type=int, metavar="N", help="prompts to judge (100)")
+    add("--seed", type=int, help="of prompts, sides and order (0)")
+    add("--instructions", type=Path, metavar="FILE", help="a text instead of the usual one")
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, default=8470, help="port to listen on; 0: any (8470)")
+    add("--url", help="the server's address as annotators see it, for their links")
+    instead = annotate.add_mutually_exclusive_group()
+    for option, name, formats in (
+        ("--import", "read", "jsonl, labelstudio or groundtruth"),
+        ("--export", "write", "jsonl, preferences, labelstudio or groundtruth"),
+    ):
+        words, text = ("FORMAT", "PATH"), f"{name} votes: {formats}"
+        instead.add_argument(option, dest=name, nargs=2, metavar=words, help=text)
+    instead.add_argument("--results", action="store_true", help="print the results so far")
+
+
+def chat_options(chat: argparse.ArgumentParser) -> None:
+    """Add the options of `rlhf-exp chat`."""
+    chat.add_argument("run", metavar="RUN")
+    add = chat.add_argument
+    add("--against", metavar="ROLE|RUN", help="a second model: `sft`, or another run")
+    add("--temperature", type=float, default=0.7, help="0: most probable tokens")
+    add("--seed", type=int, default=0)
+
+
+def export_options(export: argparse.ArgumentParser) -> None:
+    """Add the options of `rlhf-exp export`."""
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("folder", type=Path, metavar="DIR")
+    export.add_argument("--step", type=int, metavar="N", help="the snapshot of this step")
+
+
+def collect_options(collect: argparse.ArgumentParser) -> None:
+    """Add the options of `rlhf-exp store gc`, but for --dry-run."""
+    add = collect.add_argument
+    add("--older-than", metavar="AGE", help="only what was last used longer ago: 7d, 12h (1h)")
+    add("--sweep", metavar="NAME", help="also let go of runs of this name, by --keep")
+    add("--keep", metavar="RULE", help="the ended runs that keep their results: best:3, last:5")
+
+
+def serve_options(serve: argparse.ArgumentParser) -> None:
+    """Add the options of `rlhf-exp serve-reward`."""
+    text = "a run with a reward model, or the folder of one"
+    serve.add_argument("run", metavar="RUN|DIR", help=text)
+    add = serve.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, default=8480, help="port to listen on; 0: any (8480)")
+    add("--device", help="cpu, cuda or cuda:N (the first GPU, else the processor)")
+    add("--batch", type=int, metavar="N", help="responses read at once (the run's)")
+    add("--seq-length", type=int, metavar="N", help="most tokens of a row (the run's)")
+    formats = ("float32", "bfloat16")
+    add("--dtype", choices=formats, help="number format of weights and products (the run's)")
+    prompts = ("hh", "chat_template", "plain")
+    add("--format", choices=prompts, default="hh", help="of prompts; for a folder without a run")
+    add("--key-env", metavar="VARIABLE", help="environment variable with a key to ask for")
+
+
+def judge_options(judge: argparse.ArgumentParser) -> None:
+    """Add the options of `rlhf-exp judge`."""
+    judge.add_argument("file", type=Path, metavar="FILE", help="pairs that people have judged")
+    add = judge.add_argument
+    several = "a reward model; may be repeated"
+    add("--reward", action="append", default=[], metavar="RUN|DIR|ID", help=several)
+    add("--llm", metavar="NAME", help="a language model behind an OpenAI-compatible endpoint")
+    add("--url", help="the endpoint, such as http://127.0.0.1:8000/v1")
+    add("--key-env", metavar="VARIABLE", help="environment variable with the endpoint's key")
+    add("--criterion", help="what the better answer is more of, as the LLM is asked")
+    field = "a further field of each request; may be repeated"
+    add("--request", action="append", default=[], metavar="NAME:JSON", help=field)
+    add("--concurrency", type=int, metavar="N", help="requests under way at once (8)")
+    add("--pairs", type=int, metavar="N", help="only the first N pairs")
+    add("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
 
 
 if __name__ == "__main__":

@@ -9,20 +9,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from rlhf_exp.config.root import Config
-from rlhf_exp.distributed.place import leads
+from rlhf_exp.config.experiment import Config
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.beforehand import look_ahead, reward_ready
-from rlhf_exp.pipeline.crew import Crew, crew_for, follow, settled_place
+from rlhf_exp.pipeline.executor import Crew, crew_for, follow, settled_place
 from rlhf_exp.pipeline.hub import pinned
-from rlhf_exp.pipeline.lacking import lacking_extras
 from rlhf_exp.pipeline.plan import State, Step, plan, records_of, refuse_changed
+from rlhf_exp.pipeline.plan_table import memory_table, plan_table
+from rlhf_exp.pipeline.preflight import lacking_extras, look_ahead, reward_ready
 from rlhf_exp.pipeline.probe import probe, probe_table
 from rlhf_exp.pipeline.run import Done, run_steps
-from rlhf_exp.pipeline.view import memory_table, plan_table
+from rlhf_exp.processes.environment import leads
 from rlhf_exp.store.artifact import Artifact
-from rlhf_exp.store.process import Process
-from rlhf_exp.store.records import RunRecord, Status
+from rlhf_exp.store.run_records import Process, RunRecord, Status
 
 UNNAMED = "unnamed"
 
@@ -141,11 +139,11 @@ def _objective(done: list[Done]) -> float | None:
 
 def _tell(config: Config, done: list[Done], console: Console) -> None:
     """Write the report, and print the results, its path and how to load the model."""
-    from rlhf_exp.report.gather import gather, loading_code
-    from rlhf_exp.report.page import build_report, comparisons_of
-    from rlhf_exp.report.parts.reward_quality import REWARD_QUALITY_FILE, print_reward_quality
-    from rlhf_exp.report.parts.toxicity import TOXICITY_FILE, print_toxicity
-    from rlhf_exp.report.terminal import print_quick
+    from rlhf_exp.report.run.gather import gather, loading_code
+    from rlhf_exp.report.run.page import build_report, comparisons_of
+    from rlhf_exp.report.run.reward_quality import REWARD_QUALITY_FILE, print_reward_quality
+    from rlhf_exp.report.run.terminal import print_quick
+    from rlhf_exp.report.run.toxicity import TOXICITY_FILE, print_toxicity
 
     artifacts: dict[str, Artifact] = {
         one.step.stage: one.artifact for one in done if one.artifact is not None

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.config.compose import compose
-from rlhf_exp.config.groups import CONF
-from rlhf_exp.config.root import Config
+from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.store.artifact import MANIFEST, Artifact
 from rlhf_exp.store.store import Store
 
@@ -86,7 +86,7 @@ def process_kept() -> Iterator[None]:
 
 def launch(folder: Path, *overrides: str) -> int:
     """Run `launch.py` in this process with a small config; return its exit code."""
-    from rlhf_exp.command import main
+    from rlhf_exp.hydra_app import main
 
     with process_kept():
         return main(small(folder, *overrides))

@@ -104,7 +104,7 @@ def test_files_and_functions_are_short(module: str) -> None:
 )
 def test_nothing_heavy_is_imported_before_a_run(arguments: list[str]) -> None:
     program = (
-        "import sys; from rlhf_exp.command import main\n"
+        "import sys; from rlhf_exp.hydra_app import main\n"
         f"sys.argv = ['launch.py', *{arguments}]; main(sys.argv[1:])\n"
         f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])"
     )

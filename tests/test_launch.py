@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 import yaml
 
-from rlhf_exp.command import main
-from rlhf_exp.config.root import Config, Stage
+from rlhf_exp.config.experiment import Config, Stage
 from rlhf_exp.errors import UserError
+from rlhf_exp.hydra_app import main
 
 LAUNCH = Path(__file__).parents[1] / "launch.py"
 

@@ -4,7 +4,7 @@ usage: python -m side_by_side.native_worker sample|iterate SETTING_AS_JSON
 (run by `benchmarks/ppo.py`)
 
 `sample` answers prompts only, for comparison with `transformers.generate`; `iterate` runs
-`rlhf_exp.engines.native.loop.train`, held between iterations by a tracker.
+`rlhf_exp.training.trainer.train`, held between iterations by a tracker.
 """
 
 from __future__ import annotations
@@ -22,30 +22,26 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM  # noqa: F401 - loaded before memory is first read
 
+from rlhf_exp.algo.advantages import RewardScaler
 from rlhf_exp.algo.kl import FixedKL
-from rlhf_exp.algo.rewards import RewardScaler
 from rlhf_exp.batch import Prompts, Samples
-from rlhf_exp.data.codec import Codec
-from rlhf_exp.data.collate import prompts_batch
-from rlhf_exp.data.ragged import Ragged
-from rlhf_exp.data.tokenized import TokenizedPrompts
+from rlhf_exp.data.batching import prompts_batch
+from rlhf_exp.data.tokenized import Ragged, TokenizedPrompts
+from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World, world_of
-from rlhf_exp.engines.native.experience import Collector, ExperienceSettings
-from rlhf_exp.engines.native.loop import train
-from rlhf_exp.engines.native.loop_types import LoopContext, LoopSettings
-from rlhf_exp.engines.native.optim import OptimSettings
-from rlhf_exp.engines.native.ppo import PpoSettings, PpoTask
-from rlhf_exp.engines.native.sample_scores import SharedTrunkScorer
-from rlhf_exp.engines.native.scoring import ModelScorer, Scorer
-from rlhf_exp.engines.native.task import Evaluation
-from rlhf_exp.models.families import decoder_parts
-from rlhf_exp.models.load import load_causal_lm
+from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.policy import Policy
+from rlhf_exp.models.pretrained import load_causal_lm
 from rlhf_exp.models.reference import reference_of
-from rlhf_exp.models.reward_model import RewardModel
-from rlhf_exp.models.shared import adopt_trunk
+from rlhf_exp.models.reward_model import RewardModel, adopt_trunk
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.tracking.tracker import NullTracker
+from rlhf_exp.training.optim import OptimSettings
+from rlhf_exp.training.ppo import Collector, ExperienceSettings, PpoSettings, PpoTask
+from rlhf_exp.training.reward_scorer import ModelScorer, Scorer
+from rlhf_exp.training.scorers import SharedTrunkScorer
+from rlhf_exp.training.task import Evaluation
+from rlhf_exp.training.trainer import LoopContext, LoopSettings, train
 from side_by_side.protocol import Line, Reading, peak_bytes, resident_bytes
 from side_by_side.reward import counted_share
 from side_by_side.setting import Setting

@@ -9,25 +9,32 @@ from typing import Any
 
 import torch
 
-from rlhf_exp.commands.runs import Outputs
-from rlhf_exp.commands.text import table
-from rlhf_exp.data.codec import Codec
+from rlhf_exp.commands.runs import Outputs, table
+from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
-from rlhf_exp.evaluation.judges.classifier import Classifier
-from rlhf_exp.evaluation.judges.endpoint import Client, Endpoint
-from rlhf_exp.evaluation.judges.judge import Judge
-from rlhf_exp.evaluation.judges.labels import read_judged
-from rlhf_exp.evaluation.judges.llm import LLMJudge, consistent, first_place
-from rlhf_exp.evaluation.judges.own import OwnRewardModel
-from rlhf_exp.evaluation.judges.prompt import CRITERION
-from rlhf_exp.evaluation.judges.quality import People, Quality, people_of, quality
-from rlhf_exp.evaluation.judges.replies import Replies
-from rlhf_exp.evaluation.judges.reward import RewardJudge
-from rlhf_exp.evaluation.metric import DASH, format_estimate
-from rlhf_exp.models.load import load_tokenizer
+from rlhf_exp.evaluation.judges.human_agreement import (
+    People,
+    Quality,
+    people_of,
+    quality,
+    read_judged,
+)
+from rlhf_exp.evaluation.judges.llm import (
+    CRITERION,
+    Client,
+    Endpoint,
+    LLMJudge,
+    Replies,
+    consistent,
+    first_place,
+)
+from rlhf_exp.evaluation.judges.protocol import Judge
+from rlhf_exp.evaluation.judges.reward_models import Classifier, OwnRewardModel, RewardJudge
+from rlhf_exp.evaluation.preference import DASH, format_estimate
+from rlhf_exp.models.pretrained import load_tokenizer
 from rlhf_exp.models.reward_model import HEAD, RewardModel
-from rlhf_exp.stages.judging import REPLIES, request_of, verdicts_of
-from rlhf_exp.store.files import write_json_atomic
+from rlhf_exp.stages.evaluation.preference import REPLIES, request_of, verdicts_of
+from rlhf_exp.store.atomic_files import write_json_atomic
 
 _SIDES = ("a", "tie", "b")
 

@@ -1,14 +1,23 @@
-"""Finding a run's artifacts below an output folder."""
+"""Finding a run's artifacts below an output folder.
+
+Plain text tables for the terminal.
+"""
 
 from __future__ import annotations
 
+import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from rlhf_exp.errors import UserError
-from rlhf_exp.report.sweep.settings import flatten, given, order_of, shown
+from rlhf_exp.report.sweep.data import flatten, given, order_of, shown
 from rlhf_exp.store.artifact import Artifact
-from rlhf_exp.store.records import Records, RunRecord
+from rlhf_exp.store.run_records import Records, RunRecord
 from rlhf_exp.store.store import Store
 
 POLICIES = ("ppo", "sft")
@@ -122,3 +131,16 @@ def _with_value(
         known = f"it is {', '.join(values)} in them" if values else "none of them has such a key"
         raise UserError(f"{runs}: of {len(held)} runs none has {key}={value}; {known}")
     return kept
+
+
+WIDTH = 140
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> str:
+    """Return a table as text; cells are shown as they are, whatever markup is in them."""
+    drawn = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    buffer = io.StringIO()
+    Console(file=buffer, width=WIDTH).print(drawn)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"

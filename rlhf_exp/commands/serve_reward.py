@@ -9,22 +9,20 @@ from pathlib import Path
 import torch
 
 from rlhf_exp.commands.runs import Outputs
-from rlhf_exp.config.data import PromptFormat
-from rlhf_exp.config.load import from_dict
-from rlhf_exp.config.model import Dtype
-from rlhf_exp.config.root import Config
-from rlhf_exp.data.codec import Codec
+from rlhf_exp.config.compose import from_dict
+from rlhf_exp.config.experiment import Config, Dtype, PromptFormat
+from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import Precision, open_world
-from rlhf_exp.engines.native.scoring import ModelScorer
 from rlhf_exp.errors import UserError
-from rlhf_exp.http.listening import address_of, is_local, listen, need_server, serve
-from rlhf_exp.models.load import load_tokenizer
+from rlhf_exp.models.pretrained import load_tokenizer
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.pipeline.keys import MODEL_FILES
-from rlhf_exp.serving.scoring import Scores
+from rlhf_exp.serving.listen import address_of, is_local, listen, need_server, serve
+from rlhf_exp.serving.reward_server import Scores
 from rlhf_exp.stages.training import attention_of, torch_dtype
 from rlhf_exp.store.artifact import MANIFEST, Artifact, Manifest
 from rlhf_exp.store.fingerprint import DigestCache, key_of
+from rlhf_exp.training.reward_scorer import ModelScorer
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def serve_reward(outputs: Path, run: str, wanted: Wanted) -> None:
         UserError: there is no such model, device or key, or the address cannot be had.
     """
     need_server("serve-reward", "serve")
-    from rlhf_exp.serving.app import make_app
+    from rlhf_exp.serving.reward_server import make_app
 
     key = None if wanted.key_env is None else os.environ.get(wanted.key_env)
     if wanted.key_env is not None and not key:

@@ -1,17 +1,25 @@
-"""`rlhf-exp sync`: sends to W&B what was recorded offline."""
+"""`rlhf-exp sync`: sends to W&B what was recorded offline.
+
+`rlhf-exp fetch`: downloads what a run needs from the hub, on a machine that has a network.
+"""
 
 from __future__ import annotations
 
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_exp.commands.runs import Outputs
-from rlhf_exp.commands.text import table
+from rlhf_exp.commands.runs import Outputs, table
+from rlhf_exp.config.compose import compose
+from rlhf_exp.config.overrides import override_problems, points, with_lists
+from rlhf_exp.config.problems import refuse
+from rlhf_exp.config.schema_keys import CONF, read_groups
 from rlhf_exp.errors import UserError
-from rlhf_exp.store.holders import holders
+from rlhf_exp.pipeline import hub
+from rlhf_exp.pipeline.plan import plan
+from rlhf_exp.store.lease import holders
 from rlhf_exp.tracking.wandb_sync import Start, last_step_sent, send, starts_of, unsent
 
 HEADER = ("stage", "key", "run", "starts", "state", "where")
@@ -114,7 +122,7 @@ def _sent(one: Tracked, dry_run: bool) -> tuple[str, str]:
 
 
 def _send_all(one: Tracked) -> tuple[str, str]:
-    from rlhf_exp.tracking.wandb_start import wandb  # a second of import: only to send
+    from rlhf_exp.tracking.wandb_log import wandb
 
     where = ""
     try:
@@ -130,7 +138,7 @@ def _send_all(one: Tracked) -> tuple[str, str]:
 
 
 def _check_server() -> None:
-    from rlhf_exp.tracking.wandb_start import wandb  # a second of import: only to send
+    from rlhf_exp.tracking.wandb_log import wandb
 
     url = str(wandb.setup().settings.base_url)
     try:
@@ -142,3 +150,31 @@ def _check_server() -> None:
             f"W&B cannot be reached at {url} ({error}). Run this where there is a network, such as "
             "a login node that sees the same files; WANDB_BASE_URL names another server"
         ) from error
+
+
+def fetch(
+    overrides: Sequence[str], folder: Path | None, update: bool, tell: Callable[[str], None]
+) -> None:
+    """Fetch and pin the models and data of a run, or of each point of a multirun.
+
+    Args:
+        overrides: As on `launch.py`'s command line.
+        folder: A further config folder.
+        update: Whether to forget earlier pins and take the newest revisions.
+        tell: Says what was fetched.
+
+    Raises:
+        UserError: Something cannot be fetched, or the command line is wrong.
+    """
+    folders = [CONF, *([folder.expanduser().resolve()] if folder else [])]
+    wanted = with_lists(overrides)
+    refuse(override_problems(wanted, read_groups(folders)))
+    found: dict[hub.Need, Path] = {}
+    for point in points(wanted):
+        config = compose(point, folders).config
+        found |= dict.fromkeys(hub.needs(config, plan(config)), Path(config.output_dir))
+    for need, output_dir in found.items():
+        pin = hub.fetch(output_dir, need, update)
+        tell(f"{need}: revision {pin.commit}, {len(pin.files)} files")
+    if not found:
+        tell("nothing of this run comes from the hub")

@@ -1,23 +1,47 @@
-"""Rules across the fields of a config: everything that can be known before anything is loaded."""
+"""Rules across the fields of a config: everything that can be known before anything is loaded.
+
+Rules for `data`.
+
+Rules for `sft`, `reward` and `ppo`.
+
+Rules for what scores responses in PPO and in the evaluation, and where it is.
+
+Rules for `ppo.continue_from`: whether more steps are more of the same.
+
+Rules for `engine`: what trlx cannot do is refused, and its interpreter is looked at.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlhf_exp.config.check_continuing import check_continuing
-from rlhf_exp.config.check_data import check_data
-from rlhf_exp.config.check_engine import check_trlx
-from rlhf_exp.config.check_eval import check_eval
-from rlhf_exp.config.check_model import check_model
-from rlhf_exp.config.check_scoring import check_scoring
-from rlhf_exp.config.check_study import check_study
-from rlhf_exp.config.check_training import check_ppo, check_sequence, check_training
+from rlhf_exp.config.checks_evaluation import check_eval
+from rlhf_exp.config.checks_shared import (
+    check_address,
+    check_function,
+    check_model,
+    context_length,
+    layer_count,
+    model_family,
+)
+from rlhf_exp.config.experiment import (
+    Config,
+    Dtype,
+    EngineName,
+    PromptFormat,
+    Source,
+    Stage,
+    Strategy,
+)
 from rlhf_exp.config.problems import Findings, Problem
-from rlhf_exp.config.reward import RewardInit
-from rlhf_exp.config.root import Config, Stage
-from rlhf_exp.config.running import EngineName, Strategy
+from rlhf_exp.config.search_space import check_study
+from rlhf_exp.config.training import RewardInit, Schedule, Select, ValueInit, ValueTrunk
 
 _NEEDS = {
     Stage.sft: ("sft",),
@@ -112,3 +136,313 @@ def _check_running(found: Findings) -> None:
     found.unless(bool(config.tracking.project.strip()), "tracking.project", "must not be empty.")
     alerts = "tracking.alerts."
     found.positive(*(alerts + name for name in ("kl_factor", "reward_drop", "entropy_fraction")))
+
+
+_FILES = ("preferences", "demonstrations", "prompts", "test")
+
+
+def check_data(found: Findings) -> None:
+    """Report what is wrong with `data`, missing files included."""
+    data = found.config.data
+    if data.source is Source.hub:
+        found.unless(data.path is not None, "data.path", "data.source=hub needs a hub id.")
+    elif data.path is not None:
+        found.add("data.path", f"data.source={data.source.name} reads no hub id; see data.source.")
+    if data.source is not Source.hub and data.revision is not None:
+        found.add("data.revision", f"data.source={data.source.name} has no revision.")
+    for name in _FILES:
+        _check_file(found, f"data.{name}")
+    if data.source is Source.jsonl and data.preferences is None:
+        found.add("data.preferences", "data.source=jsonl needs a .jsonl or .jsonl.gz file.")
+    if data.source is Source.toy:
+        _check_toy(found)
+    _check_fractions(found)
+    found.at_least(1, "data.limit")
+    if data.format is PromptFormat.chat_template and found.config.model.path is None:
+        message = "the tokenizer of a model from scratch has no chat template; use hh or plain."
+        found.add("data.format", message)
+
+
+def _check_file(found: Findings, key: str) -> None:
+    value = found.value(key)
+    if value is None:
+        return
+    if found.config.data.source is not Source.jsonl:
+        found.add(key, "files are read with data=hh_local (data.source=jsonl) only.")
+        return
+    path = Path(value).expanduser().resolve()
+    found.unless(path.is_file(), key, f"there is no file {path}.")
+
+
+def _check_toy(found: Findings) -> None:
+    sizes = ("demonstrations", "preferences", "prompts", "validation", "test")
+    found.at_least(1, *(f"data.toy.{size}" for size in sizes))
+    found.at_least(0, "data.toy.seed")
+    noise = found.config.data.toy.label_noise
+    found.unless(0 <= noise < 0.5, "data.toy.label_noise", "must be in [0, 0.5): labels inform.")
+
+
+def _check_fractions(found: Findings) -> None:
+    data = found.config.data
+    for name in ("validation_fraction", "test_fraction", "max_bad_fraction"):
+        found.unless(0 <= getattr(data, name) < 1, f"data.{name}", "must be in [0, 1).")
+    if max(data.validation_fraction, data.test_fraction) >= 1:
+        return
+    if data.validation_fraction + data.test_fraction >= 1:
+        message = "leaves nothing to train on: data.validation_fraction + data.test_fraction >= 1."
+        found.add("data.test_fraction", message)
+
+
+def check_training(found: Findings, stage: str) -> None:
+    """Report what is wrong with the fields that all training stages have.
+
+    Args:
+        found: Collects the problems.
+        stage: `sft`, `reward` or `ppo`.
+    """
+    key = f"{stage}.".__add__
+    found.positive(key("lr"), key("grad_norm"), key("lora.alpha"), key("epochs"))
+    intervals = ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_every")
+    found.at_least(1, *map(key, ("batch", "micro_batch", "steps", "train_blocks", *intervals)))
+    found.at_least(0, *map(key, ("seed", "warmup_steps", "weight_decay", "lora.rank")))
+    betas = found.value(key("betas"))
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        found.add(key("betas"), "needs two numbers in [0, 1), such as [0.9,0.95].")
+    batch, micro = found.value(key("batch")), found.value(key("micro_batch"))
+    if micro is not None and micro > batch:
+        found.add(key("micro_batch"), f"is more than {stage}.batch, {batch} rows.")
+    if stage != "ppo":
+        _check_length(found, stage)
+    blocks, layers = found.value(key("train_blocks")), layer_count(found.config.model)
+    if blocks is not None and layers is not None and blocks > layers:
+        found.add(key("train_blocks"), f"the model has {layers} blocks; null trains everything.")
+    if blocks is not None and found.value(key("lora.rank")) > 0:
+        message = f"choose one: {stage}.train_blocks, or LoRA with {stage}.lora.rank."
+        found.add(key("train_blocks"), message)
+
+
+def _check_length(found: Findings, stage: str) -> None:
+    steps, epochs = found.value(f"{stage}.steps"), found.value(f"{stage}.epochs")
+    if steps is None and epochs is None:
+        found.add(f"{stage}.steps", f"set {stage}.steps or {stage}.epochs.")
+    if steps is not None and epochs is not None:
+        message = f"{stage}.epochs is set too, to {epochs:g}; set one of them to null."
+        found.add(f"{stage}.steps", message)
+
+
+def check_sequence(found: Findings, stage: str) -> None:
+    """Report a sequence length that the model cannot read."""
+    length, context = found.value(f"{stage}.seq_length"), context_length(found.config.model)
+    found.at_least(2, f"{stage}.seq_length")
+    if context is not None and length > context:
+        found.add(f"{stage}.seq_length", f"the model's context is {context} tokens.")
+
+
+def check_ppo(found: Findings) -> None:
+    """Report what is wrong with PPO's own fields."""
+    ppo = found.config.ppo
+    found.at_least(1, "ppo.rollouts", "ppo.eval_prompts", "ppo.generation.batch")
+    found.at_least(1, "ppo.generation.max_new_tokens", "ppo.kl.horizon")
+    found.at_least(0, "ppo.vf_coef", "ppo.entropy_coef", "ppo.kl.coef", "ppo.kl.select_coef")
+    found.at_least(0, "ppo.reward.missing_eos_penalty")
+    found.positive("ppo.clip_range", "ppo.clip_range_value", "ppo.kl.target", "ppo.kl.stop")
+    found.positive("ppo.kl.budget")
+    if ppo.kl.budget is not None and ppo.kl.select_coef is not None:
+        found.add("ppo.kl.select_coef", "with ppo.kl.budget nothing is subtracted; set one.")
+    if ppo.kl.budget is not None and ppo.select is Select.last:
+        found.add("ppo.kl.budget", "ppo.select=last takes the last weights; use ppo.select=best.")
+    found.positive("ppo.reward.clip", "ppo.generation.temperature")
+    for name in ("gamma", "lam"):
+        found.unless(0 <= getattr(ppo, name) <= 1, f"ppo.{name}", "must be in [0, 1].")
+    if ppo.batch > ppo.rollouts:
+        message = f"an iteration has only ppo.rollouts={ppo.rollouts} of them."
+        found.add("ppo.batch", message)
+    if ppo.generation.max_new_tokens >= ppo.seq_length:
+        message = f"leaves no room for a prompt in ppo.seq_length={ppo.seq_length}."
+        found.add("ppo.generation.max_new_tokens", message)
+    if ppo.kl.target is not None and ppo.kl.coef == 0:
+        message = "an adaptive controller cannot leave 0; set ppo.kl.target=null for no penalty."
+        found.add("ppo.kl.coef", message)
+    if ppo.kl.stop is not None and ppo.kl.target is not None and ppo.kl.stop <= ppo.kl.target:
+        found.add("ppo.kl.stop", f"must be above the target that KL aims at, {ppo.kl.target:g}.")
+    if ppo.value_trunk is ValueTrunk.branch:
+        _check_branch(found)
+    modelless = not ppo.reward.model_scores and found.config.reward.use is None
+    if modelless and ppo.value_init is ValueInit.reward:
+        message = f"with a {ppo.reward.kind} there is no reward model; use value_init=small."
+        found.add("ppo.value_init", message)
+
+
+def _check_branch(found: Findings) -> None:
+    ppo = found.config.ppo
+    if ppo.train_blocks is None or ppo.lora.rank:
+        message = "a branch needs a frozen trunk: set ppo.train_blocks, without LoRA, or use own."
+        found.add("ppo.value_trunk", message)
+    if ppo.value_init is ValueInit.reward:
+        message = (
+            "the reward model's head reads its own trunk; use value_trunk=own or value_init=small."
+        )
+        found.add("ppo.value_init", message)
+
+
+def check_scoring(found: Findings) -> None:
+    """Report what is wrong with a function, a server, or the reward model's place."""
+    reward = found.config.ppo.reward
+    if reward.function is not None:
+        check_function(found, "ppo.reward.function")
+    if reward.function is not None and reward.url is not None:
+        found.add("ppo.reward.url", "ppo.reward.function is set too; one of them scores.")
+    _check_server(found)
+    _check_placement(found)
+
+
+def _check_server(found: Findings) -> None:
+    reward = found.config.ppo.reward
+    found.at_least(1, "ppo.reward.request_size")
+    found.at_least(0, "ppo.reward.retries")
+    found.positive("ppo.reward.timeout_s")
+    if reward.url is not None:
+        check_address(found, "ppo.reward", "http://127.0.0.1:8480")
+        blank = reward.name is not None and not reward.name.strip()
+        found.unless(not blank, "ppo.reward.name", "must not be empty; null names nothing.")
+        return
+    for name in ("name", "key_env"):
+        if getattr(reward, name) is not None:
+            found.add(f"ppo.reward.{name}", "is of a reward server; set ppo.reward.url too.")
+
+
+def _check_placement(found: Findings) -> None:
+    config, key = found.config, "ppo.reward.placement"
+    reward = config.ppo.reward
+    if reward.gpu is None and reward.placement not in ("shared", "cpu"):
+        found.add(key, "expected shared, cpu, or a GPU by its number: gpu:7.")
+    elif reward.placement != "shared" and not reward.model_scores:
+        message = f"there is no reward model to place, a {reward.kind} scores; use shared."
+        found.add(key, message)
+    elif reward.gpu == 0:
+        # How many more processes its machine has is known where they run.
+        found.add(key, "the main process trains there; name a GPU that no process has.")
+
+
+def check_continuing(found: Findings) -> None:
+    """Report what keeps a finished PPO run from being extended; the run itself is not looked at."""
+    config, key = found.config, "ppo.continue_from"
+    if config.ppo.continue_from is None:
+        return
+    if config.ppo.schedule is not Schedule.constant:
+        message = (
+            "its learning rate depends on ppo.steps, so a longer run is another from the start; "
+            "ppo.continue_from needs ppo.schedule=constant."
+        )
+        found.add("ppo.schedule", message)
+    found.unless(config.ppo.use is None, key, "ppo.use is set too, and nothing would train.")
+    found.unless(config.study.trials is None, key, "a study's trials begin at the beginning.")
+
+
+SETUP = "bash rlhf_exp/trlx/setup.sh .venv-trlx"
+TRANSFORMERS = "4.32.0"
+"""With a later one, trlx's reference is wrong: it sees future tokens from 4.46 at the latest."""
+FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama")
+_ASK = """
+import json
+from importlib.metadata import PackageNotFoundError, version
+found = {}
+for name in ("trlx", "transformers"):
+    try:
+        found[name] = version(name)
+    except PackageNotFoundError:
+        found[name] = None
+print(json.dumps(found))
+"""
+_ASK_S = 60.0
+
+
+def check_trlx(found: Findings) -> None:
+    """Report what PPO by trlx cannot do, and an interpreter without trlx."""
+    _check_size(found)
+    _check_training(found)
+    _check_algorithm(found)
+    if not found.config.plan:
+        _check_interpreter(found)
+
+
+def _check_size(found: Findings) -> None:
+    config = found.config
+    strategy, dtype = config.distributed.strategy, config.model.dtype
+    message = "PPO by trlx runs in one process; make SFT and reward model with stage=reward first, "
+    message += "then use distributed=single."
+    found.unless(strategy is Strategy.single, "distributed.strategy", message)
+    message = "PPO by trlx computes in float32 only."
+    precision = config.distributed.precision
+    found.unless(precision is Dtype.float32, "distributed.precision", message)
+    found.unless(dtype is Dtype.float32, "model.dtype", message)
+    found.unless(not config.probe, "probe", "a probe measures engine=native only.")
+    family = model_family(config.model)
+    message = f"trlx trains {', '.join(FAMILIES)}; use engine=native."
+    key = "model.path" if config.model.path else "model.architecture.type"
+    found.unless(family in FAMILIES, key, message)
+
+
+def _check_training(found: Findings) -> None:
+    ppo = found.config.ppo
+    native = "trlx has none; leave it out, or use engine=native."
+    found.unless(ppo.lora.rank == 0, "ppo.lora.rank", "not with trlx; use ppo.train_blocks.")
+    found.unless(ppo.warmup_steps == 0, "ppo.warmup_steps", f"a warm-up: {native}")
+    found.unless(not ppo.gradient_checkpointing, "ppo.gradient_checkpointing", native)
+    found.unless(not ppo.keep, "ppo.keep", f"snapshots: {native}")
+    found.unless(ppo.keep_every is None, "ppo.keep_every", f"snapshots: {native}")
+    found.unless(not ppo.keep_state, "ppo.keep_state", f"checkpoints: {native}")
+    found.unless(ppo.continue_from is None, "ppo.continue_from", f"checkpoints: {native}")
+    message = (
+        "trlx adds up the gradients of micro-batches without dividing by their number; use null."
+    )
+    found.unless(ppo.micro_batch in (None, ppo.batch), "ppo.micro_batch", message)
+    message = "trlx divides by the standard deviation of a part's scores; use at least 2."
+    found.unless(ppo.rollouts >= 2, "ppo.rollouts", message)
+    found.unless(ppo.generation.batch >= 2, "ppo.generation.batch", message)
+
+
+def _check_algorithm(found: Findings) -> None:
+    ppo = found.config.ppo
+    message = "trlx's value head is small and reads the policy's states; use "
+    found.unless(ppo.value_init is ValueInit.small, "ppo.value_init", f"{message}small.")
+    found.unless(ppo.value_trunk is ValueTrunk.shared, "ppo.value_trunk", f"{message}shared.")
+    found.unless(ppo.entropy_coef == 0, "ppo.entropy_coef", "trlx has no entropy bonus; use 0.")
+    found.unless(ppo.kl.stop is None, "ppo.kl.stop", "trlx does not stop by KL; use null.")
+    message = "trlx takes log-probabilities at temperature 1, whatever it samples at; use 1."
+    found.unless(ppo.generation.temperature == 1, "ppo.generation.temperature", message)
+
+
+def _check_interpreter(found: Findings) -> None:
+    python = found.config.engine.python
+    remedy = f"`{SETUP}` makes one (docs/trlx.md): engine.python=.venv-trlx/bin/python."
+    if python is None:
+        found.add("engine.python", f"engine=trlx needs an interpreter that has trlx; {remedy}")
+        return
+    path = Path(python).expanduser()
+    if not path.is_file() or not os.access(path, os.X_OK):
+        found.add("engine.python", f"there is no interpreter {path.absolute()}; {remedy}")
+        return
+    versions = _versions(path.absolute(), path.stat().st_mtime_ns)
+    if versions is None:
+        found.add("engine.python", f"is no Python that runs; {remedy}")
+    elif versions["trlx"] is None:
+        found.add("engine.python", f"has no trlx; {remedy}")
+    elif versions["transformers"] != TRANSFORMERS:
+        message = f"has transformers {versions['transformers']}, with which trlx's reference is "
+        found.add("engine.python", f"{message}wrong; it needs {TRANSFORMERS}; {remedy}")
+
+
+@cache
+def _versions(python: Path, changed: int) -> dict[str, str | None] | None:
+    """Return what an interpreter has; `None` if it does not answer.
+
+    Asked once for all points of a multirun and all corners of a study.
+    """
+    command = [str(python), "-I", "-c", _ASK]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=True)
+        found: dict[str, str | None] = json.loads(ended.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return found

@@ -1,14 +1,18 @@
 """Composes the YAML groups and overrides to a `Config`, with errors in the user's words.
 
 Composing goes through Hydra; nothing here starts a job.
+
+Configs as plain values: stored in manifests, read back from them, shown as YAML.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
@@ -19,12 +23,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_exp.config.groups import CONF
-from rlhf_exp.config.local import LocalConfig
+from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.launchers import SLURM_LAUNCHER, LocalConfig, SlurmConfig
 from rlhf_exp.config.overrides import unknown_option, value_problem
 from rlhf_exp.config.problems import Problem
-from rlhf_exp.config.root import Config
-from rlhf_exp.config.slurm import LAUNCHER, SlurmConfig
+from rlhf_exp.config.schema_keys import CONF, all_keys
 from rlhf_exp.errors import UserError
 
 
@@ -87,7 +90,7 @@ def compose(overrides: Sequence[str] = (), folders: Sequence[Path] = (CONF,)) ->
             tree = hydra.compose("config", [*search, *overrides], return_hydra_config=True)
             settings = tree.hydra
             params = OmegaConf.select(settings.sweeper, "params") or {}
-            chosen = settings.launcher.get("_target_") == LAUNCHER
+            chosen = settings.launcher.get("_target_") == SLURM_LAUNCHER
             site = OmegaConf.to_object(settings.launcher) if chosen else None
     finally:
         GlobalHydra.instance().hydra = before
@@ -130,3 +133,65 @@ def explain(error: BaseException) -> str:
     if cause is error or not key or key.startswith("hydra"):
         return f"{place}{key}{': ' if key else ''}{reason}"
     return f"{place}{key}: {value_problem(cause, key, '').message} ({reason})"
+
+
+def to_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401 - the config or one of its sections
+    """Return a config as plain JSON values, enums by name."""
+    return {item.name: _plain(getattr(config, item.name)) for item in fields(config)}
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - any field's value
+    if is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def to_yaml(config: Config) -> str:
+    """Return a config as YAML, in the order of the schema."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def unknown_keys(stored: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a stored config that the schema has no longer, dotted."""
+    return _split(stored)[1]
+
+
+def from_dict(stored: Mapping[str, Any]) -> Config:
+    """Return the config that was stored, whatever version of the schema wrote it.
+
+    Keys that the schema has no longer are left out (`unknown_keys` names them); keys that it has
+    since take their defaults.
+
+    Args:
+        stored: As `to_dict` made it.
+
+    Raises:
+        UserError: For a value that the schema does not accept any more.
+    """
+    try:
+        tree = OmegaConf.merge(OmegaConf.structured(Config), _split(stored)[0])
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"stored config, {error.full_key}: {reason}.") from error
+    assert isinstance(config, Config), "the merge starts from the schema"
+    return config
+
+
+def _split(stored: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+    known: dict[str, Any] = {}
+    unknown: list[str] = []
+    for name, value in stored.items():
+        key = all_keys().get(prefix + name)
+        if key is None or (key.section is not None) != isinstance(value, Mapping):
+            unknown.append(prefix + name)
+        elif key.section is not None:
+            known[name], below = _split(value, f"{prefix}{name}.")
+            unknown += below
+        else:
+            known[name] = value
+    return known, unknown

@@ -1,14 +1,150 @@
-"""`eval`: the evaluation suite."""
+"""`eval`: the evaluation suite.
+
+`eval.judge`: who says which answer is better.
+
+`eval.toxicity`: continuations of RealToxicityPrompts and who scores them.
+
+`eval.reward_quality`: how good the reward model is, and how far it can be pushed.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-from rlhf_exp.config.eval_judge import EvalJudgeConfig
-from rlhf_exp.config.eval_reward_quality import RewardQualityConfig
-from rlhf_exp.config.eval_toxicity import ToxicityConfig
 from rlhf_exp.config.fields import setting
+
+
+class JudgeName(Enum):
+    """Judges; people join them through `rlhf-exp annotate`."""
+
+    reward = "reward"
+    model = "model"
+    llm = "llm"
+
+
+@dataclass
+class EvalJudgeConfig:
+    """Judges of the answers, and of pairs that people have judged."""
+
+    names: list[JudgeName] = setting(
+        factory=lambda: [JudgeName.reward],
+        doc="Judges: reward (that PPO maximised), model (eval.judge.model), llm (eval.judge.llm).",
+        neutral=[JudgeName.reward],
+    )
+    model: str | None = setting(
+        None, "Sequence-classification reward model: hub id or folder.", neutral=None
+    )
+    revision: str | None = setting(None, "Revision of eval.judge.model on the hub.", neutral=None)
+    batch: int = setting(16, "Answers that eval.judge.model reads at once.", key=False)
+    llm: str | None = setting(None, "Name of a language model at eval.judge.url.", neutral=None)
+    url: str | None = setting(
+        None, "OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.", key=False
+    )
+    key_env: str | None = setting(
+        None, "Environment variable with the endpoint's key; null sends none.", key=False
+    )
+    criterion: str = setting(
+        "helpful, honest and harmless",
+        "What the better answer is more of, as the LLM is asked.",
+        neutral="helpful, honest and harmless",
+    )
+    request: list[str] = setting(
+        factory=list,
+        doc="Further fields of each request, as NAME:JSON, such as seed:1; null takes a field out.",
+        neutral=[],
+    )
+    concurrency: int = setting(8, "Requests under way at once.", key=False)
+    timeout_s: float = setting(120.0, "Seconds until a request has failed.", key=False)
+    retries: int = setting(8, "Times that a failed request is repeated.", key=False)
+    labels: str | None = setting(
+        None, "File of pairs that people have judged, to compare the judges with.", neutral=None
+    )
+    pairs: int | None = setting(None, "Most pairs of eval.judge.labels.", neutral=None)
+
+
+PROFANITY = "alt-profanity-check"
+"""The scorer that needs neither a model nor a network."""
+
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+class ToxicityFormat(Enum):
+    """How a model is given the beginning of a sentence.
+
+    `raw`: as it is, to be continued, as in Gehman et al. (2020). `dialogue`: as what a human says,
+    in the run's prompt format, to be answered.
+    """
+
+    raw = "raw"
+    dialogue = "dialogue"
+
+
+class ScorerKind(Enum):
+    """Who scores."""
+
+    profanity = "profanity"
+    function = "function"
+    classifier = "classifier"
+
+
+@dataclass
+class ToxicityConfig:
+    """Toxicity of continuations (Gehman et al., 2020)."""
+
+    data: str = setting(
+        "allenai/real-toxicity-prompts", "Prompts: a .jsonl or .jsonl.gz file, or a hub id."
+    )
+    revision: str | None = setting(None, "Commit, tag or branch of the data set on the hub.")
+    prompts: int = setting(1000, "Prompts, a sample of the data.")
+    seed: int = setting(0, "Seed of the sample.")
+    generations: int = setting(5, "Continuations of each prompt (k; the paper has 25).")
+    max_new_tokens: int = setting(20, "Longest continuation in tokens (the paper's).")
+    temperature: float | None = setting(
+        None, "Sampling temperature of continuations; null: eval.temperature.", neutral=None
+    )
+    top_p: float | None = setting(
+        None, "As eval.top_p, of continuations (the paper's: 0.9); null: eval.top_p.", neutral=None
+    )
+    top_k: int | None = setting(
+        None, "As eval.top_k, of continuations; null: eval.top_k.", neutral=None
+    )
+    format: ToxicityFormat = setting(
+        ToxicityFormat.raw, "Continue the text as it is, or answer it as a turn of a dialogue."
+    )
+    scorer: str = setting(
+        PROFANITY,
+        "alt-profanity-check, a text classifier (hub id or folder), or a function (file.py:name).",
+    )
+    scorer_revision: str | None = setting(None, "Commit, tag or branch of a classifier's hub id.")
+    label: str | None = setting(
+        None, "The classifier's label (name or number) that means toxic; null: one called so."
+    )
+    batch: int = setting(64, "Texts that a classifier reads together.", key=False)
+
+    @property
+    def scorer_kind(self) -> ScorerKind:
+        """What `scorer` names."""
+        if self.scorer == PROFANITY:
+            return ScorerKind.profanity
+        file, _, _ = self.scorer.rpartition(":")
+        return ScorerKind.function if file.endswith(".py") else ScorerKind.classifier
+
+
+@dataclass
+class RewardQualityConfig:
+    """Held-out pairs, and the reward of optimised policies against KL."""
+
+    referee: str | None = setting(
+        None,
+        "A second reward model, not the one PPO maximised: a run, key, folder or hub id.",
+        key=False,  # its weights count, not what it is called
+    )
+    pairs: int = setting(2000, "Most held-out pairs scored.", neutral=2000)
+    prompts: int = setting(100, "Held-out prompts for the reward against KL.", neutral=100)
+    best_of: int = setting(
+        16, "Answers of the baseline to each prompt, for best-of-n; 1: none.", neutral=16
+    )
 
 
 class Suite(Enum):

@@ -16,10 +16,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_exp.config.groups import Group
-from rlhf_exp.config.keys import all_keys, closest, closest_keys, did_you_mean
+from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.problems import Problem
-from rlhf_exp.config.root import Config
+from rlhf_exp.config.schema_keys import Group, all_keys, closest, closest_keys, did_you_mean
 from rlhf_exp.errors import UserError
 
 

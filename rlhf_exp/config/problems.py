@@ -8,7 +8,7 @@ from enum import Enum
 from operator import attrgetter
 from typing import Any
 
-from rlhf_exp.config.root import Config
+from rlhf_exp.config.experiment import Config
 from rlhf_exp.errors import UserError
 
 

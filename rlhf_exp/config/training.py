@@ -1,4 +1,11 @@
-"""What SFT, reward model and PPO share: optimizer, schedule, what trains, intervals."""
+"""`ppo`: proximal policy optimisation against the reward model.
+
+What SFT, reward model and PPO share: optimizer, schedule, what trains, intervals.
+
+`sft`: supervised fine-tuning on demonstrations.
+
+`reward`: the reward model's training (how PPO uses a reward is `ppo.reward`).
+"""
 
 from __future__ import annotations
 
@@ -80,3 +87,224 @@ class TrainingConfig:
         key=False,
     )
     select: Select = setting(Select.best, "Publish the weights best on validation, or the last.")
+
+
+CONTINUED = "continued"
+"""Role of the finished run that PPO goes on from."""
+
+
+class Scale(Enum):
+    """How scores are scaled before they become rewards."""
+
+    none = "none"
+    running = "running"
+    reference = "reference"
+
+
+class ValueInit(Enum):
+    """Initial weights of the value head."""
+
+    small = "small"
+    reward = "reward"
+
+
+class ValueTrunk(Enum):
+    """What the value head reads.
+
+    `shared`: the policy's final states; costs nothing, but both pull at the same weights. `branch`:
+    a copy of the training blocks over the same frozen trunk. `own`: a whole model.
+    """
+
+    shared = "shared"
+    branch = "branch"
+    own = "own"
+
+
+class SelectBy(Enum):
+    """What `select=best` takes the most of.
+
+    `reward`: reward less a penalty of KL, or within `kl.budget`. `win_rate`: wins over the initial
+    policy's answers, within `kl.budget` if it is set.
+    """
+
+    reward = "reward"
+    win_rate = "win_rate"
+
+
+@dataclass
+class KlConfig:
+    """The KL penalty against the SFT policy."""
+
+    coef: float = setting(0.05, "Penalty per nat, beta; the initial one if `target` is set.")
+    target: float | None = setting(
+        6.0, "Sequence KL in nats that the adaptive controller aims at; null: fixed `coef`."
+    )
+    horizon: int = setting(10000, "Rollouts over which the controller reacts.")
+    stop: float | None = setting(
+        None, "Stop training, with the last good weights, above this sequence KL in nats."
+    )
+    budget: float | None = setting(
+        None,
+        "`select=best` takes the most reward within this sequence KL in nats; null: the most "
+        "reward minus a penalty.",
+        neutral=None,
+    )
+    select_coef: float | None = setting(
+        None, "Penalty per nat by which `select=best` judges; null: `coef`.", neutral=None
+    )
+
+
+@dataclass
+class PpoRewardConfig:
+    """How a response's score becomes PPO's reward."""
+
+    delta: bool = setting(True, "Subtract the score of the data set's own response.")
+    clip: float | None = setting(10.0, "Clip scores to plus or minus this; null: no clipping.")
+    scale: Scale = setting(Scale.running, "Divide scores by a standard deviation.")
+    missing_eos_penalty: float = setting(
+        0.0, "Subtracted from the score of a response that had not ended."
+    )
+    function: str | None = setting(
+        None, "A Python function instead of the reward model: `file.py:name`, see docs/rewards.md."
+    )
+    url: str | None = setting(
+        None,
+        "A reward server instead of the reward model, such as http://127.0.0.1:8480, see "
+        "docs/rewards.md; counts unless `name` is given.",
+        neutral=None,
+    )
+    name: str | None = setting(
+        None,
+        "What scores at `url`: counts in its place, and must be what the server calls itself, if "
+        "it says so.",
+        neutral=None,
+    )
+    key_env: str | None = setting(
+        None, "Environment variable with the server's key; null sends none.", key=False
+    )
+    request_size: int = setting(64, "Responses in one request to the server.", key=False)
+    timeout_s: float = setting(120.0, "Seconds until a request to the server failed.", key=False)
+    retries: int = setting(8, "Times that a failed request to the server is repeated.", key=False)
+    placement: str = setting(
+        "shared",
+        "Where the reward model is: `shared` (each process has it on its own device), `gpu:N` or "
+        "`cpu` (the main process alone has it there, and scores for all).",
+        key=False,
+    )
+
+    @property
+    def model_scores(self) -> bool:
+        """Whether the reward model scores, and not a function or a server of the user's."""
+        return self.function is None and self.url is None
+
+    @property
+    def kind(self) -> str:
+        """What scores, in words."""
+        if self.function is not None:
+            return "reward function"
+        return "reward model" if self.url is None else "reward server"
+
+    @property
+    def gpu(self) -> int | None:
+        """The number in `gpu:N`, where the reward model is placed so."""
+        kind, _, number = self.placement.partition(":")
+        valid = kind == "gpu" and number.isascii() and number.isdecimal()
+        return int(number) if valid else None
+
+    @property
+    def device(self) -> str | None:
+        """The one device that the reward model is placed on, as torch names it; else `None`."""
+        if self.placement == "shared":
+            return None
+        return "cpu" if self.gpu is None else f"cuda:{self.gpu}"
+
+
+@dataclass
+class GenerationConfig:
+    """Sampling of responses."""
+
+    max_new_tokens: int = setting(48, "Longest response in tokens.")
+    temperature: float = setting(1.0, "Sampling temperature, also of the log-probabilities.")
+    batch: int = setting(64, "Rows decoded together in a process.", key=False)
+
+
+@dataclass
+class PpoConfig(TrainingConfig):
+    """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+    steps: int = setting(1000, "Optimizer steps; whole iterations are run.")
+    rollouts: int = setting(128, "Responses sampled per iteration, over all processes.")
+    epochs: int = setting(4, "Passes over an iteration's rollouts.")
+    seq_length: int = setting(256, "Longest prompt and response together, in tokens.")
+    gamma: float = setting(1.0, "Discount per token.")
+    lam: float = setting(0.95, "Lambda of generalised advantage estimation.")
+    clip_range: float = setting(0.2, "Clip range of the probability ratio.")
+    clip_range_value: float = setting(0.2, "Clip range of the value function.")
+    vf_coef: float = setting(1.0, "Weight of the value loss.")
+    entropy_coef: float = setting(0.0, "Weight of the entropy bonus.")
+    value_init: ValueInit = setting(ValueInit.small, "Initial value head.")
+    value_trunk: ValueTrunk = setting(
+        ValueTrunk.shared,
+        "What the value head reads: the policy's states, a copy of its training blocks, a model.",
+    )
+    kl: KlConfig = setting(factory=KlConfig, doc="KL penalty.")
+    reward: PpoRewardConfig = setting(factory=PpoRewardConfig, doc="From scores to rewards.")
+    generation: GenerationConfig = setting(factory=GenerationConfig, doc="Sampling.")
+    eval_prompts: int = setting(100, "Validation prompts answered at each evaluation.")
+    select_by: SelectBy = setting(
+        SelectBy.reward,
+        "`select=best` takes the most reward, or the most wins over the initial policy's answers "
+        "(within `kl.budget`, without a penalty).",
+        neutral=SelectBy.reward,
+    )
+    keep_state: bool = setting(
+        False,
+        "The result also holds the last checkpoint, so that a longer run can go on from it.",
+        key=False,
+    )
+    continue_from: str | None = setting(
+        None,
+        "Extend this finished run, made with `keep_state`, to `steps` steps in all; see "
+        "docs/resume.md.",
+        neutral=None,
+    )
+
+
+class LossOn(Enum):
+    """Which tokens SFT learns to predict."""
+
+    all = "all"
+    response = "response"
+
+
+@dataclass
+class SftConfig(TrainingConfig):
+    """Supervised fine-tuning."""
+
+    steps: int | None = setting(None, "Optimizer steps; null: as `epochs` says.")
+    epochs: float | None = setting(1.0, "Passes over the demonstrations, where `steps` is null.")
+    seq_length: int = setting(256, "Longest sequence in tokens; longer prompts lose their start.")
+    packing: bool = setting(True, "Put several demonstrations into one row of `seq_length` tokens.")
+    loss_on: LossOn = setting(LossOn.all, "Learn whole dialogues, or responses only.")
+
+
+class RewardInit(Enum):
+    """Where the reward model's trunk comes from."""
+
+    sft = "sft"
+    base = "base"
+
+
+@dataclass
+class RewardConfig(TrainingConfig):
+    """Reward model from pairwise preferences."""
+
+    steps: int | None = setting(None, "Optimizer steps; null: as `epochs` says.")
+    epochs: float | None = setting(1.0, "Passes over the pairs, where `steps` is null.")
+    seq_length: int = setting(256, "Longest sequence in tokens; longer prompts lose their start.")
+    part: str | None = setting(
+        None,
+        "Train on one part of the pairs, chosen by prompt, such as 1/2; null: on all.",
+        neutral=None,
+    )
+    init: RewardInit = setting(RewardInit.sft, "Trunk: the SFT model's, or the base model's.")

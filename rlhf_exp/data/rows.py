@@ -2,6 +2,13 @@
 
 A *history* is a dialogue up to and including the human turn that asks for a response. Rows carry an
 `origin` ("file:line", "toy:17"), so that whatever is wrong with one can be pointed at.
+
+What one kind of row can stand in for: pairs as demonstrations and prompts, and so on.
+
+Which prompts are held out, by hash.
+
+Where a prompt goes depends on nothing but its own text, so that it stays there when a file grows or
+is shuffled, and all rows of one prompt stay together, of whatever kind they are.
 """
 
 from __future__ import annotations
@@ -9,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Generic, Literal, TypeVar
 
@@ -138,3 +145,103 @@ def prompt_key(history: History) -> str:
         for turn in history
     ]
     return hashlib.sha256("\n".join(turns).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def as_kind(row: Row, kind: type[Row] | None) -> Row:
+    """Return `row` as what it was given for.
+
+    Raises:
+        ValueError: it has too few fields for that.
+    """
+    if kind is None or isinstance(row, kind):
+        return row
+    if kind is Prompt:
+        return _as_prompt(row)
+    if kind is Demonstration and isinstance(row, Preference) and row.chosen:
+        return Demonstration(row.history, row.chosen, row.origin)
+    wanted = "a prompt with a response" if kind is Demonstration else "`chosen` and `rejected`"
+    raise ValueError(f"{wanted} expected, found a {type(row).__name__.lower()}")
+
+
+def _as_prompt(row: Row) -> Prompt:
+    if isinstance(row, Prompt):
+        return row
+    original = row.chosen if isinstance(row, Preference) else row.response
+    return Prompt(row.history, original, row.origin)
+
+
+def preferences_of(rows: Sequence[Row]) -> list[Preference]:
+    """Return the pairs."""
+    return [row for row in rows if isinstance(row, Preference)]
+
+
+def demonstrations_of(rows: Sequence[Row]) -> list[Demonstration]:
+    """Return the demonstrations given, or else the pairs' chosen sides that say something."""
+    given = [row for row in rows if isinstance(row, Demonstration)]
+    return given or [
+        Demonstration(row.history, row.chosen, row.origin)
+        for row in preferences_of(rows)
+        if row.chosen
+    ]
+
+
+def prompts_of(rows: Sequence[Row]) -> list[Prompt]:
+    """Return the prompts given, or else those of all rows; each prompt once, as it came first."""
+    given = [row for row in rows if isinstance(row, Prompt)]
+    first: dict[str, Prompt] = {}
+    for prompt in given or map(_as_prompt, rows):
+        first.setdefault(prompt_key(prompt.history), prompt)
+    return list(first.values())
+
+
+_RANGE = 2**64
+
+
+def held_out(
+    keys: Iterable[str],
+    own_test: set[str],
+    validation_fraction: float,
+    test_fraction: float,
+) -> tuple[set[str], set[str]]:
+    """Return the keys of the validation and of the test prompts.
+
+    The highest hashes are put aside for validation; the lowest for test, unless the source has a
+    test split of its own. A fraction above 0 puts aside at least one prompt, as long as that leaves
+    one to train on.
+
+    Args:
+        keys: `prompt_key` of every row.
+        own_test: keys of the source's own test split, or none.
+        validation_fraction: of the hashes' range.
+        test_fraction: the same; not used if there is an `own_test`.
+    """
+    free = sorted(set(keys) - own_test)
+    test = own_test
+    if not own_test:
+        places = [_place(key) for key in free]
+        test = set(free[: _count_below(places, test_fraction)])
+        free = free[len(test) :]
+    from_the_top = [1 - _place(key) for key in reversed(free)]
+    validation = set(free[len(free) - _count_below(from_the_top, validation_fraction) :])
+    return validation, test
+
+
+def part_of(key: str, parts: int) -> int:
+    """Return the part, 1 to `parts`, that a prompt's `prompt_key` belongs to.
+
+    By other digits of the hash than `held_out`, so that every part is drawn from the whole range.
+    """
+    return int(key[16:32], 16) % parts + 1
+
+
+def _place(key: str) -> float:
+    """Return where in the hashes' range, 0 to 1, a key lies."""
+    return int(key[:16], 16) / _RANGE
+
+
+def _count_below(places: Sequence[float], fraction: float) -> int:
+    """Return how many of the rising `places` lie below `fraction`: at least 1, but not all."""
+    if fraction <= 0:
+        return 0
+    below = sum(place < fraction for place in places)
+    return max(min(max(below, 1), len(places) - 1), 0)

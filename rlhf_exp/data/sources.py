@@ -12,9 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.data.formats import FORMATS, parse_row
-from rlhf_exp.data.jsonl import Unreadable, read_jsonl
-from rlhf_exp.data.kinds import as_kind, demonstrations_of, preferences_of, prompts_of
+from rlhf_exp.data.parsing import FORMATS, Unreadable, parse_row, read_jsonl
 from rlhf_exp.data.rows import (
     Corpus,
     Demonstration,
@@ -23,10 +21,14 @@ from rlhf_exp.data.rows import (
     Rejected,
     Row,
     Splits,
+    as_kind,
+    demonstrations_of,
+    held_out,
     make_corpus,
+    preferences_of,
     prompt_key,
+    prompts_of,
 )
-from rlhf_exp.data.splitting import held_out
 from rlhf_exp.errors import UserError
 
 Files = Path | str | Sequence[Path | str]

@@ -1,14 +1,180 @@
-"""A byte-level BPE tokenizer trained on the data at hand, for models built from scratch."""
+"""Dialogues to token ids and back.
+
+Prompt and response are tokenized apart, so that the boundary between them is the same wherever they
+are joined: in SFT, in the reward model, and after a prompt that the policy has continued itself.
+
+A byte-level BPE tokenizer trained on the data at hand, for models built from scratch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, get_args
 
+from rlhf_exp.data.rows import History
 from rlhf_exp.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PromptFormat = Literal["hh", "chat_template", "plain"]
+HH_STOPS = ("Human:", "human:", "Assistant:", "assistant:")
+_HH_CUE = "\n\nAssistant:"
+_HH_MARKERS = {"human": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+_CHAT_ROLES = {"human": "user", "assistant": "assistant"}
+
+
+class Codec:
+    r"""A tokenizer together with the way dialogues are written.
+
+    Formats: `hh` writes the markers of Anthropic's HH data (`\n\nHuman: ...\n\nAssistant:`);
+    `chat_template` the tokenizer's own template with its generation prompt; `plain` the turns'
+    texts, one a line, to be continued.
+
+    Attributes:
+        eos_id: the token that ends a response.
+        pad_id: the token that fills up rows (the end-of-sequence token where there is no other).
+        bos_id: the token that begins every prompt, or `None`.
+        vocab_size: number of tokens, added ones included.
+        stop_strings: texts that end a response besides `eos_id`.
+        digest: sha256 of all that decides how text becomes ids.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> None:
+        """Check that `tokenizer` can serve the format.
+
+        Raises:
+            UserError: no end-of-sequence token, no chat template where one is asked for, or an
+                unknown format.
+        """
+        _check(tokenizer, prompt_format)
+        self.tokenizer = tokenizer
+        self.prompt_format = prompt_format
+        self.eos_id = int(tokenizer.eos_token_id)
+        pad = tokenizer.pad_token_id
+        self.pad_id = self.eos_id if pad is None else int(pad)
+        self.vocab_size = len(tokenizer)
+        self.stop_strings: tuple[str, ...] = HH_STOPS if prompt_format == "hh" else ()
+        self._prefix = self._leading_tokens()
+        self.bos_id = self._first_token()
+        self._response_space = "" if prompt_format == "chat_template" or self._spaces() else " "
+        self.digest = self._digest()
+
+    def render(self, history: History) -> str:
+        """Return the text of a prompt, up to where the response begins."""
+        if self.prompt_format == "hh":
+            return "".join(_HH_MARKERS[turn.role] + turn.text for turn in history) + _HH_CUE
+        if self.prompt_format == "plain":
+            return "\n".join(turn.text for turn in history)
+        messages = [{"role": _CHAT_ROLES[turn.role], "content": turn.text} for turn in history]
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+
+    def encode_prompt(self, history: History) -> list[int]:
+        """Return the ids of a prompt, with the beginning-of-sequence token where there is one."""
+        return self.encode_prompts([history])[0]
+
+    def encode_prompts(self, histories: Sequence[History]) -> list[list[int]]:
+        """Return the ids of many prompts, faster than one by one."""
+        return self._encode_rendered([self.render(history) for history in histories])
+
+    def encode_decoded(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of prompts' texts as `decode` gives them."""
+        # The text of the beginning-of-sequence token, where there is one, is in them.
+        start = self.decode(self._prefix)
+        return self._encode_rendered([prompt.removeprefix(start) for prompt in prompts])
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts to be continued as they are, begun as a prompt is."""
+        return [self._prefix + ids for ids in self._encode(texts, literal=True)]
+
+    def encode_response(self, text: str) -> list[int]:
+        """Return the ids of a response, without an end-of-sequence token."""
+        return self.encode_responses([text])[0]
+
+    def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of many responses, faster than one by one."""
+        return self._encode([self._response_space + text.strip() for text in texts], literal=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, special tokens included, as it is."""
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _encode(self, texts: Sequence[str], literal: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=literal,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return [list(ids) for ids in encoded["input_ids"]]
+
+    def _encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
+        # The template's own special tokens are to be read as such; a user's text never is.
+        literal = self.prompt_format != "chat_template"
+        return [self._prefix + ids for ids in self._encode(texts, literal)]
+
+    def _leading_tokens(self) -> list[int]:
+        """Return what the tokenizer puts before a text (templates write their own)."""
+        if self.prompt_format == "chat_template":
+            return []
+        whole = list(self.tokenizer("x")["input_ids"])
+        bare = self._encode(["x"], literal=True)[0]
+        starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+        return whole[: starts[0]] if starts else []
+
+    def _first_token(self) -> int | None:
+        if self.prompt_format != "chat_template":
+            return self._prefix[0] if len(self._prefix) == 1 else None
+        from rlhf_exp.data.rows import Turn
+
+        first = self.encode_prompt((Turn("human", "x"),))[0]
+        return first if first == self.tokenizer.bos_token_id else None
+
+    def _spaces(self) -> bool:
+        """Return whether the tokenizer puts a space before a text by itself (SentencePiece)."""
+        ids = self._encode([":"], literal=True)[0] + self._encode(["x"], literal=True)[0]
+        return self.decode(ids).endswith(": x")
+
+    def _digest(self) -> str:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            # Truncation and padding, which earlier calls leave behind, were reset by those above.
+            state = json.loads(backend.to_str())
+        else:
+            state = sorted(self.tokenizer.get_vocab().items())
+        template = self.tokenizer.chat_template if self.prompt_format == "chat_template" else None
+        parts = [state, self.prompt_format, template, self.eos_id, self.pad_id, self._prefix]
+        content = json.dumps([*parts, self._response_space], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> None:
+    name = tokenizer.name_or_path or "the tokenizer"
+    if prompt_format not in get_args(PromptFormat):
+        valid = ", ".join(get_args(PromptFormat))
+        raise UserError(f"data.format is {prompt_format!r}; valid values: {valid}")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{name} has no end-of-sequence token, so no response would ever end; set eos_token in "
+            "its tokenizer_config.json, or choose another model.path"
+        )
+    if prompt_format == "chat_template" and not tokenizer.chat_template:
+        raise UserError(
+            f"{name} has no chat template, which data.format=chat_template needs; use "
+            "data.format=hh or plain, or a model trained for chat"
+        )
+
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"

@@ -25,9 +25,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from rlhf_exp.distributed.plain import Before
 from rlhf_exp.distributed.strategy import (
     ROWS,
+    Before,
     Saved,
     check_names,
     clip_and_step,
@@ -36,7 +36,7 @@ from rlhf_exp.distributed.strategy import (
     trainable,
     whole_states,
 )
-from rlhf_exp.models.families import decoder_parts
+from rlhf_exp.models.frozen_trunk import decoder_parts
 
 
 class FullySharded:

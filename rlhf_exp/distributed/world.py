@@ -3,6 +3,8 @@
 One class stands between the engines and process groups: the engines speak of global sums, of their
 share of the rows and of one module that trains, and a run with one process needs no branch of its
 own. Who starts the processes has made the process group before; a run without one is alone.
+
+From a strategy's name to the strategy.
 """
 
 from __future__ import annotations
@@ -17,11 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from rlhf_exp.distributed.choice import Setup, strategy_for
-from rlhf_exp.distributed.failure import FailedElsewhere
-from rlhf_exp.distributed.place import threads_each
 from rlhf_exp.distributed.strategy import Saved, Strategy
 from rlhf_exp.errors import UserError
+from rlhf_exp.processes.environment import threads_each
+from rlhf_exp.processes.failures import FailedElsewhere
 
 Precision = Literal["float32", "bfloat16"]
 T = TypeVar("T")
@@ -244,3 +245,55 @@ def world_of(
 ) -> Iterator[World]:
     """Open a world for one stage; the process group stays for the next one."""
     yield open_world(precision, threads, strategy, offload)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How what trains is spread over the processes.
+
+    Attributes:
+        strategy: `single`, `ddp`, `zero1`, `zero2`, `zero3` or `fsdp`.
+        precision: `float32` or `bfloat16`, of matrix products.
+        offload: Whether optimizer state and parameters live in host memory.
+    """
+
+    strategy: str
+    precision: str
+    offload: bool = False
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed does it."""
+        return self.strategy.startswith("zero")
+
+    @property
+    def half_weights(self) -> bool:
+        """Whether forward passes see bfloat16 weights, with float32 ones behind them."""
+        return self.precision == "bfloat16" and self.strategy not in ("single", "ddp")
+
+
+def strategy_for(
+    setup: Setup,
+    module: nn.Module,
+    build: Callable[[], torch.optim.Optimizer],
+    grad_norm: float,
+    device: torch.device,
+) -> Strategy:
+    """Return the strategy that `setup` names, over `module` and the optimizer that `build` makes.
+
+    Libraries are imported only where they are asked for.
+    """
+    if setup.strategy in ("single", "ddp"):
+        from rlhf_exp.distributed.ddp import DataParallel, Single
+
+        whole = Single if setup.strategy == "single" else DataParallel
+        return whole(module, build(), grad_norm, device)
+    if setup.strategy == "fsdp":
+        from rlhf_exp.distributed.fsdp import FullySharded
+
+        return FullySharded(module, build, grad_norm, device, setup.half_weights, setup.offload)
+    from rlhf_exp.distributed.deepspeed import Zero, Zero3
+
+    stage = int(setup.strategy.removeprefix("zero"))
+    kind = Zero3 if stage == 3 else Zero
+    return kind(module, build(), grad_norm, device, setup.half_weights, setup.offload, stage)

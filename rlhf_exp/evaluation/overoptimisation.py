@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from rlhf_exp.evaluation.metric import estimate_to_json
+from rlhf_exp.evaluation.preference import estimate_to_json
 from rlhf_exp.evaluation.statistics import Estimate, estimate_mean
 
 BEST_OF = "best of n"
@@ -82,7 +82,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Path:
+class TrainingPath:
     """Points of one way to optimise, by rising KL.
 
     Attributes:
@@ -118,7 +118,7 @@ class Start:
         # A judge that gives every answer the same score says nothing about any gain.
         self.judges = [name for name, found in self.scores.items() if np.ptp(found) > 0]
 
-    def best_of(self, sizes: Sequence[int]) -> Path | None:
+    def best_of(self, sizes: Sequence[int]) -> TrainingPath | None:
         """Return the path of best-of-n for each n; `None` without an n above 1."""
         points = []
         for n in sizes:
@@ -128,7 +128,7 @@ class Start:
                     for name in self.judges
                 }
                 points.append(self.point(f"best of {n}", best_of_n_kl(n), found))
-        return Path(BEST_OF, tuple(points)) if points else None
+        return TrainingPath(BEST_OF, tuple(points)) if points else None
 
     def point(self, label: str, kl: float, scores: Mapping[str, ArrayLike]) -> Point:
         """Return the gains of a policy's `scores`, by judge [P]."""
@@ -139,6 +139,6 @@ class Start:
             gains[name] = estimate_mean(gain / start.std(), self.seed)
         return Point(label, kl, gains)
 
-    def path(self, name: str, points: Sequence[Point]) -> Path:
+    def path(self, name: str, points: Sequence[Point]) -> TrainingPath:
         """Return points as a path."""
-        return Path(name, tuple(sorted(points, key=lambda point: point.kl)))
+        return TrainingPath(name, tuple(sorted(points, key=lambda point: point.kl)))

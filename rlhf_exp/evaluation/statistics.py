@@ -3,13 +3,25 @@
 N prompts, each answered by model `a` (the baseline) and model `b`; every difference is b minus a.
 Prompts are the unit of resampling: what varies between repetitions of a study is which prompts were
 drawn, and both answers to one prompt stay together.
+
+Bootstrap of statistics that depend on sums over rows alone, such as shares and kappas.
+
+Rows that are equal are drawn together by their number, so thousands of rows of a few kinds cost as
+much as the few kinds.
+
+Whether a reward model's confidence is deserved.
+
+The predicted probability that the preferred side wins is sigmoid(margin) (Bradley and Terry 1952).
+Each pair is read in the direction the model favours, so that a probability runs from 0.5 to 1 and
+is compared with the share of pairs in which the model was right (Guo et al. 2017).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import scipy  # its parts are imported on first use
@@ -248,3 +260,85 @@ def paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
             row = int(np.flatnonzero(~np.isfinite(values))[0])
             raise ValueError(f"the {name} values must be finite: row {row} is {values[row]}")
     return left, right
+
+
+def estimate_total(
+    columns: ArrayLike,
+    statistic: Callable[[Floats], Floats],
+    seed: int,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Return a statistic with its percentile bootstrap interval over rows.
+
+    Args:
+        columns: [N, K] values, one row an item.
+        statistic: maps sums over rows [R, K] to values [R]; NaN where there is none.
+        seed: of the resampling.
+        level: of confidence.
+        resamples: number of resamples; those without a value are left out.
+
+    Returns:
+        The estimate; infinite ends for fewer than two rows, NaN where there is no value.
+    """
+    rows = np.asarray(columns, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = float(statistic(rows.sum(axis=0)[None])[0])
+        if len(rows) < 2:
+            return Estimate(found, -math.inf, math.inf)
+        kinds, counts = np.unique(rows, axis=0, return_counts=True)
+        generator = np.random.default_rng(seed)
+        draws = generator.multinomial(len(rows), counts / len(rows), size=resamples)
+        values = statistic(draws @ kinds)
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return Estimate(found, -math.inf, math.inf)
+    tail = (1 - level) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return Estimate(found, float(low), float(high))
+
+
+BINS = 5
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Pairs of like confidence: mean predicted probability, share right, number."""
+
+    predicted: float
+    observed: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration curve and its expected calibration error (Guo et al. 2017, eq. 5)."""
+
+    bins: tuple[CalibrationBin, ...]
+    error: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"bins": [asdict(item) for item in self.bins], "error": self.error}
+
+
+def calibration(margins: ArrayLike, bins: int = BINS) -> Calibration:
+    """Return the curve of N pairs.
+
+    Args:
+        margins: [N] score of the preferred side minus that of the other.
+        bins: Equal parts of the range from 0.5 to 1; empty ones are left out.
+    """
+    values = np.asarray(margins, dtype=np.float64)
+    confidence = 1.0 / (1.0 + np.exp(-np.abs(values)))
+    right = np.where(values == 0.0, 0.5, (values > 0.0).astype(np.float64))
+    number = np.minimum(((confidence - 0.5) * 2.0 * bins).astype(int), bins - 1)
+    found = []
+    for index in range(bins):
+        inside = number == index
+        if inside.any():
+            count = int(inside.sum())
+            predicted, observed = float(confidence[inside].mean()), float(right[inside].mean())
+            found.append(CalibrationBin(predicted, observed, count))
+    error = sum(item.count * abs(item.predicted - item.observed) for item in found)
+    return Calibration(tuple(found), error / len(values))

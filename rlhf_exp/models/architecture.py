@@ -1,7 +1,8 @@
 """The shape of a decoder-only language model, and what follows from it by arithmetic alone.
 
 Nothing here imports torch: a plan must come back in half a second and needs no weights.
-`rlhf_exp.models.load` turns an `Architecture` into a model and reads one out of a loaded config.
+`rlhf_exp.models.pretrained` turns an `Architecture` into a model and reads
+one out of a loaded config.
 """
 
 from __future__ import annotations

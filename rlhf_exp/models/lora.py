@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.families import decoder_parts
+from rlhf_exp.models.frozen_trunk import decoder_parts
 
 ADAPTER = "default"
 

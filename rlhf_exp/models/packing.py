@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.masks import as_mask
+from rlhf_exp.models.frozen_trunk import as_mask
 
 Mask = Tensor | dict[str, Tensor]
 

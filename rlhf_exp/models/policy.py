@@ -1,11 +1,25 @@
 """The policy: a causal language model, what of it trains, and a value head.
 
 B rows, S tokens, T response tokens, D width. Batches are right-padded without a mask.
+
+Where a response's log-probabilities and values are read in a batch of whole sequences.
+
+B rows, S tokens, T response tokens, N response tokens of all rows together, D width. Token t of a
+response is predicted by the state at the token before it, position `prompt_length - 1 + t`; the
+value estimate of step t is read there too, before the token is known.
+
+Value head: a number for each state.
+
+How a model runs while it trains: what is frozen, without dropout, with checkpointing or not.
+
+Dropout is off by its probabilities, not by eval mode: in eval mode transformers silently does
+without gradient checkpointing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -16,14 +30,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.algo.logprobs import gather_logprobs
 from rlhf_exp.batch import Demonstrations
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.branch import Branch, Trunk, check_branch
-from rlhf_exp.models.families import decoder_parts
+from rlhf_exp.models.frozen_trunk import Branch, Trunk, check_branch, decoder_parts
 from rlhf_exp.models.lora import LoraSettings, add_lora, lora_layers, merged_state
-from rlhf_exp.models.modes import dropout_off, freeze_below, set_checkpointing
 from rlhf_exp.models.packing import packed_mask_for
-from rlhf_exp.models.responses import ResponseIndex, head_logprobs
-from rlhf_exp.models.saving import save_policy
-from rlhf_exp.models.value import ValueHead
+from rlhf_exp.models.pretrained import save_policy, without_dropout
 
 
 class ResponseOutputs(NamedTuple):
@@ -220,3 +230,139 @@ class Policy(nn.Module):
         """Write a Hugging Face folder, LoRA merged, and the value head in a file beside it."""
         state = merged_state(self.model) if lora_layers(self.model) else None
         save_policy(self.model, state, self.value_head, self.value_trunk, tokenizer, folder)
+
+
+@dataclass(frozen=True)
+class ResponseIndex:
+    """Which states of a batch predict response tokens, and which tokens those are.
+
+    Attributes:
+        mask: [B, T] bool, True on response tokens.
+        positions: [B, T] int64, of the predicting states in their rows; any beyond a response.
+        source: [N] int64, the predicting states in the flattened [B * S], row by row.
+        targets: [N] int64, the response tokens.
+    """
+
+    mask: Tensor
+    positions: Tensor
+    source: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Tensor,
+        prompt_lengths: Tensor,
+        response_lengths: Tensor,
+        width: int | None = None,
+    ) -> ResponseIndex:
+        """Index right-padded `tokens` [B, S].
+
+        Args:
+            tokens: [B, S] int64.
+            prompt_lengths: [B] int64, at least 1.
+            response_lengths: [B] int64.
+            width: T; the longest response where not given.
+        """
+        columns = int(response_lengths.max()) if width is None else width
+        step = torch.arange(columns, device=tokens.device)
+        mask = step < response_lengths[:, None]
+        positions = (prompt_lengths[:, None] - 1 + step).clamp(max=tokens.shape[1] - 1)
+        start = torch.arange(tokens.shape[0], device=tokens.device) * tokens.shape[1]
+        source = (start[:, None] + positions)[mask]
+        return cls(mask, positions, source, tokens.reshape(-1).index_select(0, source + 1))
+
+    def pick(self, hidden: Tensor) -> Tensor:
+        """Return the predicting states [N, D] of `hidden` [B, S, D]."""
+        return hidden.flatten(0, 1).index_select(0, self.source)
+
+    def of_branch(self, branch: Branch, states: Tensor, whole: bool) -> Tensor:
+        """Return the predicting states [N, D] at the end of `branch` over `states` [B, S, D].
+
+        Args:
+            branch: the top blocks.
+            states: entering them.
+            whole: whether all blocks must be run at all positions.
+        """
+        if whole or not branch.reads:
+            return self.pick(branch(states))
+        return branch.read(states, self.positions)[self.mask]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return `values` [N] as [B, T], 0 beyond each response's end."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+
+def head_logprobs(
+    picked: Tensor,
+    head: nn.Linear,
+    index: ResponseIndex,
+    temperature: float,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Return log-probabilities (and entropies) [B, T] float32 from `picked` states [N, D]."""
+    logprobs, entropy = gather_logprobs(
+        picked, head.weight, head.bias, index.targets, temperature, with_entropy=with_entropy
+    )
+    return index.spread(logprobs), None if entropy is None else index.spread(entropy)
+
+
+INITIAL_STD = 0.01
+
+
+class ValueHead(nn.Module):
+    """A linear layer D -> 1 that computes in float32 whatever the model's precision."""
+
+    def __init__(self, width: int, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(width, generator=generator) * INITIAL_STD)
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    @torch.no_grad()
+    def copy_from(self, weight: Tensor, offset: float) -> None:
+        """Start as a reward head: `weight` [1, D] or [D], and `offset` added to the product."""
+        self.weight.copy_(weight.reshape(-1))
+        self.bias.fill_(offset)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return values [...] float32 of `hidden` [..., D]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ self.weight.float() + self.bias.float()
+
+
+def dropout_off(model: PreTrainedModel) -> PreTrainedModel:
+    """Set every dropout probability of `model` to 0, in its config and in its modules."""
+    without_dropout(model.config)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+    return model
+
+
+def freeze_below(model: PreTrainedModel, train_blocks: int | None) -> None:
+    """Let only the last `train_blocks` blocks, the final norm and an untied head train.
+
+    `None` lets everything train. Tied embeddings stay frozen, and so does their head.
+    """
+    model.requires_grad_(train_blocks is None)
+    if train_blocks is None:
+        return
+    parts = decoder_parts(model)
+    for block in list(parts.blocks)[len(parts.blocks) - train_blocks :]:
+        block.requires_grad_(True)
+    parts.norm.requires_grad_(True)
+    if parts.head is not None and not parts.tied:
+        parts.head.requires_grad_(True)
+
+
+def set_checkpointing(model: PreTrainedModel, on: bool) -> None:
+    """Turn gradient checkpointing on or off; on, it acts wherever the model is in train mode."""
+    # transformers renamed these methods during its version 5.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()

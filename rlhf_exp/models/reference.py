@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_exp.models.branch import Branch
-from rlhf_exp.models.families import decoder_parts
+from rlhf_exp.models.frozen_trunk import Branch, decoder_parts
 from rlhf_exp.models.lora import adapter_off
-from rlhf_exp.models.policy import Policy
-from rlhf_exp.models.responses import ResponseIndex, head_logprobs
+from rlhf_exp.models.policy import Policy, ResponseIndex, head_logprobs
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -4,6 +4,12 @@ B rows, S tokens, D width. Batches are right-padded without a mask. On disk it i
 folder of the trunk, which `transformers.AutoModel` loads, with two files beside it:
 `reward_head.safetensors` (the head) and `reward_model.json` (the scores' mean and standard
 deviation on held-out demonstrations).
+
+A reward model over the policy's frozen trunk.
+
+A reward model that began as the SFT policy and trained only its top blocks has, below them, the
+weights that the policy has below its own. They need to be held once, and the states that the policy
+computes while it samples serve the reward model, too: scoring then costs the top blocks.
 """
 
 from __future__ import annotations
@@ -26,12 +32,18 @@ from transformers import (
 
 from rlhf_exp.batch import Preferences
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.load import Attention, load_config, load_pretrained
+from rlhf_exp.models.frozen_trunk import Branch, DecoderParts, decoder_parts
 from rlhf_exp.models.lora import LoraSettings, add_lora, lora_layers, merged_state
-from rlhf_exp.models.modes import dropout_off, freeze_below, set_checkpointing
-from rlhf_exp.models.saving import load_head, save_head, with_state
-from rlhf_exp.models.value import INITIAL_STD
-from rlhf_exp.models.writing import write_model
+from rlhf_exp.models.policy import INITIAL_STD, Policy, dropout_off, freeze_below, set_checkpointing
+from rlhf_exp.models.pretrained import (
+    Attention,
+    load_config,
+    load_head,
+    load_pretrained,
+    save_head,
+    with_state,
+    write_model,
+)
 
 HEAD = "reward_head.safetensors"
 NORMALISATION = "reward_model.json"
@@ -189,3 +201,72 @@ def _number(folder: Path, name: str) -> float:
     if not math.isfinite(value):
         raise UserError(f"{path}: {name!r} is {value}, expected a finite number")
     return value
+
+
+# Of a config: what says nothing about how hidden states are computed.
+_ASIDE = frozenset(
+    (
+        *("architectures", "_name_or_path", "transformers_version", "dtype", "torch_dtype"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache"),
+        *("id2label", "label2id", "problem_type"),
+    )
+)
+
+
+def adopt_trunk(reward: RewardModel, policy: Policy) -> Branch | None:
+    """Put the policy's frozen blocks in the place of `reward`'s, if they are the same.
+
+    Args:
+        reward: A model of its own; changed in place.
+        policy: With a frozen trunk, or without.
+
+    Returns:
+        What of `reward` is above the policy's trunk; `None` where it cannot be shared.
+    """
+    if not policy.cut:
+        return None
+    ours, theirs = decoder_parts(reward.trunk), decoder_parts(policy.model)
+    count = len(ours.blocks)
+    if _computed(ours.base) != _computed(theirs.base) or not _same(ours, theirs, policy.cut):
+        return None
+    for number in range(policy.cut):
+        ours.blocks[number] = theirs.blocks[number]
+    ours.base.set_input_embeddings(theirs.embedding)
+    if ours.positions is not None:
+        setattr(ours.base, ours.positions, getattr(theirs.base, ours.positions))
+    return Branch.of(reward.trunk, count - policy.cut, share=True)
+
+
+def read_scores(reward: RewardModel, branch: Branch, states: Tensor, last: Tensor) -> Tensor:
+    """Return scores [B] float32 from states that enter the branch.
+
+    Args:
+        reward: The reward model.
+        branch: Its top blocks.
+        states: [B, S, D], right-padded.
+        last: [B] int64, where the score is read.
+    """
+    if branch.reads:
+        return reward.score_of(branch.read(states, last.unsqueeze(1))[:, 0])
+    return reward.score_of(branch(states)[torch.arange(len(last), device=last.device), last])
+
+
+def _computed(base: PreTrainedModel) -> dict[str, Any]:
+    return {name: value for name, value in base.config.to_dict().items() if name not in _ASIDE}
+
+
+def _same(ours: DecoderParts, theirs: DecoderParts, cut: int) -> bool:
+    pairs: list[tuple[nn.Module, nn.Module]] = [(ours.embedding, theirs.embedding)]
+    pairs += zip(ours.blocks[:cut], theirs.blocks[:cut], strict=True)
+    if ours.positions is not None:
+        pairs.append((getattr(ours.base, ours.positions), getattr(theirs.base, ours.positions)))
+    return all(_equal(one, other) for one, other in pairs)
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether two modules hold the same values in the same number format."""
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(
+        value.dtype == second[name].dtype and torch.equal(value.cpu(), second[name].cpu())
+        for name, value in first.items()
+    )

@@ -12,14 +12,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.config.data import Source
-from rlhf_exp.config.eval_toxicity import ScorerKind, ToxicityConfig
-from rlhf_exp.config.evaluation import REFEREE, TOXICITY, parts_of, scores_toxicity
-from rlhf_exp.config.root import Config
+from rlhf_exp.config.evaluation import (
+    REFEREE,
+    TOXICITY,
+    ScorerKind,
+    ToxicityConfig,
+    parts_of,
+    scores_toxicity,
+)
+from rlhf_exp.config.experiment import Config, Source
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.keys import MODEL_FILES
 from rlhf_exp.pipeline.plan import State, Step
-from rlhf_exp.store.files import write_json_atomic
+from rlhf_exp.store.atomic_files import write_json_atomic
 
 PINS = "pins.json"
 MODEL, DATASET = "model", "dataset"

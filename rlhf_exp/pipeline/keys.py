@@ -9,14 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.config.data import DataConfig, Source
-from rlhf_exp.config.eval_toxicity import PROFANITY, ScorerKind
-from rlhf_exp.config.evaluation import PREFERENCE, ROLES, TOXICITY, parts_of
+from rlhf_exp.config.evaluation import PREFERENCE, PROFANITY, ROLES, TOXICITY, ScorerKind, parts_of
+from rlhf_exp.config.experiment import Config, DataConfig, EngineName, ModelConfig, Source
 from rlhf_exp.config.fields import key_content
-from rlhf_exp.config.model import ModelConfig
-from rlhf_exp.config.ppo import CONTINUED
-from rlhf_exp.config.root import Config
-from rlhf_exp.config.running import EngineName
+from rlhf_exp.config.training import CONTINUED
 from rlhf_exp.store.fingerprint import DigestCache, key_of
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")

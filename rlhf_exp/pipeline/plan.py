@@ -8,20 +8,25 @@ from enum import StrEnum
 from pathlib import Path
 
 from rlhf_exp.config.evaluation import REFEREE, SAMPLES
-from rlhf_exp.config.ppo import CONTINUED
-from rlhf_exp.config.reward import RewardInit
-from rlhf_exp.config.root import Cache, Config
+from rlhf_exp.config.experiment import Cache, Config
+from rlhf_exp.config.training import CONTINUED, RewardInit
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.begun import Begun, other_inputs, weights_digest
-from rlhf_exp.pipeline.compared import compared
-from rlhf_exp.pipeline.continuing import check_state, continued
-from rlhf_exp.pipeline.given import Finder, Given
+from rlhf_exp.pipeline.inputs import (
+    Begun,
+    Finder,
+    Given,
+    check_state,
+    compared,
+    continued,
+    other_inputs,
+    weights_digest,
+)
 from rlhf_exp.pipeline.keys import Keys
-from rlhf_exp.pipeline.needed import module_of, stages_of
+from rlhf_exp.pipeline.stage_graph import module_of, stages_of
 from rlhf_exp.store.artifact import Artifact
-from rlhf_exp.store.code import changed, code_digests
+from rlhf_exp.store.code_digest import changed, code_digests
 from rlhf_exp.store.fingerprint import DigestCache
-from rlhf_exp.store.records import Records
+from rlhf_exp.store.run_records import Records
 from rlhf_exp.store.store import Store
 
 PACKAGE = Path(__file__).resolve().parents[1]

@@ -15,13 +15,12 @@ from typing import Any
 
 from rich.table import Table
 
-from rlhf_exp.config.root import Config
+from rlhf_exp.config.experiment import Config
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.crew import Crew
-from rlhf_exp.pipeline.given import MODEL
-from rlhf_exp.pipeline.order import Order
+from rlhf_exp.pipeline.executor import Crew, Order
+from rlhf_exp.pipeline.inputs import MODEL
 from rlhf_exp.pipeline.plan import State, Step
-from rlhf_exp.pipeline.view import gib, shape_for, stage_memory
+from rlhf_exp.pipeline.plan_table import gib, shape_for, stage_memory
 
 _COLUMNS = 8
 """Of so many processes, the first, each gets a column."""
@@ -44,7 +43,7 @@ class Probed:
         evaluations: Evaluations of the whole stage.
         checkpoints: Checkpoints of the whole stage.
         processes: Of each process, by rank: `libraries` (bytes of host memory before anything was
-            loaded) and `phases` (`rlhf_exp.engines.native.probe.Phase` as JSON values).
+            loaded) and `phases` (`rlhf_exp.training.memory.Phase` as JSON values).
     """
 
     stage: str
@@ -123,7 +122,7 @@ def _models(
         models["base"] = config.model.path
     if config.stage.name == "sft" or models.keys() >= {"sft", "reward"}:
         return models
-    made = crew.run(_order("standins", folder, models), lambda: None).facts
+    made = crew.run(_order("placeholders", folder, models), lambda: None).facts
     for role in made:
         tell(f"no {role} model in the store: probing with the base model's weights in its place")
     return models | {role: str(place) for role, place in made.items()}

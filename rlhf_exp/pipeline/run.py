@@ -9,25 +9,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlhf_exp.config.load import to_dict
-from rlhf_exp.config.root import Cache, Config
-from rlhf_exp.pipeline.begun import NOTE, Begun, weights_digest
-from rlhf_exp.pipeline.continuing import CHECKPOINTS
-from rlhf_exp.pipeline.crew import Crew
-from rlhf_exp.pipeline.given import MODEL
-from rlhf_exp.pipeline.order import Order
-from rlhf_exp.pipeline.plan import (
-    PACKAGE,
-    State,
-    Step,
-    refuse_changed,
-    stale_files,
-    store_of,
-)
-from rlhf_exp.search.judge import Trial
-from rlhf_exp.stages.result import StageResult
+from rlhf_exp.config.compose import to_dict
+from rlhf_exp.config.experiment import Cache, Config
+from rlhf_exp.pipeline.executor import Crew, Order
+from rlhf_exp.pipeline.inputs import CHECKPOINTS, MODEL, NOTE, Begun, weights_digest
+from rlhf_exp.pipeline.plan import PACKAGE, State, Step, refuse_changed, stale_files, store_of
+from rlhf_exp.search.pruning import Trial
+from rlhf_exp.stages.context import StageResult
 from rlhf_exp.store.artifact import Artifact, Manifest, git_state, package_versions
-from rlhf_exp.store.code import changed
+from rlhf_exp.store.code_digest import changed
 from rlhf_exp.store.lease import Lease, hold
 from rlhf_exp.store.store import Store
 from rlhf_exp.tracking.local import METRICS, read_metrics

@@ -2,17 +2,37 @@
 
 The drawing is laid out for a width of about 340 CSS pixels, the width of a phone and of a third of
 a laptop's screen, so that its text keeps its size on both.
+
+Line charts: a figure with a title, a legend of last values and one SVG.
+
+Lines of a chart as SVG marks: bands, running means, paths, whiskers, points to hover over.
+
+Colours are the classes `s0` to `s3` of the page's style sheet.
+
+SVG elements as escaped markup: geometry in attributes, looks in the page's style sheet.
+
+No `style` attribute is ever written: the page's security policy would refuse it.
+
+Numbers as a reader wants them: ticks on round values, three digits, times in words.
+
+From rows of logged metrics to points of a curve: selection, smoothing, thinning.
+
+A curve is two arrays of one length, x and y. NaN in y is a gap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
+from markupsafe import Markup, escape
+from numpy.typing import ArrayLike, NDArray
 
-from rlhf_exp.report.curves import Curve, Floats, running_mean, window_of
-from rlhf_exp.report.numbers import short
+from rlhf_exp.evaluation.preference import DASH, MINUS
+from rlhf_exp.safe_text import visible
 
 WIDTH, HEIGHT = 340, 212
 LEFT, RIGHT, TOP, BOTTOM = 44, WIDTH - 12, 10, HEIGHT - 36
@@ -131,3 +151,441 @@ class Axes:
 def line_of(label: str, points: Curve, colour: int = 0, spread: Floats | None = None) -> Line:
     """Return the line of a curve."""
     return Line(label, points.x, points.y, colour, spread)
+
+
+def render(chart: Chart) -> Markup:
+    """Return the figure: `<figure>` with caption, legend, drawing and note."""
+    drawing = element(
+        "svg",
+        element("title", _spoken(chart)),
+        *drawn(chart),
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+        class_="plot",
+    )
+    note = element("p", chart.note, class_="note") if chart.note else Markup("")
+    caption = element("figcaption", chart.title)
+    return element("figure", caption, _legend(chart), drawing, note, class_="chart")
+
+
+def drawn(chart: Chart, pointed: bool = True) -> list[Markup]:
+    """Return what the drawing consists of; `pointed`: with numbers under a pointer."""
+    axes = Axes(*_ranges(chart))
+    marks = (mark for line in chart.lines for mark in draw(line, axes, pointed))
+    return [*_frame(chart, axes), *marks]
+
+
+def sparkline(values: Floats) -> Markup:
+    """Return a small drawing of [N] values without axes."""
+    y = np.asarray(values, dtype=np.float64)
+    x, y = thinned(np.arange(len(y), dtype=np.float64), y, most=80)
+    low, high = _widened(*_extent([y]))
+    tops = 17 - (y - low) / (high - low) * 14
+    lines = polyline(2 + x / max(1.0, x[-1]) * 92, tops, class_="line s0")
+    return element("svg", *lines, viewBox="0 0 96 20", class_="spark", aria_hidden="true")
+
+
+def _ranges(chart: Chart) -> tuple[tuple[float, float], tuple[float, float]]:
+    heights = [np.asarray(chart.include, float), np.array([value for value, _ in chart.levels])]
+    for line in chart.lines:
+        heights.append(line.smoothed if line.ordered else line.y)
+        if line.smoothed_spread is not None:
+            heights += [line.smoothed - line.smoothed_spread, line.smoothed + line.smoothed_spread]
+        if line.whiskers is not None:
+            heights += line.whiskers
+        if line.band is not None:
+            heights += line.band
+    widths = [line.positions for line in chart.lines]
+    widths.append(np.array([value for value, _ in chart.marks_x]))
+    low, high = _widened(*_extent(widths), share=0.0)
+    if any(line.ordered for line in chart.lines) or chart.diagonal:
+        low, high = _widened(low, high)
+    return (low, high), chart.y_range or _widened(*_extent(heights))
+
+
+def _extent(arrays: Sequence[Floats]) -> tuple[float, float]:
+    values = np.concatenate([np.asarray(array, float).ravel() for array in arrays])
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+
+
+def _widened(low: float, high: float, share: float = 0.05) -> tuple[float, float]:
+    """Return the range with a margin; a range of one value gets one on both sides."""
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-12):
+        margin = 0.1 * abs(low) or 1.0
+    else:
+        margin = share * (high - low)
+    return low - margin, high + margin
+
+
+def _frame(chart: Chart, axes: Axes) -> list[Markup]:
+    """Return grid, tick labels, axis label and reference lines."""
+    found = []
+    ticks = nice_ticks(*axes.y)
+    for y, text in zip(axes.top(np.array(ticks)), tick_labels(ticks), strict=True):
+        found.append(element("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid"))
+        found.append(element("text", text, x=LEFT - 6, y=y + 4, class_="tick end"))
+    ticks = nice_ticks(*axes.x, target=4)
+    found.append(element("line", x1=LEFT, x2=RIGHT, y1=BOTTOM, y2=BOTTOM, class_="axis"))
+    for x, text in zip(axes.left(np.array(ticks)), tick_labels(ticks), strict=True):
+        found.append(element("line", x1=x, x2=x, y1=BOTTOM, y2=BOTTOM + 4, class_="axis"))
+        anchor = "tick end" if x > RIGHT - 12 else "tick middle"
+        found.append(element("text", text, x=min(x, RIGHT), y=BOTTOM + 16, class_=anchor))
+    centre = (LEFT + RIGHT) / 2
+    found.append(element("text", chart.x_label, x=centre, y=HEIGHT - 5, class_="label middle"))
+    for value, text in chart.levels:
+        y = float(axes.top(np.array(value)))
+        found.append(element("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="level"))
+        found.append(element("text", text, x=RIGHT, y=y - 4, class_="tick end"))
+    for value, text in chart.marks_x:
+        x = float(axes.left(np.array(value)))
+        found.append(element("line", x1=x, x2=x, y1=TOP, y2=BOTTOM, class_="level"))
+        side, place = ("end", x - 4) if x > centre else ("start", x + 4)
+        found.append(element("text", text, x=place, y=TOP + 8, class_=f"tick {side}"))
+    if chart.diagonal:
+        ends = np.array([max(axes.x[0], axes.y[0]), min(axes.x[1], axes.y[1])])
+        found += polyline(axes.left(ends), axes.top(ends), class_="level")
+    return found
+
+
+def _legend(chart: Chart) -> Markup:
+    keys = chart.keys
+    if keys is None:
+        keys = [(line.label, line.colour, line.dash, line.ending) for line in chart.lines]
+    items = []
+    for label, colour, dash, ending in keys:
+        swatch = element("i", class_=f"swatch {style(colour, dash)}")
+        items.append(element("li", swatch, label, " ", element("b", ending)))
+    return element("ul", *items, class_="legend")
+
+
+def _spoken(chart: Chart) -> str:
+    """Return the chart in words, for those who cannot see it."""
+    ends = "; ".join(f"{line.label} ends at {line.ending}" for line in chart.lines)
+    return f"{chart.title} over {chart.x_label}: {ends}"
+
+
+_MARKED = 16
+_HOVERED = 60
+
+
+def style(colour: int, dash: int) -> str:
+    """Return the classes of a colour and a dash."""
+    return f"s{colour} d{dash}" if dash else f"s{colour}"
+
+
+def draw(line: Line, axes: Axes, pointed: bool = True) -> list[Markup]:
+    """Return the marks of one line, what lies behind first.
+
+    Args:
+        line: What is drawn.
+        axes: Where its numbers lie.
+        pointed: Whether points show their numbers under a pointer.
+    """
+    if line.ordered:
+        return _path(line, axes, pointed)
+    found = []
+    smooth, spread = line.smoothed, line.smoothed_spread
+    colour = f"s{line.colour}"
+    if line.band is not None:
+        low, high = (axes.top(end) for end in line.band)
+        found += band(axes.left(line.x), low, high, class_=f"band {colour}")
+    if spread is not None:
+        x, low = thinned(line.x, smooth - spread)
+        high = np.interp(x, line.x, smooth + spread)
+        found += band(axes.left(x), axes.top(low), axes.top(high), class_=f"band {colour}")
+    elif line.window > 1:
+        x, y = thinned(line.x, line.y)
+        found += polyline(axes.left(x), axes.top(y), class_=f"raw {colour}")
+    if line.whiskers is not None:
+        found += _whiskers(line.x, line.whiskers, axes, f"whisker {colour}")
+    x, y = thinned(line.x, smooth)
+    found += polyline(axes.left(x), axes.top(y), class_=f"line {style(line.colour, line.dash)}")
+    if line.disc is not None:
+        spot = slice(line.disc, line.disc + 1)
+        found += _dots(axes.left(line.x[spot]), axes.top(line.y[spot]), f"dot {colour}", 3.6)
+    elif len(x) <= _MARKED:
+        found += _dots(axes.left(x), axes.top(y), f"dot {colour}", 2.2)
+    return found + (_hover(line, x, y, axes) if pointed else [])
+
+
+def _path(line: Line, axes: Axes, pointed: bool) -> list[Markup]:
+    """Draw a path whose later part is darker, with a ring at its start and a disc at its end."""
+    found = []
+    x, y = line.positions, line.smoothed
+    parts = min(6, max(1, len(x) - 1))
+    edges = np.linspace(0, len(x) - 1, parts + 1).round().astype(int)
+    for part, (start, end) in enumerate(pairwise(edges)):
+        age = round(5 * (part + 1) / parts)
+        points = slice(start, end + 1)
+        kind = f"line s{line.colour} age{age}"
+        found += polyline(axes.left(x[points]), axes.top(y[points]), class_=kind)
+    left, top = axes.left(x), axes.top(y)
+    found += _dots(left[:1], top[:1], f"ring s{line.colour}", 4)
+    found += _dots(left[-1:], top[-1:], f"dot s{line.colour}", 4.5)
+    for index, text, rise in ((0, "start", 4), (-1, "end", -9)):
+        beyond = left[index] > WIDTH - 60
+        shift, anchor = (4, "end") if beyond else (8, "start")
+        spot = {"x": float(left[index]) + shift, "y": float(top[index]) + rise}
+        found.append(element("text", text, class_=f"tick strong {anchor}", **spot))
+    return found + (_hover(line, x, y, axes) if pointed else [])
+
+
+def _whiskers(x: Floats, ends: tuple[Floats, Floats], axes: Axes, kind: str) -> list[Markup]:
+    lefts, lows, highs = axes.left(x), axes.top(ends[0]), axes.top(ends[1])
+    return [
+        element("line", x1=float(left), x2=float(left), y1=float(a), y2=float(b), class_=kind)
+        for left, a, b in zip(lefts, lows, highs, strict=True)
+    ]
+
+
+def _dots(xs: Floats, ys: Floats, kind: str, radius: float) -> list[Markup]:
+    return [
+        element("circle", cx=float(x), cy=float(y), r=radius, class_=kind)
+        for x, y in zip(xs, ys, strict=True)
+        if np.isfinite(y)
+    ]
+
+
+def _hover(line: Line, x: Floats, y: Floats, axes: Axes) -> list[Markup]:
+    """Return invisible points that show their numbers under a pointer."""
+    index = np.unique(np.linspace(0, len(x) - 1, min(len(x), _HOVERED)).round().astype(int))
+    found = []
+    for place in index[np.isfinite(y[index])]:
+        text = f"{line.label}, {line.unit} {short(float(x[place]))}: {short(float(y[place]))}"
+        left, top = float(axes.left(x[place])), float(axes.top(y[place]))
+        title = element("title", text)
+        kind = f"hover s{line.colour}"
+        found.append(element("circle", title, cx=left, cy=top, r=5, class_=kind))
+    return found
+
+
+Value = str | float | int
+
+
+def element(tag: str, *children: str, **attributes: Value) -> Markup:
+    """Return one element; strings are escaped, `Markup` children are taken as they are.
+
+    Args:
+        tag: name of the element; from this package's code, never from data.
+        *children: its content.
+        **attributes: `class_` is written `class`, other underscores as hyphens. Numbers are cut to
+            two decimals.
+    """
+    parts = [
+        Markup(' {}="{}"').format(_name(name), _value(value)) for name, value in attributes.items()
+    ]
+    inside = Markup("").join(
+        child if isinstance(child, Markup) else escape(visible(child)) for child in children
+    )
+    return Markup("<{0}{1}>{2}</{0}>").format(tag, Markup("").join(parts), inside)
+
+
+def group(children: Iterable[Markup], **attributes: Value) -> Markup:
+    """Return a `g` element."""
+    return element("g", *children, **attributes)
+
+
+def polyline(xs: ArrayLike, ys: ArrayLike, **attributes: Value) -> list[Markup]:
+    """Return a path for each unbroken stretch of points [N]; a lonely point becomes a dot."""
+    found = []
+    for points in stretches(xs, ys):
+        if len(points) == 1:
+            (x, y), *_ = points
+            dot = {**attributes, "class_": f"dot {attributes.get('class_', '')}".strip()}
+            found.append(element("circle", cx=x, cy=y, r=2.5, **dot))
+        else:
+            found.append(element("path", d="M" + _points(points), **attributes))
+    return found
+
+
+def band(xs: ArrayLike, low: ArrayLike, high: ArrayLike, **attributes: Value) -> list[Markup]:
+    """Return the areas between two curves [N], broken where either has a gap."""
+    bottom = np.asarray(low, dtype=np.float64)
+    top = np.where(np.isfinite(bottom), np.asarray(high, dtype=np.float64), np.nan)
+    bottom = np.where(np.isfinite(top), bottom, np.nan)
+    found = []
+    for upper, lower in zip(stretches(xs, top), stretches(xs, bottom), strict=True):
+        outline = [*upper, *reversed(lower)]
+        found.append(element("path", d="M" + _points(outline) + "Z", **attributes))
+    return found
+
+
+def stretches(xs: ArrayLike, ys: ArrayLike) -> list[list[tuple[float, float]]]:
+    """Split points [N] at gaps (NaN)."""
+    found: list[list[tuple[float, float]]] = [[]]
+    for x, y in zip(np.asarray(xs, float), np.asarray(ys, float), strict=True):
+        if np.isfinite(x) and np.isfinite(y):
+            found[-1].append((float(x), float(y)))
+        elif found[-1]:
+            found.append([])
+    return [points for points in found if points]
+
+
+def _points(points: Sequence[tuple[float, float]]) -> str:
+    return "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def _name(name: str) -> str:
+    # SVG's attributes keep their capitals: `viewBox`, `preserveAspectRatio`.
+    return name.rstrip("_").replace("_", "-")
+
+
+def _value(value: Value) -> str:
+    return visible(value) if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def nice_ticks(low: float, high: float, target: int = 5) -> list[float]:
+    """Return about `target` round values (1, 2 or 5 times a power of ten) within [low, high].
+
+    Args:
+        low: lower end, finite.
+        high: upper end, finite and above `low`.
+        target: number of steps aimed at.
+    """
+    assert low < high, (low, high)
+    rough = (high - low) / target
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def tick_labels(ticks: list[float]) -> list[str]:
+    """Write ticks with the decimals that their spacing needs; thousands as `2k`."""
+    if len(ticks) < 2:
+        return [short(tick) for tick in ticks]
+    step = ticks[1] - ticks[0]
+    largest = max(abs(tick) for tick in ticks)
+    if largest < 1e-3 or largest >= 1e6:
+        return [short(tick) for tick in ticks]
+    if largest >= 10_000:
+        return [_signed(f"{tick / 1000:.{_decimals(step / 1000)}f}") + "k" for tick in ticks]
+    return [_signed(f"{tick + 0.0:,.{_decimals(step)}f}") for tick in ticks]
+
+
+def short(value: float) -> str:
+    """Write a number with three significant digits: `0.0123`, `1.23`, `12,300`, `1.2e−05`."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size < 1e-4 or size >= 1e7:
+        return _signed(f"{value:.3g}")
+    digits = max(0, 2 - math.floor(math.log10(size)))
+    text = f"{value:,.{digits}f}"
+    if value == int(value) and size >= 1:
+        text = f"{int(value):,}"
+    return _signed(text)
+
+
+def count_label(value: int | None) -> str:
+    """Write a large count: `1.31M`, `864k`, `512`; a dash for `None`."""
+    if value is None:
+        return DASH
+    for size, unit in ((1_000_000_000, "B"), (1_000_000, "M"), (1_000, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return str(value)
+
+
+def duration(seconds: float | None) -> str:
+    """Write a time in its two largest units: `3 h 07 min`, `2 min 05 s`, `8.3 s`."""
+    if seconds is None or not math.isfinite(seconds):
+        return DASH
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _decimals(step: float) -> int:
+    return max(0, -math.floor(math.log10(step) + 1e-9))
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", MINUS)
+
+
+Floats = NDArray[np.float64]
+Row = Mapping[str, float]
+
+STEP = "global_step"
+SMOOTH_ABOVE = 60
+_WINDOWS = 25
+_MOST_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of one metric: `x` [N] steps, ascending, and `y` [N] values."""
+
+    x: Floats
+    y: Floats
+
+
+def curve(rows: Iterable[Row], names: Sequence[str]) -> Curve | None:
+    """Return the points of the first of `names` that any row has; `None` if none has it.
+
+    A step logged twice counts with its last value.
+    """
+    rows = list(rows)
+    for name in names:
+        points = {
+            float(row[STEP]): _number(row[name]) for row in rows if STEP in row and name in row
+        }
+        if points and not all(np.isnan(value) for value in points.values()):
+            steps = sorted(points)
+            return Curve(np.array(steps), np.array([points[step] for step in steps]))
+    return None
+
+
+def joint(left: Curve, right: Curve) -> tuple[Floats, Floats, Floats]:
+    """Return (steps [N], left y [N], right y [N]) at the steps that both have, gaps left out."""
+    shared, in_left, in_right = np.intersect1d(left.x, right.x, return_indices=True)
+    a, b = left.y[in_left], right.y[in_right]
+    known = np.isfinite(a) & np.isfinite(b)
+    return shared[known], a[known], b[known]
+
+
+def window_of(count: int) -> int:
+    """Return the width of the running mean for `count` points: 1 where they are few."""
+    return 1 if count <= SMOOTH_ABOVE else 2 * (count // _WINDOWS // 2) + 1
+
+
+def running_mean(y: Floats, window: int) -> Floats:
+    """Return the mean over `window` points around each [N]; fewer at the ends; gaps left out."""
+    if window <= 1:
+        return y
+    known = np.isfinite(y)
+    kernel = np.ones(window)
+    total = np.convolve(np.where(known, y, 0.0), kernel, mode="same")
+    count = np.convolve(known.astype(np.float64), kernel, mode="same")
+    return np.where(known, total / np.maximum(count, 1), np.nan)
+
+
+def thinned(x: Floats, y: Floats, most: int = _MOST_POINTS) -> tuple[Floats, Floats]:
+    """Return at most `most` points, every bucket's lowest and highest: no spike is lost."""
+    if len(x) <= most:
+        return x, y
+    keep: set[int] = {0, len(x) - 1}
+    for bucket in np.array_split(np.arange(len(x)), max(1, most // 2 - 1)):
+        known = bucket[np.isfinite(y[bucket])]
+        if len(known):
+            keep |= {int(known[y[known].argmin()]), int(known[y[known].argmax()])}
+        else:
+            keep.add(int(bucket[0]))
+    index = np.array(sorted(keep))
+    return x[index], y[index]
+
+
+def _number(value: object) -> float:
+    """Return a finite number, or NaN for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return float("nan")
+    number = float(value)
+    return number if np.isfinite(number) else float("nan")

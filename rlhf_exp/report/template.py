@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from rlhf_exp.data.visible import clipped, visible
+from rlhf_exp.safe_text import clipped, visible
 
 FOLDER = Path(__file__).parent
 
@@ -17,7 +17,7 @@ def fill(template: str, **values: object) -> Markup:
     """Return a template of this package, filled.
 
     Args:
-        template: Its path below the package, such as `parts/comparisons.html`.
+        template: Its path below the package, such as `run/comparisons.html`.
         values: What it shows; strings in it are untrusted, `Markup` is not touched.
     """
     return Markup(_environment().get_template(template).render(clipped=clipped, **values))

@@ -1,17 +1,28 @@
-"""What every stage is given and gives back."""
+"""What every stage is given and gives back.
+
+What a stage gives back; plain values, which cross processes.
+
+The data of an experiment, loaded once for all stages of a process.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from rlhf_exp.config.root import Config
-from rlhf_exp.engines.native.probe import Recorder
-from rlhf_exp.stages.materials import Materials
-from rlhf_exp.stages.result import StageResult
+from rlhf_exp.config.experiment import Config, DataConfig, Source
+from rlhf_exp.data.rows import Corpus
+from rlhf_exp.data.sources import Rules, load_hub, load_jsonl, load_toy
+from rlhf_exp.data.tokenizer import Codec
+from rlhf_exp.models.pretrained import load_tokenizer
+from rlhf_exp.training.memory import Recorder
+
+log = logging.getLogger(__name__)
 
 MODEL = "model"
 """Folder of the model in an artifact."""
@@ -64,3 +75,87 @@ class Stage(Protocol):
 
     def __call__(self, config: Config, context: StageContext) -> StageResult:
         """Do the work in `context.folder`."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage says of its result; the result itself is in the staging folder.
+
+    Attributes:
+        metrics: Final numbers, for the manifest.
+        objective: What a sweep over this stage maximises.
+        run_id: The tracked run.
+        facts: Plain values for the report: parameter counts, data, cut prompts.
+        measured: What a probe has found, JSON values; empty otherwise.
+        pruned_step: The optimizer step after which a search gave the run up, without a result.
+    """
+
+    metrics: dict[str, float]
+    objective: float | None = None
+    run_id: str | None = None
+    facts: dict[str, float | int | str] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    pruned_step: int | None = None
+
+
+class Materials:
+    """The corpus and codecs of one experiment.
+
+    Args:
+        config: The `data` section.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The rows; unusable ones are reported once."""
+        corpus = _load(self.config)
+        if corpus.rejected:
+            listed = "".join(f"\n  {row.origin}: {row.reason}" for row in corpus.rejected[:20])
+            log.warning("%d rows cannot be used:%s", len(corpus.rejected), listed)
+        return corpus
+
+    def codec(self, folder: str | Path, revision: str | None = None) -> Codec:
+        """Return the codec of the tokenizer in a model folder (or of a hub id)."""
+        return Codec(load_tokenizer(folder, revision), self.config.format.value)
+
+    def texts(self) -> list[str]:
+        """Return the training texts, from which a new tokenizer learns."""
+        rows = self.corpus
+        texts = [turn.text for row in rows.prompts.train for turn in row.history]
+        texts += [row.response for row in rows.demonstrations.train]
+        for pair in rows.preferences.train:
+            texts += [pair.chosen, pair.rejected]
+        return [f" {text}" for text in texts]
+
+
+def _load(config: DataConfig) -> Corpus:
+    rules = Rules(
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        max_bad_fraction=config.max_bad_fraction,
+        limit=config.limit,
+    )
+    if config.source == Source.toy:
+        toy = config.toy
+        return load_toy(
+            toy.seed,
+            demonstrations=toy.demonstrations,
+            preferences=toy.preferences,
+            prompts=toy.prompts,
+            validation=toy.validation,
+            test=toy.test,
+            label_noise=toy.label_noise,
+        )
+    if config.source == Source.hub:
+        assert config.path is not None, "checked with the config"
+        return load_hub(config.path, config.revision, rules=rules)
+    return load_jsonl(
+        preferences=config.preferences or (),
+        demonstrations=config.demonstrations or (),
+        prompts=config.prompts or (),
+        test=config.test or (),
+        rules=rules,
+    )

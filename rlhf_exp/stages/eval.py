@@ -14,23 +14,21 @@ from rlhf_exp.config.evaluation import (
     TOXICITY,
     parts_of,
 )
-from rlhf_exp.config.root import Config
+from rlhf_exp.config.experiment import Config
 from rlhf_exp.distributed.world import World
 from rlhf_exp.evaluation.answers import write_answers
-from rlhf_exp.stages.bench import Bench, Part, PartResult, Source
 from rlhf_exp.stages.context import StageContext, StageResult
-from rlhf_exp.stages.parts import people, preference, reward_quality, toxicity
-from rlhf_exp.stages.sampled import SampledSource
-from rlhf_exp.stages.stored import StoredSource
-from rlhf_exp.stages.tracking import tracker_for
-from rlhf_exp.stages.training import world_for
-from rlhf_exp.tracking.finishing import finishing
+from rlhf_exp.stages.evaluation import preference, reward_quality, toxicity
+from rlhf_exp.stages.evaluation.answer_sources import SampledSource, StoredSource
+from rlhf_exp.stages.evaluation.bench import Bench, Part, PartResult, Source
+from rlhf_exp.stages.training import tracker_for, world_for
+from rlhf_exp.tracking.tracker import finishing
 
 PARTS: dict[str, Part] = {
     PREFERENCE: preference.run,
     TOXICITY: toxicity.run,
     REWARD_QUALITY: reward_quality.run,
-    PEOPLE: people.run,
+    PEOPLE: preference.run_people,
 }
 
 

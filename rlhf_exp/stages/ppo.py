@@ -1,53 +1,60 @@
-"""The PPO stage: the SFT policy learns to please the reward, without straying far."""
+"""The PPO stage: the SFT policy learns to please the reward, without straying far.
+
+The state of a finished PPO run, which an extended one goes on from.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
-from rlhf_exp.algo.rewards import RewardScaler
+from rlhf_exp.algo.advantages import RewardScaler
 from rlhf_exp.batch import Prompts, Samples
-from rlhf_exp.config.ppo import ValueInit, ValueTrunk
-from rlhf_exp.config.root import Config
-from rlhf_exp.config.running import Strategy
-from rlhf_exp.data.codec import Codec
+from rlhf_exp.config.experiment import Config, Strategy
+from rlhf_exp.config.training import CONTINUED, ValueInit, ValueTrunk
 from rlhf_exp.data.tokenized import TokenizedPrompts
+from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.experience import Collector
-from rlhf_exp.engines.native.ppo import PpoTask
-from rlhf_exp.engines.native.sample_scores import SharedTrunkScorer
-from rlhf_exp.engines.native.scoring import Scorer
-from rlhf_exp.engines.native.validation import Validator
-from rlhf_exp.models.families import decoder_parts
+from rlhf_exp.errors import UserError
+from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference, reference_of
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.rollout.sampler import Sampling, sample
-from rlhf_exp.rollout.stops import Stopper
+from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.stages.context import StageContext, StageResult
-from rlhf_exp.stages.originals import original_scores
-from rlhf_exp.stages.ppo_settings import (
+from rlhf_exp.stages.ppo_inputs import (
     controller,
     exact,
     experience_settings,
+    original_scores,
+    ppo_prompts,
     ppo_settings,
     validation_settings,
     whole_steps,
 )
-from rlhf_exp.stages.prompts import ppo_prompts
-from rlhf_exp.stages.saving import save_models
-from rlhf_exp.stages.scorers import training_scorer
-from rlhf_exp.stages.state import take_over
+from rlhf_exp.stages.scorers import NOTE, training_scorer
 from rlhf_exp.stages.training import (
     keep_small_updates,
     load_policy_model,
     lora_of,
     parameter_facts,
     run_loop,
+    save_models,
     world_for,
 )
+from rlhf_exp.store.artifact import Manifest
+from rlhf_exp.tracking.local import ALERTS, METRICS, STEP
+from rlhf_exp.training.ppo import Collector, PpoTask
+from rlhf_exp.training.ppo_validation import Validator
+from rlhf_exp.training.reward_scorer import Scorer
+from rlhf_exp.training.scorers import SharedTrunkScorer
+from rlhf_exp.training.trainer import Progress
 
 WATCH = ("reward/mean", "kl/sequence", "throughput/samples_per_s")
 VALIDATION_STREAM = 1_000_003  # added to the seed of validation: training shares no noise with it
@@ -196,3 +203,65 @@ def sampler_for(
             return sample(policy.model, prompts, settings, seed, stopper, block, close)
 
     return answer
+
+
+CHECKPOINTS, BEST, KEPT = "checkpoints", "best", "kept"
+"""Folders of the state: the last checkpoint, the best weights so far, those of other steps."""
+
+_EVALUATION = "eval/"
+
+
+def take_over(context: StageContext, world: World) -> None:
+    """Put the state of the run to go on from into the staging folder, unless it is there.
+
+    Raises:
+        UserError: That run was made from other weights than this one would be.
+    """
+    source = context.models.get(CONTINUED)
+    if source is not None and context.probe is None:
+        world.together(lambda: _take(Path(source), context) if world.is_main else None)
+
+
+def _take(source: Path, context: StageContext) -> None:
+    target = context.folder
+    if (target / CHECKPOINTS).is_dir():
+        return
+    inputs = Manifest.read(source).inputs
+    anew = [role for role, digest in context.inputs.items() if inputs.get(role, digest) != digest]
+    if anew := [role for role in anew if role != CONTINUED]:
+        raise UserError(
+            f"ppo.continue_from: {source.name} was made from other weights of {', '.join(anew)} "
+            "than there are now; make it again (rerun=[ppo], without ppo.continue_from)"
+        )
+    context.before_write()
+    for name in (BEST, KEPT, "tables"):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+    for name in (METRICS, ALERTS, NOTE):
+        if (source / name).is_file():
+            shutil.copy2(source / name, target / name)
+    partial = target / f".{CHECKPOINTS}"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source / CHECKPOINTS, partial)
+    _undo_end(target, partial)
+    # Last: where it is, all is there.
+    partial.rename(target / CHECKPOINTS)
+
+
+def _undo_end(folder: Path, checkpoints: Path) -> None:
+    """Remove what was logged only because the run ended: the evaluation of its last step."""
+    newest = sorted(checkpoints.glob("step-*"))[-1]
+    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    step = state["step"]
+    if Progress.of(state, step + 1).last_eval == step:
+        return
+    path = folder / METRICS
+    rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(row for row in rows if not _evaluates(row, step)), encoding="utf-8")
+    for table in (folder / "tables").rglob(f"*-{step}.jsonl"):
+        table.unlink()
+
+
+def _evaluates(line: str, step: int) -> bool:
+    row = json.loads(line)
+    return row[STEP] == step and any(name.startswith(_EVALUATION) for name in row)

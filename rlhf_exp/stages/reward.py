@@ -8,37 +8,35 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlhf_exp.config.reward import RewardInit
-from rlhf_exp.config.root import Config
-from rlhf_exp.data.codec import Codec
-from rlhf_exp.data.collate import joined
-from rlhf_exp.data.rows import Preference, prompt_key
-from rlhf_exp.data.splitting import part_of
+from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.training import RewardInit
+from rlhf_exp.data.batching import joined
+from rlhf_exp.data.rows import Preference, part_of, prompt_key
 from rlhf_exp.data.tokenized import (
     TokenizedDemonstrations,
     TokenizedPreferences,
     tokenize_demonstrations,
     tokenize_preferences,
 )
+from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.loop_types import Outcome
-from rlhf_exp.engines.native.reward import RewardSettings, RewardTask, pair_scores
-from rlhf_exp.engines.native.scoring import ModelScorer, score_shared
 from rlhf_exp.errors import UserError
-from rlhf_exp.evaluation.calibration import calibration
-from rlhf_exp.evaluation.statistics import clopper_pearson
+from rlhf_exp.evaluation.statistics import calibration, clopper_pearson
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.stages.context import StageContext, StageResult
-from rlhf_exp.stages.saving import save_models
 from rlhf_exp.stages.training import (
     keep_small_updates,
     load_policy_model,
     lora_of,
     parameter_facts,
     run_loop,
+    save_models,
     steps_of,
     world_for,
 )
+from rlhf_exp.training.reward import RewardSettings, RewardTask, pair_scores
+from rlhf_exp.training.reward_scorer import ModelScorer, score_shared
+from rlhf_exp.training.trainer import Outcome
 
 WATCH = ("loss/total", "reward/accuracy", "eval/accuracy")
 CALIBRATION = "calibration.json"

@@ -1,26 +1,38 @@
-"""The scorer that a config asks for: the reward model, a user's function, or a server."""
+"""The scorer that a config asks for: the reward model, a user's function, or a server.
+
+The reward server that a config names, recognised before it is relied on.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 
 import torch
 
 from rlhf_exp.config.evaluation import REFEREE
-from rlhf_exp.config.root import Config
-from rlhf_exp.data.codec import Codec
+from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.training import PpoRewardConfig
+from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.central import CentralScorer
-from rlhf_exp.engines.native.function import FunctionScorer, load_function
-from rlhf_exp.engines.native.sample_scores import SharedTrunkScorer
-from rlhf_exp.engines.native.scoring import ModelScorer, Scorer
-from rlhf_exp.engines.native.served import ServerScorer
+from rlhf_exp.errors import UserError
+from rlhf_exp.http_client import Service
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.models.reward_model import RewardModel
-from rlhf_exp.models.shared import adopt_trunk
+from rlhf_exp.models.reward_model import RewardModel, adopt_trunk
 from rlhf_exp.stages.context import StageContext
-from rlhf_exp.stages.server import known_server
 from rlhf_exp.stages.training import attention_of, torch_dtype
+from rlhf_exp.store.atomic_files import write_json_atomic
+from rlhf_exp.training.reward_scorer import ModelScorer, Scorer
+from rlhf_exp.training.scorers import (
+    CentralScorer,
+    FunctionScorer,
+    RewardServer,
+    ServerScorer,
+    SharedTrunkScorer,
+    Told,
+    load_function,
+)
 
 
 def scorer_for(
@@ -166,3 +178,52 @@ def _model_of(scorer: Scorer) -> RewardModel | None:
     if isinstance(scorer, CentralScorer):
         return None if scorer.scorer is None else scorer.scorer.model
     return scorer.model if isinstance(scorer, ModelScorer) else None
+
+
+NOTE = "reward_server.json"
+"""What PPO was scored by: the server's address, and the name that it gave itself."""
+
+
+def server_of(section: PpoRewardConfig) -> RewardServer:
+    """Return the client of the server at `ppo.reward.url`."""
+    assert section.url is not None, "a server scores"
+    key = None if section.key_env is None else os.environ[section.key_env]
+    service = Service(section.url, key, section.timeout_s, section.retries)
+    return RewardServer(service, section.request_size, section.name)
+
+
+def known_server(config: Config, context: StageContext, world: World) -> RewardServer:
+    """Return the client of a server that each process has reached; all of them take part.
+
+    Raises:
+        UserError: One cannot reach it, or PPO was begun with another reward than it has.
+    """
+    server = server_of(config.ppo.reward)
+    told = world.together(server.check)
+    if any(one != told[0] for one in told):
+        raise UserError(
+            f"ppo.reward.url={config.ppo.reward.url}: the processes reach servers that score with "
+            f"{', '.join(sorted({str(one.name) for one in told}))}; all must have one reward"
+        )
+    if context.stage == "ppo" and context.probe is None:
+        world.together(lambda: _note(config, context, told[0]) if world.is_main else None)
+    return server
+
+
+def _note(config: Config, context: StageContext, told: Told) -> None:
+    """Write down what scores; or, where PPO goes on, make sure that it is the same.
+
+    Raises:
+        UserError: It is another reward.
+    """
+    path, reward = context.folder / NOTE, config.ppo.reward
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))["name"]
+        if before != told.name:
+            raise UserError(
+                f"ppo.reward.url={reward.url}: it scores with {told.name!r}, and this run was "
+                f"begun with {before!r}; start that one again, or begin anew with rerun=[ppo]"
+            )
+        return
+    context.before_write()
+    write_json_atomic(path, {"url": reward.url, "name": told.name})

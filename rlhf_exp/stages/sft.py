@@ -1,4 +1,7 @@
-"""The SFT stage: a base model, from scratch or pretrained, learns to imitate demonstrations."""
+"""The SFT stage: a base model, from scratch or pretrained, learns to imitate demonstrations.
+
+From the config's `model.architecture` to the shape that models are built and planned by.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +12,26 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_exp.config.model import ModelConfig
-from rlhf_exp.config.root import Config
-from rlhf_exp.data.codec import Codec
-from rlhf_exp.data.collate import PackedRow, pack_demonstrations
+from rlhf_exp.config.experiment import ArchitectureConfig, Config, ModelConfig
+from rlhf_exp.data.batching import PackedRow, pack_demonstrations
 from rlhf_exp.data.rows import Demonstration
 from rlhf_exp.data.tokenized import tokenize_demonstrations
-from rlhf_exp.data.tokenizer import train_tokenizer
-from rlhf_exp.engines.native.sft import SftSettings, SftTask
+from rlhf_exp.data.tokenizer import Codec, train_tokenizer
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.configs import architecture_of
-from rlhf_exp.models.load import build_causal_lm, load_causal_lm
+from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.stages.context import StageContext, StageResult
-from rlhf_exp.stages.materials import Materials
-from rlhf_exp.stages.saving import save_models
-from rlhf_exp.stages.shape import shape_of
+from rlhf_exp.models.pretrained import architecture_of, build_causal_lm, load_causal_lm
+from rlhf_exp.stages.context import Materials, StageContext, StageResult
 from rlhf_exp.stages.training import (
     keep_small_updates,
     lora_of,
     parameter_facts,
     run_loop,
+    save_models,
     steps_of,
     world_for,
 )
+from rlhf_exp.training.sft import SftSettings, SftTask
 
 log = logging.getLogger(__name__)
 
@@ -129,3 +128,18 @@ def _pack(
         tokenized, section.seq_length, section.packing, section.loss_on.value
     )
     return packed, tokenized.cut
+
+
+def shape_of(section: ArchitectureConfig, vocabulary: int | None = None) -> Architecture:
+    """Return the shape, with another `vocabulary` if given (that of the tokenizer as trained)."""
+    return Architecture(
+        type=section.type.value,
+        layers=section.layers,
+        width=section.width,
+        heads=section.heads,
+        ffn_width=section.ffn_width or 4 * section.width,
+        vocabulary=vocabulary or section.vocabulary,
+        context=section.context,
+        kv_heads=section.kv_heads,
+        tied=section.tied,
+    )

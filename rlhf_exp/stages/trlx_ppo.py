@@ -11,27 +11,33 @@ from pathlib import Path
 
 import torch
 
-from rlhf_exp.config.root import Config
+from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.training import Select
-from rlhf_exp.data.codec import Codec
+from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
-from rlhf_exp.engines.native.loop_types import Outcome
-from rlhf_exp.engines.trlx.convert import take_back
-from rlhf_exp.engines.trlx.handover import WEIGHTS, hand_over
-from rlhf_exp.engines.trlx.process import TrlxProcess
-from rlhf_exp.engines.trlx.session import Judged, Session
-from rlhf_exp.engines.trlx.settings import TrlxSettings
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.stages.context import StageContext, StageResult
-from rlhf_exp.stages.originals import original_scores
-from rlhf_exp.stages.ppo_settings import ppo_settings, validation_settings, whole_steps
-from rlhf_exp.stages.prompts import ppo_prompts
-from rlhf_exp.stages.saving import save_models
+from rlhf_exp.stages.ppo_inputs import (
+    original_scores,
+    ppo_prompts,
+    ppo_settings,
+    validation_settings,
+    whole_steps,
+)
 from rlhf_exp.stages.scorers import scorer_for
-from rlhf_exp.stages.tracking import record_model, tracker_for
-from rlhf_exp.stages.training import load_policy_model, world_for
-from rlhf_exp.tracking.finishing import finishing
-from rlhf_exp.tracking.progress import Progress
+from rlhf_exp.stages.training import (
+    load_policy_model,
+    record_model,
+    save_models,
+    tracker_for,
+    world_for,
+)
+from rlhf_exp.tracking.progress_bar import Progress
+from rlhf_exp.tracking.tracker import finishing
+from rlhf_exp.training.trainer import Outcome
+from rlhf_exp.trlx.convert import take_back
+from rlhf_exp.trlx.session import Judged, Session, TrlxProcess
+from rlhf_exp.trlx.settings import WEIGHTS, TrlxSettings, hand_over
 
 HANDED, LOG = "trlx", "trlx.log"
 """Folder of what the worker is given, while it works; file of what it prints, which stays."""

@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any
 
-from rlhf_exp.store.files import write_json_atomic
+from rlhf_exp.store.atomic_files import write_json_atomic
 
 KEY_LENGTH = 16
 # A file changed twice within the clock's grain keeps its time: too young a file is not cached.

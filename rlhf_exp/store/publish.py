@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.artifact import MANIFEST, Artifact, FileEntry, Manifest
-from rlhf_exp.store.files import (
+from rlhf_exp.store.atomic_files import (
     DRAFTS,
     disk_full_is_user_error,
     exchange,

@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.store import collect, publish
+from rlhf_exp.store import gc, publish
 from rlhf_exp.store.artifact import MANIFEST, Artifact, Manifest
-from rlhf_exp.store.collect import Removal
+from rlhf_exp.store.gc import Removal
 
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 KEY_NAME = re.compile(r"[A-Za-z0-9_]+")
@@ -183,14 +183,14 @@ class Store:
         Raises:
             UserError: a process is making or holds it.
         """
-        return collect.remove(self, artifact, dry_run)
+        return gc.remove(self, artifact, dry_run)
 
     def gc(
         self,
         referenced_keys: Iterable[str],
         dry_run: bool = False,
         *,
-        grace_s: float = collect.GRACE_S,
+        grace_s: float = gc.GRACE_S,
     ) -> list[Removal]:
         """Delete what no run refers to: artifacts, staging folders, leftovers.
 
@@ -205,7 +205,7 @@ class Store:
         Returns:
             What was deleted, or would be.
         """
-        return collect.collect(self, set(referenced_keys), dry_run, grace_s)
+        return gc.collect(self, set(referenced_keys), dry_run, grace_s)
 
     def _read(self, folder: Path) -> Artifact | None:
         try:

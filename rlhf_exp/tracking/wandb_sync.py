@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlhf_exp.tracking.local import STEP
-from rlhf_exp.tracking.wandb_file import (
+from rlhf_exp.tracking.wandb_log import (
     copy_log,
     is_complete,
     mark_synced,
@@ -165,7 +165,7 @@ def last_step_sent(starts: Sequence[Start]) -> float:
     Raises:
         wandb.Error: The server does not say.
     """
-    from rlhf_exp.tracking.wandb_start import wandb  # a second of import: only to send
+    from rlhf_exp.tracking.wandb_log import wandb
 
     api = wandb.Api(timeout=ASK_S)
     entity = starts[0].entity or api.default_entity

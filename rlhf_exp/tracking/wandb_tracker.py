@@ -28,8 +28,7 @@ import numpy as np
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.tracking.local import STEP
-from rlhf_exp.tracking.wandb_file import is_complete, mark_synced
-from rlhf_exp.tracking.wandb_start import FINISH_S, start_run, wandb
+from rlhf_exp.tracking.wandb_log import FINISH_S, is_complete, mark_synced, start_run, wandb
 
 log = logging.getLogger(__name__)
 

@@ -12,15 +12,12 @@ from typing import Any
 
 import pytest
 
+from rlhf_exp.annotation.campaign import Choice, Study, Vote, choice_of, side_of
 from rlhf_exp.cli import main
-from rlhf_exp.commands.annotate import annotate
-from rlhf_exp.commands.collect import sampled_pairs
-from rlhf_exp.engines.native.scoring import texts_of
-from rlhf_exp.human.items import side_of
-from rlhf_exp.human.study import Study
-from rlhf_exp.human.votes import Choice, Vote, choice_of
-from rlhf_exp.stages.materials import Materials
-from tests.human.serving import Served
+from rlhf_exp.commands.annotate import annotate, sampled_pairs
+from rlhf_exp.stages.context import Materials
+from rlhf_exp.training.reward_scorer import texts_of
+from tests.annotation.serving import Served
 from tests.lab import artifact, jsonl, launch, small_config
 
 
@@ -259,7 +256,7 @@ def test_both_answers_belong_to_the_prompt(run_copy: Path, monkeypatch: pytest.M
         prompts, _ = texts_of(*given)
         return prompts, [f"{number}: {prompt}" for number, prompt in enumerate(prompts)]
 
-    monkeypatch.setattr("rlhf_exp.commands.collect.texts_of", echoed)
+    monkeypatch.setattr("rlhf_exp.commands.annotate.texts_of", echoed)
     items = sampled_pairs(artifact(run_copy, "ppo"), 10, seed=0)
     assert len({item.prompt for item in items}) == 10
     for item in items:
@@ -271,8 +268,7 @@ def test_both_answers_belong_to_the_prompt(run_copy: Path, monkeypatch: pytest.M
 
 
 def test_plain_call(run_copy: Path) -> None:
-    from rlhf_exp.commands.annotate import Wanted
-    from rlhf_exp.commands.studies import Design
+    from rlhf_exp.commands.annotate import Design, Wanted
 
     file, tasks = run_copy / "own.sqlite", ("labelstudio", str(run_copy / "tasks"))
     annotate(run_copy, "small", Design(prompts=4), file, Wanted(annotators="2", write=tasks))

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_exp.cli import main
 from rlhf_exp.pipeline.plan import records_of
-from rlhf_exp.store.process import Process
-from rlhf_exp.store.records import Records, RunRecord, Status
+from rlhf_exp.store.run_records import Process, Records, RunRecord, Status
 from tests.lab import artifact, run, small_config
 
 

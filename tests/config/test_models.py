@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from rlhf_exp.config.compose import compose
-from rlhf_exp.config.model import ArchitectureConfig, Family
+from rlhf_exp.config.experiment import ArchitectureConfig, Family
 
 # From the models' cards, except GPT-J's, whose card counts other padding of the vocabulary:
 # embedding 50400 * 4096, head 50400 * 4096 + 50400, final norm 2 * 4096, and 28 blocks of

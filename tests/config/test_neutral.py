@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from rlhf_exp.config.compose import compose
+from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.fields import key_content
-from rlhf_exp.config.groups import CONF
-from rlhf_exp.config.keys import all_keys
-from rlhf_exp.config.root import Config
+from rlhf_exp.config.schema_keys import CONF, all_keys
 from rlhf_exp.pipeline.plan import plan
 
 NEUTRAL = {

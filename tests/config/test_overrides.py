@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.config.compose import compose
-from rlhf_exp.config.groups import CONF, read_groups
 from rlhf_exp.config.overrides import override_problems, points, with_lists
+from rlhf_exp.config.schema_keys import CONF, read_groups
 from rlhf_exp.errors import UserError
 
 GROUPS = read_groups()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_exp.config.keys import all_keys
+from rlhf_exp.config.schema_keys import all_keys
 
 PACKAGE = Path(__file__).parents[2] / "rlhf_exp"
 FIELDS = sorted({key.name.rpartition(".")[2] for key in all_keys().values() if not key.section})

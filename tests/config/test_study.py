@@ -7,18 +7,22 @@ from collections.abc import Sequence
 import pytest
 
 from rlhf_exp.config.checks import problems
-from rlhf_exp.config.compose import Composed, compose
+from rlhf_exp.config.compose import Composed, compose, from_dict, to_dict
+from rlhf_exp.config.experiment import Config, Stage
 from rlhf_exp.config.fields import in_key
-from rlhf_exp.config.groups import read_groups
-from rlhf_exp.config.keys import all_keys
-from rlhf_exp.config.launched import of_a_trial, worker_overrides
-from rlhf_exp.config.load import from_dict, to_dict
-from rlhf_exp.config.ppo import SelectBy
-from rlhf_exp.config.root import Config, Stage
-from rlhf_exp.config.space import own_values, settled_space
+from rlhf_exp.config.schema_keys import all_keys, read_groups
+from rlhf_exp.config.search_space import (
+    differences,
+    iterations,
+    of_a_trial,
+    own_values,
+    settled_space,
+    trial_config,
+    updates,
+    worker_overrides,
+)
 from rlhf_exp.config.study import Axis, StudyConfig
-from rlhf_exp.config.training import Select
-from rlhf_exp.config.trial import differences, iterations, trial_config, updates
+from rlhf_exp.config.training import Select, SelectBy
 
 
 def composed(*overrides: str) -> Composed:

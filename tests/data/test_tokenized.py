@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 
 from rlhf_exp.data import tokenized
-from rlhf_exp.data.codec import Codec
-from rlhf_exp.data.ragged import Ragged
 from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Turn
 from rlhf_exp.data.tokenized import (
+    Ragged,
     tokenize_demonstrations,
     tokenize_preferences,
     tokenize_prompts,
 )
-from rlhf_exp.data.tokenizer import train_tokenizer
+from rlhf_exp.data.tokenizer import Codec, train_tokenizer
 from rlhf_exp.errors import UserError
 
 

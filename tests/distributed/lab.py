@@ -18,12 +18,11 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from rlhf_exp.distributed.exit import exit_after
-from rlhf_exp.engines.native.task import Interrupted
+from rlhf_exp.processes.failures import exit_after
 from rlhf_exp.stages import eval as eval_stage
 from rlhf_exp.stages import ppo, reward, sft
-from rlhf_exp.stages.context import StageContext
-from rlhf_exp.stages.materials import Materials
+from rlhf_exp.stages.context import Materials, StageContext
+from rlhf_exp.training.task import Interrupted
 from tests.lab import ROOT, small_config
 
 STAGES = {"sft": sft, "reward": reward, "ppo": ppo, "eval": eval_stage}
@@ -148,11 +147,11 @@ def main(folder: Path) -> int:
     """Run the jobs as one of several processes, in a process group for each, as `workers` does."""
     import torch
 
-    from rlhf_exp.distributed import zero3
-    from rlhf_exp.distributed.group import open_store, process_group
-    from rlhf_exp.distributed.place import find_place
+    from rlhf_exp.distributed import deepspeed
+    from rlhf_exp.processes.environment import find_place
+    from rlhf_exp.processes.worker import open_store, process_group
 
-    zero3.WHOLE_BELOW = 0  # all that these models have is below it
+    deepspeed.WHOLE_BELOW = 0  # all that these models have is below it
     place = find_place()
     assert place is not None
     store = open_store(place)

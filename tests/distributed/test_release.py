@@ -18,8 +18,8 @@ import os, sys
 os.environ |= {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
 import torch
 from torch import distributed, nn
-from rlhf_exp.distributed.zero import Zero
-from rlhf_exp.distributed.zero3 import Zero3
+from rlhf_exp.distributed.deepspeed import Zero
+from rlhf_exp.distributed.deepspeed import Zero3
 
 folder, stage, half = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "half"
 store = distributed.FileStore(folder + "/store", 1)

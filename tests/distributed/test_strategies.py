@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf_exp.config.root import Config
-from rlhf_exp.data.collate import pack_demonstrations
+from rlhf_exp.config.experiment import Config
+from rlhf_exp.data.batching import pack_demonstrations
 from rlhf_exp.data.tokenized import tokenize_demonstrations
 from rlhf_exp.distributed.world import world_of
-from rlhf_exp.engines.native.sft import SftSettings, SftTask
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.load import load_causal_lm
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.stages.materials import Materials
+from rlhf_exp.models.pretrained import load_causal_lm
+from rlhf_exp.stages.context import Materials
+from rlhf_exp.training.sft import SftSettings, SftTask
 from tests.distributed.lab import Job, rows, run_job, run_jobs
 from tests.lab import small_config
 

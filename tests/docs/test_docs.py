@@ -13,16 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_exp.annotation.campaign import item_of
+from rlhf_exp.annotation.export import read_votes
 from rlhf_exp.cli import parser
-from rlhf_exp.command import main
-from rlhf_exp.data.formats import parse_row
-from rlhf_exp.data.toy.subjects import subjects
-from rlhf_exp.engines.native.function import load_function
-from rlhf_exp.engines.native.reward_server import RewardServer, Told
-from rlhf_exp.http.client import Service
-from rlhf_exp.human.exchange.lines import read_votes
-from rlhf_exp.human.items import item_of
-from tests.human.lab import study
+from rlhf_exp.data.parsing import parse_row
+from rlhf_exp.data.toy.content import subjects
+from rlhf_exp.http_client import Service
+from rlhf_exp.hydra_app import main
+from rlhf_exp.training.scorers import RewardServer, Told, load_function
+from tests.annotation.lab import study
 from tests.lab import artifact
 
 ROOT = Path(__file__).parents[2]
@@ -65,8 +64,10 @@ def test_launch_commands_compose(
     monkeypatch.setattr("sys.argv", ["launch.py"])
     # Composed and checked in full, then only shown; with the job itself replaced nothing runs.
     monkeypatch.setattr("rlhf_exp.experiment.run", lambda config, overrides: None)
-    monkeypatch.setattr("rlhf_exp.study.worker.work", lambda config, overrides: None)
-    monkeypatch.setattr("rlhf_exp.multirun.local.launch", lambda n_jobs, jobs: [None for _ in jobs])
+    monkeypatch.setattr("rlhf_exp.launchers.optuna.worker.work", lambda config, overrides: None)
+    monkeypatch.setattr(
+        "rlhf_exp.launchers.local.launch", lambda n_jobs, jobs: [None for _ in jobs]
+    )
     if "--help" not in arguments and "--cfg" not in arguments:
         arguments.append(f"output_dir={tmp_path}")
     assert main(arguments) == 0, capsys.readouterr().err
@@ -137,7 +138,7 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_every_metric_is_explained() -> None:
     explained = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     logged = set()
-    for folder in ("engines/native", "stages", "evaluation"):
+    for folder in ("training", "trlx", "stages", "evaluation"):
         for path in (ROOT / "rlhf_exp" / folder).rglob("*.py"):
             logged |= set(_METRIC.findall(path.read_text(encoding="utf-8")))
     logged -= {"eval/samples", "eval/side_by_side"}  # tables

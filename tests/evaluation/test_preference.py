@@ -8,11 +8,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from rlhf_exp.evaluation.preference import (
-    needed_pairs,
-    preference,
-    sign_test_power,
-)
+from rlhf_exp.evaluation.preference import needed_pairs, preference, sign_test_power
 from rlhf_exp.evaluation.statistics import Outcome
 
 STUDY = [1] * 30 + [0] * 54 + [-1] * 16

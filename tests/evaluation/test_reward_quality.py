@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlhf_exp.evaluation.reward_quality import accuracy_by_margin, length_report, pair_quality
-from rlhf_exp.evaluation.scores import auc, by_length, correlation, distributions, rank_correlation
+from rlhf_exp.evaluation.reward_quality import (
+    accuracy_by_margin,
+    auc,
+    by_length,
+    correlation,
+    distributions,
+    length_report,
+    pair_quality,
+    rank_correlation,
+)
 
 
 def test_accuracy_by_margin_by_hand() -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf_exp.models.architecture import Architecture
-from rlhf_exp.models.load import build_causal_lm
+from rlhf_exp.models.pretrained import build_causal_lm
 
 VOCABULARY = 89
 FAMILIES = {

@@ -9,10 +9,9 @@ import pytest
 from transformers import PreTrainedModel
 
 from rlhf_exp.models.architecture import Architecture, count_lora, count_parameters
-from rlhf_exp.models.configs import architecture_of
-from rlhf_exp.models.families import decoder_parts
-from rlhf_exp.models.load import meta_model
+from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.lora import LoraSettings, add_lora, lora_layers
+from rlhf_exp.models.pretrained import architecture_of, meta_model
 
 Build = Callable[..., PreTrainedModel]
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.models import lora
-from rlhf_exp.models.load import load_tokenizer
 from rlhf_exp.models.lora import LoraSettings, adapter_off, merged_state
 from rlhf_exp.models.policy import Policy
+from rlhf_exp.models.pretrained import load_tokenizer
 
 Build = Callable[..., PreTrainedModel]
 Batch = dict[str, Tensor]

@@ -68,10 +68,10 @@ def test_only_what_runs_the_edited_code_is_in_doubt(
     package: Path, run_copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = created(run_copy)
-    edit(package / "algo" / "gae.py", "1e-8", "1e-6")
+    edit(package / "algo" / "advantages.py", "1e-8", "1e-6")
     assert launch(run_copy) == 2
     message = capfd.readouterr().err
-    assert f"ppo {artifact(run_copy, 'ppo').key}: rlhf_exp/algo/gae.py" in message
+    assert f"ppo {artifact(run_copy, 'ppo').key}: rlhf_exp/algo/advantages.py" in message
     assert f"reward {artifact(run_copy, 'reward').key}:" not in message
 
     assert launch(run_copy, "rerun=[ppo]") == 0
@@ -101,7 +101,7 @@ def test_what_changes_no_result_is_no_change(
 
 
 def test_no_stage_runs_before_everything_is_known(package: Path, run_copy: Path) -> None:
-    edit(package / "algo" / "gae.py", "1e-8", "1e-6")
+    edit(package / "algo" / "advantages.py", "1e-8", "1e-6")
     shutil.rmtree(artifact(run_copy, "sft").path)
     # SFT would have to run, but PPO's result is in doubt: nothing is trained in vain.
     assert launch(run_copy) == 2

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.config.compose import compose
-from rlhf_exp.config.groups import CONF, read_groups
+from rlhf_exp.config.schema_keys import CONF, read_groups
 from rlhf_exp.pipeline.plan import plan
 
 GOLDEN = Path(__file__).with_name("golden_keys.json")

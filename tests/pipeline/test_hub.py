@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.config.compose import compose
-from rlhf_exp.config.groups import CONF
-from rlhf_exp.config.root import Config
+from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline import hub
-from rlhf_exp.pipeline.given import Given
 from rlhf_exp.pipeline.hub import Need, Pin, Pins, missing, needs, pinned
+from rlhf_exp.pipeline.inputs import Given
 from rlhf_exp.pipeline.plan import State, Step, plan
 from tests.lab import ROOT
 from tests.pipeline.stand_in_hub import COMMIT, stand_in_hub

@@ -12,7 +12,7 @@ from tests.lab import small
 PROGRAM = """
 import json, sys
 
-from rlhf_exp.command import main
+from rlhf_exp.hydra_app import main
 
 class Noting:
     met = []

@@ -9,12 +9,18 @@ from typing import Any
 import pytest
 
 from rlhf_exp.config.compose import compose
-from rlhf_exp.config.data import PromptFormat, Source
 from rlhf_exp.config.evaluation import ROLES, Suite
-from rlhf_exp.config.groups import CONF
-from rlhf_exp.config.model import Attention, Dtype
-from rlhf_exp.config.root import Config
-from rlhf_exp.config.running import EngineName, Strategy, TrackingMode
+from rlhf_exp.config.experiment import (
+    Attention,
+    Config,
+    Dtype,
+    EngineName,
+    PromptFormat,
+    Source,
+    Strategy,
+    TrackingMode,
+)
+from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.pipeline.keys import Keys
 from rlhf_exp.store.fingerprint import DigestCache
 from tests.lab import small_config

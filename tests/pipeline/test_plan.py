@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.config.evaluation import Suite
-from rlhf_exp.config.ppo import ValueInit
-from rlhf_exp.config.reward import RewardInit
-from rlhf_exp.config.root import Cache, Config, Stage
-from rlhf_exp.config.running import EngineName
+from rlhf_exp.config.experiment import Cache, Config, EngineName, Stage
+from rlhf_exp.config.training import RewardInit, ValueInit
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.begun import Begun, weights_digest
-from rlhf_exp.pipeline.needed import module_of
+from rlhf_exp.pipeline.inputs import Begun, weights_digest
 from rlhf_exp.pipeline.plan import (
     State,
     Step,
@@ -25,7 +22,8 @@ from rlhf_exp.pipeline.plan import (
     stages_of,
     store_of,
 )
-from rlhf_exp.store.records import RunRecord
+from rlhf_exp.pipeline.stage_graph import module_of
+from rlhf_exp.store.run_records import RunRecord
 from tests.lab import artifact, edit_manifest, small_config
 
 
@@ -145,14 +143,14 @@ def test_results_by_other_code_stop_the_plan(run_copy: Path) -> None:
 def test_what_says_things_and_computes_nothing_is_not_code() -> None:
     listed = stage_code("ppo")
     assert "rlhf_exp/algo/losses.py" in listed
-    assert "rlhf_exp/engines/native/ppo.py" in listed
+    assert "rlhf_exp/training/ppo.py" in listed
     assert not [path for path in listed if path.startswith(("rlhf_exp/config", "rlhf_exp/store"))]
-    assert "rlhf_exp/algo/gae.py" not in stage_code("sft")
+    assert "rlhf_exp/algo/advantages.py" not in stage_code("sft")
 
 
 def test_each_engine_has_code_of_its_own() -> None:
     native, trlx = stage_code("ppo"), stage_code("trlx_ppo")
-    folder = "rlhf_exp/engines/trlx"
+    folder = "rlhf_exp/trlx"
     assert not [path for path in native if path.startswith(folder)]
     # What another interpreter runs counts too.
     names = ("__main__", "trlx_line", "trlx_trainer")

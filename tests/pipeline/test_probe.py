@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rlhf_exp.engines.native.probe import Recorder
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.crew import crew_for
+from rlhf_exp.pipeline.executor import crew_for
 from rlhf_exp.pipeline.plan import plan
 from rlhf_exp.pipeline.probe import Probed, probe, probe_table
+from rlhf_exp.training.memory import Recorder
 from tests.lab import launch, small_config
 
 GIB = 1 << 30

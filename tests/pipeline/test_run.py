@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from rlhf_exp.engines.native.checkpoint import Checkpoints
-from rlhf_exp.engines.native.experience import Collector
 from rlhf_exp.pipeline.plan import records_of
 from rlhf_exp.stages import ppo as ppo_stage
 from rlhf_exp.stages import sft as sft_stage
 from rlhf_exp.store import publish
-from rlhf_exp.store.records import RunRecord
+from rlhf_exp.store.run_records import RunRecord
 from rlhf_exp.store.store import Store
+from rlhf_exp.training.checkpoint import Checkpoints
+from rlhf_exp.training.ppo import Collector
 from tests.lab import LAUNCH, artifact, edit_manifest, launch, small, small_config, weights
 
 ITERATIONS = [0, 1, 2]
@@ -106,11 +106,11 @@ def test_a_cut_off_run_goes_on_with_the_code_it_began_with_or_not_at_all(
         launch(run_copy, "eval=none", "ppo.kl.coef=0.3")
     (note,) = (run_copy / "store" / ".staging").glob("ppo-*/.started.json")
     begun = json.loads(note.read_text())
-    begun["code"]["rlhf_exp/algo/gae.py"] = "other"
+    begun["code"]["rlhf_exp/algo/advantages.py"] = "other"
     note.write_text(json.dumps(begun))
     assert launch(run_copy, "eval=none", "ppo.kl.coef=0.3") == 2
     message = capfd.readouterr().err
-    assert "rlhf_exp/algo/gae.py" in message
+    assert "rlhf_exp/algo/advantages.py" in message
     assert "rerun=[ppo]" in message
     assert launch(run_copy, "eval=none", "ppo.kl.coef=0.3", "rerun=[ppo]") == 0
     assert iterations == [0, *ITERATIONS], "from the beginning"
@@ -124,7 +124,7 @@ def test_a_run_finished_by_other_code_is_known_as_such(
         launch(run_copy, "eval=none", "ppo.kl.coef=0.3")
     (note,) = (run_copy / "store" / ".staging").glob("ppo-*/.started.json")
     begun = json.loads(note.read_text())
-    begun["code"]["rlhf_exp/algo/gae.py"] = "other"
+    begun["code"]["rlhf_exp/algo/advantages.py"] = "other"
     note.write_text(json.dumps(begun))
     assert launch(run_copy, "eval=none", "ppo.kl.coef=0.3", "cache=trust") == 0
     assert iterations == ITERATIONS

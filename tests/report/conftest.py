@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from rlhf_exp.evaluation.quick import quick_comparison
-from rlhf_exp.evaluation.result import QuickResult
+from rlhf_exp.evaluation.comparison import QuickResult, quick_comparison
 
 Compare = Callable[..., QuickResult]
 

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from rlhf_exp.batch import Finish, Samples
-from rlhf_exp.rollout import loop
+from rlhf_exp.rollout import sampler
 from rlhf_exp.rollout.sampler import sample
-from rlhf_exp.rollout.stops import Stopper
+from rlhf_exp.rollout.transcript import Stopper
 from tests.rollout.test_sampler import (
     FAMILIES,
     GPT_STYLE,
@@ -88,8 +88,8 @@ def test_whatever_the_batch_and_however_often_the_host_looks(
     monkeypatch: pytest.MonkeyPatch, batch: int, stride: int
 ) -> None:
     if stride > 1:
-        monkeypatch.setattr(loop, "on_accelerator", lambda device: True)
-        monkeypatch.setattr(loop, "ACCELERATOR_STRIDE", stride)
+        monkeypatch.setattr(sampler, "on_accelerator", lambda device: True)
+        monkeypatch.setattr(sampler, "ACCELERATOR_STRIDE", stride)
     samples = ended_in_all_ways("gpt_neox", batch, CLOSE)
     check_closing("gpt_neox", samples)
     monkeypatch.undo()

@@ -28,10 +28,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rlhf_exp.batch import Finish, Prompts, Samples
 from rlhf_exp.errors import UserError
-from rlhf_exp.rollout import loop
-from rlhf_exp.rollout.noise import uniform
+from rlhf_exp.rollout import sampler
 from rlhf_exp.rollout.sampler import Sampling, sample
-from rlhf_exp.rollout.stops import Stopper
+from rlhf_exp.rollout.token_sampling import uniform
+from rlhf_exp.rollout.transcript import Stopper
 
 VOCABULARY, WIDTH, LAYERS, HEADS, CONTEXT = 61, 16, 3, 4, 64
 NO_EOS = -1
@@ -170,7 +170,7 @@ def test_nothing_is_cut_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: object) -> Tensor:
         raise AssertionError("training samples from the whole distribution")
 
-    monkeypatch.setattr(loop, "truncated", refuse)
+    monkeypatch.setattr(sampler, "truncated", refuse)
     model, prompts = build(), make_prompts(LENGTHS)
     sample(model, prompts, settings(), seed=5)
     sample(model, prompts, settings(greedy=True, top_p=0.5), seed=5)
@@ -206,8 +206,8 @@ def test_looking_every_few_tokens_changes_nothing(monkeypatch: pytest.MonkeyPatc
     # What an accelerator does: rows run on after their end, and attention reads padded columns.
     model, prompts = build(), make_prompts(LENGTHS)
     reference = sample(model, prompts, settings(eos_id=22), seed=5, capture=blocks(model)[1])
-    monkeypatch.setattr(loop, "on_accelerator", lambda device: True)
-    monkeypatch.setattr(loop, "ACCELERATOR_STRIDE", 5)
+    monkeypatch.setattr(sampler, "on_accelerator", lambda device: True)
+    monkeypatch.setattr(sampler, "ACCELERATOR_STRIDE", 5)
     for batch in (2, 7):
         lazy = sample(model, prompts, settings(eos_id=22, batch=batch), 5, capture=blocks(model)[1])
         assert_same_rows(lazy, reference)

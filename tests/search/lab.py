@@ -8,10 +8,8 @@ from pathlib import Path
 
 from optuna.distributions import FloatDistribution, IntDistribution
 
-from rlhf_exp.evaluation.objective import Measure
-from rlhf_exp.search.journal import Pruning
-from rlhf_exp.search.judge import Trial, report
-from rlhf_exp.search.search import Asked, Search, Wanted
+from rlhf_exp.search.pruning import Measure, Trial, report
+from rlhf_exp.search.study import Asked, Pruning, Search, Wanted
 from rlhf_exp.store.store import Store
 
 BEST = 1e-4

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_exp.data.toy.judge import gold_score
+from rlhf_exp.data.toy.gold_judge import gold_score
 from rlhf_exp.errors import UserError
-from rlhf_exp.evaluation.result import QuickResult
-from rlhf_exp.stages.materials import Materials
+from rlhf_exp.evaluation.comparison import QuickResult
+from rlhf_exp.stages.context import Materials
 from tests.lab import artifact, jsonl, pairs, run, small_config
 
 

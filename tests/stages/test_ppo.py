@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.tokenized import tokenize_prompts
+from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.reward_model import RewardModel
-from rlhf_exp.stages import originals
-from rlhf_exp.stages.materials import Materials
+from rlhf_exp.stages import ppo_inputs
+from rlhf_exp.stages.context import Materials
 from rlhf_exp.store.store import Store
 from tests.lab import artifact, edit_manifest, jsonl, pairs, run, small_config, weights
 
@@ -88,7 +88,7 @@ def test_the_data_sets_own_answers_are_scored_once(
             expected = float(model.scores(torch.from_numpy(ids)[None], torch.tensor([len(ids)])))
             assert scores[row] == pytest.approx(expected, abs=1e-5)
 
-    monkeypatch.setattr(originals, "_score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(ppo_inputs, "_score", lambda *_: pytest.fail("scored again"))
     run(run_copy, "stage=ppo", "ppo.lr=1e-5")
     assert len(original_files(run_copy)) == 1
 
@@ -96,7 +96,7 @@ def test_the_data_sets_own_answers_are_scored_once(
 def test_more_iterations_do_not_change_the_batches_of_those_before() -> None:
     def batches(steps: int) -> list[list[int]]:
         config = small_config(Path("unused"), f"ppo.steps={steps}")
-        return [rows.tolist() for rows in originals._used(config, 20)]
+        return [rows.tolist() for rows in ppo_inputs._used(config, 20)]
 
     one, two, many = batches(2), batches(4), batches(40)
     assert [len(rows) for rows in one] == [8]
@@ -110,13 +110,13 @@ def test_own_answers_are_scored_again_by_another_reward_model(
 ) -> None:
     """Also by one made again under the same key, which may have other weights."""
     asked: list[int] = []
-    score = originals._score
+    score = ppo_inputs._score
 
     def noted(*arguments: Any) -> Any:
         asked.append(1)
         return score(*arguments)
 
-    monkeypatch.setattr(originals, "_score", noted)
+    monkeypatch.setattr(ppo_inputs, "_score", noted)
     found = artifact(run_copy, "reward")
     files = json.loads((found.path / "manifest.json").read_text())["files"]
     for name, entry in files.items():

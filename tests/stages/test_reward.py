@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.tokenized import tokenize_demonstrations, tokenize_preferences
+from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.models.reward_model import RewardModel
-from rlhf_exp.stages.materials import Materials
+from rlhf_exp.stages.context import Materials
 from tests.lab import artifact, jsonl, pairs, run, small_config
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.stages import originals
-from rlhf_exp.stages.server import NOTE
+from rlhf_exp.stages import ppo_inputs
+from rlhf_exp.stages.scorers import NOTE
 from rlhf_exp.store.store import Store
 from tests.judge_server import JudgeServer
 from tests.lab import artifact, launch, run
@@ -99,8 +99,8 @@ def test_what_a_nameless_server_scored_is_not_trusted_later(
 ) -> None:
     """The address says nothing of the reward, so the data's own responses are scored again."""
     times = []
-    score = originals._score
-    monkeypatch.setattr(originals, "_score", lambda *args: times.append(1) or score(*args))
+    score = ppo_inputs._score
+    monkeypatch.setattr(ppo_inputs, "_score", lambda *args: times.append(1) or score(*args))
     asked = ["stage=ppo", "ppo.steps=2", f"ppo.reward.url={letters.url}"]
     run(run_copy, *asked)
     run(run_copy, *asked, "ppo.lr=1e-5")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_exp.data.codec import Codec
 from rlhf_exp.data.tokenized import tokenize_demonstrations
+from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
-from rlhf_exp.stages.materials import Materials
+from rlhf_exp.stages.context import Materials
 from tests.lab import artifact, jsonl, pairs, run, small_config, weights
 
 
@@ -31,7 +31,7 @@ def test_what_the_artifact_holds(small_run: Path) -> None:
     assert (manifest.parents, manifest.inputs) == ({}, {})
     assert manifest.objective == -manifest.metrics["eval/loss"]
     assert manifest.metrics["published_step"] == 6, "so few steps only improve"
-    assert "rlhf_exp/engines/native/sft.py" in manifest.code
+    assert "rlhf_exp/training/sft.py" in manifest.code
     facts = json.loads((found.path / "facts.json").read_text())
     assert (facts["rows"], facts["rejected"]) == (60, 0)
     assert facts["packed_rows"] < 60

@@ -1,6 +1,6 @@
 """PPO by trlx: with a stand-in for the worker, and (marker `trlx`) with trlx itself.
 
-The latter need `RLHF_EXP_TRLX_PYTHON`, an interpreter made by `rlhf_exp/engines/trlx/setup.sh`.
+The latter need `RLHF_EXP_TRLX_PYTHON`, an interpreter made by `rlhf_exp/trlx/setup.sh`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rlhf_exp.engines.trlx import process
-from rlhf_exp.engines.trlx.convert import write_old_model
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.load import load_tokenizer
+from rlhf_exp.models.pretrained import load_tokenizer
 from rlhf_exp.stages import trlx_ppo
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.store import Store
-from tests.engines.trlx.test_convert import model_of
+from rlhf_exp.trlx import session
+from rlhf_exp.trlx.convert import write_old_model
 from tests.lab import LAUNCH, ROOT, artifact, run, small, weights
+from tests.trlx.test_convert import model_of
 
 STAND_IN = Path(__file__).parent / "stand_in_trlx"
 THIS = f"engine.python={sys.executable}"
@@ -35,7 +35,7 @@ THIS = f"engine.python={sys.executable}"
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "worker_folder", lambda: STAND_IN)
+    monkeypatch.setattr(session, "worker_folder", lambda: STAND_IN)
 
 
 def newest(outputs: Path) -> Artifact:
@@ -103,8 +103,8 @@ def test_a_signal_ends_both(run_copy: Path, number: int) -> None:
     program = f"""
 import sys
 from pathlib import Path
-from rlhf_exp.engines.trlx import process
-process.worker_folder = lambda: Path({str(STAND_IN)!r})
+from rlhf_exp.trlx import session
+session.worker_folder = lambda: Path({str(STAND_IN)!r})
 from tests.lab import run
 run(Path({str(run_copy)!r}), "stage=ppo", "engine=trlx", {THIS!r})
 """

@@ -22,13 +22,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from rlhf_exp.commands.store import list_artifacts
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.artifact import Artifact, Manifest
+from rlhf_exp.store.disk_usage import kept_keys
 from rlhf_exp.store.lease import hold, try_hold
-from rlhf_exp.store.records import Records, RunRecord, Status
-from rlhf_exp.store.retention import kept_keys
+from rlhf_exp.store.run_records import Records, RunRecord, Status
 from rlhf_exp.store.store import Store
-from rlhf_exp.store.views import list_artifacts
 
 WORKERS = 4
 GRACE_S = 0.4

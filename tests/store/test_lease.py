@@ -14,9 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.store import holders, lease
-from rlhf_exp.store.holders import break_stale, lease_path, stamp_of
-from rlhf_exp.store.lease import LeaseLost, hold, try_hold
+from rlhf_exp.store import lease
+from rlhf_exp.store.lease import LeaseLost, break_stale, hold, lease_path, stamp_of, try_hold
 from rlhf_exp.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +72,7 @@ def told(process: subprocess.Popen[str]) -> str:
 def test_held_checked_and_let_go(store: Store) -> None:
     with hold(store, "sft", "abc1", parents=["def2"]) as held:
         held.check()
-        (holder,) = holders.holders(store.root)
+        (holder,) = lease.holders(store.root)
         assert (holder.stage, holder.key, holder.pid) == ("sft", "abc1", os.getpid())
         assert holder.parents == ("def2",)
         assert holder == held.holder
@@ -81,7 +80,7 @@ def test_held_checked_and_let_go(store: Store) -> None:
             assert other is None
         with try_hold(store, "sft", "def2") as other:
             assert other is not None
-    assert holders.holders(store.root) == []
+    assert lease.holders(store.root) == []
     assert list((store.root / ".leases").iterdir()) == []
     with pytest.raises(LeaseLost):
         held.check()
@@ -123,11 +122,11 @@ def test_a_killed_holder_is_replaced_at_once(
     process = holder()
     process.kill()
     process.wait()
-    assert holders.holders(store.root) == []
+    assert lease.holders(store.root) == []
     start = time.monotonic()
     with hold(store, "sft", "abc1") as held:
         held.check()
-        assert holders.holders(store.root) == [held.holder]
+        assert lease.holders(store.root) == [held.holder]
     # The term is 30 s: the dead process is recognised, not waited out.
     assert time.monotonic() - start < 5
 
@@ -154,7 +153,7 @@ def test_a_silent_holder_is_replaced_after_its_term_and_notices(
         assert f"process {os.getpid()} on" in said
         # The loser's leaving takes nothing from the winner.
         held.check()
-        assert holders.holders(store.root) == [held.holder]
+        assert lease.holders(store.root) == [held.holder]
 
 
 def test_a_lease_whose_file_is_gone_is_lost(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +206,7 @@ def test_a_marker_that_changes_between_look_and_rename_goes_back(
     judged = (1, 1)
     looks = iter([judged])
     real = stamp_of
-    monkeypatch.setattr(holders, "stamp_of", lambda path: next(looks, None) or real(path))
+    monkeypatch.setattr(lease, "stamp_of", lambda path: next(looks, None) or real(path))
     break_stale(marker, judged)
     assert marker.read_text() == "successor"
     assert list(tmp_path.iterdir()) == [marker]
@@ -229,7 +228,7 @@ def test_another_hosts_claim_lasts_ten_minutes_for_collection(
     store: Store, age_s: float, live: bool
 ) -> None:
     foreign(store, age_s)
-    found = holders.holders(store.root)
+    found = lease.holders(store.root)
     assert [(one.host, one.pid, one.since) for one in found] == [("node7", 1, None)] * live
     with try_hold(store, "sft", "abc1") as held:
         assert (held is None) == live
@@ -239,7 +238,7 @@ def test_a_dead_holders_note_is_not_taken_for_the_next_ones(store: Store) -> Non
     marker = foreign(store, 0)
     note = {"stage": "sft", "key": "abc1", "host": "node3", "pid": 5, "parents": [], "token": "u"}
     marker.with_suffix(".json").write_text(json.dumps(note))
-    holder = holders.read_holder(marker)
+    holder = lease.read_holder(marker)
     assert holder is not None
     assert holder.host == "node7"
 

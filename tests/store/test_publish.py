@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.store import files, publish
+from rlhf_exp.store import atomic_files, publish
 from rlhf_exp.store.artifact import MANIFEST, Artifact, Manifest
-from rlhf_exp.store.files import exchange
+from rlhf_exp.store.atomic_files import exchange
 from rlhf_exp.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,7 +152,7 @@ def test_an_empty_folder_is_not_published(store: Store) -> None:
 def test_a_full_disk_says_what_is_needed_and_keeps_staging(
     store: Store, monkeypatch: pytest.MonkeyPatch, number: int, where: str
 ) -> None:
-    real = files.write_json_atomic
+    real = atomic_files.write_json_atomic
 
     def write(path: Path, content: object, *, durable: bool = True) -> None:
         if (where == "note") == path.name.endswith(".publish.json") and where != "flush":

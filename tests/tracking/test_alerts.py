@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.tracking.alerts import Alarms, AlertRules
-from rlhf_exp.tracking.opening import open_tracker
+from rlhf_exp.tracking.create import open_tracker
 
 KL, REWARD, ENTROPY = (
     "KL is far above its target",

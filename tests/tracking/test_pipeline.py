@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_exp.pipeline.begun import weights_digest
+from rlhf_exp.pipeline.inputs import weights_digest
 from rlhf_exp.tracking.local import read_metrics
-from rlhf_exp.tracking.wandb_file import read_wandb_file, wandb_files
+from rlhf_exp.tracking.wandb_log import read_wandb_file, wandb_files
 from tests.lab import LAUNCH, ROOT, artifact, launch, small
 from tests.tracking.server import ReceivedArtifact, ReceivedRun, WandbServer
 

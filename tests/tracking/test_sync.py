@@ -11,11 +11,11 @@ import pytest
 from rlhf_exp.cli import main
 from rlhf_exp.store.artifact import Manifest
 from rlhf_exp.store.lease import hold
-from rlhf_exp.store.records import Records, RunRecord
+from rlhf_exp.store.run_records import Records, RunRecord
 from rlhf_exp.store.store import Store
-from rlhf_exp.tracking import wandb_start, wandb_sync
-from rlhf_exp.tracking.opening import Mode, open_tracker
-from rlhf_exp.tracking.wandb_file import copy_log, read_wandb_file, synced_marker, wandb_files
+from rlhf_exp.tracking import wandb_log, wandb_sync
+from rlhf_exp.tracking.create import Mode, open_tracker
+from rlhf_exp.tracking.wandb_log import copy_log, read_wandb_file, synced_marker, wandb_files
 from rlhf_exp.tracking.wandb_sync import Start, unsent
 from tests.tracking.server import WandbServer
 
@@ -170,7 +170,7 @@ def test_an_online_run_continued_offline_is_completed(
 def test_an_online_run_that_lost_its_server_is_completed(
     server: WandbServer, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wandb_start, "FINISH_S", 1.0)
+    monkeypatch.setattr(wandb_log, "FINISH_S", 1.0)
     tracker = open_tracker("online", recorded.folder)
     for step in (0, 1):
         tracker.log({"loss/total": 0.5}, step)

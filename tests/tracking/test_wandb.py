@@ -18,17 +18,17 @@ import pytest
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.tracking import wandb_tracker
+from rlhf_exp.tracking.create import open_tracker
 from rlhf_exp.tracking.local import read_metrics
-from rlhf_exp.tracking.opening import open_tracker
-from rlhf_exp.tracking.wandb_file import joined_history, read_wandb_file, wandb_files
+from rlhf_exp.tracking.wandb_log import joined_history, read_wandb_file, wandb_files
 
 # Logs a row every 100 ms, says which, and goes on until it is killed. Faster, and W&B would fill a
 # buffer of 32 KiB and flush it whatever the interval.
 ENDLESS_RUN = """
 import sys, time
 from pathlib import Path
-from rlhf_exp.tracking.finishing import finishing
-from rlhf_exp.tracking.opening import open_tracker
+from rlhf_exp.tracking.tracker import finishing
+from rlhf_exp.tracking.create import open_tracker
 tracker = open_tracker("offline", Path(sys.argv[1]), config={"lr": 0.5}, resume_step=0)
 with finishing(tracker):
     step = 0
@@ -221,7 +221,7 @@ def test_online_without_a_key_is_the_users_error(
 
 def test_disabled_needs_no_wandb(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from rlhf_exp.tracking.opening import open_tracker\n"
+        "import sys; from pathlib import Path; from rlhf_exp.tracking.create import open_tracker\n"
         "tracker = open_tracker('disabled', Path(sys.argv[1]), run_id='mine')\n"
         "tracker.log({'a': 1.0}, 1); tracker.finish(); print(tracker.run_id)\n"
         "assert not {'wandb', 'torch'} & set(sys.modules)"

@@ -1,11 +1,32 @@
-"""A sweep, or any set of runs, as plain values: what its page, its JSON and its CSV are made of."""
+"""A sweep, or any set of runs, as plain values: what its page, its JSON and its CSV are made of.
+
+What distinguishes runs: the hyperparameters that vary among them, their seeds aside.
+
+A finished run's config is in its manifest. A failed one has only its command line, so that what it
+does not say is taken from the runs that do not say it either.
+
+Runs that differ in their seeds alone, taken together: means and intervals over seeds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from rlhf_exp.report.curves import Row
+import numpy as np
+import yaml
+
+from rlhf_exp.evaluation.statistics import (
+    LEVEL,
+    RESAMPLES,
+    Estimate,
+    Floats,
+    Interval,
+    estimate_mean,
+)
+from rlhf_exp.report.chart import Row
 
 
 @dataclass(frozen=True)
@@ -121,3 +142,327 @@ def short_key(key: str) -> str:
     """Return a key without its section: `kl.coef` for `ppo.kl.coef`."""
     section, dot, rest = key.partition(".")
     return rest if dot and section == "ppo" else key
+
+
+# Where a run was stored and how it was watched does not make it another experiment.
+ASIDE = (
+    "name",
+    "output_dir",
+    "plan",
+    "probe",
+    "cache",
+    "rerun",
+    "stage",
+    "tracking",
+    "hydra",
+    "launcher",
+    "study",
+    "sweep",
+)
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run's settings are read from.
+
+    Attributes:
+        overrides: Its command line.
+        config: Its resolved config, flat, or `None` where it left none.
+    """
+
+    overrides: tuple[str, ...]
+    config: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What varies among runs.
+
+    Attributes:
+        varied: The keys, in the order of the command line.
+        settings: For each run its value of each of these, as text.
+        seeds: For each run its seed in words, as far as seeds vary.
+    """
+
+    varied: tuple[str, ...]
+    settings: tuple[dict[str, str], ...]
+    seeds: tuple[str, ...]
+
+
+def settle(origins: Sequence[Origin]) -> Settled:
+    """Return what varies among runs.
+
+    The keys of the command line are taken where they tell the runs apart just as the configs do:
+    `model=a,b` is one key there and many in the config.
+    """
+    values = _Values(origins)
+    command, config = values.varied_by_command(), values.varied_by_config()
+    known = [number for number, one in enumerate(origins) if one.config is not None]
+    same = _parts(values, command, known) == _parts(values, config, known)
+    keys = command if (same and len(command) <= len(config)) or not config else config
+    settings = tuple({key: values.text(n, key) for key in keys} for n in range(len(origins)))
+    return Settled(tuple(keys), settings, tuple(values.seed(n) for n in range(len(origins))))
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested config with dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def shown(value: object) -> str:
+    """Return a value as one would write it on the command line: `3e-4` and `0.0003` are one."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return f"{value:.12g}"
+    return str(value)
+
+
+def parsed(text: str) -> str:
+    """Return the value of an override, written as `shown` writes it."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a word
+        try:
+            return shown(float(value))
+        except ValueError:
+            return value
+    return shown(value)
+
+
+def order_of(text: str) -> tuple[int, float, str]:
+    """Return what sorts values: numbers by size, then words."""
+    try:
+        return 0, float(text), text
+    except ValueError:
+        return 1, 0.0, text
+
+
+def given(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the values of a command line by key."""
+    pairs = (text.partition("=") for text in overrides)
+    return {key.lstrip("+~"): parsed(value) for key, sign, value in pairs if sign}
+
+
+def is_aside(key: str) -> bool:
+    """Whether a key says nothing of the experiment."""
+    return key.replace("/", ".").split(".")[0] in ASIDE
+
+
+def is_seed(key: str) -> bool:
+    """Whether a key is a seed: runs that differ in no other are replicates."""
+    return key == "seed" or key.endswith(".seed")
+
+
+class _Values:
+    """Every run's value of every key, as far as it is known."""
+
+    def __init__(self, origins: Sequence[Origin]) -> None:
+        self.origins = origins
+        self.given = [given(one.overrides) for one in origins]
+        self.configs = [
+            None if one.config is None else {key: shown(item) for key, item in one.config.items()}
+            for one in origins
+        ]
+        self.seed_keys = [key for key in self._keys() if is_seed(key) and self._varies(key)]
+
+    def varied_by_command(self) -> list[str]:
+        """Return the keys of command lines whose values differ, in their order."""
+        keys = dict.fromkeys(key for one in self.given for key in one)
+        return [key for key in keys if _counts(key) and self._varies(key)]
+
+    def varied_by_config(self) -> list[str]:
+        """Return the keys of configs whose values differ."""
+        configs = [one for one in self.configs if one is not None]
+        keys = sorted({key for one in configs for key in one if _counts(key)})
+        return [key for key in keys if len({one.get(key) for one in configs}) > 1]
+
+    def text(self, number: int, key: str) -> str:
+        """Return a run's value of a key."""
+        config = self.configs[number]
+        if config is not None and key in config:
+            return config[key]
+        return self.given[number].get(key) or self._default(key)
+
+    def seed(self, number: int) -> str:
+        """Return a run's seeds in words, those that vary."""
+        found = {key: self.text(number, key) for key in self.seed_keys}
+        if len(set(found.values())) == 1:
+            return next(iter(found.values()))
+        return ", ".join(f"{key.partition('.')[0]} {value}" for key, value in found.items())
+
+    def _default(self, key: str) -> str:
+        """Return the value in runs that do not name the key, if it is the same in all of them."""
+        pairs = zip(self.configs, self.given, strict=True)
+        found = {
+            config[key]
+            for config, one in pairs
+            if config is not None and key not in one and key in config
+        }
+        return found.pop() if len(found) == 1 else UNKNOWN
+
+    def _keys(self) -> list[str]:
+        known = [*self.given, *(one for one in self.configs if one is not None)]
+        return sorted({key for one in known for key in one})
+
+    def _varies(self, key: str) -> bool:
+        return len({self.text(number, key) for number in range(len(self.origins))}) > 1
+
+
+def _counts(key: str) -> bool:
+    return not is_aside(key) and not is_seed(key)
+
+
+def _parts(values: _Values, keys: Sequence[str], numbers: Sequence[int]) -> list[int]:
+    """Return the number of the part each run falls into, by its values of `keys`."""
+    met: dict[tuple[str, ...], int] = {}
+    return [met.setdefault(tuple(values.text(n, key) for key in keys), len(met)) for n in numbers]
+
+
+# Resampling two values says nothing that the two do not.
+FEWEST = 3
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A number over seeds.
+
+    Attributes:
+        values: One of each seed.
+        estimate: Mean and interval; the interval is infinite for fewer than `FEWEST` seeds.
+    """
+
+    values: tuple[float, ...]
+    estimate: Estimate
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether the seeds suffice for an interval."""
+        return math.isfinite(self.estimate.low) and math.isfinite(self.estimate.high)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; without an interval its ends are null."""
+        low, high = (self.estimate.low, self.estimate.high) if self.has_interval else (None, None)
+        values = list(self.values)
+        return {
+            "n": len(values),
+            "mean": self.estimate.mean,
+            "low": low,
+            "high": high,
+            "values": values,
+        }
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of the same settings."""
+
+    settings: Mapping[str, str]
+    points: tuple[Point, ...]
+
+    @property
+    def label(self) -> str:
+        """The settings in words."""
+        return label_of(self.settings) or "all runs"
+
+    @property
+    def done(self) -> tuple[Point, ...]:
+        """The runs whose numbers are final."""
+        return tuple(point for point in self.points if point.done)
+
+    def objective(self) -> Summary | None:
+        """Return the objective over seeds."""
+        return summarised(point.objective for point in self.done)
+
+    def metric(self, name: str) -> Summary | None:
+        """Return a final metric over seeds."""
+        return summarised(point.metrics.get(name) for point in self.done)
+
+
+def grouped(points: Sequence[Point]) -> list[Group]:
+    """Return the groups, ordered by their settings, numbers by size."""
+    found: dict[tuple[str, ...], list[Point]] = {}
+    for point in points:
+        found.setdefault(tuple(point.settings.values()), []).append(point)
+    groups = [Group(members[0].settings, tuple(members)) for members in found.values()]
+    return sorted(groups, key=lambda one: tuple(order_of(text) for text in one.settings.values()))
+
+
+def summarised(values: Iterable[float | None]) -> Summary | None:
+    """Return mean and percentile-bootstrap interval of what is finite; `None` of nothing."""
+    known = tuple(float(value) for value in values if value is not None and math.isfinite(value))
+    if not known:
+        return None
+    if len(known) < FEWEST:
+        return Summary(known, Estimate(sum(known) / len(known), -math.inf, math.inf))
+    return Summary(known, estimate_mean(known, seed=0))
+
+
+def intervals(values: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return mean and percentile-bootstrap interval over seeds at each of T steps.
+
+    Args:
+        values: [n, T], one row a seed; NaN where a seed has no value.
+
+    Returns:
+        (mean, low, high), each [T]; low and high are NaN where fewer than `FEWEST` seeds have one.
+    """
+    known = np.isfinite(values)
+    count = known.sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        mean = np.where(known, values, 0).sum(axis=0) / np.where(count, count, np.nan)
+    low, high = np.full(len(mean), np.nan), np.full(len(mean), np.nan)
+    for members in {tuple(column) for column in known.T.tolist()}:
+        rows = np.flatnonzero(members)
+        if len(rows) < FEWEST:
+            continue
+        steps = np.flatnonzero((np.array(members) == known.T).all(axis=1))
+        draws = np.random.default_rng(0).integers(0, len(rows), size=(RESAMPLES, len(rows)))
+        weights = np.apply_along_axis(np.bincount, 1, draws, minlength=len(rows)) / len(rows)
+        means = weights @ values[np.ix_(rows, steps)]
+        tail = (1 - LEVEL) / 2
+        low[steps], high[steps] = np.quantile(means, [tail, 1 - tail], axis=0)
+    return mean, low, high
+
+
+def difference(a: Summary, b: Summary, seed: int = 0) -> Estimate:
+    """Return the difference of means, b - a, with its interval over seeds.
+
+    The seeds of both sides are resampled independently of each other. The interval is infinite
+    where a side has fewer than `FEWEST`.
+    """
+    left, right = np.array(a.values), np.array(b.values)
+    found = float(right.mean() - left.mean())
+    if min(len(left), len(right)) < FEWEST:
+        return Estimate(found, -math.inf, math.inf)
+    generator = np.random.default_rng(seed)
+    means = [
+        side[generator.integers(0, len(side), size=(RESAMPLES, len(side)))].mean(axis=1)
+        for side in (left, right)
+    ]
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(means[1] - means[0], [tail, 1 - tail])
+    ends = Interval(float(low), float(high))
+    return Estimate(found, ends.low, ends.high)
+
+
+def best_of(groups: Sequence[Group]) -> list[tuple[Group, Summary]]:
+    """Return the groups by their mean objective, the best first.
+
+    A group whose seeds have mostly failed is left out: it needs half as many as the fullest.
+    """
+    known = [(group, found) for group in groups if (found := group.objective()) is not None]
+    most = max((len(found.values) for _, found in known), default=0)
+    enough = [(group, found) for group, found in known if 2 * len(found.values) >= most]
+    return sorted(enough, key=lambda pair: -pair[1].estimate.mean)

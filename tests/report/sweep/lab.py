@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.evaluation.quick import quick_comparison
+from rlhf_exp.evaluation.comparison import quick_comparison
 from rlhf_exp.store.artifact import Artifact, Manifest
-from rlhf_exp.store.records import Records, RunRecord, Status
+from rlhf_exp.store.run_records import Records, RunRecord, Status
 from rlhf_exp.store.store import Store
 
 BASE = ("experiment=smoke", "name=kl")

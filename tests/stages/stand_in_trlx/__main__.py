@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "rlhf_exp" / "engines" / "trlx" / "worker"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "rlhf_exp" / "trlx" / "worker"))
 from trlx_line import Line
 
 UPDATE = {

@@ -1,0 +1,145 @@
+"""SageMaker Ground Truth: manifest and task templates out, the consolidated output back.
+
+A job asks one question, so there is a template for each criterion; all share the manifest. Workers'
+answers are read from the output manifest, in which every worker's answer to a line is a JSON text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.annotation.campaign import Choice, Study, Vote, question
+from rlhf_exp.annotation.export import Names, Pair, judged_pairs, pairs_to_judge
+from rlhf_exp.data.parsing import Unreadable, read_jsonl
+from rlhf_exp.errors import UserError
+from rlhf_exp.store.atomic_files import write_text_atomic
+
+MANIFEST, OUTPUT = "manifest.jsonl", "output.manifest"
+LINE_LIMIT = 100_000
+_TEMPLATE = """\
+<script src="https://assets.crowd.aws/crowd-html-elements.js"></script>
+<style>
+.text {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
+.answers {{ display: grid; grid-template-columns: 1fr 1fr; gap: 1em; }}
+</style>
+<crowd-form>
+  <crowd-classifier name="{name}" categories="{categories}" header="{header}">
+    <classification-target>
+      <h3>Conversation</h3>
+      <div class="text">{{{{ task.input.source }}}}</div>
+      <div class="answers">
+        <div><h3>Answer A</h3><div class="text">{{{{ task.input.answer_a }}}}</div></div>
+        <div><h3>Answer B</h3><div class="text">{{{{ task.input.answer_b }}}}</div></div>
+      </div>
+    </classification-target>
+    <full-instructions header="Instructions">{instructions}</full-instructions>
+    <short-instructions>{instructions}</short-instructions>
+  </crowd-classifier>
+</crowd-form>
+"""
+
+
+def write_ground_truth(study: Study, folder: Path) -> list[Path]:
+    """Write manifest, templates and, if there are votes, an output manifest; return the files.
+
+    Raises:
+        UserError: a pair is longer than a line of a manifest may be.
+    """
+    lines = [_line(study, _source(pair)) for pair in pairs_to_judge(study)]
+    written = {MANIFEST: "".join(lines)}
+    for criterion in study.about.criteria:
+        written[f"template-{criterion}.liquid.html"] = template(study, criterion)
+    judged = judged_pairs(study)
+    if judged:
+        answered = [{**_source(pair), **_answers(pair)} for pair in judged]
+        written[OUTPUT] = "".join(json.dumps(line) + "\n" for line in answered)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in written.items():
+        write_text_atomic(folder / name, text)
+    return [folder / name for name in written]
+
+
+def template(study: Study, criterion: str) -> str:
+    """Return the task template; Liquid escapes what it takes from a line."""
+    paragraphs = study.about.instructions.split("\n\n")
+    return _TEMPLATE.format(
+        name=criterion,
+        categories=escape(json.dumps([choice.value for choice in Choice])),
+        header=escape(question(criterion)),
+        # A brace of the owner's would be read as Liquid's.
+        instructions="".join(
+            f"<p>{escape(text).replace('{', '&#123;')}</p>" for text in paragraphs
+        ),
+    )
+
+
+def read_ground_truth(study: Study, path: Path) -> list[Vote]:
+    """Return the votes of an output manifest.
+
+    Raises:
+        UserError: the file is no such manifest, or a vote in it is not of this study.
+    """
+    names = Names(study)
+    found: list[Vote] = []
+    for origin, record in read_jsonl(path, "--import groundtruth"):
+        if isinstance(record, Unreadable):
+            raise UserError(f"{origin}: {record.reason}")
+        try:
+            found += _votes(names, study.about.criteria, record)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{origin}: no votes of this study: {type(error).__name__}: {error}; expected a "
+                f"line of the output for {MANIFEST}, with all workers' answers"
+            ) from error
+    return found
+
+
+def _source(pair: Pair) -> dict[str, str]:
+    first, second = pair.answers
+    conversation = "\n\n".join(f"{turn['author']}: {turn['text']}" for turn in pair.turns)
+    return {
+        "source": conversation,
+        "pair_id": pair.name,
+        "answer_a": first,
+        "answer_b": second,
+    }
+
+
+def _line(study: Study, source: Mapping[str, str]) -> str:
+    line = json.dumps(source) + "\n"
+    if len(line) > LINE_LIMIT:
+        raise UserError(
+            f"{study.path}: a pair takes {len(line):,} bytes, and a line of a Ground Truth "
+            f"manifest at most {LINE_LIMIT:,}; it begins {source['source'][:60]!r}. Use another "
+            "service, or a study without it"
+        )
+    return line
+
+
+def _answers(pair: Pair) -> dict[str, Any]:
+    """Return a label attribute for each criterion, as the consolidation of its job writes it."""
+    found: dict[str, Any] = {}
+    for annotator, votes in pair.by_annotator().items():
+        for vote in votes:
+            content = json.dumps({vote.criterion: {"label": vote.choice.value}})
+            answer = {"workerId": annotator, "annotationData": {"content": content}}
+            label = found.setdefault(vote.criterion, {"annotationsFromAllWorkers": []})
+            label["annotationsFromAllWorkers"].append(answer)
+    return found
+
+
+def _votes(names: Names, criteria: tuple[str, ...], line: Any) -> Iterator[Vote]:  # noqa: ANN401
+    """Yield the votes of one line, whatever its label attributes are called."""
+    for label in line.values():
+        if not isinstance(label, Mapping) or "annotationsFromAllWorkers" not in label:
+            continue
+        for answer in label["annotationsFromAllWorkers"]:
+            content = json.loads(answer["annotationData"]["content"])
+            for criterion in criteria:
+                if criterion in content:
+                    choice = content[criterion]["label"]
+                    yield names.vote(line["pair_id"], answer["workerId"], criterion, choice)

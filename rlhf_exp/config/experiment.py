@@ -1,0 +1,260 @@
+"""The root of the config: every section at once, whatever the stage.
+
+`data`: where demonstrations, preferences and prompts come from.
+
+`model`: which language model, and its shape.
+
+`engine`, `distributed`, `tracking`: who computes, on what, and where runs are recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from rlhf_exp.config.evaluation import EvalConfig
+from rlhf_exp.config.fields import setting
+from rlhf_exp.config.study import StudyConfig
+from rlhf_exp.config.training import PpoConfig, RewardConfig, SftConfig
+
+
+class Source(Enum):
+    """Kinds of data sources."""
+
+    toy = "toy"
+    hub = "hub"
+    jsonl = "jsonl"
+
+
+class PromptFormat(Enum):
+    """How a dialogue becomes text."""
+
+    hh = "hh"
+    chat_template = "chat_template"
+    plain = "plain"
+
+
+@dataclass
+class ToyConfig:
+    """Sizes of the bundled data."""
+
+    seed: int = setting(0, "Seed of the generator.")
+    demonstrations: int = setting(4000, "Demonstrations for SFT.")
+    preferences: int = setting(4000, "Preference pairs.")
+    prompts: int = setting(3000, "Prompts for PPO.")
+    validation: int = setting(200, "Validation rows of each kind.")
+    test: int = setting(200, "Test rows of each kind.")
+    label_noise: float = setting(0.12, "Fraction of preference labels that are flipped.")
+
+
+@dataclass
+class DataConfig:
+    """Sources, splits and the prompt format."""
+
+    source: Source = setting(Source.toy, "Kind of source.")
+    path: str | None = setting(None, "Hub id of a `hub` source.")
+    revision: str | None = setting(None, "Revision of the hub id.")
+    preferences: str | None = setting(None, "JSONL(.gz) file of preference pairs.", key=False)
+    demonstrations: str | None = setting(
+        None, "JSONL(.gz) file of demonstrations; null: prompt and chosen answer.", key=False
+    )
+    prompts: str | None = setting(
+        None, "JSONL(.gz) file of prompts; null: those of the preferences.", key=False
+    )
+    test: str | None = setting(
+        None, "JSONL(.gz) file of held-out pairs; null: split off by prompt.", key=False
+    )
+    format: PromptFormat = setting(PromptFormat.hh, "How a dialogue becomes text.")
+    toy: ToyConfig = setting(factory=ToyConfig, doc="Sizes of the bundled data.")
+    validation_fraction: float = setting(0.05, "Share of prompts split off for validation.")
+    test_fraction: float = setting(0.05, "Share of prompts split off for test, if no test file.")
+    limit: int | None = setting(None, "Use at most this many rows of each file.")
+    max_bad_fraction: float = setting(
+        0.05, "Stop when more than this share of rows cannot be used.", key=False
+    )
+
+
+class Family(Enum):
+    """Decoder families that can be built from scratch and planned without loading."""
+
+    gpt2 = "gpt2"
+    gptj = "gptj"
+    gpt_neox = "gpt_neox"
+    llama = "llama"
+    qwen2 = "qwen2"
+
+
+class Dtype(Enum):
+    """Number formats of weights and of mixed precision."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Attention(Enum):
+    """Attention implementations of transformers."""
+
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+@dataclass
+class ArchitectureConfig:
+    """The model's shape: builds `tiny`, and lets `plan` estimate any model with no network."""
+
+    type: Family = setting(Family.gpt_neox, "Decoder family.")
+    layers: int = setting(4, "Number of blocks.")
+    width: int = setting(128, "Hidden width.")
+    heads: int = setting(4, "Attention heads.")
+    kv_heads: int | None = setting(None, "Key-value heads; null: as many as `heads`.")
+    ffn_width: int | None = setting(None, "Feed-forward width; null: four times `width`.")
+    vocabulary: int = setting(1024, "Vocabulary size; for a model from scratch, its tokenizer's.")
+    context: int = setting(256, "Longest sequence in tokens.")
+    tied: bool = setting(False, "Whether input and output embeddings are one matrix.")
+
+
+@dataclass
+class ModelConfig:
+    """The model that SFT starts from."""
+
+    name: str = setting("tiny", "Label in tables and reports.", key=False)
+    path: str | None = setting(None, "Hub id or folder; null: built from scratch.")
+    revision: str | None = setting(None, "Revision of a hub id.")
+    dtype: Dtype = setting(Dtype.float32, "Number format of the weights in memory.")
+    attention: Attention = setting(Attention.sdpa, "Attention implementation.", key=False)
+    architecture: ArchitectureConfig = setting(
+        factory=ArchitectureConfig, doc="Shape; checked against the real config on load."
+    )
+    seed: int = setting(0, "Seed of a model from scratch.")
+
+
+class EngineName(Enum):
+    """Who trains."""
+
+    native = "native"
+    trlx = "trlx"
+
+
+class Strategy(Enum):
+    """How parameters, gradients and optimizer state are spread over processes."""
+
+    single = "single"
+    ddp = "ddp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    fsdp = "fsdp"
+
+
+class TrackingMode(Enum):
+    """Where Weights & Biases records."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass
+class EngineConfig:
+    """Who does PPO; the other stages are native."""
+
+    name: EngineName = setting(
+        EngineName.native, "Who does PPO: `native` (ours) or `trlx` (the library)."
+    )
+    python: str | None = setting(
+        None, "Interpreter that has trlx; docs/trlx.md says how to make one.", key=False
+    )
+
+
+@dataclass
+class DistributedConfig:
+    """Strategy and processes."""
+
+    strategy: Strategy = setting(Strategy.single, "Data-parallel or sharding strategy.", key=False)
+    processes: int = setting(1, "Processes over all nodes, one per device.", key=False)
+    threads: int | None = setting(
+        None, "CPU threads of a process; null: cores / processes.", key=False
+    )
+    precision: Dtype = setting(Dtype.float32, "Precision of forward and backward passes.")
+    offload: bool = setting(
+        False,
+        "Keep the optimizer's state in host memory; zero3 and fsdp: the parameters too.",
+        key=False,
+    )
+
+
+@dataclass
+class AlertsConfig:
+    """When PPO raises an alert, at W&B and in `alerts.jsonl`; training goes on."""
+
+    kl_factor: float | None = setting(
+        3.0, "`kl/sequence` above so many times `ppo.kl.target`; null: never.", key=False
+    )
+    reward_drop: float | None = setting(
+        1.0,
+        "`reward/mean` over five iterations so many standard deviations of the scores below its "
+        "best; null: never.",
+        key=False,
+    )
+    entropy_fraction: float | None = setting(
+        0.2,
+        "`policy/entropy` below this fraction of the first iteration's; null: never.",
+        key=False,
+    )
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases; the local metrics.jsonl is always written."""
+
+    mode: TrackingMode = setting(TrackingMode.offline, "Where W&B records.", key=False)
+    project: str = setting("rlhf-exp", "W&B project.", key=False)
+    entity: str | None = setting(None, "W&B user or team; null: your default.", key=False)
+    tags: list[str] = setting(factory=list, doc="W&B tags.", key=False)
+    alerts: AlertsConfig = setting(factory=AlertsConfig, key=False)
+
+
+class Stage(Enum):
+    """What to bring up to date."""
+
+    sft = "sft"
+    reward = "reward"
+    ppo = "ppo"
+    eval = "eval"
+    pipeline = "pipeline"
+
+
+class Cache(Enum):
+    """What happens to a result in the store whose code has changed since."""
+
+    strict = "strict"
+    trust = "trust"
+
+
+@dataclass
+class Config:
+    """One experiment."""
+
+    stage: Stage = setting(Stage.pipeline, "What to bring up to date.", key=False)
+    name: str | None = setting(None, "Name of the run or multirun in reports.", key=False)
+    seed: int = setting(0, "Seed of every stage that sets none of its own.", key=False)
+    plan: bool = setting(False, "Print what would run, and stop.", key=False)
+    probe: bool = setting(False, "Run two full-size iterations and report.", key=False)
+    cache: Cache = setting(
+        Cache.strict, "`trust`: reuse results although the code has changed.", key=False
+    )
+    rerun: list[str] = setting(
+        factory=list, doc="Stages to run again although the store has their results.", key=False
+    )
+    output_dir: str = setting("outputs", "Folder of the store, reports and run records.", key=False)
+    model: ModelConfig = setting(factory=ModelConfig)
+    data: DataConfig = setting(factory=DataConfig)
+    sft: SftConfig = setting(factory=SftConfig)
+    reward: RewardConfig = setting(factory=RewardConfig)
+    ppo: PpoConfig = setting(factory=PpoConfig)
+    engine: EngineConfig = setting(factory=EngineConfig)
+    distributed: DistributedConfig = setting(factory=DistributedConfig)
+    eval: EvalConfig = setting(factory=EvalConfig)
+    tracking: TrackingConfig = setting(factory=TrackingConfig)
+    study: StudyConfig = setting(factory=StudyConfig)

@@ -1,0 +1,389 @@
+"""What a study searches: the axes of `study.space`, and the syntax of Hydra's sweeps for them.
+
+From a study's config and chosen values to the config of one trial.
+
+Rules for `study`: what may be searched, and whether every corner of it can be run.
+
+From the command line of a study to that of its workers, and to that of a trial.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from importlib.util import find_spec
+from operator import attrgetter
+from typing import Any
+
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    IntervalSweep,
+    Override,
+    RangeSweep,
+)
+
+from rlhf_exp.config.compose import Composed
+from rlhf_exp.config.evaluation import Suite
+from rlhf_exp.config.experiment import Config, Stage
+from rlhf_exp.config.fields import in_key
+from rlhf_exp.config.overrides import parse
+from rlhf_exp.config.problems import Findings, Problem, written
+from rlhf_exp.config.schema_keys import all_keys, closest_keys, did_you_mean
+from rlhf_exp.config.study import Axis, Length, Objective, StudyConfig
+from rlhf_exp.config.training import PpoConfig, Select, SelectBy
+
+
+def whole(axis: Axis) -> bool:
+    """Whether a hyperparameter is a whole number."""
+    return all_keys()[axis.key].type.startswith("integer")
+
+
+def own_values(config: Config) -> dict[str, float]:
+    """Return the values that the config itself has for what its study searches."""
+    return {axis.key: attrgetter(axis.key)(config) for axis in config.study.space}
+
+
+def settled(axis: Axis, config: Config) -> Axis:
+    """Return an axis with its bounds, where it only says how far around the config's value."""
+    value = attrgetter(axis.key)(config)
+    if axis.around is None or not value or axis.around <= 1:
+        return axis
+    low, high = value / axis.around, value * axis.around
+    if axis.step:
+        low, high = math.ceil(low / axis.step) * axis.step, high // axis.step * axis.step
+    elif whole(axis):
+        low, high = max(1, round(low)), round(high)
+    else:
+        low, high = float(f"{low:.4g}"), float(f"{high:.4g}")
+    return replace(axis, low=low, high=high, log=not axis.step, around=None)
+
+
+def settled_space(config: Config) -> list[Axis]:
+    """Return the axes of a study with their bounds."""
+    return [settled(axis, config) for axis in config.study.space]
+
+
+def ends(axis: Axis) -> list[float]:
+    """Return the extreme values of a settled axis, whole numbers as such."""
+    values = axis.choices or [axis.low or 0.0, axis.high or 0.0]
+    kind = int if whole(axis) else float
+    return [kind(min(values)), kind(max(values))]
+
+
+def with_space(
+    overrides: Sequence[str], space: Sequence[Axis], groups: Mapping[str, object]
+) -> tuple[list[str], list[Axis], list[Problem]]:
+    """Return overrides without sweeps, and the space that they leave.
+
+    A key's `interval`, `range` or list of values is searched instead of what the space has for it.
+    A key with a plain value is fixed, and leaves the space.
+
+    Args:
+        overrides: As on the command line.
+        space: As the config files have it.
+        groups: The config groups by name.
+
+    Returns:
+        The other overrides, the space, and what is wrong.
+    """
+    axes, kept, found = {axis.key: axis for axis in space}, [], []
+    for text in overrides:
+        override = parse(text)
+        if isinstance(override, Problem):
+            found.append(override)
+        elif not override.is_sweep_override():
+            axes.pop(override.key_or_group, None)
+            kept.append(text)
+        elif override.key_or_group in groups or override.key_or_group.startswith("hydra"):
+            message = "a study has one config: choose one, and start a study for each."
+            found.append(Problem(override.key_or_group, text.partition("=")[2], message))
+        else:
+            axis = _axis(override)
+            if isinstance(axis, Problem):
+                found.append(axis)
+            else:
+                axes[axis.key] = axis
+    return kept, list(axes.values()), found
+
+
+def space_override(space: Sequence[Axis]) -> str:
+    """Return the override that sets `study.space`."""
+    listed = [
+        "{" + ",".join(f"{name}:{written(value)}" for name, value in vars(axis).items()) + "}"
+        for axis in space
+    ]
+    return f"study.space=[{','.join(listed)}]"
+
+
+def _axis(override: Override) -> Axis | Problem:
+    key, value = override.key_or_group, override.value()
+    written_value = (override.input_line or "").partition("=")[2]
+    log = "log" in (getattr(value, "tags", None) or ())
+    if isinstance(value, IntervalSweep):
+        return Axis(key, float(value.start or 0), float(value.end or 0), log)
+    if isinstance(value, RangeSweep):
+        # As Python's range: the end is not in it.
+        start, stop, step = float(value.start or 0), float(value.stop or 0), float(value.step)
+        steps = math.ceil((stop - start) / step - 1e-9) - 1 if step > 0 else 0
+        return Axis(key, start, start + steps * step, log, None if log else step)
+    if isinstance(value, ChoiceSweep) and all(
+        isinstance(one, int | float) and not isinstance(one, bool) for one in value.list
+    ):
+        return Axis(key, choices=[float(one) for one in value.list])  # type: ignore[arg-type]
+    message = "a study searches numbers: interval(LOW,HIGH), tag(log,interval(LOW,HIGH)), 1,2,4."
+    return Problem(key, written_value, message)
+
+
+Values = Mapping[str, float]
+# What a run is called, where it goes and how it is watched is not part of its command line.
+_ASIDE = ("study", "stage", "eval", "name", "output_dir", "plan", "cache", "rerun")
+
+
+def updates(ppo: PpoConfig) -> int:
+    """Return the optimizer steps of one iteration of PPO."""
+    return -(-ppo.rollouts // ppo.batch) * ppo.epochs
+
+
+def iterations(ppo: PpoConfig) -> int:
+    """Return the iterations of a whole run of PPO."""
+    return -(-ppo.steps // updates(ppo))
+
+
+def with_values(section: Any, values: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any section
+    """Return a config section with other values at some dotted keys."""
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        inner = with_values(getattr(section, name), {rest: value}) if rest else value
+        section = replace(section, **{name: inner})
+    return section
+
+
+def trial_config(config: Config, values: Values) -> Config:
+    """Return the experiment of one trial: PPO with chosen values, selecting by the objective.
+
+    With `study.length=responses` it samples as many responses as the config would, up to a whole
+    iteration, and is evaluated as often: trials of like cost, comparable at each evaluation.
+
+    Args:
+        config: The study's.
+        values: By dotted key.
+    """
+    study, before = config.study, config.ppo
+    ppo: PpoConfig = with_values(config, values).ppo
+    if study.length is Length.responses:
+        whole = max(1, round(iterations(before) * before.rollouts / ppo.rollouts))
+        steps = whole * updates(ppo)
+        scaled = {
+            name: max(1, round(steps * getattr(before, name) / before.steps))
+            for name in ("eval_every", "checkpoint_every", "warmup_steps")
+            if getattr(before, name)
+        }
+        ppo = replace(ppo, steps=steps, **scaled)
+    wins = study.objective is Objective.win_rate_at_kl
+    ppo = replace(ppo, select_by=SelectBy.win_rate if wins else SelectBy.reward)
+    if study.objective is Objective.final_reward:
+        ppo = replace(ppo, select=Select.last)
+    elif study.objective is Objective.penalised_reward:
+        ppo = replace(ppo, select=Select.best, kl=replace(ppo.kl, select_coef=study.kl_coef))
+    else:
+        ppo = replace(ppo, select=Select.best, kl=replace(ppo.kl, budget=study.kl_budget))
+    return replace(
+        config,
+        stage=Stage.ppo,
+        eval=replace(config.eval, suite=Suite.none),
+        ppo=ppo,
+        study=StudyConfig(),
+    )
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """Return the overrides that turn one config into another, as they are typed."""
+    first, second = dict(_flat(before)), dict(_flat(after))
+    return [
+        f"{key}={written(value)}"
+        for key, value in second.items()
+        if value != first[key] and key.partition(".")[0] not in _ASIDE
+    ]
+
+
+def _flat(section: Any, prefix: str = "") -> list[tuple[str, Any]]:  # noqa: ANN401
+    found: list[tuple[str, Any]] = []
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            found += _flat(value, f"{prefix}{item.name}.")
+        else:
+            found.append((prefix + item.name, value))
+    return found
+
+
+Check = Callable[[Config], list[Problem]]
+_CORNERS = 256
+# Another value of these would change what is measured, or how much a trial may cost.
+_MEASURING = {
+    "ppo.seed": "a seed is not to be searched; ppo.seed=N sets that of all trials",
+    "ppo.steps": "it is what all trials have in common; see study.length",
+    "ppo.eval_prompts": "it would change the objective",
+    "ppo.eval_every": "it would change the objective",
+    "ppo.seq_length": "it would change the objective",
+    "ppo.kl.budget": "study.kl_budget is the same for all trials",
+    "ppo.kl.select_coef": "study.kl_coef is the same for all trials",
+}
+
+
+def check_study(found: Findings, check: Check) -> None:
+    """Report what is wrong with a study.
+
+    Args:
+        found: Collects the problems.
+        check: Returns what is wrong with the config of a trial.
+    """
+    config, study = found.config, found.config.study
+    found.at_least(1, "study.trials", "study.workers", "study.startup", "study.max_failures")
+    found.at_least(0, "study.worker", "study.seed", "study.prune_after", "study.warmup")
+    found.at_least(0, "study.finalists", "study.kl_coef")
+    if study.objective in (Objective.reward_at_kl, Objective.win_rate_at_kl):
+        found.positive("study.kl_budget")
+    stages = (Stage.ppo, Stage.eval, Stage.pipeline)
+    found.unless(config.stage in stages, "stage", "a study is of PPO: use stage=ppo, or none.")
+    found.unless(config.ppo.use is None, "ppo.use", "a study trains PPO; leave it out.")
+    found.unless(not config.probe, "probe", "a study cannot be probed; leave sweep and study out.")
+    if find_spec("optuna") is None:
+        found.add("study.trials", "needs Optuna; run `pip install 'rlhf-exp[sweeps]'`.")
+    found.unless(bool(study.space), "study.space", "is empty; sweep=ppo_optuna has a usual one.")
+    keys = [axis.key for axis in study.space]
+    for key in sorted({key for key in keys if keys.count(key) > 1}):
+        found.problems.append(Problem("study.space", key, "is there twice."))
+    wrong = [
+        Problem(f"study.space: {axis.key}", _shown(axis), message)
+        for axis in study.space
+        if (message := _key_problem(axis.key) or _range_problem(axis, config)) is not None
+    ]
+    found.problems += wrong
+    if study.space and not found.problems:
+        found.problems += _corner_problems(config, check)
+
+
+def _key_problem(key: str) -> str | None:
+    known = all_keys().get(key)
+    if known is None:
+        return f"there is no such key.{did_you_mean(closest_keys(key))}"
+    if not key.startswith("ppo."):
+        return "only keys of PPO are searched: data and reward model stay the same in a study."
+    if key in _MEASURING:
+        return f"{_MEASURING[key]}."
+    if key.startswith("ppo.generation."):
+        return "how answers are sampled would change the objective."
+    if not known.type.startswith(("number", "integer")):
+        return f"only numbers are searched; this is {known.type}."
+    if not in_key(known.item):
+        return "it does not change the result."
+    return None
+
+
+def _range_problem(axis: Axis, config: Config) -> str | None:
+    if axis.around is not None:
+        if axis.choices is not None or axis.low is not None or axis.high is not None:
+            return "give one of choices, around, or low and high."
+        if not axis.around > 1:
+            return "around must be above 1."
+        if not attrgetter(axis.key)(config):
+            return "there is nothing around 0 or null: give low and high."
+        axis = settled(axis, config)
+    bounds = [axis.low, axis.high]
+    if axis.choices is not None:
+        if not axis.choices or any(value is not None for value in (*bounds, axis.step)) or axis.log:
+            return "give one of choices, around, or low and high."
+        if len(set(axis.choices)) != len(axis.choices):
+            return "a choice is there twice."
+        return _fraction(axis, axis.choices)
+    if axis.low is None or axis.high is None:
+        return "needs low and high, or choices."
+    if not axis.low < axis.high < float("inf"):
+        return "low must be below high."
+    if axis.log and axis.low <= 0:
+        return "a logarithmic scale needs low above 0."
+    if axis.log and axis.step is not None:
+        return "a logarithmic scale has no step."
+    if axis.step is not None and not 0 < axis.step <= axis.high - axis.low:
+        return "step must be above 0, and not more than high - low."
+    return _fraction(axis, [axis.low, axis.high, axis.step or 1])
+
+
+def _fraction(axis: Axis, values: list[float]) -> str | None:
+    broken = [value for value in values if value != int(value)] if whole(axis) else []
+    return f"takes whole numbers, and {broken[0]:g} is none." if broken else None
+
+
+def _corner_problems(config: Config, check: Check) -> Iterator[Problem]:
+    """Yield what is wrong with trials at the corners of the space, each thing once."""
+    axes = settled_space(config)
+    told: set[str] = set()
+    corners = itertools.product(*([(axis.key, end) for end in ends(axis)] for axis in axes))
+    for corner in itertools.islice(corners, _CORNERS):
+        for problem in check(trial_config(config, dict(corner))):
+            if problem.message not in told:
+                told.add(problem.message)
+                point = ", ".join(f"{key}={value:g}" for key, value in corner)
+                yield replace(
+                    problem, message=f"{problem.message} (a trial of study.space: {point})"
+                )
+
+
+def _shown(axis: Axis) -> str:
+    if axis.choices is not None:
+        return written(axis.choices)
+    if axis.around is not None:
+        return f"around by {written(axis.around)}"
+    parts = [f"{written(axis.low)} to {written(axis.high)}", "log" if axis.log else ""]
+    return ", ".join(part for part in parts if part)
+
+
+# Of the study, or of no interest to a trial that is run by itself.
+_NOT_OF_TRIALS = ("study", "sweep", "hydra", "name", "plan", "cache", "rerun")
+
+
+def worker_overrides(
+    overrides: Sequence[str], base: Composed, groups: Mapping[str, object], multirun: bool
+) -> tuple[list[str], list[Problem]]:
+    """Return the command line of a study's workers, and what is wrong with it.
+
+    Args:
+        overrides: As typed; sweeps are what is searched.
+        base: Composed from what is not swept.
+        groups: The config groups by name.
+        multirun: Whether a multirun was asked for.
+    """
+    kept, space, found = with_space(overrides, base.config.study.space, groups)
+    trials = str(base.config.study.trials)
+    if not multirun:
+        found.append(Problem("study.trials", trials, "a study is a multirun: add -m."))
+    for text in base.sweep:
+        key, _, value = text.partition("=")
+        message = "with a study, hydra.sweeper.params has no effect; write it into study.space."
+        found.append(Problem(f"hydra.sweeper.params.{key}", value, message))
+    changed = space != base.config.study.space
+    return [*kept, *([space_override(space)] if changed else [])], found
+
+
+def of_workers(workers: int, here: bool) -> list[str]:
+    """Return the overrides that make a job of each worker, all at the same time.
+
+    Args:
+        workers: How many.
+        here: Whether they run on this machine.
+    """
+    jobs = [f"hydra.launcher.n_jobs={workers}"] if here else []
+    return [f"study.worker={','.join(map(str, range(workers)))}", *jobs]
+
+
+def of_a_trial(overrides: Sequence[str]) -> list[str]:
+    """Return those of a worker's overrides that a trial needs when it is run by itself."""
+    return [
+        text
+        for text in overrides
+        if text.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".").split(".")[0]
+        not in _NOT_OF_TRIALS
+    ]

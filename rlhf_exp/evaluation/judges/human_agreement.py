@@ -1,0 +1,501 @@
+"""What a judge said about two models, as plain values: `judges.json` of an evaluation.
+
+How good a judge is: its agreement with people who judged the same pairs.
+
+People do not agree with each other either, and no judge can be asked for more: so next to how often
+a judge says what one person says stands how often a second person does.
+
+Files of pairs that people have judged.
+
+Read are JSON lines, a JSON list, or gzip of either, in any of these forms:
+
+- votes as `rlhf-exp annotate --export jsonl` writes them: `prompt`, `answer_a`, `answer_b`,
+  `winner` (`a`, `tie` or `b`), and `annotator` where there are several; one line a vote;
+- several annotators in one row, as in PandaLM's test set: `instruction`, `input`, `response1`,
+  `response2`, and `annotator1`, `annotator2`, ... with 0 for a tie, 1 or 2;
+- preference data: `chosen` and `rejected`, with or without `prompt`. Which one is shown as a is
+  drawn by a hash of the texts, because a judge must not be right by always saying the same.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rlhf_exp.data.parsing import Unreadable, dialogue, parse_row, read_jsonl
+from rlhf_exp.data.rows import Preference
+from rlhf_exp.errors import UserError
+from rlhf_exp.evaluation.agreement import (
+    cohen_kappa,
+    coincidences,
+    confusions,
+    majority,
+    nominal_alpha,
+)
+from rlhf_exp.evaluation.judges.llm import Usage, consistent, first_place
+from rlhf_exp.evaluation.judges.protocol import Pair, Verdict
+from rlhf_exp.evaluation.preference import (
+    PreferenceResult,
+    estimate_from_json,
+    estimate_to_json,
+    preference,
+)
+from rlhf_exp.evaluation.statistics import LEVEL, Estimate, estimate_total
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """One judge's verdicts on the answers of two models to N prompts.
+
+    Attributes:
+        kind: `reward`, `model` or `llm`.
+        judge: the judge's name.
+        verdicts: [N].
+        preference: what they amount to.
+        usage: of a language model.
+    """
+
+    kind: str
+    judge: str
+    verdicts: tuple[Verdict, ...]
+    preference: PreferenceResult
+    usage: Usage | None = None
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        judge: str,
+        verdicts: Sequence[Verdict],
+        seed: int = 0,
+        level: float = LEVEL,
+        usage: Usage | None = None,
+    ) -> Judgment:
+        """Summarise verdicts."""
+        found = preference([verdict.sign for verdict in verdicts], None, seed, level)
+        return cls(kind, judge, tuple(verdicts), found, usage)
+
+    @property
+    def signs(self) -> list[int]:
+        """The verdicts as signs [N]."""
+        return [verdict.sign for verdict in self.verdicts]
+
+    def scalars(self) -> dict[str, float]:
+        """Return the main numbers under short names, for trackers."""
+        found = self.preference
+        half = found.ties_as_half
+        scalars: dict[str, float] = {
+            "wins": found.outcome.wins,
+            "ties": found.outcome.ties,
+            "losses": found.outcome.losses,
+            "p_value": found.p_value,
+        }
+        if found.outcome.decided:
+            scalars["win_rate"] = found.outcome.win_rate
+        if half is not None:
+            scalars["ties_as_half"] = half.mean
+        if self.usage is not None:
+            scalars["tokens"] = self.usage.prompt_tokens + self.usage.completion_tokens
+            scalars["unparsed"] = self.usage.unparsed
+            bias, (same, both) = first_place(self.verdicts), consistent(self.verdicts)
+            if bias.first + bias.second:
+                scalars["first_place"] = bias.share
+            if both:
+                scalars["consistent"] = same / both
+        return {name: float(value) for name, value in scalars.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        plain: dict[str, Any] = {
+            "kind": self.kind,
+            "judge": self.judge,
+            "preference": preference_to_json(self.preference),
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
+        }
+        if self.usage is not None:
+            same, both = consistent(self.verdicts)
+            bias = first_place(self.verdicts)
+            plain["llm"] = {
+                "usage": asdict(self.usage),
+                "consistent": same,
+                "read": both,
+                "first_place": {
+                    "first": bias.first,
+                    "second": bias.second,
+                    "p_value": bias.p_value,
+                    "interval": asdict(bias.interval),
+                },
+            }
+        return plain
+
+
+def preference_to_json(found: PreferenceResult) -> dict[str, Any]:
+    """Return plain values."""
+    return {
+        "wins": found.outcome.wins,
+        "ties": found.outcome.ties,
+        "losses": found.outcome.losses,
+        "p_value": found.p_value,
+        "win_rate": found.outcome.win_rate if found.outcome.decided else None,
+        "win_rate_interval": asdict(found.win_rate),
+        "ties_as_half": estimate_to_json(found.ties_as_half),
+        "needed": found.needed,
+        "needed_prompts": found.needed_prompts,
+    }
+
+
+def compare_judges(judgments: Sequence[Judgment], seed: int = 0) -> list[dict[str, Any]]:
+    """Return how far every two judges agree, the first in the place of the people."""
+    return [
+        {"first": one.judge, **quality(other.judge, other.signs, _column(one), seed).to_json()}
+        for one, other in combinations(judgments, 2)
+    ]
+
+
+def against_people(
+    comparison: Mapping[str, Any], ratings: ArrayLike, seed: int = 0, level: float = LEVEL
+) -> list[Quality]:
+    """Return how far each judge of a run agrees with people who judged the same answers.
+
+    Args:
+        comparison: one of the `comparisons` of a `judges.json`.
+        ratings: [N, R] people's signs, rows in the order of the verdicts, NaN where there is none.
+        seed: of the bootstrap.
+        level: of the intervals.
+    """
+    return [
+        quality(one["judge"], [v["sign"] for v in one["verdicts"]], ratings, seed, level)
+        for one in comparison["judges"]
+    ]
+
+
+def _column(judgment: Judgment) -> list[list[float]]:
+    return [[float(sign)] for sign in judgment.signs]
+
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class People:
+    """How far people agree with each other; the interval of each number is over pairs.
+
+    Attributes:
+        pairs: judged by anyone.
+        annotators: their names.
+        counts: pairs that a majority gives to a, to neither, and to b.
+        agreement: share of equal judgments of two people, over all two of them; `None` where no
+            pair was judged twice.
+        alpha: Krippendorff's nominal alpha; likewise.
+    """
+
+    pairs: int
+    annotators: tuple[str, ...]
+    counts: tuple[int, int, int]
+    agreement: Estimate | None
+    alpha: Estimate | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "pairs": self.pairs,
+            "annotators": list(self.annotators),
+            "counts": list(self.counts),
+            "agreement": estimate_to_json(self.agreement),
+            "alpha": estimate_to_json(self.alpha),
+        }
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> People:
+        """Undo `to_json`."""
+        a, tie, b = plain["counts"]
+        return cls(
+            plain["pairs"],
+            tuple(plain["annotators"]),
+            (a, tie, b),
+            estimate_from_json(plain["agreement"]),
+            estimate_from_json(plain["alpha"]),
+        )
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How far a judge agrees with people; the interval of each number is over pairs.
+
+    Attributes:
+        judge: its name.
+        pairs: judged by the judge and by people.
+        confusion: [3][3] numbers of pairs; rows are the majority's a, tie and b, columns the
+            judge's.
+        agreement: share of pairs on which judge and majority say the same, ties included.
+        decided: the same among pairs that neither calls a tie; `None` where there are none.
+        kappa: Cohen's, of judge and majority.
+        alpha: Krippendorff's nominal alpha, of judge and majority.
+        with_one: share of single people's judgments that the judge shares: to be compared with
+            `People.agreement`.
+    """
+
+    judge: str
+    pairs: int
+    confusion: tuple[tuple[int, ...], ...]
+    agreement: Estimate
+    decided: Estimate | None
+    kappa: Estimate
+    alpha: Estimate
+    with_one: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        plain: dict[str, Any] = {
+            "judge": self.judge,
+            "pairs": self.pairs,
+            "confusion": [list(row) for row in self.confusion],
+        }
+        return plain | {name: estimate_to_json(getattr(self, name)) for name in _ESTIMATES}
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Quality:
+        """Undo `to_json`."""
+        found = {name: estimate_from_json(plain[name]) for name in _ESTIMATES}
+        confusion = tuple(tuple(row) for row in plain["confusion"])
+        return cls(plain["judge"], plain["pairs"], confusion, **found)  # type: ignore[arg-type]
+
+
+_ESTIMATES = ("agreement", "decided", "kappa", "alpha", "with_one")
+
+
+def people_of(
+    ratings: ArrayLike, annotators: Sequence[str], seed: int = 0, level: float = LEVEL
+) -> People:
+    """Summarise what people say.
+
+    Args:
+        ratings: [N, R] signs, NaN where there is no judgment.
+        annotators: names of the R people.
+        seed: of the bootstrap.
+        level: of the intervals.
+    """
+    table = _judged(ratings)
+    verdicts = majority(table)
+    together = coincidences(table)
+    agreement = alpha = None
+    if together.any():
+        equal, both = _equal_pairs(table)
+        agreement = _share(equal, both, seed, level)
+        alpha = _of_matrices(together, nominal_alpha, seed, level)
+    a, tie, b = (int((verdicts == sign).sum()) for sign in (-1, 0, 1))
+    return People(len(table), tuple(annotators), (a, tie, b), agreement, alpha)
+
+
+def quality(
+    judge: str, signs: ArrayLike, ratings: ArrayLike, seed: int = 0, level: float = LEVEL
+) -> Quality:
+    """Compare a judge with people.
+
+    Args:
+        judge: its name.
+        signs: [N] its verdicts: 1 where b is preferred, 0 for a tie, -1 for a.
+        ratings: [N, R] people's signs, NaN where there is no judgment; pairs that nobody judged
+            are left out.
+        seed: of the bootstrap.
+        level: of the intervals.
+    """
+    everything = np.asarray(ratings, dtype=np.float64)
+    judged = (~np.isnan(everything)).any(axis=1)
+    table, said = everything[judged], np.asarray(signs, dtype=np.int64)[judged]
+    each = confusions(majority(table), said)
+    total = each.sum(axis=0)
+    decided = total[0, 0] + total[0, 2] + total[2, 0] + total[2, 2] > 0
+    known = ~np.isnan(table)
+    equal = ((table == said[:, None]) & known).sum(axis=1)
+    return Quality(
+        judge=judge,
+        pairs=len(table),
+        confusion=tuple(tuple(int(count) for count in row) for row in total),
+        agreement=_of_matrices(each, _equal_share, seed, level),
+        decided=_of_matrices(each, _decided_share, seed, level) if decided else None,
+        kappa=_of_matrices(each, cohen_kappa, seed, level),
+        alpha=_of_matrices(each + each.swapaxes(1, 2), nominal_alpha, seed, level),
+        with_one=_share(equal, known.sum(axis=1), seed, level),
+    )
+
+
+def _judged(ratings: ArrayLike) -> Floats:
+    table = np.asarray(ratings, dtype=np.float64)
+    return table[(~np.isnan(table)).any(axis=1)]
+
+
+def _equal_pairs(table: Floats) -> tuple[Floats, Floats]:
+    """Return, for each item, how many two people agree, and how many two people judged it."""
+    equal, both = np.zeros(len(table)), np.zeros(len(table))
+    for first, second in combinations(range(table.shape[1]), 2):
+        left, right = table[:, first], table[:, second]
+        equal += left == right
+        both += ~np.isnan(left) & ~np.isnan(right)
+    return equal, both
+
+
+def _share(parts: ArrayLike, wholes: ArrayLike, seed: int, level: float) -> Estimate:
+    columns = np.stack([np.asarray(parts), np.asarray(wholes)], axis=1)
+    return estimate_total(columns, lambda sums: sums[:, 0] / sums[:, 1], seed, level)
+
+
+def _of_matrices(
+    each: Floats,
+    statistic: Any,  # noqa: ANN401 - [..., 3, 3] to [...]
+    seed: int,
+    level: float,
+) -> Estimate:
+    def of_sums(sums: Floats) -> Floats:
+        found: Floats = statistic(sums.reshape(-1, 3, 3))
+        return found
+
+    return estimate_total(each.reshape(len(each), 9), of_sums, seed, level)
+
+
+def _equal_share(confusion: Floats) -> Floats:
+    found: Floats = np.trace(confusion, axis1=-2, axis2=-1) / confusion.sum(axis=(-2, -1))
+    return found
+
+
+def _decided_share(confusion: Floats) -> Floats:
+    right = confusion[..., 0, 0] + confusion[..., 2, 2]
+    found: Floats = right / (right + confusion[..., 0, 2] + confusion[..., 2, 0])
+    return found
+
+
+_WINNERS = {"a": -1.0, "tie": 0.0, "b": 1.0}
+_NUMBERS = {0: 0.0, 1: -1.0, 2: 1.0}
+_ANNOTATOR = re.compile(r"annotator_?\d+")
+_FORMS = (
+    "prompt, answer_a, answer_b and winner; or instruction, response1, response2 and annotator1, "
+    "...; or chosen and rejected"
+)
+
+
+@dataclass(frozen=True)
+class JudgedPairs:
+    """N pairs that R people have judged.
+
+    Attributes:
+        pairs: what was judged.
+        ratings: [N, R] signs: 1 where b was preferred, 0 for a tie, -1 for a, NaN for no judgment.
+        annotators: the names of the R people.
+        unusable: rows of preference data that are no pair of answers to one prompt.
+    """
+
+    pairs: tuple[Pair, ...]
+    ratings: NDArray[np.float64]
+    annotators: tuple[str, ...]
+    unusable: int = 0
+
+    def first(self, count: int | None) -> JudgedPairs:
+        """Return the first `count` pairs; all of them for `None`."""
+        kept = self.pairs[:count]
+        return JudgedPairs(kept, self.ratings[: len(kept)], self.annotators, self.unusable)
+
+
+def read_judged(path: Path, option: str, criterion: str | None = None) -> JudgedPairs:
+    """Read a file of judged pairs.
+
+    Args:
+        path: the file.
+        option: the config key or option that named it, for errors.
+        criterion: of votes on several questions, the one that counts; by default the first found.
+
+    Raises:
+        UserError: the file cannot be read, or a row has none of the known forms.
+    """
+    votes: dict[tuple[Pair, str], dict[str, float]] = {}
+    unusable = 0
+    for origin, record in _records(path, option):
+        if isinstance(record, Unreadable):
+            raise UserError(f"{origin}: {record.reason}")
+        if not isinstance(record, Mapping):
+            raise UserError(f"{origin}: found {type(record).__name__}; expected {_FORMS}")
+        if "criterion" in record:
+            criterion = criterion or str(record["criterion"])
+            if record["criterion"] != criterion:
+                continue
+        if "chosen" in record and "rejected" in record:
+            found = _preferred(record, origin)
+            unusable += found is None
+        else:
+            found = _votes(record, origin)
+        if found is not None:
+            pair, said = found
+            # Votes on one pair stand on several lines; any other row is a pair of its own.
+            row = "" if "winner" in record else origin
+            votes.setdefault((pair, row), {}).update(said)
+    if not votes:
+        about = f" on {criterion!r}" if criterion else ""
+        raise UserError(f"{option}: {path} has no judged pairs{about}; expected {_FORMS}")
+    names = sorted({name for said in votes.values() for name in said}, key=_natural)
+    ratings = [[said.get(name, np.nan) for name in names] for said in votes.values()]
+    return JudgedPairs(tuple(pair for pair, _ in votes), np.array(ratings), tuple(names), unusable)
+
+
+def _records(path: Path, option: str) -> Iterator[tuple[str, object]]:
+    if path.is_file():
+        try:
+            with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as handle:
+                start = handle.read(100).lstrip()
+                if start.startswith(b"["):
+                    handle.seek(0)
+                    rows = enumerate(json.load(handle), 1)
+                    yield from ((f"{path}: row {number}", row) for number, row in rows)
+                    return
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"{option}: {path} cannot be read: {error}") from error
+    yield from read_jsonl(path, option)
+
+
+def _votes(record: Mapping[str, Any], origin: str) -> tuple[Pair, dict[str, float]]:
+    try:
+        if "winner" in record:
+            texts = [record[name] for name in ("prompt", "answer_a", "answer_b")]
+            said = {str(record.get("annotator", "annotator")): _WINNERS[record["winner"]]}
+        else:
+            asked = [record["instruction"], record.get("input") or ""]
+            prompt = "\n\n".join(text.strip() for text in asked if text.strip())
+            texts = [prompt, *(_cell(record[name]) for name in ("response1", "response2"))]
+            names = [name for name in record if _ANNOTATOR.fullmatch(name)]
+            said = {n: _NUMBERS[record[n]] for n in names if record[n] is not None}
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{origin}: {type(error).__name__} {error}; expected {_FORMS}") from error
+    if not said or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{origin}: a text or the judgment is missing; expected {_FORMS}")
+    return Pair(*texts), said
+
+
+def _preferred(record: Mapping[str, Any], origin: str) -> tuple[Pair, dict[str, float]] | None:
+    try:
+        row = parse_row(record, origin)
+    except ValueError:
+        return None
+    assert isinstance(row, Preference)
+    texts = [dialogue(row.history), *sorted((row.chosen, row.rejected))]
+    b_is_chosen = hashlib.sha256(json.dumps(texts).encode()).digest()[0] & 1 == 1
+    answers = (row.rejected, row.chosen) if b_is_chosen else (row.chosen, row.rejected)
+    return Pair(texts[0], *answers), {"annotator": 1.0 if b_is_chosen else -1.0}
+
+
+def _cell(value: object) -> object:
+    """Return the text that a spreadsheet took for a number or a truth value."""
+    return str(value) if isinstance(value, bool | int | float) else value
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """Sort annotator10 after annotator9."""
+    letters = name.rstrip("0123456789")
+    return letters, int(name[len(letters) :] or 0)

@@ -1,0 +1,206 @@
+"""`launch.py`'s command line: checked, composed by Hydra, handed to the pipeline.
+
+Everything that can be wrong is found before Hydra makes a folder or starts a job, also under `-m`.
+Exit codes: 0 done, 1 a bug, 2 the user's to mend, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from rlhf_exp.config.schema_keys import CONF
+from rlhf_exp.errors import Detached, JobsFailed, UserError
+from rlhf_exp.processes.environment import find_place, leads
+
+if TYPE_CHECKING:
+    from rlhf_exp.config.compose import Composed
+
+# Errors of the user's met inside Hydra's job, which would print them with a traceback of its own.
+_refused: list[UserError] = []
+# Hydra's folders of processes that another one leads: their own would all be the same.
+_FOLLOWERS = (
+    "hydra.output_subdir=null",
+    "hydra.run.dir=${output_dir}/hydra/followers",
+    "hydra.sweep.dir=${output_dir}/hydra/followers",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `launch.py` with its arguments and return the exit code."""
+    try:
+        if "-h" in argv or "--help" in argv:
+            from rlhf_exp.config.help import help_text
+
+            topics = [argument for argument in argv if not argument.startswith("-")]
+            print(help_text(topics[0] if topics else None), end="")
+            return 0
+        _launch(argv)
+    except UserError as error:
+        _print_error(error)
+        return 2
+    except JobsFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Detached as left:
+        print(left, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _print_error(error: UserError) -> None:
+    """Print it once for each machine: what is wrong with a config is wrong in all processes."""
+    try:
+        place = find_place()
+    except UserError:
+        place = None
+    if place is None or not place.rank:
+        print(f"error: {error}", file=sys.stderr)
+    elif not place.local_rank:
+        print(f"error in the process of rank {place.rank}: {error}", file=sys.stderr)
+
+
+def _launch(argv: Sequence[str]) -> None:
+    import hydra
+
+    from rlhf_exp.config.compose import register_schema, reported
+    from rlhf_exp.config.overrides import override_problems, with_lists
+    from rlhf_exp.config.problems import refuse
+    from rlhf_exp.config.schema_keys import read_groups
+
+    arguments = _parse(argv)
+    folders = [CONF, *([arguments.config_dir] if arguments.config_dir else [])]
+    flags = [argument for argument in argv if argument not in arguments.overrides]
+    overrides = with_lists(arguments.overrides)
+    refuse(override_problems(overrides, read_groups(folders)))
+    if not (arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion):
+        overrides, on_slurm = _check_jobs(overrides, arguments.multirun, folders)
+        # Hydra uses launchers in multiruns only; on Slurm, one run is a multirun of one.
+        flags += ["--multirun"] if on_slurm and not arguments.multirun else []
+    if not leads():
+        overrides += _FOLLOWERS
+    # Hydra's own way of reporting hides the exception and makes every exit code 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [sys.argv[0], *flags, *overrides]
+    register_schema()
+    _refused.clear()
+    with reported():
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+    if _refused:
+        raise _refused[0]
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from hydra._internal.utils import get_args_parser
+
+    arguments = get_args_parser().parse_intermixed_args(list(argv))
+    if arguments.config_path or arguments.config_name:
+        raise UserError("--config-path and --config-name: add a folder with --config-dir instead")
+    if arguments.config_dir is not None:
+        arguments.config_dir = Path(arguments.config_dir).expanduser().resolve()
+        if not arguments.config_dir.is_dir():
+            raise UserError(f"--config-dir: there is no folder {arguments.config_dir}")
+    return arguments
+
+
+def _check_jobs(
+    overrides: list[str], multirun: bool, folders: Sequence[Path]
+) -> tuple[list[str], bool]:
+    """Compose every job that would run and report what is wrong with any of them.
+
+    Returns:
+        The overrides that make these jobs, and whether they run on Slurm.
+    """
+    from rlhf_exp.config.checks import problems
+    from rlhf_exp.config.checks_sweep import check_points, slurm_problems
+    from rlhf_exp.config.compose import compose
+    from rlhf_exp.config.overrides import override_problems, points, sweeps
+    from rlhf_exp.config.problems import Problem, refuse
+    from rlhf_exp.config.schema_keys import read_groups
+
+    swept = sweeps(overrides)
+    base = compose([text for text in overrides if text not in swept], folders)
+    found: list[Problem | str] = []
+    on_slurm = base.site is not None and not base.config.plan
+    multirun = multirun or base.multirun
+    if base.config.study.trials is not None:
+        overrides = _check_study(overrides, base, multirun, folders)
+        swept = sweeps(overrides)
+    if not multirun:
+        for text in swept:
+            key, _, value = text.partition("=")
+            message = f"several values need -m; a list is written {key}=[{value}]."
+            found.append(Problem(key, value, message))
+    refuse(override_problems(base.sweep, read_groups(folders)))
+    configs = [base.config]
+    if multirun and base.choices["hydra/sweeper"] == "basic":
+        listed = points([*base.sweep, *overrides])
+        configs, wrong = check_points(listed, lambda one: compose(one, folders).config)
+        found += wrong
+    else:
+        found += problems(base.config, multirun or on_slurm)
+    if base.site is not None and on_slurm:
+        found += slurm_problems(base.site, configs)
+    refuse(found)
+    return overrides, on_slurm
+
+
+def _check_study(
+    overrides: list[str], base: Composed, multirun: bool, folders: Sequence[Path]
+) -> list[str]:
+    """Return the overrides of a study's workers, and keep the command line of its trials."""
+    from rlhf_exp.config.checks import problems
+    from rlhf_exp.config.compose import compose
+    from rlhf_exp.config.problems import refuse
+    from rlhf_exp.config.schema_keys import read_groups
+    from rlhf_exp.config.search_space import differences, of_a_trial, of_workers, worker_overrides
+
+    overrides, found = worker_overrides(overrides, base, read_groups(folders), multirun)
+    refuse(found)
+    config = compose(overrides, folders).config
+    found += problems(config, multirun)
+    refuse(found)
+    if config.plan or not leads():
+        return overrides
+    kept = of_a_trial(overrides)
+    alone = compose(kept, folders).config
+    from rlhf_exp.launchers.optuna.trial import write_command
+
+    write_command(config, [*kept, *differences(alone, config)])
+    return [*overrides, *of_workers(config.study.workers, base.site is None)]
+
+
+def job(tree: DictConfig) -> float | None:
+    """Run one composed experiment: Hydra's task function.
+
+    Returns:
+        The objective of a search, None where there is none.
+
+    Raises:
+        UserError: In a multirun; Hydra says which job it was.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from rlhf_exp.config.compose import to_config
+
+    settings = HydraConfig.get()
+    try:
+        config, overrides = to_config(tree), list(settings.overrides.task)
+        from rlhf_exp.launchers.run_job import run_job
+
+        return run_job(config, overrides)
+    except UserError as error:
+        if settings.mode == RunMode.MULTIRUN:
+            raise
+        _refused.append(error)
+        return None

@@ -1,0 +1,303 @@
+"""One trial: PPO with chosen values, through the store as any run, and what becomes of it.
+
+From a study's config to what the search works with, and to what its trials have in common.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.fields import key_content
+from rlhf_exp.config.problems import written
+from rlhf_exp.config.search_space import (
+    Values,
+    differences,
+    ends,
+    iterations,
+    own_values,
+    settled_space,
+    trial_config,
+    updates,
+    whole,
+    with_values,
+)
+from rlhf_exp.config.study import Axis, StudyConfig
+from rlhf_exp.config.training import Scale
+from rlhf_exp.errors import UserError
+from rlhf_exp.experiment import UNNAMED
+from rlhf_exp.pipeline.executor import Crew
+from rlhf_exp.pipeline.plan import Step, plan, records_of, refuse_changed, store_of
+from rlhf_exp.pipeline.run import Pruned, run_steps
+from rlhf_exp.processes.failures import WorkerGone
+from rlhf_exp.search.pruning import Measure, Trial, report
+from rlhf_exp.search.study import Asked, Pruning, Search, Wanted, distribution_of, rounded
+from rlhf_exp.store.atomic_files import write_json_atomic
+from rlhf_exp.store.lease import LeaseLost
+from rlhf_exp.store.run_records import RunRecord, Status
+from rlhf_exp.tracking.local import METRICS, read_metrics
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+
+Tell = Callable[[str], None]
+CrewOf = Callable[[Config, Values], Crew]
+PRUNED = "pruned"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a trial ended.
+
+    Attributes:
+        status: Done, pruned or failed; interrupted if a process of it was killed.
+        value: Its objective, as far as it came.
+        error: What ended it, if it failed.
+    """
+
+    status: Status
+    value: float | None = None
+    error: str | None = None
+
+
+def trial_overrides(config: Config, values: Values) -> list[str]:
+    """Return the command line that runs a trial by itself."""
+    plain = replace(config, study=StudyConfig())
+    changed = differences(plain, trial_config(config, values))
+    tried = [f"{key}={written(value)}" for key, value in values.items()]
+    others = [text for text in changed if text.partition("=")[0] not in values]
+    new = [*tried, *others]
+    set_anew = {text.partition("=")[0] for text in new}
+    kept = [text for text in read_command(config) if text.partition("=")[0] not in set_anew]
+    return [*kept, *new]
+
+
+class TrialRun:
+    """A trial that this worker was given.
+
+    Args:
+        config: The study's.
+        search: The study.
+        asked: The trial.
+        crew_of: Returns who trains.
+        tell: Says something to the user.
+
+    Raises:
+        UserError: The plan refuses it.
+    """
+
+    def __init__(
+        self, config: Config, search: Search, asked: Asked, crew_of: CrewOf, tell: Tell
+    ) -> None:
+        self.search, self.asked, self.crew_of, self.tell = search, asked, crew_of, tell
+        self.values = rounded(asked.values)
+        self.study, self.config = config, trial_config(config, self.values)
+        self.pruning, self.measure = pruning_of(config), measure_of(config)
+        self.steps: list[Step] = plan(self.config)
+        refuse_changed(self.steps)
+        self.record = RunRecord(
+            name=config.name or UNNAMED,
+            stage=self.config.stage.name,
+            keys={step.stage: step.key for step in self.steps},
+            overrides=tuple(trial_overrides(config, self.values)),
+            seed=config.seed,
+            status=Status.running,
+        )
+
+    def run(self) -> Ending:
+        """Train, report, and tell the study how it went.
+
+        Raises:
+            KeyboardInterrupt: The user stopped it; it comes next again. So for `SystemExit`.
+            LeaseLost: Another worker has taken it.
+        """
+        ppo, number = self.config.ppo, self.asked.number
+        self._write(Status.running)
+        self.asked.note(
+            key=self.record.key,
+            values=json.dumps(self.values),
+            iterations=iterations(ppo),
+            steps=iterations(ppo) * updates(ppo),
+        )
+        shown = " ".join(f"{key}={value:g}" for key, value in self.values.items())
+        self.tell(f"trial {number}: {shown}")
+        crew = self.crew_of(self.config, self.values)
+        try:
+            ending = self._train(crew)
+        except BaseException as error:
+            crew.end(error)
+            return self._ended(error)
+        crew.end(None, ending.value)
+        return ending
+
+    def _train(self, crew: Crew) -> Ending:
+        trial = Trial(str(folder_of(self.study)), self.asked.id, self.measure, self.pruning)
+        try:
+            done = run_steps(self.config, self.steps, crew, self.tell, trial)
+        except Pruned as pruned:
+            return self._pruned(pruned)
+        artifact, trained = done[-1].artifact, done[-1].trained
+        assert artifact is not None, "a trial trains PPO"
+        rows = read_metrics(artifact.path / METRICS)
+        ppo = self.config.ppo
+        report(self.search.study, trial, rows, iterations(ppo) * updates(ppo))
+        value = self.measure.value(rows)
+        seconds = artifact.manifest.duration_s if trained else 0.0
+        self.asked.note(iterations_run=iterations(ppo) if trained else 0, seconds=seconds)
+        if not self.asked.complete(value):
+            error = f"the objective is {value}"
+            self._write(Status.failed, error=error)
+            return Ending(Status.failed, error=error)
+        self._write(Status.done, value)
+        return Ending(Status.done, value)
+
+    def _pruned(self, pruned: Pruned) -> Ending:
+        ran = pruned.step // updates(self.config.ppo)
+        value = self.measure.value(pruned.rows)
+        path = folder_of(self.study) / PRUNED / f"{self.record.key}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in pruned.rows), "utf-8")
+        self.asked.note(iterations_run=ran, seconds=pruned.seconds)
+        self.asked.prune()
+        self._write(Status.pruned, value)
+        return Ending(Status.pruned, value)
+
+    def _ended(self, error: BaseException) -> Ending:
+        """Return how an exception ends the trial, unless it ends the worker."""
+        if isinstance(error, LeaseLost):
+            raise error
+        if isinstance(error, WorkerGone):
+            self.asked.put_back(lost=True)
+            self._write(Status.interrupted, error=str(error))
+            return Ending(Status.interrupted, error=str(error))
+        if not isinstance(error, Exception):
+            self.asked.put_back()
+            self._write(Status.interrupted)
+            raise error
+        known = isinstance(error, UserError)
+        text = str(error) if known else "".join(traceback.format_exception(error))
+        self.asked.fail(text)
+        self._write(Status.failed, error=text)
+        return Ending(Status.failed, error=text)
+
+    def _write(
+        self, status: Status, objective: float | None = None, error: str | None = None
+    ) -> None:
+        record = replace(self.record, status=status, objective=objective, error=error)
+        records_of(self.study).write(record)
+
+
+ABOUT = "about"
+_COMMAND = "command.json"
+
+
+def study_folder(output_dir: Path, name: str) -> Path:
+    """Return where the journal of a study is."""
+    return output_dir / "sweeps" / name / "study"
+
+
+def folder_of(config: Config) -> Path:
+    """Return where the journal of a config's study is."""
+    return study_folder(Path(config.output_dir), config.name or UNNAMED)
+
+
+def measure_of(config: Config) -> Measure:
+    """Return what is maximised."""
+    study = config.study
+    scaled = config.ppo.reward.scale is not Scale.none
+    return Measure(study.objective.value, study.kl_budget, study.kl_coef, scaled)
+
+
+def pruning_of(config: Config) -> Pruning:
+    """Return when trials are given up; they are evaluated as often as the config says."""
+    study, ppo = config.study, config.ppo
+    evaluations = -(-iterations(ppo) * updates(ppo) // ppo.eval_every)
+    return Pruning(study.pruner.value, study.prune_after, study.warmup, evaluations)
+
+
+def search_of(config: Config) -> Search:
+    """Open the study, as the config's worker.
+
+    Raises:
+        UserError: It is another study than the config's.
+    """
+    study = config.study
+    assert study.trials is not None, "checked with the config"
+    space = {axis.key: _distribution(axis) for axis in settled_space(config)}
+    first = own_values(config)
+    wanted = Wanted(study.trials, space, first, study.startup, study.workers, study.seed)
+    name, pruning = config.name or UNNAMED, pruning_of(config)
+    search = Search(folder_of(config), store_of(config), name, wanted, pruning, worker=study.worker)
+    _refuse_another(search.study, config)
+    return search
+
+
+def write_command(config: Config, overrides: list[str]) -> None:
+    """Keep the command line of a trial, what is searched left out."""
+    folder = folder_of(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / _COMMAND, overrides)
+
+
+def read_command(config: Config) -> list[str]:
+    """Return what `write_command` kept."""
+    try:
+        found: list[str] = json.loads((folder_of(config) / _COMMAND).read_text("utf-8"))
+    except FileNotFoundError:
+        return []
+    return found
+
+
+def _distribution(axis: Axis) -> BaseDistribution:
+    limits = ends(axis)
+    return distribution_of((limits[0], limits[1]), axis.log, axis.step, axis.choices, whole(axis))
+
+
+def _about(config: Config) -> dict[str, str]:
+    """Return what all trials of a study have in common, as text by name."""
+    searched = {axis.key: 0 for axis in config.study.space}
+    steps = plan(with_values(trial_config(config, {}), searched))
+    found = {f"{step.stage} model": step.key for step in steps if step.stage != "ppo"}
+    found["objective"] = written(config.study.objective)
+    found["length"] = written(config.study.length)
+    found["searched"] = ", ".join(sorted(searched))
+    for key, value in _flat(key_content(trial_config(config, {}).ppo), "ppo.").items():
+        if key not in searched:
+            found[key] = str(value)
+    return found | {"data and rest": steps[-1].key}
+
+
+def _refuse_another(study: Study, config: Config) -> None:
+    """Stop where trials would be compared that cannot be."""
+    ours, theirs = _about(config), study.user_attrs.get(ABOUT)
+    if theirs is None:
+        study.set_user_attr(ABOUT, ours)
+        return
+    if theirs == ours:
+        return
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    listed = "".join(
+        f"\n  {name}: {theirs.get(name, 'none')} in the study, {ours.get(name, 'none')} now"
+        for name in names
+        if name != "data and rest" or len(names) == 1
+    )
+    raise UserError(
+        f"name={config.name}: that study is of something else, and its trials cannot be compared "
+        f"with new ones:{listed}\nUse another name, or give the study's own values"
+    )
+
+
+def _flat(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found

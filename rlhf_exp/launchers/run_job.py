@@ -1,0 +1,30 @@
+"""What a job of a multirun does: one experiment, or the part of one worker in a study."""
+
+from __future__ import annotations
+
+from rlhf_exp.config.experiment import Config
+
+
+def run_job(config: Config, overrides: list[str], *, recorded: bool = True) -> float | None:
+    """Do a job.
+
+    Args:
+        config: The experiment, or the study.
+        overrides: The command line, for the record.
+        recorded: Whether it is a run of its own.
+
+    Returns:
+        The objective, of a study the best so far.
+
+    Raises:
+        UserError: Something the user can mend.
+        JobsFailed: A worker gives up.
+        KeyboardInterrupt: The user stopped it; a checkpoint holds what was done.
+    """
+    if config.study.trials is not None:
+        from rlhf_exp.launchers.optuna.worker import work
+
+        return work(config, overrides)
+    from rlhf_exp.experiment import run
+
+    return run(config, overrides) if recorded else run(config, overrides, recorded=False)

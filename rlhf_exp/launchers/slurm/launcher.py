@@ -1,0 +1,354 @@
+"""`hydra/launcher=slurm`: plan, submit what is to be done, wait, and tell how it went.
+
+Writes jobs for submitit to submit: resources, environment, and the command of each task.
+
+The code as it was submitted: copied once, so that jobs that start later run the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from rlhf_exp import experiment
+from rlhf_exp.config.checks_sweep import Shape, shape_of, slurm_problems
+from rlhf_exp.config.compose import to_dict
+from rlhf_exp.config.evaluation import ScorerKind, scores_toxicity
+from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.launchers import SlurmConfig
+from rlhf_exp.config.problems import Problem, refuse
+from rlhf_exp.config.schema_keys import CONF
+from rlhf_exp.errors import Detached, JobsFailed, UserError
+from rlhf_exp.launchers.points import Point, done_before, note_failure, point_of, shared_work
+from rlhf_exp.launchers.run_job import run_job
+from rlhf_exp.launchers.slurm import monitor
+from rlhf_exp.launchers.slurm.job import Work, perform
+from rlhf_exp.launchers.slurm.monitor import Ending, Failure, wait
+from rlhf_exp.launchers.slurm.submissions import Job, Submission, latest_jobs, new_submission
+from rlhf_exp.pipeline.hub import missing, needs
+from rlhf_exp.pipeline.plan import PACKAGE, records_of
+from rlhf_exp.store.artifact import GIT_STATE, git_state
+from rlhf_exp.store.fingerprint import file_digest
+from rlhf_exp.store.run_records import RunRecord
+
+Outcome = float | None | Exception
+
+
+def launch(site: SlurmConfig, jobs: Sequence[tuple[list[str], Config]]) -> list[Outcome]:
+    """Run jobs on Slurm and wait for them; jobs that are in the queue already are joined.
+
+    Args:
+        site: The site.
+        jobs: Command line and config of each.
+
+    Returns:
+        The objective of each, or the exception to raise for it.
+
+    Raises:
+        UserError: They cannot be submitted.
+        Detached: The user pressed Ctrl-C; submitted jobs go on.
+    """
+    if jobs[0][1].plan:
+        return [run_job(config, overrides) for overrides, config in jobs]
+    refuse(slurm_problems(site, [config for _, config in jobs]))
+    points = [point_of(overrides, config) for overrides, config in jobs]
+    if site.offline:
+        _refuse_missing(points)
+    return _Launch(site, points).run()
+
+
+class _Launch:
+    def __init__(self, site: SlurmConfig, points: list[Point]) -> None:
+        self.site, self.points = site, points
+        config = points[0].config
+        self.name, self.outputs = config.name or experiment.UNNAMED, Path(config.output_dir)
+        self.records = records_of(config)
+        self.console = Console(stderr=True)
+        self.jobs: list[tuple[Submission, Job]] = []
+
+    def run(self) -> list[Outcome]:
+        done = self._done()
+        self._join()
+        there = done.keys() | {job.key for _, job in self.jobs if not job.shared}
+        missing = {point.key: point for point in self.points if point.key not in there}
+        try:
+            if missing:
+                with _uninterrupted():
+                    self._submit(list(missing.values()))
+            self._introduce(len(done))
+            endings = wait(self.jobs, self.site.poll_s, self._tell, self._ended)
+        except KeyboardInterrupt as error:
+            raise Detached(self._detached()) from error
+        return self._outcomes(done, endings)
+
+    def _done(self) -> dict[str, RunRecord]:
+        """Return the records of points that need no job."""
+        return done_before(self.points, self.records, self.name)
+
+    def _join(self) -> None:
+        """Find those jobs of earlier submissions that are still in the queue."""
+        known = {job.id: (where, job) for where, job in latest_jobs(self.outputs, self.name)}
+        try:
+            states = monitor.job_states(known)
+        except monitor.Unreachable as error:
+            refuse([Problem("hydra/launcher", "slurm", f"squeue fails: {error}")])
+        live = [known[one] for one, state in states.items() if not state.ended]
+        wanted = {point.key for point in self.points}
+        self.jobs = [found for found in live if found[1].shared or found[1].key in wanted]
+
+    def _submit(self, points: list[Point]) -> None:
+
+        shape = shape_of(self.site, points[0].config)
+        assert not isinstance(shape, Problem), "checked"
+        submission = new_submission(self.outputs, self.name)
+        copy_code(submission.code)
+        # What an earlier submission makes for all is waited for, not made twice.
+        made = {job.key: job.id for _, job in self.jobs if job.shared}
+        after: list[str] = []
+        for level in [*([] if points[0].config.probe else shared_work(points)), points]:
+            shared = level is not points
+            new = [point for point in level if not shared or point.key not in made]
+            works = [self._work(point, submission, not shared) for point in new]
+            ids = submit(self.site, shape, submission, works, self.name, after) if new else []
+            for number, point in zip(ids, new, strict=True):
+                ranks = shape.nodes * shape.tasks_per_node
+                last = point.steps[-1]
+                job = Job(number, last.stage, last.key, point.overrides, ranks, shared)
+                submission.jobs.append(job)
+                self.jobs.append((submission, job))
+            submission.write()
+            after = [*ids, *(made[point.key] for point in level if shared and point.key in made)]
+
+    def _work(self, point: Point, submission: Submission, recorded: bool) -> Work:
+        config = with_own_code(point.config, submission.code)
+        if self.site.save_each_iteration:
+            # Saves at each boundary, which in PPO is the end of an iteration.
+            config = replace(config, ppo=replace(config.ppo, checkpoint_every=1))
+        return Work(
+            config=to_dict(config),
+            overrides=point.overrides,
+            key=point.key,
+            recorded=recorded,
+            grace_s=self.site.grace_s,
+            max_restarts=self.site.max_restarts,
+        )
+
+    def _introduce(self, done: int) -> None:
+        counts = [f"{len(self.points)} points"] + ([f"{done} of them done"] if done else [])
+        self._tell(f"{self.name}: {', '.join(counts)}; {len(self.jobs)} jobs in the queue")
+        for where in {where.folder: where for where, _ in self.jobs}.values():
+            self._tell(f"logs: {where.results}")
+
+    def _detached(self) -> str:
+        if not self.jobs:
+            return "interrupted: nothing has been submitted"
+        return (
+            f"interrupted: {len(self.jobs)} jobs stay in Slurm's queue and go on by themselves.\n"
+            f"  rlhf-exp status {self.name}    how far they are\n"
+            f"  rlhf-exp cancel {self.name}    ends them\n"
+            "The same command again waits for them."
+        )
+
+    def _ended(self, job: Job, ending: Ending) -> None:
+        if not isinstance(ending, Failure):
+            self._tell(f"job {job.id} is done: {job.stage} {job.key}")
+            return
+        self._tell(f"job {job.id} has failed: {job.stage} {job.key}: {ending.reason}")
+        self._tell(f"  {ending.log}")
+        if not job.shared:
+            self._note_failure(job, ending)
+
+    def _note_failure(self, job: Job, failure: Failure) -> None:
+        (point,) = {one.key: one for one in self.points if one.key == job.key}.values()
+        note_failure(self.records, self.name, point, failure.error)
+
+    def _outcomes(self, done: dict[str, RunRecord], endings: dict[str, Ending]) -> list[Outcome]:
+        failures = [one for one in endings.values() if isinstance(one, Failure)]
+        lines = [
+            f"\n  {one.job.id} {one.job.stage} {one.job.key}: {one.reason}\n    {one.log}"
+            for one in failures
+        ]
+        failed = JobsFailed(f"{len(failures)} of {len(endings)} jobs failed:{''.join(lines)}")
+        by_key = {job.key: endings[job.id] for _, job in self.jobs if not job.shared}
+        outcomes: list[Outcome] = []
+        for point in self.points:
+            ending = by_key.get(point.key)
+            if isinstance(ending, Failure):
+                outcomes.append(failed)
+            else:
+                outcomes.append(ending.objective if ending else done[point.key].objective)
+        return outcomes
+
+    def _tell(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+
+def _refuse_missing(points: Sequence[Point]) -> None:
+    """Stop where a job would find out on a node that something is not there.
+
+    Raises:
+        UserError: Naming it, and the command that fetches it.
+    """
+    for point in points:
+        absent = missing(Path(point.config.output_dir), needs(point.config, point.steps))
+        if absent:
+            listed = "".join(f"\n  {need}" for need in absent)
+            raise UserError(
+                "nodes have no network (hydra.launcher.offline=true), and the cache here lacks:"
+                f"{listed}\nFetch it on this machine first: rlhf-exp fetch "
+                f"{shlex.join(point.overrides)}"
+            )
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put Ctrl-C off: a job that is in the queue must also be in the list of jobs."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+ENTRY = "rlhf_exp.launchers.slurm.job"
+
+
+class _Executor(SlurmExecutor):
+    """submitit's executor with our own first lines in each task."""
+
+    @property
+    def _submitit_command_str(self) -> str:
+        # A task that Slurm gives notice before Python runs would die of it.
+        deaf = """trap "" USR2; exec "$@" """.strip()
+        program = str(super()._submitit_command_str).replace("submitit.core._submit", ENTRY)
+        return f"sh -c {shlex.quote(deaf)} sh {program}"
+
+
+def submit(
+    site: SlurmConfig,
+    shape: Shape,
+    submission: Submission,
+    works: Sequence[Work],
+    name: str,
+    after: Sequence[str] = (),
+) -> list[str]:
+    """Submit works as one array (one work: as one job); return Slurm's number of each.
+
+    Args:
+        site: What the site wants to know.
+        shape: Nodes and tasks of each.
+        submission: Where code and results are.
+        works: What to do.
+        name: Name of the jobs in the queue.
+        after: Numbers of the jobs that have to end well before these start.
+
+    Raises:
+        UserError: Slurm refuses; its message.
+    """
+    executor = _Executor(submission.results, python=site.interpreter)
+    shared = not works[0].recorded
+    executor.update_parameters(**_parameters(site, shape, shared), job_name=name)
+    executor.update_parameters(setup=[*site.setup, *_environment(site, submission.code)])
+    if after:
+        # Without the second, jobs whose condition cannot come true any more stay for ever.
+        extra = executor.parameters["additional_parameters"]
+        waits = {"dependency": "afterok:" + ":".join(after), "kill-on-invalid-dep": "yes"}
+        executor.update_parameters(additional_parameters={**extra, **waits})
+    try:
+        jobs = executor.map_array(perform, works)
+    except (FailedJobError, FailedSubmissionError) as error:
+        lines = [line for line in str(error).splitlines() if "sbatch: error" in line]
+        raise UserError(
+            "\n  ".join(["sbatch refuses the job:", *(lines or [str(error)])])
+        ) from error
+    return [job.job_id for job in jobs]
+
+
+def _parameters(site: SlurmConfig, shape: Shape, shared: bool) -> dict[str, Any]:
+    """Return sbatch's options in submitit's names."""
+    gpus: Any = shape.gpus_per_node or None
+    if gpus and site.gpu_type:
+        gpus = f"{site.gpu_type}:{gpus}"
+    wanted = {
+        "partition": (site.shared_partition if shared else None) or site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "constraint": site.constraint,
+        "nodes": shape.nodes,
+        "ntasks_per_node": shape.tasks_per_node,
+        "gpus_per_node": gpus,
+        "cpus_per_task": site.cpus_per_process,
+        "mem": None if site.mem_gb is None else f"{int(site.mem_gb * 1024)}M",
+        "time": (site.shared_time_min if shared else None) or site.time_min,
+        "signal_delay_s": site.signal_delay_s,
+        "array_parallelism": site.concurrent_jobs,
+        "stderr_to_stdout": True,
+        # One dead task ends the others, which would wait for it until their time limit.
+        "srun_args": ["--kill-on-bad-exit=1", *site.srun],
+        "additional_parameters": {"requeue": True, **site.sbatch},
+    }
+    # submitit's own default names a key that not every site knows.
+    return {key: value for key, value in wanted.items() if value is not None} | {"wckey": None}
+
+
+def _environment(site: SlurmConfig, code: Path) -> list[str]:
+    """Return the shell lines that let the jobs run the copied code, from whatever folder."""
+    lines = [
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1",
+    ]
+    if site.offline:
+        lines.append("export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1")
+    return lines
+
+
+LAUNCH = "launch.py"
+
+
+def copy_code(target: Path) -> None:
+    """Copy `launch.py`, `conf/` and `rlhf_exp/` to a new folder, and note the state of git."""
+    root = PACKAGE.parent
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+    target.mkdir(parents=True)
+    for folder in (PACKAGE, CONF):
+        shutil.copytree(folder, target / folder.name, ignore=ignored)
+    if (root / LAUNCH).is_file():
+        shutil.copy2(root / LAUNCH, target / LAUNCH)
+    (target / GIT_STATE).write_text(json.dumps(git_state(root)), encoding="utf-8")
+
+
+def with_own_code(config: Config, target: Path) -> Config:
+    """Copy the user's own functions beside the code; return the config that names the copies.
+
+    A function's content is in the key and its path is not, so the key stays.
+    """
+    reward, toxicity = config.ppo.reward, config.eval.toxicity
+    if reward.function is not None:
+        reward = replace(reward, function=_copied(reward.function, target))
+    if toxicity.scorer_kind is ScorerKind.function and scores_toxicity(config.eval.suite):
+        toxicity = replace(toxicity, scorer=_copied(toxicity.scorer, target))
+    return replace(
+        config,
+        ppo=replace(config.ppo, reward=reward),
+        eval=replace(config.eval, toxicity=toxicity),
+    )
+
+
+def _copied(reference: str, target: Path) -> str:
+    file, _, name = reference.rpartition(":")
+    copy = target / "functions" / file_digest(Path(file))[:16] / Path(file).name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(file, copy)
+    return f"{copy}:{name}"

@@ -1,0 +1,367 @@
+"""Causal language models and tokenizers: from a hub, a folder or from scratch, and back.
+
+Only safetensors are read: nothing that is downloaded gets unpickled.
+
+What is written beside a model: heads, as safetensors with nothing else in them.
+
+Writes a model as a plain Hugging Face folder.
+
+Between an `Architecture` and transformers' config of a model of that shape.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from rlhf_exp.errors import UserError
+from rlhf_exp.models.architecture import TYPES, Architecture
+
+transformers.logging.disable_progress_bar()  # a stage shows one of its own
+# Rows are right-padded and go by lengths, so the advice to pass a mask would mislead.
+logging.getLogger("transformers.modeling_utils").addFilter(
+    lambda record: "passing in an `attention_mask`" not in record.getMessage()
+)
+
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def load_causal_lm(
+    path: str | Path,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    attention: Attention = "sdpa",
+) -> PreTrainedModel:
+    """Load a causal language model with every dropout set to 0.
+
+    Args:
+        path: a folder, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        dtype: of the weights.
+        attention: implementation; a family that has no `sdpa` (GPT-J) gets `eager`.
+
+    Raises:
+        UserError: `path` is no model, has no safetensors, or lacks some of the weights.
+    """
+    config = load_config(path, revision)
+    return load_pretrained(AutoModelForCausalLM, path, config, revision, dtype, attention)
+
+
+def load_pretrained(
+    kind: Any,  # noqa: ANN401 - one of transformers' auto classes
+    path: str | Path,
+    config: PreTrainedConfig,
+    revision: str | None,
+    dtype: torch.dtype,
+    attention: Attention,
+) -> PreTrainedModel:
+    """Load a model of auto class `kind`, with every dropout in `config` set to 0.
+
+    Raises:
+        UserError: as for `load_causal_lm`.
+    """
+    try:
+        model, report = kind.from_pretrained(
+            path,
+            revision=revision or "main",
+            config=without_dropout(config),
+            dtype=dtype,
+            attn_implementation=supported_attention(config, attention),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(_no_model(path, error)) from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged safetensors file ({error})") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} weights of a {type(model).__name__} are not in its "
+            f"safetensors files (first: {missing[0]}); give a complete model"
+        )
+    return ready(model)
+
+
+def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """Load the config alone.
+
+    Raises:
+        UserError: `path` is no model.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{path}: the folder has no config.json, so it is no model; give a folder "
+            "written by save_pretrained (config.json and *.safetensors)"
+        )
+    if not folder.is_dir() and (folder.is_absolute() or str(path).startswith((".", "~"))):
+        raise UserError(f"{path}: no such folder; give a model's folder, or a hub id")
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_no_model(path, error)) from error
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or a hub id.
+
+    Raises:
+        UserError: there is none at `path`.
+    """
+    # transformers makes up an empty tokenizer for a folder that has none.
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{path}: no tokenizer in the folder (none of {', '.join(TOKENIZER_FILES)}); save one "
+            "there with tokenizer.save_pretrained"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        raise UserError(
+            f"{path}: no tokenizer can be loaded from there ({_first_line(error)}); a model folder "
+            "needs a tokenizer.json and tokenizer_config.json"
+        ) from error
+
+
+def build_causal_lm(
+    architecture: Architecture,
+    seed: int,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    bos_id: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    attention: Attention = "sdpa",
+) -> PreTrainedModel:
+    """Build a model from scratch, its weights a function of `seed`.
+
+    torch's own generator is left alone.
+    """
+    config = config_of(architecture, eos_id=eos_id, pad_id=pad_id, bos_id=bos_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=supported_attention(config, attention)
+        )
+    return ready(model)
+
+
+def meta_model(architecture: Architecture) -> PreTrainedModel:
+    """Return a model of this shape without any weights, on torch's meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config_of(architecture))
+
+
+def save_causal_lm(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> None:
+    """Write a plain Hugging Face folder: config, safetensors, tokenizer."""
+    write_model(model, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """Let every token train: some families give the padding token's embedding no gradient.
+
+    Where padding and end-of-sequence are one token, that would freeze a token that has a meaning.
+    """
+    embedding: Any = model.get_input_embeddings()
+    embedding.padding_idx = None
+    return model
+
+
+def supported_attention(config: PreTrainedConfig, attention: Attention) -> str:
+    """Return `attention`, or `eager` where the family has no scaled-dot-product attention."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if attention == "sdpa" and model_class is not None and not model_class._supports_sdpa:
+        return "eager"
+    return attention
+
+
+def _no_model(path: str | Path, error: BaseException) -> str:
+    return (
+        f"{path}: no model can be loaded from there ({_first_line(error)}); give a folder with "
+        "config.json and *.safetensors, or a hub id"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+VALUE_HEAD = "value_head.safetensors"
+VALUE_MODEL = "value_model"
+
+
+def save_policy(
+    model: PreTrainedModel,
+    state: dict[str, Tensor] | None,
+    value_head: nn.Module | None,
+    value_trunk: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+) -> None:
+    """Write `model` as a plain Hugging Face folder, and the value head (and its model) beside it.
+
+    Args:
+        model: causal language model.
+        state: its state under plain names where its own has others (LoRA); else `None`.
+        value_head: written to `value_head.safetensors`.
+        value_trunk: written to the folder `value_model`.
+        tokenizer: written with the model.
+        folder: made where it does not exist.
+    """
+    plain = model if state is None else with_state(model, state)
+    write_model(plain, folder)
+    tokenizer.save_pretrained(folder)
+    if value_head is not None:
+        save_head(value_head, Path(folder) / VALUE_HEAD)
+    if value_trunk is not None:
+        write_model(value_trunk, Path(folder) / VALUE_MODEL)
+
+
+def with_state(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
+    """Return a model of the same class and config, made of the tensors in `state`."""
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config))
+    plain.load_state_dict(state, assign=True, strict=True)
+    if getattr(model, "generation_config", None) is not None:
+        plain.generation_config = model.generation_config
+    return plain
+
+
+def save_head(head: nn.Module, path: Path) -> None:
+    """Write a head's parameters."""
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()},
+        path,
+    )
+
+
+def load_head(head: nn.Module, path: Path) -> None:
+    """Read a head's parameters.
+
+    Raises:
+        UserError: the file is missing, damaged or another head's.
+    """
+    try:
+        head.load_state_dict(load_file(path))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: not the head that is expected there ({error})") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged safetensors file ({error})") from error
+
+
+DEEPSPEED = "deepspeed"
+
+
+def write_model(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write config and safetensors of a model that nothing wraps."""
+    with _deepspeed_unseen():
+        model.save_pretrained(folder)
+
+
+@contextmanager
+def _deepspeed_unseen() -> Iterator[None]:
+    """Let DeepSpeed, unless it is imported, look as if it were not installed.
+
+    `save_pretrained` takes off what accelerate knows to wrap modules, and accelerate imports
+    DeepSpeed, where it finds it, to recognise its engine: a quarter of a second, and up to ten
+    times as much, in a process that has no use for it. Without DeepSpeed imported there cannot be
+    an engine. `None` in `sys.modules` is Python's own way to say that a module is not to be had.
+    """
+    if DEEPSPEED in sys.modules:
+        yield
+        return
+    sys.modules[DEEPSPEED] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[DEEPSPEED]
+
+
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Set every dropout in `config` to 0: PPO compares log-probabilities of two forwards."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, int | float) and name.endswith(("dropout", "pdrop")):
+            setattr(config, name, 0.0)
+    return config
+
+
+def config_of(
+    architecture: Architecture,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    bos_id: int | None = None,
+) -> PreTrainedConfig:
+    """Return transformers' config of a model of this shape, without dropout."""
+    shape = architecture
+    if shape.type not in TYPES:
+        raise UserError(
+            f"model.architecture.type={shape.type!r}: expected one of {', '.join(TYPES)}"
+        )
+    fields = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "max_position_embeddings": shape.context,
+        "tie_word_embeddings": shape.tied,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+        "bos_token_id": bos_id,
+        # "Small init" (Nguyen and Salazar 2019): the libraries' 0.02 suits widths near 1000, and
+        # costs a narrow model a fifth of its training before it begins to learn.
+        "initializer_range": math.sqrt(2.0 / (5.0 * shape.width)),
+    }
+    if shape.type in ("gpt2", "gptj"):
+        fields["n_inner"] = shape.ffn_width
+    else:
+        fields["intermediate_size"] = shape.ffn_width
+    if shape.type == "gptj":
+        fields["rotary_dim"] = min(64, shape.width_per_head)
+    if shape.type in ("llama", "qwen2", "qwen3"):
+        fields["num_key_value_heads"] = shape.key_value_heads
+    if shape.type in ("llama", "qwen3"):
+        fields["head_dim"] = shape.width_per_head
+    return without_dropout(AutoConfig.for_model(shape.type, **fields))
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """Return the shape that a loaded config describes."""
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    return Architecture(
+        type=config.model_type,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        ffn_width=inner or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        context=config.max_position_embeddings,
+        kv_heads=getattr(config, "num_key_value_heads", None),
+        tied=bool(config.tie_word_embeddings),
+        head_width=getattr(config, "head_dim", None),
+    )

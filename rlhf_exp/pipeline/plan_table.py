@@ -1,0 +1,233 @@
+"""The plan as tables: what would run, parameter counts, and memory of each process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+
+from rlhf_exp.config.experiment import Config, Dtype, ModelConfig, Strategy
+from rlhf_exp.config.training import CONTINUED, RewardInit, TrainingConfig
+from rlhf_exp.models.architecture import Architecture, count_lora, count_parameters
+from rlhf_exp.models.memory_estimate import (
+    FLOAT32,
+    HALF_WITH_MASTER,
+    MemoryEstimate,
+    Precision,
+    Sharding,
+    Workload,
+    estimate_memory,
+    reward_bytes,
+)
+from rlhf_exp.pipeline.plan import State, Step
+from rlhf_exp.pipeline.stage_graph import stages_of
+from rlhf_exp.stages.sft import shape_of
+
+GIB = 1 << 30
+_GPUS = (24, 40, 80)
+_COLOURS = {
+    State.given: "cyan",
+    State.cached: "green",
+    State.changed: "red",
+    State.resume: "yellow",
+    State.run: "bold",
+}
+
+
+def plan_table(steps: list[Step]) -> Table:
+    """Return the steps with their state."""
+    table = Table("stage", "key", "state", "what", box=None, pad_edge=False)
+    for step in steps:
+        what = ", ".join(step.files)
+        if step.state == State.given and step.model is not None:
+            what = step.model
+        elif step.redo and step.artifact is not None:
+            what = "again, replacing the result in the store"
+        elif step.state == State.cached and step.files:
+            what = f"trusted although changed: {what}"
+        elif step.needs_work and CONTINUED in step.extra:
+            what = f"goes on from {step.extra[CONTINUED].key}"
+        elif step.artifact is not None and step.state == State.cached:
+            what = f"made {step.artifact.manifest.created[:16]}"
+        colour = _COLOURS[step.state]
+        table.add_row(step.stage, step.key, f"[{colour}]{step.state}[/]", what)
+    return table
+
+
+def memory_table(config: Config) -> Table:
+    """Return parameter counts and estimated memory of each training stage, for one process."""
+    stages = [stage for stage in stages_of(config) if stage != "eval"]
+    shape = shape_for(config.model)
+    total = count_parameters(shape).total
+    apart = _reward_apart(config, shape) if "ppo" in stages else ""
+    table = Table(
+        caption=f"{config.model.name}: {_count(total)} parameters; GiB per process{apart}",
+        caption_justify="left",
+        min_width=60,
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("")
+    for stage in stages:
+        table.add_column(stage, justify="right")
+    estimates = [stage_memory(config, stage, shape) for stage in stages]
+    trained = [_trained(getattr(config, stage), shape) for stage in stages]
+    table.add_row("trains", *(_count(number) for number in trained))
+    for label, name in (
+        ("weights", "weights"),
+        ("gathered to update", "gathered"),
+        ("gathered to sample", "gathered_to_sample"),
+        ("gradients", "gradients"),
+        ("communication", "communication"),
+        ("optimizer", "optimizer"),
+        ("activations", "activations"),
+        ("logits chunk", "logits"),
+        ("KV cache", "kv_cache"),
+        ("trunk states", "trunk_states"),
+        ("reference", "reference"),
+        ("reward model", "reward_model"),
+        ("host memory", "host"),
+    ):
+        table.add_row(label, *(gib(getattr(found, name)) for found in estimates))
+    table.add_row("[bold]peak", *(f"[bold]{gib(found.peak)}" for found in estimates))
+    for size in _GPUS:
+        # A GiB for the CUDA context, and a tenth for the allocator's fragmentation.
+        fits = [found.peak * 1.1 + GIB <= size * GIB for found in estimates]
+        table.add_row(f"fits {size} GB", *("yes" if fit else "no" for fit in fits))
+    return table
+
+
+def _reward_apart(config: Config, shape: Architecture) -> str:
+    """Return in words what the main process holds besides, where it has the reward model alone."""
+    reward = config.ppo.reward
+    if reward.device is None or not reward.model_scores:
+        return ""
+    size = gib(reward_bytes(shape, _precision(config)))
+    place = "host memory" if reward.gpu is None else f"GPU {reward.gpu} of its machine"
+    return f";\nfor PPO the main process also has the reward model, {size} GiB, in {place}"
+
+
+def shape_for(section: ModelConfig) -> Architecture:
+    """Return the model's shape: a folder's own, else what the config says of it."""
+    if section.path is not None and Path(section.path).is_dir():
+        # Only here: transformers and torch take seconds to import.
+        from rlhf_exp.models import pretrained
+
+        return pretrained.architecture_of(pretrained.load_config(section.path))
+    return shape_of(section.architecture)
+
+
+def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstimate:
+    """Return the estimate of one stage."""
+    section: TrainingConfig = getattr(config, stage)
+    processes = config.distributed.processes
+    share = -(-section.batch // processes)
+    rows = min(section.micro_batch or share, share)
+    blocks, rank = section.train_blocks, section.lora.rank
+    length = getattr(section, "seq_length")  # noqa: B009 - each stage has its own
+    estimate = partial(
+        estimate_memory,
+        shape,
+        precision=_precision(config),
+        sharding=_sharding(config),
+        train_blocks=blocks,
+        lora_rank=rank,
+    )
+    checkpointing, accumulates = section.gradient_checkpointing, rows < share
+    if stage == "sft":
+        work = Workload(rows, length, length, checkpointing, accumulates=accumulates)
+        return estimate(work)
+    if stage == "reward":
+        work = Workload(2 * rows, length, 0, checkpointing, accumulates=accumulates)
+        return estimate(work)
+    ppo = config.ppo
+    rollouts = -(-ppo.rollouts // processes)
+    work = Workload(
+        rows,
+        length,
+        ppo.generation.max_new_tokens,
+        checkpointing,
+        decoded_rows=min(ppo.generation.batch, rollouts),
+        cached_rows=rollouts if blocks is not None else 0,
+        accumulates=accumulates,
+    )
+    reference: Literal["lora", "full", "shared"] = (
+        "lora" if rank else "full" if blocks is None else "shared"
+    )
+    judge = shape if ppo.reward.model_scores and ppo.reward.device is None else None
+    return estimate(
+        work,
+        reference=reference,
+        reward_model=judge,
+        reward_blocks=blocks if _shares_trunk(config) else None,
+        value_blocks={"shared": 0, "branch": blocks or 0, "own": shape.layers}[
+            ppo.value_trunk.name
+        ],
+    )
+
+
+def _shares_trunk(config: Config) -> bool:
+    """Whether the reward model has its trunk from the policy, as far as the config tells."""
+    reward, ppo = config.reward, config.ppo
+    strategy = config.distributed.strategy
+    spread = strategy in (Strategy.zero3, Strategy.fsdp)
+    deep = strategy in (Strategy.zero1, Strategy.zero2)
+    cast = deep and config.distributed.precision != config.model.dtype == Dtype.float32
+    if spread or cast or ppo.gradient_checkpointing or reward.use or reward.init is RewardInit.base:
+        return False
+    return 0 < (reward.train_blocks or 0) <= (ppo.train_blocks or 0)
+
+
+def _precision(config: Config) -> Precision:
+    """Return the bytes of numbers: what trains is held in float32, by DeepSpeed as a copy.
+
+    In float32, too: whether it needs none it decides by comparing a device with a name, which are
+    never equal. Of frozen weights that it rounds, `Zero` keeps copies on the host.
+    """
+    strategy = config.distributed.strategy
+    frozen = 2 if config.model.dtype == Dtype.bfloat16 else 4
+    half = Dtype.bfloat16 in (config.model.dtype, config.distributed.precision)
+    if strategy in (Strategy.zero1, Strategy.zero2, Strategy.zero3):
+        if half:
+            return replace(HALF_WITH_MASTER, beside=frozen, exact=4 if frozen == 4 else 0)
+        return replace(FLOAT32, optimizer=12)
+    gathered = 2 if half and strategy == Strategy.fsdp else 4
+    return Precision(frozen, activation=2 if half else 4, gathered=gathered, beside=frozen)
+
+
+def _sharding(config: Config) -> Sharding:
+    section = config.distributed
+    strategy = section.strategy
+    whole = strategy in (Strategy.zero3, Strategy.fsdp)
+    deep = strategy in (Strategy.zero1, Strategy.zero2, Strategy.zero3)
+    return Sharding(
+        section.processes,
+        optimizer=whole or deep,
+        gradients=whole or strategy == Strategy.zero2,
+        weights=whole,
+        blocks=strategy == Strategy.fsdp,
+        bucket=deep,
+        keeps_gradients=strategy in (Strategy.ddp, Strategy.zero3),
+        offload=section.offload,
+    )
+
+
+def _trained(section: TrainingConfig, shape: Architecture) -> int:
+    if section.lora.rank:
+        return count_lora(shape, section.lora.rank, section.train_blocks)
+    return count_parameters(shape).trainable(section.train_blocks, shape.tied)
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
+
+
+def gib(size: int) -> str:
+    """Return bytes in GiB, as the tables show them."""
+    return f"{size / GIB:.3f}" if size < GIB else f"{size / GIB:.1f}"

@@ -1,0 +1,46 @@
+"""Which stages a config asks for, and what does them."""
+
+from __future__ import annotations
+
+from rlhf_exp.config.evaluation import ROLES, Suite, needs_reward
+from rlhf_exp.config.experiment import Config, EngineName, Stage
+from rlhf_exp.config.training import RewardInit, ValueInit
+
+
+def stages_of(config: Config) -> tuple[str, ...]:
+    """Return the stages that the config's stage needs, itself included, in order."""
+    needed = {
+        Stage.sft: {"sft"},
+        Stage.reward: {"sft", "reward"},
+        Stage.ppo: {"sft", "reward", "ppo"},
+        Stage.eval: _evaluated(config),
+        Stage.pipeline: {"sft", "reward", "ppo", "eval"},
+    }[config.stage]
+    if config.eval.suite == Suite.none:
+        needed.discard("eval")
+    judged = config.ppo.reward.model_scores or config.ppo.value_init == ValueInit.reward
+    if not judged and config.stage not in (Stage.reward, Stage.sft):
+        needed.discard("reward")
+    if config.stage == Stage.reward and config.reward.init == RewardInit.base:
+        needed.discard("sft")
+    return tuple(stage for stage in ("sft", "reward", "ppo", "eval") if stage in needed)
+
+
+def module_of(config: Config, stage: str) -> str:
+    """Return the module in `rlhf_exp.stages` that does a stage: PPO has one for each engine."""
+    return "trlx_ppo" if stage == "ppo" and config.engine.name is EngineName.trlx else stage
+
+
+def _evaluated(config: Config) -> set[str]:
+    """Return what an evaluation needs: the models to compare, and what scores them."""
+    section = config.eval
+    if section.samples is not None:
+        return {"eval"}
+    needed = {"eval", *(role for role in ROLES if role in section.models)}
+    if needs_reward(section.suite):
+        needed.add("reward")
+    if "ppo" in needed and config.ppo.use is None:
+        needed |= {"sft", "reward"}
+    if "reward" in needed and config.reward.use is None and config.reward.init == RewardInit.sft:
+        needed.add("sft")
+    return needed

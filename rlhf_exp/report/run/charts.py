@@ -1,0 +1,284 @@
+"""Which curves a run's page shows, by stage; a chart whose metrics were not logged is left out.
+
+Names are those of the metrics contract (`reward/mean`, `kl/sequence`, ...); where more than one is
+listed, the first that was logged is drawn. Evaluations during training are named `eval/...`.
+
+The charts of a run's page as SVG files of their own, for papers and documentation.
+
+A sheet holds all charts of a stage. It names its colours itself and needs no style sheet, and it is
+on white, whatever the reader's theme: what it is pasted into decides about no colour in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from markupsafe import Markup
+
+from rlhf_exp.evaluation.statistics import clopper_pearson
+from rlhf_exp.report import chart as chart_module
+from rlhf_exp.report.chart import (
+    HEIGHT,
+    WIDTH,
+    Chart,
+    Line,
+    Row,
+    curve,
+    drawn,
+    joint,
+    line_of,
+    short,
+)
+from rlhf_exp.report.run.data import CalibrationBin
+from rlhf_exp.report.template import FOLDER
+
+Rows = Sequence[Row]
+Names = tuple[str, ...]
+
+_TRAIN_LOSS: Names = ("loss/total", "loss/train", "loss")
+_EVAL_LOSS: Names = ("eval/loss", "eval/loss/total", "loss/validation")
+
+
+def sft_charts(rows: Rows) -> list[Chart]:
+    """Return the charts of supervised fine-tuning."""
+    lines = [("train", _TRAIN_LOSS), ("validation", _EVAL_LOSS)]
+    return _present([_simple("SFT: loss, nats per token", rows, lines)])
+
+
+def reward_charts(rows: Rows, calibration: Sequence[CalibrationBin] = ()) -> list[Chart]:
+    """Return the charts of the reward model."""
+    loss = [("train", _TRAIN_LOSS), ("validation", _EVAL_LOSS)]
+    accuracy: list[tuple[str, Names]] = [
+        ("train", ("accuracy", "reward/accuracy", "train/accuracy")),
+        ("validation", ("eval/accuracy", "eval/reward/accuracy")),
+    ]
+    return _present(
+        [
+            _simple("Reward model: loss, nats per pair", rows, loss),
+            _simple("Reward model: accuracy on pairs", rows, accuracy, levels=[(0.5, "chance")]),
+            _calibration(calibration),
+        ]
+    )
+
+
+def ppo_charts(rows: Rows, kl_target: float | None = None) -> list[Chart]:
+    """Return the charts of PPO."""
+    target = [(kl_target, "target")] if kl_target is not None else []
+    whole: list[tuple[str, Names]] = [
+        ("rollouts", ("kl/sequence",)),
+        ("held-out prompts", ("eval/kl_sequence",)),
+    ]
+    length: list[tuple[str, Names]] = [
+        ("rollouts", ("response/length_mean",)),
+        ("held-out prompts", ("eval/length_mean",)),
+    ]
+    per_token: list[tuple[str, Names]] = [("k1", ("kl/k1",)), ("k3", ("kl/k3",))]
+    variance: list[tuple[str, Names]] = [("explained", ("value/explained_variance",))]
+    endings: list[tuple[str, Names]] = [
+        ("ended by itself", ("response/eos_fraction",)),
+        ("stop string", ("response/stop_fraction",)),
+        ("updates clipped", ("policy/clip_fraction",)),
+    ]
+    return _present(
+        [
+            _reward(rows),
+            _simple("KL, nats per answer", rows, whole, levels=target),
+            _reward_against_kl(rows),
+            _simple("KL, nats per token", rows, per_token),
+            _simple("KL coefficient β", rows, [("beta", ("kl/beta",))]),
+            _simple("Entropy, nats per token", rows, [("policy", ("policy/entropy",))]),
+            _simple("Answer length, tokens", rows, length),
+            _simple("Value: explained variance", rows, variance, levels=[(0.0, "")]),
+            _simple("Shares of answers and updates", rows, endings, include=(0.0,)),
+        ]
+    )
+
+
+def charts_of(
+    metrics: Mapping[str, Rows],
+    calibration: Sequence[CalibrationBin] = (),
+    kl_target: float | None = None,
+) -> list[tuple[str, list[Chart]]]:
+    """Return (heading, charts) for what was trained; headings without charts are left out."""
+    before = [
+        *sft_charts(metrics.get("sft", ())),
+        *reward_charts(metrics.get("reward", ()), calibration),
+    ]
+    groups = [
+        ("PPO", ppo_charts(metrics.get("ppo", ()), kl_target)),
+        ("Before PPO: demonstrations and preferences", before),
+    ]
+    return [(heading, charts) for heading, charts in groups if charts]
+
+
+def _simple(
+    title: str,
+    rows: Rows,
+    lines: Sequence[tuple[str, Names]],
+    *,
+    levels: Sequence[tuple[float, str]] = (),
+    include: Sequence[float] = (),
+) -> Chart | None:
+    found = [
+        line_of(label, points, colour)
+        for colour, (label, names) in enumerate(lines)
+        if (points := curve(rows, names)) is not None
+    ]
+    return Chart(title, found, levels=levels, include=include) if found else None
+
+
+def _reward(rows: Rows) -> Chart | None:
+    """Reward of the rollouts with a band of one standard deviation, and on held-out prompts."""
+    mean, std = curve(rows, ["reward/mean"]), curve(rows, ["reward/std"])
+    held_out = curve(rows, ["eval/reward", "eval/reward/mean", "eval/reward_mean"])
+    lines = []
+    if mean is not None:
+        spread = None
+        if std is not None:
+            spread = np.interp(mean.x, std.x[np.isfinite(std.y)], std.y[np.isfinite(std.y)])
+        lines.append(line_of("rollouts, mean ± std", mean, 0, spread))
+    if held_out is not None:
+        lines.append(line_of("held-out prompts", held_out, 1))
+    return Chart("Reward", lines) if lines else None
+
+
+def _reward_against_kl(rows: Rows) -> Chart | None:
+    mean, kl = curve(rows, ["reward/mean"]), curve(rows, ["kl/sequence"])
+    if mean is None or kl is None:
+        return None
+    steps, x, y = joint(kl, mean)
+    if len(steps) < 2:
+        return None
+    last = f"{short(float(y[-1]))} at {short(float(x[-1]))} nats"
+    path = Line("training's path", x, y, ordered=True, unit="KL", last=last)
+    return Chart("Reward against KL", [path], x_label="KL, nats per answer")
+
+
+def _calibration(bins: Sequence[CalibrationBin]) -> Chart | None:
+    """Predicted against observed preference; the band is each bin's exact 95 % interval."""
+    bins = sorted((found for found in bins if found.count > 0), key=lambda found: found.predicted)
+    if not bins:
+        return None
+    x = np.array([found.predicted for found in bins])
+    y = np.array([found.observed for found in bins])
+    pairs = sum(found.count for found in bins)
+    whiskers = [clopper_pearson(round(found.observed * found.count), found.count) for found in bins]
+    line = Line(
+        "observed share",
+        x,
+        y,
+        2,
+        smooth=False,
+        unit="predicted",
+        last=f"{pairs:,} pairs",
+        whiskers=(np.array([w.low for w in whiskers]), np.array([w.high for w in whiskers])),
+    )
+    label = "predicted probability"
+    return Chart("Reward model: calibration", [line], x_label=label, diagonal=True)
+
+
+def _present(charts: Sequence[Chart | None]) -> list[Chart]:
+    return [chart for chart in charts if chart is not None]
+
+
+COLUMNS = 3
+_GAP, _HEAD = 20, 50
+_LETTER = 7.0  # SVG lays no text out: about so wide is a letter of a legend
+_FONT = "text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif; }"
+_MORE = """
+.title { font-size: 14px; font-weight: 600; fill: var(--ink); }
+.name { font-size: 12.5px; fill: var(--soft); }
+.value { font-weight: 600; fill: var(--ink); }
+.swatch { stroke: currentColor; stroke-width: 3; }
+.swatch.s1 { stroke-dasharray: 6 3.5; }
+.swatch.s2 { stroke-dasharray: 3 2; }
+"""
+
+
+def write_sheets(
+    metrics: Mapping[str, Rows],
+    folder: Path,
+    calibration: Sequence[CalibrationBin] = (),
+    kl_target: float | None = None,
+) -> list[Path]:
+    """Write `sft.svg`, `reward.svg` and `ppo.svg`, of the stages that have charts.
+
+    Args:
+        metrics: Rows of `metrics.jsonl` by stage.
+        folder: Made if it is missing.
+        calibration: Of the reward model.
+        kl_target: What PPO's KL was to become.
+    """
+    sheets = {
+        "sft": sft_charts(metrics.get("sft", ())),
+        "reward": reward_charts(metrics.get("reward", ()), calibration),
+        "ppo": ppo_charts(metrics.get("ppo", ()), kl_target),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for stage, charts in sheets.items():
+        if charts:
+            path = folder / f"{stage}.svg"
+            path.write_text(f"{sheet(charts)}\n", encoding="utf-8")
+            written.append(path)
+    return written
+
+
+def sheet(charts: Sequence[Chart], columns: int = COLUMNS) -> Markup:
+    """Return one SVG with the charts side by side, `columns` in a row."""
+    columns = min(columns, len(charts))
+    rows = -(-len(charts) // columns)
+    cell = (WIDTH + _GAP, HEIGHT + _HEAD + _GAP)
+    width, height = columns * cell[0] + _GAP, rows * cell[1] + _GAP
+    cells = [
+        chart_module.group(
+            _cell(chart),
+            transform=f"translate({_GAP + place % columns * cell[0]}, "
+            f"{_GAP + place // columns * cell[1]})",
+        )
+        for place, chart in enumerate(charts)
+    ]
+    return chart_module.element(
+        "svg",
+        chart_module.element("style", Markup(style())),
+        chart_module.element("rect", width=width, height=height, fill="#ffffff"),
+        *cells,
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {width} {height}",
+        width=width,
+        height=height,
+    )
+
+
+def _cell(chart: Chart) -> list[Markup]:
+    """Return a chart below its title and the names of its lines."""
+    found = [chart_module.element("text", chart.title, x=0, y=12, class_="title")]
+    left, top = 0.0, 31
+    for line in chart.lines:
+        width = _LETTER * (len(line.label) + len(line.ending) + 1) + 22
+        if left and left + width > WIDTH:
+            left, top = 0.0, top + 17
+        swatch = {"x1": left, "x2": left + 16, "y1": top - 4, "y2": top - 4}
+        found.append(chart_module.element("line", class_=f"swatch s{line.colour}", **swatch))
+        name = chart_module.element("tspan", f"{line.label} ")
+        value = chart_module.element("tspan", line.ending, class_="value")
+        found.append(chart_module.element("text", name, value, x=left + 22, y=top, class_="name"))
+        left += width + 10
+    drawing = chart_module.group(drawn(chart, pointed=False), transform=f"translate(0, {_HEAD})")
+    return [*found, drawing]
+
+
+@cache
+def style() -> str:
+    """Return the rules of the page's style sheet that a chart needs, with its light colours."""
+    css = (FOLDER / "page.css").read_text(encoding="utf-8")
+    colours: dict[str, str] = {}
+    for name, value in re.findall(r"--([a-z0-9-]+): ([^;]+);", css):
+        colours.setdefault(name, value)  # the light ones come first
+    begin, end = css.index(".s0 {"), css.index(".spark {")
+    rules = _FONT + _MORE + css[begin:end]
+    return re.sub(r"var\(--([a-z0-9-]+)\)", lambda found: colours[found[1]], rules)

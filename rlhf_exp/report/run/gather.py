@@ -1,0 +1,178 @@
+"""Collecting what a report shows from the store: the steps of one run and what they left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.annotation.campaign import STUDIES
+from rlhf_exp.annotation.results import standings
+from rlhf_exp.report.run.data import CalibrationBin, ReportData, StageRow
+from rlhf_exp.report.run.sections import PEOPLE, SECTIONS
+from rlhf_exp.store.artifact import Artifact
+from rlhf_exp.tracking.local import read_metrics
+
+# Names of files that stages leave in their artifacts.
+FACTS, RESULT, CALIBRATION, METRICS = (
+    "facts.json",
+    "result.json",
+    "calibration.json",
+    "metrics.jsonl",
+)
+
+
+def gather(
+    title: str, artifacts: Mapping[str, Artifact], trained: Sequence[str] = ()
+) -> ReportData:
+    """Return what a report says of a run.
+
+    Args:
+        title: The run's name.
+        artifacts: The result of each stage, in the order they run; at least one.
+        trained: The stages that this run made itself.
+    """
+    final = list(artifacts.values())[-1]
+    facts = {stage: _json(one.path / FACTS) or {} for stage, one in artifacts.items()}
+    config = final.manifest.config
+    reward = artifacts.get("reward")
+    curve = None if reward is None else _json(reward.path / CALIBRATION)
+    evaluation = artifacts.get("eval")
+    return ReportData(
+        title=title,
+        identity=_identity(final),
+        config=config,
+        data_facts=_data_facts(config, facts),
+        stages=[
+            _stage_row(one, facts[stage], stage not in trained) for stage, one in artifacts.items()
+        ],
+        metrics={
+            stage: read_metrics(one.path / METRICS)
+            for stage, one in artifacts.items()
+            if stage != "eval"
+        },
+        evaluation=None if evaluation is None else _json(evaluation.path / RESULT),
+        parts={} if evaluation is None else _parts(evaluation),
+        calibration=[CalibrationBin(**item) for item in curve["bins"]] if curve else [],
+        kl_target=config.get("ppo", {}).get("kl", {}).get("target"),
+        usage=_usage(artifacts),
+        warnings=_warnings(artifacts, facts),
+    )
+
+
+def loading_code(folder: Path) -> str:
+    """Return three lines of Python that load a model with transformers."""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+    )
+
+
+def _identity(final: Artifact) -> list[tuple[str, str]]:
+    manifest = final.manifest
+    rows = [("Key", f"{final.stage}/{final.key}"), ("Made", manifest.created)]
+    if manifest.git:
+        changes = " with uncommitted changes" if manifest.git.get("dirty") else ""
+        rows.append(("Revision", f"{manifest.git['revision'][:12]}{changes}"))
+    seeds = [
+        f"{stage} {manifest.config[stage]['seed']}"
+        for stage in ("sft", "reward", "ppo", "eval")
+        if "seed" in manifest.config.get(stage, {})
+    ]
+    rows.append(("Seeds", ", ".join(seeds)))
+    rows.append(("Model", str(manifest.config.get("model", {}).get("name", ""))))
+    versions = [f"{name} {version}" for name, version in manifest.versions.items()]
+    rows.append(("Versions", ", ".join(versions)))
+    if manifest.wandb_run_id:
+        rows.append(("W&B run", manifest.wandb_run_id))
+    return rows
+
+
+def _data_facts(
+    config: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    data = config.get("data", {})
+    rows = [("Source", str(data.get("source", "")))]
+    rows += [
+        (name.capitalize(), str(data[name]))
+        for name in ("path", "preferences", "demonstrations", "prompts", "test")
+        if data.get(name)
+    ]
+    counted = (
+        ("sft", "rows", "Demonstrations"),
+        ("reward", "pairs", "Preference pairs"),
+        ("ppo", "prompts", "Training prompts"),
+        ("eval", "prompts", "Test prompts"),
+        ("ppo", "cut_prompts", "Prompts cut to fit"),
+        ("sft", "rejected", "Unusable rows"),
+        ("sft", "dropped", "Rows left out for sharing a prompt with the test set"),
+    )
+    for stage, name, label in counted:
+        if name in facts.get(stage, {}):
+            rows.append((label, f"{facts[stage][name]:,}"))
+    return rows
+
+
+def _stage_row(artifact: Artifact, facts: Mapping[str, Any], cached: bool) -> StageRow:
+    metrics = artifact.manifest.metrics
+    told = {
+        "sft": ("eval/perplexity", "validation perplexity {:.2f}"),
+        "reward": ("test/accuracy", "test accuracy {:.3f}"),
+        "ppo": ("eval/reward_mean", "validation reward {:.3f}"),
+        "eval": ("eval/outcome/win_rate", "{:.0%} of decided pairs won"),
+    }
+    name, words = told.get(artifact.stage, ("", ""))
+    result = words.format(metrics[name]) if name in metrics else ""
+    if "test/accuracy_low" in metrics:
+        low, high = metrics["test/accuracy_low"], metrics["test/accuracy_high"]
+        result += f" (95 % interval {low:.3f} to {high:.3f})"
+    return StageRow(
+        artifact.stage,
+        artifact.key,
+        cached,
+        seconds=artifact.manifest.duration_s,
+        parameters=facts.get("trainable"),
+        result=result,
+    )
+
+
+def _usage(artifacts: Mapping[str, Artifact]) -> list[tuple[str, str]]:
+    if "ppo" not in artifacts:
+        return []
+    artifact = artifacts["ppo"]
+    return [
+        ("Load the model", loading_code(artifact.path / "model")),
+        ("Talk to it", f"rlhf-exp chat {artifact.key} --against sft"),
+    ]
+
+
+def _warnings(
+    artifacts: Mapping[str, Artifact], facts: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    found = []
+    for stage, one in artifacts.items():
+        if one.manifest.git.get("dirty"):
+            found.append(f"{stage} was made with uncommitted changes; its manifest has the diff.")
+    rejected = facts.get("sft", {}).get("rejected", 0)
+    if rejected:
+        found.append(f"{rejected} rows of the data could not be used.")
+    step = artifacts["ppo"].manifest.metrics.get("published_step") if "ppo" in artifacts else None
+    if step == 0.0:
+        found.append("No PPO step improved on SFT on validation prompts: the policy is SFT's.")
+    return found
+
+
+def _parts(evaluation: Artifact) -> dict[str, Any]:
+    """Return what the parts of the evaluation left, of what the page has a section for."""
+    found = {section.file: _json(evaluation.path / section.file) for section in SECTIONS}
+    # OUTPUTS/store/eval/KEY, OUTPUTS/human
+    studies = standings(evaluation.path.parents[2] / STUDIES, f"eval/{evaluation.key}")
+    if studies or found[PEOPLE] is not None:
+        found[PEOPLE] = {**(found[PEOPLE] or {}), "run": evaluation.key, "studies": studies}
+    return {file: value for file, value in found.items() if value is not None}
+
+
+def _json(path: Path) -> Any:  # noqa: ANN401 - whatever the stage wrote
+    return json.loads(path.read_text()) if path.is_file() else None

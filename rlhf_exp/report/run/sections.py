@@ -1,0 +1,54 @@
+"""The sections that parts of an evaluation add to the report, each from the file its part left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from rlhf_exp.report.run import preference, reward_quality, toxicity
+
+COMPARISONS = "comparisons.json"
+"""File that there is of three or more models: each against the baseline."""
+
+PEOPLE = "people.json"
+"""File whose section also shows the votes of studies, which are kept elsewhere."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page.
+
+    Attributes:
+        name: Its anchor.
+        title: Its heading.
+        file: The JSON file in the evaluation's artifact that it shows.
+        render: Makes the section's content, without the heading, of the file's value.
+    """
+
+    name: str
+    title: str
+    file: str
+    render: Callable[[Any], Markup]
+
+
+SECTIONS = (
+    Section("comparisons", "All models", COMPARISONS, preference.render_comparisons),
+    Section("judges", "Judges", "judges.json", preference.render_judges),
+    Section("toxicity", "Toxicity", toxicity.TOXICITY_FILE, toxicity.render),
+    Section(
+        "reward-quality", "Reward model", reward_quality.REWARD_QUALITY_FILE, reward_quality.render
+    ),
+    Section("people", "People", PEOPLE, preference.render_people),
+)
+
+
+def sections_of(parts: Mapping[str, Any]) -> list[tuple[Section, Markup]]:
+    """Return the sections there is something for, with their content.
+
+    Args:
+        parts: The JSON value of each file that the evaluation left.
+    """
+    return [(one, one.render(parts[one.file])) for one in SECTIONS if one.file in parts]

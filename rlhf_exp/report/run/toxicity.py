@@ -1,0 +1,282 @@
+"""Toxicity of continuations: by model and kind of prompt, and how far to trust the scorer.
+
+Measures of several models on kinds of prompts: a dot with its interval for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_exp.evaluation.answers import sampling_words
+from rlhf_exp.evaluation.preference import Metric, format_estimate
+from rlhf_exp.evaluation.statistics import Estimate
+from rlhf_exp.evaluation.toxicity.summary import MEASURES, Measured, Split, ToxicitySummary
+from rlhf_exp.report import chart
+from rlhf_exp.report.chart import nice_ticks, tick_labels
+from rlhf_exp.report.template import fill
+from rlhf_exp.safe_text import visible
+
+TOXICITY_FILE = "toxicity.json"
+DRAWN = 20
+"""Kinds of fewer prompts are in the table only: their intervals would stretch the axis."""
+
+_KINDS = {
+    "all": "All prompts",
+    "non_toxic": "Prompts scored below 0.5",
+    "toxic": "Prompts scored 0.5 or more",
+    "unknown": "Prompts without a score",
+}
+_STYLES = {"better": "green", "worse": "red", "unclear": "dim", "": ""}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A measure of one model: its value, its difference from the baseline, and what that says."""
+
+    value: str
+    difference: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one kind of prompts, a cell for each measure."""
+
+    kind: str
+    model: str
+    cells: tuple[Cell, ...]
+
+
+def render(plain: Mapping[str, Any]) -> Markup:
+    """Return the section.
+
+    Args:
+        plain: What `ToxicitySummary.to_json` returned.
+    """
+    found = ToxicitySummary.from_json(plain)
+    names = measures_of(found)
+    charts = [
+        dot_chart(
+            label,
+            found.models,
+            [
+                Group(_kind(split), [split.models[model][name].value for model in found.models])
+                for split in found.splits
+                if split.name == "all" or split.prompts >= DRAWN
+            ],
+        )
+        for name, label in names.items()
+    ]
+    return fill(
+        "run/toxicity.html",
+        found=found,
+        headline=headline(found),
+        charts=charts,
+        labels=list(names.values()),
+        rows=rows_of(found),
+        setting=setting_of(found),
+        trust=trust_sentence(found),
+    )
+
+
+def print_toxicity(plain: Mapping[str, Any], console: Console) -> None:
+    """Print the measures over all prompts; names are untrusted and put in as text."""
+    found = ToxicitySummary.from_json(plain)
+    table = Table(title=Text(visible(f"Toxicity of {setting_of(found)}")))
+    table.add_column("model")
+    for label in measures_of(found).values():
+        table.add_column(label, justify="right")
+    for row in rows_of(found)[: len(found.models)]:
+        cells = [Text(cell.value) for cell in row.cells]
+        for text, cell in zip(cells, row.cells, strict=True):
+            if cell.difference:
+                text.append(f"\n{cell.difference}", style=_STYLES[cell.verdict])
+        table.add_row(Text(visible(row.model)), *cells)
+    console.print(table)
+    console.print(Text(visible(trust_sentence(found))))
+
+
+def measures_of(found: ToxicitySummary) -> dict[str, str]:
+    """Return the measures that were made, with their names for readers."""
+    k = found.generations
+    labels = {
+        "mean": "Mean toxicity",
+        "expected_max": f"Expected maximum of {k}",
+        "probability": f"At least one of {k} ≥ 0.5" if k > 1 else "Share ≥ 0.5",
+    }
+    made = next(iter(found.splits[0].models.values()))
+    return {name: labels[name] for name in MEASURES if name in made}
+
+
+def headline(found: ToxicitySummary) -> str:
+    """Return the means in one sentence, hedged where a difference may be chance."""
+    baseline, *others = found.models
+    values = {model: found.splits[0].models[model]["mean"] for model in found.models}
+    start = f"Mean toxicity of {baseline}: {values[baseline].value.mean:.3f}"
+    parts = []
+    for model in others:
+        words = {"better": "lower", "worse": "higher", "unclear": "no clear difference"}
+        found_to_be = words[_verdict(values[model])]
+        parts.append(f"{model} {values[model].value.mean:.3f} ({found_to_be})")
+    return "; ".join([start, *parts]) + "."
+
+
+def setting_of(found: ToxicitySummary) -> str:
+    """Return what was asked: prompts, continuations, length, how."""
+    prompts = found.splits[0].prompts
+    told = f"{found.generations} continuation{'s' if found.generations > 1 else ''} of each of "
+    told += f"{prompts:,} prompts"
+    if found.temperature is not None:
+        names = ("temperature", "top_p", "top_k", "max_new_tokens")
+        told += ", " + sampling_words({name: getattr(found, name) for name in names})
+    if found.format is None:
+        return f"{told}, answers of an earlier evaluation"
+    return told if found.format == "raw" else f"{told}, asked as a turn of a dialogue"
+
+
+def trust_sentence(found: ToxicitySummary) -> str:
+    """Return who scored, and how the scores agree with the data set's own."""
+    told = f"Scores are by {found.scorer}."
+    said = []
+    for one in found.agreement:
+        if one.auc is None:
+            continue
+        text = f"{one.auc:.3f} on {one.count:,} {_TEXTS[one.texts]}"
+        said.append(text if one.spearman is None else f"{text} (Spearman {one.spearman:.2f})")
+    if not said:
+        return f"{told} The data have no scores of their own to compare them with."
+    return (
+        f"{told} Probability that it ranks a text which the data set scores 0.5 or more above one "
+        f"scored lower (AUC): {', '.join(said)}."
+    )
+
+
+_TEXTS = {"prompts": "prompts", "continuations": "continuations", "both": "texts of both kinds"}
+
+
+def rows_of(found: ToxicitySummary) -> list[Row]:
+    """Return the table's rows: for each kind of prompts, each model."""
+    return [
+        Row(
+            _kind(split),
+            model,
+            tuple(_cell(measures[name]) for name in measures_of(found)),
+        )
+        for split in found.splits
+        for model, measures in split.models.items()
+    ]
+
+
+def _kind(split: Split) -> str:
+    return f"{_KINDS[split.name]} ({split.prompts:,})"
+
+
+def _cell(one: Measured) -> Cell:
+    difference = "" if one.difference is None else format_estimate(one.difference, 4, signed=True)
+    return Cell(format_estimate(one.value, 3), difference, _verdict(one))
+
+
+def _verdict(one: Measured) -> str:
+    return Metric("", "", "lower", None, one.value, one.difference).verdict
+
+
+# Laid out for some 340 CSS pixels, as the line charts are.
+_WIDTH, _LEFT, _RIGHT = 340.0, 8.0, 328.0
+_HEAD, _ROW, _GAP, _AXIS = 18.0, 15.0, 8.0, 24.0
+_COLOURS = 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """The values of all models on one kind of prompts.
+
+    Attributes:
+        label: the kind, with the number of prompts.
+        values: of each model, in the order of the legend.
+    """
+
+    label: str
+    values: Sequence[Estimate]
+
+
+def dot_chart(title: str, models: Sequence[str], groups: Sequence[Group]) -> Markup:
+    """Return a figure: below each group's label a row for each model, on one axis from 0."""
+    top = max(_reach(value) for group in groups for value in group.values)
+    scale = (_RIGHT - _LEFT) / top
+    height = sum(_HEAD + _ROW * len(group.values) + _GAP for group in groups)
+    marks, y = _grid(top, scale, height), 0.0
+    for group in groups:
+        marks.append(chart.element("text", group.label, x=_LEFT, y=y + 13, class_="tick start"))
+        for number, value in enumerate(group.values):
+            row = y + _HEAD + _ROW * (number + 0.5)
+            marks += _dot(models[number], value, number, row, scale)
+        y += _HEAD + _ROW * len(group.values) + _GAP
+    drawing = chart.element(
+        "svg",
+        chart.element("title", _spoken(title, models, groups)),
+        *marks,
+        viewBox=f"0 0 {_WIDTH:.0f} {height + _AXIS:.0f}",
+        role="img",
+        class_="plot",
+    )
+    caption = chart.element("figcaption", title)
+    return chart.element("figure", caption, _legend(models, groups), drawing, class_="chart")
+
+
+def _reach(value: Estimate) -> float:
+    """Return how far to the right a value goes, above 0."""
+    high = value.high if value.high < float("inf") else value.mean
+    return max(1.04 * max(high, value.mean), 1e-3)
+
+
+def _grid(top: float, scale: float, height: float) -> list[Markup]:
+    ticks = nice_ticks(0.0, top, target=4)
+    found = []
+    for tick, text in zip(ticks, tick_labels(ticks), strict=True):
+        x = _LEFT + tick * scale
+        anchor = "tick start" if x < _LEFT + 12 else "tick middle"
+        found.append(chart.element("line", x1=x, x2=x, y1=0, y2=height, class_="grid"))
+        found.append(chart.element("text", text, x=max(x, _LEFT), y=height + 16, class_=anchor))
+    return found
+
+
+def _dot(model: str, value: Estimate, number: int, y: float, scale: float) -> list[Markup]:
+    colour = f"s{number % _COLOURS}"
+    low, high = (_LEFT + scale * min(max(end, 0.0), 1.0) for end in (value.low, value.high))
+    title = chart.element("title", f"{model}: {format_estimate(value)}")
+    found = [
+        chart.element("line", x1=low, x2=high, y1=y, y2=y, class_=f"whisker {colour}"),
+        chart.element(
+            "circle", title, cx=_LEFT + scale * value.mean, cy=y, r=4, class_=f"dot {colour}"
+        ),
+    ]
+    # An interval that says nothing is not drawn from end to end.
+    return found if value.high < float("inf") else found[1:]
+
+
+def _legend(models: Sequence[str], groups: Sequence[Group]) -> Markup:
+    items = []
+    for number, model in enumerate(models):
+        swatch = chart.element("i", class_=f"swatch s{number % _COLOURS}")
+        value = chart.element("b", f"{groups[0].values[number].mean:.3f}")
+        items.append(chart.element("li", swatch, model, " ", value))
+    return chart.element("ul", *items, class_="legend")
+
+
+def _spoken(title: str, models: Sequence[str], groups: Sequence[Group]) -> str:
+    """Return the chart in words, for those who cannot see it."""
+    said = [
+        f"{group.label}: "
+        + ", ".join(
+            f"{model} {value.mean:.3f}" for model, value in zip(models, group.values, strict=True)
+        )
+        for group in groups
+    ]
+    return f"{title}. {'; '.join(said)}"

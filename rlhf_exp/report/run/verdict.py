@@ -1,0 +1,137 @@
+"""The evaluation in words and one bar: what a reader takes away in ten seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from rlhf_exp.evaluation.comparison import QuickResult
+from rlhf_exp.evaluation.preference import (
+    DASH,
+    MINUS,
+    MOST_PAIRS,
+    POWER,
+    PreferenceResult,
+    format_estimate,
+)
+from rlhf_exp.evaluation.statistics import LEVEL, Estimate, Outcome
+from rlhf_exp.evaluation.toxicity.scorers import is_lexical
+from rlhf_exp.report import chart
+from rlhf_exp.report.chart import short
+
+_BAR_WIDTH, _BAR_GAP = 1000.0, 3.0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number to remember: what it is, the number, and its interval or context."""
+
+    label: str
+    value: str
+    detail: str
+
+
+def verdict_sentence(result: QuickResult) -> str:
+    """Return the outcome in one sentence, hedged where the test does not decide it."""
+    return verdict_of(result.outcome, result.p_value, (result.name_a, result.name_b), result.level)
+
+
+def verdict_of(found: Outcome, p_value: float, names: tuple[str, str], level: float = LEVEL) -> str:
+    """Return in one sentence what the second of two models did against the first."""
+    if found.decided == 0:
+        return f"{names[0]} and {names[1]} tie on all {found.total} prompts."
+    if p_value >= 1 - level:
+        return f"No clear winner between {names[0]} and {names[1]}."
+    behind, ahead = names
+    if found.losses > found.wins:
+        ahead, behind = behind, ahead
+    return f"{ahead} is preferred over {behind}."
+
+
+def p_label(value: float) -> str:
+    """Write a p-value: three decimals, a power of ten when small."""
+    if value >= 0.001:
+        return f"p\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{value:.3f}"
+    power = f"{value:.0e}".replace("e-0", "e-").replace("-", MINUS)
+    return f"p\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{power}"
+
+
+def needed_label(found: PreferenceResult) -> str:
+    """Return how large a study has to be to find the win rate that was found; empty if all tie."""
+    if found.outcome.decided == 0:
+        return ""
+    power = f"{100 * POWER:.0f}\N{NO-BREAK SPACE}% power"
+    if found.needed is None:
+        return f"{power} at this win rate would take more than {MOST_PAIRS:,} decided prompts"
+    return (
+        f"{power} at this win rate takes {found.needed:,} decided prompts, "
+        f"about {found.needed_prompts:,} in all"
+    )
+
+
+def tiles_of(result: QuickResult) -> list[Tile]:
+    """Return the numbers that head the page."""
+    found = result.outcome
+    rate, ends = DASH, "nothing decided"
+    if found.decided:
+        rate = _percent(found.win_rate)
+        low, high = _percent(result.win_rate.low), _percent(result.win_rate.high)
+        ends = f"{low} to {high}; {p_label(result.p_value)}"
+    tiles = [Tile(f"{result.name_b} wins, of decided", rate, ends)]
+    if result.gain_in_std is not None:
+        unit = f"in {result.name_a} std"
+        tiles.append(_estimate_tile("Reward gain", result.gain_in_std, unit, signed=True))
+    labels = {"kl_sequence": "KL per answer", "gold": "Gold judge", "toxicity": "Toxicity"}
+    for key, label in labels.items():
+        metric = result.metric(key)
+        if metric is not None and metric.b is not None:
+            unit = "nats" if metric.a is None else f"{result.name_a} {short(metric.a.mean)}"
+            tiles.append(_estimate_tile(label, metric.b, unit))
+    return tiles
+
+
+def toxicity_note(result: QuickResult) -> str:
+    """Return who scored toxicity, with a space before it; empty where nobody did."""
+    if result.toxicity_scorer is None:
+        return ""
+    how = "a lexical guess" if is_lexical(result.toxicity_scorer) else "scored"
+    return f" Toxicity is {how} by {result.toxicity_scorer}."
+
+
+def outcome_bar(result: QuickResult) -> Markup:
+    """Return wins, ties and losses as one bar, widths in proportion."""
+    return bar_of(result.outcome, result.name_b)
+
+
+def bar_of(found: Outcome, name: str) -> Markup:
+    """Return the outcomes of a model, at least one comparison, as one bar."""
+    left, parts = 0.0, []
+    for kind, count in (("win", found.wins), ("tie", found.ties), ("loss", found.losses)):
+        width = _BAR_WIDTH * count / found.total
+        if count:
+            title = chart.element("title", f"{kind}: {count} of {found.total}")
+            gap = 0 if left + width >= _BAR_WIDTH - 1e-6 else _BAR_GAP
+            place = {"x": left, "y": 0, "width": max(1.0, width - gap), "height": 30}
+            parts.append(chart.element("rect", title, class_=kind, **place))
+        left += width
+    words = f"{found.wins} wins, {found.ties} ties, {found.losses} losses of {name}"
+    return chart.element(
+        "svg",
+        chart.element("title", words),
+        *parts,
+        viewBox=f"0 0 {_BAR_WIDTH:.0f} 30",
+        preserveAspectRatio="none",
+        role="img",
+        class_="bar",
+    )
+
+
+def _estimate_tile(label: str, estimate: Estimate, unit: str, *, signed: bool = False) -> Tile:
+    mean, _, interval = format_estimate(estimate, signed=signed).partition(" [")
+    ends = interval.rstrip("]").replace(", ", " to ")
+    return Tile(label, mean, "; ".join(part for part in (ends, unit) if part))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"

@@ -1,0 +1,349 @@
+"""The preference part: each model against the baseline on held-out prompts.
+
+The judges that a config asks for, and what they say about answers and about judged pairs.
+
+The people part: which of the answers people can judge, and how.
+
+The pairs are those of the preference part, whose `result.json` `rlhf-exp annotate` serves. Votes
+come later and stay in the study's own file; the report reads them when it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_exp.config.evaluation import PREFERENCE, EvalJudgeConfig, JudgeName
+from rlhf_exp.config.experiment import Config
+from rlhf_exp.evaluation.answers import Answer, sampling_words
+from rlhf_exp.evaluation.comparison import QuickResult, quick_comparison
+from rlhf_exp.evaluation.judges.human_agreement import (
+    JudgedPairs,
+    Judgment,
+    compare_judges,
+    people_of,
+    quality,
+    read_judged,
+)
+from rlhf_exp.evaluation.judges.llm import Client, Endpoint, LLMJudge, Replies
+from rlhf_exp.evaluation.judges.protocol import Judge, Pair, Verdict
+from rlhf_exp.evaluation.judges.reward_models import (
+    Classifier,
+    OwnRewardModel,
+    RewardJudge,
+    history_of,
+    score_verdicts,
+)
+from rlhf_exp.evaluation.preference import needed_pairs
+from rlhf_exp.evaluation.toxicity.scorers import Scored
+from rlhf_exp.models.reward_model import RewardModel
+from rlhf_exp.stages.evaluation.bench import DIALOGUE, Bench, PartResult, test_prompts
+from rlhf_exp.stages.evaluation.gold_judge import gold_judge
+from rlhf_exp.stages.evaluation.toxicity_scorer import shared_scores, toxicity_scorer
+from rlhf_exp.stages.scorers import server_of
+from rlhf_exp.stages.training import attention_of, torch_dtype
+from rlhf_exp.tracking.progress_bar import Progress
+from rlhf_exp.training.scorers import UserReward, load_function
+
+RESULT, OTHERS = "result.json", "comparisons.json"
+"""The first comparison, and the list of all of them where there are several."""
+
+
+def run(bench: Bench) -> PartResult:
+    """Answer held-out prompts by all models, and compare each with the first."""
+    # Made by the main process before anything is sampled, so that a wrong address costs nothing.
+    panels: list[Panel] = []
+    bench.alone(lambda: panels.append(Panel(bench)))
+    asked = test_prompts(bench, PREFERENCE)
+    manner = bench.manner(score=True, kl=True)
+    answers = [bench.answers(PREFERENCE, one, asked, manner) for one in bench.contestants]
+    scored = _toxicity(bench, [answer.text for one in answers for answer in one])
+    return bench.alone(lambda: _conclude(bench.config, answers, scored, panels[0]))
+
+
+def _toxicity(bench: Bench, texts: list[str]) -> Scored:
+    """Have the scorer of the config read the answers, each process its share."""
+    scorer = toxicity_scorer(bench.config, bench.world)
+    scores = shared_scores(scorer, texts, bench.world).tolist()
+    return Scored(scorer.name, dict(zip(texts, scores, strict=True)))
+
+
+def _conclude(
+    config: Config, answers: list[list[Answer]], scored: Scored, panel: Panel
+) -> PartResult:
+    baseline, *others = answers
+    results = [_compare(config, baseline, other, scored) for other in others]
+    metrics = results[0].scalars()
+    for result in results[1:]:
+        prefix = f"eval/{result.name_b}/"
+        metrics |= {name.replace("eval/", prefix, 1): v for name, v in result.scalars().items()}
+    files: dict[str, Any] = {RESULT: results[0].to_json()}
+    if len(results) > 1:
+        files[OTHERS] = [result.to_json() for result in results]
+    dialogues = [str(answer.facts.get(DIALOGUE, answer.prompt)) for answer in baseline]
+    judged, content = panel.report(results, dialogues)
+    if content:
+        files[JUDGES] = content
+    return PartResult(metrics | judged, files, {"eval/side_by_side": _table(results)})
+
+
+def _compare(
+    config: Config, baseline: list[Answer], other: list[Answer], scored: Scored
+) -> QuickResult:
+    kl = [answer.kl for answer in other if answer.kl is not None]
+    found = quick_comparison(
+        [answer.prompt for answer in baseline],
+        [answer.text for answer in baseline],
+        [answer.text for answer in other],
+        _scores(baseline),
+        _scores(other),
+        kl if len(kl) == len(other) else None,
+        lengths_a=[answer.tokens for answer in baseline],
+        lengths_b=[answer.tokens for answer in other],
+        toxicity=scored,
+        gold=gold_judge(config),
+        name_a=baseline[0].model,
+        name_b=other[0].model,
+        judge=config.ppo.reward.kind,
+        seed=config.eval.seed,
+        tie_band=(config.eval.tie_low, config.eval.tie_high),
+    )
+    return replace(found, sampling=sampling_words(other[0].sampling))
+
+
+def _scores(answers: list[Answer]) -> np.ndarray:
+    return np.array([answer.score for answer in answers], dtype=np.float64)
+
+
+def _table(results: list[QuickResult]) -> tuple[list[str], list[list[object]]]:
+    columns = ["prompt", "baseline", "model", "answer of baseline", "answer of model"]
+    columns += ["score of baseline", "score of model", "outcome"]
+    rows = []
+    for result in results:
+        names = [result.name_a, result.name_b]
+        for row in result.rows:
+            said = [row.answer_a, row.answer_b, row.score_a, row.score_b, row.outcome]
+            rows.append([row.prompt, *names, *said])
+    return columns, rows
+
+
+JUDGES = "judges.json"
+REPLIES = "judges/replies.jsonl"
+"""What language models replied, below the output folder."""
+
+
+class Panel:
+    """The judges of one evaluation, used by the main process alone.
+
+    Args:
+        bench: The evaluation.
+
+    Raises:
+        UserError: The file of judged pairs cannot be read, or the endpoint does not answer.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.section: EvalJudgeConfig = bench.config.eval.judge
+        self.labels: JudgedPairs | None = None
+        if self.section.labels is not None:
+            found = read_judged(Path(self.section.labels), "eval.judge.labels")
+            self.labels = found.first(self.section.pairs)
+        self._judges: dict[JudgeName, Judge] = {}
+        if JudgeName.llm in self.section.names:
+            self._judges[JudgeName.llm] = self._llm()
+
+    def report(
+        self, results: Sequence[QuickResult], dialogues: Sequence[str]
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return the judges' numbers, and the content of `judges.json`.
+
+        Args:
+            results: A comparison for each model but the baseline.
+            dialogues: The prompts [N] as texts with HH's markers, or plain.
+        """
+        if self.section.names == [JudgeName.reward] and self.labels is None:
+            # The comparison itself has it all.
+            return {}, {}
+        metrics: dict[str, float] = {}
+        comparisons = []
+        for number, result in enumerate(results):
+            judgments = [self._judgment(name, result, dialogues) for name in self.section.names]
+            place = f"{result.name_b}/judge" if number else "judge"
+            for one in judgments:
+                metrics |= {f"eval/{place}/{one.kind}/{k}": v for k, v in one.scalars().items()}
+            comparisons.append(
+                {
+                    "a": result.name_a,
+                    "b": result.name_b,
+                    "judges": [one.to_json() for one in judgments],
+                    "agreement": compare_judges(judgments, result.seed),
+                }
+            )
+        content: dict[str, Any] = {"comparisons": comparisons, "quality": None}
+        if self.labels is not None:
+            more, content["quality"] = self._quality(self.labels)
+            metrics |= more
+        return metrics, content
+
+    def _judgment(self, name: JudgeName, result: QuickResult, dialogues: Sequence[str]) -> Judgment:
+        if name is JudgeName.reward:
+            scores = [(row.score_a, row.score_b) for row in result.rows]
+            a, b = zip(*scores, strict=True)
+            verdicts = score_verdicts(a, b, result.tie_band)
+            return Judgment.of(name.value, result.judge, verdicts, result.seed, result.level)
+        judge = self._judge(name)
+        pairs = [
+            Pair(prompt, row.answer_a, row.answer_b)
+            for prompt, row in zip(dialogues, result.rows, strict=True)
+        ]
+        verdicts = verdicts_of(judge, pairs)
+        usage = judge.usage if isinstance(judge, LLMJudge) else None
+        return Judgment.of(name.value, judge.name, verdicts, result.seed, result.level, usage)
+
+    def _quality(self, labels: JudgedPairs) -> tuple[dict[str, float], dict[str, Any]]:
+        metrics: dict[str, float] = {}
+        found = []
+        seed = self.bench.config.eval.seed
+        for name in self.section.names:
+            judge = self._judge(name)
+            signs = [verdict.sign for verdict in verdicts_of(judge, labels.pairs)]
+            one = quality(judge.name, signs, labels.ratings, seed)
+            for short, estimate in (("agreement", one.agreement), ("kappa", one.kappa)):
+                if np.isfinite(estimate.mean):
+                    metrics[f"eval/judge/{name.value}/people_{short}"] = estimate.mean
+            found.append({"kind": name.value, **one.to_json()})
+        return metrics, {
+            "file": Path(str(self.section.labels)).name,
+            "unusable": labels.unusable,
+            "people": people_of(labels.ratings, labels.annotators, seed).to_json(),
+            "judges": found,
+        }
+
+    def _judge(self, name: JudgeName) -> Judge:
+        if name not in self._judges:
+            make = {JudgeName.reward: self._reward, JudgeName.model: self._model}[name]
+            self._judges[name] = make()
+        return self._judges[name]
+
+    def _llm(self) -> LLMJudge:
+        section = self.section
+        assert section.llm is not None
+        assert section.url is not None
+        endpoint = Endpoint(
+            section.url,
+            section.llm,
+            None if section.key_env is None else os.environ[section.key_env],
+            section.timeout_s,
+            section.retries,
+            request_of(section.request),
+        )
+        client = Client(endpoint)
+        if self.bench.config.eval.samples is None:
+            # Before an hour of sampling; without sampling, known replies may do.
+            client.check()
+        replies = Replies(Path(self.bench.config.output_dir) / REPLIES)
+        return LLMJudge(client, replies, section.criterion, section.concurrency)
+
+    def _model(self) -> Judge:
+        section, config = self.section, self.bench.config
+        assert section.model is not None
+        classifier = Classifier(
+            section.model,
+            section.revision,
+            self.bench.world.device,
+            torch_dtype(config),
+            attention_of(config),
+            section.batch,
+        )
+        return RewardJudge(classifier.name, classifier, self._band())
+
+    def _reward(self) -> Judge:
+        """Return the reward that PPO maximised, as a judge of any texts."""
+        config, context = self.bench.config, self.bench.context
+        function = self._function()
+        if function is not None:
+            codec = context.materials.codec(self._policy())
+
+            def score(prompts: Sequence[str], answers: Sequence[str]) -> NDArray[np.float64]:
+                texts = [codec.render(history_of(prompt)) for prompt in prompts]
+                return np.asarray(function(texts, list(answers)), dtype=np.float64)
+
+            return RewardJudge(config.ppo.reward.kind, score, self._band())
+        folder = context.models["reward"]
+        model = RewardModel.load(folder, None, torch_dtype(config), attention_of(config))
+        own = OwnRewardModel(
+            model,
+            context.materials.codec(folder),
+            max(config.reward.seq_length, config.ppo.seq_length),
+            config.ppo.reward.device or self.bench.world.device,
+            self.section.batch,
+        )
+        return RewardJudge(config.ppo.reward.kind, own, self._band())
+
+    def _function(self) -> UserReward | None:
+        """Return what scores texts where no reward model does."""
+        reward = self.bench.config.ppo.reward
+        if reward.function is not None:
+            return load_function(reward.function)
+        return None if reward.url is None else server_of(reward).scores
+
+    def _policy(self) -> str:
+        return self.bench.contestants[-1].source
+
+    def _band(self) -> tuple[float, float]:
+        return self.bench.config.eval.tie_low, self.bench.config.eval.tie_high
+
+
+def verdicts_of(judge: Judge, pairs: Sequence[Pair]) -> list[Verdict]:
+    """Return a judge's verdicts, with a progress bar for one that takes its time."""
+    if not isinstance(judge, LLMJudge):
+        return judge.verdicts(pairs)
+    with Progress("judge", 2 * sum(not pair.identical for pair in pairs), ()) as progress:
+        judge.tell = lambda done, _: progress.update(done, {})
+        return judge.verdicts(pairs)
+
+
+def request_of(fields: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of `NAME:JSON` texts; what is no JSON is text."""
+    found: dict[str, Any] = {}
+    for text in fields:
+        name, _, value = text.partition(":")
+        try:
+            found[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name.strip()] = value
+    return found
+
+
+FILE = "people.json"
+# Shares of wins among decided pairs for which the size of a study is told.
+EFFECTS = (0.6, 0.65, 0.7)
+
+
+def run_people(bench: Bench) -> PartResult:
+    """Count the pairs that differ; equal answers are ties that nobody has to read."""
+    first, second = (one.name for one in bench.contestants[:2])
+    texts = {
+        name: {
+            answer.row: answer.text
+            for answer in bench.given
+            if (answer.part, answer.model) == (PREFERENCE, name)
+        }
+        for name in (first, second)
+    }
+    differ = sum(text != texts[second][row] for row, text in texts[first].items())
+    plain = {
+        "names": [first, second],
+        "prompts": len(texts[first]),
+        "differ": differ,
+        "needed": [[effect, needed_pairs(effect)] for effect in EFFECTS],
+    }
+    return PartResult({"people/pairs": float(differ)}, {FILE: plain})

@@ -1,0 +1,70 @@
+"""Models of the right shape in place of those that a probe needs and nobody has trained yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from rlhf_exp.config.experiment import Config
+from rlhf_exp.models.pretrained import load_config, save_causal_lm
+from rlhf_exp.models.reward_model import HEAD, NORMALISATION, write_head
+from rlhf_exp.stages.context import StageContext, StageResult
+from rlhf_exp.stages.sft import base_model
+from rlhf_exp.stages.training import world_for
+
+_NEEDED = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "vocab*", "merges*")
+
+
+def run(config: Config, context: StageContext) -> StageResult:
+    """Return, as facts, a folder for each of `sft` and `reward` that `context.models` lacks.
+
+    The SFT model is the base model: `model.path` as it is, else random weights, written to
+    `context.folder`. The reward model is the SFT model's trunk with a head of zeros.
+    """
+    with world_for(config) as world:
+        found = world.together(lambda: _make(config, context) if world.is_main else {})
+    return StageResult({}, facts=dict(found[0]))
+
+
+def _make(config: Config, context: StageContext) -> dict[str, str]:
+    made: dict[str, str] = {}
+    if "sft" not in context.models:
+        made["sft"] = str(_base(config, context))
+    if "reward" not in context.models:
+        source = Path(made.get("sft") or context.models["sft"])
+        if not source.is_dir():
+            source = _snapshot(str(source), None)
+        made["reward"] = str(_judge(source, context.folder / "reward"))
+    return made
+
+
+def _base(config: Config, context: StageContext) -> Path:
+    path = config.model.path
+    if path is not None:
+        return Path(path) if Path(path).is_dir() else _snapshot(path, config.model.revision)
+    folder = context.folder / "sft"
+    codec, model = base_model(config.model, context.materials)
+    save_causal_lm(model, codec.tokenizer, folder)
+    return folder
+
+
+def _snapshot(hub_id: str, revision: str | None) -> Path:
+    """Return the local copy of a hub id, downloaded if it is not there."""
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_NEEDED)))
+
+
+def _judge(source: Path, folder: Path) -> Path:
+    """Make a reward model of the files of a causal language model, without copying them."""
+    folder.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.is_file() and file.name not in (HEAD, NORMALISATION):
+            (folder / file.name).symlink_to(file.resolve())
+    width = load_config(source).hidden_size
+    head = nn.Linear(width, 1, bias=False)
+    with torch.no_grad():
+        head.weight.zero_()
+    write_head(head, 0.0, 1.0, folder)
+    return folder

@@ -1,0 +1,229 @@
+"""The prompts that PPO answers, as token ids.
+
+Scores of the data set's own responses, computed once for all runs that share a reward.
+
+From the config's `ppo` section to the settings of the engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_exp.algo.kl import AdaptiveKL, FixedKL, KLController
+from rlhf_exp.config.experiment import Config, Dtype
+from rlhf_exp.config.training import PpoConfig, Scale, SelectBy
+from rlhf_exp.data.batching import batch_index, joined
+from rlhf_exp.data.rows import Prompt
+from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
+from rlhf_exp.data.tokenizer import Codec
+from rlhf_exp.distributed.world import World
+from rlhf_exp.errors import UserError
+from rlhf_exp.stages.context import StageContext
+from rlhf_exp.store.fingerprint import file_digest, key_of
+from rlhf_exp.training.memory import ITERATIONS
+from rlhf_exp.training.ppo import ExperienceSettings, PpoSettings
+from rlhf_exp.training.ppo_validation import ValidationSettings
+from rlhf_exp.training.reward_scorer import Scorer, score_shared
+from rlhf_exp.training.scorers import ServerScorer
+
+
+def ppo_prompts(
+    config: Config, context: StageContext, codec: Codec
+) -> tuple[TokenizedPrompts, TokenizedPrompts]:
+    """Return the training prompts, and those of validation (the same where there are none).
+
+    Raises:
+        UserError: There are no prompts, or one lacks the response that scores are compared with.
+    """
+    rows = context.materials.corpus.prompts
+    train = _tokenized(rows.train, codec, config, context)
+    return train, _tokenized(rows.validation or rows.train, codec, config, context)
+
+
+def _tokenized(
+    rows: list[Prompt], codec: Codec, config: Config, context: StageContext
+) -> TokenizedPrompts:
+    section = config.ppo
+    if not rows:
+        raise UserError("data: no prompts; give data.prompts or data.preferences")
+    bare = [row.origin for row in rows if row.original is None] if section.reward.delta else []
+    if bare:
+        raise UserError(
+            "ppo.reward.delta=true subtracts the score of the data set's own response, but "
+            f"{bare[0]} has none; give prompts with responses or set ppo.reward.delta=false"
+        )
+    return tokenize_prompts(
+        rows,
+        codec,
+        section.seq_length,
+        section.generation.max_new_tokens,
+        context.cache / "tokenized",
+    )
+
+
+FOLDER = "original_scores"
+
+
+def original_scores(
+    prompts: TokenizedPrompts, scorer: Scorer, config: Config, context: StageContext, world: World
+) -> Tensor:
+    """Return the score of each prompt's own response: [prompts] float32, NaN where not needed.
+
+    Only the prompts that this run will meet are scored, all before training and an iteration's
+    together: a score's last bits depend on the batch it was computed in, and this batch is the same
+    however often the run is interrupted, and however many iterations follow.
+    """
+    used = _used(config, len(prompts), ITERATIONS["ppo"] if context.probe else None)
+    judge = _judge(config, context, scorer)
+    key = _key(prompts, used, judge, config, world)
+    # Of a server that gives no name, nobody can say that it scored the same in an earlier run.
+    folder = context.folder if judge is None else context.cache
+    path = folder / FOLDER / f"{key}.npy"
+    if world.agreed(path.is_file()):
+        return torch.from_numpy(np.load(path))
+    scores = torch.full((len(prompts),), float("nan"))
+    for rows in used:
+        scores[torch.from_numpy(rows)] = _score(prompts, rows, scorer, world)
+    if world.is_main:
+        _save(path, scores)
+    return scores
+
+
+def _used(config: Config, count: int, only: int | None = None) -> list[np.ndarray]:
+    """Return the prompts that each iteration is the first to meet, of all or the first `only`."""
+    section = config.ppo
+    updates = -(-section.rollouts // section.batch) * section.epochs
+    iterations = only or -(-section.steps // updates)
+    seen = np.zeros(count, dtype=bool)
+    found = []
+    for iteration in range(iterations):
+        rows = np.unique(batch_index(count, section.rollouts, section.seed, iteration))
+        rows = rows[~seen[rows]]
+        seen[rows] = True
+        if len(rows):
+            found.append(rows)
+        if seen.all():
+            break
+    return found
+
+
+def _score(prompts: TokenizedPrompts, rows: np.ndarray, scorer: Scorer, world: World) -> Tensor:
+    """Score the rows' own responses; their end-of-sequence token is not part of the content."""
+    parts = [(prompts.prompt[row], prompts.original[row]) for row in rows]
+    tokens, _ = joined(parts)
+    lengths = torch.tensor([[len(prompt), len(answer)] for prompt, answer in parts])
+    return score_shared(scorer, tokens, lengths[:, 0], (lengths[:, 1] - 1).clamp(min=0), world)
+
+
+def _judge(config: Config, context: StageContext, scorer: Scorer) -> list[str | None] | None:
+    """Return what tells what scores from anything else, or `None` where nothing does."""
+    reward = config.ppo.reward
+    if reward.function is not None:
+        file, _, name = reward.function.rpartition(":")
+        return [file_digest(Path(file)), name]
+    if isinstance(scorer, ServerScorer):
+        told = scorer.server.told
+        known = reward.name or (None if told is None else told.name)
+        return None if known is None else ["server", known]
+    # The key alone would not do: a reward model made again under it may have other weights.
+    found = [context.parents.get("reward"), context.inputs.get("reward")]
+    return found if reward.device is None else [*found, reward.placement]
+
+
+def _key(
+    prompts: TokenizedPrompts,
+    used: list[np.ndarray],
+    judge: list[str | None] | None,
+    config: Config,
+    world: World,
+) -> str:
+    """Return the key of everything that decides the scores, to their last bits."""
+    digest = hashlib.sha256()
+    for column in (prompts.prompt, prompts.original):
+        digest.update(np.ascontiguousarray(column.flat).tobytes())
+        digest.update(np.ascontiguousarray(column.offsets).tobytes())
+    for rows in used:
+        digest.update(rows.tobytes() + b"|")
+    how = [
+        config.distributed.precision.name,
+        torch.get_num_threads(),
+        world.processes,
+        config.ppo.generation.batch,
+        max(config.reward.seq_length, config.ppo.seq_length),
+    ]
+    return key_of({"prompts": digest.hexdigest(), "judge": judge, "how": how})
+
+
+def _save(path: Path, scores: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}-{os.getpid()}.npy")
+    np.save(partial, scores.numpy())
+    partial.rename(path)
+
+
+def exact(config: Config) -> bool:
+    """Whether decoding and a full forward agree: to 1e-4 in fp32, but to 0.02 nats in bf16."""
+    return Dtype.float32 == config.distributed.precision == config.model.dtype
+
+
+def whole_steps(steps: int, updates: int) -> int:
+    """Return `steps`, rounded up to whole iterations of so many optimizer steps."""
+    return -(-steps // updates) * updates
+
+
+def controller(section: PpoConfig) -> KLController:
+    """Return what sets the KL coefficient."""
+    kl = section.kl
+    return FixedKL(kl.coef) if kl.target is None else AdaptiveKL(kl.coef, kl.target, kl.horizon)
+
+
+def ppo_settings(section: PpoConfig) -> PpoSettings:
+    """Return the sizes and coefficients of the updates."""
+    return PpoSettings(
+        rollouts=section.rollouts,
+        batch=section.batch,
+        micro_batch=section.micro_batch,
+        epochs=section.epochs,
+        clip_range=section.clip_range,
+        clip_range_value=section.clip_range_value,
+        vf_coef=section.vf_coef,
+        entropy_coef=section.entropy_coef,
+        temperature=section.generation.temperature,
+        kl_stop=section.kl.stop,
+        seed=section.seed,
+    )
+
+
+def experience_settings(config: Config) -> ExperienceSettings:
+    """Return how experience is collected."""
+    section = config.ppo
+    return ExperienceSettings(
+        rollouts=section.rollouts,
+        temperature=section.generation.temperature,
+        gamma=section.gamma,
+        lam=section.lam,
+        reward_clip=section.reward.clip,
+        missing_eos_penalty=section.reward.missing_eos_penalty,
+        batch=section.generation.batch,
+        reuse_states=exact(config),
+        seed=section.seed,
+    )
+
+
+def validation_settings(section: PpoConfig) -> ValidationSettings:
+    """Return how validation prompts are answered, and what the best weights are selected by."""
+    return ValidationSettings(
+        section.eval_prompts,
+        section.generation.temperature,
+        section.generation.batch,
+        section.kl.coef if section.kl.select_coef is None else section.kl.select_coef,
+        scaled=section.reward.scale != Scale.none,
+        kl_budget=section.kl.budget,
+        by_wins=section.select_by is SelectBy.win_rate,
+    )

@@ -1,0 +1,154 @@
+"""The reward model: which of two responses do people prefer?
+
+Source: Stiennon et al. 2020, Ouyang et al. 2022 (eq. 1). Both sides of a pair go through one
+forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlhf_exp.algo.losses import pairwise_loss
+from rlhf_exp.data.batching import batch_index, preferences_batch
+from rlhf_exp.data.tokenized import TokenizedPreferences
+from rlhf_exp.distributed.world import World
+from rlhf_exp.models.reward_model import RewardModel
+from rlhf_exp.training.metrics import Meters
+from rlhf_exp.training.optim import by_length
+from rlhf_exp.training.task import Evaluation
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Sizes of reward-model training.
+
+    Attributes:
+        batch: Pairs of an optimizer step, over all processes.
+        micro_batch: Pairs of one forward; `None`: a process's whole share.
+        seed: Of the order of pairs.
+    """
+
+    batch: int
+    micro_batch: int | None
+    seed: int
+
+
+class RewardTask:
+    """What the reward model brings to the loop.
+
+    Args:
+        model: The reward model.
+        pairs: Training pairs.
+        validation: Validation pairs.
+        settings: Sizes.
+        world: The processes.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        pairs: TokenizedPreferences,
+        validation: TokenizedPreferences,
+        settings: RewardSettings,
+        world: World,
+    ) -> None:
+        self.module: nn.Module = model
+        self.model, self.pairs, self.validation = model, pairs, validation
+        self.settings, self.world = settings, world
+        self.meters = Meters(world)
+        self._forward: Callable[..., tuple[Tensor, Tensor]] = model
+
+    def attach(self, wrapped: nn.Module) -> None:
+        """Send forward passes with gradients through the strategy's wrapper."""
+        self._forward = wrapped
+
+    def accumulate(self, step: int, backward: Callable[[Tensor], None]) -> None:
+        """Compute the loss of one optimizer step and hand its parts to `backward`."""
+        chosen = batch_index(len(self.pairs), self.settings.batch, self.settings.seed, step)
+        share = self.world.share(len(chosen))
+        rows, weights = chosen[share.rows], share.weights
+        parts = by_length(_lengths(self.pairs, rows), self.settings.micro_batch)
+        for part in self.world.micro_batches(parts):
+            first, second, weight = self.scores(
+                self.pairs, rows[part.numpy()], weights[part.numpy()]
+            )
+            loss, stats = pairwise_loss(first, second, weight, float(len(chosen)))
+            backward(loss)
+            self.meters.add("loss/total", loss * len(chosen), stats.count)
+            self.meters.add("reward/accuracy", stats.correct, stats.count)
+            self.meters.add("reward/margin", ((first - second) * weight).sum(), stats.count)
+
+    def scores(
+        self, pairs: TokenizedPreferences, rows: np.ndarray, weights: np.ndarray
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return both sides' scores and the weights, each [rows], of the pairs at `rows`."""
+        batch = preferences_batch(pairs, rows, weights).to(self.world.device)
+        with self.world.autocast():
+            chosen, rejected = self._forward(batch)
+        return chosen, rejected, batch.weights
+
+    def at_boundary(self, step: int) -> bool:
+        """Every optimizer step is one."""
+        return True
+
+    def metrics(self) -> dict[str, float]:
+        """Return loss, accuracy and margin since the last call."""
+        return self.meters.means()
+
+    def distributions(self) -> dict[str, list[float]]:
+        """Return none."""
+        return {}
+
+    def evaluate(self) -> Evaluation:
+        """Return loss, accuracy and margin on validation pairs."""
+        first, second = pair_scores(self.scores, self.validation, self.settings, self.world)
+        loss, stats = pairwise_loss(first, second, torch.ones_like(first), float(len(first)))
+        found = {
+            "eval/loss": float(loss),
+            "eval/accuracy": float(stats.correct / stats.count),
+            "eval/margin": float((first - second).mean()),
+        }
+        return Evaluation(found, -found["eval/loss"])
+
+    def state(self) -> dict[str, Any]:
+        """Return nothing: the order of pairs is a function of the step."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take nothing back."""
+
+    def check(self, metrics: Mapping[str, float]) -> str | None:
+        """Return why training must stop, or `None`."""
+        loss = metrics["loss/total"]
+        return None if math.isfinite(loss) else f"the loss is {loss}"
+
+
+@torch.no_grad()
+def pair_scores(
+    score: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    pairs: TokenizedPreferences,
+    settings: RewardSettings,
+    world: World,
+) -> tuple[Tensor, Tensor]:
+    """Return the scores [pairs] float32 of both sides of all pairs, on the CPU."""
+    share = world.share(len(pairs))
+    found = torch.zeros(len(share.rows), 2)
+    size = settings.micro_batch or settings.batch
+    for part in by_length(_lengths(pairs, share.rows), size):
+        first, second, _ = score(pairs, share.rows[part.numpy()], share.weights[part.numpy()])
+        found[part] = torch.stack([first, second], dim=1).float().cpu()
+    everyone = world.gather(found).cpu()[: len(pairs)]
+    return everyone[:, 0], everyone[:, 1]
+
+
+def _lengths(pairs: TokenizedPreferences, rows: np.ndarray) -> Tensor:
+    """Return the tokens [n] of the longer side of each pair."""
+    longer = np.maximum(pairs.chosen.lengths(), pairs.rejected.lengths())
+    return torch.from_numpy((pairs.prompt.lengths() + longer)[rows].astype(np.int64))

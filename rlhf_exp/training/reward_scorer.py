@@ -1,0 +1,163 @@
+"""Scores of responses: what a scorer is, and the one that has a reward model.
+
+A reward model with the policy's tokenizer reads the token ids as they were sampled; one with
+another tokenizer reads the text. What is scored is the prompt and the response's content, ended by
+the end-of-sequence token whether the response ended by that token, by a stop string or not at all:
+the reward model was trained on ended responses only, and what an unfinished one deserves is said by
+`missing_eos_penalty`, not by how the model extrapolates.
+
+B rows, S tokens of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_exp.data.tokenizer import Codec
+from rlhf_exp.distributed.world import World
+from rlhf_exp.models.reward_model import RewardModel
+
+
+class Scorer(Protocol):
+    """Gives each response a number; higher is better."""
+
+    def __call__(self, tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
+        """Score responses.
+
+        Args:
+            tokens: [B, S] int64, prompt and response, right-padded.
+            prompt_lengths: [B] int64.
+            content_lengths: [B] int64, response tokens without what ended the response.
+
+        Returns:
+            [B] float32 on the CPU.
+        """
+
+
+class ModelScorer:
+    """Scores by a reward model.
+
+    Args:
+        model: The reward model.
+        codec: The policy's codec.
+        reward_codec: The reward model's own codec if it differs from the policy's.
+        world: Device and precision.
+        batch: Rows of one forward.
+        seq_length: Most tokens that the reward model reads; longer rows lose their start.
+        device: Where the reward model computes; by default the process's own device.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        codec: Codec,
+        reward_codec: Codec | None,
+        world: World,
+        batch: int,
+        seq_length: int,
+        device: torch.device | None = None,
+    ) -> None:
+        self.device = device or world.device
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.half = world.setup.precision == "bfloat16"
+        self.codec, self.reward_codec = codec, reward_codec
+        self.batch, self.seq_length = batch, seq_length
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision on the reward model's device, where the run has it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
+        """See `Scorer`."""
+        if self.reward_codec is None:
+            whole, lengths = ended(tokens, prompt_lengths + content_lengths, self.codec.eos_id)
+        else:
+            rows = [
+                row[:length].tolist()
+                for row, length in zip(tokens, prompt_lengths + content_lengths, strict=True)
+            ]
+            # Without the policy's special tokens, which mean nothing to another tokenizer.
+            texts = self.codec.tokenizer.batch_decode(
+                rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            whole, lengths = _encode(texts, self.reward_codec)
+        return self._forward(whole, lengths)
+
+    def _forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        scores = torch.empty(len(tokens), dtype=torch.float32)
+        # Rows of like length together: a batch costs as much as its longest row.
+        order = torch.argsort(lengths, stable=True)
+        for part in order.split(self.batch):
+            rows, sizes = _crop_left(tokens[part], lengths[part], self.seq_length)
+            with self.autocast():
+                values = self.model.scores(rows.to(self.device), sizes.to(self.device))
+            scores[part] = values.float().cpu()
+        return scores
+
+
+def ended(tokens: Tensor, lengths: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
+    """Put the end-of-sequence token after `lengths` tokens of each row.
+
+    Returns:
+        Tokens [B, max(lengths) + 1] and lengths [B]; what stands beyond a row's length is padding.
+    """
+    width = int(lengths.max()) + 1
+    whole = torch.full((len(tokens), width), eos_id, dtype=tokens.dtype)
+    inside = torch.arange(width) < lengths[:, None]
+    source = tokens[:, :width].cpu()
+    whole[:, : source.shape[1]] = torch.where(
+        inside[:, : source.shape[1]], source, whole[:, : source.shape[1]]
+    )
+    return whole, lengths + 1
+
+
+def texts_of(
+    tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor, codec: Codec
+) -> tuple[list[str], list[str]]:
+    """Return the texts of prompts and of responses without their white space at the ends."""
+    prompts, responses = [], []
+    for row, prompt, content in zip(
+        tokens.tolist(), prompt_lengths.tolist(), content_lengths.tolist(), strict=True
+    ):
+        prompts.append(codec.decode(row[:prompt]))
+        responses.append(codec.decode(row[prompt : prompt + content]).strip())
+    return prompts, responses
+
+
+def score_shared(
+    scorer: Scorer,
+    tokens: Tensor,
+    prompt_lengths: Tensor,
+    content_lengths: Tensor,
+    world: World,
+) -> Tensor:
+    """Return the scores [B] float32 of the same B rows in every process, each scoring its share."""
+    share = world.share(len(tokens))
+    rows = torch.from_numpy(share.rows)
+    scores = scorer(tokens[rows], prompt_lengths[rows], content_lengths[rows])
+    return world.gather(scores).cpu()[: len(tokens)]
+
+
+def _encode(texts: list[str], codec: Codec) -> tuple[Tensor, Tensor]:
+    """Return the texts as a reward model's own tokenizer begins them, each ended by its eos."""
+    found = codec.tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
+    rows = [[*(ids[:-1] if ids[-1:] == [codec.eos_id] else ids), codec.eos_id] for ids in found]
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), codec.pad_id)
+    for line, row in enumerate(rows):
+        tokens[line, : len(row)] = torch.tensor(row)
+    return tokens, lengths
+
+
+def _crop_left(tokens: Tensor, lengths: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Trim a batch to its longest row, and each row on the left to `room` tokens."""
+    longest = int(lengths.max())
+    if longest <= room:
+        return tokens[:, :longest], lengths
+    shift = (lengths - room).clamp(min=0)
+    index = (torch.arange(room) + shift[:, None]).clamp(max=tokens.shape[1] - 1)
+    return tokens.gather(1, index), lengths.clamp(max=room)

@@ -1,0 +1,396 @@
+"""A reward model that one process holds for all, on a device where nothing trains.
+
+B rows of this process, S tokens of a row.
+
+Scores from a function of the user's own.
+
+Scores from a reward server.
+
+A reward behind an address: prompts and responses go there by HTTP, scores come back.
+
+The protocol is in `docs/rewards.md`: POST `{"prompts": [...], "responses": [...]}`, answered by
+`{"scores": [...]}`. An answer may also hold `name` (of what scores) and `tokenizer` (the digest of
+the codec it reads with); a server that names the policy's own codec is sent the sampled `tokens`,
+so that it reads what a reward model in this process would.
+
+Scores of what was sampled, from the sampler's own states where these serve.
+
+B rows, S tokens of a row, D width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import random
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+from torch import Tensor
+
+from rlhf_exp.batch import Samples
+from rlhf_exp.data.tokenizer import Codec
+from rlhf_exp.distributed.world import World
+from rlhf_exp.errors import UserError
+from rlhf_exp.http_client import Failure, Requests, Service
+from rlhf_exp.models.frozen_trunk import Branch
+from rlhf_exp.models.reward_model import RewardModel, read_scores
+from rlhf_exp.safe_text import visible
+from rlhf_exp.training.reward_scorer import ModelScorer, Scorer, texts_of
+
+Rows = tuple[Tensor, Tensor, Tensor]
+
+
+class CentralScorer:
+    """Sends all processes' rows to the main one and their scores back; all of them take part.
+
+    Attributes:
+        scorer: Of the main process; `None` in the others.
+
+    Args:
+        scorer: The same.
+        world: The processes.
+    """
+
+    def __init__(self, scorer: ModelScorer | None, world: World) -> None:
+        assert (scorer is not None) == world.is_main, "the main process alone has the model"
+        self.scorer, self.world = scorer, world
+
+    def __call__(self, tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
+        """See `Scorer`."""
+        own = (tokens.cpu(), prompt_lengths.cpu(), content_lengths.cpu())
+        everyone = self.world.collect(own)
+        found = self.world.together(lambda: self._scores(everyone))[0]
+        assert found is not None
+        sizes = [len(rows[0]) for rows in everyone]
+        return found.split(sizes)[self.world.rank]
+
+    def _scores(self, everyone: list[Rows]) -> Tensor | None:
+        """Return the scores of all rows, by rank, in the main process."""
+        if self.scorer is None:
+            return None
+        width = max(rows[0].shape[1] for rows in everyone)
+        tokens = torch.cat(
+            [torch.nn.functional.pad(rows[0], (0, width - rows[0].shape[1])) for rows in everyone]
+        )
+        lengths = (torch.cat([rows[place] for rows in everyone]) for place in (1, 2))
+        return self.scorer(tokens, *lengths)
+
+
+UserReward = Callable[[list[str], list[str]], Sequence[float]]
+
+
+class FunctionScorer:
+    """Scores by a user's function of texts.
+
+    Args:
+        function: Takes lists of prompts and responses, returns as many finite numbers.
+        codec: Turns token ids into the texts that the function reads.
+        name: For error messages.
+    """
+
+    def __init__(self, function: UserReward, codec: Codec, name: str) -> None:
+        self.function, self.codec, self.name = function, codec, name
+
+    def __call__(self, tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
+        """See `Scorer`.
+
+        Raises:
+            UserError: The function returned another number of scores, or one that is not finite.
+        """
+        prompts, responses = texts_of(tokens, prompt_lengths, content_lengths, self.codec)
+        scores = self._call(prompts, responses)
+        if len(scores) != len(prompts):
+            raise UserError(
+                f"ppo.reward.function={self.name} returned {len(scores)} scores for "
+                f"{len(prompts)} responses; return one number for each"
+            )
+        for response, score in zip(responses, scores, strict=True):
+            if not math.isfinite(score):
+                raise UserError(
+                    f"ppo.reward.function={self.name} returned {score} for the response "
+                    f"{response[:80]!r}; return a finite number"
+                )
+        return torch.tensor(scores, dtype=torch.float32)
+
+    def _call(self, prompts: list[str], responses: list[str]) -> list[float]:
+        try:
+            answer = self.function(prompts, responses)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"ppo.reward.function={self.name} failed on {len(prompts)} responses at "
+                f"{place.filename}:{place.lineno}: {type(error).__name__}: {error}"
+            ) from error
+        try:
+            return [float(score) for score in answer]
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"ppo.reward.function={self.name} returned {type(answer).__name__} with {error}; "
+                "return a list of numbers, one for each response"
+            ) from error
+
+
+def load_function(reference: str, key: str = "ppo.reward.function") -> UserReward:
+    """Load a user's function, given as `file.py:name`.
+
+    Args:
+        reference: The file and the function's name.
+        key: The config key that named it, for errors.
+
+    Raises:
+        UserError: The file cannot be run, or has no function of that name.
+    """
+    file, _, name = reference.rpartition(":")
+    path = Path(file)
+    spec = importlib.util.spec_from_file_location(f"user_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"{key}={reference}: no Python file at {path.absolute()}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{key}={reference}: running {path} failed: {error!r}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{key}={reference}: {path} has no function {name!r}")
+    return function
+
+
+class ServerScorer:
+    """Scores by a server; each process sends its own rows.
+
+    Args:
+        server: What is asked.
+        codec: Of the policy.
+    """
+
+    def __init__(self, server: RewardServer, codec: Codec) -> None:
+        self.server, self.codec = server, codec
+
+    def __call__(self, tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
+        """See `Scorer`.
+
+        Raises:
+            UserError: See `RewardServer.scores`.
+        """
+        prompts, responses = texts_of(tokens, prompt_lengths, content_lengths, self.codec)
+        ids = None
+        told = self.server.told
+        if told is not None and told.tokenizer == self.codec.digest:
+            lengths = (prompt_lengths + content_lengths).tolist()
+            ids = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+        return torch.tensor(self.server.scores(prompts, responses, ids), dtype=torch.float32)
+
+
+PROBE = ("\n\nHuman: Hello!\n\nAssistant:", "Hello! How can I help you?")
+"""Scored to see whether a server is there and keeps to the protocol."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a server says of itself; both are optional.
+
+    Attributes:
+        name: Of what scores.
+        tokenizer: Digest of the codec that it reads with (`Codec.digest`).
+    """
+
+    name: str | None = None
+    tokenizer: str | None = None
+
+
+class RewardServer:
+    """Asks a server for scores.
+
+    Attributes:
+        told: What the server said of itself at first; `None` before.
+
+    Args:
+        service: Where it is.
+        size: Responses of one request.
+        name: The name that it must give itself, if it gives itself one.
+        wait: See `Requests`.
+        draw: See `Requests`.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        size: int = 64,
+        name: str | None = None,
+        wait: Callable[[float], object] | None = None,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self.service, self.size, self.name = service, size, name
+        self.told: Told | None = None
+        self._requests = Requests(service, self._error, wait, draw)
+
+    def check(self) -> Told:
+        """Let one response be scored, without a second try; return what the server is.
+
+        Raises:
+            UserError: Nobody answers, or not as the protocol says, or another reward.
+        """
+        self._ask([PROBE[0]], [PROBE[1]], None, retries=0)
+        assert self.told is not None
+        return self.told
+
+    def scores(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> list[float]:
+        """Return a finite score for each response.
+
+        Args:
+            prompts: As the policy read them.
+            responses: Their contents.
+            tokens: The ids of each prompt with its response, for a server with the same codec.
+
+        Raises:
+            UserError: See `check`; or the server failed again and again.
+        """
+        found: list[float] = []
+        for start in range(0, len(prompts), self.size):
+            part = slice(start, start + self.size)
+            some = None if tokens is None else tokens[part]
+            found += self._ask(prompts[part], responses[part], some)
+        return found
+
+    def _ask(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        tokens: Sequence[Sequence[int]] | None,
+        retries: int | None = None,
+    ) -> list[float]:
+        body: dict[str, Any] = {"prompts": list(prompts), "responses": list(responses)}
+        if tokens is not None:
+            body["tokens"] = [list(row) for row in tokens]
+        return self._requests.post(
+            "", body, lambda response: self._read(response, responses), retries
+        )
+
+    def _read(self, response: httpx2.Response, responses: Sequence[str]) -> list[float] | Failure:
+        try:
+            answer = response.json()
+        except ValueError:
+            # A proxy's page, or one that was cut off.
+            start = " ".join(visible(response.text[:80]).split())
+            return Failure(f"no JSON in the answer ({start!r})")
+        scores = answer.get("scores") if isinstance(answer, dict) else None
+        if not isinstance(scores, list):
+            raise self._error('expected {"scores": [...]}, one number for each response')
+        if len(scores) != len(responses):
+            raise self._error(f"{len(scores)} scores for {len(responses)} responses")
+        for score, text in zip(scores, responses, strict=True):
+            if not _is_finite(score):
+                raise self._error(
+                    f"{score!r} for the response {text[:80]!r}; expected a finite number"
+                )
+        self._recognise(answer)
+        return [float(score) for score in scores]
+
+    def _recognise(self, answer: dict[str, Any]) -> None:
+        """Make sure that it is the reward expected, and the same as before.
+
+        Raises:
+            UserError: It is another one.
+        """
+        name, tokenizer = (answer.get(key) for key in ("name", "tokenizer"))
+        if not all(one is None or isinstance(one, str) for one in (name, tokenizer)):
+            raise self._error("`name` and `tokenizer`, if they are given, must be texts")
+        if self.name is not None and name is not None and name != self.name:
+            raise self._error(
+                f"it scores with {name!r}, but ppo.reward.name={self.name}; start the server with "
+                "that reward, or name the one that it has"
+            )
+        told = Told(name, tokenizer)
+        if self.told is not None and told != self.told:
+            raise self._error(
+                f"it scores with {name!r} now, and with {self.told.name!r} before; a run needs one "
+                "reward throughout"
+            )
+        self.told = told
+
+    def _error(self, reason: str) -> UserError:
+        return UserError(f"ppo.reward.url={self.service.url}: {reason}")
+
+
+def _is_finite(score: object) -> bool:
+    """Whether a JSON value is a number that a float can hold."""
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        return False
+    try:
+        return math.isfinite(score)
+    except OverflowError:
+        return False
+
+
+class SharedTrunkScorer(ModelScorer):
+    """Scores by a reward model over the policy's frozen trunk.
+
+    Token ids are scored as by any reward model with the policy's tokenizer.
+
+    Args:
+        model: The reward model.
+        branch: Its blocks above that trunk.
+        codec: The policy's codec, and the reward model's.
+        world: Device and precision.
+        batch: Rows of one forward.
+        seq_length: Most tokens that the reward model reads of token ids.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        branch: Branch,
+        codec: Codec,
+        world: World,
+        batch: int,
+        seq_length: int,
+    ) -> None:
+        super().__init__(model, codec, None, world, batch, seq_length)
+        self.branch = branch
+
+    @torch.no_grad()
+    def of_states(self, states: Tensor, closing: Tensor, ends: Tensor) -> Tensor:
+        """Return scores [B] float32 on the CPU.
+
+        Args:
+            states: [B, S, D] that leave the trunk, of prompts and responses.
+            closing: [B, D] the same of an end-of-sequence token after the content.
+            ends: [B] int64, the position of that token.
+        """
+        scores = torch.empty(len(states), dtype=torch.float32)
+        for part in torch.argsort(ends.cpu(), stable=True).split(self.batch):
+            last = ends[part]
+            # A response may have no token after its content.
+            width = int(last.max()) + 1
+            rows = states.new_zeros(len(part), width, states.shape[2])
+            known = min(width, states.shape[1])
+            rows[:, :known] = states[part, :known]
+            rows[torch.arange(len(part)), last] = closing[part]
+            with self.autocast():
+                values = read_scores(self.model, self.branch, rows, last)
+            scores[part] = values.float().cpu()
+        return scores
+
+
+def score_samples(scorer: Scorer, samples: Samples) -> Tensor:
+    """Return the scores [B] float32 of what was sampled."""
+    states, closing = samples.states, samples.closing
+    if isinstance(scorer, SharedTrunkScorer) and states is not None and closing is not None:
+        ends = samples.prompt_lengths + samples.content_lengths
+        if int(ends.max()) < scorer.seq_length:  # else rows lose their start first
+            return scorer.of_states(states, closing, ends)
+    return scorer(samples.tokens.cpu(), samples.prompt_lengths.cpu(), samples.content_lengths.cpu())

@@ -1,0 +1,141 @@
+"""Supervised fine-tuning: imitate demonstrations, token by token."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlhf_exp.algo.losses import language_model_loss
+from rlhf_exp.batch import Demonstrations
+from rlhf_exp.data.batching import PackedRow, batch_index, demonstrations_batch
+from rlhf_exp.distributed.world import World
+from rlhf_exp.models.policy import Policy
+from rlhf_exp.training.metrics import Meters
+from rlhf_exp.training.optim import by_length
+from rlhf_exp.training.task import Evaluation
+
+
+@dataclass(frozen=True)
+class SftSettings:
+    """Sizes of SFT.
+
+    Attributes:
+        batch: Packed rows of an optimizer step, over all processes.
+        micro_batch: Rows of one forward; `None`: a process's whole share.
+        seed: Of the order of rows.
+    """
+
+    batch: int
+    micro_batch: int | None
+    seed: int
+
+
+class SftTask:
+    """What SFT brings to the loop.
+
+    Args:
+        policy: The model, without a value head.
+        rows: Packed training rows.
+        validation: Packed validation rows.
+        settings: Sizes.
+        world: The processes.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        rows: Sequence[PackedRow],
+        validation: Sequence[PackedRow],
+        settings: SftSettings,
+        world: World,
+    ) -> None:
+        self.module: nn.Module = policy
+        self.rows, self.validation = rows, validation
+        self.settings, self.world = settings, world
+        self.meters = Meters(world)
+        self._forward: Callable[..., Tensor] = policy
+        self._since = time.perf_counter()
+
+    def attach(self, wrapped: Callable[..., Tensor]) -> None:
+        """Send forward passes with gradients through the strategy's wrapper."""
+        self._forward = wrapped
+
+    def accumulate(self, step: int, backward: Callable[[Tensor], None]) -> None:
+        """Compute the loss of one optimizer step and hand its parts to `backward`."""
+        chosen = batch_index(len(self.rows), self.settings.batch, self.settings.seed, step)
+        share = self.world.share(len(chosen))
+        rows = [self.rows[number] for number in chosen[share.rows]]
+        parts = _micro_batches(rows, share.weights, self.settings.micro_batch)
+        targets = sum((weights.sum() for _, weights in parts), torch.zeros(()))
+        normaliser = self.world.sum(targets.to(self.world.device))
+        for batch, weights in self.world.micro_batches(parts):
+            total = self._negative_logprob(batch, weights)
+            backward(total / normaliser)
+            self.meters.add("loss/total", total, weights.sum())
+        self.meters.add("throughput/tokens_per_s", targets, 0.0)
+
+    def _negative_logprob(self, batch: Demonstrations, weights: Tensor) -> Tensor:
+        """Return the weighted sum (0-dim) of the negative log-probabilities of all targets."""
+        with self.world.autocast():
+            logprobs = self._forward(batch.to(self.world.device))
+        return language_model_loss(logprobs, weights.to(self.world.device), 1.0)
+
+    def at_boundary(self, step: int) -> bool:
+        """Every optimizer step is one."""
+        return True
+
+    def metrics(self) -> dict[str, float]:
+        """Return the mean loss a token and the speed since the last call."""
+        now = time.perf_counter()
+        elapsed, self._since = now - self._since, now
+        self.meters.add("throughput/tokens_per_s", 0.0, elapsed / self.world.processes)
+        return self.meters.means()
+
+    def distributions(self) -> dict[str, list[float]]:
+        """Return none."""
+        return {}
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        """Return the loss a token and the perplexity on validation rows."""
+        began = time.perf_counter()
+        meters = Meters(self.world)
+        share = self.world.share(len(self.validation))
+        rows = [self.validation[number] for number in share.rows]
+        size = self.settings.micro_batch or self.settings.batch
+        for batch, weights in _micro_batches(rows, share.weights, size):
+            meters.add("eval/loss", self._negative_logprob(batch, weights), weights.sum())
+        loss = meters.means()["eval/loss"]
+        self._since += time.perf_counter() - began
+        return Evaluation({"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}, -loss)
+
+    def state(self) -> dict[str, Any]:
+        """Return nothing: the order of rows is a function of the step."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take nothing back."""
+
+    def check(self, metrics: Mapping[str, float]) -> str | None:
+        """Return why training must stop, or `None`."""
+        loss = metrics["loss/total"]
+        return None if math.isfinite(loss) else f"the loss is {loss}"
+
+
+def _micro_batches(
+    rows: Sequence[PackedRow], weights: np.ndarray, size: int | None
+) -> list[tuple[Demonstrations, Tensor]]:
+    """Return batches with the weight [N] float32 of each of their N targets."""
+    batches = []
+    for part in by_length(torch.tensor([len(row) for row in rows]), size):
+        batch = demonstrations_batch([rows[i] for i in part.tolist()])
+        each = torch.from_numpy(weights)[part].repeat_interleave(batch.target_mask.sum(1))
+        batches.append((batch, each))
+    return batches

@@ -1,0 +1,387 @@
+"""The loop that all stages share: resume, update, log, evaluate, checkpoint, stop.
+
+A step is a function of its number and of what a checkpoint holds, so a run that is killed and
+started again repeats the lost steps bit for bit (on a CPU, at the same number of threads).
+
+What the loop of a stage is given, and what it gives back.
+
+How far training has come: the loop's own state in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from rlhf_exp.distributed.world import World
+from rlhf_exp.tracking.tracker import Tracker, finishing
+from rlhf_exp.training.checkpoint import Checkpoint, Checkpoints, Keep, KeptWeights
+from rlhf_exp.training.memory import peak_bytes
+from rlhf_exp.training.optim import OptimSettings, build_optimizer, set_lr
+from rlhf_exp.training.task import Diverged, Interrupted, Task
+
+log = logging.getLogger(__name__)
+
+
+def train(task: Task, settings: LoopSettings, context: LoopContext) -> Outcome:
+    """Train to the last step, from the newest checkpoint if there is one.
+
+    Raises:
+        Diverged: A loss or gradient is not finite, or the task says so.
+        Interrupted: The user asked to stop.
+    """
+    folder = context.folder / "checkpoints"
+    checkpoints = Checkpoints(folder, settings.keep_checkpoints, context.world)
+    found = checkpoints.latest()
+    with finishing(context.tracker(None if found is None else found.step)) as tracker:
+        loop = _Loop(task, settings, context, checkpoints, tracker)
+        start = loop.begin(found)
+        while loop.progress.step < settings.optim.steps and not loop.pruned:
+            loop.update()
+            if task.at_boundary(loop.progress.step):
+                loop.report()
+                loop.evaluate_if_due()
+                loop.keep_if_due()
+                loop.checkpoint_if_due()
+                loop.leave_if_asked()
+        outcome = loop.finish(start)
+        if outcome.pruned:
+            return outcome
+        more = context.conclude(outcome, tracker)
+        if more:
+            tracker.summary(more)
+        return replace(outcome, metrics={**outcome.metrics, **more})
+
+
+class _Loop:
+    def __init__(
+        self,
+        task: Task,
+        settings: LoopSettings,
+        context: LoopContext,
+        checkpoints: Checkpoints,
+        tracker: Tracker,
+    ) -> None:
+        self.task, self.settings, self.context = task, settings, context
+        self.checkpoints, self.tracker = checkpoints, tracker
+        self.world = context.world
+        self.progress, self.before = Progress(), Progress()
+        module, optim = task.module, settings.optim
+        build = partial(build_optimizer, module, optim)
+        task.attach(self.world.prepare(module, build, optim.grad_norm))
+        self.best = KeptWeights(context.folder / "best", self.world)
+        self.kept = KeptWeights(context.folder / "kept", self.world)
+        self.latest: dict[str, float] = {}
+        self.pruned = False
+
+    def begin(self, found: Checkpoint | None) -> int:
+        """Start from checkpoint `found`, or afresh; return the number of steps already done."""
+        if found is None:
+            self.kept.prune([])
+            self.evaluate_if_due()
+            return 0
+        self.world.resume(found.weights, found.optimizer)
+        torch.set_rng_state(found.rng)
+        torch.set_num_threads(found.state["threads"])
+        self.task.load_state(found.state["task"])
+        self.progress = Progress.of(found.state, self.settings.optim.steps)
+        self.kept.prune(self.progress.kept)
+        log.info("resumed at step %d", found.step)
+        return found.step
+
+    def update(self) -> None:
+        """Do one optimizer step."""
+        step, optim = self.progress.step, self.settings.optim
+        rate = set_lr(self.world.strategy.optimizer, optim, step)
+        self.task.accumulate(step, self.world.backward)
+        norm = self.world.strategy.step()
+        if not math.isfinite(norm):
+            raise self._diverged(f"the gradient norm at step {step} is {norm}")
+        self.progress.step = step + 1
+        self.latest |= {"optim/lr": rate, "optim/grad_norm": norm}
+        self.context.on_step(self.progress.step, self.latest)
+
+    def report(self) -> None:
+        """Log what happened since the last boundary."""
+        self.before = self.progress.copy()
+        found = self.task.metrics() | {
+            "memory/peak_bytes": float(peak_bytes(self.world.device)),
+            "optim/lr": self.latest["optim/lr"],
+            "optim/grad_norm": self.latest["optim/grad_norm"],
+        }
+        self.latest |= found
+        step = self.progress.step
+        for name, values in self.task.distributions().items():
+            self.tracker.histogram(name, values, step)
+        self.tracker.log(found, step, more=self._evaluates())
+        reason = self.task.check(found)
+        if reason is not None:
+            raise self._diverged(reason)
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate at the start, at the end, and at the first boundary past each interval."""
+        if not self._evaluates():
+            return
+        step = self.progress.step
+        found = self.task.evaluate()
+        if found.samples is not None:
+            self.tracker.table("eval/samples", found.samples.columns, found.samples.rows, step)
+        self.tracker.log(found.metrics, step)
+        self.progress.last_eval = step
+        self.latest |= found.metrics
+        best = self.progress.best_objective
+        better = best is None or found.objective > best
+        if better or not self.settings.select_best:
+            self.progress.published_metrics = dict(found.metrics)
+        if better:
+            self.progress.best_objective, self.progress.best_step = found.objective, step
+            if self.settings.select_best or self.settings.keep.best:
+                self.best.save(step, self.context.before_write)
+        self.pruned = self._given_up()
+
+    def _given_up(self) -> bool:
+        """Return whether a search gives the run up: the main process's answer, in all of them."""
+        asked, step, steps = self.context.given_up, self.progress.step, self.settings.optim.steps
+        if asked is None:
+            return False
+        return self.world.together(lambda: self.world.is_main and asked(step, steps))[0]
+
+    def _evaluates(self) -> bool:
+        step, every = self.progress.step, self.settings.eval_every
+        return passes(step, self.progress.last_eval, every) or self._at_end()
+
+    def _at_end(self) -> bool:
+        return self.progress.step >= self.settings.optim.steps
+
+    def keep_if_due(self) -> None:
+        """Keep the weights at the first boundary past each interval asked for, and at the end."""
+        step, keep = self.progress.step, self.settings.keep
+        before = max(self.progress.kept, default=0)
+        due = keep.every is not None and passes(step, before, keep.every)
+        if due or (keep.last and self._at_end()):
+            self.kept.save(step, self.context.before_write)
+            self.progress.kept.append(step)
+
+    def checkpoint_if_due(self, force: bool = False) -> None:
+        """Save a checkpoint at the first boundary past each interval, and at the end."""
+        step, every = self.progress.step, self.settings.checkpoint_every
+        due = passes(step, self.progress.last_checkpoint, every)
+        due = due or force or self._at_end()
+        if not due or self.progress.last_checkpoint == step:
+            return
+        self.progress.last_checkpoint = step
+        self._note_best()
+        going_on = self._going_on() if self._at_end() else None
+        state = self.progress.state(going_on) | {"task": self.task.state()}
+        self.checkpoints.save(step, state, self.context.before_write)
+        further = [] if going_on is None or going_on.best_step is None else [going_on.best_step]
+        self.best.prune([*self.progress.best_of_checkpoints, *further])
+
+    def _going_on(self) -> Progress:
+        settings = self.settings
+        return self.progress.going_on(self.before, settings.eval_every, settings.keep.every)
+
+    def _note_best(self) -> None:
+        """Record which best weights the kept checkpoints, this one included, speak of."""
+        if self.progress.best_step is not None:
+            kept = [*self.progress.best_of_checkpoints, self.progress.best_step]
+            self.progress.best_of_checkpoints = kept[-self.settings.keep_checkpoints :]
+
+    def leave_if_asked(self) -> None:
+        """Save and leave if the user pressed Ctrl-C."""
+        if not self._at_end() and self.world.any(self.context.interrupted()):
+            self.checkpoint_if_due(force=True)
+            raise Interrupted(f"stopped at step {self.progress.step}; a checkpoint was saved")
+
+    def finish(self, start: int) -> Outcome:
+        """Put the weights to publish into the module, which is whole and plain from now on."""
+        settings, progress = self.settings, self.progress
+        published, best = progress.step, None
+        if settings.select_best and progress.best_step is not None:
+            published = progress.best_step
+            best = self.best.load(published)
+        self.world.release(best)
+        self.task.attach(self.task.module)
+        objective = progress.best_objective
+        metrics = self.progress.published_metrics | {"published_step": float(published)}
+        metrics |= {} if objective is None else {"best_objective": objective}
+        self.tracker.summary(metrics)
+        kept = {step: self.kept.path(step) for step in progress.kept}
+        if settings.keep.best and progress.best_step is not None:
+            kept[progress.best_step] = self.best.path(progress.best_step)
+        return Outcome(
+            metrics,
+            objective,
+            self.tracker.run_id,
+            published_step=published,
+            steps_run=progress.step - start,
+            last_step=progress.step,
+            best_step=progress.best_step,
+            kept=kept,
+            pruned=self.pruned,
+        )
+
+    def _diverged(self, what: str) -> Diverged:
+        """Raise the alarm; return what to raise."""
+        text = (
+            f"training stopped: {what}. The last good checkpoint is in {self.checkpoints.folder}. "
+            "Try a lower learning rate, a longer warm-up or, for PPO, a larger ppo.kl.coef"
+        )
+        self.tracker.alert("Training has diverged", text, self.progress.step)
+        return Diverged(text)
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """When the loop does what.
+
+    Attributes:
+        optim: Optimizer and schedule; `optim.steps` is the length of the run.
+        eval_every: Optimizer steps between evaluations.
+        checkpoint_every: Optimizer steps between checkpoints.
+        keep_checkpoints: Number of latest checkpoints kept.
+        select_best: Whether the published weights are the best on validation, or the last.
+        keep: Which other weights outlast training.
+    """
+
+    optim: OptimSettings
+    eval_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    select_best: bool
+    keep: Keep = field(default_factory=Keep)
+
+
+@dataclass(frozen=True)
+class LoopContext:
+    """What the loop works with.
+
+    Attributes:
+        world: The processes.
+        folder: The stage's staging folder.
+        tracker: Opens the tracker at the step to resume from (`None`: from the start).
+        on_step: Told the step and the latest metrics, for a progress display.
+        before_write: Called before every checkpoint; raises if this process may no longer write.
+        interrupted: Whether the user has asked to stop.
+        given_up: Called in the main process after an evaluation with the step and the number of
+            steps: whether a search gives the run up. `None`: there is no search.
+        conclude: What is done with the trained module before the tracker is closed; returns further
+            metrics. A run that was given up is not concluded.
+    """
+
+    world: World
+    folder: Path
+    tracker: Callable[[int | None], Tracker]
+    on_step: Callable[[int, Mapping[str, float]], None]
+    before_write: Callable[[], None]
+    interrupted: Callable[[], bool]
+    given_up: Callable[[int, int], bool] | None = None
+    conclude: Callable[[Outcome, Tracker], Mapping[str, float]] = lambda outcome, tracker: {}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended.
+
+    Attributes:
+        metrics: The evaluation of the published weights, with their step and the best objective.
+        objective: The best objective on validation data.
+        run_id: The tracked run.
+        published_step: Optimizer steps behind the weights now in the module.
+        steps_run: Optimizer steps done by this process (fewer than all after a resume).
+        last_step: Optimizer steps done in all.
+        best_step: Optimizer steps behind the best weights on validation.
+        kept: Files of the trainable weights of other steps that are asked for, by step.
+        pruned: Whether a search gave the run up before its last step.
+    """
+
+    metrics: dict[str, float]
+    objective: float | None
+    run_id: str
+    published_step: int
+    steps_run: int
+    last_step: int
+    best_step: int | None
+    kept: Mapping[int, Path] = field(default_factory=dict)
+    pruned: bool = False
+
+
+_GOING_ON = "going_on"
+_OF_EVALUATIONS = ("last_eval", "best_step", "best_objective", "published_metrics")
+
+
+def passes(step: int, before: int, every: int) -> bool:
+    """Whether a multiple of `every` lies after step `before`, up to `step`."""
+    return step // every > before // every
+
+
+@dataclass
+class Progress:
+    """The state.
+
+    Attributes:
+        step: Optimizer steps done.
+        last_eval: Step of the last evaluation; -1: none yet.
+        last_checkpoint: Step of the last checkpoint.
+        best_step: Step of the best weights on validation so far.
+        best_objective: What they reached.
+        best_of_checkpoints: The best steps that the checkpoints which are kept speak of.
+        published_metrics: Evaluation of the weights that would be published.
+        kept: Steps whose weights are kept.
+    """
+
+    step: int = 0
+    last_eval: int = -1
+    last_checkpoint: int = 0
+    best_step: int | None = None
+    best_objective: float | None = None
+    best_of_checkpoints: list[int] = field(default_factory=list)
+    published_metrics: dict[str, float] = field(default_factory=dict)
+    kept: list[int] = field(default_factory=list)
+
+    def copy(self) -> Progress:
+        """Return a copy that later changes do not reach."""
+        return Progress(**asdict(self))
+
+    def going_on(self, before: Progress, eval_every: int, keep_every: int | None) -> Progress:
+        """Return the state at the end of a run as it would be if the run went on.
+
+        The end of training is evaluated, and its weights may be kept, although no interval has
+        passed: a longer run would have done neither.
+
+        Args:
+            before: The state when the last step was done, and nothing after it.
+            eval_every: Optimizer steps between evaluations.
+            keep_every: Between weights that are kept; `None`: none are.
+        """
+        undone: dict[str, Any] = {}
+        if not passes(self.step, before.last_eval, eval_every):
+            undone |= {name: getattr(before, name) for name in _OF_EVALUATIONS}
+        kept_before = max(before.kept, default=0)
+        if keep_every is None or not passes(self.step, kept_before, keep_every):
+            undone["kept"] = before.kept
+        return replace(self, **undone)
+
+    def state(self, going_on: Progress | None) -> dict[str, Any]:
+        """Return JSON values for a checkpoint; `going_on` is given at the end of training."""
+        more = {} if going_on is None else {_GOING_ON: asdict(going_on)}
+        return {"loop": asdict(self)} | more
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], steps: int) -> Self:
+        """Return what `state` was made of.
+
+        Args:
+            state: Of a checkpoint.
+            steps: Of the run that goes on from there: where it is longer than the one that the
+                checkpoint ended, it is as if that one had never ended.
+        """
+        extended = _GOING_ON in state and state["step"] < steps
+        return cls(**state[_GOING_ON if extended else "loop"])

@@ -1,0 +1,198 @@
+"""Prompts as turns.
+
+Records of every known format.
+
+Dialogues as HH writes them, from tidy to real.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_exp.data.parsing import (
+    pair_from_dialogues,
+    parse_dialogue,
+    parse_prompt,
+    parse_row,
+    turns_of,
+)
+from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Turn
+
+
+@pytest.mark.parametrize(
+    ("prompt", "turns"),
+    [
+        ("\n\nHuman: Hi\n\nAssistant:", [("Human", "Hi")]),
+        (
+            "Human: Hi\n\nAssistant: Yes?\n\nHuman: Bye\n\nAssistant:",
+            [("Human", "Hi"), ("Assistant", "Yes?"), ("Human", "Bye")],
+        ),
+        ("Be kind.\n\nHuman: a\n\nb\n\nAssistant: ", [("", "Be kind."), ("Human", "a\n\nb")]),
+        ("No dialogue: Human: here", [("", "No dialogue: Human: here")]),
+        ("\n\nHuman:\n\nAssistant: x", [("Human", ""), ("Assistant", "x")]),
+        ("", []),
+    ],
+)
+def test_turns(prompt: str, turns: list[tuple[str, str]]) -> None:
+    assert turns_of(prompt) == turns
+
+
+HI = (Turn("human", "hi"),)
+
+
+@pytest.mark.parametrize(
+    ("record", "row"),
+    [
+        (
+            {
+                "chosen": "\n\nHuman: hi\n\nAssistant: a",
+                "rejected": "\n\nHuman: hi\n\nAssistant: b",
+            },
+            Preference(HI, "a", "b", "f:1"),
+        ),
+        (
+            # As in rm-static: a marked prompt with its cue, and a field that is not needed.
+            {
+                "prompt": "\n\nHuman: hi\n\nAssistant:",
+                "response": " a",
+                "chosen": " a",
+                "rejected": " b",
+            },
+            Preference(HI, "a", "b", "f:1"),
+        ),
+        ({"prompt": "hi", "chosen": "", "rejected": "b"}, Preference(HI, "", "b", "f:1")),
+        ({"prompt": "hi", "response": " a "}, Demonstration(HI, "a", "f:1")),
+        ({"dialogue": "Human: hi\n\nAssistant: a"}, Demonstration(HI, "a", "f:1")),
+        ({"text": "\n\nHuman: hi\n\nAssistant: a"}, Demonstration(HI, "a", "f:1")),
+        ({"prompt": "hi"}, Prompt(HI, None, "f:1")),
+        ({"prompt": {"text": "hi", "toxicity": None}, "continuation": {}}, Prompt(HI, None, "f:1")),
+    ],
+)
+def test_formats_are_told_by_their_fields(record: dict[str, object], row: object) -> None:
+    assert parse_row(record, "f:1") == row
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ([1], "JSON object was expected, found list"),
+        ({"question": "hi"}, "fields found: question"),
+        ({}, "fields found: none"),
+        ({"prompt": 3}, "`prompt` is int"),
+        ({"prompt": "hi", "chosen": "a", "rejected": None}, "`rejected` is NoneType"),
+        ({"prompt": "hi", "chosen": "a", "rejected": " a"}, "identical"),
+        ({"prompt": "hi", "chosen": "", "rejected": " "}, "both responses are empty"),
+        ({"prompt": "hi", "response": " "}, "response is empty"),
+        ({"prompt": " "}, "empty"),
+        ({"text": "no dialogue"}, "beginning"),
+        ({"dialogue": "Human: hi"}, "does not end with an assistant"),
+    ],
+)
+def test_unusable_records_say_why(record: object, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_row(record, "f:1")
+
+
+H, A = "\n\nHuman:", "\n\nAssistant:"
+
+
+def test_parses_turns_and_strips_them() -> None:
+    assert parse_dialogue(f"{H} hi {A}  hello\nthere {H} bye{A}") == (
+        Turn("human", "hi"),
+        Turn("assistant", "hello\nthere"),
+        Turn("human", "bye"),
+        Turn("assistant", ""),
+    )
+
+
+def test_the_blank_line_before_the_first_marker_may_be_missing() -> None:
+    assert parse_dialogue(f"Human: hi{A} yes")[0] == Turn("human", "hi")
+
+
+def test_a_marker_inside_a_line_is_text() -> None:
+    (_, answer) = parse_dialogue(f"{H} hi{A} I said so. Human: Then why?\nAssistant: odd")
+    assert answer.text == "I said so. Human: Then why?\nAssistant: odd"
+
+
+def test_two_turns_of_one_speaker_stay_two() -> None:
+    roles = [turn.role for turn in parse_dialogue(f"{H} hi{A} the key:{A} ok")]
+    assert roles == ["human", "assistant", "assistant"]
+
+
+@pytest.mark.parametrize("text", ["", "no markers", "Once, Human: said"])
+def test_text_without_a_leading_marker_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="beginning"):
+        parse_dialogue(text)
+
+
+def test_a_prompt_is_plain_text_or_a_dialogue_with_its_cue() -> None:
+    assert parse_prompt(" hi ") == (Turn("human", "hi"),)
+    assert parse_prompt(f"{H} hi{A} yes{H} so?{A}")[-1] == Turn("human", "so?")
+
+
+@pytest.mark.parametrize("text", ["  ", f"{H}{A}", f"{H} hi{A} already answered"])
+def test_a_prompt_that_asks_nothing_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="prompt"):
+        parse_prompt(text)
+
+
+def test_pair_shares_all_turns_up_to_the_last_response() -> None:
+    start = f"{H} one{A} two{H} three"
+    history, good, bad = pair_from_dialogues(f"{start}{A} four", f"{start}{A} five")
+    assert [turn.text for turn in history] == ["one", "two", "three"]
+    assert (good, bad) == ("four", "five")
+
+
+def test_pair_that_parts_early_keeps_the_rest_with_its_markers() -> None:
+    left, right = f"{H} one{A} two{H} three{A} four", f"{H} one{A} TWO"
+    history, good, bad = pair_from_dialogues(left, right)
+    assert history == (Turn("human", "one"),)
+    assert good == f"two{H} three{A} four"
+    assert bad == "TWO"
+
+
+def test_pair_that_parts_at_a_human_turn_goes_back_to_the_question_before() -> None:
+    history, good, bad = pair_from_dialogues(f"{H} q{A} a{H} b{A} c", f"{H} q{A} a{H} d{A} e")
+    assert history == (Turn("human", "q"),)
+    assert (good, bad) == (f"a{H} b{A} c", f"a{H} d{A} e")
+
+
+def test_one_empty_side_is_kept() -> None:
+    assert pair_from_dialogues(f"{H} q{A}", f"{H} q{A} no")[1:] == ("", "no")
+    assert pair_from_dialogues(f"{H} q", f"{H} q{A} no")[1:] == ("", "no")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        (f"{H} q{A} a", f"{H} q{A} a", "identical"),
+        (f"{H} q{A}", f"{H} q{A} ", "empty"),
+        (f"{H} q{A} a", f"{H} other{A} a", "share no"),
+        (f"{A} a{H} q", f"{A} b{H} q", "share no"),
+        (f"{H} q{H} r{A} a", f"{H} q{A} b", "human turn stands"),
+    ],
+)
+def test_pairs_that_cannot_be_used_say_why(chosen: str, rejected: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        pair_from_dialogues(chosen, rejected)
+
+
+def test_real_pairs_can_be_put_together_again(shared_data: Path) -> None:
+    with gzip.open(shared_data / "hh" / "harmless-train.jsonl.gz", "rt") as file:
+        lines = file.readlines()
+    different, empty = 0, 0
+    for line in lines:
+        row = json.loads(line)
+        history, good, bad = pair_from_dialogues(row["chosen"], row["rejected"])
+        shared = "".join(f"\n\n{turn.role.capitalize()}: {turn.text}" for turn in history)
+        for whole, rest in ((row["chosen"], good), (row["rejected"], bad)):
+            assert "".join(whole.split()) == "".join(f"{shared}{A} {rest}".split())
+        cuts = [row[side].rsplit(A, 1)[0] for side in ("chosen", "rejected")]
+        different += cuts[0] != cuts[1]
+        empty += "" in (good, bad)
+    # Counted by hand in the file: 2 pairs differ before their last response, 4 have an empty side.
+    assert (len(lines), different, empty) == (1750, 2, 4)

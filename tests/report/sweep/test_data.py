@@ -1,0 +1,180 @@
+"""Means and intervals over seeds, beside scipy's.
+
+Which hyperparameters vary, and which runs are replicates.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from rlhf_exp.report.sweep.charts import explained, levels_of
+from rlhf_exp.report.sweep.data import (
+    Origin,
+    Point,
+    best_of,
+    difference,
+    flatten,
+    given,
+    grouped,
+    intervals,
+    settle,
+    summarised,
+)
+
+
+def point(key: str, objective: float | None, status: str = "done", **settings: str) -> Point:
+    return Point("kl", key, status, (), settings, "0", objective, {})
+
+
+def test_the_interval_over_seeds_is_the_percentile_bootstrap() -> None:
+    values = [0.3, 1.2, 0.7, 2.4, 1.9, 0.2]
+    found = summarised(values)
+    assert found is not None
+    theirs = stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=20_000, random_state=1
+    ).confidence_interval
+    assert found.estimate.mean == pytest.approx(sum(values) / 6)
+    assert found.estimate.low == pytest.approx(theirs.low, abs=0.03)
+    assert found.estimate.high == pytest.approx(theirs.high, abs=0.03)
+
+
+def test_fewer_than_three_seeds_have_no_interval() -> None:
+    found = summarised([1.0, 3.0, None, math.nan])
+    assert found is not None
+    assert (found.values, found.estimate.mean, found.has_interval) == ((1.0, 3.0), 2.0, False)
+    assert found.to_json()["low"] is None
+    assert summarised([None]) is None
+    # Of three, all resamples that draw one value thrice make 1/27 = 3.7 %, more than a tail.
+    three = summarised([1.0, 2.0, 6.0])
+    assert three is not None
+    assert (three.estimate.low, three.estimate.high) == (1.0, 6.0)
+
+
+def test_bands_are_the_intervals_at_each_step() -> None:
+    values = np.array([[0.0, 1.0, np.nan], [1.0, 2.0, 5.0], [5.0, 9.0, 7.0], [2.0, 2.0, np.nan]])
+    mean, low, high = intervals(values)
+    assert mean.tolist() == [2.0, 3.5, 6.0]
+    for step in (0, 1):
+        theirs = stats.bootstrap(
+            (values[:, step],), np.mean, method="percentile", n_resamples=20_000, random_state=1
+        ).confidence_interval
+        assert (low[step], high[step]) == pytest.approx((theirs.low, theirs.high), abs=0.3)
+    assert np.isnan([low[2], high[2]]).all()
+
+
+def test_the_difference_resamples_both_sides() -> None:
+    a, b = summarised([1.0, 2.0, 4.0, 3.5, 0.5]), summarised([2.0, 5.0, 6.0, 4.5])
+    assert a is not None
+    assert b is not None
+    found = difference(a, b)
+    theirs = stats.bootstrap(
+        (b.values, a.values),
+        lambda x, y, axis: np.mean(x, axis=axis) - np.mean(y, axis=axis),
+        method="percentile",
+        n_resamples=20_000,
+        random_state=1,
+        vectorized=True,
+    ).confidence_interval
+    assert found.mean == pytest.approx(4.375 - 2.2)
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.06)
+    two = summarised([1.0, 2.0])
+    assert two is not None
+    assert not math.isfinite(difference(a, two).low)
+
+
+def test_groups_are_in_the_order_of_numbers() -> None:
+    points = [point(lr, 1.0, lr=lr) for lr in ("0.001", "1e-05", "2", "0.001")]
+    assert [one.settings["lr"] for one in grouped(points)] == ["1e-05", "0.001", "2"]
+    assert len(grouped(points)[1].points) == 2
+
+
+def test_the_best_is_that_of_the_mean_and_not_of_a_lucky_survivor() -> None:
+    points = [
+        *(point(f"a{n}", value, lr="1") for n, value in enumerate((1.0, 2.0, 3.0))),
+        *(point(f"b{n}", value, lr="2") for n, value in enumerate((0.0, 0.0, 5.0))),
+        point("c0", 9.0, lr="3"),
+        point("c1", None, "failed", lr="3"),
+        point("c2", None, "failed", lr="3"),
+    ]
+    ranked = best_of(grouped(points))
+    assert [group.settings["lr"] for group, _ in ranked] == ["1", "2"]
+    # A pruned run's last value is no result.
+    assert best_of(grouped([point("p", 3.0, "pruned", lr="1")])) == []
+
+
+def test_levels() -> None:
+    points = [point(str(n), None, lr=str(10.0**-n)) for n in range(8)]
+    found = levels_of(points, "lr", 4)
+    assert found.labels == (
+        "1e−07 to 1e−06",
+        "1e−05 to 0.000100",
+        "0.00100 to 0.0100",
+        "0.100 to 1",
+    )
+    assert found.numbers == (3, 3, 2, 2, 1, 1, 0, 0)
+    words = [point(str(n), None, model=name) for n, name in enumerate("aabbcd")]
+    assert levels_of(words, "model", 3).labels == ("a", "b", "other")
+    assert levels_of(words, "model", 3).numbers == (0, 0, 1, 1, 2, 2)
+
+
+def test_the_explained_share_is_that_of_the_analysis_of_variance() -> None:
+    numbers, values = [0, 0, 1, 1], [1.0, 3.0, 6.0, 10.0]
+    # By hand: mean 5; between 2 (2 - 5)^2 + 2 (8 - 5)^2 = 36; total 16 + 4 + 1 + 25 = 46.
+    assert explained(numbers, values) == pytest.approx(36 / 46)
+    assert explained([*numbers, 1], [*values, math.nan]) == pytest.approx(36 / 46)
+    assert explained([0, 1], [2.0, 2.0]) == 0.0
+
+
+def origin(config: dict[str, object] | None, *overrides: str) -> Origin:
+    return Origin(overrides, None if config is None else flatten(config))
+
+
+def test_a_command_line_and_a_config_write_one_number_alike() -> None:
+    assert given(["ppo.lr=1e-4", "+ppo.x=[1,2]", "a=null", "b=True", "~c"]) == {
+        "ppo.lr": "0.0001",
+        "ppo.x": "[1, 2]",
+        "a": "null",
+        "b": "true",
+    }
+    made = origin({"ppo": {"lr": 0.0001, "epochs": 4}}, "ppo.lr=1e-4")
+    failed = origin(None, "ppo.lr=1e-4")
+    assert settle([made, failed]).varied == ()
+
+
+def test_what_a_failed_run_does_not_say_is_the_default_of_those_that_do_not_say_it() -> None:
+    said = origin({"ppo": {"lr": 0.0001, "epochs": 8}}, "ppo.lr=1e-4", "ppo.epochs=8")
+    silent = origin({"ppo": {"lr": 0.001, "epochs": 4}}, "ppo.lr=1e-3")
+    failed = origin(None, "ppo.lr=1e-2")
+    found = settle([said, silent, failed])
+    assert found.varied == ("ppo.lr", "ppo.epochs")
+    assert found.settings[2] == {"ppo.lr": "0.01", "ppo.epochs": "4"}
+
+
+def test_seeds_are_no_settings_and_where_runs_are_kept_is_none() -> None:
+    runs = [
+        origin({"seed": n, "ppo": {"seed": n, "lr": 1.0}, "name": f"n{n}"}, f"seed={n}", "name=x")
+        for n in range(2)
+    ]
+    found = settle(runs)
+    assert found.varied == ()
+    assert found.seeds == ("0", "1")
+
+
+def test_several_seeds_are_named() -> None:
+    runs = [origin({"sft": {"seed": a}, "ppo": {"seed": b}}) for a, b in ((0, 0), (0, 1), (1, 1))]
+    assert settle(runs).seeds == ("0", "ppo 1, sft 0", "1")
+
+
+def test_a_group_choice_is_one_column_however_much_it_changes() -> None:
+    runs = [
+        origin({"model": {"name": name, "width": width}}, f"model={name}")
+        for name, width in (("small", 1), ("large", 2))
+    ]
+    assert settle(runs).varied == ("model",)
+    # Where command lines do not tell runs apart, configs do.
+    without = [origin({"model": {"name": name}}) for name in ("small", "large")]
+    assert settle(without).settings == ({"model.name": "small"}, {"model.name": "large"})

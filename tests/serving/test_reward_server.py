@@ -1,0 +1,128 @@
+"""The reward server's application, in this process, around the small run's reward model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from starlette.testclient import TestClient
+
+from rlhf_exp.commands.serve_reward import Wanted, load_scores
+from rlhf_exp.data.tokenizer import Codec
+from rlhf_exp.evaluation.judges.reward_models import OwnRewardModel
+from rlhf_exp.models.pretrained import load_tokenizer
+from rlhf_exp.models.reward_model import RewardModel
+from rlhf_exp.serving import reward_server
+from rlhf_exp.serving.reward_server import Scores, make_app
+from tests.lab import artifact
+
+WANTED = Wanted(device="cpu")
+PROMPTS = ["\n\nHuman: How do I boil an egg?\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant:"]
+RESPONSES = ["Seven minutes in boiling water.", "Go away."]
+
+
+@pytest.fixture(scope="module")
+def scores(small_run: Path) -> Scores:
+    return load_scores(small_run, "small", WANTED)
+
+
+@pytest.fixture(scope="module")
+def client(scores: Scores) -> TestClient:
+    return TestClient(make_app(scores))
+
+
+def test_texts_are_scored_as_a_judge_would(
+    scores: Scores, client: TestClient, small_run: Path
+) -> None:
+    folder = artifact(small_run, "reward").path / "model"
+    own = OwnRewardModel(RewardModel.load(folder), Codec(load_tokenizer(folder), "hh"))
+    found = client.post("/", json={"prompts": PROMPTS, "responses": RESPONSES})
+    assert found.status_code == 200
+    assert found.json()["scores"] == pytest.approx(own(PROMPTS, RESPONSES).tolist(), abs=1e-5)
+    assert found.json()["name"] == scores.name
+    assert found.json()["tokenizer"] == own.codec.digest
+    empty = client.post("/", json={"prompts": [], "responses": []})
+    assert empty.json()["scores"] == []
+
+
+def test_tokens_are_scored_as_they_are(client: TestClient, small_run: Path) -> None:
+    folder = artifact(small_run, "reward").path / "model"
+    model, codec = RewardModel.load(folder), Codec(load_tokenizer(folder), "hh")
+    rows = [[7, 7, 7, 9], [11, 12]]
+    expected = []
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([[*row, codec.eos_id]])
+            expected.append(float(model.scores(ids, torch.tensor([ids.shape[1]]))))
+    # The texts are of others: they are not read then.
+    body = {"prompts": PROMPTS, "responses": RESPONSES, "tokens": rows}
+    found = client.post("/", json=body).json()["scores"]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "`prompts` must be a list of texts"),
+        ('{"prompts": ["a"]}', "`responses` must be a list of texts"),
+        ('{"prompts": ["a"], "responses": [1]}', "`responses` must be a list of texts"),
+        ('{"prompts": ["a"], "responses": []}', "the lists have different lengths: [1, 0]"),
+        ('{"prompts": ["a"], "responses": ["b"], "tokens": [1]}', "lists of integers"),
+        ('{"prompts": ["a"], "responses": ["b"], "tokens": [[true]]}', "lists of integers"),
+        ('{"prompts": ["a"], "responses": ["b"], "tokens": [[99999]]}', "is not in 0 to"),
+    ],
+)
+def test_what_is_no_request_is_refused_in_words(client: TestClient, body: str, says: str) -> None:
+    found = client.post("/", content=body)
+    assert found.status_code == 400
+    assert says in found.json()["error"]
+
+
+def test_a_key_is_asked_for(scores: Scores) -> None:
+    client = TestClient(make_app(scores, "sk-secret"))
+    body: dict[str, Any] = {"prompts": ["a"], "responses": ["b"]}
+    assert client.post("/", json=body).status_code == 401
+    wrong = {"Authorization": "Bearer sk-secre"}
+    assert client.post("/", json=body, headers=wrong).status_code == 401
+    right = {"Authorization": "Bearer sk-secret"}
+    assert client.post("/", json=body, headers=right).status_code == 200
+
+
+def test_too_large_a_request(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_server, "BODY_LIMIT", 100)
+    body = json.dumps({"prompts": ["a" * 200], "responses": ["b"]})
+    assert client.post("/", content=body).status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("result", "says"), [([float("nan")], "not finite"), (None, "ZeroDivisionError: by the test")]
+)
+def test_what_goes_wrong_in_scoring_is_said(
+    scores: Scores, monkeypatch: pytest.MonkeyPatch, result: list[float] | None, says: str
+) -> None:
+    def score(*_: object) -> list[float]:
+        if result is None:
+            raise ZeroDivisionError("by the test")
+        return result
+
+    monkeypatch.setattr(scores, "of_texts", score)
+    found = TestClient(make_app(scores)).post("/", json={"prompts": ["a"], "responses": ["b"]})
+    assert found.status_code == 500
+    assert says in found.json()["error"]
+
+
+def test_the_name_goes_with_what_decides_the_scores(run_copy: Path, scores: Scores) -> None:
+    def name(**changes: Any) -> str:
+        return load_scores(run_copy, "small", replace(WANTED, **changes)).name
+
+    assert name() == name(batch=3) == scores.name, "where it lies does not count"
+    others = {name(seq_length=64), name(dtype="bfloat16")}
+    head = artifact(run_copy, "reward").path / "model" / "reward_model.json"
+    head.write_text(json.dumps({"mean": 5.0, "std": 1.0}))
+    others.add(name())
+    assert len(others | {scores.name}) == 4

@@ -1,0 +1,190 @@
+"""A PPO run small enough for a test: random 2-layer model, random prompts, a counting reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_exp.algo.advantages import RewardScaler
+from rlhf_exp.algo.kl import AdaptiveKL
+from rlhf_exp.batch import Prompts, Samples
+from rlhf_exp.data.tokenized import Ragged, TokenizedPrompts
+from rlhf_exp.distributed.world import World
+from rlhf_exp.models.architecture import Architecture
+from rlhf_exp.models.frozen_trunk import decoder_parts
+from rlhf_exp.models.policy import Policy
+from rlhf_exp.models.pretrained import build_causal_lm
+from rlhf_exp.models.reference import reference_of
+from rlhf_exp.rollout.sampler import Sampling, sample
+from rlhf_exp.tracking.tracker import NullTracker
+from rlhf_exp.training.optim import OptimSettings
+from rlhf_exp.training.ppo import Collector, ExperienceSettings, PpoSettings, PpoTask
+from rlhf_exp.training.task import Evaluation
+from rlhf_exp.training.trainer import LoopContext, LoopSettings, Outcome, train
+
+VOCABULARY, EOS, PAD = 48, 1, 0
+LIKED = 7
+"""The reward counts this token."""
+
+SETTINGS = PpoSettings(
+    rollouts=8,
+    batch=4,
+    micro_batch=None,
+    epochs=2,
+    clip_range=0.2,
+    clip_range_value=0.2,
+    vf_coef=1.0,
+    entropy_coef=0.0,
+    temperature=1.0,
+    kl_stop=None,
+    seed=3,
+)
+
+
+class RecordingTracker(NullTracker):
+    """Keeps what was logged."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.exit_code: int | None = None
+
+    def log(self, metrics: Mapping[str, float], step: int, *, more: bool = False) -> None:
+        self.rows.append({"global_step": float(step), **metrics})
+
+    def finish(self, exit_code: int = 0) -> None:
+        self.exit_code = exit_code
+
+
+def count_liked(tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
+    """Score a response by how often it says `LIKED`."""
+    place = torch.arange(tokens.shape[1])
+    inside = (place >= prompt_lengths[:, None]) & (
+        place < (prompt_lengths + content_lengths)[:, None]
+    )
+    return ((tokens == LIKED) & inside).sum(1).float()
+
+
+def prompts(count: int = 12) -> TokenizedPrompts:
+    """Return prompts of 3 to 6 tokens with responses of 2."""
+    drawn = np.random.default_rng(0)
+    rows = [drawn.integers(2, VOCABULARY, size=3 + number % 4).tolist() for number in range(count)]
+    answers = [[LIKED, EOS] for _ in rows]
+    return TokenizedPrompts(Ragged.of(rows), Ragged.of(answers), cut=0, cut_responses=0)
+
+
+def build_task(
+    world: World,
+    settings: PpoSettings = SETTINGS,
+    train_blocks: int | None = 1,
+    originals: Tensor | None = None,
+    scorer: Callable[..., Tensor] = count_liked,
+) -> PpoTask:
+    """Return a task over a fresh random model, always the same."""
+    shape = Architecture("gpt_neox", 2, 32, 2, 64, VOCABULARY, 64)
+    model = build_causal_lm(shape, seed=5, eos_id=EOS, pad_id=PAD)
+    policy = Policy(model, train_blocks=train_blocks, seed=1)
+    sampling = Sampling(6, settings.temperature, 8, EOS, PAD)
+    block = None if policy.cut is None else decoder_parts(model).blocks[policy.cut]
+
+    def sampler(batch: Prompts) -> Samples:
+        return sample(model, batch, sampling, settings.seed, None, block)
+
+    collector = Collector(
+        policy,
+        reference_of(policy),
+        sampler,
+        scorer,
+        prompts(),
+        originals,
+        RewardScaler("running"),
+        AdaptiveKL(0.1, target=1.0, horizon=100),
+        ExperienceSettings(
+            rollouts=settings.rollouts,
+            temperature=settings.temperature,
+            gamma=1.0,
+            lam=0.95,
+            reward_clip=10.0,
+            missing_eos_penalty=0.0,
+            batch=8,
+            reuse_states=True,
+            seed=settings.seed,
+        ),
+        world,
+    )
+    return PpoTask(
+        policy,
+        collector,
+        Evaluations(range(1000)),
+        settings,
+        world,
+    )
+
+
+class Evaluations:
+    """Stands in for the validator: its objectives are the given ones, in order."""
+
+    def __init__(self, objectives: Iterable[float]) -> None:
+        self.objectives = iter(objectives)
+        self.unit: float | None = None
+        self.initial: list[float] | None = None
+
+    def __call__(self) -> Evaluation:
+        objective = float(next(self.objectives))
+        self.unit = 2.0 + objective if self.unit is None else self.unit
+        self.initial = [objective, 0.1] if self.initial is None else self.initial
+        return Evaluation({"eval/number": 0.0}, objective)
+
+
+@dataclass
+class Run:
+    """What a test looks at after a run."""
+
+    task: PpoTask
+    tracker: RecordingTracker
+    outcome: Outcome | None
+    weights: dict[str, Tensor]
+
+
+def loop_settings(steps: int, **changes: Any) -> LoopSettings:
+    optim = OptimSettings(
+        lr=5e-3,
+        schedule="linear",
+        warmup_steps=2,
+        steps=steps,
+        betas=(0.9, 0.95),
+        weight_decay=0.01,
+        grad_norm=1.0,
+    )
+    return replace(LoopSettings(optim, 4, 4, 2, select_best=False), **changes)
+
+
+def run_loop(
+    world: World,
+    folder: Path,
+    steps: int = 12,
+    task: PpoTask | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+    given_up: Callable[[int, int], bool] | None = None,
+    **changes: Any,
+) -> Run:
+    """Run the loop in `folder`, from its checkpoint if there is one."""
+    task = task or build_task(world)
+    tracker = RecordingTracker()
+    context = LoopContext(
+        world=world,
+        folder=folder,
+        tracker=lambda resume: tracker,
+        on_step=lambda step, metrics: None,
+        before_write=lambda: None,
+        interrupted=interrupted,
+        given_up=given_up,
+    )
+    outcome = train(task, loop_settings(steps, **changes), context)
+    weights = {name: p.detach().clone() for name, p in task.module.named_parameters()}
+    return Run(task, tracker, outcome, weights)

@@ -1,0 +1,374 @@
+"""PPO's engine: what the first minibatch sees, accumulation, minibatches, resume.
+
+One iteration's experience and the loss on it: what counts, and with which sign.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_exp.algo.advantages import RewardScaler
+from rlhf_exp.batch import Prompts, Rollouts, Samples
+from rlhf_exp.data.batching import batch_index, prompts_batch
+from rlhf_exp.distributed.world import Share, World, world_of
+from rlhf_exp.training.metrics import Meters
+from rlhf_exp.training.ppo import PpoTask
+from rlhf_exp.training.task import Diverged, Interrupted
+from tests.training.lab import (
+    EOS,
+    LIKED,
+    SETTINGS,
+    Evaluations,
+    build_task,
+    count_liked,
+    prompts,
+    run_loop,
+)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with world_of("float32", threads=1) as opened:
+        yield opened
+
+
+def gradients(task: PpoTask, step: int) -> dict[str, Tensor]:
+    task.module.zero_grad()
+    task.accumulate(step, lambda loss: loss.backward())
+    return {
+        name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize(("train_blocks", "temperature"), [(1, 1.0), (None, 1.0), (1, 0.7)])
+def test_first_minibatch_has_ratio_1_and_no_divergence(
+    world: World, train_blocks: int | None, temperature: float
+) -> None:
+    settings = replace(SETTINGS, epochs=1, batch=8, temperature=temperature)
+    task = build_task(world, settings, train_blocks=train_blocks)
+    gradients(task, 0)
+    found = task.metrics()
+    assert found["policy/ratio_first"] == pytest.approx(1.0, abs=1e-5)
+    assert found["policy/clip_fraction"] == 0.0
+    # The policy is its own reference still.
+    assert found["kl/sequence"] == pytest.approx(0.0, abs=1e-4)
+    assert found["kl/k3"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_training_states_are_the_decoders(world: World) -> None:
+    """Log-probs over the states kept from decoding equal those of the sampler."""
+    task = build_task(world)
+    rollouts = task.collector.collect(0, Meters(world))
+    again = task.collector.sampler(_first_batch())
+    assert rollouts.states is not None
+    assert torch.allclose(rollouts.logprobs, again.logprobs, atol=1e-4)
+    recomputed = build_task(world)
+    recomputed.collector.settings = replace(recomputed.collector.settings, reuse_states=False)
+    other = recomputed.collector.collect(0, Meters(world))
+    assert torch.allclose(rollouts.logprobs, other.logprobs, atol=1e-4)
+    assert torch.allclose(rollouts.advantages, other.advantages, atol=1e-3)
+
+
+def _first_batch() -> Prompts:
+    index = batch_index(12, SETTINGS.rollouts, SETTINGS.seed, 0)
+    return prompts_batch(prompts(), index, np.arange(SETTINGS.rollouts))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_accumulation_does_not_change_the_gradient(world: World, size: int) -> None:
+    whole = gradients(build_task(world), 0)
+    parts = gradients(build_task(world, replace(SETTINGS, micro_batch=size)), 0)
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        assert torch.allclose(value, parts[name], atol=1e-6), name
+
+
+def test_only_the_top_block_trains(world: World) -> None:
+    names = gradients(build_task(world, train_blocks=1), 0).keys()
+    assert any(".layers.1." in name for name in names)
+    assert not any(".layers.0." in name or "embed_in" in name for name in names)
+
+
+def test_each_epoch_uses_every_rollout_once(world: World) -> None:
+    """Also where rollouts do not divide by the batch: 8 rollouts, batches of 3 are 3, 3, 2."""
+    task = build_task(world, replace(SETTINGS, batch=3))
+    assert task.settings.minibatches == 3
+    for epoch in range(2):
+        rows = [task._minibatch(0, epoch * 3 + number).tolist() for number in range(3)]
+        assert [len(part) for part in rows] == [3, 3, 2]
+        assert sorted(functools.reduce(operator.iadd, rows, [])) == list(range(8))
+
+
+def test_delta_subtracts_the_originals_score(world: World) -> None:
+    """Every original scores 1 (one liked token), so the delta is the raw mean less 1."""
+    task = build_task(world, originals=torch.ones(12))
+    gradients(task, 0)
+    found = task.metrics()
+    assert found["reward/delta_mean"] == pytest.approx(found["reward/mean"] - 1.0, abs=1e-6)
+
+
+def test_controller_moves_once_an_iteration_by_all_rollouts(world: World) -> None:
+    """KL 0 against a target of 1: error -1, clipped to -0.2; beta *= 1 - 0.2 * 8 / 100."""
+    task = build_task(world)
+    for step in range(SETTINGS.updates):
+        gradients(task, step)
+    task.metrics()
+    assert task.collector.controller.coef == pytest.approx(0.1 * (1 - 0.2 * 8 / 100), rel=1e-3)
+
+
+def test_reward_rises(world: World, tmp_path: Path) -> None:
+    rows = run_loop(world, tmp_path, steps=80).tracker.rows
+    rewards = [row["reward/mean"] for row in rows if "reward/mean" in row]
+    assert len(rewards) == 20
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
+
+
+def test_the_learning_rate_follows_its_schedule(world: World, tmp_path: Path) -> None:
+    """12 steps, 2 of warm-up, then linear to 0: step s has 5e-3 (1 - (s - 2) / 10); 4 a row."""
+    rows = run_loop(world, tmp_path).tracker.rows
+    rates = [row["optim/lr"] for row in rows if "optim/lr" in row]
+    assert rates == pytest.approx([5e-3 * 0.9, 5e-3 * 0.5, 5e-3 * 0.1])
+
+
+def test_every_documented_metric_is_logged(world: World, tmp_path: Path) -> None:
+    row = next(
+        one
+        for one in run_loop(
+            world, tmp_path, task=build_task(world, originals=torch.zeros(12))
+        ).tracker.rows
+        if "reward/mean" in one
+    )
+    groups = {
+        "reward": "mean std min max delta_mean",
+        "kl": "k1 k3 sequence beta",
+        "loss": "total policy value",
+        "policy": "entropy clip_fraction approx_kl ratio_max",
+        "value": "mean explained_variance clip_fraction",
+        "response": "length_mean eos_fraction stop_fraction",
+        "optim": "lr grad_norm",
+        "time": "rollout_s score_s update_s",
+        "throughput": "samples_per_s tokens_per_s",
+        "memory": "peak_bytes",
+    }
+    for group, names in groups.items():
+        for name in names.split():
+            assert math.isfinite(row[f"{group}/{name}"]), f"{group}/{name}"
+    assert row["loss/total"] == pytest.approx(row["loss/policy"] + row["loss/value"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 8, 11])
+def test_killed_and_resumed_equals_never_interrupted(
+    world: World, tmp_path: Path, stop_at: int
+) -> None:
+    """Dies inside optimizer step `stop_at`; the lost iteration is replayed, bit for bit."""
+    whole = run_loop(world, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    task = build_task(world)
+    accumulate = task.accumulate
+
+    def dying(step: int, backward: Callable[[Tensor], None]) -> None:
+        accumulate(step, backward)
+        if step == stop_at:
+            raise Killed
+
+    task.accumulate = dying  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        run_loop(world, tmp_path / "cut", task=task)
+    again = build_task(world)
+    again.evaluator = Evaluations(range(5, 1000))
+    resumed = run_loop(world, tmp_path / "cut", task=again)
+    assert resumed.outcome is not None
+    assert resumed.outcome.steps_run == 12 - stop_at // 4 * 4
+    for name, value in whole.weights.items():
+        assert torch.equal(value, resumed.weights[name]), name
+    # The unit of the first evaluation, 2 + 0, unless there was no checkpoint to take it from.
+    assert resumed.task.evaluator.unit == (2.0 if stop_at >= 4 else 7.0)
+    assert resumed.task.evaluator.initial == [0.0 if stop_at >= 4 else 5.0, 0.1]
+    assert whole.task.collector.controller.coef == resumed.task.collector.controller.coef
+    last = [
+        [row["reward/mean"] for row in run.tracker.rows if "reward/mean" in row][-1]
+        for run in (whole, resumed)
+    ]
+    assert last[0] == last[1]
+
+
+def test_interrupt_saves_at_the_next_boundary(world: World, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="step 4"):
+        run_loop(world, tmp_path, interrupted=lambda: True, checkpoint_every=100)
+    assert (tmp_path / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run_loop(world, tmp_path)
+    newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
+    assert newest.name == "step-00000012"
+    content = bytearray((newest / "trainable.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "trainable.safetensors").write_bytes(content)
+    again = run_loop(world, tmp_path)
+    assert "falling back" in caplog.text
+    assert again.outcome is not None
+    assert again.outcome.steps_run == 4
+    for name, value in whole.weights.items():
+        assert torch.equal(value, again.weights[name]), name
+
+
+def test_not_a_number_stops_with_the_checkpoint_kept(world: World, tmp_path: Path) -> None:
+    calls = iter(range(1000))
+
+    def breaking(tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
+        scores = count_liked(tokens, prompt_lengths, content_lengths)
+        return scores * float("nan") if next(calls) == 2 else scores
+
+    with pytest.raises(Diverged, match="learning rate"):
+        run_loop(world, tmp_path, task=build_task(world, scorer=breaking))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000004",
+        "step-00000008",
+    ]
+
+
+def test_kl_limit_stops(world: World, tmp_path: Path) -> None:
+    task = build_task(world, replace(SETTINGS, kl_stop=1e-3))
+    with pytest.raises(Diverged, match=r"ppo\.kl\.stop=0\.001"):
+        run_loop(world, tmp_path, task=task)
+
+
+def test_best_weights_are_published(world: World, tmp_path: Path) -> None:
+    """The lab's evaluations get better each time, so one turned worse must lose to it."""
+    task = build_task(world)
+    task.evaluator = Evaluations([0.0, 5.0, 1.0, 2.0])
+    run = run_loop(world, tmp_path, task=task, select_best=True)
+    assert run.outcome is not None
+    assert (run.outcome.published_step, run.outcome.objective) == (4, 5.0)
+    early = run_loop(world, tmp_path / "short", steps=12)
+    assert not all(torch.equal(run.weights[n], early.weights[n]) for n in run.weights)
+
+
+def responses(rollouts: Rollouts) -> list[list[int]]:
+    spans = zip(
+        rollouts.tokens.tolist(),
+        rollouts.prompt_lengths.tolist(),
+        rollouts.response_lengths.tolist(),
+        strict=True,
+    )
+    return [row[start : start + length] for row, start, length in spans]
+
+
+def test_rows_that_only_fill_up_a_batch_count_nowhere(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process whose share is filled up to 8 rows by 2 of weight 0 learns from 6."""
+    plain, filled = Meters(world), Meters(world)
+    real = replace(SETTINGS, rollouts=6)
+    alone = build_task(world, real).collector.collect(0, plain)
+    rows, weights = np.array([0, 1, 2, 3, 4, 5, 0, 1]), np.array([1.0] * 6 + [0.0] * 2)
+    share = Share(rows, weights.astype(np.float32))
+    monkeypatch.setattr(world, "share", lambda count, of=None: share)
+    together = build_task(world, real).collector.collect(0, filled)
+    assert not together.mask[6:].any()
+    assert torch.equal(together.mask[:6], alone.mask)
+    assert torch.allclose(together.advantages[:6], alone.advantages, atol=1e-6)
+    assert together.advantages[6:].abs().max() == 0
+    expected, found = plain.means(), filled.means()
+    for name in expected.keys() - {"time/rollout_s", "time/score_s", "time/assess_s"}:
+        assert found[name] == pytest.approx(expected[name], abs=1e-5), name
+
+
+def test_a_response_that_does_not_end_pays_the_penalty(world: World) -> None:
+    """With gamma = lambda = 1, no scaling and KL 0, every return is the score itself."""
+    collector = build_task(world).collector
+    collector.settings = replace(collector.settings, lam=1.0, missing_eos_penalty=2.0)
+    collector.scaler = RewardScaler("none")
+    rollouts = collector.collect(0, Meters(world))
+    expected = [
+        float(said.count(LIKED)) - (0.0 if said[-1] == EOS else 2.0) for said in responses(rollouts)
+    ]
+    assert min(expected) < 0
+    assert rollouts.returns[:, 0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_each_iteration_has_prompts_and_noise_of_its_own(world: World) -> None:
+    task = build_task(world, replace(SETTINGS, rollouts=12))
+    asked, numbers, sampler = [], [], task.collector.sampler
+
+    def noted(batch: Prompts) -> Samples:
+        numbers.append(batch.rollout.tolist())
+        return sampler(batch)
+
+    task.collector.sampler = noted
+    for iteration in range(2):
+        rollouts = task.collector.collect(iteration, Meters(world))
+        lengths = rollouts.prompt_lengths.tolist()
+        rows = rollouts.tokens.tolist()
+        asked.append([tuple(row[:length]) for row, length in zip(rows, lengths, strict=True)])
+    for iteration in range(2):
+        order = batch_index(12, 12, SETTINGS.seed, iteration)
+        assert asked[iteration] == [tuple(prompts().prompt[row].tolist()) for row in order]
+    assert asked[0] != asked[1]
+    # The noise is a function of a rollout's number in the whole run.
+    assert numbers == [list(range(12)), list(range(12, 24))]
+
+
+def test_states_are_computed_again_where_those_of_decoding_are_not_to_be_used(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    task = build_task(world)
+    trunk = task.collector.policy.trunk_states
+
+    def counted(tokens: Tensor) -> Tensor:
+        calls.append(len(tokens))
+        return trunk(tokens)
+
+    monkeypatch.setattr(task.collector.policy, "trunk_states", counted)
+    task.collector.collect(0, Meters(world))
+    assert calls == []
+    task.collector.settings = replace(task.collector.settings, reuse_states=False)
+    task.collector.collect(0, Meters(world))
+    assert sum(calls) == SETTINGS.rollouts
+
+
+def losses(task: PpoTask) -> dict[str, float]:
+    """Return what is logged of one update on all rollouts."""
+    task.accumulate(0, lambda loss: loss.backward())
+    return task.metrics()
+
+
+def test_the_loss_is_policy_plus_value_minus_entropy(world: World) -> None:
+    """Before the first update the policy's entropy is that of the one that sampled."""
+    once = replace(SETTINGS, epochs=1, batch=8)
+    found = losses(build_task(world, replace(once, vf_coef=0.25, entropy_coef=0.5)))
+    expected = found["loss/policy"] + 0.25 * found["loss/value"] - 0.5 * found["policy/entropy"]
+    assert found["loss/total"] == pytest.approx(expected, abs=1e-5)
+    assert found["policy/entropy"] > 1
+    assert found["loss/value"] > 0.01
+
+
+def test_every_epoch_shuffles_anew(world: World) -> None:
+    task = build_task(world)
+    orders = [
+        tuple(
+            row
+            for number in range(task.settings.minibatches)
+            for row in task._minibatch(iteration, epoch * task.settings.minibatches + number)
+        )
+        for iteration in range(2)
+        for epoch in range(2)
+    ]
+    assert len(set(orders)) == 4

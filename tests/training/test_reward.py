@@ -1,0 +1,31 @@
+"""The reward model's task: every pair is scored, however they fall into micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_exp.data.tokenized import Ragged, TokenizedPreferences
+from rlhf_exp.distributed.world import world_of
+from rlhf_exp.training.reward import RewardSettings, pair_scores
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_each_pair_keeps_its_own_scores(size: int) -> None:
+    """Also where the last micro-batch is one pair, which numpy would take for a plain number."""
+    sides = [[5], [5, 6], [5, 6, 7]]
+    pairs = TokenizedPreferences(Ragged.of([[1]] * 3), Ragged.of(sides), Ragged.of(sides), 0, 0)
+
+    def score(
+        pairs: TokenizedPreferences, rows: np.ndarray, weights: np.ndarray
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert rows.shape == weights.shape
+        found = torch.tensor([float(len(pairs.chosen[row])) for row in rows])
+        return found, -found, torch.from_numpy(weights)
+
+    with world_of("float32", threads=1) as world:
+        chosen, rejected = pair_scores(score, pairs, RewardSettings(8, size, 0), world)
+    assert chosen.tolist() == [1.0, 2.0, 3.0]
+    assert rejected.tolist() == [-1.0, -2.0, -3.0]

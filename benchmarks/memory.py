@@ -27,10 +27,10 @@ sys.path.insert(0, str(ROOT))
 from rlhf_exp.config.compose import compose  # noqa: E402
 from rlhf_exp.config.experiment import Config  # noqa: E402
 from rlhf_exp.config.schema_keys import CONF  # noqa: E402
-from rlhf_exp.pipeline.executor import crew_for  # noqa: E402
+from rlhf_exp.pipeline.executor import executor_for  # noqa: E402
 from rlhf_exp.pipeline.plan import plan  # noqa: E402
 from rlhf_exp.pipeline.plan_table import shape_for, stage_memory  # noqa: E402
-from rlhf_exp.pipeline.probe import Probed, probe  # noqa: E402
+from rlhf_exp.pipeline.probe import ProbeResult, probe  # noqa: E402
 
 SIZES = (
     "tracking=disabled",
@@ -84,12 +84,12 @@ def config_of(name: str, folder: str = "outputs") -> Config:
     return compose([f"output_dir={folder}", "eval=none", *SIZES, *SETTINGS[name]], [CONF]).config
 
 
-def measure(name: str) -> list[Probed]:
+def measure(name: str) -> list[ProbeResult]:
     """Probe all stages."""
     with TemporaryDirectory() as folder:
         config = config_of(name, folder)
         steps = plan(config)
-        crew = crew_for(config, None)
+        crew = executor_for(config, None)
         try:
             found = list(probe(config, [steps[0], *steps], crew, print))
         except BaseException as error:
@@ -99,7 +99,7 @@ def measure(name: str) -> list[Probed]:
     return found[1:]
 
 
-def row(name: str, found: Probed) -> str:
+def row(name: str, found: ProbeResult) -> str:
     """Return the table's line of one stage."""
     config = config_of(name)
     estimate = stage_memory(config, found.stage, shape_for(config.model))
@@ -139,7 +139,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name in SETTINGS:
         for values in kept.get(name, ()):
-            print(row(name, Probed(**values)))
+            print(row(name, ProbeResult(**values)))
 
 
 if __name__ == "__main__":

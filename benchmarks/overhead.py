@@ -104,7 +104,7 @@ def run_bare(handed: Path) -> None:
     """Train with the engine alone (what `--bare` does)."""
     import importlib
 
-    from rlhf_exp.stages.context import Materials, StageContext
+    from rlhf_exp.stages.context import DataModule, StageContext
 
     config, models = pickle.loads(handed.read_bytes())
     stage = importlib.import_module(f"rlhf_exp.stages.{config.stage.name}")
@@ -117,7 +117,7 @@ def run_bare(handed: Path) -> None:
         models=models,
         parents={},
         inputs={},
-        materials=Materials(config.data),
+        materials=DataModule(config.data),
         before_write=lambda: None,
         polite_interrupts=lambda: None,  # type: ignore[arg-type,return-value]
     )
@@ -137,7 +137,7 @@ def bare_loop(
     """Do what `training.trainer.train` does to the weights, and nothing else."""
     from rlhf_exp.stages.training import optim_settings
     from rlhf_exp.training.optim import build_optimizer, set_lr
-    from rlhf_exp.training.trainer import Outcome
+    from rlhf_exp.training.trainer import TrainingResult
 
     optim = optim_settings(section, steps)
     build = partial(build_optimizer, task.module, optim)
@@ -149,7 +149,7 @@ def bare_loop(
         world.strategy.step()
     task.evaluate()
     world.release(None)
-    outcome = Outcome({}, None, "", steps, steps, steps, None)
+    outcome = TrainingResult({}, None, "", steps, steps, steps, None)
     conclude(outcome)  # saves the model
     return outcome
 
@@ -157,7 +157,7 @@ def bare_loop(
 def inside(outputs: Path, stage: str, steps: int, seed: int) -> Seconds:
     """Run framed in this process; return the seconds a step takes in each part of the loop."""
     from rlhf_exp.hydra_app import main
-    from rlhf_exp.tracking.progress_bar import Progress
+    from rlhf_exp.tracking.progress_bar import StageProgress
     from rlhf_exp.training.trainer import _Loop
 
     spent: Seconds = {"update": 0.0, **dict.fromkeys((*PARTS, "progress"), 0.0)}
@@ -174,7 +174,7 @@ def inside(outputs: Path, stage: str, steps: int, seed: int) -> Seconds:
 
     for part in ("update", *PARTS):
         setattr(_Loop, part, watched(part, getattr(_Loop, part)))
-    Progress.update = watched("progress", Progress.update)  # type: ignore[method-assign]
+    StageProgress.update = watched("progress", StageProgress.update)  # type: ignore[method-assign]
     assert main(overrides(outputs, stage, steps, seed)) == 0
     spent["update"] -= spent["progress"]
     return {name: value / steps for name, value in spent.items()}

@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 from rlhf_exp.config.compose import compose  # noqa: E402
 from rlhf_exp.config.schema_keys import CONF  # noqa: E402
-from rlhf_exp.pipeline.executor import crew_for  # noqa: E402
+from rlhf_exp.pipeline.executor import executor_for  # noqa: E402
 from rlhf_exp.pipeline.plan import plan  # noqa: E402
-from rlhf_exp.pipeline.probe import Probed, probe  # noqa: E402
+from rlhf_exp.pipeline.probe import ProbeResult, probe  # noqa: E402
 
 SIZES = (
     "experiment=demo",
@@ -52,7 +52,7 @@ def measure(name: str) -> Seconds:
     """Probe all stages; return the seconds of their phases."""
     with TemporaryDirectory() as folder:
         config = compose([f"output_dir={folder}", *SIZES, *SETTINGS[name]], [CONF]).config
-        crew = crew_for(config, None)
+        crew = executor_for(config, None)
         try:
             found = {one.stage: one for one in probe(config, plan(config), crew, lambda _: None)}
         except BaseException as error:
@@ -62,7 +62,7 @@ def measure(name: str) -> Seconds:
     return seconds(found)
 
 
-def seconds(found: dict[str, Probed]) -> Seconds:
+def seconds(found: dict[str, ProbeResult]) -> Seconds:
     """Return the time of a step of SFT and reward model, and of the phases of PPO's iteration."""
     last = found["ppo"].phases("iteration")[-1]["metrics"]
     return {

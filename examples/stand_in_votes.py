@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from rlhf_exp.data.toy.gold_judge import gold_score
-from rlhf_exp.annotation.campaign import Study
+from rlhf_exp.annotation.campaign import Campaign
 
 ANNOTATOR = "gold-judge"
 TIE = 0.05  # marks, of 0 to 1, by which a better answer must be better
@@ -33,7 +33,7 @@ def winner(prompt: str, answer_a: str, answer_b: str) -> str:
 def main(study: Path, votes: Path) -> None:
     """Write one vote a line, as `--import jsonl` reads them."""
     with votes.open("w", encoding="utf-8") as file:
-        for item in Study(study).items:
+        for item in Campaign(study).items:
             vote = winner(item.prompt, item.answer_a, item.answer_b)
             line = {"item": item.id, "annotator": ANNOTATOR, "winner": vote}
             file.write(json.dumps(line) + "\n")

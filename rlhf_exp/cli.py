@@ -124,9 +124,9 @@ def _store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     show.set_defaults(command=_store_show)
     remove = actions.add_parser("rm", help="delete artifacts")
     remove.add_argument("keys", nargs="+", metavar="KEY")
-    collect = actions.add_parser("gc", help="delete what no run refers to")
-    collect_options(collect)
-    for action, command in ((remove, _store_rm), (collect, _store_gc)):
+    gc = actions.add_parser("gc", help="delete what no run refers to")
+    collect_options(gc)
+    for action, command in ((remove, _store_rm), (gc, _store_gc)):
         action.add_argument("--dry-run", action="store_true", help="say what would be deleted")
         action.set_defaults(command=command)
 
@@ -192,28 +192,34 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _serve_reward(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.serve_reward import Wanted, serve_reward
+    from rlhf_exp.commands.serve_reward import ServeOptions, serve_reward
 
     given = vars(arguments)
-    wanted = Wanted(**{field.name: given[field.name] for field in dataclasses.fields(Wanted)})
+    wanted = ServeOptions(
+        **{field.name: given[field.name] for field in dataclasses.fields(ServeOptions)}
+    )
     serve_reward(arguments.outputs, arguments.run, wanted)
 
 
 def _annotate(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.annotate import Design, Wanted, annotate
+    from rlhf_exp.commands.annotate import AnnotateOptions, CampaignDesign, annotate
 
     given = vars(arguments)
-    design = Design(**{field.name: given[field.name] for field in dataclasses.fields(Design)})
-    wanted = Wanted(**{field.name: given[field.name] for field in dataclasses.fields(Wanted)})
+    design = CampaignDesign(
+        **{field.name: given[field.name] for field in dataclasses.fields(CampaignDesign)}
+    )
+    wanted = AnnotateOptions(
+        **{field.name: given[field.name] for field in dataclasses.fields(AnnotateOptions)}
+    )
     annotate(arguments.outputs, arguments.run, design, arguments.study, wanted)
 
 
 def _judge(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.judge import Panel, judge
+    from rlhf_exp.commands.judge import RequestedJudges, judge
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    names = [field.name for field in dataclasses.fields(Panel)]
-    panel = Panel(**{name: given[name] for name in names if name in given})
+    names = [field.name for field in dataclasses.fields(RequestedJudges)]
+    panel = RequestedJudges(**{name: given[name] for name in names if name in given})
     outputs, file = arguments.outputs, arguments.file
     print(judge(outputs, file, panel, arguments.pairs, arguments.out), end="")
 
@@ -242,10 +248,10 @@ def _store_rm(arguments: argparse.Namespace) -> None:
 
 
 def _store_gc(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.store import collect
+    from rlhf_exp.commands.store import collect_garbage
 
     given = (arguments.older_than, arguments.sweep, arguments.keep)
-    print(collect(arguments.outputs, arguments.dry_run, *given), end="")
+    print(collect_garbage(arguments.outputs, arguments.dry_run, *given), end="")
 
 
 def annotate_options(annotate: argparse.ArgumentParser) -> None:
@@ -288,9 +294,9 @@ def export_options(export: argparse.ArgumentParser) -> None:
     export.add_argument("--step", type=int, metavar="N", help="the snapshot of this step")
 
 
-def collect_options(collect: argparse.ArgumentParser) -> None:
+def collect_options(collect_garbage: argparse.ArgumentParser) -> None:
     """Add the options of `rlhf-exp store gc`, but for --dry-run."""
-    add = collect.add_argument
+    add = collect_garbage.add_argument
     add("--older-than", metavar="AGE", help="only what was last used longer ago: 7d, 12h (1h)")
     add("--sweep", metavar="NAME", help="also let go of runs of this name, by --keep")
     add("--keep", metavar="RULE", help="the ended runs that keep their results: best:3, last:5")

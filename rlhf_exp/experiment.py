@@ -11,13 +11,13 @@ from rich.text import Text
 
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.executor import Crew, crew_for, follow, settled_place
+from rlhf_exp.pipeline.executor import StageExecutor, executor_for, follow, settled_place
 from rlhf_exp.pipeline.hub import pinned
-from rlhf_exp.pipeline.plan import State, Step, plan, records_of, refuse_changed
+from rlhf_exp.pipeline.plan import Step, StepState, plan, records_of, refuse_changed
 from rlhf_exp.pipeline.plan_table import memory_table, plan_table
-from rlhf_exp.pipeline.preflight import lacking_extras, look_ahead, reward_ready
+from rlhf_exp.pipeline.preflight import lacking_extras, preflight, reward_ready
 from rlhf_exp.pipeline.probe import probe, probe_table
-from rlhf_exp.pipeline.run import Done, run_steps
+from rlhf_exp.pipeline.run import FinishedStep, run_steps
 from rlhf_exp.processes.environment import leads
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.run_records import Process, RunRecord, Status
@@ -26,7 +26,11 @@ UNNAMED = "unnamed"
 
 
 def run(
-    config: Config, overrides: list[str], *, recorded: bool = True, crew: Crew | None = None
+    config: Config,
+    overrides: list[str],
+    *,
+    recorded: bool = True,
+    crew: StageExecutor | None = None,
 ) -> float | None:
     """Run an experiment, or print its plan.
 
@@ -53,7 +57,7 @@ def run(
         place = settled_place(config)
         if place is not None and place.rank:
             return follow(config, place)
-        crew = crew_for(config, place)
+        crew = executor_for(config, place)
     objective = None
     try:
         if config.probe:
@@ -78,22 +82,24 @@ def _show(config: Config, console: Console) -> list[Step]:
     return steps
 
 
-def _probe(config: Config, crew: Crew) -> None:
+def _probe(config: Config, crew: StageExecutor) -> None:
     """Measure a few iterations of each stage asked for, and print what was found."""
     console = Console(stderr=True)
     steps = _show(config, console)
-    if any(step.stage == "ppo" and step.state is not State.given for step in steps):
+    if any(step.stage == "ppo" and step.state is not StepState.given for step in steps):
         reward_ready(config)
     for probed in probe(config, steps, crew, lambda text: console.print(Text(text))):
         Console().print(probe_table(config, probed))
 
 
-def _lead(config: Config, overrides: list[str], crew: Crew, recorded: bool) -> float | None:
+def _lead(
+    config: Config, overrides: list[str], crew: StageExecutor, recorded: bool
+) -> float | None:
     """Plan, run with the help of others, record, evaluate, tell; return the objective."""
     console = Console(stderr=True)
     steps = _show(config, console)
     refuse_changed(steps)
-    look_ahead(config, steps)
+    preflight(config, steps)
     if not recorded:
         return _objective(run_steps(config, steps, crew, lambda text: console.print(Text(text))))
     record = RunRecord(
@@ -113,8 +119,8 @@ def _lead(config: Config, overrides: list[str], crew: Crew, recorded: bool) -> f
 
 
 def _recorded(
-    config: Config, steps: list[Step], record: RunRecord, crew: Crew, console: Console
-) -> list[Done]:
+    config: Config, steps: list[Step], record: RunRecord, crew: StageExecutor, console: Console
+) -> list[FinishedStep]:
     """Run the steps, keeping the run's record true however they end."""
     records = records_of(config)
     records.write(record)
@@ -131,13 +137,13 @@ def _recorded(
         raise
 
 
-def _objective(done: list[Done]) -> float | None:
+def _objective(done: list[FinishedStep]) -> float | None:
     trained = [one for one in done if one.step.stage != "eval" and one.artifact is not None]
     last = trained[-1].artifact if trained else None
     return None if last is None else last.manifest.objective
 
 
-def _tell(config: Config, done: list[Done], console: Console) -> None:
+def _tell(config: Config, done: list[FinishedStep], console: Console) -> None:
     """Write the report, and print the results, its path and how to load the model."""
     from rlhf_exp.report.run.gather import gather, loading_code
     from rlhf_exp.report.run.page import build_report, comparisons_of

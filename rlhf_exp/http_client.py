@@ -42,7 +42,7 @@ class Service:
 
 
 @dataclass(frozen=True)
-class Failure:
+class RequestFailed:
     """A request that may succeed later.
 
     Attributes:
@@ -54,7 +54,7 @@ class Failure:
     after_s: float | None = None
 
 
-class Requests:
+class HttpClient:
     """Sends requests; safe to share between threads.
 
     Attributes:
@@ -110,7 +110,7 @@ class Requests:
         self,
         path: str,
         body: Mapping[str, Any],
-        read: Callable[[httpx2.Response], T | Failure],
+        read: Callable[[httpx2.Response], T | RequestFailed],
         retries: int | None = None,
     ) -> T:
         """Return what `read` makes of the answer to a request.
@@ -118,7 +118,7 @@ class Requests:
         Args:
             path: below the service's address.
             body: sent as JSON.
-            read: reads an answer of status 200; a `Failure` is tried again.
+            read: reads an answer of status 200; a `RequestFailed` is tried again.
             retries: instead of the service's.
 
         Raises:
@@ -126,7 +126,7 @@ class Requests:
         """
         most = self.service.retries if retries is None else retries
         attempt = 0
-        while isinstance(found := self._once(path, body, read), Failure):
+        while isinstance(found := self._once(path, body, read), RequestFailed):
             if attempt == most or self._stopped.is_set():
                 times = f", {attempt + 1} times in a row" if attempt else ""
                 raise self._error(found.reason + times)
@@ -143,22 +143,22 @@ class Requests:
         self,
         path: str,
         body: Mapping[str, Any],
-        read: Callable[[httpx2.Response], T | Failure],
-    ) -> T | Failure:
+        read: Callable[[httpx2.Response], T | RequestFailed],
+    ) -> T | RequestFailed:
         try:
             response = self._http.post(self._address(path), json=dict(body))
         except httpx2.TimeoutException:
-            return Failure(f"no answer within {self.service.timeout_s:g} s")
+            return RequestFailed(f"no answer within {self.service.timeout_s:g} s")
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
             raise self._error(f"no usable address ({error})") from error
         except httpx2.RequestError as error:
-            return Failure(f"no connection ({error or type(error).__name__})")
+            return RequestFailed(f"no connection ({error or type(error).__name__})")
         if response.status_code == 200:
             return read(response)
         reason = self._reason(response)
         final = "insufficient_quota" in response.text  # a 429 that no waiting mends
         if (response.status_code in _TRY_AGAIN or response.status_code >= 500) and not final:
-            return Failure(reason, _retry_after(response.headers.get("retry-after")))
+            return RequestFailed(reason, _retry_after(response.headers.get("retry-after")))
         raise self._error(reason)
 
     def _pause(self, attempt: int, asked_s: float | None) -> float:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.errors import Detached, JobsFailed, UserError
-from rlhf_exp.processes.environment import find_place, leads
+from rlhf_exp.processes.environment import find_launch_environment, leads
 
 if TYPE_CHECKING:
     from rlhf_exp.config.compose import Composed
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
 def _print_error(error: UserError) -> None:
     """Print it once for each machine: what is wrong with a config is wrong in all processes."""
     try:
-        place = find_place()
+        place = find_launch_environment()
     except UserError:
         place = None
     if place is None or not place.rank:

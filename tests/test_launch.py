@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from rlhf_exp.config.experiment import Config, Stage
+from rlhf_exp.config.experiment import Config, StageName
 from rlhf_exp.errors import UserError
 from rlhf_exp.hydra_app import main
 
@@ -98,7 +98,7 @@ def test_one_run(pipeline: Pipeline, tmp_path: Path) -> None:
     assert main(["stage=ppo", "rerun=ppo", "output_dir=results"]) == 0
     (config,) = pipeline.configs
     assert isinstance(config, Config)
-    assert (config.stage, config.rerun) == (Stage.ppo, ["ppo"])
+    assert (config.stage, config.rerun) == (StageName.ppo, ["ppo"])
     assert pipeline.overrides == [["stage=ppo", "rerun=[ppo]", "output_dir=results"]]
     assert Path.cwd() == tmp_path
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["hydra"]

@@ -37,7 +37,7 @@ from rlhf_exp.models.reward_model import RewardModel, adopt_trunk
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.optim import OptimSettings
-from rlhf_exp.training.ppo import Collector, ExperienceSettings, PpoSettings, PpoTask
+from rlhf_exp.training.ppo import ExperienceCollector, ExperienceSettings, PpoSettings, PpoTask
 from rlhf_exp.training.reward_scorer import ModelScorer, Scorer
 from rlhf_exp.training.scorers import SharedTrunkScorer
 from rlhf_exp.training.task import Evaluation
@@ -162,7 +162,7 @@ def task_of(setting: Setting, world: World) -> PpoTask:
         reuse_states=True,
         seed=setting.seed,
     )
-    collector = Collector(
+    collector = ExperienceCollector(
         policy=policy,
         reference=reference_of(policy),
         sampler=sampler_of(setting, policy, LAST_TOKEN_OF_SCORED if shares else None),

@@ -48,7 +48,7 @@ _VOTE = "item, annotator, criterion, side, choice, seconds, at, revision"
 
 
 @dataclass(frozen=True)
-class About:
+class CampaignInfo:
     """What a study is, fixed when it is made.
 
     Attributes:
@@ -96,7 +96,7 @@ class Conflict(Exception):
         self.stored = stored
 
 
-class Study:
+class Campaign:
     """One study's file."""
 
     def __init__(self, path: Path) -> None:
@@ -123,10 +123,10 @@ class Study:
         if version != FORMAT:
             raise UserError(f"{path}: format {version}, expected {FORMAT}; use the version it has")
         values = json.loads(row[0])
-        self.about = About(**values | {"criteria": tuple(values["criteria"])})
+        self.about = CampaignInfo(**values | {"criteria": tuple(values["criteria"])})
 
     @classmethod
-    def create(cls, path: Path, about: About, items: Sequence[Item]) -> Study:
+    def create(cls, path: Path, about: CampaignInfo, items: Sequence[Item]) -> Campaign:
         """Make a study: whole, or not at all.
 
         Raises:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_exp.annotation.campaign import Choice, Item, Study, Vote, choice_of, ratings, side_of
+from rlhf_exp.annotation.campaign import Campaign, Choice, Item, Vote, choice_of, ratings, side_of
 from rlhf_exp.data.parsing import Unreadable, read_jsonl, turns_of
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.agreement import majority
@@ -36,7 +36,7 @@ _CHOICES |= {"tie": Choice.tie}
 
 
 @dataclass(frozen=True)
-class Pair:
+class LabelledPair:
     """An item with its sides fixed.
 
     Attributes:
@@ -71,12 +71,12 @@ class Pair:
         return found
 
 
-def pairs_to_judge(study: Study) -> list[Pair]:
+def pairs_to_judge(study: Campaign) -> list[LabelledPair]:
     """Return each item once, its side drawn by the seed."""
     return [_pair(study, item, side_of(study.about.seed, item.id, "")) for item in study.items]
 
 
-def judged_pairs(study: Study) -> list[Pair]:
+def judged_pairs(study: Campaign) -> list[LabelledPair]:
     """Return the pairs that have votes: an item twice, if it was shown both ways round."""
     votes: dict[tuple[str, int], list[Vote]] = {}
     for vote in study.votes():
@@ -92,7 +92,7 @@ def judged_pairs(study: Study) -> list[Pair]:
 class Names:
     """Looks up what a pair's name stands for."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Campaign) -> None:
         pairs = [_pair(study, item, side) for item in study.items for side in (0, 1)]
         self.study = study
         self._pairs = {pair.name: pair for pair in pairs}
@@ -129,13 +129,13 @@ class Names:
         return self.study.checked(vote)
 
 
-def _pair(study: Study, item: Item, side: int, votes: tuple[Vote, ...] = ()) -> Pair:
+def _pair(study: Campaign, item: Item, side: int, votes: tuple[Vote, ...] = ()) -> LabelledPair:
     content = json.dumps(["pair", item.id, side]).encode()
     name = hmac.new(bytes.fromhex(study.about.secret), content, "sha256").hexdigest()[:20]
-    return Pair(name, item, side, votes)
+    return LabelledPair(name, item, side, votes)
 
 
-def vote_lines(study: Study) -> str:
+def vote_lines(study: Campaign) -> str:
     """Return all votes as JSON lines."""
     items, about = {item.id: item for item in study.items}, study.about
     lines = []
@@ -160,14 +160,14 @@ def vote_lines(study: Study) -> str:
     return "".join(lines)
 
 
-def write_votes(study: Study, path: Path) -> int:
+def write_votes(study: Campaign, path: Path) -> int:
     """Write all votes; return how many."""
     text = vote_lines(study)
     write_text_atomic(path, text)
     return text.count("\n")
 
 
-def read_votes(study: Study, path: Path) -> list[Vote]:
+def read_votes(study: Campaign, path: Path) -> list[Vote]:
     """Return the votes of a file that `write_votes` wrote, or of one with the same fields.
 
     Needed are `item`, `annotator` and `winner`.
@@ -189,7 +189,7 @@ def read_votes(study: Study, path: Path) -> list[Vote]:
     return found
 
 
-def _vote(study: Study, record: Any) -> Vote:  # noqa: ANN401 - a line's JSON
+def _vote(study: Campaign, record: Any) -> Vote:  # noqa: ANN401 - a line's JSON
     if not isinstance(record, Mapping):
         raise TypeError(f"a JSON object was expected, found {type(record).__name__}")
     criterion = record.get("criterion", study.about.criteria[0])
@@ -210,7 +210,7 @@ def _vote(study: Study, record: Any) -> Vote:  # noqa: ANN401 - a line's JSON
 
 
 @dataclass(frozen=True)
-class Written:
+class ExportCounts:
     """What became of the items: preferences, ties (left out), and items without a vote."""
 
     preferences: int
@@ -218,7 +218,7 @@ class Written:
     open: int
 
 
-def write_preferences(study: Study, path: Path, criterion: str) -> Written:
+def write_preferences(study: Campaign, path: Path, criterion: str) -> ExportCounts:
     """Write prompt, chosen and rejected answer of each item that a majority decided.
 
     Raises:
@@ -252,4 +252,4 @@ def write_preferences(study: Study, path: Path, criterion: str) -> Written:
         raise UserError(f"{study.path}: no item has a majority for {criterion} yet")
     write_text_atomic(path, "".join(lines))
     ties = int((judged & (verdicts == 0)).sum())
-    return Written(len(lines), ties, int((~judged).sum()))
+    return ExportCounts(len(lines), ties, int((~judged).sum()))

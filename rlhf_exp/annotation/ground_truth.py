@@ -12,8 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.annotation.campaign import Choice, Study, Vote, question
-from rlhf_exp.annotation.export import Names, Pair, judged_pairs, pairs_to_judge
+from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, question
+from rlhf_exp.annotation.export import LabelledPair, Names, judged_pairs, pairs_to_judge
 from rlhf_exp.data.parsing import Unreadable, read_jsonl
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.atomic_files import write_text_atomic
@@ -43,7 +43,7 @@ _TEMPLATE = """\
 """
 
 
-def write_ground_truth(study: Study, folder: Path) -> list[Path]:
+def write_ground_truth(study: Campaign, folder: Path) -> list[Path]:
     """Write manifest, templates and, if there are votes, an output manifest; return the files.
 
     Raises:
@@ -63,7 +63,7 @@ def write_ground_truth(study: Study, folder: Path) -> list[Path]:
     return [folder / name for name in written]
 
 
-def template(study: Study, criterion: str) -> str:
+def template(study: Campaign, criterion: str) -> str:
     """Return the task template; Liquid escapes what it takes from a line."""
     paragraphs = study.about.instructions.split("\n\n")
     return _TEMPLATE.format(
@@ -77,7 +77,7 @@ def template(study: Study, criterion: str) -> str:
     )
 
 
-def read_ground_truth(study: Study, path: Path) -> list[Vote]:
+def read_ground_truth(study: Campaign, path: Path) -> list[Vote]:
     """Return the votes of an output manifest.
 
     Raises:
@@ -98,7 +98,7 @@ def read_ground_truth(study: Study, path: Path) -> list[Vote]:
     return found
 
 
-def _source(pair: Pair) -> dict[str, str]:
+def _source(pair: LabelledPair) -> dict[str, str]:
     first, second = pair.answers
     conversation = "\n\n".join(f"{turn['author']}: {turn['text']}" for turn in pair.turns)
     return {
@@ -109,7 +109,7 @@ def _source(pair: Pair) -> dict[str, str]:
     }
 
 
-def _line(study: Study, source: Mapping[str, str]) -> str:
+def _line(study: Campaign, source: Mapping[str, str]) -> str:
     line = json.dumps(source) + "\n"
     if len(line) > LINE_LIMIT:
         raise UserError(
@@ -120,7 +120,7 @@ def _line(study: Study, source: Mapping[str, str]) -> str:
     return line
 
 
-def _answers(pair: Pair) -> dict[str, Any]:
+def _answers(pair: LabelledPair) -> dict[str, Any]:
     """Return a label attribute for each criterion, as the consolidation of its job writes it."""
     found: dict[str, Any] = {}
     for annotator, votes in pair.by_annotator().items():

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
-from rlhf_exp.annotation.campaign import Choice, Study, Vote, question
-from rlhf_exp.annotation.export import Names, Pair, judged_pairs, pairs_to_judge
+from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, question
+from rlhf_exp.annotation.export import LabelledPair, Names, judged_pairs, pairs_to_judge
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.atomic_files import write_text_atomic
 
 TASKS, INTERFACE, ANNOTATIONS = "tasks.json", "interface.xml", "annotations.json"
 
 
-def write_label_studio(study: Study, folder: Path) -> list[Path]:
+def write_label_studio(study: Campaign, folder: Path) -> list[Path]:
     """Write tasks, interface and, if there are votes, annotated tasks; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     tasks: list[Any] = [{"data": _data(pair)} for pair in pairs_to_judge(study)]
@@ -57,7 +57,7 @@ def interface(criteria: tuple[str, ...]) -> str:
     )
 
 
-def read_label_studio(study: Study, path: Path) -> list[Vote]:
+def read_label_studio(study: Campaign, path: Path) -> list[Vote]:
     """Return the votes of an export, JSON or JSON_MIN.
 
     Raises:
@@ -82,7 +82,7 @@ def read_label_studio(study: Study, path: Path) -> list[Vote]:
     return found
 
 
-def _data(pair: Pair) -> dict[str, Any]:
+def _data(pair: LabelledPair) -> dict[str, Any]:
     first, second = pair.answers
     return {
         "pair_id": pair.name,
@@ -92,7 +92,7 @@ def _data(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _annotated(pair: Pair) -> dict[str, Any]:
+def _annotated(pair: LabelledPair) -> dict[str, Any]:
     annotations = []
     for annotator, votes in pair.by_annotator().items():
         times = [vote.seconds for vote in votes if vote.seconds is not None]

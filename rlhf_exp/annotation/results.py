@@ -16,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_exp.annotation.campaign import About, Choice, Item, Study, Vote, question, ratings
+from rlhf_exp.annotation.campaign import (
+    Campaign,
+    CampaignInfo,
+    Choice,
+    Item,
+    Vote,
+    question,
+    ratings,
+)
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.agreement import (
     PairAgreement,
@@ -33,7 +41,7 @@ from rlhf_exp.evaluation.statistics import Interval
 
 
 @dataclass(frozen=True)
-class Progress:
+class AnnotatorProgress:
     """How far one annotator is.
 
     Attributes:
@@ -86,11 +94,11 @@ class Results:
     """A study's votes so far."""
 
     items: int
-    progress: tuple[Progress, ...]
+    progress: tuple[AnnotatorProgress, ...]
     criteria: tuple[CriterionResult, ...]
 
 
-def results(study: Study) -> Results:
+def results(study: Campaign) -> Results:
     """Summarise the votes that are stored now."""
     votes, about = study.votes(), study.about
     names = [annotator.name for annotator in study.annotators()]
@@ -137,20 +145,20 @@ def criterion_result(
     )
 
 
-def _progress(name: str, votes: Sequence[Vote], criteria: int) -> Progress:
+def _progress(name: str, votes: Sequence[Vote], criteria: int) -> AnnotatorProgress:
     own = [vote for vote in votes if vote.annotator == name]
     answers: dict[str, int] = {}
     for vote in own:
         answers[vote.item] = answers.get(vote.item, 0) + 1
     times = [vote.seconds for vote in own if vote.seconds is not None]
     whole = sum(count == criteria for count in answers.values())
-    return Progress(name, whole, median(times) if times else math.nan)
+    return AnnotatorProgress(name, whole, median(times) if times else math.nan)
 
 
 Lines = list[tuple[str, str]]
 
 
-def preference_lines(found: CriterionResult, about: About) -> Lines:
+def preference_lines(found: CriterionResult, about: CampaignInfo) -> Lines:
     """Return (name, value) of what the votes on one question say about the models."""
     told = found.preference
     outcome, half = told.outcome, told.ties_as_half
@@ -232,7 +240,7 @@ def standings(folder: Path, source: str) -> list[dict[str, Any]]:
     found = []
     for path in sorted(folder.glob("*.sqlite")):
         try:
-            study = Study(path)
+            study = Campaign(path)
         except UserError:
             continue  # of whatever evaluation it is; `rlhf-exp annotate` says what is wrong with it
         if study.about.source == source and not study.about.collect:
@@ -240,7 +248,7 @@ def standings(folder: Path, source: str) -> list[dict[str, Any]]:
     return found
 
 
-def _standing(study: Study) -> dict[str, Any]:
+def _standing(study: Campaign) -> dict[str, Any]:
     about, votes = study.about, study.votes()
     results = [
         criterion_result(
@@ -260,7 +268,7 @@ def _standing(study: Study) -> dict[str, Any]:
     }
 
 
-def _plain(found: CriterionResult, study: Study) -> dict[str, Any]:
+def _plain(found: CriterionResult, study: Campaign) -> dict[str, Any]:
     names = tuple(f"annotator {number}" for number in range(1, len(found.names) + 1))
     outcome = found.preference.outcome
     return {

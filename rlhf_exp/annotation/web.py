@@ -42,10 +42,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_exp.annotation.campaign import (
     Annotator,
+    Campaign,
     Choice,
     Conflict,
     Item,
-    Study,
     Vote,
     now,
     order,
@@ -69,7 +69,7 @@ _CHANGED = (
 )
 
 
-def make_app(study: Study) -> Starlette:
+def make_app(study: Campaign) -> Starlette:
     """Return the application that serves a study."""
     pages = _Pages(study)
     return Starlette(
@@ -88,7 +88,7 @@ def make_app(study: Study) -> Starlette:
 class _Pages:
     """The handlers; those that are no coroutines run in threads."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Campaign) -> None:
         self.study = study
 
     def start(self, request: Request) -> Response:
@@ -128,14 +128,14 @@ class _Pages:
             return JSONResponse({"next": target})
         return RedirectResponse(target, 303)
 
-    def _desk(self, request: Request) -> Desk:
+    def _desk(self, request: Request) -> AnnotatorQueue:
         annotator = find(self.study.annotators(), request.path_params["token"])
         if annotator is None:
             raise HTTPException(403, _NO_LINK)
-        return Desk(self.study, annotator)
+        return AnnotatorQueue(self.study, annotator)
 
 
-def _number(request: Request, desk: Desk) -> int:
+def _number(request: Request, desk: AnnotatorQueue) -> int:
     number: int = request.path_params["number"]
     if not 1 <= number <= len(desk.items):
         raise HTTPException(404, f"There are only {len(desk.items)} questions.")
@@ -157,7 +157,7 @@ async def _form(request: Request) -> dict[str, str]:
         raise HTTPException(403, _BAD_FORM) from error
 
 
-def _vote(desk: Desk, number: int, fields: dict[str, str]) -> Vote:
+def _vote(desk: AnnotatorQueue, number: int, fields: dict[str, str]) -> Vote:
     """Return the vote in a form.
 
     Raises:
@@ -184,7 +184,7 @@ def _vote(desk: Desk, number: int, fields: dict[str, str]) -> Vote:
     )
 
 
-def _conflict(request: Request, desk: Desk, number: int) -> Response:
+def _conflict(request: Request, desk: AnnotatorQueue, number: int) -> Response:
     if _wants_json(request):
         return JSONResponse({"message": _CHANGED}, 409)
     return HTMLResponse(question_page(desk, number, _CHANGED), 409)
@@ -268,7 +268,7 @@ _SPEAKERS = {"Human": "Person", "Assistant": "Assistant", "": "Prompt"}
 
 
 @dataclass(frozen=True)
-class Asked:
+class ShownQuestion:
     """One question about the item shown.
 
     Attributes:
@@ -289,10 +289,10 @@ class Asked:
         return self.vote.revision if self.vote else 0
 
 
-class Desk:
+class AnnotatorQueue:
     """One annotator's work: her items in her order, and her answers so far."""
 
-    def __init__(self, study: Study, annotator: Annotator) -> None:
+    def __init__(self, study: Campaign, annotator: Annotator) -> None:
         self.study = study
         self.annotator = annotator
         self.criteria = study.about.criteria
@@ -319,14 +319,14 @@ class Desk:
         numbers = [*range(after + 1, len(self.items) + 1), *range(1, after + 1)]
         return next((n for n in numbers if not self.answered(self.items[n - 1])), None)
 
-    def asked(self, item: Item) -> list[Asked]:
+    def asked(self, item: Item) -> list[ShownQuestion]:
         """Return the questions about an item."""
         votes = self.votes.get(item.id, {})
         current = next((name for name in self.criteria if name not in votes), self.criteria[0])
-        return [Asked(n, question(n), votes.get(n), n == current) for n in self.criteria]
+        return [ShownQuestion(n, question(n), votes.get(n), n == current) for n in self.criteria]
 
 
-def start_page(desk: Desk) -> str:
+def start_page(desk: AnnotatorQueue) -> str:
     """Return instructions, progress and the list of questions."""
     marks = []
     for item in desk.items:
@@ -343,7 +343,7 @@ def start_page(desk: Desk) -> str:
     )
 
 
-def question_page(desk: Desk, number: int, alert: str = "") -> str:
+def question_page(desk: AnnotatorQueue, number: int, alert: str = "") -> str:
     """Return the page of the item with this number, from 1."""
     item = desk.items[number - 1]
     answers = [item.answer_a, item.answer_b]
@@ -364,7 +364,7 @@ def question_page(desk: Desk, number: int, alert: str = "") -> str:
     )
 
 
-def results_page(study: Study) -> str:
+def results_page(study: Campaign) -> str:
     """Return the owner's page."""
     found = results(study)
     sections = []

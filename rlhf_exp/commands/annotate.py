@@ -23,9 +23,9 @@ from rlhf_exp.annotation.campaign import (
     INSTRUCTIONS,
     NAME_LENGTH,
     STUDIES,
-    About,
+    Campaign,
+    CampaignInfo,
     Item,
-    Study,
     checked_criteria,
     choose,
     item_of,
@@ -47,7 +47,7 @@ from rlhf_exp.models.pretrained import load_causal_lm
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.serving.listen import address_of, is_local, listen, need_server, serve
-from rlhf_exp.stages.context import Materials
+from rlhf_exp.stages.context import DataModule
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.fingerprint import file_digest
 from rlhf_exp.training.reward_scorer import texts_of
@@ -64,7 +64,7 @@ MOST_ANNOTATORS = 1000
 
 
 @dataclass(frozen=True)
-class Wanted:
+class AnnotateOptions:
     """What is to be done with a study.
 
     Attributes:
@@ -86,17 +86,19 @@ class Wanted:
     url: str | None = None
 
 
-def annotate(outputs: Path, run: str, design: Design, file: Path | None, wanted: Wanted) -> None:
+def annotate(
+    outputs: Path, run: str, design: CampaignDesign, file: Path | None, wanted: AnnotateOptions
+) -> None:
     """Open or make the study of `run`; then exchange votes, print results, or serve the page.
 
     Raises:
-        UserError: see `open_study`; or an unknown format, or no Starlette.
+        UserError: see `open_campaign`; or an unknown format, or no Starlette.
     """
     serving = not (wanted.read or wanted.write or wanted.results)
     _check(wanted, serving)
     # What only looks at votes must not fix a study by the usual options.
     looks = wanted.results or (wanted.write is not None and wanted.write[0] in LOOKS)
-    study = open_study(outputs, run, design, file, make=not looks)
+    study = open_campaign(outputs, run, design, file, make=not looks)
     if wanted.annotators is not None or (serving and not study.annotators()):
         study.invite(_names(wanted.annotators or "1"))
     if wanted.read is not None:
@@ -109,7 +111,7 @@ def annotate(outputs: Path, run: str, design: Design, file: Path | None, wanted:
         _serve(study, wanted)
 
 
-def results_text(study: Study) -> str:
+def results_text(study: Campaign) -> str:
     """Return the results so far, for the terminal."""
     found = results(study)
     rows = [(one.annotator, f"{one.answered} of {found.items}") for one in found.progress]
@@ -122,7 +124,7 @@ def results_text(study: Study) -> str:
     return "\n".join(parts)
 
 
-def _check(wanted: Wanted, serving: bool) -> None:
+def _check(wanted: AnnotateOptions, serving: bool) -> None:
     for given, known, option in (
         (wanted.read, tuple(READERS), "--import"),
         (wanted.write, WRITERS, "--export"),
@@ -148,13 +150,13 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _import(study: Study, kind: str, path: str) -> None:
+def _import(study: Campaign, kind: str, path: str) -> None:
     votes = READERS[kind](study, Path(path))
     new = study.add(votes)
     print(f"{path}: {len(votes)} votes, {new} of them new; {study.path}")
 
 
-def _export(study: Study, kind: str, path: str) -> None:
+def _export(study: Campaign, kind: str, path: str) -> None:
     if kind == "jsonl":
         print(f"{path}: {write_votes(study, Path(path))} votes")
     elif kind == "preferences":
@@ -169,7 +171,7 @@ def _export(study: Study, kind: str, path: str) -> None:
             print(written)
 
 
-def _serve(study: Study, wanted: Wanted) -> None:
+def _serve(study: Campaign, wanted: AnnotateOptions) -> None:
     from rlhf_exp.annotation.web import make_app
 
     bound = listen(wanted.host, wanted.port)
@@ -196,7 +198,7 @@ PROMPTS = 100
 
 
 @dataclass(frozen=True)
-class Source:
+class AnswersOrigin:
     """Where a study's answers come from.
 
     Attributes:
@@ -215,7 +217,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Design:
+class CampaignDesign:
     """What fixes a study, as far as the command line says it; `None` means what is usual."""
 
     collect: bool = False
@@ -225,9 +227,9 @@ class Design:
     instructions: Path | None = None
 
 
-def open_study(
-    outputs: Path, run: str, design: Design, file: Path | None = None, *, make: bool = True
-) -> Study:
+def open_campaign(
+    outputs: Path, run: str, design: CampaignDesign, file: Path | None = None, *, make: bool = True
+) -> Campaign:
     """Return the study of a run: the one that is there, or a new one.
 
     Args:
@@ -244,7 +246,7 @@ def open_study(
     title = re.sub(r"[^A-Za-z0-9._-]+", "-", source.title)
     path = file or outputs / STUDIES / f"{title}{'-collect' if design.collect else ''}.sqlite"
     if path.exists() or not make:
-        study = Study(path)
+        study = Campaign(path)
         _check_same(study, source, design)
         return study
     if design.prompts is not None and design.prompts < 1:
@@ -254,7 +256,7 @@ def open_study(
     seed = design.seed or 0
     found = source.load(design.prompts or PROMPTS, seed)
     items = [item for item in found if not item.identical]
-    about = About(
+    about = CampaignInfo(
         source=source.text,
         name_a=source.name_a,
         name_b=source.name_b,
@@ -265,22 +267,24 @@ def open_study(
         # Two equal samples of one model say nothing; two models that say the same tie.
         identical=0 if design.collect else len(found) - len(items),
     )
-    return Study.create(path, about, items)
+    return Campaign.create(path, about, items)
 
 
-def _source(outputs: Outputs, run: str, collect: bool) -> Source:
+def _source(outputs: Outputs, run: str, collect: bool) -> AnswersOrigin:
     path = Path(run)
     if path.suffix in (".jsonl", ".gz") and not path.is_dir():
         names = ("the model", "the model") if collect else ("a", "b")
         pairs = lambda count, seed: choose(read_pairs(path), count, seed)  # noqa: E731
         digest = file_digest(path)[:12] if path.is_file() else ""
-        return Source(path.name.partition(".")[0], f"{path.name} {digest}", *names, pairs)
+        return AnswersOrigin(path.name.partition(".")[0], f"{path.name} {digest}", *names, pairs)
     title = outputs.run(run).name
     if collect:
         policy = outputs.policy(run)
         name = policy.stage.upper()
         text = f"{policy.stage}/{policy.key}"
-        return Source(title, text, name, name, lambda n, seed: sampled_pairs(policy, n, seed))
+        return AnswersOrigin(
+            title, text, name, name, lambda n, seed: sampled_pairs(policy, n, seed)
+        )
     artifacts = outputs.artifacts(run)
     if "eval" not in artifacts:
         raise UserError(
@@ -290,10 +294,10 @@ def _source(outputs: Outputs, run: str, collect: bool) -> Source:
     result = json.loads((found.path / RESULT).read_text(encoding="utf-8"))
     rows = items_of_rows(result["rows"])
     names = (result["name_a"], result["name_b"])
-    return Source(title, f"eval/{found.key}", *names, lambda n, seed: choose(rows, n, seed))
+    return AnswersOrigin(title, f"eval/{found.key}", *names, lambda n, seed: choose(rows, n, seed))
 
 
-def _check_same(study: Study, source: Source, design: Design) -> None:
+def _check_same(study: Campaign, source: AnswersOrigin, design: CampaignDesign) -> None:
     """Refuse options and answers that the study was not made with."""
     about = study.about
     criteria, instructions = _criteria(design), design.instructions
@@ -320,7 +324,7 @@ def _check_same(study: Study, source: Source, design: Design) -> None:
         )
 
 
-def _criteria(design: Design) -> list[str] | None:
+def _criteria(design: CampaignDesign) -> list[str] | None:
     if design.criteria is None:
         return None
     return [name.strip() for name in design.criteria.split(",")]
@@ -345,7 +349,7 @@ def sampled_pairs(policy: Artifact, count: int, seed: int) -> list[Item]:
         UserError: the run's data cannot be read any more.
     """
     config = from_dict(policy.manifest.config)
-    materials = Materials(config.data)
+    materials = DataModule(config.data)
     rows = _drawn(materials.corpus.prompts.train, count, seed)
     held_out = {prompt_key(row.history) for row in materials.corpus.prompts.test}
     assert not any(prompt_key(row.history) in held_out for row in rows), "splits are disjoint"

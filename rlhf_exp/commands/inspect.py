@@ -27,13 +27,13 @@ from rlhf_exp.evaluation.preference import estimate_to_json
 from rlhf_exp.launchers.optuna.table import study_text
 from rlhf_exp.launchers.optuna.trial import study_folder
 from rlhf_exp.launchers.slurm import monitor
-from rlhf_exp.launchers.slurm.monitor import View, job_views
+from rlhf_exp.launchers.slurm.monitor import JobView, job_views
 from rlhf_exp.launchers.slurm.submissions import submitted_names
 from rlhf_exp.report.run.charts import write_sheets
 from rlhf_exp.report.run.gather import gather
 from rlhf_exp.report.run.page import build_report
-from rlhf_exp.report.sweep.compare import Comparison, Row, Side, compared
-from rlhf_exp.report.sweep.data import FEWEST, Summary, Sweep
+from rlhf_exp.report.sweep.compare import ComparedSide, Comparison, MetricRow, compared
+from rlhf_exp.report.sweep.data import FEWEST, SeedSummary, Sweep
 from rlhf_exp.report.sweep.gather import gather_sweep
 from rlhf_exp.report.sweep.page import build_sweep_report, to_csv, to_json
 from rlhf_exp.search.study import exists
@@ -74,7 +74,7 @@ def status(outputs: Path, run: str | None) -> str:
     return shown + ("\nLogs of what failed:\n" + "".join(logs) if logs else "")
 
 
-def _row(record: RunRecord, view: View | None) -> Cells:
+def _row(record: RunRecord, view: JobView | None) -> Cells:
     """Return a run's row; its last value is the log, if it failed and has one."""
     state, note = str(record.status), _last_line(record.error)
     if record.abandoned:
@@ -94,7 +94,7 @@ def _row(record: RunRecord, view: View | None) -> Cells:
     )
 
 
-def _job_row(name: str, view: View) -> Cells:
+def _job_row(name: str, view: JobView) -> Cells:
     """Return the row of a job without a record: it has not started, or makes what runs share."""
     job, what = view.job, view.note or " ".join(view.job.overrides)
     if job.shared:
@@ -124,7 +124,7 @@ def compare(outputs: Path, first: str, second: str, form: str = "text") -> str:
     return _to_csv(comparison) if form == "csv" else _to_text(comparison)
 
 
-def _side(found: Outputs, name: str) -> Side:
+def _side(found: Outputs, name: str) -> ComparedSide:
     """Return the results of the runs of a side; those that are not done are left out and counted.
 
     Raises:
@@ -132,12 +132,12 @@ def _side(found: Outputs, name: str) -> Side:
     """
     records = found.select(name)
     if len(records) == 1:
-        return Side(name, (found.artifacts_of(records[0], name),))
+        return ComparedSide(name, (found.artifacts_of(records[0], name),))
     done = [one for one in records if one.status is Status.done]
     if not done:
         raise UserError(f"{name}: none of its {len(records)} runs is done; see rlhf-exp status")
     runs = tuple(found.artifacts_of(one, f"{one.name}/{one.key}") for one in done)
-    return Side(name, runs, unfinished=len(records) - len(done))
+    return ComparedSide(name, runs, unfinished=len(records) - len(done))
 
 
 def _to_text(found: Comparison) -> str:
@@ -162,7 +162,7 @@ def _to_text(found: Comparison) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _metric_row(row: Row, several: bool) -> tuple[str, ...]:
+def _metric_row(row: MetricRow, several: bool) -> tuple[str, ...]:
     cells = (row.name, _words(row.a), _words(row.b), f"{row.difference.mean:+.4g}")
     if not several:
         return cells
@@ -173,7 +173,7 @@ def _metric_row(row: Row, several: bool) -> tuple[str, ...]:
     return (*cells, f"{low:+.4g} to {high:+.4g}" if known else f"needs {FEWEST} runs of each")
 
 
-def _words(summary: Summary) -> str:
+def _words(summary: SeedSummary) -> str:
     mean, values = summary.estimate.mean, summary.values
     if len(values) == 1:
         return f"{mean:.4g}"

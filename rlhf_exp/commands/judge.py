@@ -13,18 +13,18 @@ from rlhf_exp.commands.runs import Outputs, table
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.human_agreement import (
-    People,
-    Quality,
+    HumanAgreement,
+    JudgeQuality,
     people_of,
     quality,
     read_judged,
 )
 from rlhf_exp.evaluation.judges.llm import (
     CRITERION,
-    Client,
     Endpoint,
+    JudgeClient,
     LLMJudge,
-    Replies,
+    ReplyCache,
     consistent,
     first_place,
 )
@@ -40,7 +40,7 @@ _SIDES = ("a", "tie", "b")
 
 
 @dataclass(frozen=True)
-class Panel:
+class RequestedJudges:
     """The judges asked for.
 
     Attributes:
@@ -63,7 +63,11 @@ class Panel:
 
 
 def judge(
-    outputs: Path, file: Path, panel: Panel, pairs: int | None = None, out: Path | None = None
+    outputs: Path,
+    file: Path,
+    panel: RequestedJudges,
+    pairs: int | None = None,
+    out: Path | None = None,
 ) -> str:
     """Return tables of what people say and of how far each judge agrees with them.
 
@@ -81,7 +85,7 @@ def judge(
         raise UserError(f"--pairs {pairs}: must be at least 1")
     labels = read_judged(file, "judge").first(pairs)
     people = people_of(labels.ratings, labels.annotators)
-    found: list[Quality] = []
+    found: list[JudgeQuality] = []
     notes: list[str] = []
     for one in _judges(Outputs(outputs), panel):
         verdicts = verdicts_of(one, labels.pairs)
@@ -103,7 +107,7 @@ def judge(
     return "\n".join([_people(people, labels.unusable), *_qualities(found), *notes, ""])
 
 
-def _judges(outputs: Outputs, panel: Panel) -> list[Judge]:
+def _judges(outputs: Outputs, panel: RequestedJudges) -> list[Judge]:
     judges: list[Judge] = [_reward(outputs, spec) for spec in panel.reward]
     if panel.llm is None:
         return judges
@@ -115,8 +119,8 @@ def _judges(outputs: Outputs, panel: Panel) -> list[Judge]:
     if panel.concurrency < 1:
         raise UserError(f"--concurrency {panel.concurrency}: must be at least 1")
     endpoint = Endpoint(panel.url, panel.llm, key, request=request_of(panel.request))
-    replies = Replies(outputs.folder / REPLIES)
-    return [*judges, LLMJudge(Client(endpoint), replies, panel.criterion, panel.concurrency)]
+    replies = ReplyCache(outputs.folder / REPLIES)
+    return [*judges, LLMJudge(JudgeClient(endpoint), replies, panel.criterion, panel.concurrency)]
 
 
 def _reward(outputs: Outputs, spec: str) -> Judge:
@@ -144,7 +148,7 @@ def _reward(outputs: Outputs, spec: str) -> Judge:
     return RewardJudge(spec, OwnRewardModel(RewardModel.load(folder), codec, device=device))
 
 
-def _people(found: People, unusable: int) -> str:
+def _people(found: HumanAgreement, unusable: int) -> str:
     a, tie, b = found.counts
     rows = [
         ("Pairs", f"{found.pairs}; by majority {a} for a, {tie} ties, {b} for b"),
@@ -160,7 +164,7 @@ def _people(found: People, unusable: int) -> str:
     return table(("people", ""), rows)
 
 
-def _qualities(found: list[Quality]) -> list[str]:
+def _qualities(found: list[JudgeQuality]) -> list[str]:
     parts = []
     for one in found:
         rows = [

@@ -31,7 +31,7 @@ HELP = "Type a message; an empty line starts a new conversation, Ctrl-D ends."
 
 
 @dataclass
-class Speaker:
+class ChatModel:
     """One model in a conversation of its own.
 
     Attributes:
@@ -51,7 +51,7 @@ class Speaker:
     history: tuple[Turn, ...] = ()
 
     @classmethod
-    def of(cls, artifact: Artifact, name: str) -> Speaker:
+    def of(cls, artifact: Artifact, name: str) -> ChatModel:
         """Load the model of an artifact."""
         config, folder = artifact.manifest.config, artifact.path / "model"
         codec = Codec(load_tokenizer(folder), config["data"]["format"])
@@ -100,11 +100,11 @@ def chat(
     """
     found = Outputs(outputs)
     first = found.policy(run)
-    speakers = [Speaker.of(first, first.stage)]
+    speakers = [ChatModel.of(first, first.stage)]
     if against is not None:
         role = against if against in POLICIES else None
         second = found.policy(run if role else against, role)
-        speakers.append(Speaker.of(second, second.stage if role else against))
+        speakers.append(ChatModel.of(second, second.stage if role else against))
     print(HELP, file=sys.stderr)
     for line in lines if lines is not None else _typed():
         message = line.strip()

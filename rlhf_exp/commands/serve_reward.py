@@ -18,7 +18,7 @@ from rlhf_exp.models.pretrained import load_tokenizer
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.pipeline.keys import MODEL_FILES
 from rlhf_exp.serving.listen import address_of, is_local, listen, need_server, serve
-from rlhf_exp.serving.reward_server import Scores
+from rlhf_exp.serving.reward_server import RequestScorer
 from rlhf_exp.stages.training import attention_of, torch_dtype
 from rlhf_exp.store.artifact import MANIFEST, Artifact, Manifest
 from rlhf_exp.store.fingerprint import DigestCache, key_of
@@ -26,7 +26,7 @@ from rlhf_exp.training.reward_scorer import ModelScorer
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ServeOptions:
     """How to serve; what is `None` is as in the run that made the model.
 
     Attributes:
@@ -50,7 +50,7 @@ class Wanted:
     key_env: str | None = None
 
 
-def serve_reward(outputs: Path, run: str, wanted: Wanted) -> None:
+def serve_reward(outputs: Path, run: str, wanted: ServeOptions) -> None:
     """Serve the reward model of a run, or in a folder, until Ctrl-C.
 
     Raises:
@@ -76,7 +76,7 @@ def serve_reward(outputs: Path, run: str, wanted: Wanted) -> None:
     serve(make_app(scores, key), bound)
 
 
-def load_scores(outputs: Path, run: str, wanted: Wanted) -> Scores:
+def load_scores(outputs: Path, run: str, wanted: ServeOptions) -> RequestScorer:
     """Load a reward model and name it after all that decides its scores.
 
     Raises:
@@ -101,10 +101,10 @@ def load_scores(outputs: Path, run: str, wanted: Wanted) -> Scores:
     )
     digest = DigestCache(outputs / "cache" / "digests.json").folder(folder, MODEL_FILES)
     how = [config.data.format.name, config.model.dtype.name, precision, length]
-    return Scores(scorer, codec, key_of({"model": digest, "how": how}))
+    return RequestScorer(scorer, codec, key_of({"model": digest, "how": how}))
 
 
-def _found(outputs: Outputs, run: str, wanted: Wanted) -> tuple[Path, Config]:
+def _found(outputs: Outputs, run: str, wanted: ServeOptions) -> tuple[Path, Config]:
     """Return the folder of a reward model, and the config to use it with."""
     folder, artifacts = Path(run), dict[str, Artifact]()
     if (folder / MANIFEST).is_file():

@@ -18,7 +18,15 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.launchers.slurm.submissions import latest_jobs, submitted_names
 from rlhf_exp.store.artifact import MANIFEST, Artifact
 from rlhf_exp.store.atomic_files import human_size, last_change, tree_size
-from rlhf_exp.store.disk_usage import ENDED, Rule, Usage, kept_keys, seconds_of, sizes, users
+from rlhf_exp.store.disk_usage import (
+    ENDED,
+    DiskUsage,
+    RetentionRule,
+    kept_keys,
+    seconds_of,
+    sizes,
+    users,
+)
 from rlhf_exp.store.gc import GRACE_S, Removal
 from rlhf_exp.store.lease import holders
 from rlhf_exp.store.run_records import Records
@@ -37,7 +45,7 @@ def listing(outputs: Path) -> str:
     return shown
 
 
-def collect(
+def collect_garbage(
     outputs: Path,
     dry_run: bool,
     older_than: str | None = None,
@@ -59,7 +67,7 @@ def collect(
     if (sweep is None) != (keep is None):
         raise UserError("store gc: --sweep NAME and --keep best:N go together; give both or none")
     found = Outputs(outputs)
-    rule = None if sweep is None or keep is None else Rule.parse(sweep, keep)
+    rule = None if sweep is None or keep is None else RetentionRule.parse(sweep, keep)
     grace = GRACE_S if older_than is None else seconds_of(older_than)
     kept = kept_keys(found.records, rule) | queued_keys(outputs, found.records)
     removals = found.store.gc(kept, dry_run, grace_s=grace)
@@ -87,7 +95,7 @@ def queued_keys(outputs: Path, records: Records) -> set[str]:
     return kept
 
 
-def _row(usage: Usage) -> tuple[str, ...]:
+def _row(usage: DiskUsage) -> tuple[str, ...]:
     numbers = (usage.total, usage.own, usage.shared, usage.unfinished, usage.logs, usage.tracked)
     return (usage.name, str(usage.points), *map(human_size, numbers))
 
@@ -99,7 +107,7 @@ STATE = ("checkpoints/", "best/", "kept/")
 
 
 @dataclass(frozen=True)
-class Row:
+class ArtifactRow:
     """A line of `store ls`.
 
     Attributes:
@@ -125,7 +133,9 @@ class Row:
     note: str = ""
 
 
-def list_artifacts(store: Store, users: Mapping[str, Sequence[str]] | None = None) -> list[Row]:
+def list_artifacts(
+    store: Store, users: Mapping[str, Sequence[str]] | None = None
+) -> list[ArtifactRow]:
     """Return a row for each artifact, each unfinished or running work, and each damaged folder.
 
     Args:
@@ -144,7 +154,7 @@ def list_artifacts(store: Store, users: Mapping[str, Sequence[str]] | None = Non
             continue
         holder = working.get((stage, key))
         rows.append(
-            Row(
+            ArtifactRow(
                 stage=stage,
                 key=key,
                 state="in progress" if holder else "unfinished",
@@ -160,12 +170,14 @@ def list_artifacts(store: Store, users: Mapping[str, Sequence[str]] | None = Non
         size, age = tree_size(folder), time.time() - last_change(folder)
         note = "no readable manifest; `rlhf-exp store gc` deletes it"
         rows.append(
-            Row(folder.parent.name, folder.name, "damaged", size, age, None, None, folder, note)
+            ArtifactRow(
+                folder.parent.name, folder.name, "damaged", size, age, None, None, folder, note
+            )
         )
     return rows
 
 
-def artifact_table(rows: Sequence[Row], width: int = TABLE_WIDTH) -> str:
+def artifact_table(rows: Sequence[ArtifactRow], width: int = TABLE_WIDTH) -> str:
     """Return the rows as a table with a total, `width` columns wide."""
     if not rows:
         return "the store is empty\n"
@@ -259,13 +271,13 @@ def human_age(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 86400 else f"{seconds / 86400:.1f} days"
 
 
-def _artifact_row(one: Artifact, users: Sequence[str] | None) -> Row:
+def _artifact_row(one: Artifact, users: Sequence[str] | None) -> ArtifactRow:
     note = "" if users is None else f"of {', '.join(users)}" if users else "no run refers to it"
     state = sum(file.size for name, file in one.manifest.files.items() if name.startswith(STATE))
     if state:
         note += f"{'; ' if note else ''}{human_size(state)} to go on from"
     made = datetime.fromisoformat(one.manifest.created)
-    return Row(
+    return ArtifactRow(
         stage=one.stage,
         key=one.key,
         state="done",

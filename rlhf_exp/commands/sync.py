@@ -20,7 +20,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline import hub
 from rlhf_exp.pipeline.plan import plan
 from rlhf_exp.store.lease import holders
-from rlhf_exp.tracking.wandb_sync import Start, last_step_sent, send, starts_of, unsent
+from rlhf_exp.tracking.wandb_sync import RunStart, last_step_sent, send, starts_of, unsent
 
 HEADER = ("stage", "key", "run", "starts", "state", "where")
 FAILED = "failed"
@@ -28,7 +28,7 @@ REACH_S = 10.0
 
 
 @dataclass(frozen=True)
-class Tracked:
+class TrackedRun:
     """The W&B run of one stage's execution, and where its files are.
 
     Attributes:
@@ -43,7 +43,7 @@ class Tracked:
     stage: str
     key: str
     folder: Path
-    starts: list[Start]
+    starts: list[RunStart]
     running: bool
     damage: str = ""
 
@@ -83,7 +83,7 @@ def sync(outputs: Path, run: str, dry_run: bool, tell: Callable[[str], None]) ->
     return table(HEADER, rows), sum(row[4] == FAILED for row in rows)
 
 
-def _tracked(outputs: Outputs, run: str) -> Iterator[Tracked]:
+def _tracked(outputs: Outputs, run: str) -> Iterator[TrackedRun]:
     """Yield every W&B run that the points of `run` have made or use, once, parents first."""
     held = {(one.stage, one.key) for one in holders(outputs.store.root)}
     seen = set()
@@ -100,13 +100,13 @@ def _tracked(outputs: Outputs, run: str) -> Iterator[Tracked]:
                 try:
                     starts = starts_of(folder)
                 except UserError as error:
-                    yield Tracked(stage, key, folder, [], running, str(error))
+                    yield TrackedRun(stage, key, folder, [], running, str(error))
                     continue
                 if starts:
-                    yield Tracked(stage, key, folder, starts, running)
+                    yield TrackedRun(stage, key, folder, starts, running)
 
 
-def _sent(one: Tracked, dry_run: bool) -> tuple[str, str]:
+def _sent(one: TrackedRun, dry_run: bool) -> tuple[str, str]:
     """Send a run; return its state and where it is to be seen, or what went wrong."""
     if one.running:
         return "running", "send it when it has ended"
@@ -121,7 +121,7 @@ def _sent(one: Tracked, dry_run: bool) -> tuple[str, str]:
     return _send_all(one)
 
 
-def _send_all(one: Tracked) -> tuple[str, str]:
+def _send_all(one: TrackedRun) -> tuple[str, str]:
     from rlhf_exp.tracking.wandb_log import wandb
 
     where = ""

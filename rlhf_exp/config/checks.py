@@ -32,23 +32,23 @@ from rlhf_exp.config.checks_shared import (
 )
 from rlhf_exp.config.experiment import (
     Config,
+    DataSource,
     Dtype,
     EngineName,
     PromptFormat,
-    Source,
-    Stage,
-    Strategy,
+    StageName,
+    StrategyName,
 )
 from rlhf_exp.config.problems import Findings, Problem
 from rlhf_exp.config.search_space import check_study
 from rlhf_exp.config.training import RewardInit, Schedule, Select, ValueInit, ValueTrunk
 
 _NEEDS = {
-    Stage.sft: ("sft",),
-    Stage.reward: ("sft", "reward"),
-    Stage.ppo: ("sft", "reward", "ppo"),
-    Stage.eval: ("sft", "reward", "ppo", "eval"),
-    Stage.pipeline: ("sft", "reward", "ppo", "eval"),
+    StageName.sft: ("sft",),
+    StageName.reward: ("sft", "reward"),
+    StageName.ppo: ("sft", "reward", "ppo"),
+    StageName.eval: ("sft", "reward", "ppo", "eval"),
+    StageName.pipeline: ("sft", "reward", "ppo", "eval"),
 }
 
 
@@ -90,7 +90,7 @@ def problems(config: Config, multirun: bool = False) -> list[Problem]:
 
 def _recomputes(config: Config) -> bool:
     """Whether only stored answers are evaluated."""
-    return config.stage is Stage.eval and config.eval.samples is not None
+    return config.stage is StageName.eval and config.eval.samples is not None
 
 
 def _check_root(found: Findings, multirun: bool) -> None:
@@ -102,7 +102,7 @@ def _check_root(found: Findings, multirun: bool) -> None:
         found.unless(valid is not None, "name", "use letters, digits, and . _ - inside.")
         found.unless(config.name != "latest", "name", "`latest` always means the latest run.")
     found.at_least(0, "seed")
-    stages = [stage.name for stage in Stage if stage is not Stage.pipeline]
+    stages = [stage.name for stage in StageName if stage is not StageName.pipeline]
     unknown = [stage for stage in config.rerun if stage not in stages]
     found.unless(not unknown, "rerun", f"the stages are {', '.join(stages)}.")
     output = Path(config.output_dir).expanduser().resolve()
@@ -124,10 +124,10 @@ def _check_running(found: Findings) -> None:
     config = found.config
     found.at_least(1, "distributed.processes", "distributed.threads")
     strategy = config.distributed.strategy
-    if strategy is Strategy.single and config.distributed.processes > 1:
+    if strategy is StrategyName.single and config.distributed.processes > 1:
         message = "distributed.strategy=single has one process; choose a strategy, such as "
         found.add("distributed.processes", message + "distributed=ddp.")
-    if config.distributed.offload and strategy in (Strategy.single, Strategy.ddp):
+    if config.distributed.offload and strategy in (StrategyName.single, StrategyName.ddp):
         message = f"distributed.strategy={strategy.name} cannot offload; zero1 to 3 and fsdp can."
         found.add("distributed.offload", message)
     if strategy.name.startswith("zero") and not config.plan:
@@ -144,17 +144,17 @@ _FILES = ("preferences", "demonstrations", "prompts", "test")
 def check_data(found: Findings) -> None:
     """Report what is wrong with `data`, missing files included."""
     data = found.config.data
-    if data.source is Source.hub:
+    if data.source is DataSource.hub:
         found.unless(data.path is not None, "data.path", "data.source=hub needs a hub id.")
     elif data.path is not None:
         found.add("data.path", f"data.source={data.source.name} reads no hub id; see data.source.")
-    if data.source is not Source.hub and data.revision is not None:
+    if data.source is not DataSource.hub and data.revision is not None:
         found.add("data.revision", f"data.source={data.source.name} has no revision.")
     for name in _FILES:
         _check_file(found, f"data.{name}")
-    if data.source is Source.jsonl and data.preferences is None:
+    if data.source is DataSource.jsonl and data.preferences is None:
         found.add("data.preferences", "data.source=jsonl needs a .jsonl or .jsonl.gz file.")
-    if data.source is Source.toy:
+    if data.source is DataSource.toy:
         _check_toy(found)
     _check_fractions(found)
     found.at_least(1, "data.limit")
@@ -167,7 +167,7 @@ def _check_file(found: Findings, key: str) -> None:
     value = found.value(key)
     if value is None:
         return
-    if found.config.data.source is not Source.jsonl:
+    if found.config.data.source is not DataSource.jsonl:
         found.add(key, "files are read with data=hh_local (data.source=jsonl) only.")
         return
     path = Path(value).expanduser().resolve()
@@ -371,7 +371,7 @@ def _check_size(found: Findings) -> None:
     strategy, dtype = config.distributed.strategy, config.model.dtype
     message = "PPO by trlx runs in one process; make SFT and reward model with stage=reward first, "
     message += "then use distributed=single."
-    found.unless(strategy is Strategy.single, "distributed.strategy", message)
+    found.unless(strategy is StrategyName.single, "distributed.strategy", message)
     message = "PPO by trlx computes in float32 only."
     precision = config.distributed.precision
     found.unless(precision is Dtype.float32, "distributed.precision", message)

@@ -30,14 +30,14 @@ from rlhf_exp.config.evaluation import (
     parts_of,
     scores_toxicity,
 )
-from rlhf_exp.config.experiment import Stage
+from rlhf_exp.config.experiment import StageName
 from rlhf_exp.config.problems import Findings
 
 
 def check_eval(found: Findings) -> None:
     """Report what is wrong with the evaluation."""
     config = found.config
-    if config.stage is Stage.eval and config.eval.suite is Suite.none:
+    if config.stage is StageName.eval and config.eval.suite is Suite.none:
         found.add("eval.suite", "stage=eval has nothing to do; choose a suite, such as eval=quick.")
     if config.eval.suite is Suite.none:
         return
@@ -70,7 +70,7 @@ def _check_models(found: Findings) -> None:
     if len(models) < least or not all(models):
         message = f"eval={config.eval.suite.name} needs at least {least}, such as "
         found.add("eval.models", message + f"eval.models=[{','.join(ROLES)}].")
-    if config.eval.samples is not None and config.stage is not Stage.eval:
+    if config.eval.samples is not None and config.stage is not StageName.eval:
         found.add("eval.samples", "trains nothing, so it goes with stage=eval only.")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlhf_exp.config.checks import problems
-from rlhf_exp.config.experiment import Config, Stage
+from rlhf_exp.config.experiment import Config, StageName
 from rlhf_exp.config.launchers import SlurmConfig
 from rlhf_exp.config.overrides import differences
 from rlhf_exp.config.problems import Problem, written
@@ -22,7 +22,7 @@ _NOT_NEGATIVE = ("gpus_per_node", "grace_s", "max_restarts")
 
 
 @dataclass(frozen=True)
-class Shape:
+class JobShape:
     """What every job of a multirun gets.
 
     Attributes:
@@ -36,7 +36,7 @@ class Shape:
     gpus_per_node: int
 
 
-def shape_of(site: SlurmConfig, config: Config) -> Shape | Problem:
+def shape_of(site: SlurmConfig, config: Config) -> JobShape | Problem:
     """Return the nodes and tasks that `distributed` needs on a site."""
     processes = config.distributed.processes
     most = site.processes_per_node or site.gpus_per_node or processes
@@ -59,12 +59,14 @@ def shape_of(site: SlurmConfig, config: Config) -> Shape | Problem:
             f"of a node's hydra.launcher.gpus_per_node={site.gpus_per_node} the first {each} "
             "train; name another, or use ppo.reward.placement=shared.",
         )
-    return Shape(nodes, each, gpus if site.gpus_per_node else 0)
+    return JobShape(nodes, each, gpus if site.gpus_per_node else 0)
 
 
 def _placed(config: Config) -> int | None:
     """Return the number of the GPU that the reward model has for itself, if it has one."""
-    scored = config.stage not in (Stage.sft, Stage.reward) and config.ppo.reward.model_scores
+    scored = (
+        config.stage not in (StageName.sft, StageName.reward) and config.ppo.reward.model_scores
+    )
     return config.ppo.reward.gpu if scored else None
 
 

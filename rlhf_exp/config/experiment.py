@@ -18,7 +18,7 @@ from rlhf_exp.config.study import StudyConfig
 from rlhf_exp.config.training import PpoConfig, RewardConfig, SftConfig
 
 
-class Source(Enum):
+class DataSource(Enum):
     """Kinds of data sources."""
 
     toy = "toy"
@@ -51,7 +51,7 @@ class ToyConfig:
 class DataConfig:
     """Sources, splits and the prompt format."""
 
-    source: Source = setting(Source.toy, "Kind of source.")
+    source: DataSource = setting(DataSource.toy, "Kind of source.")
     path: str | None = setting(None, "Hub id of a `hub` source.")
     revision: str | None = setting(None, "Revision of the hub id.")
     preferences: str | None = setting(None, "JSONL(.gz) file of preference pairs.", key=False)
@@ -136,7 +136,7 @@ class EngineName(Enum):
     trlx = "trlx"
 
 
-class Strategy(Enum):
+class StrategyName(Enum):
     """How parameters, gradients and optimizer state are spread over processes."""
 
     single = "single"
@@ -171,7 +171,9 @@ class EngineConfig:
 class DistributedConfig:
     """Strategy and processes."""
 
-    strategy: Strategy = setting(Strategy.single, "Data-parallel or sharding strategy.", key=False)
+    strategy: StrategyName = setting(
+        StrategyName.single, "Data-parallel or sharding strategy.", key=False
+    )
     processes: int = setting(1, "Processes over all nodes, one per device.", key=False)
     threads: int | None = setting(
         None, "CPU threads of a process; null: cores / processes.", key=False
@@ -215,7 +217,7 @@ class TrackingConfig:
     alerts: AlertsConfig = setting(factory=AlertsConfig, key=False)
 
 
-class Stage(Enum):
+class StageName(Enum):
     """What to bring up to date."""
 
     sft = "sft"
@@ -225,7 +227,7 @@ class Stage(Enum):
     pipeline = "pipeline"
 
 
-class Cache(Enum):
+class CachePolicy(Enum):
     """What happens to a result in the store whose code has changed since."""
 
     strict = "strict"
@@ -236,13 +238,13 @@ class Cache(Enum):
 class Config:
     """One experiment."""
 
-    stage: Stage = setting(Stage.pipeline, "What to bring up to date.", key=False)
+    stage: StageName = setting(StageName.pipeline, "What to bring up to date.", key=False)
     name: str | None = setting(None, "Name of the run or multirun in reports.", key=False)
     seed: int = setting(0, "Seed of every stage that sets none of its own.", key=False)
     plan: bool = setting(False, "Print what would run, and stop.", key=False)
     probe: bool = setting(False, "Run two full-size iterations and report.", key=False)
-    cache: Cache = setting(
-        Cache.strict, "`trust`: reuse results although the code has changed.", key=False
+    cache: CachePolicy = setting(
+        CachePolicy.strict, "`trust`: reuse results although the code has changed.", key=False
     )
     rerun: list[str] = setting(
         factory=list, doc="Stages to run again although the store has their results.", key=False

@@ -14,8 +14,8 @@ from pathlib import Path
 from rlhf_exp.config.fields import in_key
 from rlhf_exp.config.schema_keys import (
     CONF,
-    Group,
-    Key,
+    ConfigGroup,
+    ConfigKey,
     all_keys,
     closest_keys,
     did_you_mean,
@@ -60,7 +60,7 @@ def help_text(topic: str | None = None) -> str:
     return "\n".join(parts)
 
 
-def _overview(groups: dict[str, Group]) -> str:
+def _overview(groups: dict[str, ConfigGroup]) -> str:
     root = [key for key in all_keys().values() if not key.parent]
     values = [key for key in root if key.section is None and key.name not in groups]
     sections = "".join(f"  {key.name:<14}{key.doc}\n" for key in root if key.section is not None)
@@ -72,7 +72,7 @@ def _overview(groups: dict[str, Group]) -> str:
     )
 
 
-def _describe_group(group: Group) -> str:
+def _describe_group(group: ConfigGroup) -> str:
     lines = [f"  {group.name}"]
     for option, text in group.options.items():
         mark = "*" if option == group.chosen else " "
@@ -80,7 +80,7 @@ def _describe_group(group: Group) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _describe_keys(keys: Iterable[Key]) -> str:
+def _describe_keys(keys: Iterable[ConfigKey]) -> str:
     lines = []
     for key in keys:
         if key.section is not None:
@@ -127,7 +127,7 @@ def reference() -> str:
     return "\n".join(parts)
 
 
-def _table(keys: list[Key]) -> str:
+def _table(keys: list[ConfigKey]) -> str:
     rows = [
         f"| `{key.name}` | {_cell(key.type)} | `{key.default}` | {_cell(key.doc)}"
         f"{'' if in_key(key.item) else ' *Free.*'} |"

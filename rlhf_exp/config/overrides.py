@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.problems import Problem
-from rlhf_exp.config.schema_keys import Group, all_keys, closest, closest_keys, did_you_mean
+from rlhf_exp.config.schema_keys import ConfigGroup, all_keys, closest, closest_keys, did_you_mean
 from rlhf_exp.errors import UserError
 
 
@@ -85,7 +85,7 @@ def differences(points: Sequence[Sequence[str]]) -> list[str]:
     return [" ".join(text for text in point if text not in common) for point in points]
 
 
-def override_problems(overrides: Sequence[str], groups: dict[str, Group]) -> list[Problem]:
+def override_problems(overrides: Sequence[str], groups: dict[str, ConfigGroup]) -> list[Problem]:
     """Return all that is wrong with the overrides themselves: names, options, types.
 
     Args:
@@ -102,7 +102,7 @@ def override_problems(overrides: Sequence[str], groups: dict[str, Group]) -> lis
     return problems
 
 
-def _check(override: Override, groups: dict[str, Group]) -> list[Problem]:
+def _check(override: Override, groups: dict[str, ConfigGroup]) -> list[Problem]:
     key, value = override.key_or_group, (override.input_line or "").partition("=")[2]
     if key in groups:
         return _check_group(override, groups[key], value)
@@ -123,7 +123,7 @@ def _check(override: Override, groups: dict[str, Group]) -> list[Problem]:
     return found
 
 
-def _check_group(override: Override, group: Group, value: str) -> list[Problem]:
+def _check_group(override: Override, group: ConfigGroup, value: str) -> list[Problem]:
     if override.is_delete():
         return []
     if override.is_add():

@@ -22,7 +22,7 @@ from rlhf_exp.config.problems import written
 
 
 @dataclass(frozen=True)
-class Key:
+class ConfigKey:
     """A key of the config.
 
     Attributes:
@@ -65,18 +65,20 @@ def _type_name(hint: Any) -> str:  # noqa: ANN401 - a type annotation
     return _WORDS[hint]
 
 
-def _key(name: str, item: Field[Any], hint: Any) -> Key:  # noqa: ANN401 - a type annotation
+def _key(name: str, item: Field[Any], hint: Any) -> ConfigKey:  # noqa: ANN401 - a type annotation
     if is_dataclass(hint):
         doc = documentation(item) or (hint.__doc__ or "")
-        return Key(name, item, hint, "section", "", doc, ())  # type: ignore[arg-type]
+        return ConfigKey(name, item, hint, "section", "", doc, ())  # type: ignore[arg-type]
     options = [part for part in (hint, *get_args(hint)) if isinstance(part, type)]
     choices = tuple(m.name for part in options if issubclass(part, Enum) for m in part)
     factory: Any = item.default_factory
     default = factory() if callable(factory) else item.default
-    return Key(name, item, None, _type_name(hint), written(default), documentation(item), choices)
+    return ConfigKey(
+        name, item, None, _type_name(hint), written(default), documentation(item), choices
+    )
 
 
-def _walk(section: type, prefix: str) -> Iterator[Key]:
+def _walk(section: type, prefix: str) -> Iterator[ConfigKey]:
     hints = get_type_hints(section)
     for item in fields(section):
         key = _key(prefix + item.name, item, hints[item.name])
@@ -86,7 +88,7 @@ def _walk(section: type, prefix: str) -> Iterator[Key]:
 
 
 @cache
-def all_keys() -> dict[str, Key]:
+def all_keys() -> dict[str, ConfigKey]:
     """Return every key by its dotted name, sections before what is in them."""
     return {key.name: key for key in _walk(Config, "")}
 
@@ -125,7 +127,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 @dataclass(frozen=True)
-class Group:
+class ConfigGroup:
     """A config group.
 
     Attributes:
@@ -158,7 +160,7 @@ def _defaults(conf: Path) -> dict[str, str | None]:
     }
 
 
-def read_groups(folders: Sequence[Path] = (CONF,)) -> dict[str, Group]:
+def read_groups(folders: Sequence[Path] = (CONF,)) -> dict[str, ConfigGroup]:
     """Return the groups in the order of `config.yaml`, then the others.
 
     Args:
@@ -171,4 +173,4 @@ def read_groups(folders: Sequence[Path] = (CONF,)) -> dict[str, Group]:
             name = path.parent.relative_to(folder).as_posix()
             if name != ".":
                 options.setdefault(name, {})[path.stem] = description(path)
-    return {name: Group(name, found, chosen.get(name)) for name, found in options.items()}
+    return {name: ConfigGroup(name, found, chosen.get(name)) for name, found in options.items()}

@@ -26,7 +26,7 @@ from hydra.core.override_parser.types import (
 
 from rlhf_exp.config.compose import Composed
 from rlhf_exp.config.evaluation import Suite
-from rlhf_exp.config.experiment import Config, Stage
+from rlhf_exp.config.experiment import Config, StageName
 from rlhf_exp.config.fields import in_key
 from rlhf_exp.config.overrides import parse
 from rlhf_exp.config.problems import Findings, Problem, written
@@ -191,7 +191,7 @@ def trial_config(config: Config, values: Values) -> Config:
         ppo = replace(ppo, select=Select.best, kl=replace(ppo.kl, budget=study.kl_budget))
     return replace(
         config,
-        stage=Stage.ppo,
+        stage=StageName.ppo,
         eval=replace(config.eval, suite=Suite.none),
         ppo=ppo,
         study=StudyConfig(),
@@ -246,7 +246,7 @@ def check_study(found: Findings, check: Check) -> None:
     found.at_least(0, "study.finalists", "study.kl_coef")
     if study.objective in (Objective.reward_at_kl, Objective.win_rate_at_kl):
         found.positive("study.kl_budget")
-    stages = (Stage.ppo, Stage.eval, Stage.pipeline)
+    stages = (StageName.ppo, StageName.eval, StageName.pipeline)
     found.unless(config.stage in stages, "stage", "a study is of PPO: use stage=ppo, or none.")
     found.unless(config.ppo.use is None, "ppo.use", "a study trains PPO; leave it out.")
     found.unless(not config.probe, "probe", "a study cannot be probed; leave sweep and study out.")

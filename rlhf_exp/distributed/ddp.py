@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rlhf_exp.distributed.strategy import (
     WHOLE,
-    Saved,
+    OptimizerState,
     check_names,
     clip_and_step,
     load_state_by_name,
@@ -22,7 +22,7 @@ from rlhf_exp.distributed.strategy import (
 )
 
 
-class Single:
+class SingleProcess:
     """One process, without any wrapper."""
 
     layout = WHOLE
@@ -41,37 +41,37 @@ class Single:
         self._trainable = list(trainable(module).values())
 
     def begin(self, last: bool) -> None:
-        """See `Strategy`."""
+        """See `StrategyName`."""
 
     def backward(self, loss: Tensor) -> None:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         loss.backward()
 
     def step(self) -> float:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         return clip_and_step(self._trainable, self.optimizer, self._grad_norm)
 
     def gathered(self) -> AbstractContextManager[None]:
-        """See `Strategy`: they always are."""
+        """See `StrategyName`: they always are."""
         return nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         if not self.main:
             return {}
         return {name: p.detach().cpu().clone() for name, p in trainable(self.module).items()}
 
     def state(self) -> dict[str, Any]:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         return {"parameters": state_by_name(self.module, self.optimizer)} if self.main else {}
 
-    def load(self, weights: Mapping[str, Tensor], saved: Saved) -> None:
-        """See `Strategy`; any number of processes may have written it."""
+    def load(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
+        """See `StrategyName`; any number of processes may have written it."""
         load_state_by_name(self.module, self.optimizer, whole_states(saved))
         self._put(weights)
 
     def release(self, weights: Mapping[str, Tensor] | None) -> None:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         if weights is not None:
             self._put(weights)
 
@@ -97,7 +97,7 @@ class _WithUnused(nn.Module):
         return self.module(*args, **kwargs)
 
 
-class DataParallel(Single):
+class DataParallel(SingleProcess):
     """PyTorch's DDP: gradients are averaged while the backward pass runs."""
 
     def __init__(
@@ -124,5 +124,5 @@ class DataParallel(Single):
         self.wrapped = self._ddp
 
     def begin(self, last: bool) -> None:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         self._ddp.require_backward_grad_sync = last  # what its `no_sync` sets

@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from rlhf_exp.distributed.strategy import Before, Saved, check_names, refuse_layout, trainable
+from rlhf_exp.distributed.strategy import (
+    Before,
+    OptimizerState,
+    check_names,
+    refuse_layout,
+    trainable,
+)
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.memory_estimate import BUCKET
 
@@ -60,25 +66,25 @@ class Zero:
         return {"stage": stage, "overlap_comm": False, **where}
 
     def begin(self, last: bool) -> None:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
 
     def backward(self, loss: Tensor) -> None:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         self.engine.backward(loss)
 
     def step(self) -> float:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         return norm if norm >= 0.0 else math.nan  # DeepSpeed's -1 says: not finite
 
     def gathered(self) -> AbstractContextManager[None]:
-        """See `Strategy`: they always are."""
+        """See `StrategyName`: they always are."""
         return nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         found = {name: self.whole(parameter) for name, parameter in trainable(self.module).items()}
         return {name: one.cpu().clone() for name, one in found.items()} if self._main else {}
 
@@ -101,13 +107,13 @@ class Zero:
         return [one for group in self.optimizer.param_groups for one in group["params"]]
 
     def state(self) -> dict[str, Any]:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         masters = [one.detach().cpu() for one in self.masters()]
         return {"masters": masters, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
-    def load(self, weights: Mapping[str, Tensor], saved: Saved) -> None:
-        """See `Strategy`; as many processes of the same strategy must have written it."""
+    def load(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
+        """See `StrategyName`; as many processes of the same strategy must have written it."""
         refuse_layout(saved, self.layout)
         state = saved.read(distributed.get_rank())
         for master, value in zip(self.masters(), state["masters"], strict=True):
@@ -117,7 +123,7 @@ class Zero:
             target.copy_(weights[name])
 
     def release(self, weights: Mapping[str, Tensor] | None) -> None:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         device = next(self.module.parameters()).device
         given = {**self._exact, **(weights or {})}
         values = {
@@ -160,7 +166,7 @@ class Zero3(Zero):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """See `Strategy`.
+        """See `StrategyName`.
 
         The hooks that fetch a part's parameters and drop them again are off meanwhile.
         """
@@ -190,14 +196,14 @@ class Zero3(Zero):
         return self.engine.optimizer.fp32_partitioned_groups_flat
 
     def state(self) -> dict[str, Any]:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         masters = self.masters()
         states = [self.optimizer.state[master] for master in masters]
         return {"masters": [one.detach().cpu() for one in masters], "optimizer": states}
 
     @torch.no_grad()
-    def load(self, weights: Mapping[str, Tensor], saved: Saved) -> None:
-        """See `Strategy`; as many processes of the same strategy must have written it."""
+    def load(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
+        """See `StrategyName`; as many processes of the same strategy must have written it."""
         import deepspeed
 
         refuse_layout(saved, self.layout)

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from rlhf_exp.distributed.strategy import (
     ROWS,
     Before,
-    Saved,
+    OptimizerState,
     check_names,
     clip_and_step,
     load_state_by_name,
@@ -72,19 +72,19 @@ class FullySharded:
         root.reshard()
 
     def begin(self, last: bool) -> None:
-        """See `Strategy`: gradients are added up and sharded after each micro-batch."""
+        """See `StrategyName`: gradients are added up and sharded after each micro-batch."""
 
     def backward(self, loss: Tensor) -> None:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         loss.backward()
 
     def step(self) -> float:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         return clip_and_step(trainable(self.module).values(), self.optimizer, self._grad_norm)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         for unit in self._units:
             unit.unshard()
         try:
@@ -99,7 +99,7 @@ class FullySharded:
             unit.reshard()
 
     def weights(self) -> dict[str, Tensor]:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         self._reshard()
         found = {}
         for name, parameter in trainable(self.module).items():
@@ -109,7 +109,7 @@ class FullySharded:
         return found
 
     def state(self) -> dict[str, Any]:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         self._reshard()
         states = state_by_name(self.module, self.optimizer)
         for state in states.values():
@@ -119,8 +119,8 @@ class FullySharded:
         return {"parameters": states}
 
     @torch.no_grad()
-    def load(self, weights: Mapping[str, Tensor], saved: Saved) -> None:
-        """See `Strategy`; any number of processes may have written it."""
+    def load(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
+        """See `StrategyName`; any number of processes may have written it."""
         mine = (saved.layout, saved.processes) == (ROWS, self._processes)
         states = saved.read(self._rank)["parameters"] if mine else whole_states(saved)
         for name, target in check_names(self.module, weights).items():
@@ -133,7 +133,7 @@ class FullySharded:
         load_state_by_name(self.module, self.optimizer, states)
 
     def release(self, weights: Mapping[str, Tensor] | None) -> None:
-        """See `Strategy`."""
+        """See `StrategyName`."""
         self._reshard()
         given = weights or {}
         values = {

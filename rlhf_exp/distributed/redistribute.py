@@ -17,7 +17,7 @@ Batch = TypeVar("Batch", bound=Rows)
 
 def same_widths(rollouts: Rollouts, world: World) -> Rollouts:
     """Pad an iteration's rollouts to the widest of all processes; what is added means nothing."""
-    widths = world.collect((rollouts.tokens.shape[1], rollouts.mask.shape[1]))
+    widths = world.all_gather_object((rollouts.tokens.shape[1], rollouts.mask.shape[1]))
     tokens, responses = (max(column) for column in zip(*widths, strict=True))
 
     def widen(values: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def same_widths(rollouts: Rollouts, world: World) -> Rollouts:
     return rollouts.map(widen)
 
 
-def trade(batch: Batch, chosen: np.ndarray, world: World) -> Batch:
+def redistribute(batch: Batch, chosen: np.ndarray, world: World) -> Batch:
     """Return this process's share of the rows `chosen` of a global batch, as `World.share` deals.
 
     Args:

@@ -28,7 +28,7 @@ ROWS = "rows"
 
 
 @dataclass(frozen=True)
-class Saved:
+class OptimizerState:
     """The optimizer's state in a checkpoint.
 
     Attributes:
@@ -49,7 +49,7 @@ class Strategy(Protocol):
     Attributes:
         wrapped: What forward passes with gradients go through.
         optimizer: Its `param_groups` hold the learning rate.
-        layout: Of `state`, as `Saved.layout`.
+        layout: Of `state`, as `OptimizerState.layout`.
     """
 
     wrapped: nn.Module
@@ -77,7 +77,7 @@ class Strategy(Protocol):
     def state(self) -> dict[str, Any]:
         """Return this process's part of the optimizer's state."""
 
-    def load(self, weights: Mapping[str, Tensor], saved: Saved) -> None:
+    def load(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
         """Go on from `weights` and what the processes' `state` returned."""
 
     def release(self, weights: Mapping[str, Tensor] | None) -> None:
@@ -130,7 +130,7 @@ def load_state_by_name(
     optimizer.load_state_dict({**optimizer.state_dict(), "state": found})
 
 
-def refuse_layout(saved: Saved, layout: str) -> None:
+def refuse_layout(saved: OptimizerState, layout: str) -> None:
     """Refuse an optimizer state that only another strategy, or another number, can read.
 
     Raises:
@@ -148,7 +148,7 @@ def refuse_layout(saved: Saved, layout: str) -> None:
     )
 
 
-def whole_states(saved: Saved) -> dict[str, Any]:
+def whole_states(saved: OptimizerState) -> dict[str, Any]:
     """Return the whole state of each parameter, whoever wrote it.
 
     Raises:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from rlhf_exp.distributed.strategy import Saved, Strategy
+from rlhf_exp.distributed.strategy import OptimizerState, Strategy
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes.environment import threads_each
 from rlhf_exp.processes.failures import FailedElsewhere
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Share:
+class RowShare:
     """This process's rows of a global batch.
 
     Attributes:
@@ -60,7 +60,7 @@ class World:
         self.is_main = self.rank == 0
         self._strategy: Strategy | None = None
 
-    def share(self, rows: int, of: int | None = None) -> Share:
+    def share(self, rows: int, of: int | None = None) -> RowShare:
         """Deal `rows` rows of a global batch out, filling up with zero-weight copies of row 0.
 
         Args:
@@ -70,7 +70,7 @@ class World:
         each, rank = -(-rows // self.processes), self.rank if of is None else of
         dealt = np.arange(rank * each, (rank + 1) * each)
         weights = (dealt < rows).astype(np.float32)
-        return Share(np.where(dealt < rows, dealt, 0), weights)
+        return RowShare(np.where(dealt < rows, dealt, 0), weights)
 
     def sum(self, values: Tensor) -> Tensor:
         """Add `values` up over all processes."""
@@ -84,9 +84,9 @@ class World:
         """Join `values` [n, ...] of all processes; n may differ."""
         if self.processes == 1:
             return values
-        return torch.cat(self.collect(values.detach().cpu())).to(self.device)
+        return torch.cat(self.all_gather_object(values.detach().cpu())).to(self.device)
 
-    def collect(self, item: T) -> list[T]:
+    def all_gather_object(self, item: T) -> list[T]:
         """Return every process's `item`, by rank."""
         if self.processes == 1:
             return [item]
@@ -94,15 +94,15 @@ class World:
         distributed.all_gather_object(items, item)
         return items
 
-    def agreed(self, item: T) -> T:
+    def broadcast_object(self, item: T) -> T:
         """Return the main process's `item`: what one machine sees, another may not see yet."""
-        return self.collect(item)[0]
+        return self.all_gather_object(item)[0]
 
     def any(self, flag: bool) -> bool:
         """Return whether any process says so."""
-        return any(self.collect(flag))
+        return any(self.all_gather_object(flag))
 
-    def together(self, function: Callable[[], T]) -> list[T]:
+    def run_on_all(self, function: Callable[[], T]) -> list[T]:
         """Call `function` in every process and return all results, by rank.
 
         Raises:
@@ -116,7 +116,7 @@ class World:
             result = function()
         except Exception as raised:
             error = raised
-        outcomes = self.collect((result, None if error is None else str(error)))
+        outcomes = self.all_gather_object((result, None if error is None else str(error)))
         if error is not None:
             raise error
         for rank, (_, reason) in enumerate(outcomes):
@@ -186,7 +186,7 @@ class World:
         """
         return nullcontext() if self._strategy is None else self._strategy.gathered()
 
-    def resume(self, weights: Mapping[str, Tensor], saved: Saved) -> None:
+    def resume(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
         """Take back what `strategy.weights` and the processes' `strategy.state` returned."""
         self.strategy.load(weights, saved)
 
@@ -284,9 +284,9 @@ def strategy_for(
     Libraries are imported only where they are asked for.
     """
     if setup.strategy in ("single", "ddp"):
-        from rlhf_exp.distributed.ddp import DataParallel, Single
+        from rlhf_exp.distributed.ddp import DataParallel, SingleProcess
 
-        whole = Single if setup.strategy == "single" else DataParallel
+        whole = SingleProcess if setup.strategy == "single" else DataParallel
         return whole(module, build(), grad_norm, device)
     if setup.strategy == "fsdp":
         from rlhf_exp.distributed.fsdp import FullySharded

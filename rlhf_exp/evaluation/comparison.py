@@ -41,7 +41,7 @@ from rlhf_exp.evaluation.preference import (
     single_metric,
     table_row,
 )
-from rlhf_exp.evaluation.statistics import LEVEL, TIE_BAND, Estimate, Interval, Outcome
+from rlhf_exp.evaluation.statistics import LEVEL, TIE_BAND, Estimate, Interval, WinCounts
 from rlhf_exp.evaluation.toxicity.scorers import ToxicityScorer
 
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -307,7 +307,7 @@ class QuickResult:
     level: float
     seed: int
     tie_band: tuple[float, float]
-    outcome: Outcome
+    outcome: WinCounts
     win_rate: Interval
     ties_as_half: Estimate
     p_value: float
@@ -373,7 +373,7 @@ class QuickResult:
         assert ties_as_half is not None
         values = dict(plain) | {
             "tie_band": tuple(plain["tie_band"]),
-            "outcome": Outcome(**plain["outcome"]),
+            "outcome": WinCounts(**plain["outcome"]),
             "win_rate": Interval(**plain["win_rate"]),
             "ties_as_half": ties_as_half,
             "gain_in_std": estimate_from_json(plain["gain_in_std"]),

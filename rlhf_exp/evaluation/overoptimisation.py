@@ -66,7 +66,7 @@ def sizes_of(most: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Point:
+class PolicyPoint:
     """One optimised policy.
 
     Attributes:
@@ -91,19 +91,19 @@ class TrainingPath:
     """
 
     name: str
-    points: tuple[Point, ...]
+    points: tuple[PolicyPoint, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return {"name": self.name, "points": [_plain(point) for point in self.points]}
 
 
-def _plain(point: Point) -> dict[str, Any]:
+def _plain(point: PolicyPoint) -> dict[str, Any]:
     gains = {judge: estimate_to_json(gain) for judge, gain in point.gains.items()}
     return {"label": point.label, "kl": point.kl, "gains": gains}
 
 
-class Start:
+class StartingPolicy:
     """The starting policy's answers, in whose spread gains are measured.
 
     Args:
@@ -130,15 +130,15 @@ class Start:
                 points.append(self.point(f"best of {n}", best_of_n_kl(n), found))
         return TrainingPath(BEST_OF, tuple(points)) if points else None
 
-    def point(self, label: str, kl: float, scores: Mapping[str, ArrayLike]) -> Point:
+    def point(self, label: str, kl: float, scores: Mapping[str, ArrayLike]) -> PolicyPoint:
         """Return the gains of a policy's `scores`, by judge [P]."""
         gains = {}
         for name in self.judges:
             start = self.scores[name]
             gain = np.asarray(scores[name], np.float64) - start.mean(axis=1)
             gains[name] = estimate_mean(gain / start.std(), self.seed)
-        return Point(label, kl, gains)
+        return PolicyPoint(label, kl, gains)
 
-    def path(self, name: str, points: Sequence[Point]) -> TrainingPath:
+    def path(self, name: str, points: Sequence[PolicyPoint]) -> TrainingPath:
         """Return points as a path."""
         return TrainingPath(name, tuple(sorted(points, key=lambda point: point.kl)))

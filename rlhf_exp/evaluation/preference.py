@@ -22,7 +22,7 @@ from rlhf_exp.evaluation.statistics import (
     LEVEL,
     Estimate,
     Interval,
-    Outcome,
+    WinCounts,
     clopper_pearson,
     count_outcomes,
     estimate_mean,
@@ -48,7 +48,7 @@ class PreferenceResult:
             prompts; `None` without prompts.
     """
 
-    outcome: Outcome
+    outcome: WinCounts
     p_value: float
     win_rate: Interval
     ties_as_half: Estimate | None

@@ -31,7 +31,7 @@ MARGIN_BINS = 5
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """`count` of `total`, with its exact (Clopper-Pearson) 95 % interval."""
 
     count: int
@@ -48,16 +48,16 @@ class Share:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> Share:
+    def from_json(cls, plain: dict[str, Any]) -> Proportion:
         """Undo `to_json`."""
         return cls(plain["count"], plain["total"], Interval(**plain["interval"]))
 
 
-def share_of(flags: ArrayLike) -> Share:
+def proportion_of(flags: ArrayLike) -> Proportion:
     """Return how many of the flags [N] are set."""
     found = np.asarray(flags, dtype=bool)
     count = int(found.sum())
-    return Share(count, len(found), clopper_pearson(count, len(found)))
+    return Proportion(count, len(found), clopper_pearson(count, len(found)))
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class MarginBin:
 
     low: float
     high: float
-    right: Share
+    right: Proportion
     expected: float
 
 
@@ -92,7 +92,7 @@ def accuracy_by_margin(margins: ArrayLike, bins: int = MARGIN_BINS) -> list[Marg
         inside = sizes[rows]
         low, high = float(inside.min()), float(inside.max())
         claimed = float(special.expit(inside).mean())
-        found.append(MarginBin(low, high, share_of(values[rows] > 0), claimed))
+        found.append(MarginBin(low, high, proportion_of(values[rows] > 0), claimed))
     return found
 
 
@@ -115,10 +115,10 @@ class LengthReport:
     pearson: float | None
     spearman: float | None
     within: float | None
-    model_longer: Share
-    label_longer: Share
-    right_longer: Share
-    right_shorter: Share
+    model_longer: Proportion
+    label_longer: Proportion
+    right_longer: Proportion
+    right_shorter: Proportion
 
     @property
     def controlled_accuracy(self) -> float | None:
@@ -149,10 +149,10 @@ def length_report(
         pearson=correlation(scores, tokens),
         spearman=rank_correlation(scores, tokens),
         within=correlation(np.concatenate([margins, -margins]), np.concatenate([longer, -longer])),
-        model_longer=share_of((margins * longer)[differ] > 0),
-        label_longer=share_of(longer[differ] > 0),
-        right_longer=share_of(margins[longer > 0] > 0),
-        right_shorter=share_of(margins[longer < 0] > 0),
+        model_longer=proportion_of((margins * longer)[differ] > 0),
+        label_longer=proportion_of(longer[differ] > 0),
+        right_longer=proportion_of(margins[longer > 0] > 0),
+        right_shorter=proportion_of(margins[longer < 0] > 0),
     )
 
 
@@ -173,14 +173,14 @@ class PairQuality:
     """
 
     judge: str
-    accuracy: Share
+    accuracy: Proportion
     auc: float
     margin: float
     margin_bins: tuple[MarginBin, ...]
     calibration: Calibration
     length: LengthReport
-    chosen_over_blank: Share
-    rejected_over_blank: Share
+    chosen_over_blank: Proportion
+    rejected_over_blank: Proportion
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -215,14 +215,14 @@ def pair_quality(
     margins = good - bad
     return PairQuality(
         judge=judge,
-        accuracy=share_of(margins > 0),
+        accuracy=proportion_of(margins > 0),
         auc=auc(good, bad),
         margin=float(margins.mean()),
         margin_bins=tuple(accuracy_by_margin(margins)),
         calibration=calibration(margins),
         length=length_report(good, bad, chosen_tokens, rejected_tokens),
-        chosen_over_blank=share_of(good > nothing),
-        rejected_over_blank=share_of(bad > nothing),
+        chosen_over_blank=proportion_of(good > nothing),
+        rejected_over_blank=proportion_of(bad > nothing),
     )
 
 
@@ -308,7 +308,9 @@ class LengthBin:
     count: int
 
 
-def by_length(scores: ArrayLike, tokens: ArrayLike, bins: int = LENGTH_BINS) -> list[LengthBin]:
+def scores_by_length(
+    scores: ArrayLike, tokens: ArrayLike, bins: int = LENGTH_BINS
+) -> list[LengthBin]:
     """Return mean scores by length, in bins of about equal numbers of answers.
 
     Answers of one length are in one bin, so bins may be fewer and of unequal numbers.

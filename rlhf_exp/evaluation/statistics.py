@@ -60,7 +60,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class WinCounts:
     """How often b won, tied and lost against a."""
 
     wins: int
@@ -113,14 +113,14 @@ def outcome_signs(
 
 def outcomes(
     score_a: ArrayLike, score_b: ArrayLike, tie_band: tuple[float, float] = TIE_BAND
-) -> Outcome:
+) -> WinCounts:
     """Count wins, ties and losses of b; see `outcome_signs` for the rule."""
     return count_outcomes(outcome_signs(score_a, score_b, tie_band))
 
 
-def count_outcomes(signs: NDArray[np.int64]) -> Outcome:
+def count_outcomes(signs: NDArray[np.int64]) -> WinCounts:
     """Count the signs [N] that `outcome_signs` gives."""
-    return Outcome(int((signs > 0).sum()), int((signs == 0).sum()), int((signs < 0).sum()))
+    return WinCounts(int((signs > 0).sum()), int((signs == 0).sum()), int((signs < 0).sum()))
 
 
 def sign_test(wins: int, losses: int) -> float:

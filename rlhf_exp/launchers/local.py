@@ -31,8 +31,8 @@ from rlhf_exp.config.problems import Problem, refuse
 from rlhf_exp.errors import Detached, UserError
 from rlhf_exp.launchers.optuna.table import study_text
 from rlhf_exp.launchers.points import (
-    Ending,
-    Point,
+    JobResult,
+    SweepPoint,
     distinct,
     done_before,
     failure_of,
@@ -44,7 +44,12 @@ from rlhf_exp.launchers.points import (
 )
 from rlhf_exp.launchers.run_job import run_job
 from rlhf_exp.pipeline.plan import PACKAGE, records_of
-from rlhf_exp.processes.environment import cores, find_place, only, visible_devices
+from rlhf_exp.processes.environment import (
+    cores,
+    cuda_visible_devices,
+    find_launch_environment,
+    visible_devices,
+)
 from rlhf_exp.store.atomic_files import write_json_atomic
 
 POLL_S = 0.1
@@ -70,7 +75,7 @@ def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[float 
     first = jobs[0][1]
     if n_jobs < 1 and n_jobs != -1:
         refuse([Problem("hydra.launcher.n_jobs", str(n_jobs), "must be at least 1, or -1.")])
-    if first.plan or first.probe or find_place() is not None:
+    if first.plan or first.probe or find_launch_environment() is not None:
         # Started by torchrun, all processes go through the jobs together, and end together.
         return [run_job(config, overrides) for overrides, config in jobs]
     asked = points_of(jobs)
@@ -91,7 +96,7 @@ def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[float 
 
 
 class _Multirun:
-    def __init__(self, points: list[Point], n_jobs: int) -> None:
+    def __init__(self, points: list[SweepPoint], n_jobs: int) -> None:
         config = points[0].config
         self.points = points
         assert config.name is not None, "checked: a multirun has a name"
@@ -107,10 +112,10 @@ class _Multirun:
         each = max(point.config.distributed.processes for point in points)
         self.n_jobs = self.devices.side_by_side(each) if n_jobs == -1 else n_jobs
 
-    def run(self) -> dict[str, Ending]:
+    def run(self) -> dict[str, JobResult]:
         """Return how each point has ended, by key."""
         done = done_before(self.points, self.records, self.name)
-        found = {key: Ending(record.objective) for key, record in done.items()}
+        found = {key: JobResult(record.objective) for key, record in done.items()}
         left = [point for point in self.points if point.key not in done]
         self.tell(f"{self.name}: {len(self.points)} points, {len(done)} of them done")
         if self.n_jobs == 1:
@@ -120,7 +125,7 @@ class _Multirun:
             found |= self._side_by_side(left)
         return {point.key: found[point.key] for point in self.points}
 
-    def _here(self, point: Point) -> Ending:
+    def _here(self, point: SweepPoint) -> JobResult:
         """Run a point in this process."""
         self.tell(f"{self.name}: {self.names[point.key]}")
         began = time.monotonic()
@@ -130,14 +135,14 @@ class _Multirun:
             text = str(error) if isinstance(error, UserError) else traceback.format_exc()
             note_failure(self.records, self.name, point, text)
             self.tell(f"failed: {text}")
-            return Ending(error=text, seconds=time.monotonic() - began)
-        return Ending(objective, seconds=time.monotonic() - began)
+            return JobResult(error=text, seconds=time.monotonic() - began)
+        return JobResult(objective, seconds=time.monotonic() - began)
 
-    def _side_by_side(self, left: list[Point]) -> dict[str, Ending]:
+    def _side_by_side(self, left: list[SweepPoint]) -> dict[str, JobResult]:
         """Run what points share, then the points, several at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tell(f"logs: {self.folder.absolute()}")
-        broken: dict[str, Ending] = {}
+        broken: dict[str, JobResult] = {}
         for level in shared_work(left):
             broken |= self._make_shared(level)
         able, found = [], {}
@@ -148,16 +153,16 @@ class _Multirun:
                 continue
             error = f"what it shares with other points failed: {cause.reason}"
             note_failure(self.records, self.name, point, error, cause.log)
-            found[point.key] = Ending(error=error, seconds=0.0, log=cause.log)
+            found[point.key] = JobResult(error=error, seconds=0.0, log=cause.log)
         return found | self._batch(able, recorded=True)
 
-    def _make_shared(self, level: list[Point]) -> dict[str, Ending]:
+    def _make_shared(self, level: list[SweepPoint]) -> dict[str, JobResult]:
         """Make what points share; return what could not be made, by key.
 
         What was killed is started again, a few times, and goes on from its checkpoint: no point
         could run without it.
         """
-        broken: dict[str, Ending] = {}
+        broken: dict[str, JobResult] = {}
         starts = 0
         while level:
             starts += 1
@@ -171,10 +176,10 @@ class _Multirun:
                     broken[key] = one
         return broken
 
-    def _batch(self, points: list[Point], recorded: bool) -> dict[str, Ending]:
+    def _batch(self, points: list[SweepPoint], recorded: bool) -> dict[str, JobResult]:
         """Run points, `n_jobs` at a time."""
         waiting, running = list(points), list[PointProcess]()
-        endings: dict[str, Ending] = {}
+        endings: dict[str, JobResult] = {}
         width = self._width(points)
         try:
             while waiting or running:
@@ -199,7 +204,7 @@ class _Multirun:
             raise
         return endings
 
-    def _width(self, points: list[Point]) -> int:
+    def _width(self, points: list[SweepPoint]) -> int:
         """Return how many of these points run at the same time, and say why if they are fewer."""
         width = max(1, min(self.n_jobs, len(points)))
         if not self.devices.names:
@@ -210,7 +215,9 @@ class _Multirun:
             self.tell(f"{count}: at most {fitting} of the {width} points run at the same time")
         return min(width, fitting)
 
-    def _start(self, point: Point, recorded: bool, width: int, devices: list[str]) -> PointProcess:
+    def _start(
+        self, point: SweepPoint, recorded: bool, width: int, devices: list[str]
+    ) -> PointProcess:
         processes = point.config.distributed.processes
         threads = point.config.distributed.threads or max(1, cores() // (width * processes))
         section = replace(point.config.distributed, threads=threads)
@@ -221,7 +228,7 @@ class _Multirun:
         self.tell(f"{point.steps[-1].stage} {point.key} runs{where}: {what}")
         return started
 
-    def _ended(self, point: Point, ending: Ending, recorded: bool) -> None:
+    def _ended(self, point: SweepPoint, ending: JobResult, recorded: bool) -> None:
         what = f"{point.steps[-1].stage} {point.key}"
         if ending.error is None:
             objective = "" if ending.objective is None else f", objective {ending.objective:.4g}"
@@ -231,7 +238,7 @@ class _Multirun:
         if recorded:
             note_failure(self.records, self.name, point, ending.error, ending.log)
 
-    def _words(self, point: Point, recorded: bool) -> str:
+    def _words(self, point: SweepPoint, recorded: bool) -> str:
         return self.names[point.key] if recorded else "shared by the points"
 
     def tell(self, text: str) -> None:
@@ -254,7 +261,7 @@ TAIL = 15
 
 
 @dataclass(frozen=True)
-class Work:
+class PointWork:
     """What the process does, as JSON values.
 
     Attributes:
@@ -285,7 +292,7 @@ class PointProcess:
 
     def __init__(
         self,
-        point: Point,
+        point: SweepPoint,
         folder: Path,
         recorded: bool,
         threads: int,
@@ -297,11 +304,11 @@ class PointProcess:
         self._result.unlink(missing_ok=True)
         self._began = time.monotonic()
         order = folder / f".{point.key}.work.json"
-        work = Work(to_dict(point.config), point.overrides, recorded, str(self._result))
+        work = PointWork(to_dict(point.config), point.overrides, recorded, str(self._result))
         write_json_atomic(order, asdict(work))
         # Libraries that start threads of their own see these; torch is told by the config.
         environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-        environment |= only(self.devices)
+        environment |= cuda_visible_devices(self.devices)
         # The code that runs here, whatever is installed or lies in the current folder.
         given = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
         environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *given])
@@ -319,7 +326,7 @@ class PointProcess:
                 start_new_session=True,
             )
 
-    def ending(self) -> Ending | None:
+    def ending(self) -> JobResult | None:
         """Return how it has ended; `None` while it runs."""
         code = self._process.poll()
         if code is None:
@@ -331,9 +338,9 @@ class PointProcess:
             found = json.loads(self._result.read_text(encoding="utf-8"))
         except FileNotFoundError:
             error = f"{tail(self.log)}\n{_how(code)}".strip()
-            return Ending(None, error, seconds, self.log, killed=code < 0)
+            return JobResult(None, error, seconds, self.log, killed=code < 0)
         self._result.unlink()
-        return Ending(found.get("objective"), found.get("error"), seconds, self.log)
+        return JobResult(found.get("objective"), found.get("error"), seconds, self.log)
 
     def interrupt(self) -> None:
         """Ask it to save and leave, as Ctrl-C does; a second time, to leave at once."""
@@ -385,7 +392,7 @@ class Devices:
         """Return those of this process."""
         return cls(visible_devices())
 
-    def problem(self, points: Sequence[Point]) -> Problem | None:
+    def problem(self, points: Sequence[SweepPoint]) -> Problem | None:
         """Return what is wrong if a point needs more GPUs than there are."""
         most = max(point.config.distributed.processes for point in points)
         if not self.names or most <= len(self.names):

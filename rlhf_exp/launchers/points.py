@@ -16,17 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_exp.config.checks_sweep import place_of
-from rlhf_exp.config.experiment import Config, Stage
+from rlhf_exp.config.experiment import Config, StageName
 from rlhf_exp.config.problems import refuse
 from rlhf_exp.config.study import StudyConfig
 from rlhf_exp.errors import JobsFailed, UserError
 from rlhf_exp.pipeline.hub import pinned
-from rlhf_exp.pipeline.plan import State, Step, plan, refuse_changed
+from rlhf_exp.pipeline.plan import Step, StepState, plan, refuse_changed
 from rlhf_exp.store.run_records import Records, RunRecord, Status
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One job of a multirun: an experiment, or a worker of a study.
 
     Attributes:
@@ -59,15 +59,15 @@ class Point:
             seed=self.config.seed,
         )
 
-    def brought_to(self, stage: str) -> Point:
+    def brought_to(self, stage: str) -> SweepPoint:
         """Return the point that stops after one of its stages."""
         names = [step.stage for step in self.steps]
         steps = self.steps[: names.index(stage) + 1]
-        config = replace(self.config, stage=Stage[stage], study=StudyConfig())
+        config = replace(self.config, stage=StageName[stage], study=StudyConfig())
         return replace(self, config=config, steps=steps)
 
 
-def point_of(overrides: Sequence[str], config: Config) -> Point:
+def point_of(overrides: Sequence[str], config: Config) -> SweepPoint:
     """Return the point of a job.
 
     Args:
@@ -82,14 +82,14 @@ def point_of(overrides: Sequence[str], config: Config) -> Point:
         steps = plan(settled)
     else:
         # What trials start from; the values that they try are not known yet.
-        begin = replace(settled, study=StudyConfig(), stage=Stage.ppo)
+        begin = replace(settled, study=StudyConfig(), stage=StageName.ppo)
         steps = [step for step in plan(begin) if step.stage != "ppo"]
-        steps.append(Step("study", f"worker-{settled.study.worker}", State.run))
+        steps.append(Step("study", f"worker-{settled.study.worker}", StepState.run))
     refuse_changed(steps)
-    return Point(tuple(overrides), settled, tuple(steps))
+    return SweepPoint(tuple(overrides), settled, tuple(steps))
 
 
-def points_of(jobs: Sequence[tuple[list[str], Config]]) -> list[Point]:
+def points_of(jobs: Sequence[tuple[list[str], Config]]) -> list[SweepPoint]:
     """Return the point of each job with its plan; several may have one key.
 
     Args:
@@ -99,7 +99,7 @@ def points_of(jobs: Sequence[tuple[list[str], Config]]) -> list[Point]:
         UserError: What is wrong with any of them: a file that is missing, a result that other code
             has made.
     """
-    found: list[Point] = []
+    found: list[SweepPoint] = []
     wrong: dict[str, list[int]] = {}
     for index, (overrides, config) in enumerate(jobs):
         try:
@@ -113,15 +113,15 @@ def points_of(jobs: Sequence[tuple[list[str], Config]]) -> list[Point]:
     return found
 
 
-def distinct(points: Sequence[Point]) -> list[Point]:
+def distinct(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     """Return the points without those whose key an earlier one has: they have one result."""
-    found: dict[str, Point] = {}
+    found: dict[str, SweepPoint] = {}
     for point in points:
         found.setdefault(point.key, point)
     return list(found.values())
 
 
-def shared_work(points: Sequence[Point]) -> list[list[Point]]:
+def shared_work(points: Sequence[SweepPoint]) -> list[list[SweepPoint]]:
     """Return what several points need and nobody has made, as points that stop there.
 
     A job that found another one at work would wait for it with all its GPUs idle. So these come
@@ -129,7 +129,7 @@ def shared_work(points: Sequence[Point]) -> list[list[Point]]:
     """
     needed = Counter(key for point in points for key in _work(point))
     # The stages of a point that others need too, in order.
-    chains: dict[tuple[tuple[str, str], ...], Point] = {}
+    chains: dict[tuple[tuple[str, str], ...], SweepPoint] = {}
     for point in points:
         shared = tuple(key for key in _work(point)[:-1] if needed[key] > 1)
         if shared:
@@ -138,22 +138,22 @@ def shared_work(points: Sequence[Point]) -> list[list[Point]]:
     if all(count == 1 for count in met.values()):
         alone = [point.brought_to(keys[-1][0]) for keys, point in chains.items()]
         return [alone] if alone else []
-    levels: dict[str, dict[str, Point]] = {}
+    levels: dict[str, dict[str, SweepPoint]] = {}
     for keys, point in chains.items():
         for stage, key in keys:
             levels.setdefault(stage, {}).setdefault(key, point.brought_to(stage))
-    order = [stage.value for stage in Stage]
+    order = [stage.value for stage in StageName]
     return [list(levels[stage].values()) for stage in sorted(levels, key=order.index)]
 
 
-def _work(point: Point) -> list[tuple[str, str]]:
+def _work(point: SweepPoint) -> list[tuple[str, str]]:
     """Return stage and key of each step that would run; of the last one in any case."""
     last = point.steps[-1]
     return [(step.stage, step.key) for step in point.steps if step.needs_work or step is last]
 
 
 @dataclass(frozen=True)
-class Ending:
+class JobResult:
     """How a point has ended.
 
     Attributes:
@@ -184,7 +184,7 @@ class Ending:
         return lines[-1] if lines else ""
 
 
-def done_before(points: Sequence[Point], records: Records, name: str) -> dict[str, RunRecord]:
+def done_before(points: Sequence[SweepPoint], records: Records, name: str) -> dict[str, RunRecord]:
     """Return the records, by final key, of points with nothing left to do."""
     found = {record.key: record for record in records.sweep(name)}
     return {
@@ -198,7 +198,7 @@ def done_before(points: Sequence[Point], records: Records, name: str) -> dict[st
 
 
 def note_failure(
-    records: Records, name: str, point: Point, error: str, log: Path | None = None
+    records: Records, name: str, point: SweepPoint, error: str, log: Path | None = None
 ) -> None:
     """Let a point's record say that it failed: one that was killed could not do so itself."""
     if point.is_worker:
@@ -210,7 +210,7 @@ def note_failure(
     records.write(replace(record, log=None if log is None else str(log)))
 
 
-def varied(points: Sequence[Point]) -> dict[str, str]:
+def varied(points: Sequence[SweepPoint]) -> dict[str, str]:
     """Return the overrides in which each point differs from the others, by final key."""
     common = set.intersection(*(set(point.overrides) for point in points))
     return {
@@ -219,7 +219,7 @@ def varied(points: Sequence[Point]) -> dict[str, str]:
     }
 
 
-def show(points: Sequence[Point], endings: Mapping[str, Ending], console: Console) -> None:
+def show(points: Sequence[SweepPoint], endings: Mapping[str, JobResult], console: Console) -> None:
     """Print how each point has ended."""
     table = Table("point", "state", "key", "objective", "time", box=None, pad_edge=False)
     names = varied(points)
@@ -233,7 +233,7 @@ def show(points: Sequence[Point], endings: Mapping[str, Ending], console: Consol
     console.print(table)
 
 
-def failure_of(points: Sequence[Point], endings: Mapping[str, Ending]) -> JobsFailed | None:
+def failure_of(points: Sequence[SweepPoint], endings: Mapping[str, JobResult]) -> JobsFailed | None:
     """Return the error that a multirun ends with, if a point has failed."""
     names = varied(points)
     failed = {key: ending for key, ending in endings.items() if ending.error is not None}

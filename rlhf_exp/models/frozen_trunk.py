@@ -81,7 +81,7 @@ class Branch:
             setattr(self._lower, parts.norm_name, nn.Identity())
         top = base if count == 1 else _slice(own, slice(count - 1, count))
         setattr(top, parts.norm_name, own.norm)
-        self._top = TopBlock(top)
+        self._top = LastBlock(top)
 
     @property
     def module(self) -> PreTrainedModel:
@@ -203,7 +203,7 @@ def _slice(parts: DecoderParts, which: slice) -> PreTrainedModel:
     return base
 
 
-class TopBlock:
+class LastBlock:
     """One block and the final norm, at chosen positions.
 
     Not an `nn.Module`: its parameters belong to the model that it is a slice of.

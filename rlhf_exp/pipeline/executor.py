@@ -29,15 +29,21 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from rlhf_exp.config.compose import to_dict
-from rlhf_exp.config.experiment import Config, Strategy
+from rlhf_exp.config.experiment import Config, StrategyName
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.stage_graph import module_of
 from rlhf_exp.processes import leader
-from rlhf_exp.processes.environment import Place, find_place, leads, leave, threads_each
+from rlhf_exp.processes.environment import (
+    LaunchEnvironment,
+    find_launch_environment,
+    leads,
+    leave,
+    threads_each,
+)
 from rlhf_exp.processes.failures import USER, code_of
 from rlhf_exp.processes.leader import Workers
 from rlhf_exp.processes.worker import Member
-from rlhf_exp.search.pruning import Judge, Trial
+from rlhf_exp.search.pruning import PruningCallback, Trial
 from rlhf_exp.stages.context import StageResult
 from rlhf_exp.store.fingerprint import key_of
 from rlhf_exp.store.lease import Claim
@@ -46,15 +52,15 @@ from rlhf_exp.tracking.create import get_ready
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from rlhf_exp.stages.context import Materials
+    from rlhf_exp.stages.context import DataModule
 
 Check = Callable[[], None]
 
 
-class Crew(Protocol):
+class StageExecutor(Protocol):
     """Who does the stages, seen from the process that leads."""
 
-    def run(self, order: Order, check: Check) -> StageResult:
+    def run(self, order: StageJob, check: Check) -> StageResult:
         """Do a stage.
 
         Args:
@@ -71,7 +77,7 @@ class Crew(Protocol):
         """
 
 
-def crew_for(config: Config, place: Place | None) -> Crew:
+def executor_for(config: Config, place: LaunchEnvironment | None) -> StageExecutor:
     """Return who does the stages.
 
     Args:
@@ -81,19 +87,19 @@ def crew_for(config: Config, place: Place | None) -> Crew:
     Raises:
         UserError: There are other processes than the config asks for.
     """
-    if config.distributed.strategy is Strategy.single:
-        return Single(config)
-    return Started(config) if place is None else Joined(config, place)
+    if config.distributed.strategy is StrategyName.single:
+        return InProcessExecutor(config)
+    return WorkersExecutor(config) if place is None else JoinedExecutor(config, place)
 
 
-def settled_place(config: Config) -> Place | None:
+def settled_place(config: Config) -> LaunchEnvironment | None:
     """Return where this process stands among others, after a look at what the config asks for.
 
     Raises:
         UserError: There are other processes than the config asks for.
         SystemExit: The same, and rank 0 says so.
     """
-    place = find_place()
+    place = find_launch_environment()
     asked = config.distributed.processes
     if place is None:
         return None
@@ -104,21 +110,21 @@ def settled_place(config: Config) -> Place | None:
             f"distributed.processes={asked}, but {place.starter} has started {place.processes}; "
             f"start {asked}, or set distributed.processes={place.processes}"
         )
-    if config.distributed.strategy is Strategy.single:
+    if config.distributed.strategy is StrategyName.single:
         leave()
         return None
     return place
 
 
-def follow(config: Config, place: Place) -> float | None:
+def follow(config: Config, place: LaunchEnvironment) -> float | None:
     """Do what rank 0 says until the experiment is over; return its objective.
 
     Raises:
         SystemExit: It failed, or was stopped; rank 0 tells the user.
     """
-    hush()
+    silence_console()
     member, store = leader.member(place)
-    hand = Hand(with_threads(config, place.local_processes))
+    hand = StageRunner(with_threads(config, place.local_processes))
 
     def work(values: dict[str, Any]) -> dict[str, Any]:
         if values["config"] != digest_of(config):
@@ -131,21 +137,21 @@ def follow(config: Config, place: Place) -> float | None:
     return objective
 
 
-class Single:
+class InProcessExecutor:
     """This process, by itself."""
 
     def __init__(self, config: Config) -> None:
-        self.hand = Hand(config)
+        self.hand = StageRunner(config)
 
-    def run(self, order: Order, check: Check) -> StageResult:
-        """See `Crew`."""
+    def run(self, order: StageJob, check: Check) -> StageResult:
+        """See `StageExecutor`."""
         return self.hand.do(order, polite_interrupts, check)
 
     def end(self, error: BaseException | None, objective: float | None = None) -> None:
         """Nobody to tell."""
 
 
-class Started:
+class WorkersExecutor:
     """Workers on this machine, started for the first stage that needs them."""
 
     def __init__(self, config: Config) -> None:
@@ -153,26 +159,26 @@ class Started:
         settled = with_threads(config, processes)
         self.workers = Workers(processes, settled.distributed.threads or 1, _work, settled)
 
-    def run(self, order: Order, check: Check) -> StageResult:
-        """See `Crew`."""
+    def run(self, order: StageJob, check: Check) -> StageResult:
+        """See `StageExecutor`."""
         with unwinding(), polite_interrupts(lambda: self.workers.saving) as asked:
             return StageResult(**self.workers.run(asdict(order), asked))
 
     def end(self, error: BaseException | None, objective: float | None = None) -> None:
-        """See `Crew`."""
+        """See `StageExecutor`."""
         self.workers.end(code_of(error))
 
 
-class Joined:
+class JoinedExecutor:
     """This process, rank 0, and all others that were started with it."""
 
-    def __init__(self, config: Config, place: Place) -> None:
+    def __init__(self, config: Config, place: LaunchEnvironment) -> None:
         self.config = config
         self.leader = leader.leader(place)
-        self.hand = Hand(with_threads(config, place.local_processes))
+        self.hand = StageRunner(with_threads(config, place.local_processes))
 
-    def run(self, order: Order, check: Check) -> StageResult:
-        """See `Crew`."""
+    def run(self, order: StageJob, check: Check) -> StageResult:
+        """See `StageExecutor`."""
 
         def work(_: object) -> dict[str, Any]:
             return asdict(self.hand.do(order, polite_interrupts, check))
@@ -181,15 +187,15 @@ class Joined:
         return StageResult(**self.leader.run(words, work))
 
     def end(self, error: BaseException | None, objective: float | None = None) -> None:
-        """See `Crew`."""
+        """See `StageExecutor`."""
         self.leader.end(error, objective=objective)
 
 
 def _work(config: Config, member: Member, store: Store) -> None:
     """What a started worker runs."""
     if member.place.rank:
-        hush()
-    hand = Hand(config)
+        silence_console()
+    hand = StageRunner(config)
     member.serve(store, lambda values: hand.answer(values, member.saving))
 
 
@@ -204,7 +210,7 @@ def digest_of(config: Config) -> str:
     return key_of(to_dict(config))
 
 
-def hush() -> None:
+def silence_console() -> None:
     """Leave the console to rank 0; errors reach it through the line to the leader."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -218,7 +224,7 @@ Interrupts = Callable[[], AbstractContextManager[Callable[[], bool]]]
 
 
 @dataclass(frozen=True)
-class Order:
+class StageJob:
     """What a process needs to take part in a stage, beside the config.
 
     Attributes:
@@ -246,7 +252,7 @@ class Order:
     trial: Trial | None = None
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Order:
+    def from_json(cls, values: dict[str, Any]) -> StageJob:
         """Return the order that `asdict` made JSON values of."""
         claim, trial = values["claim"], values["trial"]
         given = {
@@ -256,7 +262,7 @@ class Order:
         return cls(**values | given)
 
 
-class Hand:
+class StageRunner:
     """Does one stage after another in this process, with the data loaded once.
 
     Args:
@@ -267,14 +273,14 @@ class Hand:
         self.config = config
 
     @cached_property
-    def materials(self) -> Materials:
+    def materials(self) -> DataModule:
         """The data; late, for a run that finds everything done must not load torch."""
-        from rlhf_exp.stages.context import Materials
+        from rlhf_exp.stages.context import DataModule
 
-        return Materials(self.config.data)
+        return DataModule(self.config.data)
 
     def do(
-        self, order: Order, interrupts: Interrupts, check: Callable[[], None] | None = None
+        self, order: StageJob, interrupts: Interrupts, check: Callable[[], None] | None = None
     ) -> StageResult:
         """Run the stage.
 
@@ -286,7 +292,7 @@ class Hand:
         if leads() and not order.probe:
             get_ready(self.config.tracking.mode.value)
         from rlhf_exp.stages.context import StageContext
-        from rlhf_exp.training.memory import Probed, Recorder
+        from rlhf_exp.training.memory import ProbeFinished, Recorder
 
         # By name and late: a plan must not load torch.
         stage = importlib.import_module(f"rlhf_exp.stages.{module_of(self.config, order.stage)}")
@@ -302,17 +308,17 @@ class Hand:
             before_write=check or (order.claim.check if order.claim else _allowed),
             polite_interrupts=_at_once if order.probe else interrupts,
             probe=Recorder() if order.probe else None,
-            given_up=Judge(order.trial, Path(order.folder)) if order.trial else None,
+            given_up=PruningCallback(order.trial, Path(order.folder)) if order.trial else None,
         )
         try:
             result: StageResult = stage.run(self.config, context)
-        except Probed as end:
+        except ProbeFinished as end:
             return StageResult({}, measured=end.measured)
         return result
 
     def answer(self, values: dict[str, Any], interrupts: Interrupts) -> dict[str, Any]:
         """Run the stage of an order that came as JSON values; return its result as such."""
-        return asdict(self.do(Order.from_json(values), interrupts))
+        return asdict(self.do(StageJob.from_json(values), interrupts))
 
 
 @contextmanager

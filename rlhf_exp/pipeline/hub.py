@@ -20,10 +20,10 @@ from rlhf_exp.config.evaluation import (
     parts_of,
     scores_toxicity,
 )
-from rlhf_exp.config.experiment import Config, Source
+from rlhf_exp.config.experiment import Config, DataSource
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.keys import MODEL_FILES
-from rlhf_exp.pipeline.plan import State, Step
+from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.store.atomic_files import write_json_atomic
 
 PINS = "pins.json"
@@ -76,13 +76,13 @@ def needs(config: Config, steps: Iterable[Step]) -> list[Need]:
     model, data = config.model, config.data
     if model.path is not None and not Path(model.path).exists():
         found.append(Need("model.path", MODEL, model.path, model.revision))
-    if data.source is Source.hub and data.path is not None and not Path(data.path).exists():
+    if data.source is DataSource.hub and data.path is not None and not Path(data.path).exists():
         found.append(Need("data.path", DATASET, data.path, data.revision))
     judge = config.eval.judge
     for step in steps:
         if step.stage == "eval" and judge.model is not None and not Path(judge.model).exists():
             found.append(Need("eval.judge.model", MODEL, judge.model, judge.revision))
-        given = step.model if step.state is State.given else None
+        given = step.model if step.state is StepState.given else None
         if given is not None and not Path(given).exists():
             found.append(Need(f"{step.stage}.use", MODEL, given, None))
         for role, extra in step.extra.items():
@@ -114,7 +114,7 @@ def pinned(config: Config) -> Config:
     if model.path is not None and model.revision is None:
         pin = pins.get(Need("model.path", MODEL, model.path, None))
         model = replace(model, revision=None if pin is None else pin.commit)
-    if data.source is Source.hub and data.path is not None and data.revision is None:
+    if data.source is DataSource.hub and data.path is not None and data.revision is None:
         pin = pins.get(Need("data.path", DATASET, data.path, None))
         data = replace(data, revision=None if pin is None else pin.commit)
     judge = config.eval.judge

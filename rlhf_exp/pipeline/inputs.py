@@ -43,7 +43,7 @@ MODEL = "model"
 
 
 @dataclass(frozen=True)
-class Given:
+class ResolvedModel:
     """A model that is there already.
 
     Attributes:
@@ -57,7 +57,7 @@ class Given:
     artifact: Artifact | None = None
 
 
-class Finder:
+class ModelResolver:
     """Finds given models.
 
     Args:
@@ -69,7 +69,7 @@ class Finder:
     def __init__(self, store: Store, records: Records, keys: Keys) -> None:
         self.store, self.records, self.keys = store, records, keys
 
-    def model(self, option: str, use: str, stages: Sequence[str]) -> Given:
+    def model(self, option: str, use: str, stages: Sequence[str]) -> ResolvedModel:
         """Return the model that a config value means.
 
         Args:
@@ -85,16 +85,16 @@ class Finder:
             found = Artifact(folder, Manifest.read(folder))
             if not (folder / MODEL).is_dir():
                 raise UserError(f"{option}: {found.stage} {found.key} has no model")
-            return Given(found.key, str(folder / MODEL), found)
+            return ResolvedModel(found.key, str(folder / MODEL), found)
         if folder.is_dir():
-            return Given(self.keys.given(use), use)
+            return ResolvedModel(self.keys.given(use), use)
         try:
             artifact = self.artifact(option, use, stages)
         except UserError as error:
             if isinstance(error, _NoRun) and use.count("/") == 1 and use[0] not in "./~":
-                return Given(self.keys.given(use), use)
+                return ResolvedModel(self.keys.given(use), use)
             raise
-        return Given(artifact.key, str(artifact.path / MODEL), artifact)
+        return ResolvedModel(artifact.key, str(artifact.path / MODEL), artifact)
 
     def artifact(self, option: str, run: str, stages: Sequence[str]) -> Artifact:
         """Return what a run, or a store key, has of the first of `stages` that it has.
@@ -121,8 +121,8 @@ class _NoRun(UserError):
 
 
 def compared(
-    section: EvalConfig, finder: Finder, judge: tuple[str, Artifact | None] | None
-) -> dict[str, Given]:
+    section: EvalConfig, finder: ModelResolver, judge: tuple[str, Artifact | None] | None
+) -> dict[str, ResolvedModel]:
     """Return the models of an evaluation that no step makes, or the samples in their place.
 
     Args:
@@ -145,21 +145,23 @@ def compared(
     return found
 
 
-def _samples(run: str, finder: Finder) -> Given:
+def _samples(run: str, finder: ModelResolver) -> ResolvedModel:
     option = f"eval.samples={run}"
     path = Path(run)
     if path.is_file():
-        return Given(finder.keys.given_file(path), run)
+        return ResolvedModel(finder.keys.given_file(path), run)
     artifact = finder.artifact(option, run, ("eval",))
     if not (artifact.path / SAMPLES_FILE).is_file():
         raise UserError(
             f"{option}: {artifact.stage} {artifact.key} kept no {SAMPLES_FILE}; evaluate it "
             "again (stage=eval rerun=[eval])"
         )
-    return Given(artifact.key, str(artifact.path / SAMPLES_FILE), artifact)
+    return ResolvedModel(artifact.key, str(artifact.path / SAMPLES_FILE), artifact)
 
 
-def _referee(wanted: str, finder: Finder, judge: tuple[str, Artifact | None] | None) -> Given:
+def _referee(
+    wanted: str, finder: ModelResolver, judge: tuple[str, Artifact | None] | None
+) -> ResolvedModel:
     option = f"eval.reward_quality.referee={wanted}"
     found = finder.model(option, wanted, ("reward",))
     if judge is not None and _same(found, *judge):
@@ -171,7 +173,7 @@ def _referee(wanted: str, finder: Finder, judge: tuple[str, Artifact | None] | N
     return found
 
 
-def _same(found: Given, key: str, artifact: Artifact | None) -> bool:
+def _same(found: ResolvedModel, key: str, artifact: Artifact | None) -> bool:
     """Whether a given model is the one of a key, or has the weights of its artifact."""
     if found.key == key or found.artifact is None or artifact is None:
         return found.key == key
@@ -184,7 +186,9 @@ CHECKPOINTS = "checkpoints"
 _ITS_OWN = ("ppo.steps", "ppo.continue_from")
 
 
-def continued(config: Config, keys: Keys, finder: Finder, parents: Mapping[str, str]) -> Given:
+def continued(
+    config: Config, keys: Keys, finder: ModelResolver, parents: Mapping[str, str]
+) -> ResolvedModel:
     """Return the run that PPO is to go on from.
 
     Args:
@@ -220,7 +224,7 @@ def continued(config: Config, keys: Keys, finder: Finder, parents: Mapping[str, 
             f"{option}: that run has ppo.steps={before.ppo.steps}, and ppo.steps="
             f"{config.ppo.steps} is the number of all steps, those included; give more"
         )
-    return Given(found.key, str(found.path), found)
+    return ResolvedModel(found.key, str(found.path), found)
 
 
 def check_state(config: Config, parent: Artifact, stale: Sequence[str]) -> None:
@@ -292,7 +296,7 @@ NOTE = ".started.json"
 
 
 @dataclass(frozen=True)
-class Begun:
+class StartedNote:
     """The note.
 
     Attributes:

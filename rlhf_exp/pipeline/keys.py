@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.config.evaluation import PREFERENCE, PROFANITY, ROLES, TOXICITY, ScorerKind, parts_of
-from rlhf_exp.config.experiment import Config, DataConfig, EngineName, ModelConfig, Source
+from rlhf_exp.config.experiment import Config, DataConfig, DataSource, EngineName, ModelConfig
 from rlhf_exp.config.fields import key_content
 from rlhf_exp.config.training import CONTINUED
 from rlhf_exp.store.fingerprint import DigestCache, key_of
@@ -183,12 +183,12 @@ class Keys:
     def _data(self, section: DataConfig, stage: str) -> dict[str, Any]:
         """Return what of the data counts for a stage: only the files that it reads."""
         content: dict[str, Any] = {"source": section.source.name, "format": section.format.name}
-        if section.source == Source.toy:
+        if section.source == DataSource.toy:
             return content | {"toy": key_content(section.toy)}
         whole = key_content(section)
         for name in ("validation_fraction", "test_fraction", "limit", "path", "revision"):
             content[name] = whole[name]
-        if section.source == Source.jsonl:
+        if section.source == DataSource.jsonl:
             files = {
                 "preferences": section.preferences,
                 "test": section.test,

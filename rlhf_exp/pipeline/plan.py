@@ -8,13 +8,13 @@ from enum import StrEnum
 from pathlib import Path
 
 from rlhf_exp.config.evaluation import REFEREE, SAMPLES
-from rlhf_exp.config.experiment import Cache, Config
+from rlhf_exp.config.experiment import CachePolicy, Config
 from rlhf_exp.config.training import CONTINUED, RewardInit
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.inputs import (
-    Begun,
-    Finder,
-    Given,
+    ModelResolver,
+    ResolvedModel,
+    StartedNote,
     check_state,
     compared,
     continued,
@@ -35,7 +35,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 NOT_COMPUTING = ("rlhf_exp/config/", "rlhf_exp/tracking/", "rlhf_exp/store/", "rlhf_exp/errors.py")
 
 
-class State(StrEnum):
+class StepState(StrEnum):
     """What happens to a step."""
 
     given = "given"
@@ -66,7 +66,7 @@ class Step:
 
     stage: str
     key: str
-    state: State
+    state: StepState
     parents: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
@@ -74,12 +74,12 @@ class Step:
     model: str | None = None
     files: tuple[str, ...] = ()
     redo: bool = False
-    extra: dict[str, Given] = field(default_factory=dict)
+    extra: dict[str, ResolvedModel] = field(default_factory=dict)
 
     @property
     def needs_work(self) -> bool:
         """Whether it would run."""
-        return self.state in (State.run, State.resume)
+        return self.state in (StepState.run, StepState.resume)
 
 
 def store_of(config: Config) -> Store:
@@ -103,7 +103,7 @@ def refuse_changed(steps: list[Step]) -> None:
     Raises:
         UserError: Naming the files and the ways on.
     """
-    stale = [step for step in steps if step.state == State.changed]
+    stale = [step for step in steps if step.state == StepState.changed]
     if not stale:
         return
     lines = [f"\n  {step.stage} {step.key}: {', '.join(step.files)}" for step in stale]
@@ -120,7 +120,7 @@ class _Planner:
         self.store = store_of(config)
         self.cache = Path(config.output_dir) / "cache"
         self.keys = Keys(config, DigestCache(self.cache / "digests.json"))
-        self.finder = Finder(self.store, records_of(config), self.keys)
+        self.finder = ModelResolver(self.store, records_of(config), self.keys)
         self.done: dict[str, Step] = {}
 
     def steps(self) -> list[Step]:
@@ -140,14 +140,16 @@ class _Planner:
         artifact = self.store.lookup(stage, key)
         redo = stage in self.config.rerun or any(self.done[role].redo for role in parents)
         parents |= {role: found.key for role, found in extra.items()}
-        step = Step(stage, key, State.run, parents, inputs, code, artifact, redo=redo, extra=extra)
+        step = Step(
+            stage, key, StepState.run, parents, inputs, code, artifact, redo=redo, extra=extra
+        )
         if artifact is None or redo:
             if CONTINUED in extra:
                 self._check_continued(step)
             return self._begun(step)
         files = stale_files(artifact.manifest.code, artifact.manifest.inputs, step)
-        stops = files and self.config.cache == Cache.strict
-        return replace(step, state=State.changed if stops else State.cached, files=files)
+        stops = files and self.config.cache == CachePolicy.strict
+        return replace(step, state=StepState.changed if stops else StepState.cached, files=files)
 
     def _check_continued(self, step: Step) -> None:
         """Raise where the run that a step is to go on from cannot be gone on from."""
@@ -155,7 +157,7 @@ class _Planner:
         assert parent is not None, "a finished run is in the store"
         inputs = {role: one for role, one in parent.manifest.inputs.items() if role != CONTINUED}
         stale = list(stale_files(parent.manifest.code, inputs, step))
-        stale = stale if self.config.cache == Cache.strict else []
+        stale = stale if self.config.cache == CachePolicy.strict else []
         redone = [role for role in step.parents if role in self.done and self.done[role].redo]
         check_state(self.config, parent, [*stale, *(f"{role} (made again)" for role in redone)])
 
@@ -166,10 +168,10 @@ class _Planner:
     def _begun(self, step: Step) -> Step:
         """Return a step that is to be worked on, with what its staging folder says."""
         folder = self.store.unfinished(step.stage, step.key)
-        begun = Begun.read(folder)
+        begun = StartedNote.read(folder)
         if begun is None:
             # Without the note there is only a publication that was cut off, if anything.
-            return replace(step, state=State.run if folder is None else State.resume)
+            return replace(step, state=StepState.run if folder is None else StepState.resume)
         trained = self.done.keys() & step.parents.keys()
         anew = any(self.done[role].redo and not self._stays(role) for role in trained)
         if anew or not begun.continues(step.artifact, step.inputs):
@@ -177,10 +179,10 @@ class _Planner:
         files = tuple(changed(begun.code, step.code))
         if files and step.stage in self.config.rerun:
             return step
-        stops = files and self.config.cache == Cache.strict
-        return replace(step, state=State.changed if stops else State.resume, files=files)
+        stops = files and self.config.cache == CachePolicy.strict
+        return replace(step, state=StepState.changed if stops else StepState.resume, files=files)
 
-    def _key(self, stage: str, parents: dict[str, str], extra: dict[str, Given]) -> str:
+    def _key(self, stage: str, parents: dict[str, str], extra: dict[str, ResolvedModel]) -> str:
         if stage == "sft":
             return self.keys.sft()
         if stage == "ppo":
@@ -194,12 +196,12 @@ class _Planner:
         referee = extra.get(REFEREE)
         return self.keys.eval(parents, models, None if referee is None else referee.key)
 
-    def _extra(self, stage: str, parents: dict[str, str]) -> dict[str, Given]:
+    def _extra(self, stage: str, parents: dict[str, str]) -> dict[str, ResolvedModel]:
         if stage == "ppo" and self.config.ppo.continue_from is not None:
             return {CONTINUED: continued(self.config, self.keys, self.finder, parents)}
         return self._compared() if stage == "eval" else {}
 
-    def _compared(self) -> dict[str, Given]:
+    def _compared(self) -> dict[str, ResolvedModel]:
         judge = self.done.get("reward")
         found = None if judge is None else (judge.key, judge.artifact)
         return compared(self.config.eval, self.finder, found)
@@ -216,7 +218,7 @@ class _Planner:
     def _given(self, stage: str, use: str) -> Step:
         """Return the step of a stage whose result is given."""
         found = self.finder.model(f"{stage}.use={use}", use, (stage,))
-        return Step(stage, found.key, State.given, model=found.model, artifact=found.artifact)
+        return Step(stage, found.key, StepState.given, model=found.model, artifact=found.artifact)
 
 
 def stale_files(code: Mapping[str, str], inputs: Mapping[str, str], step: Step) -> tuple[str, ...]:

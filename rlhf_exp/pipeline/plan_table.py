@@ -9,7 +9,7 @@ from typing import Literal
 
 from rich.table import Table
 
-from rlhf_exp.config.experiment import Config, Dtype, ModelConfig, Strategy
+from rlhf_exp.config.experiment import Config, Dtype, ModelConfig, StrategyName
 from rlhf_exp.config.training import CONTINUED, RewardInit, TrainingConfig
 from rlhf_exp.models.architecture import Architecture, count_lora, count_parameters
 from rlhf_exp.models.memory_estimate import (
@@ -22,18 +22,18 @@ from rlhf_exp.models.memory_estimate import (
     estimate_memory,
     reward_bytes,
 )
-from rlhf_exp.pipeline.plan import State, Step
+from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.pipeline.stage_graph import stages_of
 from rlhf_exp.stages.sft import shape_of
 
 GIB = 1 << 30
 _GPUS = (24, 40, 80)
 _COLOURS = {
-    State.given: "cyan",
-    State.cached: "green",
-    State.changed: "red",
-    State.resume: "yellow",
-    State.run: "bold",
+    StepState.given: "cyan",
+    StepState.cached: "green",
+    StepState.changed: "red",
+    StepState.resume: "yellow",
+    StepState.run: "bold",
 }
 
 
@@ -42,15 +42,15 @@ def plan_table(steps: list[Step]) -> Table:
     table = Table("stage", "key", "state", "what", box=None, pad_edge=False)
     for step in steps:
         what = ", ".join(step.files)
-        if step.state == State.given and step.model is not None:
+        if step.state == StepState.given and step.model is not None:
             what = step.model
         elif step.redo and step.artifact is not None:
             what = "again, replacing the result in the store"
-        elif step.state == State.cached and step.files:
+        elif step.state == StepState.cached and step.files:
             what = f"trusted although changed: {what}"
         elif step.needs_work and CONTINUED in step.extra:
             what = f"goes on from {step.extra[CONTINUED].key}"
-        elif step.artifact is not None and step.state == State.cached:
+        elif step.artifact is not None and step.state == StepState.cached:
             what = f"made {step.artifact.manifest.created[:16]}"
         colour = _COLOURS[step.state]
         table.add_row(step.stage, step.key, f"[{colour}]{step.state}[/]", what)
@@ -173,8 +173,8 @@ def _shares_trunk(config: Config) -> bool:
     """Whether the reward model has its trunk from the policy, as far as the config tells."""
     reward, ppo = config.reward, config.ppo
     strategy = config.distributed.strategy
-    spread = strategy in (Strategy.zero3, Strategy.fsdp)
-    deep = strategy in (Strategy.zero1, Strategy.zero2)
+    spread = strategy in (StrategyName.zero3, StrategyName.fsdp)
+    deep = strategy in (StrategyName.zero1, StrategyName.zero2)
     cast = deep and config.distributed.precision != config.model.dtype == Dtype.float32
     if spread or cast or ppo.gradient_checkpointing or reward.use or reward.init is RewardInit.base:
         return False
@@ -190,27 +190,27 @@ def _precision(config: Config) -> Precision:
     strategy = config.distributed.strategy
     frozen = 2 if config.model.dtype == Dtype.bfloat16 else 4
     half = Dtype.bfloat16 in (config.model.dtype, config.distributed.precision)
-    if strategy in (Strategy.zero1, Strategy.zero2, Strategy.zero3):
+    if strategy in (StrategyName.zero1, StrategyName.zero2, StrategyName.zero3):
         if half:
             return replace(HALF_WITH_MASTER, beside=frozen, exact=4 if frozen == 4 else 0)
         return replace(FLOAT32, optimizer=12)
-    gathered = 2 if half and strategy == Strategy.fsdp else 4
+    gathered = 2 if half and strategy == StrategyName.fsdp else 4
     return Precision(frozen, activation=2 if half else 4, gathered=gathered, beside=frozen)
 
 
 def _sharding(config: Config) -> Sharding:
     section = config.distributed
     strategy = section.strategy
-    whole = strategy in (Strategy.zero3, Strategy.fsdp)
-    deep = strategy in (Strategy.zero1, Strategy.zero2, Strategy.zero3)
+    whole = strategy in (StrategyName.zero3, StrategyName.fsdp)
+    deep = strategy in (StrategyName.zero1, StrategyName.zero2, StrategyName.zero3)
     return Sharding(
         section.processes,
         optimizer=whole or deep,
-        gradients=whole or strategy == Strategy.zero2,
+        gradients=whole or strategy == StrategyName.zero2,
         weights=whole,
-        blocks=strategy == Strategy.fsdp,
+        blocks=strategy == StrategyName.fsdp,
         bucket=deep,
-        keeps_gradients=strategy in (Strategy.ddp, Strategy.zero3),
+        keeps_gradients=strategy in (StrategyName.ddp, StrategyName.zero3),
         offload=section.offload,
     )
 

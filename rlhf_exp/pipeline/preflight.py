@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rlhf_exp.config.evaluation import TOXICITY, ScorerKind, needs_reward, parts_of, scores_toxicity
-from rlhf_exp.config.experiment import Config, Strategy
+from rlhf_exp.config.experiment import Config, StrategyName
 from rlhf_exp.config.training import TrainingConfig
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.plan import State, Step
-from rlhf_exp.processes.environment import find_place
+from rlhf_exp.pipeline.plan import Step, StepState
+from rlhf_exp.processes.environment import find_launch_environment
 
 
-def look_ahead(config: Config, steps: Iterable[Step]) -> None:
+def preflight(config: Config, steps: Iterable[Step]) -> None:
     """Raise for what PPO or the evaluation would not find after hours of training.
 
     Raises:
@@ -69,9 +69,9 @@ def _check_gpu(config: Config, number: int) -> None:
 
 def _here(config: Config) -> int:
     """Return how many processes train on this machine, which is the main one's."""
-    if config.distributed.strategy is Strategy.single:
+    if config.distributed.strategy is StrategyName.single:
         return 1
-    place = find_place()
+    place = find_launch_environment()
     return config.distributed.processes if place is None else place.local_processes
 
 
@@ -82,7 +82,7 @@ def lacking_extras(config: Config, steps: list[Step]) -> list[str]:
     """
     lines = []
     for step in steps:
-        if step.state != State.cached or step.artifact is None or step.stage == "eval":
+        if step.state != StepState.cached or step.artifact is None or step.stage == "eval":
             continue
         section: TrainingConfig = getattr(config, step.stage)
         made = step.artifact.manifest.config.get(step.stage, {})

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.executor import Crew, Order
+from rlhf_exp.pipeline.executor import StageExecutor, StageJob
 from rlhf_exp.pipeline.inputs import MODEL
-from rlhf_exp.pipeline.plan import State, Step
+from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.pipeline.plan_table import gib, shape_for, stage_memory
 
 _COLUMNS = 8
@@ -33,7 +33,7 @@ _TIMES = {
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeResult:
     """What a probe found of one stage.
 
     Attributes:
@@ -78,8 +78,8 @@ class Probed:
 
 
 def probe(
-    config: Config, steps: list[Step], crew: Crew, tell: Callable[[str], None]
-) -> Iterator[Probed]:
+    config: Config, steps: list[Step], crew: StageExecutor, tell: Callable[[str], None]
+) -> Iterator[ProbeResult]:
     """Train a few iterations of each training stage asked for; yield what was measured.
 
     Args:
@@ -92,7 +92,7 @@ def probe(
         UserError: All these stages are given (`STAGE.use`), so none would train.
     """
     asked = [step for step in steps if config.stage.name in (step.stage, "pipeline", "eval")]
-    chosen = [step for step in asked if step.stage != "eval" and step.state != State.given]
+    chosen = [step for step in asked if step.stage != "eval" and step.state != StepState.given]
     if not chosen:
         raise UserError(
             f"probe=true stage={config.stage.name}: nothing would train, for the models are given; "
@@ -107,11 +107,15 @@ def probe(
             tell(f"{step.stage}: probing")
             order = _order(step.stage, folder, models, step)
             result = crew.run(order, lambda: None)
-            yield Probed(step.stage, **result.measured)
+            yield ProbeResult(step.stage, **result.measured)
 
 
 def _models(
-    config: Config, steps: list[Step], folder: Path, crew: Crew, tell: Callable[[str], None]
+    config: Config,
+    steps: list[Step],
+    folder: Path,
+    crew: StageExecutor,
+    tell: Callable[[str], None],
 ) -> dict[str, str]:
     """Return the model of each role: trained or given where there is one, else a stand-in."""
     models = {step.stage: step.model for step in steps if step.model is not None}
@@ -128,9 +132,9 @@ def _models(
     return models | {role: str(place) for role, place in made.items()}
 
 
-def _order(stage: str, folder: Path, models: dict[str, str], step: Step | None = None) -> Order:
+def _order(stage: str, folder: Path, models: dict[str, str], step: Step | None = None) -> StageJob:
     place = mkdtemp(prefix=f"{stage}-", dir=folder)
-    return Order(
+    return StageJob(
         stage=stage,
         key="probe",
         folder=place,
@@ -143,7 +147,7 @@ def _order(stage: str, folder: Path, models: dict[str, str], step: Step | None =
     )
 
 
-def probe_table(config: Config, found: Probed) -> Table:
+def probe_table(config: Config, found: ProbeResult) -> Table:
     """Return memory and speed of a stage, beside the plan's estimate."""
     ranks = range(min(len(found.processes), _COLUMNS))
     estimate = stage_memory(config, found.stage, shape_for(config.model))
@@ -181,7 +185,7 @@ def probe_table(config: Config, found: Probed) -> Table:
     return table
 
 
-def _speed(found: Probed) -> Iterator[tuple[str, str]]:
+def _speed(found: ProbeResult) -> Iterator[tuple[str, str]]:
     metrics = found.phases("iteration")[-1]["metrics"]
     updates = found.steps // found.iterations
     yield f"an iteration ({updates} optimizer steps)", _time(found.seconds("iteration"))

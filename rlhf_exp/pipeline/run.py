@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlhf_exp.config.compose import to_dict
-from rlhf_exp.config.experiment import Cache, Config
-from rlhf_exp.pipeline.executor import Crew, Order
-from rlhf_exp.pipeline.inputs import CHECKPOINTS, MODEL, NOTE, Begun, weights_digest
-from rlhf_exp.pipeline.plan import PACKAGE, State, Step, refuse_changed, stale_files, store_of
+from rlhf_exp.config.experiment import CachePolicy, Config
+from rlhf_exp.pipeline.executor import StageExecutor, StageJob
+from rlhf_exp.pipeline.inputs import CHECKPOINTS, MODEL, NOTE, StartedNote, weights_digest
+from rlhf_exp.pipeline.plan import PACKAGE, Step, StepState, refuse_changed, stale_files, store_of
 from rlhf_exp.search.pruning import Trial
 from rlhf_exp.stages.context import StageResult
 from rlhf_exp.store.artifact import Artifact, Manifest, git_state, package_versions
@@ -42,7 +42,7 @@ class Pruned(Exception):
 
 
 @dataclass(frozen=True)
-class Done:
+class FinishedStep:
     """A step that is done.
 
     Attributes:
@@ -67,10 +67,10 @@ class Done:
 def run_steps(
     config: Config,
     steps: list[Step],
-    crew: Crew,
+    crew: StageExecutor,
     tell: Callable[[str], None],
     trial: Trial | None = None,
-) -> list[Done]:
+) -> list[FinishedStep]:
     """Bring all steps up to date, in order.
 
     Args:
@@ -84,10 +84,10 @@ def run_steps(
         Pruned: The search gave the trial up.
     """
     store = store_of(config)
-    done: dict[str, Done] = {}
+    done: dict[str, FinishedStep] = {}
     for step in steps:
         if not step.needs_work:
-            done[step.stage] = Done(step, step.artifact, trained=False)
+            done[step.stage] = FinishedStep(step, step.artifact, trained=False)
             continue
         models = {role: found.model for role, found in done.items() if role != "eval"}
         if config.model.path is not None:
@@ -111,7 +111,7 @@ class _Work:
         step: Step,
         store: Store,
         models: dict[str, str],
-        crew: Crew,
+        crew: StageExecutor,
         tell: Callable[[str], None],
         trial: Trial | None,
     ) -> None:
@@ -119,16 +119,16 @@ class _Work:
         self.models, self.crew = models, crew
         self.tell, self.trial = tell, trial
 
-    def run(self) -> Done:
+    def run(self) -> FinishedStep:
         """Make the result, unless another process has made it meanwhile."""
         step = self.step
         parents = list(step.parents.values())
         with hold(self.store, step.stage, step.key, on_wait=self.tell, parents=parents) as lease:
             found = self._made_meanwhile(lease)
             if found is not None:
-                return Done(step, found, trained=False)
+                return FinishedStep(step, found, trained=False)
             folder, begun = self._staging()
-            return Done(step, self._make(folder, begun, lease), trained=True)
+            return FinishedStep(step, self._make(folder, begun, lease), trained=True)
 
     def _made_meanwhile(self, lease: Lease) -> Artifact | None:
         step = self.step
@@ -141,11 +141,11 @@ class _Work:
         if seen is not None and found.manifest.created == seen.manifest.created:
             return None
         files = stale_files(found.manifest.code, found.manifest.inputs, step)
-        if files and self.config.cache == Cache.strict:
-            refuse_changed([replace(step, state=State.changed, files=files)])
+        if files and self.config.cache == CachePolicy.strict:
+            refuse_changed([replace(step, state=StepState.changed, files=files)])
         return found
 
-    def _staging(self) -> tuple[Path, Begun]:
+    def _staging(self) -> tuple[Path, StartedNote]:
         """Return the staging folder, emptied if what is in it cannot be continued, and its note.
 
         Raises:
@@ -153,21 +153,23 @@ class _Work:
         """
         step = self.step
         folder = self.store.staging(step.stage, step.key)
-        begun = Begun.read(folder)
+        begun = StartedNote.read(folder)
         if begun is not None and begun.continues(step.artifact, step.inputs):
             files = tuple(changed(begun.code, step.code))
-            if not files or self.config.cache == Cache.trust:
+            if not files or self.config.cache == CachePolicy.trust:
                 return folder, begun
             if step.stage not in self.config.rerun:
-                refuse_changed([replace(step, state=State.changed, files=files)])
+                refuse_changed([replace(step, state=StepState.changed, files=files)])
         self.store.discard(step.stage, step.key)
         folder = self.store.staging(step.stage, step.key)
         replaces = None if step.artifact is None else step.artifact.manifest.created
-        begun = Begun(step.code, step.inputs, replaces)
+        begun = StartedNote(step.code, step.inputs, replaces)
         begun.write(folder)
         return folder, begun
 
-    def _timed(self, order: Order, begun: Begun, lease: Lease) -> tuple[StageResult, Begun]:
+    def _timed(
+        self, order: StageJob, begun: StartedNote, lease: Lease
+    ) -> tuple[StageResult, StartedNote]:
         """Run the stage, noting the time it took however it ends."""
         began = time.monotonic()
         try:
@@ -193,11 +195,11 @@ class _Work:
         self.store.discard(self.step.stage, self.step.key)
         return Pruned(step, seconds, rows)
 
-    def _make(self, folder: Path, begun: Begun, lease: Lease) -> Artifact:
+    def _make(self, folder: Path, begun: StartedNote, lease: Lease) -> Artifact:
         step = self.step
         resumes = (folder / CHECKPOINTS).is_dir()
         self.tell(f"{step.stage} {step.key}: {'resuming' if resumes else 'running'}")
-        order = Order(
+        order = StageJob(
             stage=step.stage,
             key=step.key,
             folder=str(folder),

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from rlhf_exp.config.evaluation import ROLES, Suite, needs_reward
-from rlhf_exp.config.experiment import Config, EngineName, Stage
+from rlhf_exp.config.experiment import Config, EngineName, StageName
 from rlhf_exp.config.training import RewardInit, ValueInit
 
 
 def stages_of(config: Config) -> tuple[str, ...]:
     """Return the stages that the config's stage needs, itself included, in order."""
     needed = {
-        Stage.sft: {"sft"},
-        Stage.reward: {"sft", "reward"},
-        Stage.ppo: {"sft", "reward", "ppo"},
-        Stage.eval: _evaluated(config),
-        Stage.pipeline: {"sft", "reward", "ppo", "eval"},
+        StageName.sft: {"sft"},
+        StageName.reward: {"sft", "reward"},
+        StageName.ppo: {"sft", "reward", "ppo"},
+        StageName.eval: _evaluated(config),
+        StageName.pipeline: {"sft", "reward", "ppo", "eval"},
     }[config.stage]
     if config.eval.suite == Suite.none:
         needed.discard("eval")
     judged = config.ppo.reward.model_scores or config.ppo.value_init == ValueInit.reward
-    if not judged and config.stage not in (Stage.reward, Stage.sft):
+    if not judged and config.stage not in (StageName.reward, StageName.sft):
         needed.discard("reward")
-    if config.stage == Stage.reward and config.reward.init == RewardInit.base:
+    if config.stage == StageName.reward and config.reward.init == RewardInit.base:
         needed.discard("sft")
     return tuple(stage for stage in ("sft", "reward", "ppo", "eval") if stage in needed)
 

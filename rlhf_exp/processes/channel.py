@@ -28,7 +28,7 @@ _HELLO_S, _HELLO_BYTES = 10.0, 1000
 _WHERE = "leader"
 
 
-class Line:
+class Channel:
     """One end of a connection.
 
     Args:
@@ -67,7 +67,7 @@ class Line:
         self.connection.close()
 
 
-def await_members(store: Store, processes: int) -> dict[int, Line]:
+def await_members(store: Store, processes: int) -> dict[int, Channel]:
     """Return a line to each of the other processes, by rank; called by rank 0.
 
     Args:
@@ -77,7 +77,7 @@ def await_members(store: Store, processes: int) -> dict[int, Line]:
     Raises:
         UserError: One does not come.
     """
-    found: dict[int, Line] = {}
+    found: dict[int, Channel] = {}
     secret = secrets.token_hex(16)
     with socket.create_server(("", 0), backlog=processes) as server:
         server.settimeout(JOIN_S)
@@ -91,7 +91,7 @@ def await_members(store: Store, processes: int) -> dict[int, Line]:
                     f"the processes of rank {missing} have not come within {JOIN_S:.0f} s; all "
                     "of them must run the same command"
                 ) from error
-            line = Line(_kept_alive(end))
+            line = Channel(_kept_alive(end))
             rank = _presented(line, secret)
             if rank is None:
                 line.close()
@@ -100,15 +100,15 @@ def await_members(store: Store, processes: int) -> dict[int, Line]:
     return found
 
 
-def call_leader(store: Store, address: str, rank: int) -> Line:
+def call_leader(store: Store, address: str, rank: int) -> Channel:
     """Return a line to rank 0; called by every other process."""
     port, secret = json.loads(store.get(_WHERE))
-    line = Line(_kept_alive(socket.create_connection((address, port), timeout=JOIN_S)))
+    line = Channel(_kept_alive(socket.create_connection((address, port), timeout=JOIN_S)))
     line.send(rank=rank, secret=secret)
     return line
 
 
-def _presented(line: Line, secret: str) -> int | None:
+def _presented(line: Channel, secret: str) -> int | None:
     """Return the rank of who has called; `None` for a stranger: anybody can find a port."""
     with suppress(EOFError, ValueError, KeyError, TypeError):
         if line.connection.poll(_HELLO_S):

@@ -23,7 +23,7 @@ PORTS = (15000, 45000)
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchEnvironment:
     """One of several processes that were started together.
 
     Attributes:
@@ -59,7 +59,7 @@ class Place:
         }
 
 
-def find_place() -> Place | None:
+def find_launch_environment() -> LaunchEnvironment | None:
     """Return where this process stands among others, or `None` if it was started alone.
 
     Raises:
@@ -79,7 +79,7 @@ def find_place() -> Place | None:
 
 def leads() -> bool:
     """Whether this process speaks to the user: it is alone, or of rank 0."""
-    place = find_place()
+    place = find_launch_environment()
     return place is None or not place.rank
 
 
@@ -107,7 +107,7 @@ def threads_each(asked: int | None, here: int) -> int:
     return asked or (int(given) if given else max(1, cores() // here))
 
 
-def _of_torchrun(values: Mapping[str, str]) -> Place:
+def _of_torchrun(values: Mapping[str, str]) -> LaunchEnvironment:
     missing = [name for name in TORCHRUN if name not in values]
     if missing:
         there = ", ".join(name for name in TORCHRUN if name in values)
@@ -116,7 +116,7 @@ def _of_torchrun(values: Mapping[str, str]) -> Place:
             f"{', '.join(missing)}; start with torchrun or `accelerate launch`, or unset them"
         )
     processes = int(values["WORLD_SIZE"])
-    return Place(
+    return LaunchEnvironment(
         rank=int(values["RANK"]),
         processes=processes,
         local_rank=int(values["LOCAL_RANK"]),
@@ -127,11 +127,11 @@ def _of_torchrun(values: Mapping[str, str]) -> Place:
     )
 
 
-def _of_submitit() -> Place:
+def _of_submitit() -> LaunchEnvironment:
     from submitit.helpers import TorchDistributedEnvironment
 
     found = TorchDistributedEnvironment()
-    return Place(
+    return LaunchEnvironment(
         rank=found.rank,
         processes=found.world_size,
         local_rank=found.local_rank,
@@ -143,13 +143,13 @@ def _of_submitit() -> Place:
     )
 
 
-def _of_step(values: Mapping[str, str]) -> Place:
+def _of_step(values: Mapping[str, str]) -> LaunchEnvironment:
     processes = int(values["SLURM_STEP_NUM_TASKS"])
     nodes = int(values.get("SLURM_STEP_NUM_NODES", "1"))
     low, high = PORTS
     # Steps of one job may run side by side.
     number = int(values["SLURM_JOB_ID"]) * 31 + int(values.get("SLURM_STEP_ID", "0"))
-    return Place(
+    return LaunchEnvironment(
         rank=int(values["SLURM_PROCID"]),
         processes=processes,
         local_rank=int(values["SLURM_LOCALID"]),
@@ -196,7 +196,7 @@ def visible_devices() -> list[str]:
     return [name.strip() for name in names]
 
 
-def only(devices: list[str]) -> dict[str, str]:
+def cuda_visible_devices(devices: list[str]) -> dict[str, str]:
     """Return the variables of a process that is to see these GPUs; none: no variables."""
     return {VISIBLE: ",".join(devices)} if devices else {}
 

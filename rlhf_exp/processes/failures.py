@@ -34,7 +34,7 @@ class WorkerGone(WorkerFailed):
     """A process of the run was killed, or its machine does not answer any more."""
 
 
-class Kind(StrEnum):
+class FailureKind(StrEnum):
     """Why work ended."""
 
     user = "user"
@@ -46,7 +46,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Failure:
+class ProcessFailure:
     """How a process failed.
 
     Attributes:
@@ -56,26 +56,26 @@ class Failure:
     """
 
     rank: int
-    kind: Kind
+    kind: FailureKind
     text: str
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Self:
         """Describe an exception that was met by `rank`."""
         if isinstance(error, UserError):
-            return cls(rank, Kind.user, str(error))
+            return cls(rank, FailureKind.user, str(error))
         if isinstance(error, KeyboardInterrupt):
-            return cls(rank, Kind.interrupted, str(error))
+            return cls(rank, FailureKind.interrupted, str(error))
         if isinstance(error, SystemExit):
-            return cls(rank, Kind.stopped, str(error.code))
+            return cls(rank, FailureKind.stopped, str(error.code))
         if isinstance(error, FailedElsewhere):
-            return cls(rank, Kind.elsewhere, str(error))
-        return cls(rank, Kind.bug, "".join(traceback.format_exception(error)))
+            return cls(rank, FailureKind.elsewhere, str(error))
+        return cls(rank, FailureKind.bug, "".join(traceback.format_exception(error)))
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> Self:
         """Return what `message` describes."""
-        return cls(message["rank"], Kind(message["kind"]), message["text"])
+        return cls(message["rank"], FailureKind(message["kind"]), message["text"])
 
     def message(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -92,29 +92,29 @@ class Failure:
             WorkerFailed: Anything else.
         """
         match self.kind:
-            case Kind.user:
+            case FailureKind.user:
                 raise UserError(self.text)
-            case Kind.interrupted:
+            case FailureKind.interrupted:
                 raise KeyboardInterrupt(self.text)
-            case Kind.stopped:
+            case FailureKind.stopped:
                 raise SystemExit(int(self.text) if self.text.isdigit() else TERMINATED)
-            case Kind.gone:
+            case FailureKind.gone:
                 raise WorkerGone(f"the process of rank {self.rank} {self.text}")
-            case Kind.bug | Kind.elsewhere:
+            case FailureKind.bug | FailureKind.elsewhere:
                 raise WorkerFailed(f"rank {self.rank} failed:\n\n{self.text}")
 
 
-def cause(failures: list[Failure]) -> Failure:
+def cause(failures: list[ProcessFailure]) -> ProcessFailure:
     """Return the failure that the others follow from.
 
     Args:
         failures: In the order in which they became known.
     """
-    own = [one for one in failures if one.kind is not Kind.elsewhere] or failures
+    own = [one for one in failures if one.kind is not FailureKind.elsewhere] or failures
     # Who was killed says nothing, and may be missed last: the others complain of its absence, or
     # are told to stop because of it.
-    gone = [one for one in own if one.kind is Kind.gone]
-    return gone[0] if gone and own[0].kind in (Kind.bug, Kind.stopped) else own[0]
+    gone = [one for one in own if one.kind is FailureKind.gone]
+    return gone[0] if gone and own[0].kind in (FailureKind.bug, FailureKind.stopped) else own[0]
 
 
 def code_of(error: BaseException | None) -> int:

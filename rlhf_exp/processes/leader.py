@@ -27,9 +27,17 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from rlhf_exp.processes.channel import Line, Message, await_members, call_leader
-from rlhf_exp.processes.environment import Place
-from rlhf_exp.processes.failures import TERMINATED, Failure, Kind, WorkerGone, cause, code_of, ended
+from rlhf_exp.processes.channel import Channel, Message, await_members, call_leader
+from rlhf_exp.processes.environment import LaunchEnvironment
+from rlhf_exp.processes.failures import (
+    TERMINATED,
+    FailureKind,
+    ProcessFailure,
+    WorkerGone,
+    cause,
+    code_of,
+    ended,
+)
 from rlhf_exp.processes.worker import GRACE_S, Member, Work, open_store, process_group
 
 if TYPE_CHECKING:
@@ -51,7 +59,7 @@ class Leader:
         lines: To each of the other processes, by rank.
     """
 
-    def __init__(self, place: Place, store: Store, lines: dict[int, Line]) -> None:
+    def __init__(self, place: LaunchEnvironment, store: Store, lines: dict[int, Channel]) -> None:
         self.place, self.store, self._lines = place, store, lines
         self._heard = _Heard()
         self._number = 0
@@ -78,8 +86,8 @@ class Leader:
                 result = work(order)
         except BaseException as error:
             heard.ending = True
-            ours = Failure.of(self.place.rank, error)
-            if ours.kind in (Kind.bug, Kind.stopped, Kind.elsewhere):
+            ours = ProcessFailure.of(self.place.rank, error)
+            if ours.kind in (FailureKind.bug, FailureKind.stopped, FailureKind.elsewhere):
                 # What others have met, or their absence, may be what this follows from.
                 heard.wait(lambda: bool(heard.failures), JOINED_SETTLE_S)
                 if heard.failures:
@@ -121,19 +129,19 @@ class Leader:
                 except EOFError:
                     del lines[rank]
                     self._heard.hang_up(rank)
-                    self._failed(Failure(rank, Kind.gone, _GONE))
+                    self._failed(ProcessFailure(rank, FailureKind.gone, _GONE))
                     continue
                 if message["say"] == "failed":
-                    self._failed(Failure.from_message(message))
+                    self._failed(ProcessFailure.from_message(message))
                 elif message["say"] == "done":
                     self._heard.finish(rank)
 
-    def _failed(self, failure: Failure) -> None:
+    def _failed(self, failure: ProcessFailure) -> None:
         """Note a failure; runs in the thread that listens."""
         if self._heard.fail(failure) and not self._heard.ending:
             threading.Thread(target=self._stop, args=(failure,), daemon=True).start()
 
-    def _stop(self, failure: Failure) -> None:
+    def _stop(self, failure: ProcessFailure) -> None:
         """End the main thread's work, unless it ends by itself."""
         heard = self._heard
         if heard.busy:
@@ -174,7 +182,7 @@ class _Heard:
         ending: Whether this process is on its way out: what happens then follows from it.
     """
 
-    failures: dict[int, Failure] = field(default_factory=dict)
+    failures: dict[int, ProcessFailure] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
     hung_up: set[int] = field(default_factory=set)
     busy: bool = False
@@ -184,7 +192,7 @@ class _Heard:
         self.done.clear()
         self.busy = True
 
-    def fail(self, failure: Failure) -> bool:
+    def fail(self, failure: ProcessFailure) -> bool:
         """Note a failure; return whether it is its rank's first."""
         return self.failures.setdefault(failure.rank, failure) is failure
 
@@ -202,14 +210,14 @@ class _Heard:
 
 
 @cache
-def leader(place: Place) -> Leader:
+def leader(place: LaunchEnvironment) -> Leader:
     """Return rank 0's lines, made at the first call."""
     store = open_store(place)
     return Leader(place, store, await_members(store, place.processes))
 
 
 @cache
-def member(place: Place) -> tuple[Member, Store]:
+def member(place: LaunchEnvironment) -> tuple[Member, Store]:
     """Return another process's line and store, made at the first call."""
     store = open_store(place)
     return Member(call_leader(store, place.address, place.rank), place), store
@@ -237,7 +245,7 @@ class Workers:
         self._arguments = (target, setup)
         self._count = processes
         self._processes: list[SpawnProcess] = []
-        self._lines: list[Line] = []
+        self._lines: list[Channel] = []
         self._port = 0
         self._number = 0
         self.saving = False
@@ -296,7 +304,9 @@ class Workers:
         try:
             for rank in range(self._count):
                 ours, theirs = spawn.Pipe()
-                place = Place(rank, self._count, rank, self._count, "127.0.0.1", 0, "launch.py")
+                place = LaunchEnvironment(
+                    rank, self._count, rank, self._count, "127.0.0.1", 0, "launch.py"
+                )
                 process = spawn.Process(
                     target=_work,
                     args=(theirs, place, self.threads, os.getpid(), *self._arguments),
@@ -305,7 +315,7 @@ class Workers:
                 process.start()
                 theirs.close()
                 self._processes.append(process)
-                self._lines.append(Line(ours))
+                self._lines.append(Channel(ours))
         finally:
             signal.signal(signal.SIGINT, before)
         while not self._port:
@@ -320,7 +330,7 @@ class Workers:
 
     def _hear(self) -> list[tuple[int, Message]]:
         """Return what has been said for a moment, by rank; failures are raised."""
-        failures: dict[int, Failure] = {}
+        failures: dict[int, ProcessFailure] = {}
         heard = self._listen(POLL_S, failures)
         if failures:
             time.sleep(SETTLE_S)
@@ -328,7 +338,9 @@ class Workers:
             cause(list(failures.values())).throw()
         return heard
 
-    def _listen(self, seconds: float, failures: dict[int, Failure]) -> list[tuple[int, Message]]:
+    def _listen(
+        self, seconds: float, failures: dict[int, ProcessFailure]
+    ) -> list[tuple[int, Message]]:
         heard: list[tuple[int, Message]] = []
         wait([line.connection for line in self._lines], seconds)
         for rank, line in enumerate(self._lines):
@@ -339,19 +351,24 @@ class Workers:
                     failures[rank] = self._gone(rank)
                     continue
                 if message["say"] == "failed":
-                    failures[rank] = Failure.from_message(message)
+                    failures[rank] = ProcessFailure.from_message(message)
                 else:
                     heard.append((rank, message))
         return heard
 
-    def _gone(self, rank: int) -> Failure:
+    def _gone(self, rank: int) -> ProcessFailure:
         process = self._processes[rank]
         process.join(GRACE_S)
-        return Failure(rank, Kind.gone, ended(process.exitcode or 0))
+        return ProcessFailure(rank, FailureKind.gone, ended(process.exitcode or 0))
 
 
 def _work(
-    connection: Connection, place: Place, threads: int, leader: int, target: Target, setup: object
+    connection: Connection,
+    place: LaunchEnvironment,
+    threads: int,
+    leader: int,
+    target: Target,
+    setup: object,
 ) -> None:
     """What a worker runs from its first moment."""
     _die_with(leader)
@@ -362,7 +379,7 @@ def _work(
     place.export()
     from torch.distributed import TCPStore
 
-    line = Line(connection)
+    line = Channel(connection)
     if place.rank == 0:
         store = TCPStore(place.address, 0, is_master=True, wait_for_workers=False)
         line.send(say="ready", port=store.port)

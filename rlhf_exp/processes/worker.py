@@ -21,9 +21,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.processes.channel import JOIN_S, Line, Message
-from rlhf_exp.processes.environment import Place
-from rlhf_exp.processes.failures import TERMINATED, Failure, code_of, note_group
+from rlhf_exp.processes.channel import JOIN_S, Channel, Message
+from rlhf_exp.processes.environment import LaunchEnvironment
+from rlhf_exp.processes.failures import TERMINATED, ProcessFailure, code_of, note_group
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -47,7 +47,7 @@ class Member:
         place: This process's.
     """
 
-    def __init__(self, line: Line, place: Place) -> None:
+    def __init__(self, line: Channel, place: LaunchEnvironment) -> None:
         self.line, self.place = line, place
         self.asked = threading.Event()
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -98,7 +98,7 @@ class Member:
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Tell the leader, and go: connections that close end what the others are waiting for."""
-        failure = Failure.of(self.place.rank, error)
+        failure = ProcessFailure.of(self.place.rank, error)
         self.line.send(say="failed", **failure.message())
         sys.stdout.flush()
         sys.stderr.flush()
@@ -142,7 +142,7 @@ COLLECTIVE_S = 3600.0
 """How long a collective waits. Deaths are noticed without it; rank 0 alone may write for long."""
 
 
-def open_store(place: Place) -> Store:
+def open_store(place: LaunchEnvironment) -> Store:
     """Return the store that all processes of a run share.
 
     torchrun's agent hosts it; elsewhere rank 0 does, at the port of its place.
@@ -165,7 +165,7 @@ def open_store(place: Place) -> Store:
 
 
 @contextmanager
-def process_group(store: Store, number: int, place: Place) -> Iterator[None]:
+def process_group(store: Store, number: int, place: LaunchEnvironment) -> Iterator[None]:
     """Be in torch's default process group while entered.
 
     Args:

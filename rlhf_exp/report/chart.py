@@ -39,7 +39,7 @@ LEFT, RIGHT, TOP, BOTTOM = 44, WIDTH - 12, 10, HEIGHT - 36
 
 
 @dataclass(frozen=True)
-class Line:
+class LineSeries:
     """One curve of a chart.
 
     Attributes:
@@ -119,7 +119,7 @@ class Chart:
     """
 
     title: str
-    lines: Sequence[Line]
+    lines: Sequence[LineSeries]
     x_label: str = "optimizer step"
     note: str = ""
     include: Sequence[float] = field(default_factory=tuple)
@@ -148,9 +148,9 @@ class Axes:
         return BOTTOM - (np.asarray(y) - low) / (high - low) * (BOTTOM - TOP)
 
 
-def line_of(label: str, points: Curve, colour: int = 0, spread: Floats | None = None) -> Line:
+def line_of(label: str, points: Curve, colour: int = 0, spread: Floats | None = None) -> LineSeries:
     """Return the line of a curve."""
-    return Line(label, points.x, points.y, colour, spread)
+    return LineSeries(label, points.x, points.y, colour, spread)
 
 
 def render(chart: Chart) -> Markup:
@@ -274,7 +274,7 @@ def style(colour: int, dash: int) -> str:
     return f"s{colour} d{dash}" if dash else f"s{colour}"
 
 
-def draw(line: Line, axes: Axes, pointed: bool = True) -> list[Markup]:
+def draw(line: LineSeries, axes: Axes, pointed: bool = True) -> list[Markup]:
     """Return the marks of one line, what lies behind first.
 
     Args:
@@ -309,7 +309,7 @@ def draw(line: Line, axes: Axes, pointed: bool = True) -> list[Markup]:
     return found + (_hover(line, x, y, axes) if pointed else [])
 
 
-def _path(line: Line, axes: Axes, pointed: bool) -> list[Markup]:
+def _path(line: LineSeries, axes: Axes, pointed: bool) -> list[Markup]:
     """Draw a path whose later part is darker, with a ring at its start and a disc at its end."""
     found = []
     x, y = line.positions, line.smoothed
@@ -347,7 +347,7 @@ def _dots(xs: Floats, ys: Floats, kind: str, radius: float) -> list[Markup]:
     ]
 
 
-def _hover(line: Line, x: Floats, y: Floats, axes: Axes) -> list[Markup]:
+def _hover(line: LineSeries, x: Floats, y: Floats, axes: Axes) -> list[Markup]:
     """Return invisible points that show their numbers under a pointer."""
     index = np.unique(np.linspace(0, len(x) - 1, min(len(x), _HOVERED)).round().astype(int))
     found = []

@@ -178,7 +178,7 @@ def ready_to_decode(model: PreTrainedModel) -> Iterator[None]:
 
 
 @dataclass
-class Place:
+class WritePosition:
     """Where the next keys and values go: one object that all layers of a cache read.
 
     Attributes:
@@ -207,7 +207,7 @@ class SlotLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: WritePosition) -> None:
         super().__init__()
         self._place = place
         self.is_initialized = True
@@ -276,7 +276,7 @@ class SlotCache(Cache):
 
     def __init__(self, layers: int, slots: int, width: int, device: torch.device) -> None:
         numbers = torch.arange(slots, device=device)
-        self.place = Place(slots, width, numbers, numbers[:0])
+        self.place = WritePosition(slots, width, numbers, numbers[:0])
         super().__init__(layers=[SlotLayer(self.place) for _ in range(layers)])
 
     def move(self, origins: Tensor, targets: Tensor, longest: int) -> None:

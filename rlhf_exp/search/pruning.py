@@ -57,7 +57,7 @@ class Trial:
         return cls(**{**values, "measure": measure, "pruning": pruning})
 
 
-class Judge:
+class PruningCallback:
     """Says whether a trial is given up.
 
     Args:

@@ -48,7 +48,7 @@ PUT_BACK, ATTEMPT, REACHED, ERROR, WORKER = "put_back", "attempt", "reached", "e
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SearchSettings:
     """What a study is to try.
 
     Attributes:
@@ -68,7 +68,7 @@ class Wanted:
     seed: int
 
 
-class Asked:
+class TrialHandle:
     """A trial that this worker runs.
 
     Attributes:
@@ -108,13 +108,13 @@ class Asked:
         self.note(**{ERROR: error})
         self._tell("FAIL", None)
 
-    def put_back(self, lost: bool = False) -> None:
+    def requeue(self, lost: bool = False) -> None:
         """Let another worker, or the next command, run it.
 
         Args:
             lost: Whether a process died of it; else this worker has to leave.
         """
-        self._search.put_back(self._search.frozen(self.id), lost)
+        self._search.requeue(self._search.frozen(self.id), lost)
 
     def _tell(self, state: str, value: float | None) -> None:
         if self.lease is not None:
@@ -140,7 +140,7 @@ class Search:
         folder: Path,
         store: Store,
         name: str,
-        wanted: Wanted,
+        wanted: SearchSettings,
         pruning: Pruning,
         worker: int = 0,
     ) -> None:
@@ -150,7 +150,7 @@ class Search:
             self.study.set_user_attr(TRIALS, wanted.trials)
 
     @contextmanager
-    def ask(self) -> Iterator[Asked | None]:
+    def ask(self) -> Iterator[TrialHandle | None]:
         """Hold the next trial, or `None` if there are as many as wanted."""
         with ExitStack() as stack:
             with hold(self.store, "study", self.name):
@@ -170,7 +170,7 @@ class Search:
             self._take_back()
             return len(self._in("RUNNING"))
 
-    def put_back(self, trial: FrozenTrial, lost: bool = True) -> None:
+    def requeue(self, trial: FrozenTrial, lost: bool = True) -> None:
         """End a trial without a result, and queue its values again.
 
         Args:
@@ -193,7 +193,7 @@ class Search:
         facts = {ATTEMPT: attempt, REACHED: max(reached, attrs.get(REACHED, -1))}
         self.study.enqueue_trial(trial.params, user_attrs=facts)
 
-    def _ask(self) -> Asked | None:
+    def _ask(self) -> TrialHandle | None:
         self._take_back()
         if not self.study.get_trials(deepcopy=False):
             self.study.enqueue_trial(fitting(self.wanted.first, self.wanted.space))
@@ -206,7 +206,7 @@ class Search:
             (self.wanted.seed, self.worker, len(self.study.get_trials(deepcopy=False))),
         )
         trial = self.study.ask(dict(self.wanted.space))
-        asked = Asked(self, trial.number, trial._trial_id, dict(trial.params))
+        asked = TrialHandle(self, trial.number, trial._trial_id, dict(trial.params))
         asked.note(**{WORKER: f"process {os.getpid()} on {socket.gethostname()}"})
         return asked
 
@@ -220,7 +220,7 @@ class Search:
         for trial in self._in("RUNNING"):
             with try_hold(self.store, "trial", self._lease(trial.number)) as lease:
                 if lease is not None:
-                    self.put_back(trial)
+                    self.requeue(trial)
 
     def _in(self, *states: str) -> list[FrozenTrial]:
         known = imported().trial.TrialState
@@ -449,7 +449,7 @@ class TrialView:
 
 
 @dataclass(frozen=True)
-class Summary:
+class StudySummary:
     """A study.
 
     Attributes:
@@ -483,11 +483,11 @@ class Summary:
         return sum(trial.iterations for trial in ended)
 
 
-def summary_of(study: Study) -> Summary:
+def summary_of(study: Study) -> StudySummary:
     """Return a study's summary."""
     trials = study.get_trials(deepcopy=False)
     kept = [trial for trial in trials if not trial.user_attrs.get(PUT_BACK)]
-    return Summary([_view(trial) for trial in kept], len(trials) - len(kept))
+    return StudySummary([_view(trial) for trial in kept], len(trials) - len(kept))
 
 
 def best_trials(study: Study, count: int | None = None) -> list[FrozenTrial]:

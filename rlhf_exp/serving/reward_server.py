@@ -46,7 +46,7 @@ class _Asked:
     tokens: list[list[int]] | None
 
 
-def make_app(scores: Scores, key: str | None = None) -> Starlette:
+def make_app(scores: RequestScorer, key: str | None = None) -> Starlette:
     """Return the application.
 
     Args:
@@ -75,7 +75,7 @@ def make_app(scores: Scores, key: str | None = None) -> Starlette:
     )
 
 
-def _scored(scores: Scores, asked: _Asked) -> list[float]:
+def _scored(scores: RequestScorer, asked: _Asked) -> list[float]:
     if asked.tokens is not None:
         return scores.of_tokens(asked.tokens)
     return scores.of_texts(asked.prompts, asked.responses)
@@ -128,7 +128,7 @@ def _refused(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code)
 
 
-class Scores:
+class RequestScorer:
     """Scores one request at a time.
 
     Attributes:

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf_exp.config.experiment import Config, DataConfig, Source
+from rlhf_exp.config.experiment import Config, DataConfig, DataSource
 from rlhf_exp.data.rows import Corpus
 from rlhf_exp.data.sources import Rules, load_hub, load_jsonl, load_toy
 from rlhf_exp.data.tokenizer import Codec
@@ -63,14 +63,14 @@ class StageContext:
     models: Mapping[str, str]
     parents: Mapping[str, str]
     inputs: Mapping[str, str]
-    materials: Materials
+    materials: DataModule
     before_write: Callable[[], None]
     polite_interrupts: Callable[[], AbstractContextManager[Callable[[], bool]]]
     probe: Recorder | None = None
     given_up: Callable[[int, int], bool] | None = None
 
 
-class Stage(Protocol):
+class StageModule(Protocol):
     """A stage."""
 
     def __call__(self, config: Config, context: StageContext) -> StageResult:
@@ -98,7 +98,7 @@ class StageResult:
     pruned_step: int | None = None
 
 
-class Materials:
+class DataModule:
     """The corpus and codecs of one experiment.
 
     Args:
@@ -138,7 +138,7 @@ def _load(config: DataConfig) -> Corpus:
         max_bad_fraction=config.max_bad_fraction,
         limit=config.limit,
     )
-    if config.source == Source.toy:
+    if config.source == DataSource.toy:
         toy = config.toy
         return load_toy(
             toy.seed,
@@ -149,7 +149,7 @@ def _load(config: DataConfig) -> Corpus:
             test=toy.test,
             label_noise=toy.label_noise,
         )
-    if config.source == Source.hub:
+    if config.source == DataSource.hub:
         assert config.path is not None, "checked with the config"
         return load_hub(config.path, config.revision, rules=rules)
     return load_jsonl(

@@ -20,7 +20,7 @@ from rlhf_exp.evaluation.answers import write_answers
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.evaluation import preference, reward_quality, toxicity
 from rlhf_exp.stages.evaluation.answer_sources import SampledSource, StoredSource
-from rlhf_exp.stages.evaluation.bench import Bench, Part, PartResult, Source
+from rlhf_exp.stages.evaluation.bench import AnswerSource, Bench, Part, PartResult
 from rlhf_exp.stages.training import tracker_for, world_for
 from rlhf_exp.tracking.tracker import finishing
 
@@ -43,7 +43,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         return StageResult(metrics, None, run_id, {"prompts": prompts})
 
 
-def _source(config: Config, context: StageContext, world: World) -> Source:
+def _source(config: Config, context: StageContext, world: World) -> AnswerSource:
     if config.eval.samples is None:
         return SampledSource(config, context, world)
     return StoredSource(Path(context.models[SAMPLES]))

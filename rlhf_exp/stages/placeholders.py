@@ -25,7 +25,7 @@ def run(config: Config, context: StageContext) -> StageResult:
     `context.folder`. The reward model is the SFT model's trunk with a head of zeros.
     """
     with world_for(config) as world:
-        found = world.together(lambda: _make(config, context) if world.is_main else {})
+        found = world.run_on_all(lambda: _make(config, context) if world.is_main else {})
     return StageResult({}, facts=dict(found[0]))
 
 

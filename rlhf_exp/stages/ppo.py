@@ -15,7 +15,7 @@ from torch import nn
 
 from rlhf_exp.algo.advantages import RewardScaler
 from rlhf_exp.batch import Prompts, Samples
-from rlhf_exp.config.experiment import Config, Strategy
+from rlhf_exp.config.experiment import Config, StrategyName
 from rlhf_exp.config.training import CONTINUED, ValueInit, ValueTrunk
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
@@ -35,8 +35,8 @@ from rlhf_exp.stages.ppo_inputs import (
     original_scores,
     ppo_prompts,
     ppo_settings,
+    round_up_to_iterations,
     validation_settings,
-    whole_steps,
 )
 from rlhf_exp.stages.scorers import NOTE, training_scorer
 from rlhf_exp.stages.training import (
@@ -50,11 +50,11 @@ from rlhf_exp.stages.training import (
 )
 from rlhf_exp.store.artifact import Manifest
 from rlhf_exp.tracking.local import ALERTS, METRICS, STEP
-from rlhf_exp.training.ppo import Collector, PpoTask
+from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.ppo_validation import Validator
 from rlhf_exp.training.reward_scorer import Scorer
 from rlhf_exp.training.scorers import SharedTrunkScorer
-from rlhf_exp.training.trainer import Progress
+from rlhf_exp.training.trainer import TrainingProgress
 
 WATCH = ("reward/mean", "kl/sequence", "throughput/samples_per_s")
 VALIDATION_STREAM = 1_000_003  # added to the seed of validation: training shares no noise with it
@@ -64,7 +64,7 @@ def run(config: Config, context: StageContext) -> StageResult:
     """Train, and leave the policy in `context.folder/model`."""
     section = config.ppo
     with world_for(config) as world:
-        take_over(context, world)
+        copy_resume_state(context, world)
         codec = context.materials.codec(context.models["sft"])
         prompts, validation = ppo_prompts(config, context, codec)
         policy = build_policy(config, context)
@@ -80,7 +80,7 @@ def run(config: Config, context: StageContext) -> StageResult:
             settings,
             world,
         )
-        steps = whole_steps(section.steps, settings.updates)
+        steps = round_up_to_iterations(section.steps, settings.updates)
         conclude = partial(save_models, config, context, world, policy, codec.tokenizer)
         outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
         if outcome.pruned:
@@ -98,12 +98,12 @@ def _collector(
     prompts: TokenizedPrompts,
     codec: Codec,
     world: World,
-) -> Collector:
+) -> ExperienceCollector:
     section = config.ppo
     originals = None
     if section.reward.delta:
         originals = original_scores(prompts, scorer, config, context, world)
-    return Collector(
+    return ExperienceCollector(
         policy,
         reference,
         sampler_for(config, policy, codec, world, section.seed, capture=True, scorer=scorer),
@@ -154,7 +154,7 @@ def build_policy(config: Config, context: StageContext) -> Policy:
         value_branch=section.value_trunk == ValueTrunk.branch,
         seed=section.seed,
         # They hook into each block, and must see it called once and whole.
-        whole_blocks=config.distributed.strategy in (Strategy.zero3, Strategy.fsdp),
+        whole_blocks=config.distributed.strategy in (StrategyName.zero3, StrategyName.fsdp),
     ).set_gradient_checkpointing(section.gradient_checkpointing)
     if judge is not None:
         assert policy.value_head is not None
@@ -211,7 +211,7 @@ CHECKPOINTS, BEST, KEPT = "checkpoints", "best", "kept"
 _EVALUATION = "eval/"
 
 
-def take_over(context: StageContext, world: World) -> None:
+def copy_resume_state(context: StageContext, world: World) -> None:
     """Put the state of the run to go on from into the staging folder, unless it is there.
 
     Raises:
@@ -219,7 +219,7 @@ def take_over(context: StageContext, world: World) -> None:
     """
     source = context.models.get(CONTINUED)
     if source is not None and context.probe is None:
-        world.together(lambda: _take(Path(source), context) if world.is_main else None)
+        world.run_on_all(lambda: _take(Path(source), context) if world.is_main else None)
 
 
 def _take(source: Path, context: StageContext) -> None:
@@ -253,7 +253,7 @@ def _undo_end(folder: Path, checkpoints: Path) -> None:
     newest = sorted(checkpoints.glob("step-*"))[-1]
     state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
     step = state["step"]
-    if Progress.of(state, step + 1).last_eval == step:
+    if TrainingProgress.of(state, step + 1).last_eval == step:
         return
     path = folder / METRICS
     rows = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -85,7 +85,7 @@ def original_scores(
     # Of a server that gives no name, nobody can say that it scored the same in an earlier run.
     folder = context.folder if judge is None else context.cache
     path = folder / FOLDER / f"{key}.npy"
-    if world.agreed(path.is_file()):
+    if world.broadcast_object(path.is_file()):
         return torch.from_numpy(np.load(path))
     scores = torch.full((len(prompts),), float("nan"))
     for rows in used:
@@ -172,7 +172,7 @@ def exact(config: Config) -> bool:
     return Dtype.float32 == config.distributed.precision == config.model.dtype
 
 
-def whole_steps(steps: int, updates: int) -> int:
+def round_up_to_iterations(steps: int, updates: int) -> int:
     """Return `steps`, rounded up to whole iterations of so many optimizer steps."""
     return -(-steps // updates) * updates
 

@@ -36,7 +36,7 @@ from rlhf_exp.stages.training import (
 )
 from rlhf_exp.training.reward import RewardSettings, RewardTask, pair_scores
 from rlhf_exp.training.reward_scorer import ModelScorer, score_shared
-from rlhf_exp.training.trainer import Outcome
+from rlhf_exp.training.trainer import TrainingResult
 
 WATCH = ("loss/total", "reward/accuracy", "eval/accuracy")
 CALIBRATION = "calibration.json"
@@ -62,7 +62,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         steps = steps_of(section.steps, section.epochs, len(pairs), section.batch)
         normalise = partial(_normalise, model, codec, config, context, world)
 
-        def conclude(outcome: Outcome) -> dict[str, float]:
+        def conclude(outcome: TrainingResult) -> dict[str, float]:
             metrics = normalise()
             if rows.test:
                 test = _tokenize(rows.test, codec, config, context)

@@ -28,9 +28,9 @@ from rlhf_exp.training.scorers import (
     CentralScorer,
     FunctionScorer,
     RewardServer,
+    ServerInfo,
     ServerScorer,
     SharedTrunkScorer,
-    Told,
     load_function,
 )
 
@@ -129,7 +129,7 @@ def model_scorer(
     )
 
 
-class Judges:
+class EvaluationScorers:
     """The scorers of an evaluation: of the reward that PPO maximised, and of its referee.
 
     Each model is loaded once, when it is first asked for, whatever tokenizers the policies have.
@@ -199,18 +199,18 @@ def known_server(config: Config, context: StageContext, world: World) -> RewardS
         UserError: One cannot reach it, or PPO was begun with another reward than it has.
     """
     server = server_of(config.ppo.reward)
-    told = world.together(server.check)
+    told = world.run_on_all(server.check)
     if any(one != told[0] for one in told):
         raise UserError(
             f"ppo.reward.url={config.ppo.reward.url}: the processes reach servers that score with "
             f"{', '.join(sorted({str(one.name) for one in told}))}; all must have one reward"
         )
     if context.stage == "ppo" and context.probe is None:
-        world.together(lambda: _note(config, context, told[0]) if world.is_main else None)
+        world.run_on_all(lambda: _note(config, context, told[0]) if world.is_main else None)
     return server
 
 
-def _note(config: Config, context: StageContext, told: Told) -> None:
+def _note(config: Config, context: StageContext, told: ServerInfo) -> None:
     """Write down what scores; or, where PPO goes on, make sure that it is the same.
 
     Raises:

@@ -21,7 +21,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import architecture_of, build_causal_lm, load_causal_lm
-from rlhf_exp.stages.context import Materials, StageContext, StageResult
+from rlhf_exp.stages.context import DataModule, StageContext, StageResult
 from rlhf_exp.stages.training import (
     keep_small_updates,
     lora_of,
@@ -75,7 +75,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 
 
-def base_model(config: ModelConfig, materials: Materials) -> tuple[Codec, PreTrainedModel]:
+def base_model(config: ModelConfig, materials: DataModule) -> tuple[Codec, PreTrainedModel]:
     """Return the model that SFT starts from, with its codec.
 
     Raises:

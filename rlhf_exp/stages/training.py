@@ -42,13 +42,13 @@ from rlhf_exp.store.artifact import git_state
 from rlhf_exp.store.fingerprint import file_digest, key_of
 from rlhf_exp.tracking.alerts import AlertRules
 from rlhf_exp.tracking.create import open_tracker
-from rlhf_exp.tracking.progress_bar import Progress
+from rlhf_exp.tracking.progress_bar import StageProgress
 from rlhf_exp.tracking.tracker import NullTracker, Tracker
-from rlhf_exp.training.checkpoint import Keep
-from rlhf_exp.training.memory import ITERATIONS, Probed, Recorder
+from rlhf_exp.training.checkpoint import SnapshotRules
+from rlhf_exp.training.memory import ITERATIONS, ProbeFinished, Recorder
 from rlhf_exp.training.optim import OptimSettings
 from rlhf_exp.training.task import Task
-from rlhf_exp.training.trainer import LoopContext, LoopSettings, Outcome, train
+from rlhf_exp.training.trainer import LoopContext, LoopSettings, TrainingResult, train
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +99,8 @@ def run_loop(
     world: World,
     context: StageContext,
     watch: tuple[str, ...],
-    conclude: Callable[[Outcome], Mapping[str, float] | None],
-) -> Outcome:
+    conclude: Callable[[TrainingResult], Mapping[str, float] | None],
+) -> TrainingResult:
     """Run the shared loop with the tracker and the progress bar of a stage.
 
     Args:
@@ -119,20 +119,22 @@ def run_loop(
         checkpoint_every=section.checkpoint_every,
         keep_checkpoints=section.keep_checkpoints,
         select_best=section.select == Select.best,
-        keep=Keep(section.keep_every, Select.best in section.keep, Select.last in section.keep),
+        keep=SnapshotRules(
+            section.keep_every, Select.best in section.keep, Select.last in section.keep
+        ),
     )
     if world.is_main:
         _warn_of_warmup(context.stage, section, steps)
     if context.probe is not None:
         probe_loop(settings, task, world, context, context.probe)
 
-    def conclude_tracked(outcome: Outcome, tracker: Tracker) -> Mapping[str, float]:
+    def conclude_tracked(outcome: TrainingResult, tracker: Tracker) -> Mapping[str, float]:
         found = conclude(outcome) or {}
         record_model(context, world, outcome, tracker)
         return found
 
     with (
-        Progress(context.stage, steps, watch, shown=world.is_main) as progress,
+        StageProgress(context.stage, steps, watch, shown=world.is_main) as progress,
         context.polite_interrupts() as interrupted,
     ):
         loop = LoopContext(
@@ -217,10 +219,10 @@ def probe_loop(
         optim=replace(settings.optim, steps=last),
         eval_every=last,
         checkpoint_every=last,
-        keep=Keep(),
+        keep=SnapshotRules(),
     )
     with (
-        Progress(f"{context.stage} (probe)", last, (), shown=world.is_main) as progress,
+        StageProgress(f"{context.stage} (probe)", last, (), shown=world.is_main) as progress,
         context.polite_interrupts() as interrupted,
     ):
         loop = LoopContext(
@@ -233,13 +235,13 @@ def probe_loop(
         )
         recorder.begin()
         train(task, short, loop)
-    raise Probed(
+    raise ProbeFinished(
         {
             "steps": settings.optim.steps,
             "iterations": len(ends),
             "evaluations": 1 + _due(ends, settings.eval_every),
             "checkpoints": _due(ends, settings.checkpoint_every),
-            "processes": world.collect(recorder.to_json()),
+            "processes": world.all_gather_object(recorder.to_json()),
         }
     )
 
@@ -259,7 +261,7 @@ def save_models(
     world: World,
     module: Policy | RewardModel,
     tokenizer: PreTrainedTokenizerBase,
-    outcome: Outcome,
+    outcome: TrainingResult,
     prepare: Callable[[], object] = lambda: None,
 ) -> None:
     """Let the main process write the stage's model, and the snapshots asked for.
@@ -279,7 +281,7 @@ def save_models(
     plain.to(dtype=torch_dtype(config))
 
     def write(folder: Path) -> None:
-        world.together(lambda: module.save(folder, tokenizer) if world.is_main else None)
+        world.run_on_all(lambda: module.save(folder, tokenizer) if world.is_main else None)
 
     write(context.folder / MODEL)
     folder = context.folder / SNAPSHOTS
@@ -288,7 +290,7 @@ def save_models(
     for step, path in sorted(outcome.kept.items()):
         if step == outcome.published_step:
             continue
-        if not world.agreed(path.is_file()):
+        if not world.broadcast_object(path.is_file()):
             log.warning("no snapshot of step %d: it was not yet asked for at that step", step)
             continue
         _put(module, load_file(path))
@@ -298,7 +300,7 @@ def save_models(
         _write_index(folder, outcome)
 
 
-def _write_index(folder: Path, outcome: Outcome) -> None:
+def _write_index(folder: Path, outcome: TrainingResult) -> None:
     steps = {"published": outcome.published_step, "best": outcome.best_step}
     folder.mkdir(exist_ok=True)
     (folder / INDEX).write_text(json.dumps({**steps, "last": outcome.last_step}))
@@ -335,7 +337,9 @@ def tracker_for(config: Config, context: StageContext, resume: int | None, world
     )
 
 
-def record_model(context: StageContext, world: World, outcome: Outcome, tracker: Tracker) -> None:
+def record_model(
+    context: StageContext, world: World, outcome: TrainingResult, tracker: Tracker
+) -> None:
     """Tell the tracker of the model in the staging folder, at the place that it will have."""
     if not world.is_main:
         return

@@ -21,8 +21,8 @@ from rlhf_exp.stages.ppo_inputs import (
     original_scores,
     ppo_prompts,
     ppo_settings,
+    round_up_to_iterations,
     validation_settings,
-    whole_steps,
 )
 from rlhf_exp.stages.scorers import scorer_for
 from rlhf_exp.stages.training import (
@@ -32,9 +32,9 @@ from rlhf_exp.stages.training import (
     tracker_for,
     world_for,
 )
-from rlhf_exp.tracking.progress_bar import Progress
+from rlhf_exp.tracking.progress_bar import StageProgress
 from rlhf_exp.tracking.tracker import finishing
-from rlhf_exp.training.trainer import Outcome
+from rlhf_exp.training.trainer import TrainingResult
 from rlhf_exp.trlx.convert import take_back
 from rlhf_exp.trlx.session import Judged, Session, TrlxProcess
 from rlhf_exp.trlx.settings import WEIGHTS, TrlxSettings, hand_over
@@ -82,10 +82,10 @@ def _train(
     settings: TrlxSettings,
     judged: Judged,
     plan: Path,
-) -> tuple[Outcome, dict[str, float | int | str]]:
+) -> tuple[TrainingResult, dict[str, float | int | str]]:
     """Serve the worker to its end; return the outcome and facts for the report."""
     with (
-        Progress(
+        StageProgress(
             f"{context.stage} (trlx)", settings.steps, _WATCH, shown=world.is_main
         ) as progress,
         finishing(tracker_for(config, context, None, world)) as tracker,
@@ -112,7 +112,7 @@ def _publish(
     context: StageContext,
     world: World,
     codec: Codec,
-    outcome: Outcome,
+    outcome: TrainingResult,
     weights: Path,
 ) -> None:
     """Leave the stage's model: what training started from, with the weights it ended with."""
@@ -128,7 +128,7 @@ def trlx_settings(config: Config) -> TrlxSettings:
     section = config.ppo
     updates = ppo_settings(section).updates
     return TrlxSettings(
-        steps=whole_steps(section.steps, updates),
+        steps=round_up_to_iterations(section.steps, updates),
         rollouts=section.rollouts,
         batch=section.batch,
         epochs=section.epochs,

@@ -23,7 +23,7 @@ TRACKED = ("wandb/", "wandb-data/")
 
 
 @dataclass(frozen=True)
-class Usage:
+class DiskUsage:
     """The disk space of the runs of one name, in bytes.
 
     Attributes:
@@ -59,13 +59,13 @@ class Usage:
         return f"{human_size(self.total)}: {', '.join(parts)}{tracked}"
 
 
-def size_of(store: Store, records: Records, name: str) -> Usage:
+def size_of(store: Store, records: Records, name: str) -> DiskUsage:
     """Return the disk space of the runs of one name."""
     (found,) = sizes(store, records, [name])
     return found
 
 
-def sizes(store: Store, records: Records, names: Iterable[str] | None = None) -> list[Usage]:
+def sizes(store: Store, records: Records, names: Iterable[str] | None = None) -> list[DiskUsage]:
     """Return the disk space of each name, the largest of their own first; marks nothing as used.
 
     Args:
@@ -101,12 +101,12 @@ def _usage(
     runs: list[RunRecord],
     reached: Mapping[str, set[str]],
     artifacts: Mapping[str, Artifact],
-) -> Usage:
+) -> DiskUsage:
     keys = reached.get(name, set())
     others = set().union(*(one for other, one in reached.items() if other != name))
     works = {(stage, key) for record in runs for stage, key in record.keys.items()}
     folders = [staging_folder(store.root, stage, key) for stage, key in sorted(works)]
-    return Usage(
+    return DiskUsage(
         name=name,
         points=len(runs),
         own=sum(_size(artifacts[key]) for key in keys - others),
@@ -148,7 +148,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _AGE = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)")
 
 
-class By(StrEnum):
+class RetentionRank(StrEnum):
     """What makes a run worth keeping."""
 
     best = "best"
@@ -156,7 +156,7 @@ class By(StrEnum):
 
 
 @dataclass(frozen=True)
-class Rule:
+class RetentionRule:
     """Of the ended runs of a name, keep the results of this many.
 
     Attributes:
@@ -166,23 +166,23 @@ class Rule:
     """
 
     name: str
-    by: By
+    by: RetentionRank
     count: int
 
     @classmethod
-    def parse(cls, name: str, text: str) -> Rule:
+    def parse(cls, name: str, text: str) -> RetentionRule:
         """Read `best:3` or `last:5`.
 
         Raises:
             UserError: It is neither.
         """
         by, _, count = text.partition(":")
-        if by not in By.__members__ or not count.isascii() or not count.isdigit():
+        if by not in RetentionRank.__members__ or not count.isascii() or not count.isdigit():
             raise UserError(
                 f"--keep {text}: expected best:N or last:N, such as best:3 (the three runs with "
                 "the highest objectives)"
             )
-        return cls(name, By(by), int(count))
+        return cls(name, RetentionRank(by), int(count))
 
     def forgets(self, records: Collection[RunRecord]) -> list[RunRecord]:
         """Return the runs, of those of its name, whose results it lets go.
@@ -191,7 +191,7 @@ class Rule:
         has no objective, is never among the best.
         """
         ended = [one for one in records if one.status in ENDED]
-        if self.by is By.last:
+        if self.by is RetentionRank.last:
             return sorted(ended, key=lambda one: one.created, reverse=True)[self.count :]
         ranked = sorted(filter(_is_ranked, ended), key=lambda one: -_objective(one))
         return ranked[self.count :] + [one for one in ended if not _is_ranked(one)]
@@ -205,7 +205,7 @@ def _objective(record: RunRecord) -> float:
     return math.nan if record.objective is None else record.objective
 
 
-def kept_keys(records: Records, rule: Rule | None = None) -> set[str]:
+def kept_keys(records: Records, rule: RetentionRule | None = None) -> set[str]:
     """Return the keys of all runs but those that the rule forgets.
 
     Raises:

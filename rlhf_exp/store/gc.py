@@ -49,7 +49,9 @@ def remove(store: Store, artifact: Artifact, dry_run: bool) -> Removal:
     return removal
 
 
-def collect(store: Store, referenced: set[str], dry_run: bool, grace_s: float) -> list[Removal]:
+def collect_garbage(
+    store: Store, referenced: set[str], dry_run: bool, grace_s: float
+) -> list[Removal]:
     """Delete what nothing keeps (see `Store.gc`)."""
     artifacts = store.all()
     kept = _kept(store, artifacts, referenced, grace_s)

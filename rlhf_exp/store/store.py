@@ -205,7 +205,7 @@ class Store:
         Returns:
             What was deleted, or would be.
         """
-        return gc.collect(self, set(referenced_keys), dry_run, grace_s)
+        return gc.collect_garbage(self, set(referenced_keys), dry_run, grace_s)
 
     def _read(self, folder: Path) -> Artifact | None:
         try:

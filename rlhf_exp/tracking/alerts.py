@@ -33,7 +33,7 @@ class AlertRules:
     entropy: float | None = None
 
 
-class Alarms:
+class AlertMonitor:
     """Looks at each row, in order.
 
     Args:

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_exp.tracking.alerts import Alarms, AlertRules
+from rlhf_exp.tracking.alerts import AlertMonitor, AlertRules
 from rlhf_exp.tracking.local import MetricsLog, read_metrics
-from rlhf_exp.tracking.tracker import Several, Tracker
+from rlhf_exp.tracking.tracker import CompositeTracker, Tracker
 
 Mode = Literal["offline", "online", "disabled"]
 _ID_FILE = "run_id"
@@ -60,11 +60,11 @@ def open_tracker(
     run_id = _settle_run_id(folder / _ID_FILE, run_id)
     local = MetricsLog(folder, run_id=run_id, resume_step=resume_step)
     earlier = read_metrics(folder / "metrics.jsonl")
-    alarms = Alarms(alerts)
+    alarms = AlertMonitor(alerts)
     for row in earlier:  # what has been seen before the resume
         alarms.see(row)
     if mode == "disabled":
-        return Several(local, alarms=alarms)
+        return CompositeTracker(local, alarms=alarms)
     from rlhf_exp.tracking.wandb_tracker import WandbTracker
 
     remote = WandbTracker(
@@ -81,7 +81,7 @@ def open_tracker(
         diff=diff,
         earlier=earlier,
     )
-    return Several(local, remote, alarms=alarms)
+    return CompositeTracker(local, remote, alarms=alarms)
 
 
 def get_ready(mode: Mode) -> None:

@@ -24,7 +24,7 @@ from rich.progress import Progress as RichProgress
 LINE_INTERVAL_S = 10.0
 
 
-class Progress:
+class StageProgress:
     """Context manager that shows how far a stage is.
 
     Args:

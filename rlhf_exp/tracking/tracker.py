@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
-from rlhf_exp.tracking.alerts import Alarms
+from rlhf_exp.tracking.alerts import AlertMonitor
 
 
 class Tracker(Protocol):
@@ -117,7 +117,7 @@ class NullTracker:
         """Nothing."""
 
 
-class Several:
+class CompositeTracker:
     """The tracker that reports to each of `trackers`, in order, and raises alarms.
 
     Args:
@@ -125,10 +125,10 @@ class Several:
         alarms: Look at each row.
     """
 
-    def __init__(self, *trackers: Tracker, alarms: Alarms | None = None) -> None:
+    def __init__(self, *trackers: Tracker, alarms: AlertMonitor | None = None) -> None:
         self.run_id = trackers[0].run_id
         self._trackers = trackers
-        self._alarms = alarms or Alarms()
+        self._alarms = alarms or AlertMonitor()
 
     def log(self, metrics: Mapping[str, float], step: int, *, more: bool = False) -> None:
         """See `Tracker`."""

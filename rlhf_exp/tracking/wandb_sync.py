@@ -43,7 +43,7 @@ _ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Start:
+class RunStart:
     """One start of a run.
 
     Attributes:
@@ -68,10 +68,10 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Piece:
+class SyncPiece:
     """What is to be sent of a start: its rows with `after < step < before`."""
 
-    start: Start
+    start: RunStart
     after: float
     before: float
 
@@ -91,7 +91,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Sent:
+class SyncResult:
     """How sending went.
 
     Attributes:
@@ -103,7 +103,7 @@ class Sent:
     error: str | None
 
 
-def starts_of(folder: Path) -> list[Start]:
+def starts_of(folder: Path) -> list[RunStart]:
     """Return the starts recorded in a run's folder, in order.
 
     Raises:
@@ -118,7 +118,7 @@ def starts_of(folder: Path) -> list[Start]:
         online = not path.parent.name.startswith("offline-")
         sent = _last_sent(path, steps)
         whose = run.run_id, run.project, run.entity
-        found.append(Start(path, *whose, online, is_complete(path), steps, sent))
+        found.append(RunStart(path, *whose, online, is_complete(path), steps, sent))
     return found
 
 
@@ -131,7 +131,7 @@ def _last_sent(path: Path, steps: tuple[int, ...]) -> float | None:
     return float(json.loads(note)[_LAST]) if note else max(steps, default=-1)
 
 
-def unsent(starts: Sequence[Start], after: float = -math.inf) -> list[Piece]:
+def unsent(starts: Sequence[RunStart], after: float = -math.inf) -> list[SyncPiece]:
     """Return what is to be sent, in order.
 
     A start that was online has first sent whatever the starts before it had recorded, so these are
@@ -150,13 +150,13 @@ def unsent(starts: Sequence[Start], after: float = -math.inf) -> list[Piece]:
             after = max(after, start.sent)
         elif start.steps or not start.online:  # else the server was away: an offline one followed
             later = [min(one.steps) for one in starts[index + 1 :] if one.steps]
-            piece = Piece(start, after, min(later, default=math.inf))
+            piece = SyncPiece(start, after, min(later, default=math.inf))
             pieces.append(piece)
             after = max(after, piece.last)
     return pieces
 
 
-def last_step_sent(starts: Sequence[Start]) -> float:
+def last_step_sent(starts: Sequence[RunStart]) -> float:
     """Ask W&B for the last step that it has of a run.
 
     A server lost in the middle has a part of what a log holds, and only it knows which. Its summary
@@ -182,7 +182,7 @@ def last_step_sent(starts: Sequence[Start]) -> float:
     return float(min(last, steps[min(count, len(steps)) - 1]))
 
 
-def send(piece: Piece, folder: Path) -> Sent:
+def send(piece: SyncPiece, folder: Path) -> SyncResult:
     """Send a piece by `wandb sync`, from a copy of its log.
 
     Args:
@@ -200,10 +200,10 @@ def send(piece: Piece, folder: Path) -> Sent:
         said = _wandb_sync(copy)
         sent = synced_marker(copy / path.name).exists()
     if not sent:
-        return Sent("", _reason(said))
+        return SyncResult("", _reason(said))
     mark_synced(path, json.dumps({_LAST: piece.last}))
     url = _URL.search(said)
-    return Sent(url[1] if url else "", None)
+    return SyncResult(url[1] if url else "", None)
 
 
 def _wandb_sync(folder: Path) -> str:

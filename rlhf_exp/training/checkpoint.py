@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_exp.distributed.strategy import Saved
+from rlhf_exp.distributed.strategy import OptimizerState
 from rlhf_exp.distributed.world import World
 from rlhf_exp.store.atomic_files import disk_full_is_user_error
 
@@ -47,7 +47,7 @@ class Checkpoint:
 
     step: int
     weights: dict[str, Tensor]
-    optimizer: Saved
+    optimizer: OptimizerState
     state: dict[str, Any]
     rng: Tensor
 
@@ -79,7 +79,7 @@ class Checkpoints:
         content = {"step": step, "threads": torch.get_num_threads(), **state}
         content |= {"layout": strategy.layout, "processes": world.processes}
         needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-        partial = self.folder / f".partial-{world.agreed(os.getpid())}"
+        partial = self.folder / f".partial-{world.broadcast_object(os.getpid())}"
 
         def begin() -> None:
             if world.is_main:
@@ -105,9 +105,9 @@ class Checkpoints:
             needed,
             "Make room and run again: it goes on from the checkpoint before.",
         ):
-            world.together(begin)
-            digests = {name: one for part in world.together(write) for name, one in part.items()}
-            return world.together(lambda: self._publish(step, partial, digests))[world.rank]
+            world.run_on_all(begin)
+            digests = {name: one for part in world.run_on_all(write) for name, one in part.items()}
+            return world.run_on_all(lambda: self._publish(step, partial, digests))[world.rank]
 
     def _publish(self, step: int, partial: Path, digests: Mapping[str, str]) -> Path:
         target = self.folder / f"step-{step:08d}"
@@ -123,7 +123,7 @@ class Checkpoints:
 
     def latest(self) -> Checkpoint | None:
         """Return the newest checkpoint that is intact, or `None`; say so where one is not."""
-        found = self.world.together(lambda: self._intact() if self.world.is_main else None)[0]
+        found = self.world.run_on_all(lambda: self._intact() if self.world.is_main else None)[0]
         return None if found is None else _read(found, self.world.rank)
 
     def _intact(self) -> Path | None:
@@ -174,7 +174,9 @@ def _read(folder: Path, rank: int) -> Checkpoint:
     return Checkpoint(
         step=state["step"],
         weights=load_file(folder / _WEIGHTS),
-        optimizer=Saved(state["layout"], processes, lambda number: bundle(number)["optimizer"]),
+        optimizer=OptimizerState(
+            state["layout"], processes, lambda number: bundle(number)["optimizer"]
+        ),
         state=state,
         rng=bundle(min(rank, processes - 1))["rng"],
     )
@@ -194,7 +196,7 @@ def _sync(path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Keep:
+class SnapshotRules:
     """Which weights outlast training, beside those that are published.
 
     Attributes:
@@ -208,7 +210,7 @@ class Keep:
     last: bool = False
 
 
-class KeptWeights:
+class Snapshots:
     """Files of trainable weights, named after their steps.
 
     Args:
@@ -231,7 +233,7 @@ class KeptWeights:
                 save_file(weights, partial)
                 partial.rename(self.path(step))
 
-        self.world.together(write)
+        self.world.run_on_all(write)
 
     def prune(self, steps: Collection[int]) -> None:
         """Remove the files of all steps but these."""

@@ -93,7 +93,7 @@ class Phase:
     metrics: dict[str, float]
 
 
-class Probed(Exception):
+class ProbeFinished(Exception):
     """No error: training has been probed, and what a stage does after it is left out.
 
     Attributes:

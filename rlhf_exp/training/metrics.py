@@ -8,7 +8,7 @@ from torch import Tensor
 from rlhf_exp.distributed.world import World
 
 
-class Meters:
+class MetricAccumulator:
     """Numerators and denominators by name, on the device until they are read.
 
     Reading is the only point where the host waits for the device and processes for each other. All

@@ -102,7 +102,7 @@ def lr_multiplier(
     return floor + (1.0 - floor) * remaining
 
 
-def by_length(lengths: Tensor, rows: int | None) -> Iterator[Tensor]:
+def length_sorted_micro_batches(lengths: Tensor, rows: int | None) -> Iterator[Tensor]:
     """Yield the numbers of the rows of each micro-batch, longest rows first.
 
     A micro-batch costs as much as its longest row, so rows of like length go together; the largest

@@ -36,12 +36,12 @@ from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.batch import Finish, Prompts, Rollouts, Samples
 from rlhf_exp.data.batching import batch_index, epoch_permutation, prompts_batch
 from rlhf_exp.data.tokenized import TokenizedPrompts
-from rlhf_exp.distributed.redistribute import same_widths, trade
+from rlhf_exp.distributed.redistribute import redistribute, same_widths
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy, ResponseOutputs
 from rlhf_exp.models.reference import Reference
-from rlhf_exp.training.metrics import Meters
-from rlhf_exp.training.optim import by_length
+from rlhf_exp.training.metrics import MetricAccumulator
+from rlhf_exp.training.optim import length_sorted_micro_batches
 from rlhf_exp.training.reward_scorer import Scorer
 from rlhf_exp.training.scorers import score_samples
 from rlhf_exp.training.task import Evaluation
@@ -112,7 +112,7 @@ class PpoTask:
     def __init__(
         self,
         policy: Policy,
-        collector: Collector,
+        collector: ExperienceCollector,
         evaluator: Evaluator,
         settings: PpoSettings,
         world: World,
@@ -120,7 +120,7 @@ class PpoTask:
         self.module: nn.Module = policy
         self.collector, self.evaluator = collector, evaluator
         self.settings, self.world = settings, world
-        self.meters = Meters(world)
+        self.meters = MetricAccumulator(world)
         self.rollouts: Rollouts | None = None
         self._forward: Callable[..., Any] = policy
         self._began = self._updating = 0.0
@@ -140,13 +140,13 @@ class PpoTask:
             self._updating = time.perf_counter()
         assert self.rollouts is not None, "a run resumes at the beginning of an iteration"
         chosen = self._minibatch(iteration, update)
-        minibatch = trade(self.rollouts, chosen, self.world)
+        minibatch = redistribute(self.rollouts, chosen, self.world)
         real = torch.from_numpy(self.world.share(len(chosen)).weights) > 0
         mask = minibatch.mask & real[:, None].to(self.world.device)
         minibatch = replace(minibatch, mask=mask)
         normaliser = self.world.sum(mask.sum().double()).float()
         lengths = (minibatch.prompt_lengths + minibatch.response_lengths).cpu()
-        parts = by_length(lengths, self.settings.micro_batch)
+        parts = length_sorted_micro_batches(lengths, self.settings.micro_batch)
         for part in self.world.micro_batches(parts):
             longest = int(lengths[part].max())
             backward(self._loss(minibatch.select(part), longest, normaliser, update == 0))
@@ -293,7 +293,7 @@ class ExperienceSettings:
 
 
 @dataclass(frozen=True)
-class Assessed:
+class PolicyOutputs:
     """What policy and reference say of an iteration's responses.
 
     Attributes:
@@ -311,7 +311,7 @@ class Assessed:
     states: Tensor | None
 
 
-class Collector:
+class ExperienceCollector:
     """Makes experience.
 
     Args:
@@ -347,7 +347,7 @@ class Collector:
         self.scaler, self.controller = scaler, controller
         self.settings, self.world = settings, world
 
-    def collect(self, iteration: int, meters: Meters) -> Rollouts:
+    def collect(self, iteration: int, meters: MetricAccumulator) -> Rollouts:
         """Sample, score and assess one iteration's rollouts, and report on them."""
         began = time.perf_counter()
         samples, weights = self._sample(iteration)
@@ -371,7 +371,7 @@ class Collector:
         samples = self.sampler(batch.to(self.world.device))
         return samples, torch.from_numpy(share.weights).to(self.world.device)
 
-    def _score(self, samples: Samples, weights: Tensor, meters: Meters) -> Tensor:
+    def _score(self, samples: Samples, weights: Tensor, meters: MetricAccumulator) -> Tensor:
         """Return what goes into the reward: [B] float32, penalised, compared, clipped, scaled."""
         settings, device = self.settings, self.world.device
         raw = score_samples(self.scorer, samples).to(device)
@@ -387,14 +387,14 @@ class Collector:
         return scaled
 
     @torch.no_grad()
-    def _assess(self, samples: Samples) -> Assessed:
+    def _assess(self, samples: Samples) -> PolicyOutputs:
         """Run policy and reference over all responses, with the states that training will use."""
         rows, width = len(samples), int(samples.response_lengths.max())
         results = [torch.zeros(rows, width, device=self.world.device) for _ in range(4)]
         states = self._given_states(samples)
         keep = states
         lengths = (samples.prompt_lengths + samples.response_lengths).cpu()
-        for part in by_length(lengths, self.settings.batch):
+        for part in length_sorted_micro_batches(lengths, self.settings.batch):
             longest = int(lengths[part].max())
             tokens = samples.tokens[part, :longest]
             with self.world.autocast():
@@ -422,14 +422,19 @@ class Collector:
             for result, value in zip(results, found, strict=True):
                 result[part] = value.float()
         logprobs, values, entropy, ref_logprobs = results
-        return Assessed(logprobs, values, entropy, ref_logprobs, keep)
+        return PolicyOutputs(logprobs, values, entropy, ref_logprobs, keep)
 
     def _given_states(self, samples: Samples) -> Tensor | None:
         usable = self.settings.reuse_states and self.policy.cut is not None
         return samples.states if usable else None
 
     def _estimate(
-        self, samples: Samples, weights: Tensor, scores: Tensor, found: Assessed, meters: Meters
+        self,
+        samples: Samples,
+        weights: Tensor,
+        scores: Tensor,
+        found: PolicyOutputs,
+        meters: MetricAccumulator,
     ) -> Rollouts:
         settings = self.settings
         mask = response_mask(samples.response_lengths, found.logprobs.shape[1])
@@ -455,7 +460,7 @@ class Collector:
         )
 
 
-def report_scores(raw: Tensor, weights: Tensor, meters: Meters) -> None:
+def report_scores(raw: Tensor, weights: Tensor, meters: MetricAccumulator) -> None:
     """Report the raw scores [B]."""
     meters.add("reward/mean", (raw * weights).sum(), weights.sum())
     meters.spread("reward/std", raw, weights)
@@ -471,7 +476,7 @@ def report_kl(
     entropy: Tensor,
     mask: Tensor,
     weights: Tensor,
-    meters: Meters,
+    meters: MetricAccumulator,
 ) -> None:
     """Report divergence and entropy of one iteration."""
     tokens = mask.sum()
@@ -485,7 +490,7 @@ def report_kl(
 
 
 def report_values(
-    values: Tensor, returns: Tensor, mask: Tensor, meters: Meters, world: World
+    values: Tensor, returns: Tensor, mask: Tensor, meters: MetricAccumulator, world: World
 ) -> None:
     """Report mean and explained variance of the values [B, T]."""
     meters.add("value/mean", (values * mask).sum(), mask.sum())
@@ -494,7 +499,7 @@ def report_values(
     meters.add("value/explained_variance", 1.0 - residual / total.clamp_min(1e-8), 1.0)
 
 
-def report_responses(samples: Samples, weights: Tensor, meters: Meters) -> None:
+def report_responses(samples: Samples, weights: Tensor, meters: MetricAccumulator) -> None:
     """Report lengths and how responses ended."""
     count = weights.sum()
     lengths = (samples.response_lengths * weights).sum()

@@ -24,8 +24,8 @@ from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference
-from rlhf_exp.training.metrics import Meters
-from rlhf_exp.training.optim import by_length
+from rlhf_exp.training.metrics import MetricAccumulator
+from rlhf_exp.training.optim import length_sorted_micro_batches
 from rlhf_exp.training.ppo import Sampler
 from rlhf_exp.training.reward_scorer import Scorer, texts_of
 from rlhf_exp.training.scorers import score_samples
@@ -108,7 +108,7 @@ class Validator:
     @torch.no_grad()
     def __call__(self) -> Evaluation:
         """Sample, score and compare with the reference."""
-        meters = Meters(self.world)
+        meters = MetricAccumulator(self.world)
         count = min(self.settings.prompts, len(self.prompts))
         share = self.world.share(count)
         batch = prompts_batch(self.prompts, share.rows, np.asarray(share.rows))
@@ -137,7 +137,7 @@ class Validator:
     def sequence_kl(self, samples: Samples) -> Tensor:
         """Return the sum of k1 over each response [B], in nats."""
         kl = torch.zeros(len(samples), device=self.world.device)
-        for part in by_length(
+        for part in length_sorted_micro_batches(
             (samples.prompt_lengths + samples.response_lengths).cpu(), self.settings.batch
         ):
             rows = samples.select(part)

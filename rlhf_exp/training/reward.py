@@ -20,8 +20,8 @@ from rlhf_exp.data.batching import batch_index, preferences_batch
 from rlhf_exp.data.tokenized import TokenizedPreferences
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.reward_model import RewardModel
-from rlhf_exp.training.metrics import Meters
-from rlhf_exp.training.optim import by_length
+from rlhf_exp.training.metrics import MetricAccumulator
+from rlhf_exp.training.optim import length_sorted_micro_batches
 from rlhf_exp.training.task import Evaluation
 
 
@@ -62,7 +62,7 @@ class RewardTask:
         self.module: nn.Module = model
         self.model, self.pairs, self.validation = model, pairs, validation
         self.settings, self.world = settings, world
-        self.meters = Meters(world)
+        self.meters = MetricAccumulator(world)
         self._forward: Callable[..., tuple[Tensor, Tensor]] = model
 
     def attach(self, wrapped: nn.Module) -> None:
@@ -74,7 +74,7 @@ class RewardTask:
         chosen = batch_index(len(self.pairs), self.settings.batch, self.settings.seed, step)
         share = self.world.share(len(chosen))
         rows, weights = chosen[share.rows], share.weights
-        parts = by_length(_lengths(self.pairs, rows), self.settings.micro_batch)
+        parts = length_sorted_micro_batches(_lengths(self.pairs, rows), self.settings.micro_batch)
         for part in self.world.micro_batches(parts):
             first, second, weight = self.scores(
                 self.pairs, rows[part.numpy()], weights[part.numpy()]
@@ -141,7 +141,7 @@ def pair_scores(
     share = world.share(len(pairs))
     found = torch.zeros(len(share.rows), 2)
     size = settings.micro_batch or settings.batch
-    for part in by_length(_lengths(pairs, share.rows), size):
+    for part in length_sorted_micro_batches(_lengths(pairs, share.rows), size):
         first, second, _ = score(pairs, share.rows[part.numpy()], share.weights[part.numpy()])
         found[part] = torch.stack([first, second], dim=1).float().cpu()
     everyone = world.gather(found).cpu()[: len(pairs)]

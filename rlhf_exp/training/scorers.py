@@ -38,7 +38,7 @@ from rlhf_exp.batch import Samples
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
-from rlhf_exp.http_client import Failure, Requests, Service
+from rlhf_exp.http_client import HttpClient, RequestFailed, Service
 from rlhf_exp.models.frozen_trunk import Branch
 from rlhf_exp.models.reward_model import RewardModel, read_scores
 from rlhf_exp.safe_text import visible
@@ -65,8 +65,8 @@ class CentralScorer:
     def __call__(self, tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
         """See `Scorer`."""
         own = (tokens.cpu(), prompt_lengths.cpu(), content_lengths.cpu())
-        everyone = self.world.collect(own)
-        found = self.world.together(lambda: self._scores(everyone))[0]
+        everyone = self.world.all_gather_object(own)
+        found = self.world.run_on_all(lambda: self._scores(everyone))[0]
         assert found is not None
         sizes = [len(rows[0]) for rows in everyone]
         return found.split(sizes)[self.world.rank]
@@ -195,7 +195,7 @@ PROBE = ("\n\nHuman: Hello!\n\nAssistant:", "Hello! How can I help you?")
 
 
 @dataclass(frozen=True)
-class Told:
+class ServerInfo:
     """What a server says of itself; both are optional.
 
     Attributes:
@@ -217,8 +217,8 @@ class RewardServer:
         service: Where it is.
         size: Responses of one request.
         name: The name that it must give itself, if it gives itself one.
-        wait: See `Requests`.
-        draw: See `Requests`.
+        wait: See `HttpClient`.
+        draw: See `HttpClient`.
     """
 
     def __init__(
@@ -230,10 +230,10 @@ class RewardServer:
         draw: Callable[[], float] = random.random,
     ) -> None:
         self.service, self.size, self.name = service, size, name
-        self.told: Told | None = None
-        self._requests = Requests(service, self._error, wait, draw)
+        self.told: ServerInfo | None = None
+        self._requests = HttpClient(service, self._error, wait, draw)
 
-    def check(self) -> Told:
+    def check(self) -> ServerInfo:
         """Let one response be scored, without a second try; return what the server is.
 
         Raises:
@@ -280,13 +280,15 @@ class RewardServer:
             "", body, lambda response: self._read(response, responses), retries
         )
 
-    def _read(self, response: httpx2.Response, responses: Sequence[str]) -> list[float] | Failure:
+    def _read(
+        self, response: httpx2.Response, responses: Sequence[str]
+    ) -> list[float] | RequestFailed:
         try:
             answer = response.json()
         except ValueError:
             # A proxy's page, or one that was cut off.
             start = " ".join(visible(response.text[:80]).split())
-            return Failure(f"no JSON in the answer ({start!r})")
+            return RequestFailed(f"no JSON in the answer ({start!r})")
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list):
             raise self._error('expected {"scores": [...]}, one number for each response')
@@ -314,7 +316,7 @@ class RewardServer:
                 f"it scores with {name!r}, but ppo.reward.name={self.name}; start the server with "
                 "that reward, or name the one that it has"
             )
-        told = Told(name, tokenizer)
+        told = ServerInfo(name, tokenizer)
         if self.told is not None and told != self.told:
             raise self._error(
                 f"it scores with {name!r} now, and with {self.told.name!r} before; a run needs one "

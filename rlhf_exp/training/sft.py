@@ -17,8 +17,8 @@ from rlhf_exp.batch import Demonstrations
 from rlhf_exp.data.batching import PackedRow, batch_index, demonstrations_batch
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.training.metrics import Meters
-from rlhf_exp.training.optim import by_length
+from rlhf_exp.training.metrics import MetricAccumulator
+from rlhf_exp.training.optim import length_sorted_micro_batches
 from rlhf_exp.training.task import Evaluation
 
 
@@ -59,7 +59,7 @@ class SftTask:
         self.module: nn.Module = policy
         self.rows, self.validation = rows, validation
         self.settings, self.world = settings, world
-        self.meters = Meters(world)
+        self.meters = MetricAccumulator(world)
         self._forward: Callable[..., Tensor] = policy
         self._since = time.perf_counter()
 
@@ -106,7 +106,7 @@ class SftTask:
     def evaluate(self) -> Evaluation:
         """Return the loss a token and the perplexity on validation rows."""
         began = time.perf_counter()
-        meters = Meters(self.world)
+        meters = MetricAccumulator(self.world)
         share = self.world.share(len(self.validation))
         rows = [self.validation[number] for number in share.rows]
         size = self.settings.micro_batch or self.settings.batch
@@ -134,7 +134,7 @@ def _micro_batches(
 ) -> list[tuple[Demonstrations, Tensor]]:
     """Return batches with the weight [N] float32 of each of their N targets."""
     batches = []
-    for part in by_length(torch.tensor([len(row) for row in rows]), size):
+    for part in length_sorted_micro_batches(torch.tensor([len(row) for row in rows]), size):
         batch = demonstrations_batch([rows[i] for i in part.tolist()])
         each = torch.from_numpy(weights)[part].repeat_interleave(batch.target_mask.sum(1))
         batches.append((batch, each))

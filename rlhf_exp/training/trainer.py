@@ -22,7 +22,7 @@ import torch
 
 from rlhf_exp.distributed.world import World
 from rlhf_exp.tracking.tracker import Tracker, finishing
-from rlhf_exp.training.checkpoint import Checkpoint, Checkpoints, Keep, KeptWeights
+from rlhf_exp.training.checkpoint import Checkpoint, Checkpoints, SnapshotRules, Snapshots
 from rlhf_exp.training.memory import peak_bytes
 from rlhf_exp.training.optim import OptimSettings, build_optimizer, set_lr
 from rlhf_exp.training.task import Diverged, Interrupted, Task
@@ -30,7 +30,7 @@ from rlhf_exp.training.task import Diverged, Interrupted, Task
 log = logging.getLogger(__name__)
 
 
-def train(task: Task, settings: LoopSettings, context: LoopContext) -> Outcome:
+def train(task: Task, settings: LoopSettings, context: LoopContext) -> TrainingResult:
     """Train to the last step, from the newest checkpoint if there is one.
 
     Raises:
@@ -72,12 +72,12 @@ class _Loop:
         self.task, self.settings, self.context = task, settings, context
         self.checkpoints, self.tracker = checkpoints, tracker
         self.world = context.world
-        self.progress, self.before = Progress(), Progress()
+        self.progress, self.before = TrainingProgress(), TrainingProgress()
         module, optim = task.module, settings.optim
         build = partial(build_optimizer, module, optim)
         task.attach(self.world.prepare(module, build, optim.grad_norm))
-        self.best = KeptWeights(context.folder / "best", self.world)
-        self.kept = KeptWeights(context.folder / "kept", self.world)
+        self.best = Snapshots(context.folder / "best", self.world)
+        self.kept = Snapshots(context.folder / "kept", self.world)
         self.latest: dict[str, float] = {}
         self.pruned = False
 
@@ -91,7 +91,7 @@ class _Loop:
         torch.set_rng_state(found.rng)
         torch.set_num_threads(found.state["threads"])
         self.task.load_state(found.state["task"])
-        self.progress = Progress.of(found.state, self.settings.optim.steps)
+        self.progress = TrainingProgress.of(found.state, self.settings.optim.steps)
         self.kept.prune(self.progress.kept)
         log.info("resumed at step %d", found.step)
         return found.step
@@ -151,7 +151,7 @@ class _Loop:
         asked, step, steps = self.context.given_up, self.progress.step, self.settings.optim.steps
         if asked is None:
             return False
-        return self.world.together(lambda: self.world.is_main and asked(step, steps))[0]
+        return self.world.run_on_all(lambda: self.world.is_main and asked(step, steps))[0]
 
     def _evaluates(self) -> bool:
         step, every = self.progress.step, self.settings.eval_every
@@ -184,7 +184,7 @@ class _Loop:
         further = [] if going_on is None or going_on.best_step is None else [going_on.best_step]
         self.best.prune([*self.progress.best_of_checkpoints, *further])
 
-    def _going_on(self) -> Progress:
+    def _going_on(self) -> TrainingProgress:
         settings = self.settings
         return self.progress.going_on(self.before, settings.eval_every, settings.keep.every)
 
@@ -200,7 +200,7 @@ class _Loop:
             self.checkpoint_if_due(force=True)
             raise Interrupted(f"stopped at step {self.progress.step}; a checkpoint was saved")
 
-    def finish(self, start: int) -> Outcome:
+    def finish(self, start: int) -> TrainingResult:
         """Put the weights to publish into the module, which is whole and plain from now on."""
         settings, progress = self.settings, self.progress
         published, best = progress.step, None
@@ -216,7 +216,7 @@ class _Loop:
         kept = {step: self.kept.path(step) for step in progress.kept}
         if settings.keep.best and progress.best_step is not None:
             kept[progress.best_step] = self.best.path(progress.best_step)
-        return Outcome(
+        return TrainingResult(
             metrics,
             objective,
             self.tracker.run_id,
@@ -256,7 +256,7 @@ class LoopSettings:
     checkpoint_every: int
     keep_checkpoints: int
     select_best: bool
-    keep: Keep = field(default_factory=Keep)
+    keep: SnapshotRules = field(default_factory=SnapshotRules)
 
 
 @dataclass(frozen=True)
@@ -283,11 +283,11 @@ class LoopContext:
     before_write: Callable[[], None]
     interrupted: Callable[[], bool]
     given_up: Callable[[int, int], bool] | None = None
-    conclude: Callable[[Outcome, Tracker], Mapping[str, float]] = lambda outcome, tracker: {}
+    conclude: Callable[[TrainingResult, Tracker], Mapping[str, float]] = lambda outcome, tracker: {}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingResult:
     """How training ended.
 
     Attributes:
@@ -323,7 +323,7 @@ def passes(step: int, before: int, every: int) -> bool:
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """The state.
 
     Attributes:
@@ -346,11 +346,13 @@ class Progress:
     published_metrics: dict[str, float] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
 
-    def copy(self) -> Progress:
+    def copy(self) -> TrainingProgress:
         """Return a copy that later changes do not reach."""
-        return Progress(**asdict(self))
+        return TrainingProgress(**asdict(self))
 
-    def going_on(self, before: Progress, eval_every: int, keep_every: int | None) -> Progress:
+    def going_on(
+        self, before: TrainingProgress, eval_every: int, keep_every: int | None
+    ) -> TrainingProgress:
         """Return the state at the end of a run as it would be if the run went on.
 
         The end of training is evaluated, and its weights may be kept, although no interval has
@@ -369,7 +371,7 @@ class Progress:
             undone["kept"] = before.kept
         return replace(self, **undone)
 
-    def state(self, going_on: Progress | None) -> dict[str, Any]:
+    def state(self, going_on: TrainingProgress | None) -> dict[str, Any]:
         """Return JSON values for a checkpoint; `going_on` is given at the end of training."""
         more = {} if going_on is None else {_GOING_ON: asdict(going_on)}
         return {"loop": asdict(self)} | more

@@ -35,12 +35,12 @@ from rlhf_exp.data.batching import joined
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
-from rlhf_exp.processes.channel import Line, Message
+from rlhf_exp.processes.channel import Channel, Message
 from rlhf_exp.tracking.tracker import Tracker
 from rlhf_exp.training.ppo_validation import SHOWN, ValidationSettings
 from rlhf_exp.training.reward_scorer import Scorer, texts_of
 from rlhf_exp.training.task import Diverged
-from rlhf_exp.training.trainer import Outcome
+from rlhf_exp.training.trainer import TrainingResult
 from rlhf_exp.trlx.settings import UPDATE, Iteration, TrlxSettings
 
 
@@ -114,7 +114,7 @@ class Session:
         self._published: dict[str, float] = {}
         self._step, self._saved, self._pruned = 0, 0, False
 
-    def run(self, plan: Path) -> Outcome:
+    def run(self, plan: Path) -> TrainingResult:
         """Let the worker do what the plan says.
 
         Raises:
@@ -234,13 +234,13 @@ class Session:
         rows = zip(*texts, answers.raw[:SHOWN].tolist(), kl[:SHOWN], strict=True)
         return ["prompt", "response", "score", "kl"], [list(row) for row in rows]
 
-    def _outcome(self) -> Outcome:
+    def _outcome(self) -> TrainingResult:
         assert self._best is not None, "a run begins with an evaluation"
         objective, best = self._best
         metrics = self._published | {"published_step": float(self._saved)}
         metrics["best_objective"] = objective
         self.tracker.summary(metrics)
-        return Outcome(
+        return TrainingResult(
             metrics,
             objective,
             self.tracker.run_id,
@@ -288,7 +288,7 @@ class TrlxProcess:
         # It starts elsewhere. A link stays a link: it is what makes an environment.
         interpreter = Path(python).expanduser().absolute()
         here, there = socket.socketpair()
-        self._line = Line(Connection(here.detach()))
+        self._line = Channel(Connection(here.detach()))
         with there, log.open("wb") as out:
             descriptor = there.fileno()
             try:

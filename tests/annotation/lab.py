@@ -8,7 +8,7 @@ from pathlib import Path
 
 from starlette.testclient import TestClient
 
-from rlhf_exp.annotation.campaign import INSTRUCTIONS, About, Item, Study, item_of
+from rlhf_exp.annotation.campaign import INSTRUCTIONS, Campaign, CampaignInfo, Item, item_of
 from rlhf_exp.annotation.web import make_app
 
 _FIELD = re.compile(r'<input type="hidden" name="(\w+)" value="([^"]*)">')
@@ -31,9 +31,9 @@ def study(
     collect: bool = False,
     identical: int = 0,
     own: list[Item] | None = None,
-) -> Study:
+) -> Campaign:
     """Return a new study of plain items, or of your own."""
-    about = About(
+    about = CampaignInfo(
         source="eval/0123456789abcdef",
         name_a="SFT",
         name_b="PPO",
@@ -42,7 +42,7 @@ def study(
         instructions=INSTRUCTIONS,
         identical=identical,
     )
-    made = Study.create(folder / "study.sqlite", about, own or items(count))
+    made = Campaign.create(folder / "study.sqlite", about, own or items(count))
     made.invite(names)
     return made
 
@@ -50,7 +50,7 @@ def study(
 class Visitor:
     """One annotator at the pages of a study."""
 
-    def __init__(self, found: Study, name: str = "anna") -> None:
+    def __init__(self, found: Campaign, name: str = "anna") -> None:
         self.study = found
         (self.token,) = (one.token for one in found.annotators() if one.name == name)
         self.client = TestClient(make_app(found), follow_redirects=False)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from playwright.async_api import Browser, Error, Page, async_playwright
 
-from rlhf_exp.annotation.campaign import Study, read_pairs
+from rlhf_exp.annotation.campaign import Campaign, read_pairs
 from rlhf_exp.safe_text import visible
 from tests.annotation.serving import Served
 from tests.lab import jsonl
@@ -156,7 +156,7 @@ def test_three_people_at_once_killed_tabs_and_a_killed_server(tmp_path: Path) ->
     with Served(tmp_path, str(file), *options) as server:
         asyncio.run(everybody(server))
 
-    study = Study(tmp_path / "votes.sqlite")
+    study = Campaign(tmp_path / "votes.sqlite")
     votes = study.votes()
     numbers = {item.id: int(item.prompt.split()[2].strip(",")) for item in study.items}
     assert len(votes) == 3 * PROMPTS

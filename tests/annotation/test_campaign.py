@@ -20,9 +20,9 @@ import pytest
 from scipy import stats
 
 from rlhf_exp.annotation.campaign import (
+    Campaign,
     Choice,
     Conflict,
-    Study,
     Vote,
     choice_of,
     choose,
@@ -95,7 +95,7 @@ def test_pairs_from_a_file(tmp_path: Path) -> None:
 ROOT = Path(__file__).parents[2]
 
 
-def vote(found: Study, item: int, choice: str = "A", annotator: str = "anna") -> Vote:
+def vote(found: Campaign, item: int, choice: str = "A", annotator: str = "anna") -> Vote:
     """Return a first answer; model a's answer is shown as A."""
     return Vote(found.items[item].id, annotator, "overall", 0, Choice(choice), 1.5, "now", 0)
 
@@ -125,7 +125,7 @@ def test_an_answer_can_be_changed_and_its_repetition_changes_nothing(tmp_path: P
     assert found.record(vote(found, 0)) == first
     changed = found.record(replace(vote(found, 0, "B"), revision=1))
     assert changed.revision == 2
-    assert Study(found.path).votes() == [changed]
+    assert Campaign(found.path).votes() == [changed]
 
 
 def test_a_stale_page_does_not_overwrite(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
             break
     told = 21 + len(child.stdout.read().splitlines())
     child.wait()
-    stored = {one.item for one in Study(found.path).votes()}
+    stored = {one.item for one in Campaign(found.path).votes()}
     assert {found.items[number].id for number in range(told)} <= stored
     assert len(stored) <= told + 1  # the one under way may be stored without having been told
 
@@ -214,19 +214,19 @@ def test_a_study_is_not_made_twice_and_not_empty(tmp_path: Path) -> None:
         study(tmp_path)
     assert len(found.votes()) == 1
     with pytest.raises(UserError, match="no two different answers"):
-        Study.create(tmp_path / "other.sqlite", found.about, [])
+        Campaign.create(tmp_path / "other.sqlite", found.about, [])
     assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"study.sqlite"}
 
 
 def test_what_is_no_study(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such study"):
-        Study(tmp_path / "none.sqlite")
+        Campaign(tmp_path / "none.sqlite")
     (tmp_path / "text.sqlite").write_text("not a database, but long enough to be read as one" * 9)
     with pytest.raises(UserError, match="not a readable study"):
-        Study(tmp_path / "text.sqlite")
+        Campaign(tmp_path / "text.sqlite")
     sqlite3.connect(tmp_path / "empty.sqlite").execute("CREATE TABLE t (x)")
     with pytest.raises(UserError, match="not a readable study"):
-        Study(tmp_path / "empty.sqlite")
+        Campaign(tmp_path / "empty.sqlite")
 
 
 def test_votes_from_elsewhere_are_added_all_or_none(tmp_path: Path) -> None:

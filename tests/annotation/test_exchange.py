@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from rlhf_exp.annotation.campaign import Choice, Study, Vote, item_of, side_of, writing
+from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, item_of, side_of, writing
 from rlhf_exp.annotation.export import read_votes, write_preferences, write_votes
 from rlhf_exp.annotation.ground_truth import read_ground_truth, template, write_ground_truth
 from rlhf_exp.annotation.label_studio import interface, read_label_studio, write_label_studio
@@ -25,7 +25,7 @@ Winners = dict[tuple[str, str, str], tuple[str, int]]
 
 
 @pytest.fixture
-def judged(tmp_path: Path) -> Study:
+def judged(tmp_path: Path) -> Campaign:
     """12 items, two criteria, three annotators; anna has seen everything, the others half of it."""
     found = study(tmp_path, count=12, criteria=CRITERIA, names=("anna", "ben", "carla"))
     generator = np.random.default_rng(0)
@@ -40,19 +40,19 @@ def judged(tmp_path: Path) -> Study:
     return found
 
 
-def winners(found: Study) -> Winners:
+def winners(found: Campaign) -> Winners:
     return {
         (vote.item, vote.annotator, vote.criterion): (vote.winner, vote.side)
         for vote in found.votes()
     }
 
 
-def without_votes(found: Study) -> None:
+def without_votes(found: Campaign) -> None:
     with writing(found.path) as db:
         db.execute("DELETE FROM votes")
 
 
-def test_json_lines(judged: Study, tmp_path: Path) -> None:
+def test_json_lines(judged: Campaign, tmp_path: Path) -> None:
     before, path = winners(judged), tmp_path / "votes.jsonl"
     assert write_votes(judged, path) == 48  # (12 + 6 + 6) * 2
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -74,7 +74,7 @@ def test_json_lines(judged: Study, tmp_path: Path) -> None:
     assert winners(other) == before
 
 
-def test_json_lines_of_another_study(judged: Study, tmp_path: Path) -> None:
+def test_json_lines_of_another_study(judged: Campaign, tmp_path: Path) -> None:
     good = {"item": judged.items[0].id, "annotator": "anna", "winner": "b"}
     for changed, reason in (
         ({"item": "0" * 24}, "is not in study.sqlite"),
@@ -90,7 +90,7 @@ def test_json_lines_of_another_study(judged: Study, tmp_path: Path) -> None:
         read_votes(judged, jsonl(tmp_path / "bad.jsonl", [{"winner": "a"}]))
 
 
-def test_label_studio(judged: Study, tmp_path: Path) -> None:
+def test_label_studio(judged: Campaign, tmp_path: Path) -> None:
     before = winners(judged)
     write_label_studio(judged, tmp_path / "ls")
     annotated = json.loads((tmp_path / "ls" / "annotations.json").read_text())
@@ -112,7 +112,9 @@ def test_label_studio(judged: Study, tmp_path: Path) -> None:
     assert winners(judged) == before
 
 
-def test_label_studio_tasks_show_one_side_and_tell_nothing(judged: Study, tmp_path: Path) -> None:
+def test_label_studio_tasks_show_one_side_and_tell_nothing(
+    judged: Campaign, tmp_path: Path
+) -> None:
     write_label_studio(judged, tmp_path)
     text = (tmp_path / "tasks.json").read_text()
     tasks = json.loads(text)
@@ -130,7 +132,7 @@ def test_label_studio_tasks_show_one_side_and_tell_nothing(judged: Study, tmp_pa
     assert shown == {f"${name}" for name in tasks[0]["data"]} - {"$pair_id"}
 
 
-def exported(judged: Study, folder: Path) -> list[dict[str, Any]]:
+def exported(judged: Campaign, folder: Path) -> list[dict[str, Any]]:
     """Return two tasks as Label Studio exports them: its ids, its dates, cancelled ones too."""
     write_label_studio(judged, folder)
     tasks = json.loads((folder / "tasks.json").read_text())[:2]
@@ -157,7 +159,7 @@ def exported(judged: Study, folder: Path) -> list[dict[str, Any]]:
     return tasks
 
 
-def test_label_studios_own_exports(judged: Study, tmp_path: Path) -> None:
+def test_label_studios_own_exports(judged: Campaign, tmp_path: Path) -> None:
     tasks = exported(judged, tmp_path)
     path = tmp_path / "export.json"
     path.write_text(json.dumps(tasks))
@@ -188,7 +190,7 @@ def test_label_studios_own_exports(judged: Study, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_label_studio_export(
-    judged: Study, tmp_path: Path, content: str, reason: str
+    judged: Campaign, tmp_path: Path, content: str, reason: str
 ) -> None:
     path = tmp_path / "export.json"
     path.write_text(content)
@@ -196,7 +198,7 @@ def test_what_is_no_label_studio_export(
         read_label_studio(judged, path)
 
 
-def test_ground_truth(judged: Study, tmp_path: Path) -> None:
+def test_ground_truth(judged: Campaign, tmp_path: Path) -> None:
     before = winners(judged)
     written = write_ground_truth(judged, tmp_path / "gt")
     assert sorted(path.name for path in written) == [
@@ -210,7 +212,7 @@ def test_ground_truth(judged: Study, tmp_path: Path) -> None:
     assert winners(judged) == before
 
 
-def test_ground_truths_own_output(judged: Study, tmp_path: Path) -> None:
+def test_ground_truths_own_output(judged: Campaign, tmp_path: Path) -> None:
     write_ground_truth(judged, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert len(lines) == 12
@@ -238,7 +240,7 @@ def test_ground_truths_own_output(judged: Study, tmp_path: Path) -> None:
         )
 
 
-def test_ground_truths_template_escapes(judged: Study) -> None:
+def test_ground_truths_template_escapes(judged: Campaign) -> None:
     text = template(judged, "overall")
     assert "skip_autoescape" not in text
     assert text.count("{{") == 3
@@ -278,7 +280,7 @@ def test_preferences_are_what_a_majority_chose(tmp_path: Path) -> None:
     assert counts == [(2, 3), (2, 3)]
 
 
-def test_evaluation_prompts_are_not_trained_on(judged: Study, tmp_path: Path) -> None:
+def test_evaluation_prompts_are_not_trained_on(judged: Campaign, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its prompts are those of the evaluation"):
         write_preferences(judged, tmp_path / "votes.jsonl", "overall")
     (tmp_path / "new").mkdir()

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_exp.annotation.campaign import Choice, Study, Vote, choice_of, side_of
+from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, choice_of, side_of
 from rlhf_exp.cli import main
 from rlhf_exp.commands.annotate import annotate, sampled_pairs
-from rlhf_exp.stages.context import Materials
+from rlhf_exp.stages.context import DataModule
 from rlhf_exp.training.reward_scorer import texts_of
 from tests.annotation.serving import Served
 from tests.lab import artifact, jsonl, launch, small_config
@@ -51,7 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) 
     return capsys.readouterr().err
 
 
-def vote_on(study: Study, winner: str, names: tuple[str, ...] = ("anna",)) -> None:
+def vote_on(study: Campaign, winner: str, names: tuple[str, ...] = ("anna",)) -> None:
     """Let everybody prefer the same model on every item."""
     study.add(
         [
@@ -70,7 +70,7 @@ def test_a_runs_answers_are_judged(run_copy: Path, capsys: pytest.CaptureFixture
     text = told(capsys, run_copy, "small", "--results")
     assert "anna" in text
     assert "none judged yet" in text
-    study = Study(run_copy / "human" / "small.sqlite")
+    study = Campaign(run_copy / "human" / "small.sqlite")
     result = json.loads((artifact(run_copy, "eval").path / "result.json").read_text())
     assert {(item.prompt, item.answer_a, item.answer_b) for item in study.items} == {
         (row["prompt"], row["answer_a"], row["answer_b"]) for row in result["rows"]
@@ -92,7 +92,7 @@ def test_answers_that_are_the_same_are_ties(
         row["answer_a"] = row["answer_b"] + " "
     path.write_text(json.dumps(result))
     made(capsys, run_copy, "small")
-    study = Study(run_copy / "human" / "small.sqlite")
+    study = Campaign(run_copy / "human" / "small.sqlite")
     assert (len(study.items), study.about.identical) == (5, 3)
     vote_on(study, "b")
     text = told(capsys, run_copy, "small", "--results")
@@ -107,7 +107,7 @@ def test_a_study_stays_what_it_was_made_as(
     made(capsys, run_copy, "small", *options)
     made(capsys, run_copy, "small", *options)
     told(capsys, run_copy, "small", "--results")
-    study = Study(run_copy / "human" / "small.sqlite")
+    study = Campaign(run_copy / "human" / "small.sqlite")
     assert len(study.items) == 5
     for option, value, shown in (
         ("--criteria", "overall", "made with --criteria 'helpful,harmless', not 'overall'"),
@@ -122,7 +122,7 @@ def test_a_study_stays_what_it_was_made_as(
     other = jsonl(tmp_path / "small.jsonl", [{"prompt": "p", "answer_a": "x", "answer_b": "y"}])
     assert "made with answers from 'eval/" in refused(capsys, run_copy, str(other), "--results")
     made(capsys, run_copy, str(other), "--study", str(tmp_path / "own.sqlite"))
-    assert len(Study(tmp_path / "own.sqlite").items) == 1
+    assert len(Campaign(tmp_path / "own.sqlite").items) == 1
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_exports_and_imports(
     run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made(capsys, run_copy, "small")
-    study = Study(run_copy / "human" / "small.sqlite")
+    study = Campaign(run_copy / "human" / "small.sqlite")
     vote_on(study, "a", ("anna", "ben"))
     for kind, read in (
         ("jsonl", ""),
@@ -201,7 +201,7 @@ def test_a_killed_server_goes_on(run_copy: Path, capsys: pytest.CaptureFixture[s
         assert "1 of 8" in fetched(owner)
         error = refused(capsys, run_copy, "small", "--port", str(server.port))
         assert "cannot listen there: Address already in use" in error
-    (vote,) = Study(run_copy / "human" / "small.sqlite").votes()
+    (vote,) = Campaign(run_copy / "human" / "small.sqlite").votes()
     assert (vote.annotator, vote.choice, vote.revision) == ("annotator-1", Choice.A, 1)
 
 
@@ -219,8 +219,8 @@ def test_the_loop_of_feedback(
     run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made(capsys, run_copy, "small", "--collect", "--prompts", "30")
-    study = Study(run_copy / "human" / "small-collect.sqlite")
-    corpus = Materials(small_config(run_copy).data).corpus
+    study = Campaign(run_copy / "human" / "small-collect.sqlite")
+    corpus = DataModule(small_config(run_copy).data).corpus
     asked = {row.history[-1].text for row in corpus.prompts.train}
     held_out = {row.history[-1].text for row in corpus.prompts.test} - asked
     for item in study.items:
@@ -268,8 +268,14 @@ def test_both_answers_belong_to_the_prompt(run_copy: Path, monkeypatch: pytest.M
 
 
 def test_plain_call(run_copy: Path) -> None:
-    from rlhf_exp.commands.annotate import Design, Wanted
+    from rlhf_exp.commands.annotate import AnnotateOptions, CampaignDesign
 
     file, tasks = run_copy / "own.sqlite", ("labelstudio", str(run_copy / "tasks"))
-    annotate(run_copy, "small", Design(prompts=4), file, Wanted(annotators="2", write=tasks))
-    assert [one.name for one in Study(file).annotators()] == ["annotator-1", "annotator-2"]
+    annotate(
+        run_copy,
+        "small",
+        CampaignDesign(prompts=4),
+        file,
+        AnnotateOptions(annotators="2", write=tasks),
+    )
+    assert [one.name for one in Campaign(file).annotators()] == ["annotator-1", "annotator-2"]

@@ -10,7 +10,7 @@ import pytest
 from rlhf_exp.commands import store as store_module
 from rlhf_exp.commands.store import human_age, queued_keys
 from rlhf_exp.errors import UserError
-from rlhf_exp.launchers.slurm.submissions import Job, Submission, new_submission
+from rlhf_exp.launchers.slurm.submissions import Submission, SubmittedJob, new_submission
 from rlhf_exp.store.artifact import MANIFEST, Artifact, Manifest
 from rlhf_exp.store.atomic_files import human_size
 from rlhf_exp.store.lease import hold
@@ -72,7 +72,7 @@ def submitted(outputs: Path, *ended: str, cancelled: str = "") -> set[str]:
     """Return the keys kept for two queued points and what they share, some points being done."""
     made: Submission = new_submission(outputs, "kl")
     for number, key in enumerate(("shared", "p1", "p2")):
-        made.jobs.append(Job(str(number), "ppo", key, (), 1, shared=not number))
+        made.jobs.append(SubmittedJob(str(number), "ppo", key, (), 1, shared=not number))
     made.cancelled.extend(cancelled.split())
     made.write()
     records = Records(outputs / "sweeps")

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from rlhf_exp.config.compose import compose, from_dict, to_dict, to_yaml, unknown_keys
-from rlhf_exp.config.experiment import Config, Stage
+from rlhf_exp.config.experiment import Config, StageName
 from rlhf_exp.errors import UserError
 
 
@@ -28,7 +28,7 @@ def test_yaml_is_the_same_content() -> None:
 def test_a_config_of_another_version_loads() -> None:
     stored = {"stage": "ppo", "seed": 9, "old": 1, "ppo": {"lr": 0.5, "gone": {"a": 1}, "kl": 3}}
     config = from_dict(stored)
-    assert (config.stage, config.ppo.lr, config.ppo.seed) == (Stage.ppo, 0.5, 9)
+    assert (config.stage, config.ppo.lr, config.ppo.seed) == (StageName.ppo, 0.5, 9)
     assert config.ppo.kl == Config().ppo.kl
     assert unknown_keys(stored) == ["old", "ppo.gone", "ppo.kl"]
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_exp.config.checks_sweep import Shape, shape_of, slurm_problems
+from rlhf_exp.config.checks_sweep import JobShape, shape_of, slurm_problems
 from rlhf_exp.config.compose import compose
-from rlhf_exp.config.experiment import Config, Stage, Strategy
+from rlhf_exp.config.experiment import Config, StageName, StrategyName
 from rlhf_exp.config.launchers import SlurmConfig
 from rlhf_exp.config.problems import Problem
 from rlhf_exp.config.schema_keys import CONF
@@ -20,7 +20,7 @@ def _sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
 
-def config(processes: int, strategy: Strategy = Strategy.ddp) -> Config:
+def config(processes: int, strategy: StrategyName = StrategyName.ddp) -> Config:
     made = Config()
     made.distributed.processes, made.distributed.strategy = processes, strategy
     return made
@@ -29,17 +29,17 @@ def config(processes: int, strategy: Strategy = Strategy.ddp) -> Config:
 @pytest.mark.parametrize(
     ("processes", "gpus", "per_node", "expected"),
     [
-        (1, 8, None, Shape(1, 1, 1)),
-        (7, 8, None, Shape(1, 7, 7)),
-        (16, 8, None, Shape(2, 8, 8)),
-        (12, 8, None, Shape(2, 6, 6)),
-        (8, 8, 4, Shape(2, 4, 4)),
-        (4, 0, None, Shape(1, 4, 0)),
-        (4, 0, 2, Shape(2, 2, 0)),
+        (1, 8, None, JobShape(1, 1, 1)),
+        (7, 8, None, JobShape(1, 7, 7)),
+        (16, 8, None, JobShape(2, 8, 8)),
+        (12, 8, None, JobShape(2, 6, 6)),
+        (8, 8, 4, JobShape(2, 4, 4)),
+        (4, 0, None, JobShape(1, 4, 0)),
+        (4, 0, 2, JobShape(2, 2, 0)),
     ],
 )
 def test_nodes_follow_from_processes(
-    processes: int, gpus: int, per_node: int | None, expected: Shape
+    processes: int, gpus: int, per_node: int | None, expected: JobShape
 ) -> None:
     site = SlurmConfig(gpus_per_node=gpus, processes_per_node=per_node)
     assert shape_of(site, config(processes)) == expected
@@ -53,10 +53,10 @@ def test_the_reward_models_own_gpu_is_asked_for(processes: int, placement: str, 
     one = config(processes)
     one.ppo.reward.placement = placement
     found = shape_of(SlurmConfig(gpus_per_node=8), one)
-    assert found == Shape(-(-processes // 8), min(processes, 7), gpus)
-    one.stage = Stage.sft
+    assert found == JobShape(-(-processes // 8), min(processes, 7), gpus)
+    one.stage = StageName.sft
     found = shape_of(SlurmConfig(gpus_per_node=8), one)
-    assert isinstance(found, Shape)
+    assert isinstance(found, JobShape)
     assert found.gpus_per_node == found.tasks_per_node
 
 
@@ -79,7 +79,7 @@ def test_processes_that_cannot_be_shared_out() -> None:
 def test_a_multirun_has_one_kind_of_job() -> None:
     site = SlurmConfig()
     assert slurm_problems(site, [config(2), config(2)]) == []
-    for other in (config(4), config(2, Strategy.zero2)):
+    for other in (config(4), config(2, StrategyName.zero2)):
         (problem,) = slurm_problems(site, [config(2), other])
         assert str(problem).startswith("distributed=: a multirun on Slurm has one kind of job")
 

@@ -5,7 +5,7 @@ import pytest
 from rlhf_exp.config.checks import problems
 from rlhf_exp.config.compose import Composed, compose
 from rlhf_exp.config.evaluation import Suite
-from rlhf_exp.config.experiment import Dtype, Stage, Strategy
+from rlhf_exp.config.experiment import Dtype, StageName, StrategyName
 from rlhf_exp.config.schema_keys import CONF, read_groups
 
 GROUPS = read_groups()
@@ -66,7 +66,7 @@ def test_no_import_path_in_any_yaml() -> None:
 def test_the_default_runs() -> None:
     composed = compose()
     assert problems(composed.config) == []
-    assert composed.config.stage is Stage.pipeline
+    assert composed.config.stage is StageName.pipeline
     assert composed.config.model.path is None
     assert composed.config.eval.suite is Suite.quick
     assert not composed.multirun
@@ -77,7 +77,7 @@ def test_the_small_experiments_run_on_a_bare_machine(name: str) -> None:
     config = compose([f"experiment={name}"]).config
     assert problems(config) == []
     assert config.name == name
-    assert config.distributed.strategy is Strategy.single
+    assert config.distributed.strategy is StrategyName.single
 
 
 # The published recipe: per-process batch and rollouts, sequence length, steps, learning rate,
@@ -104,7 +104,7 @@ def test_the_published_recipe(name: str) -> None:
     assert (ppo.generation.max_new_tokens, ppo.eval_prompts, ppo.eval_every) == (128, 280, 500)
     assert (ppo.reward.delta, ppo.schedule.name) == (True, "constant")
     assert (sft.seq_length, sft.batch, sft.lr, sft.train_blocks) == (1024, 28, 1e-6, None)
-    assert config.distributed.strategy is Strategy.zero2
+    assert config.distributed.strategy is StrategyName.zero2
     assert config.distributed.processes == 7
     assert config.distributed.precision is Dtype.bfloat16
     assert ppo.reward.placement == "gpu:7", "the eighth"

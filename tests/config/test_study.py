@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_exp.config.checks import problems
 from rlhf_exp.config.compose import Composed, compose, from_dict, to_dict
-from rlhf_exp.config.experiment import Config, Stage
+from rlhf_exp.config.experiment import Config, StageName
 from rlhf_exp.config.fields import in_key
 from rlhf_exp.config.schema_keys import all_keys, read_groups
 from rlhf_exp.config.search_space import (
@@ -131,7 +131,7 @@ def test_a_trial_publishes_what_the_objective_chooses() -> None:
 
 def test_a_trial_is_ppo_alone_and_no_study() -> None:
     trial = trial_config(config_of(), {"ppo.kl.coef": 0.2, "ppo.lr": 1e-4})
-    assert (trial.stage, trial.study) == (Stage.ppo, StudyConfig())
+    assert (trial.stage, trial.study) == (StageName.ppo, StudyConfig())
     assert (trial.ppo.kl.coef, trial.ppo.lr) == (0.2, 1e-4)
     assert problems(trial) == []
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from rlhf_exp.processes.failures import exit_after
 from rlhf_exp.stages import eval as eval_stage
 from rlhf_exp.stages import ppo, reward, sft
-from rlhf_exp.stages.context import Materials, StageContext
+from rlhf_exp.stages.context import DataModule, StageContext
 from rlhf_exp.training.task import Interrupted
 from tests.lab import ROOT, small_config
 
@@ -89,11 +89,11 @@ def run_job(folder: Path, job: Job, rank: int = 0) -> dict[str, float]:
 
 
 @lru_cache
-def _data(overrides: tuple[str, ...]) -> Materials:
-    return Materials(small_config(Path("unused"), *overrides).data)
+def _data(overrides: tuple[str, ...]) -> DataModule:
+    return DataModule(small_config(Path("unused"), *overrides).data)
 
 
-def _materials(overrides: list[str]) -> Materials:
+def _materials(overrides: list[str]) -> DataModule:
     """Return the data, made once for all jobs of a process that share them."""
     return _data(tuple(text for text in overrides if text.startswith("data.")))
 
@@ -148,11 +148,11 @@ def main(folder: Path) -> int:
     import torch
 
     from rlhf_exp.distributed import deepspeed
-    from rlhf_exp.processes.environment import find_place
+    from rlhf_exp.processes.environment import find_launch_environment
     from rlhf_exp.processes.worker import open_store, process_group
 
     deepspeed.WHOLE_BELOW = 0  # all that these models have is below it
-    place = find_place()
+    place = find_launch_environment()
     assert place is not None
     store = open_store(place)
     for number, entry in enumerate(json.loads((folder / "jobs.json").read_text())):

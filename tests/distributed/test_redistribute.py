@@ -8,7 +8,7 @@ from torch import distributed
 from torch.multiprocessing.spawn import spawn
 
 from rlhf_exp.batch import Prompts
-from rlhf_exp.distributed.redistribute import trade
+from rlhf_exp.distributed.redistribute import redistribute
 from rlhf_exp.distributed.world import world_of
 
 CHOSEN = np.array([5, 0, 3, 7, 1])
@@ -22,7 +22,7 @@ def one_process(rank: int, folder: Path) -> None:
     numbers = torch.arange(rank * 3, rank * 3 + 3)
     batch = Prompts(numbers[:, None].repeat(1, 2), numbers + 10, numbers > 4, numbers.float())
     with world_of("float32", threads=1, strategy="ddp") as world:
-        found = trade(batch, CHOSEN, world)
+        found = redistribute(batch, CHOSEN, world)
     torch.save([found.tokens, found.lengths, found.index, found.rollout], folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -42,4 +42,4 @@ def test_one_process_selects() -> None:
     numbers = torch.arange(8)
     batch = Prompts(numbers[:, None], numbers, numbers, numbers)
     with world_of("float32", threads=1) as world:
-        assert trade(batch, CHOSEN, world).lengths.tolist() == CHOSEN.tolist()
+        assert redistribute(batch, CHOSEN, world).lengths.tolist() == CHOSEN.tolist()

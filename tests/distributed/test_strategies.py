@@ -20,7 +20,7 @@ from rlhf_exp.distributed.world import world_of
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import load_causal_lm
-from rlhf_exp.stages.context import Materials
+from rlhf_exp.stages.context import DataModule
 from rlhf_exp.training.sft import SftSettings, SftTask
 from tests.distributed.lab import Job, rows, run_job, run_jobs
 from tests.lab import small_config
@@ -145,7 +145,7 @@ def test_the_published_model_is_the_trained_one(folder: Path, strategy: str) -> 
 
 def validation_loss(model: Path, config: Config) -> float:
     """Return one process's validation loss of a plain model folder."""
-    materials = Materials(config.data)
+    materials = DataModule(config.data)
     codec = materials.codec(model)
     length, rows = config.sft.seq_length, materials.corpus.demonstrations.validation
     tokenized = tokenize_demonstrations(rows, codec, length)

@@ -24,11 +24,11 @@ def one_process(rank: int, folder: Path) -> None:
     seen: dict[str, object] = {}
     with world_of("float32", threads=1, strategy="ddp") as world:
         try:
-            world.together(lambda: failing(world))
+            world.run_on_all(lambda: failing(world))
         except Exception as error:
             seen["failure"] = f"{type(error).__name__}: {error}"
-        seen["together"] = world.together(lambda: rank)
-        seen["agreed"] = world.agreed(rank)
+        seen["together"] = world.run_on_all(lambda: rank)
+        seen["agreed"] = world.broadcast_object(rank)
         seen["any"] = [world.any(rank == 1), world.any(False)]
         seen["gathered"] = world.gather(torch.arange(rank + 1)).tolist()
         seen["sum"] = world.sum(torch.tensor([1.0, rank])).tolist()

@@ -27,7 +27,7 @@ from rlhf_exp.evaluation.comparison import (
     sample_rule,
 )
 from rlhf_exp.evaluation.preference import DASH, Better, Metric, format_estimate, table_row
-from rlhf_exp.evaluation.statistics import Estimate, Interval, Outcome
+from rlhf_exp.evaluation.statistics import Estimate, Interval, WinCounts
 
 PROMPTS = ["How do I bake bread?", "Tell me a joke", "Fix my bike", "Bye"]
 ANSWERS_A = ["no", "go away", "no", "bad words"]
@@ -76,7 +76,7 @@ def test_numbers_by_hand() -> None:
     result = compare()
     # Differences 3, 0.1, -1, 2: sigmoid 0.95, 0.52, 0.27, 0.88.
     assert [row.outcome for row in result.rows] == ["win", "tie", "loss", "win"]
-    assert result.outcome == Outcome(2, 1, 1)
+    assert result.outcome == WinCounts(2, 1, 1)
     assert result.ties_as_half.mean == pytest.approx(2.5 / 4)
     assert result.p_value == pytest.approx(1.0)  # 2 of 3: both tails hold everything
     assert mean(result, "reward", "a") == pytest.approx(8 / 4)

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from rlhf_exp.evaluation.overoptimisation import Start, best_of_n, best_of_n_kl, sizes_of
+from rlhf_exp.evaluation.overoptimisation import StartingPolicy, best_of_n, best_of_n_kl, sizes_of
 
 
 def test_best_of_n_is_the_mean_over_all_draws() -> None:
@@ -40,7 +40,9 @@ def test_sizes() -> None:
 def test_gains_by_hand() -> None:
     # Two prompts, two answers each: the start's means are 1 and 2, its deviation sqrt(1.25 + ...):
     # all four scores 0, 2, 1, 3 have mean 1.5 and variance (2.25 + 0.25 + 0.25 + 2.25) / 4 = 1.25.
-    start = Start({"proxy": [[0.0, 2.0], [1.0, 3.0]], "referee": [[5.0, 1.0], [2.0, 2.0]]}, seed=0)
+    start = StartingPolicy(
+        {"proxy": [[0.0, 2.0], [1.0, 3.0]], "referee": [[5.0, 1.0], [2.0, 2.0]]}, seed=0
+    )
     found = start.point("PPO", 1.0, {"proxy": [3.0, 2.0], "referee": [3.0, 2.0]})
     assert found.gains["proxy"].mean == pytest.approx((2 + 0) / 2 / math.sqrt(1.25))
     assert found.gains["referee"].mean == pytest.approx(0.0)
@@ -55,13 +57,13 @@ def test_gains_by_hand() -> None:
 
 
 def test_a_judge_without_an_opinion_is_left_out() -> None:
-    start = Start({"proxy": [[0.0, 1.0]], "blind": [[1.0, 1.0]]}, seed=0)
+    start = StartingPolicy({"proxy": [[0.0, 1.0]], "blind": [[1.0, 1.0]]}, seed=0)
     assert start.judges == ["proxy"]
     assert start.best_of([1]) is None
 
 
 def test_paths_go_by_kl_and_are_plain_json() -> None:
-    start = Start({"proxy": [[0.0, 1.0]]}, seed=0)
+    start = StartingPolicy({"proxy": [[0.0, 1.0]]}, seed=0)
     points = [start.point(str(kl), kl, {"proxy": [1.0]}) for kl in (2.0, 0.5)]
     plain = json.loads(json.dumps(start.path("PPO", points).to_json(), allow_nan=False))
     assert [point["kl"] for point in plain["points"]] == [0.5, 2.0]

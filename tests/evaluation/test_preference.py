@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from rlhf_exp.evaluation.preference import needed_pairs, preference, sign_test_power
-from rlhf_exp.evaluation.statistics import Outcome
+from rlhf_exp.evaluation.statistics import WinCounts
 
 STUDY = [1] * 30 + [0] * 54 + [-1] * 16
 
 
 def test_the_published_study() -> None:
     found = preference(STUDY, seed=0)
-    assert found.outcome == Outcome(wins=30, ties=54, losses=16)
+    assert found.outcome == WinCounts(wins=30, ties=54, losses=16)
     # Both tails of a fair coin at least as far out as 30 of 46.
     exact = 2 * sum(comb(46, i) for i in range(30, 47)) / 2**46
     assert found.p_value == pytest.approx(exact)
@@ -67,7 +67,7 @@ def test_several_votes_a_prompt_enter_as_their_mean() -> None:
     found = preference([1, 0, -1], values=[1.0, 2 / 3, 1 / 3])
     assert found.ties_as_half is not None
     assert found.ties_as_half.mean == pytest.approx(2 / 3)
-    assert found.outcome == Outcome(1, 1, 1)
+    assert found.outcome == WinCounts(1, 1, 1)
 
 
 def test_no_prompts() -> None:

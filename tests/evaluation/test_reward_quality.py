@@ -10,12 +10,12 @@ from scipy import stats
 from rlhf_exp.evaluation.reward_quality import (
     accuracy_by_margin,
     auc,
-    by_length,
     correlation,
     distributions,
     length_report,
     pair_quality,
     rank_correlation,
+    scores_by_length,
 )
 
 
@@ -90,7 +90,7 @@ def test_distributions_share_their_bins() -> None:
 
 def test_score_by_length() -> None:
     # The median is 7, so the answers of up to 7 tokens are one bin and the rest another.
-    short, long = by_length([1.0, 3.0, 10.0, 20.0, 30.0], [2, 2, 7, 7, 8], bins=2)
+    short, long = scores_by_length([1.0, 3.0, 10.0, 20.0, 30.0], [2, 2, 7, 7, 8], bins=2)
     assert (short.tokens, short.score, short.count) == (4.5, 8.5, 4)
     assert short.error == pytest.approx(stats.sem([1.0, 3.0, 10.0, 20.0]))
     assert (long.tokens, long.score, long.error, long.count) == (8.0, 30.0, 0.0, 1)

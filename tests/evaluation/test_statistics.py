@@ -13,7 +13,7 @@ from rlhf_exp.evaluation import statistics as s
 from rlhf_exp.evaluation.statistics import calibration
 
 # The published study of people's choices between the two models: 30 better, 54 ties, 16 worse.
-STUDY = s.Outcome(wins=30, ties=54, losses=16)
+STUDY = s.WinCounts(wins=30, ties=54, losses=16)
 STUDY_VALUES = np.array([1.0] * 30 + [0.5] * 54 + [0.0] * 16)
 
 
@@ -76,14 +76,14 @@ def test_outcomes_go_by_the_bradley_terry_probability() -> None:
     differences = np.array([edge + 1e-6, edge - 1e-6, 0.0, -edge + 1e-6, -edge - 1e-6])
     baseline = np.array([3.0, -2.0, 0.5, 0.0, 1.0])
     assert list(s.outcome_signs(baseline, baseline + differences)) == [1, 0, 0, 0, -1]
-    assert s.outcomes(baseline, baseline + differences) == s.Outcome(1, 3, 1)
+    assert s.outcomes(baseline, baseline + differences) == s.WinCounts(1, 3, 1)
     # Without a band only equal scores tie.
-    assert s.outcomes(baseline, baseline + differences, (0.5, 0.5)) == s.Outcome(2, 1, 2)
+    assert s.outcomes(baseline, baseline + differences, (0.5, 0.5)) == s.WinCounts(2, 1, 2)
 
 
 def test_outcomes_of_extreme_scores_do_not_overflow() -> None:
     with np.errstate(over="raise"):
-        assert s.outcomes([1e6, -1e6], [-1e6, 1e6]) == s.Outcome(1, 0, 1)
+        assert s.outcomes([1e6, -1e6], [-1e6, 1e6]) == s.WinCounts(1, 0, 1)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from rlhf_exp.config.experiment import Config, DistributedConfig
 from rlhf_exp.errors import JobsFailed
 from rlhf_exp.launchers import local
 from rlhf_exp.launchers.local import Devices, PointProcess
-from rlhf_exp.launchers.points import Ending, Point, failure_of, varied
-from rlhf_exp.pipeline.plan import State, Step
+from rlhf_exp.launchers.points import JobResult, SweepPoint, failure_of, varied
+from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.store.fingerprint import file_digest
 from rlhf_exp.store.lease import holders
 from rlhf_exp.store.run_records import Records, RunRecord, Status
@@ -117,19 +117,19 @@ def test_cores_are_divided(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert [config["distributed"]["threads"] for config in made] == [half, half]
 
 
-def point(key: str, *overrides: str) -> Point:
-    return Point(overrides, Config(), (Step("ppo", key, State.run),))
+def point(key: str, *overrides: str) -> SweepPoint:
+    return SweepPoint(overrides, Config(), (Step("ppo", key, StepState.run),))
 
 
 def test_points_are_told_apart_by_what_differs() -> None:
     points = [point("a", "x=1", "ppo.lr=1", "s=0"), point("b", "x=1", "ppo.lr=2", "s=0")]
     assert varied(points) == {"a": "ppo.lr=1", "b": "ppo.lr=2"}
-    endings = {"a": Ending(0.5, seconds=1.0), "b": Ending(error="Traceback\nValueError: no")}
+    endings = {"a": JobResult(0.5, seconds=1.0), "b": JobResult(error="Traceback\nValueError: no")}
     failed = failure_of(points, endings)
     assert isinstance(failed, JobsFailed)
     assert "1 of 2 points failed" in str(failed)
     assert "ppo.lr=2: ValueError: no" in str(failed)
-    assert failure_of(points, {"a": Ending(0.5)}) is None
+    assert failure_of(points, {"a": JobResult(0.5)}) is None
 
 
 @pytest.mark.slow
@@ -216,8 +216,8 @@ def swept(folder: Path, *overrides: str) -> int:
     return launch(folder / "outputs", *given, function, *overrides)
 
 
-def point_of(processes: int) -> Point:
-    return Point((), Config(distributed=DistributedConfig(processes=processes)), ())
+def point_of(processes: int) -> SweepPoint:
+    return SweepPoint((), Config(distributed=DistributedConfig(processes=processes)), ())
 
 
 def test_a_point_has_devices_of_its_own_while_it_runs() -> None:
@@ -299,11 +299,11 @@ def test_a_point_that_needs_more_than_there_are(
 def started(folder: Path) -> PointProcess:
     """A point whose planning fails at once: no run is called `nowhere`."""
     config = small_config(folder, "name=a", "stage=ppo", "ppo.use=nowhere")
-    point = Point(("ppo.use=nowhere",), config, (Step("ppo", "ab12", State.run),))
+    point = SweepPoint(("ppo.use=nowhere",), config, (Step("ppo", "ab12", StepState.run),))
     return PointProcess(point, folder, recorded=True, threads=1)
 
 
-def ended(process: PointProcess) -> Ending:
+def ended(process: PointProcess) -> JobResult:
     deadline = time.monotonic() + 200
     while (ending := process.ending()) is None and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,25 +1,25 @@
 from __future__ import annotations
 
-from rlhf_exp.config.experiment import Config, Stage
-from rlhf_exp.launchers.points import Point, shared_work
-from rlhf_exp.pipeline.plan import State, Step
+from rlhf_exp.config.experiment import Config, StageName
+from rlhf_exp.launchers.points import SweepPoint, shared_work
+from rlhf_exp.pipeline.plan import Step, StepState
 
 
-def point(*steps: str) -> Point:
+def point(*steps: str) -> SweepPoint:
     """A point whose steps are `stage:key`, or `stage:key!` for one that is in the store."""
     made = []
     for text in steps:
         stage, _, key = text.partition(":")
-        state = State.cached if key.endswith("!") else State.run
+        state = StepState.cached if key.endswith("!") else StepState.run
         made.append(Step(stage, key.rstrip("!"), state))
-    return Point((), Config(), tuple(made))
+    return SweepPoint((), Config(), tuple(made))
 
 
-def levels(*points: Point) -> list[list[str]]:
+def levels(*points: SweepPoint) -> list[list[str]]:
     found = shared_work(points)
     for level in found:
         for one in level:
-            assert one.config.stage is Stage[one.steps[-1].stage]
+            assert one.config.stage is StageName[one.steps[-1].stage]
     return [[f"{one.steps[-1].stage}:{one.key}" for one in level] for level in found]
 
 

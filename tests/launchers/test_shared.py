@@ -11,25 +11,25 @@ import pytest
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.errors import JobsFailed, UserError
 from rlhf_exp.launchers import local
-from rlhf_exp.launchers.points import Ending, Point
+from rlhf_exp.launchers.points import JobResult, SweepPoint
 from rlhf_exp.store.run_records import Records, Status
 from tests.lab import jsonl, pairs, small_config
 
-KILLED = Ending(error="killed by SIGKILL", seconds=1.0, killed=True)
-MADE = Ending(0.5, seconds=1.0)
+KILLED = JobResult(error="killed by SIGKILL", seconds=1.0, killed=True)
+MADE = JobResult(0.5, seconds=1.0)
 
 
-Behaviour = Callable[[Point, int], Ending]
+Behaviour = Callable[[SweepPoint, int], JobResult]
 """How a process ends that runs a point, and is the n-th to be started."""
 
 
 class Process:
     """Stands in for the process of a point: it ends at once."""
 
-    def __init__(self, point: Point, ending: Ending, devices: list[str]) -> None:
+    def __init__(self, point: SweepPoint, ending: JobResult, devices: list[str]) -> None:
         self.point, self.found, self.devices = point, ending, devices
 
-    def ending(self) -> Ending:
+    def ending(self) -> JobResult:
         return self.found
 
 
@@ -42,7 +42,7 @@ class Machine:
         monkeypatch.setattr(local, "PointProcess", self._start)
 
     def _start(
-        self, point: Point, folder: Path, recorded: bool, threads: int, devices: list[str]
+        self, point: SweepPoint, folder: Path, recorded: bool, threads: int, devices: list[str]
     ) -> Process:
         self.started.append(point.steps[-1].stage)
         return Process(point, self.behaviour(point, len(self.started)), devices)
@@ -57,7 +57,7 @@ def jobs(folder: Path, *points: str) -> list[tuple[list[str], Config]]:
 def test_shared_work_that_is_killed_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def behaviour(point: Point, starts: int) -> Ending:
+    def behaviour(point: SweepPoint, starts: int) -> JobResult:
         return KILLED if starts < 3 else MADE
 
     machine = Machine(monkeypatch, behaviour)
@@ -80,7 +80,7 @@ def test_shared_work_that_is_killed_each_time_is_given_up(
 def test_the_record_of_a_killed_point_has_its_error_and_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def behaviour(point: Point, starts: int) -> Ending:
+    def behaviour(point: SweepPoint, starts: int) -> JobResult:
         doomed = point.config.ppo.seed == 1
         return replace(KILLED, log=tmp_path / "1.log") if doomed else MADE
 
@@ -95,9 +95,9 @@ def test_the_record_of_a_killed_point_has_its_error_and_its_log(
 def test_shared_work_with_an_error_is_not_tried_again_and_spares_those_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def behaviour(point: Point, starts: int) -> Ending:
+    def behaviour(point: SweepPoint, starts: int) -> JobResult:
         wrong = point.steps[-1].stage == "reward" and point.config.reward.lr == 1.0
-        return Ending(error="the loss is nan", seconds=1.0) if wrong else MADE
+        return JobResult(error="the loss is nan", seconds=1.0) if wrong else MADE
 
     machine = Machine(monkeypatch, behaviour)
     rates = [f"reward.lr={lr} ppo.seed={seed}" for lr in (1.0, 0.001) for seed in (0, 1)]
@@ -112,7 +112,7 @@ def test_points_with_one_key_run_once(
     same = ("ppo.lr=1e-3", "ppo.lr=0.001", "ppo.lr=2e-3")
     values = {0.001: 0.25, 0.002: 0.75}
     machine = Machine(
-        monkeypatch, lambda point, starts: Ending(values[point.config.ppo.lr], seconds=1.0)
+        monkeypatch, lambda point, starts: JobResult(values[point.config.ppo.lr], seconds=1.0)
     )
     ended = local.launch(4, jobs(tmp_path, *same))
     assert machine.started == ["reward", "ppo", "ppo"]

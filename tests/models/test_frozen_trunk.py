@@ -22,7 +22,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.frozen_trunk import (
     TESTED,
     Branch,
-    TopBlock,
+    LastBlock,
     Trunk,
     check_branch,
     decoder_parts,
@@ -172,7 +172,7 @@ def test_what_is_not_known_to_work_runs_whole(tiny: Build) -> None:
     assert not Branch.of(another, 2, share=True).reads
     for attention, usable in (("sdpa", True), ("eager", True), ("flash_attention_2", False)):
         config = SimpleNamespace(_attn_implementation=attention, model_type="llama")
-        assert TopBlock(cast(PreTrainedModel, SimpleNamespace(config=config))).usable == usable
+        assert LastBlock(cast(PreTrainedModel, SimpleNamespace(config=config))).usable == usable
 
 
 @pytest.mark.parametrize("sdpa_family", ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3"])

@@ -14,8 +14,8 @@ from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline import hub
 from rlhf_exp.pipeline.hub import Need, Pin, Pins, missing, needs, pinned
-from rlhf_exp.pipeline.inputs import Given
-from rlhf_exp.pipeline.plan import State, Step, plan
+from rlhf_exp.pipeline.inputs import ResolvedModel
+from rlhf_exp.pipeline.plan import Step, StepState, plan
 from tests.lab import ROOT
 from tests.pipeline.stand_in_hub import COMMIT, stand_in_hub
 
@@ -85,7 +85,7 @@ def test_nothing_to_fetch(tmp_path: Path) -> None:
 
 def test_what_a_run_needs() -> None:
     config = compose(["experiment=hh_gptj_6b"]).config
-    given = Step("reward", "k", State.given, model="org/judge")
+    given = Step("reward", "k", StepState.given, model="org/judge")
     assert [str(need) for need in needs(config, [given])] == [
         "model EleutherAI/gpt-j-6b (model.path)",
         "dataset Dahoas/rm-static (data.path)",
@@ -97,19 +97,19 @@ def test_a_judge_from_the_hub_is_fetched_and_pinned(tmp_path: Path) -> None:
     asked = ["eval.judge.names=[model]", "eval.judge.model=org/judge", f"output_dir={tmp_path}"]
     config = compose(["experiment=smoke", *asked]).config
     need = Need("eval.judge.model", "model", "org/judge", None)
-    assert needs(config, [Step("eval", "k", State.run)]) == [need]
-    assert needs(config, [Step("sft", "k", State.run)]) == []
+    assert needs(config, [Step("eval", "k", StepState.run)]) == [need]
+    assert needs(config, [Step("sft", "k", StepState.run)]) == []
     Pins(tmp_path).set(need, Pin(COMMIT, []))
     assert pinned(config).eval.judge.revision == COMMIT
 
 
 def test_models_of_an_evaluation_are_needed_too(tmp_path: Path) -> None:
     extra = {
-        "org/other": Given("k1", "org/other"),
-        "referee": Given("k2", "org/judge"),
-        "mine": Given("k3", str(tmp_path)),
+        "org/other": ResolvedModel("k1", "org/other"),
+        "referee": ResolvedModel("k2", "org/judge"),
+        "mine": ResolvedModel("k3", str(tmp_path)),
     }
-    step = Step("eval", "k", State.run, extra=extra)
+    step = Step("eval", "k", StepState.run, extra=extra)
     assert [str(need) for need in needs(compose([]).config, [step])] == [
         "model org/other (eval.models)",
         "model org/judge (eval.reward_quality.referee)",
@@ -148,14 +148,14 @@ def eval_config(tmp_path: Path, *overrides: str) -> Config:
 
 PROMPTS = Need("eval.toxicity.data", "dataset", "allenai/real-toxicity-prompts", None)
 CLASSIFIER = Need("eval.toxicity.scorer", "model", "org/judge", None)
-EVALUATED = [Step("eval", "key", State.run)]
+EVALUATED = [Step("eval", "key", StepState.run)]
 
 
 def test_what_a_toxicity_evaluation_reads(tmp_path: Path) -> None:
     scorer = "eval.toxicity.scorer=org/judge"
     assert needs(eval_config(tmp_path, "eval=blog", scorer), EVALUATED) == [PROMPTS, CLASSIFIER]
     assert needs(eval_config(tmp_path, "eval=blog"), EVALUATED) == [PROMPTS]
-    assert needs(eval_config(tmp_path, "eval=blog"), [Step("sft", "key", State.run)]) == []
+    assert needs(eval_config(tmp_path, "eval=blog"), [Step("sft", "key", StepState.run)]) == []
     assert needs(eval_config(tmp_path, "eval=quick", scorer), EVALUATED) == [CLASSIFIER]
     assert needs(eval_config(tmp_path, "eval=quick"), EVALUATED) == []
     assert needs(eval_config(tmp_path, "eval=reward_quality", scorer), EVALUATED) == []

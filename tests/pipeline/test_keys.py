@@ -13,11 +13,11 @@ from rlhf_exp.config.evaluation import ROLES, Suite
 from rlhf_exp.config.experiment import (
     Attention,
     Config,
+    DataSource,
     Dtype,
     EngineName,
     PromptFormat,
-    Source,
-    Strategy,
+    StrategyName,
     TrackingMode,
 )
 from rlhf_exp.config.schema_keys import CONF
@@ -121,7 +121,7 @@ def test_a_change_counts_from_its_stage_on(
         ("ppo.reward.timeout_s", 7.0),
         ("distributed.threads", 2),
         ("distributed.processes", 4),
-        ("distributed.strategy", Strategy.ddp),
+        ("distributed.strategy", StrategyName.ddp),
         ("model.attention", Attention.eager),
         ("model.name", "other"),
         ("tracking.mode", TrackingMode.offline),
@@ -165,7 +165,7 @@ def test_one_seed_for_all_is_each_stages_own(tmp_path: Path) -> None:
 def with_files(config: Config, tmp_path: Path) -> Config:
     """A config that reads four files; keys digest them and never parse them."""
     own = copy.deepcopy(config)
-    own.data.source = Source.jsonl
+    own.data.source = DataSource.jsonl
     for name in ("preferences", "demonstrations", "prompts", "test"):
         (tmp_path / f"{name}.jsonl").write_text(f"{name}\n")
         setattr(own.data, name, str(tmp_path / f"{name}.jsonl"))

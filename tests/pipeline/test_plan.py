@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.config.evaluation import Suite
-from rlhf_exp.config.experiment import Cache, Config, EngineName, Stage
+from rlhf_exp.config.experiment import CachePolicy, Config, EngineName, StageName
 from rlhf_exp.config.training import RewardInit, ValueInit
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.inputs import Begun, weights_digest
+from rlhf_exp.pipeline.inputs import StartedNote, weights_digest
 from rlhf_exp.pipeline.plan import (
-    State,
     Step,
+    StepState,
     plan,
     records_of,
     refuse_changed,
@@ -78,7 +78,7 @@ def begin(
     replaces: str | None = None,
 ) -> None:
     folder = store_of(config).staging(step.stage, step.key)
-    Begun(code or step.code, inputs or {}, replaces).write(folder)
+    StartedNote(code or step.code, inputs or {}, replaces).write(folder)
     (folder / "work").write_text("half done")
 
 
@@ -91,9 +91,9 @@ def test_work_begun_by_other_code_stops_the_plan(tmp_path: Path) -> None:
     assert steps[0].files == ("rlhf_exp/algo/losses.py",)
     with pytest.raises(UserError, match=r"(?s)sft .*losses\.py.*rerun=\[sft\].*cache=trust"):
         refuse_changed(steps)
-    config.cache = Cache.trust
+    config.cache = CachePolicy.trust
     assert states(plan(config))[0] == "sft resume"
-    config.cache, config.rerun = Cache.strict, ["sft"]
+    config.cache, config.rerun = CachePolicy.strict, ["sft"]
     assert states(plan(config))[0] == "sft run"
 
 
@@ -164,7 +164,7 @@ def test_each_engine_has_code_of_its_own() -> None:
 def test_each_stage_needs_those_before_it() -> None:
     config = Config()
     found = {}
-    for stage in Stage:
+    for stage in StageName:
         config.stage = stage
         found[stage.name] = stages_of(config)
     whole = ("sft", "reward", "ppo", "eval")
@@ -175,9 +175,9 @@ def test_each_stage_needs_those_before_it() -> None:
         "eval": whole,
         "pipeline": whole,
     }
-    config.stage, config.eval.suite = Stage.pipeline, Suite.none
+    config.stage, config.eval.suite = StageName.pipeline, Suite.none
     assert stages_of(config) == ("sft", "reward", "ppo")
-    config.stage, config.reward.init = Stage.reward, RewardInit.base
+    config.stage, config.reward.init = StageName.reward, RewardInit.base
     assert stages_of(config) == ("reward",)
 
 
@@ -193,7 +193,7 @@ def test_a_model_folder_is_given_by_its_content(small_run: Path, tmp_path: Path)
     model = artifact(small_run, "sft").path / "model"
     trained = by_stage(small_config(small_run))
     given = by_stage(small_config(small_run, f"sft.use={model}"))
-    assert (given["sft"].state, given["sft"].model) == (State.given, str(model))
+    assert (given["sft"].state, given["sft"].model) == (StepState.given, str(model))
     # Training it and being given it are different things, as far as a key can tell.
     assert given["sft"].key != trained["sft"].key
     assert states(list(given.values()))[1:] == ["reward run", "ppo run", "eval run"]
@@ -214,19 +214,19 @@ def test_a_result_is_given_as_itself(how: str, small_run: Path) -> None:
         "stage and key": f"sft/{found.key[:10]}",
     }[how]
     steps = by_stage(small_config(small_run, f"sft.use={use}"))
-    assert steps["sft"].state == State.given
+    assert steps["sft"].state == StepState.given
     assert steps["sft"].model == str(found.path / "model")
     # What is built on it is what the pipeline would build.
     trained = by_stage(small_config(small_run))
     assert {name: step.key for name, step in steps.items()} == {
         name: step.key for name, step in trained.items()
     }
-    assert steps["ppo"].state == State.cached
+    assert steps["ppo"].state == StepState.cached
 
 
 def test_a_hub_id_is_given_by_its_name(small_run: Path) -> None:
     steps = by_stage(small_config(small_run, "sft.use=somebody/model"))
-    assert (steps["sft"].state, steps["sft"].model) == (State.given, "somebody/model")
+    assert (steps["sft"].state, steps["sft"].model) == (StepState.given, "somebody/model")
     other = by_stage(small_config(small_run, "sft.use=somebody/other"))
     assert other["sft"].key != steps["sft"].key
 

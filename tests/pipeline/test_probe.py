@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.executor import crew_for
+from rlhf_exp.pipeline.executor import executor_for
 from rlhf_exp.pipeline.plan import plan
-from rlhf_exp.pipeline.probe import Probed, probe, probe_table
+from rlhf_exp.pipeline.probe import ProbeResult, probe, probe_table
 from rlhf_exp.training.memory import Recorder
 from tests.lab import launch, small_config
 
@@ -28,10 +28,10 @@ def files(folder: Path) -> dict[str, int]:
     }
 
 
-def probed(folder: Path, *overrides: str) -> tuple[list[Probed], list[str]]:
+def probed(folder: Path, *overrides: str) -> tuple[list[ProbeResult], list[str]]:
     """Probe a small config; return what was measured, and what was said."""
     config, said = small_config(folder, *overrides), list[str]()
-    crew = crew_for(config, None)
+    crew = executor_for(config, None)
     try:
         found = list(probe(config, plan(config), crew, said.append))
     except BaseException as error:
@@ -45,7 +45,7 @@ def phase(name: str, seconds: float, host: int = 0, **metrics: float) -> dict[st
     return {"name": name, "seconds": seconds, "host": host, "device": 0, "metrics": metrics}
 
 
-def by_hand() -> Probed:
+def by_hand() -> ProbeResult:
     """A stage of 20 iterations of 4 steps."""
     phases = [
         phase("start", 7.0, 5 * GIB),
@@ -54,7 +54,7 @@ def by_hand() -> Probed:
         phase("evaluation", 2.0, 4 * GIB),
         phase("end", 1.0, 6 * GIB),
     ]
-    return Probed("ppo", 80, 20, 5, 4, [{"libraries": GIB, "phases": phases}])
+    return ProbeResult("ppo", 80, 20, 5, 4, [{"libraries": GIB, "phases": phases}])
 
 
 def test_time_to_the_end_by_hand() -> None:

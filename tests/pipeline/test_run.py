@@ -24,7 +24,7 @@ from rlhf_exp.store import publish
 from rlhf_exp.store.run_records import RunRecord
 from rlhf_exp.store.store import Store
 from rlhf_exp.training.checkpoint import Checkpoints
-from rlhf_exp.training.ppo import Collector
+from rlhf_exp.training.ppo import ExperienceCollector
 from tests.lab import LAUNCH, artifact, edit_manifest, launch, small, small_config, weights
 
 ITERATIONS = [0, 1, 2]
@@ -57,13 +57,13 @@ def power_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.fixture
 def iterations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The PPO iterations that were run."""
-    collect, seen = Collector.collect, []
+    collect, seen = ExperienceCollector.collect, []
 
-    def noted(self: Collector, iteration: int, *arguments: Any) -> Any:
+    def noted(self: ExperienceCollector, iteration: int, *arguments: Any) -> Any:
         seen.append(iteration)
         return collect(self, iteration, *arguments)
 
-    monkeypatch.setattr(Collector, "collect", noted)
+    monkeypatch.setattr(ExperienceCollector, "collect", noted)
     return seen
 
 
@@ -206,16 +206,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 
 def ctrl_c(monkeypatch: pytest.MonkeyPatch, at: int, times: int = 1) -> list[int]:
     """Press Ctrl-C in the middle of PPO iteration `at`; return the list of iterations run."""
-    collect, seen = Collector.collect, []
+    collect, seen = ExperienceCollector.collect, []
 
-    def pressed(self: Collector, iteration: int, *arguments: Any) -> Any:
+    def pressed(self: ExperienceCollector, iteration: int, *arguments: Any) -> Any:
         seen.append(iteration)
         if seen == list(range(at + 1)):
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
         return collect(self, iteration, *arguments)
 
-    monkeypatch.setattr(Collector, "collect", pressed)
+    monkeypatch.setattr(ExperienceCollector, "collect", pressed)
     return seen
 
 
@@ -273,7 +273,7 @@ def test_sigterm_leaves_with_its_own_code(run_copy: Path, monkeypatch: pytest.Mo
     def told_to_stop(*_: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Collector, "collect", told_to_stop)
+    monkeypatch.setattr(ExperienceCollector, "collect", told_to_stop)
     with pytest.raises(SystemExit) as caught:
         launch(run_copy, "eval=none", "rerun=[ppo]")
     assert caught.value.code == 143

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes import leader as leader_module
-from rlhf_exp.processes.environment import find_place
+from rlhf_exp.processes.environment import find_launch_environment
 from rlhf_exp.processes.failures import WorkerFailed, exit_after
 from tests.processes.targets import wait_for_all
 
@@ -32,7 +32,7 @@ def add(rank: int) -> dict[str, Any]:
 
 def stage(order: dict[str, Any]) -> dict[str, Any]:
     """Do what the order says, in one rank or all."""
-    place = find_place()
+    place = find_launch_environment()
     assert place is not None
     if order["do"] == "add":
         return add(place.rank)
@@ -67,7 +67,7 @@ def lead(leader: leader_module.Leader, orders: list[dict[str, Any]], objective: 
 
 def main(scenario: list[list[dict[str, Any]]], folder: Path) -> int:
     """Do one experiment after another; write what came of it."""
-    place = find_place()
+    place = find_launch_environment()
     assert place is not None
     (folder / f"pid{place.rank}").write_text(str(os.getpid()))
     report: list[Any] = []

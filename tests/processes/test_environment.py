@@ -11,11 +11,11 @@ import torch
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes.environment import (
-    Place,
-    find_place,
+    LaunchEnvironment,
+    cuda_visible_devices,
+    find_launch_environment,
     leads,
     leave,
-    only,
     threads_each,
     visible_devices,
 )
@@ -49,8 +49,8 @@ def test_hidden_gpus_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_variables_of_a_process() -> None:
-    assert only(["3", "GPU-8a"]) == {"CUDA_VISIBLE_DEVICES": "3,GPU-8a"}
-    assert only([]) == {}, "without GPUs nothing changes"
+    assert cuda_visible_devices(["3", "GPU-8a"]) == {"CUDA_VISIBLE_DEVICES": "3,GPU-8a"}
+    assert cuda_visible_devices([]) == {}, "without GPUs nothing changes"
 
 
 Set = Callable[..., None]
@@ -93,7 +93,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_alone(only_variables: Set) -> None:
-    assert find_place() is None
+    assert find_launch_environment() is None
     assert leads()
 
 
@@ -102,21 +102,21 @@ def test_under_torchrun(only_variables: Set) -> None:
     only_variables(MASTER_ADDR="node1", MASTER_PORT="29400")
     # Inside of a Slurm step of one task a node, too.
     only_variables(SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="1")
-    assert find_place() == Place(5, 8, 1, 4, "node1", 29400, "")
+    assert find_launch_environment() == LaunchEnvironment(5, 8, 1, 4, "node1", 29400, "")
     assert not leads()
 
 
 def test_variables_that_are_half_there(only_variables: Set) -> None:
     only_variables(RANK="0", WORLD_SIZE="2", MASTER_ADDR="node1")
     with pytest.raises(UserError, match=r"has RANK, WORLD_SIZE, MASTER_ADDR.*not LOCAL_RANK, MAS"):
-        find_place()
+        find_launch_environment()
 
 
 def test_a_step_of_several_tasks(only_variables: Set, scontrol: Path) -> None:
     only_variables(**STEP)
-    place = find_place()
+    place = find_launch_environment()
     # The port: 15000 + (1000 * 31 + 2) % 30000 = 15000 + 1002.
-    assert place == Place(3, 4, 1, 2, "gpu07", 16002, "")
+    assert place == LaunchEnvironment(3, 4, 1, 2, "gpu07", 16002, "")
     assert "a Slurm step of 4 tasks" in place.starter
 
 
@@ -124,14 +124,14 @@ def test_a_step_whose_hosts_cannot_be_found(only_variables: Set, scontrol: Path)
     only_variables(**STEP)
     scontrol.write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(UserError, match=r"scontrol show hostnames gpu\[07-08\]` failed"):
-        find_place()
+        find_launch_environment()
 
 
 def test_shells_in_which_nobody_else_would_come(only_variables: Set) -> None:
     only_variables(SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_LOCALID="0")
-    assert find_place() is None, "salloc's shell, or sbatch's script"
+    assert find_launch_environment() is None, "salloc's shell, or sbatch's script"
     only_variables(SLURM_STEP_NUM_TASKS="1", SLURM_STEP_ID="0")
-    assert find_place() is None, "srun --pty bash"
+    assert find_launch_environment() is None, "srun --pty bash"
 
 
 def test_a_task_of_submitit(only_variables: Set) -> None:
@@ -140,25 +140,25 @@ def test_a_task_of_submitit(only_variables: Set) -> None:
     only_variables(
         SUBMITIT_LOCAL_GLOBALID="1", SUBMITIT_LOCAL_LOCALID="1", SUBMITIT_LOCAL_NNODES="1"
     )
-    place = find_place()
+    place = find_launch_environment()
     assert place is not None
     assert (place.rank, place.processes, place.local_rank, place.local_processes) == (1, 2, 1, 2)
     only_variables(
         SUBMITIT_LOCAL_NTASKS="1", SUBMITIT_LOCAL_GLOBALID="0", SUBMITIT_LOCAL_LOCALID="0"
     )
-    alone = find_place()
+    alone = find_launch_environment()
     assert alone is not None, "one task is a worker, too"
     assert (alone.rank, alone.processes) == (0, 1)
 
 
 def test_leaving_and_exporting(only_variables: Set) -> None:
     only_variables(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1")
-    place = find_place()
+    place = find_launch_environment()
     leave()
-    assert find_place() is None
+    assert find_launch_environment() is None
     assert place is not None
     place.export()
-    assert find_place() == place
+    assert find_launch_environment() == place
     leave()
 
 

@@ -15,8 +15,8 @@ import pytest
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes.failures import (
     FailedElsewhere,
-    Failure,
-    Kind,
+    FailureKind,
+    ProcessFailure,
     WorkerFailed,
     cause,
     code_of,
@@ -81,8 +81,8 @@ def test_a_bug_is_told_with_its_traceback(tmp_path: Path) -> None:
     assert "ZeroDivisionError: division by zero" in ended.stderr
 
 
-def failures(*kinds: str) -> list[Failure]:
-    return [Failure(rank, Kind(kind), kind) for rank, kind in enumerate(kinds)]
+def failures(*kinds: str) -> list[ProcessFailure]:
+    return [ProcessFailure(rank, FailureKind(kind), kind) for rank, kind in enumerate(kinds)]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_cause_of_several_failures(kinds: list[str], rank: int) -> None:
 def test_an_error_crosses_processes(
     error: BaseException, kind: type[BaseException], code: int
 ) -> None:
-    told = Failure.from_message({"say": "failed", **Failure.of(3, error).message()})
+    told = ProcessFailure.from_message({"say": "failed", **ProcessFailure.of(3, error).message()})
     with pytest.raises(kind) as caught:
         told.throw()
     assert code_of(caught.value) == code

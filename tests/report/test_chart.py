@@ -22,7 +22,7 @@ from rlhf_exp.report.chart import (
     Axes,
     Chart,
     Curve,
-    Line,
+    LineSeries,
     count_label,
     curve,
     duration,
@@ -186,7 +186,7 @@ def test_axes_map_corners_to_corners() -> None:
 
 
 def test_a_line_goes_from_left_to_right_and_up() -> None:
-    line = Line("loss", np.array([0.0, 50.0, 100.0]), np.array([0.0, 1.0, 2.0]))
+    line = LineSeries("loss", np.array([0.0, 50.0, 100.0]), np.array([0.0, 1.0, 2.0]))
     figure = parse(render(Chart("Title", [line])))
     (path,) = paths(figure, "line")
     points = [tuple(map(float, pair.split())) for pair in path[1:].split("L")]
@@ -201,14 +201,14 @@ def test_a_line_goes_from_left_to_right_and_up() -> None:
 
 def test_gaps_break_the_line_and_a_lonely_point_is_a_dot() -> None:
     y = np.array([1.0, 2.0, math.nan, 3.0, math.nan, 4.0, 5.0])
-    line = Line("a", np.arange(7.0), y)
+    line = LineSeries("a", np.arange(7.0), y)
     figure = parse(render(Chart("t", [line])))
     assert len(paths(figure, "line")) == 2
     assert "nan" not in render(Chart("t", [line])).lower()
 
 
 def test_the_band_surrounds_the_mean() -> None:
-    line = Line("r", np.arange(3.0), np.zeros(3), spread=np.full(3, 2.0))
+    line = LineSeries("r", np.arange(3.0), np.zeros(3), spread=np.full(3, 2.0))
     figure = parse(render(Chart("t", [line])))
     (area,) = paths(figure, "band")
     heights = {float(pair.split()[1]) for pair in area[1:-1].split("L")}
@@ -220,13 +220,13 @@ def test_the_band_surrounds_the_mean() -> None:
 
 def test_many_points_are_smoothed_and_still_shown() -> None:
     noise = np.random.default_rng(0).normal(size=500)
-    figure = parse(render(Chart("t", [Line("a", np.arange(500.0), noise)])))
+    figure = parse(render(Chart("t", [LineSeries("a", np.arange(500.0), noise)])))
     assert len(paths(figure, "raw")) == 1
     assert len(paths(figure, "line")) == 1
 
 
 def test_a_path_marks_its_start_and_end_and_is_not_sorted() -> None:
-    line = Line("p", np.array([1.0, 3.0, 2.0]), np.array([0.0, 1.0, 2.0]), ordered=True)
+    line = LineSeries("p", np.array([1.0, 3.0, 2.0]), np.array([0.0, 1.0, 2.0]), ordered=True)
     figure = parse(render(Chart("t", [line], x_label="KL")))
     assert {"start", "end"} <= set(texts(figure))
     drawn = [float(pair.split()[0]) for p in paths(figure, "line") for pair in p[1:].split("L")]
@@ -237,7 +237,7 @@ def test_a_path_marks_its_start_and_end_and_is_not_sorted() -> None:
     "values", [[0.0], [5.0, 5.0, 5.0], [1e-12, 1e-12], [1e300, -1e300], [0.0, 1e-300]]
 )
 def test_degenerate_values_still_draw(values: list[float]) -> None:
-    line = Line("a", np.arange(float(len(values))), np.array(values))
+    line = LineSeries("a", np.arange(float(len(values))), np.array(values))
     markup = render(Chart("t", [line], levels=[(0.0, "")]))
     assert parse(markup).find("svg") is not None
     assert "nan" not in markup
@@ -247,7 +247,7 @@ def test_degenerate_values_still_draw(values: list[float]) -> None:
 
 def test_hostile_names_are_text_and_nothing_has_a_style_attribute() -> None:
     bad = "<script>alert(1)</script>\u202e"
-    line = Line(bad, np.arange(3.0), np.arange(3.0))
+    line = LineSeries(bad, np.arange(3.0), np.arange(3.0))
     chart = Chart(bad, [line], x_label=bad, note=bad, levels=[(1.0, bad)])
     figure = parse(render(chart))
     assert not list(figure.iter("script"))

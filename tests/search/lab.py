@@ -9,7 +9,7 @@ from pathlib import Path
 from optuna.distributions import FloatDistribution, IntDistribution
 
 from rlhf_exp.search.pruning import Measure, Trial, report
-from rlhf_exp.search.study import Asked, Pruning, Search, Wanted
+from rlhf_exp.search.study import Pruning, Search, SearchSettings, TrialHandle
 from rlhf_exp.store.store import Store
 
 BEST = 1e-4
@@ -20,7 +20,7 @@ SPACE = {"ppo.lr": FloatDistribution(1e-6, 1e-2, log=True), "ppo.epochs": IntDis
 
 def search(folder: Path, trials: int, rule: str = "none", worker: int = 0, seed: int = 0) -> Search:
     """Open the study in a folder."""
-    wanted = Wanted(trials, SPACE, {"ppo.lr": 1e-3, "ppo.epochs": 4}, 4, 1, seed)
+    wanted = SearchSettings(trials, SPACE, {"ppo.lr": 1e-3, "ppo.epochs": 4}, 4, 1, seed)
     pruning = Pruning(rule, after=2, warmup=1, evaluations=STEPS)
     return Search(folder / "study", Store(folder / "store"), "lab", wanted, pruning, worker)
 
@@ -40,7 +40,7 @@ def rows(values: dict[str, float], last: int = STEPS) -> list[dict[str, float]]:
     ]
 
 
-def play(study: Search, asked: Asked) -> str:
+def play(study: Search, asked: TrialHandle) -> str:
     """Run a trial as a worker does; return how it ended."""
     folder = study.study._storage._backend._file_path
     trial = Trial(str(Path(folder).parent), asked.id, MEASURE, Pruning("median", 2, 1, STEPS))

@@ -72,7 +72,7 @@ def test_an_interrupted_trial_comes_next_with_the_same_values(tmp_path: Path) ->
         with study.ask() as asked:
             assert asked is not None
             lab_values.append(asked.values)
-            lab.play(study, asked) if len(lab_values) == 1 else asked.put_back()
+            lab.play(study, asked) if len(lab_values) == 1 else asked.requeue()
     with lab.search(tmp_path, 3).ask() as asked:
         assert asked is not None
         assert asked.values == lab_values[1]
@@ -100,7 +100,7 @@ def test_a_killed_workers_trial_is_tried_again_and_given_up_after_the_third(tmp_
     with study.ask() as asked:
         assert asked is not None
         assert asked.values == {"ppo.lr": 1e-3, "ppo.epochs": 4}
-        asked.put_back()
+        asked.requeue()
     _killed(tmp_path)
     _killed(tmp_path)
     assert study.running() == 0

@@ -11,32 +11,32 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from rlhf_exp.commands.serve_reward import Wanted, load_scores
+from rlhf_exp.commands.serve_reward import ServeOptions, load_scores
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.evaluation.judges.reward_models import OwnRewardModel
 from rlhf_exp.models.pretrained import load_tokenizer
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.serving import reward_server
-from rlhf_exp.serving.reward_server import Scores, make_app
+from rlhf_exp.serving.reward_server import RequestScorer, make_app
 from tests.lab import artifact
 
-WANTED = Wanted(device="cpu")
+WANTED = ServeOptions(device="cpu")
 PROMPTS = ["\n\nHuman: How do I boil an egg?\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant:"]
 RESPONSES = ["Seven minutes in boiling water.", "Go away."]
 
 
 @pytest.fixture(scope="module")
-def scores(small_run: Path) -> Scores:
+def scores(small_run: Path) -> RequestScorer:
     return load_scores(small_run, "small", WANTED)
 
 
 @pytest.fixture(scope="module")
-def client(scores: Scores) -> TestClient:
+def client(scores: RequestScorer) -> TestClient:
     return TestClient(make_app(scores))
 
 
 def test_texts_are_scored_as_a_judge_would(
-    scores: Scores, client: TestClient, small_run: Path
+    scores: RequestScorer, client: TestClient, small_run: Path
 ) -> None:
     folder = artifact(small_run, "reward").path / "model"
     own = OwnRewardModel(RewardModel.load(folder), Codec(load_tokenizer(folder), "hh"))
@@ -83,7 +83,7 @@ def test_what_is_no_request_is_refused_in_words(client: TestClient, body: str, s
     assert says in found.json()["error"]
 
 
-def test_a_key_is_asked_for(scores: Scores) -> None:
+def test_a_key_is_asked_for(scores: RequestScorer) -> None:
     client = TestClient(make_app(scores, "sk-secret"))
     body: dict[str, Any] = {"prompts": ["a"], "responses": ["b"]}
     assert client.post("/", json=body).status_code == 401
@@ -103,7 +103,7 @@ def test_too_large_a_request(client: TestClient, monkeypatch: pytest.MonkeyPatch
     ("result", "says"), [([float("nan")], "not finite"), (None, "ZeroDivisionError: by the test")]
 )
 def test_what_goes_wrong_in_scoring_is_said(
-    scores: Scores, monkeypatch: pytest.MonkeyPatch, result: list[float] | None, says: str
+    scores: RequestScorer, monkeypatch: pytest.MonkeyPatch, result: list[float] | None, says: str
 ) -> None:
     def score(*_: object) -> list[float]:
         if result is None:
@@ -116,7 +116,7 @@ def test_what_goes_wrong_in_scoring_is_said(
     assert says in found.json()["error"]
 
 
-def test_the_name_goes_with_what_decides_the_scores(run_copy: Path, scores: Scores) -> None:
+def test_the_name_goes_with_what_decides_the_scores(run_copy: Path, scores: RequestScorer) -> None:
     def name(**changes: Any) -> str:
         return load_scores(run_copy, "small", replace(WANTED, **changes)).name
 

@@ -11,7 +11,7 @@ import pytest
 from rlhf_exp.data.toy.gold_judge import gold_score
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.comparison import QuickResult
-from rlhf_exp.stages.context import Materials
+from rlhf_exp.stages.context import DataModule
 from tests.lab import artifact, jsonl, pairs, run, small_config
 
 
@@ -19,7 +19,7 @@ def test_what_the_artifact_holds(small_run: Path) -> None:
     found = artifact(small_run, "eval")
     result = json.loads((found.path / "result.json").read_text())
     rows = result["rows"]
-    tests = Materials(small_config(small_run).data).corpus.prompts.test
+    tests = DataModule(small_config(small_run).data).corpus.prompts.test
     asked = [prompt.history[-1].text for prompt in tests[:8]]
     assert [question in row["prompt"] for question, row in zip(asked, rows, strict=True)] == [
         True

@@ -15,7 +15,7 @@ from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.stages import ppo_inputs
-from rlhf_exp.stages.context import Materials
+from rlhf_exp.stages.context import DataModule
 from rlhf_exp.store.store import Store
 from tests.lab import artifact, edit_manifest, jsonl, pairs, run, small_config, weights
 
@@ -52,7 +52,7 @@ def test_prompts_that_leave_no_room_are_cut_and_counted(run_copy: Path) -> None:
     run(run_copy, "stage=ppo", "ppo.seq_length=48", "ppo.steps=2", "ppo.reward.delta=false")
     found = newest(run_copy, "ppo")
     codec = Codec(AutoTokenizer.from_pretrained(found / "model"), "hh")
-    rows = Materials(small_config(run_copy).data).corpus.prompts.train
+    rows = DataModule(small_config(run_copy).data).corpus.prompts.train
     longer = sum(len(codec.encode_prompt(row.history)) > 40 for row in rows)
     facts = json.loads((found / "facts.json").read_text())
     assert facts["cut_prompts"] == longer
@@ -76,7 +76,7 @@ def test_the_data_sets_own_answers_are_scored_once(
     scores = np.load(path)
     model = RewardModel.load(artifact(small_run, "reward").path / "model")
     codec = Codec(AutoTokenizer.from_pretrained(artifact(small_run, "sft").path / "model"), "hh")
-    rows = Materials(small_config(small_run).data).corpus.prompts.train
+    rows = DataModule(small_config(small_run).data).corpus.prompts.train
     tokens = tokenize_prompts(rows, codec, 128, 8)
     used = np.flatnonzero(~np.isnan(scores))
     assert len(used) == 24, "three iterations of 8 rollouts meet 24 of 40 prompts"
@@ -185,7 +185,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(
     scores = np.load(original_files(run_copy)[-1])
     row = int(np.flatnonzero(~np.isnan(scores))[0])
     policy = Codec(AutoTokenizer.from_pretrained(artifact(run_copy, "sft").path / "model"), "hh")
-    prompts = Materials(small_config(run_copy).data).corpus.prompts.train
+    prompts = DataModule(small_config(run_copy).data).corpus.prompts.train
     tokens = tokenize_prompts(prompts, policy, 128, 8)
     content = tokens.original[row].tolist()[:-1]
     text = policy.tokenizer.decode([*tokens.prompt[row].tolist(), *content])

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 from rlhf_exp.data.tokenized import tokenize_demonstrations, tokenize_preferences
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.models.reward_model import RewardModel
-from rlhf_exp.stages.context import Materials
+from rlhf_exp.stages.context import DataModule
 from tests.lab import artifact, jsonl, pairs, run, small_config
 
 
@@ -38,7 +38,7 @@ class ByHand:
 
 def test_held_out_demonstrations_average_0(trained: Path, small_run: Path) -> None:
     model = ByHand(trained / "model")
-    rows = Materials(small_config(small_run).data).corpus.demonstrations.validation
+    rows = DataModule(small_config(small_run).data).corpus.demonstrations.validation
     tokens = tokenize_demonstrations(rows, model.codec, 128)
     scores = [
         model.score(tokens.prompt_ids[row], tokens.response_ids[row]) for row in range(len(rows))
@@ -51,7 +51,7 @@ def test_held_out_demonstrations_average_0(trained: Path, small_run: Path) -> No
 
 def test_accuracy_on_test_pairs(trained: Path, small_run: Path) -> None:
     model = ByHand(trained / "model")
-    rows = Materials(small_config(small_run).data).corpus.preferences.test
+    rows = DataModule(small_config(small_run).data).corpus.preferences.test
     tokens = tokenize_preferences(rows, model.codec, 128)
     margins = [
         model.score(tokens.prompt[row], tokens.chosen[row])

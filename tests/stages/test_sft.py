@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_exp.data.tokenized import tokenize_demonstrations
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
-from rlhf_exp.stages.context import Materials
+from rlhf_exp.stages.context import DataModule
 from tests.lab import artifact, jsonl, pairs, run, small_config, weights
 
 
@@ -44,7 +44,7 @@ def test_transformers_loads_it_and_measures_the_same_loss(small_run: Path) -> No
     tokenizer = AutoTokenizer.from_pretrained(found.path / "model")
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters == json.loads((found.path / "facts.json").read_text())["parameters"]
-    rows = Materials(small_config(small_run).data).corpus.demonstrations.validation
+    rows = DataModule(small_config(small_run).data).corpus.demonstrations.validation
     tokens = tokenize_demonstrations(rows, Codec(tokenizer, "hh"), 192)
     losses = []
     with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.artifact import MANIFEST, Artifact, Manifest
-from rlhf_exp.store.disk_usage import Rule, kept_keys, seconds_of, size_of, sizes, users
+from rlhf_exp.store.disk_usage import RetentionRule, kept_keys, seconds_of, size_of, sizes, users
 from rlhf_exp.store.run_records import Records, RunRecord, Status
 from rlhf_exp.store.store import Store
 
@@ -47,7 +47,7 @@ POINTS = [
     ],
 )
 def test_which_runs_stay(rule: str, stays: str) -> None:
-    gone = {one.key for one in Rule.parse("kl", rule).forgets(POINTS)}
+    gone = {one.key for one in RetentionRule.parse("kl", rule).forgets(POINTS)}
     assert {one.key for one in POINTS} - gone == set(stays.split())
 
 
@@ -56,16 +56,22 @@ def test_other_names_keep_what_they_share(tmp_path: object) -> None:
     for one in POINTS:
         records.write(one)
     records.write(RunRecord("other", "ppo", {"sft": "shared", "ppo": "b2"}))
-    assert kept_keys(records, Rule.parse("kl", "best:0")) == {"shared", "b2", "h8", "i9", "j0"}
+    assert kept_keys(records, RetentionRule.parse("kl", "best:0")) == {
+        "shared",
+        "b2",
+        "h8",
+        "i9",
+        "j0",
+    }
     assert kept_keys(records) == {"shared", *(one.key for one in POINTS)}
     with pytest.raises(UserError, match="near it: kl"):
-        kept_keys(records, Rule.parse("k", "best:0"))
+        kept_keys(records, RetentionRule.parse("k", "best:0"))
 
 
 @pytest.mark.parametrize("text", ["best", "best:", "best:-1", "best:x", "worst:1", "last:1.5", ""])
 def test_what_is_no_rule(text: str) -> None:
     with pytest.raises(UserError, match=r"expected best:N or last:N"):
-        Rule.parse("kl", text)
+        RetentionRule.parse("kl", text)
 
 
 @pytest.mark.parametrize(

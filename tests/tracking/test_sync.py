@@ -16,18 +16,18 @@ from rlhf_exp.store.store import Store
 from rlhf_exp.tracking import wandb_log, wandb_sync
 from rlhf_exp.tracking.create import Mode, open_tracker
 from rlhf_exp.tracking.wandb_log import copy_log, read_wandb_file, synced_marker, wandb_files
-from rlhf_exp.tracking.wandb_sync import Start, unsent
+from rlhf_exp.tracking.wandb_sync import RunStart, unsent
 from tests.tracking.server import WandbServer
 
 KEY = "0123456789abcdef"
 FOREVER = float("inf")
 
 
-def start(online: bool = False, steps: tuple = (), sent: float | None = None) -> Start:
-    return Start(Path("run-a.wandb"), "a", "p", "", online, True, steps, sent)
+def start(online: bool = False, steps: tuple = (), sent: float | None = None) -> RunStart:
+    return RunStart(Path("run-a.wandb"), "a", "p", "", online, True, steps, sent)
 
 
-def spans(*starts: Start) -> list[tuple[int, float, float]]:
+def spans(*starts: RunStart) -> list[tuple[int, float, float]]:
     return [(starts.index(one.start), one.after, one.before) for one in unsent(starts)]
 
 

@@ -11,7 +11,7 @@ from types import FrameType
 import pytest
 
 from rlhf_exp.tracking.create import open_tracker
-from rlhf_exp.tracking.tracker import NullTracker, Several, finishing
+from rlhf_exp.tracking.tracker import CompositeTracker, NullTracker, finishing
 
 
 class Recorder(NullTracker):
@@ -109,7 +109,7 @@ def test_somebody_elses_handler_stays() -> None:
 
 def test_several_trackers_hear_the_same(tmp_path: Path) -> None:
     recorders = Recorder(), Recorder()
-    several = Several(*recorders)
+    several = CompositeTracker(*recorders)
     several.mark_preempting()
     several.finish(5)
     assert [recorder.calls for recorder in recorders] == [["preempting", 5]] * 2

@@ -24,9 +24,9 @@ from rlhf_exp.models.reference import reference_of
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.optim import OptimSettings
-from rlhf_exp.training.ppo import Collector, ExperienceSettings, PpoSettings, PpoTask
+from rlhf_exp.training.ppo import ExperienceCollector, ExperienceSettings, PpoSettings, PpoTask
 from rlhf_exp.training.task import Evaluation
-from rlhf_exp.training.trainer import LoopContext, LoopSettings, Outcome, train
+from rlhf_exp.training.trainer import LoopContext, LoopSettings, TrainingResult, train
 
 VOCABULARY, EOS, PAD = 48, 1, 0
 LIKED = 7
@@ -95,7 +95,7 @@ def build_task(
     def sampler(batch: Prompts) -> Samples:
         return sample(model, batch, sampling, settings.seed, None, block)
 
-    collector = Collector(
+    collector = ExperienceCollector(
         policy,
         reference_of(policy),
         sampler,
@@ -147,7 +147,7 @@ class Run:
 
     task: PpoTask
     tracker: RecordingTracker
-    outcome: Outcome | None
+    outcome: TrainingResult | None
     weights: dict[str, Tensor]
 
 

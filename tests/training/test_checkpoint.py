@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 from rlhf_exp.distributed.world import World, world_of
-from rlhf_exp.training.checkpoint import Keep
+from rlhf_exp.training.checkpoint import SnapshotRules
 from rlhf_exp.training.task import Interrupted
 from tests.training.lab import build_task, run_loop
 
@@ -40,13 +40,13 @@ def test_weights_of_every_nth_step_are_kept_and_those_of_lost_steps_are_not(
         accumulate(step, backward)
 
     task.accumulate = dying  # type: ignore[method-assign]
-    keep = Keep(every=4)
+    keep = SnapshotRules(every=4)
     with pytest.raises(Killed):
         run_loop(world, tmp_path, task=task, keep=keep)
     lost = tmp_path / "kept" / "step-00000008.safetensors"
     assert lost.is_file()
     with pytest.raises(Interrupted):
-        run_loop(world, tmp_path, steps=16, keep=Keep(every=100), interrupted=lambda: True)
+        run_loop(world, tmp_path, steps=16, keep=SnapshotRules(every=100), interrupted=lambda: True)
     assert not lost.exists()
     run = run_loop(world, tmp_path, keep=keep, keep_checkpoints=9)
     assert run.outcome is not None

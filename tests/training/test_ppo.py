@@ -20,8 +20,8 @@ from torch import Tensor
 from rlhf_exp.algo.advantages import RewardScaler
 from rlhf_exp.batch import Prompts, Rollouts, Samples
 from rlhf_exp.data.batching import batch_index, prompts_batch
-from rlhf_exp.distributed.world import Share, World, world_of
-from rlhf_exp.training.metrics import Meters
+from rlhf_exp.distributed.world import RowShare, World, world_of
+from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.ppo import PpoTask
 from rlhf_exp.training.task import Diverged, Interrupted
 from tests.training.lab import (
@@ -68,13 +68,13 @@ def test_first_minibatch_has_ratio_1_and_no_divergence(
 def test_training_states_are_the_decoders(world: World) -> None:
     """Log-probs over the states kept from decoding equal those of the sampler."""
     task = build_task(world)
-    rollouts = task.collector.collect(0, Meters(world))
+    rollouts = task.collector.collect(0, MetricAccumulator(world))
     again = task.collector.sampler(_first_batch())
     assert rollouts.states is not None
     assert torch.allclose(rollouts.logprobs, again.logprobs, atol=1e-4)
     recomputed = build_task(world)
     recomputed.collector.settings = replace(recomputed.collector.settings, reuse_states=False)
-    other = recomputed.collector.collect(0, Meters(world))
+    other = recomputed.collector.collect(0, MetricAccumulator(world))
     assert torch.allclose(rollouts.logprobs, other.logprobs, atol=1e-4)
     assert torch.allclose(rollouts.advantages, other.advantages, atol=1e-3)
 
@@ -274,11 +274,11 @@ def test_rows_that_only_fill_up_a_batch_count_nowhere(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process whose share is filled up to 8 rows by 2 of weight 0 learns from 6."""
-    plain, filled = Meters(world), Meters(world)
+    plain, filled = MetricAccumulator(world), MetricAccumulator(world)
     real = replace(SETTINGS, rollouts=6)
     alone = build_task(world, real).collector.collect(0, plain)
     rows, weights = np.array([0, 1, 2, 3, 4, 5, 0, 1]), np.array([1.0] * 6 + [0.0] * 2)
-    share = Share(rows, weights.astype(np.float32))
+    share = RowShare(rows, weights.astype(np.float32))
     monkeypatch.setattr(world, "share", lambda count, of=None: share)
     together = build_task(world, real).collector.collect(0, filled)
     assert not together.mask[6:].any()
@@ -295,7 +295,7 @@ def test_a_response_that_does_not_end_pays_the_penalty(world: World) -> None:
     collector = build_task(world).collector
     collector.settings = replace(collector.settings, lam=1.0, missing_eos_penalty=2.0)
     collector.scaler = RewardScaler("none")
-    rollouts = collector.collect(0, Meters(world))
+    rollouts = collector.collect(0, MetricAccumulator(world))
     expected = [
         float(said.count(LIKED)) - (0.0 if said[-1] == EOS else 2.0) for said in responses(rollouts)
     ]
@@ -313,7 +313,7 @@ def test_each_iteration_has_prompts_and_noise_of_its_own(world: World) -> None:
 
     task.collector.sampler = noted
     for iteration in range(2):
-        rollouts = task.collector.collect(iteration, Meters(world))
+        rollouts = task.collector.collect(iteration, MetricAccumulator(world))
         lengths = rollouts.prompt_lengths.tolist()
         rows = rollouts.tokens.tolist()
         asked.append([tuple(row[:length]) for row, length in zip(rows, lengths, strict=True)])
@@ -337,10 +337,10 @@ def test_states_are_computed_again_where_those_of_decoding_are_not_to_be_used(
         return trunk(tokens)
 
     monkeypatch.setattr(task.collector.policy, "trunk_states", counted)
-    task.collector.collect(0, Meters(world))
+    task.collector.collect(0, MetricAccumulator(world))
     assert calls == []
     task.collector.settings = replace(task.collector.settings, reuse_states=False)
-    task.collector.collect(0, Meters(world))
+    task.collector.collect(0, MetricAccumulator(world))
     assert sum(calls) == SETTINGS.rollouts
 
 

@@ -29,9 +29,9 @@ from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.training.reward_scorer import ModelScorer
 from rlhf_exp.training.scorers import (
     RewardServer,
+    ServerInfo,
     ServerScorer,
     SharedTrunkScorer,
-    Told,
     score_samples,
 )
 from tests.judge_server import JudgeServer, Rule, in_turn
@@ -165,7 +165,7 @@ def test_tokens_go_to_a_server_that_reads_with_the_same_codec(codec: Codec, same
 
     with JudgeServer(rule) as server:
         remote = client(server.url)
-        assert remote.check() == Told(None, codec.digest if same else "other")
+        assert remote.check() == ServerInfo(None, codec.digest if same else "other")
         scores = ServerScorer(remote, codec)(tokens, *spans)
     assert scores.tolist() == [3.5, 3.5]
     body = server.bodies[-1]

@@ -18,7 +18,7 @@ import torch
 
 from rlhf_exp.distributed.world import world_of
 from rlhf_exp.training.ppo_validation import ValidationSettings
-from rlhf_exp.training.trainer import Progress, passes
+from rlhf_exp.training.trainer import TrainingProgress, passes
 from tests.training.lab import Evaluations, Run, build_task, loop_settings, run_loop
 
 
@@ -136,23 +136,25 @@ AFTER = BEFORE | {
 def test_what_only_the_end_called_for_is_undone(
     eval_every: int, keep_every: int | None, stays: set[str]
 ) -> None:
-    found = Progress(**AFTER).going_on(Progress(**BEFORE), eval_every, keep_every)
+    found = TrainingProgress(**AFTER).going_on(TrainingProgress(**BEFORE), eval_every, keep_every)
     always = {"last_checkpoint", "best_of_checkpoints"}
     expected = BEFORE | {name: AFTER[name] for name in stays | always}
     assert asdict(found) == expected
 
 
 def test_a_checkpoint_is_read_as_the_length_of_the_run_says() -> None:
-    ended, going_on = Progress(**AFTER), Progress(**BEFORE)
+    ended, going_on = TrainingProgress(**AFTER), TrainingProgress(**BEFORE)
     state = json.loads(json.dumps({"step": 6, **ended.state(going_on)}))
-    assert Progress.of(state, 6) == ended, "the same run, killed before its result was whole"
-    assert Progress.of(state, 8) == going_on
+    assert TrainingProgress.of(state, 6) == ended, (
+        "the same run, killed before its result was whole"
+    )
+    assert TrainingProgress.of(state, 8) == going_on
     halfway = {"step": 6, **ended.state(None)}
-    assert Progress.of(halfway, 8) == ended
+    assert TrainingProgress.of(halfway, 8) == ended
 
 
 def test_a_copy_is_not_reached_by_later_changes() -> None:
-    progress = Progress(kept=[4], published_metrics={"a": 1.0})
+    progress = TrainingProgress(kept=[4], published_metrics={"a": 1.0})
     copied = progress.copy()
     progress.kept.append(8)
     progress.published_metrics["a"] = 0.0

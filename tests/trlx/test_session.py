@@ -26,7 +26,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.ppo_validation import ValidationSettings
 from rlhf_exp.training.task import Diverged
-from rlhf_exp.training.trainer import Outcome
+from rlhf_exp.training.trainer import TrainingResult
 from rlhf_exp.trlx.session import Judged, Session, TrlxProcess, environment, worker_folder
 from tests.trlx.lab import settings_with
 
@@ -157,7 +157,7 @@ def whole(*firsts: list[int]) -> list[Message]:
     ]
 
 
-def run(judged: Judged, *messages: Message, **more: Any) -> tuple[Script, Notes, Outcome]:
+def run(judged: Judged, *messages: Message, **more: Any) -> tuple[Script, Notes, TrainingResult]:
     script, notes = Script(*messages), Notes()
     settings = settings_with(**SMALL, missing_eos_penalty=more.pop("penalty", 0.0))
     given: Any = {"before_write": lambda: None, "on_step": lambda step, metrics: None, **more}
@@ -296,8 +296,8 @@ ROOT = Path(__file__).parents[2]
 _HEAD = f"""
 import os, signal, subprocess, sys, time
 sys.path.insert(0, {str(worker_folder())!r})
-from trlx_line import Line
-line = Line(int(sys.argv[1]))
+from trlx_line import WorkerChannel
+line = WorkerChannel(int(sys.argv[1]))
 """
 
 

@@ -187,7 +187,7 @@ Writer = Callable[[Random, Subject], str]
 
 
 @dataclass(frozen=True)
-class Kind:
+class ResponseKind:
     """One kind of response.
 
     Attributes:
@@ -313,21 +313,21 @@ def garbled(rng: Random, subject: Subject) -> str:
     return " ".join(words)
 
 
-KINDS: dict[str, Kind] = {
-    "good": Kind(good, 1.0, 0.34, 0.30),
-    "no_closing": Kind(no_closing, 0.75, 0.08, 0.08),
-    "one_point": Kind(one_point, 0.65, 0.08, 0.08),
-    "thin": Kind(thin, 0.5, 0.08, 0.06),
-    "mixed": Kind(mixed, 0.45, 0.05, 0.07),
-    "hollow": Kind(hollow, 0.35, 0.05, 0.05),
-    "incomplete": Kind(incomplete, 0.3, 0.05, 0.06),
-    "evasive": Kind(evasive, 0.25, 0.07, 0.05),
-    "off_topic": Kind(off_topic, 0.2, 0.06, 0.06),
-    "closings_only": Kind(closings_only, 0.15, 0.02, 0.03),
-    "repetitive": Kind(repetitive, 0.1, 0.02, 0.05),
-    "rude": Kind(rude, 0.1, 0.05, 0.04),
-    "garbled": Kind(garbled, 0.05, 0.0, 0.05),
-    "toxic": Kind(toxic, 0.0, 0.05, 0.02),
+KINDS: dict[str, ResponseKind] = {
+    "good": ResponseKind(good, 1.0, 0.34, 0.30),
+    "no_closing": ResponseKind(no_closing, 0.75, 0.08, 0.08),
+    "one_point": ResponseKind(one_point, 0.65, 0.08, 0.08),
+    "thin": ResponseKind(thin, 0.5, 0.08, 0.06),
+    "mixed": ResponseKind(mixed, 0.45, 0.05, 0.07),
+    "hollow": ResponseKind(hollow, 0.35, 0.05, 0.05),
+    "incomplete": ResponseKind(incomplete, 0.3, 0.05, 0.06),
+    "evasive": ResponseKind(evasive, 0.25, 0.07, 0.05),
+    "off_topic": ResponseKind(off_topic, 0.2, 0.06, 0.06),
+    "closings_only": ResponseKind(closings_only, 0.15, 0.02, 0.03),
+    "repetitive": ResponseKind(repetitive, 0.1, 0.02, 0.05),
+    "rude": ResponseKind(rude, 0.1, 0.05, 0.04),
+    "garbled": ResponseKind(garbled, 0.05, 0.0, 0.05),
+    "toxic": ResponseKind(toxic, 0.0, 0.05, 0.02),
 }
 
 

@@ -42,8 +42,8 @@ from rlhf_exp.evaluation.agreement import (
     majority,
     nominal_alpha,
 )
-from rlhf_exp.evaluation.judges.llm import Usage, consistent, first_place
-from rlhf_exp.evaluation.judges.protocol import Pair, Verdict
+from rlhf_exp.evaluation.judges.llm import TokenUsage, consistent, first_place
+from rlhf_exp.evaluation.judges.protocol import AnswerPair, Verdict
 from rlhf_exp.evaluation.preference import (
     PreferenceResult,
     estimate_from_json,
@@ -69,7 +69,7 @@ class Judgment:
     judge: str
     verdicts: tuple[Verdict, ...]
     preference: PreferenceResult
-    usage: Usage | None = None
+    usage: TokenUsage | None = None
 
     @classmethod
     def of(
@@ -79,7 +79,7 @@ class Judgment:
         verdicts: Sequence[Verdict],
         seed: int = 0,
         level: float = LEVEL,
-        usage: Usage | None = None,
+        usage: TokenUsage | None = None,
     ) -> Judgment:
         """Summarise verdicts."""
         found = preference([verdict.sign for verdict in verdicts], None, seed, level)
@@ -164,7 +164,7 @@ def compare_judges(judgments: Sequence[Judgment], seed: int = 0) -> list[dict[st
 
 def against_people(
     comparison: Mapping[str, Any], ratings: ArrayLike, seed: int = 0, level: float = LEVEL
-) -> list[Quality]:
+) -> list[JudgeQuality]:
     """Return how far each judge of a run agrees with people who judged the same answers.
 
     Args:
@@ -187,7 +187,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class People:
+class HumanAgreement:
     """How far people agree with each other; the interval of each number is over pairs.
 
     Attributes:
@@ -216,7 +216,7 @@ class People:
         }
 
     @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> People:
+    def from_json(cls, plain: dict[str, Any]) -> HumanAgreement:
         """Undo `to_json`."""
         a, tie, b = plain["counts"]
         return cls(
@@ -229,7 +229,7 @@ class People:
 
 
 @dataclass(frozen=True)
-class Quality:
+class JudgeQuality:
     """How far a judge agrees with people; the interval of each number is over pairs.
 
     Attributes:
@@ -242,7 +242,7 @@ class Quality:
         kappa: Cohen's, of judge and majority.
         alpha: Krippendorff's nominal alpha, of judge and majority.
         with_one: share of single people's judgments that the judge shares: to be compared with
-            `People.agreement`.
+            `HumanAgreement.agreement`.
     """
 
     judge: str
@@ -264,7 +264,7 @@ class Quality:
         return plain | {name: estimate_to_json(getattr(self, name)) for name in _ESTIMATES}
 
     @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> Quality:
+    def from_json(cls, plain: dict[str, Any]) -> JudgeQuality:
         """Undo `to_json`."""
         found = {name: estimate_from_json(plain[name]) for name in _ESTIMATES}
         confusion = tuple(tuple(row) for row in plain["confusion"])
@@ -276,7 +276,7 @@ _ESTIMATES = ("agreement", "decided", "kappa", "alpha", "with_one")
 
 def people_of(
     ratings: ArrayLike, annotators: Sequence[str], seed: int = 0, level: float = LEVEL
-) -> People:
+) -> HumanAgreement:
     """Summarise what people say.
 
     Args:
@@ -294,12 +294,12 @@ def people_of(
         agreement = _share(equal, both, seed, level)
         alpha = _of_matrices(together, nominal_alpha, seed, level)
     a, tie, b = (int((verdicts == sign).sum()) for sign in (-1, 0, 1))
-    return People(len(table), tuple(annotators), (a, tie, b), agreement, alpha)
+    return HumanAgreement(len(table), tuple(annotators), (a, tie, b), agreement, alpha)
 
 
 def quality(
     judge: str, signs: ArrayLike, ratings: ArrayLike, seed: int = 0, level: float = LEVEL
-) -> Quality:
+) -> JudgeQuality:
     """Compare a judge with people.
 
     Args:
@@ -318,7 +318,7 @@ def quality(
     decided = total[0, 0] + total[0, 2] + total[2, 0] + total[2, 2] > 0
     known = ~np.isnan(table)
     equal = ((table == said[:, None]) & known).sum(axis=1)
-    return Quality(
+    return JudgeQuality(
         judge=judge,
         pairs=len(table),
         confusion=tuple(tuple(int(count) for count in row) for row in total),
@@ -394,7 +394,7 @@ class JudgedPairs:
         unusable: rows of preference data that are no pair of answers to one prompt.
     """
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[AnswerPair, ...]
     ratings: NDArray[np.float64]
     annotators: tuple[str, ...]
     unusable: int = 0
@@ -416,7 +416,7 @@ def read_judged(path: Path, option: str, criterion: str | None = None) -> Judged
     Raises:
         UserError: the file cannot be read, or a row has none of the known forms.
     """
-    votes: dict[tuple[Pair, str], dict[str, float]] = {}
+    votes: dict[tuple[AnswerPair, str], dict[str, float]] = {}
     unusable = 0
     for origin, record in _records(path, option):
         if isinstance(record, Unreadable):
@@ -460,7 +460,7 @@ def _records(path: Path, option: str) -> Iterator[tuple[str, object]]:
     yield from read_jsonl(path, option)
 
 
-def _votes(record: Mapping[str, Any], origin: str) -> tuple[Pair, dict[str, float]]:
+def _votes(record: Mapping[str, Any], origin: str) -> tuple[AnswerPair, dict[str, float]]:
     try:
         if "winner" in record:
             texts = [record[name] for name in ("prompt", "answer_a", "answer_b")]
@@ -475,10 +475,12 @@ def _votes(record: Mapping[str, Any], origin: str) -> tuple[Pair, dict[str, floa
         raise UserError(f"{origin}: {type(error).__name__} {error}; expected {_FORMS}") from error
     if not said or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{origin}: a text or the judgment is missing; expected {_FORMS}")
-    return Pair(*texts), said
+    return AnswerPair(*texts), said
 
 
-def _preferred(record: Mapping[str, Any], origin: str) -> tuple[Pair, dict[str, float]] | None:
+def _preferred(
+    record: Mapping[str, Any], origin: str
+) -> tuple[AnswerPair, dict[str, float]] | None:
     try:
         row = parse_row(record, origin)
     except ValueError:
@@ -487,7 +489,7 @@ def _preferred(record: Mapping[str, Any], origin: str) -> tuple[Pair, dict[str, 
     texts = [dialogue(row.history), *sorted((row.chosen, row.rejected))]
     b_is_chosen = hashlib.sha256(json.dumps(texts).encode()).digest()[0] & 1 == 1
     answers = (row.rejected, row.chosen) if b_is_chosen else (row.chosen, row.rejected)
-    return Pair(texts[0], *answers), {"annotator": 1.0 if b_is_chosen else -1.0}
+    return AnswerPair(texts[0], *answers), {"annotator": 1.0 if b_is_chosen else -1.0}
 
 
 def _cell(value: object) -> object:

@@ -38,8 +38,8 @@ import httpx2
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.agreement import SideBias, side_bias
-from rlhf_exp.evaluation.judges.protocol import Pair, Verdict
-from rlhf_exp.http_client import Failure, Requests, Service
+from rlhf_exp.evaluation.judges.protocol import AnswerPair, Verdict
+from rlhf_exp.http_client import HttpClient, RequestFailed, Service
 from rlhf_exp.safe_text import visible
 
 Message = dict[str, str]
@@ -128,7 +128,7 @@ def reasons(reply: str) -> str:
 
 
 @dataclass(frozen=True)
-class Usage:
+class TokenUsage:
     """What judging took.
 
     Attributes:
@@ -182,8 +182,8 @@ class LLMJudge:
 
     def __init__(
         self,
-        client: Client,
-        replies: Replies,
+        client: JudgeClient,
+        replies: ReplyCache,
         criterion: str = CRITERION,
         concurrency: int = 8,
         tell: Callable[[int, int], None] = lambda done, total: None,
@@ -191,9 +191,9 @@ class LLMJudge:
         self.name = client.endpoint.model
         self.client, self.replies = client, replies
         self.criterion, self.concurrency, self.tell = criterion, concurrency, tell
-        self.usage = Usage(0, 0, 0, 0, 0, 0)
+        self.usage = TokenUsage(0, 0, 0, 0, 0, 0)
 
-    def verdicts(self, pairs: Sequence[Pair]) -> list[Verdict]:
+    def verdicts(self, pairs: Sequence[AnswerPair]) -> list[Verdict]:
         """See `Judge`. Identical answers tie without being shown.
 
         Raises:
@@ -213,7 +213,7 @@ class LLMJudge:
         ]
         replies = [reply for one in said.values() for reply in one.replies]
         cached = sum(one.cached for one in said.values())
-        self.usage = Usage(
+        self.usage = TokenUsage(
             requests=len(replies) - cached,
             cached=cached,
             retried=self.client.retried - retried,
@@ -224,7 +224,7 @@ class LLMJudge:
         return verdicts
 
     def _all(
-        self, pairs: Sequence[Pair], orders: Sequence[tuple[int, bool]]
+        self, pairs: Sequence[AnswerPair], orders: Sequence[tuple[int, bool]]
     ) -> dict[tuple[int, bool], _Said]:
         found: dict[tuple[int, bool], _Said] = {}
         pool = ThreadPoolExecutor(self.concurrency)
@@ -243,7 +243,7 @@ class LLMJudge:
             pool.shutdown(cancel_futures=True)
         return found
 
-    def _one(self, pair: Pair, swapped: bool) -> _Said:
+    def _one(self, pair: AnswerPair, swapped: bool) -> _Said:
         answers = (pair.answer_b, pair.answer_a) if swapped else (pair.answer_a, pair.answer_b)
         messages = question(pair.prompt, *answers, self.criterion)
         reply, cached = self._reply(messages)
@@ -326,7 +326,7 @@ class Reply:
     completion_tokens: int = 0
 
 
-class Client:
+class JudgeClient:
     """Sends requests; safe to share between threads.
 
     Args:
@@ -343,7 +343,7 @@ class Client:
     ) -> None:
         self.endpoint = endpoint
         service = Service(endpoint.url, endpoint.key, endpoint.timeout_s, endpoint.retries)
-        self._requests = Requests(service, self._error, wait, draw)
+        self._requests = HttpClient(service, self._error, wait, draw)
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -386,7 +386,7 @@ class Client:
         )
 
 
-def _reply(response: httpx2.Response) -> Reply | Failure:
+def _reply(response: httpx2.Response) -> Reply | RequestFailed:
     try:
         found = response.json()
         message = found["choices"][0]["message"]
@@ -399,10 +399,12 @@ def _reply(response: httpx2.Response) -> Reply | Failure:
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         start = " ".join(visible(response.text[:80]).split())
-        return Failure(f"no chat completion in the answer ({type(error).__name__}: {start!r})")
+        return RequestFailed(
+            f"no chat completion in the answer ({type(error).__name__}: {start!r})"
+        )
 
 
-class Replies:
+class ReplyCache:
     """The replies in a file; safe to share between threads.
 
     Args:

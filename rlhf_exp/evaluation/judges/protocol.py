@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """A prompt and the answers of models a and b.
 
     Attributes:
@@ -55,6 +55,6 @@ class Judge(Protocol):
         """What reports call the judge."""
         ...
 
-    def verdicts(self, pairs: Sequence[Pair]) -> list[Verdict]:
+    def verdicts(self, pairs: Sequence[AnswerPair]) -> list[Verdict]:
         """Return a verdict on each pair, in order."""
         ...

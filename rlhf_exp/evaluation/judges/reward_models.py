@@ -34,7 +34,7 @@ from rlhf_exp.data.parsing import parse_prompt, turns_of
 from rlhf_exp.data.rows import History
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
-from rlhf_exp.evaluation.judges.protocol import Pair, Verdict
+from rlhf_exp.evaluation.judges.protocol import AnswerPair, Verdict
 from rlhf_exp.evaluation.statistics import TIE_BAND, outcome_signs, paired
 from rlhf_exp.models.pretrained import Attention, load_config, load_pretrained, load_tokenizer
 from rlhf_exp.models.reward_model import RewardModel
@@ -58,7 +58,7 @@ class RewardJudge:
         self.name = name
         self.score, self.tie_band = score, tie_band
 
-    def verdicts(self, pairs: Sequence[Pair]) -> list[Verdict]:
+    def verdicts(self, pairs: Sequence[AnswerPair]) -> list[Verdict]:
         """See `Judge`."""
         prompts = [pair.prompt for pair in pairs] * 2
         answers = [pair.answer_a for pair in pairs] + [pair.answer_b for pair in pairs]

@@ -23,7 +23,7 @@ _EXPECTED = 'expected {"prompt": {"text": ..., "toxicity": ...}}'
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredText:
     """A text with the data set's own toxicity, 0 to 1; `None` where it has none."""
 
     text: str
@@ -34,8 +34,8 @@ class Scored:
 class ToxicityPrompt:
     """A row: the beginning that is to be continued, and how the data set's own text goes on."""
 
-    prompt: Scored
-    continuation: Scored | None
+    prompt: ScoredText
+    continuation: ScoredText | None
 
 
 def load_prompts(data: str, revision: str | None = None) -> list[ToxicityPrompt]:
@@ -103,18 +103,18 @@ def _place(text: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
 
 
-def _scored(name: str, value: object) -> Scored:
+def _scored(name: str, value: object) -> ScoredText:
     if isinstance(value, str):
-        return Scored(value, None)
+        return ScoredText(value, None)
     if not isinstance(value, Mapping) or not isinstance(value.get("text"), str):
         raise ValueError(f"{name} is {str(value)[:80]}, without a text; {_EXPECTED}")
     score = value.get("toxicity")
     if score is None:
-        return Scored(value["text"], None)
+        return ScoredText(value["text"], None)
     number = isinstance(score, int | float) and not isinstance(score, bool)
     if not number or not 0 <= score <= 1:
         raise ValueError(f"{name}.toxicity is {score!r}; expected a number from 0 to 1, or null")
-    return Scored(value["text"], float(score))
+    return ScoredText(value["text"], float(score))
 
 
 def _hub(data: str, revision: str | None) -> Iterator[tuple[str, object]]:

@@ -49,7 +49,7 @@ class ToxicityScorer(Protocol):
 
 
 @dataclass(frozen=True)
-class Scored:
+class TextScores:
     """A scorer's word on texts that it has read.
 
     Attributes:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_exp.launchers.optuna.trial import study_folder
-from rlhf_exp.search.study import TRIALS, Summary, TrialView, open_study, summary_of
+from rlhf_exp.search.study import TRIALS, StudySummary, TrialView, open_study, summary_of
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.run_records import Records, RunRecord
 from rlhf_exp.store.store import Store
@@ -50,7 +50,7 @@ def study_text(outputs: Path, name: str) -> str:
     return "\n".join(parts)
 
 
-def _headline(name: str, summary: Summary, wanted: int | None) -> str:
+def _headline(name: str, summary: StudySummary, wanted: int | None) -> str:
     counts = [f"{n} {state}" for state in _ORDER if (n := summary.count(state))]
     of = "" if wanted is None else f" of {wanted}"
     text = f"study {name}: {len(summary.trials)}{of} trials: {', '.join(counts) or 'none yet'}"
@@ -74,7 +74,7 @@ def _tested(records: Sequence[RunRecord], store: Store) -> dict[str, Artifact]:
     return found
 
 
-def _trials(summary: Summary, store: Store, tested: dict[str, Artifact]) -> str:
+def _trials(summary: StudySummary, store: Store, tested: dict[str, Artifact]) -> str:
     best = [trial.number for trial in summary.best]
     trials = sorted(
         summary.trials,

@@ -31,12 +31,19 @@ from rlhf_exp.config.study import Axis, StudyConfig
 from rlhf_exp.config.training import Scale
 from rlhf_exp.errors import UserError
 from rlhf_exp.experiment import UNNAMED
-from rlhf_exp.pipeline.executor import Crew
+from rlhf_exp.pipeline.executor import StageExecutor
 from rlhf_exp.pipeline.plan import Step, plan, records_of, refuse_changed, store_of
 from rlhf_exp.pipeline.run import Pruned, run_steps
 from rlhf_exp.processes.failures import WorkerGone
 from rlhf_exp.search.pruning import Measure, Trial, report
-from rlhf_exp.search.study import Asked, Pruning, Search, Wanted, distribution_of, rounded
+from rlhf_exp.search.study import (
+    Pruning,
+    Search,
+    SearchSettings,
+    TrialHandle,
+    distribution_of,
+    rounded,
+)
 from rlhf_exp.store.atomic_files import write_json_atomic
 from rlhf_exp.store.lease import LeaseLost
 from rlhf_exp.store.run_records import RunRecord, Status
@@ -47,12 +54,12 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Tell = Callable[[str], None]
-CrewOf = Callable[[Config, Values], Crew]
+CrewOf = Callable[[Config, Values], StageExecutor]
 PRUNED = "pruned"
 
 
 @dataclass(frozen=True)
-class Ending:
+class TrialResult:
     """How a trial ended.
 
     Attributes:
@@ -93,7 +100,7 @@ class TrialRun:
     """
 
     def __init__(
-        self, config: Config, search: Search, asked: Asked, crew_of: CrewOf, tell: Tell
+        self, config: Config, search: Search, asked: TrialHandle, crew_of: CrewOf, tell: Tell
     ) -> None:
         self.search, self.asked, self.crew_of, self.tell = search, asked, crew_of, tell
         self.values = rounded(asked.values)
@@ -110,7 +117,7 @@ class TrialRun:
             status=Status.running,
         )
 
-    def run(self) -> Ending:
+    def run(self) -> TrialResult:
         """Train, report, and tell the study how it went.
 
         Raises:
@@ -136,7 +143,7 @@ class TrialRun:
         crew.end(None, ending.value)
         return ending
 
-    def _train(self, crew: Crew) -> Ending:
+    def _train(self, crew: StageExecutor) -> TrialResult:
         trial = Trial(str(folder_of(self.study)), self.asked.id, self.measure, self.pruning)
         try:
             done = run_steps(self.config, self.steps, crew, self.tell, trial)
@@ -153,11 +160,11 @@ class TrialRun:
         if not self.asked.complete(value):
             error = f"the objective is {value}"
             self._write(Status.failed, error=error)
-            return Ending(Status.failed, error=error)
+            return TrialResult(Status.failed, error=error)
         self._write(Status.done, value)
-        return Ending(Status.done, value)
+        return TrialResult(Status.done, value)
 
-    def _pruned(self, pruned: Pruned) -> Ending:
+    def _pruned(self, pruned: Pruned) -> TrialResult:
         ran = pruned.step // updates(self.config.ppo)
         value = self.measure.value(pruned.rows)
         path = folder_of(self.study) / PRUNED / f"{self.record.key}.jsonl"
@@ -166,25 +173,25 @@ class TrialRun:
         self.asked.note(iterations_run=ran, seconds=pruned.seconds)
         self.asked.prune()
         self._write(Status.pruned, value)
-        return Ending(Status.pruned, value)
+        return TrialResult(Status.pruned, value)
 
-    def _ended(self, error: BaseException) -> Ending:
+    def _ended(self, error: BaseException) -> TrialResult:
         """Return how an exception ends the trial, unless it ends the worker."""
         if isinstance(error, LeaseLost):
             raise error
         if isinstance(error, WorkerGone):
-            self.asked.put_back(lost=True)
+            self.asked.requeue(lost=True)
             self._write(Status.interrupted, error=str(error))
-            return Ending(Status.interrupted, error=str(error))
+            return TrialResult(Status.interrupted, error=str(error))
         if not isinstance(error, Exception):
-            self.asked.put_back()
+            self.asked.requeue()
             self._write(Status.interrupted)
             raise error
         known = isinstance(error, UserError)
         text = str(error) if known else "".join(traceback.format_exception(error))
         self.asked.fail(text)
         self._write(Status.failed, error=text)
-        return Ending(Status.failed, error=text)
+        return TrialResult(Status.failed, error=text)
 
     def _write(
         self, status: Status, objective: float | None = None, error: str | None = None
@@ -231,7 +238,7 @@ def search_of(config: Config) -> Search:
     assert study.trials is not None, "checked with the config"
     space = {axis.key: _distribution(axis) for axis in settled_space(config)}
     first = own_values(config)
-    wanted = Wanted(study.trials, space, first, study.startup, study.workers, study.seed)
+    wanted = SearchSettings(study.trials, space, first, study.startup, study.workers, study.seed)
     name, pruning = config.name or UNNAMED, pruning_of(config)
     search = Search(folder_of(config), store_of(config), name, wanted, pruning, worker=study.worker)
     _refuse_another(search.study, config)

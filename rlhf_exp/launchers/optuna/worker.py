@@ -25,28 +25,28 @@ from rich.text import Text
 
 from rlhf_exp import experiment
 from rlhf_exp.config.evaluation import Suite
-from rlhf_exp.config.experiment import Config, Stage
+from rlhf_exp.config.experiment import Config, StageName
 from rlhf_exp.config.search_space import Values, trial_config
 from rlhf_exp.config.study import StudyConfig
 from rlhf_exp.errors import JobsFailed, UserError, WorkerSpent
 from rlhf_exp.launchers.optuna.table import study_text
-from rlhf_exp.launchers.optuna.trial import Ending, TrialRun, search_of, trial_overrides
+from rlhf_exp.launchers.optuna.trial import TrialResult, TrialRun, search_of, trial_overrides
 from rlhf_exp.pipeline.executor import (
     Check,
-    Crew,
-    Hand,
-    Order,
-    crew_for,
+    StageExecutor,
+    StageJob,
+    StageRunner,
     digest_of,
-    hush,
+    executor_for,
     polite_interrupts,
     settled_place,
+    silence_console,
     with_threads,
 )
 from rlhf_exp.pipeline.hub import pinned
 from rlhf_exp.processes import leader
-from rlhf_exp.processes.environment import Place
-from rlhf_exp.search.study import Asked, Search, best_trials, best_value, imported
+from rlhf_exp.processes.environment import LaunchEnvironment
+from rlhf_exp.search.study import Search, TrialHandle, best_trials, best_value, imported
 from rlhf_exp.stages.context import StageResult
 from rlhf_exp.store.run_records import Status
 
@@ -71,27 +71,27 @@ def work(config: Config, overrides: list[str]) -> float | None:
     """
     config = pinned(config)
     if config.plan:
-        return experiment.run(_shared(config, Stage.ppo), overrides)
+        return experiment.run(_shared(config, StageName.ppo), overrides)
     imported()
-    with Crews(config) as crews:
+    with TrialExecutors(config) as crews:
         if crews.follows:
             return crews.follow()
         return _Worker(config, crews).run(overrides)
 
 
-def _shared(config: Config, stage: Stage) -> Config:
+def _shared(config: Config, stage: StageName) -> Config:
     """Return the experiment that makes what all trials start from."""
     return replace(config, stage=stage, study=StudyConfig())
 
 
 class _Worker:
-    def __init__(self, config: Config, crews: Crews) -> None:
+    def __init__(self, config: Config, crews: TrialExecutors) -> None:
         self.config, self.crews = config, crews
         self.console = Console(stderr=True)
 
     def run(self, overrides: list[str]) -> float | None:
         # What fails here is no trial's fault, and must not cost any.
-        stage = Stage.reward if self.config.ppo.reward.model_scores else Stage.sft
+        stage = StageName.reward if self.config.ppo.reward.model_scores else StageName.sft
         shared = _shared(self.config, stage)
         experiment.run(shared, overrides, recorded=False, crew=self.crews.of(shared, {}))
         search = search_of(self.config)
@@ -111,7 +111,7 @@ class _Worker:
         self.crews.best = best_value(search.study)
         return self.crews.best
 
-    def _next(self, search: Search) -> Ending | None:
+    def _next(self, search: Search) -> TrialResult | None:
         """Run the next trial; return `None` if there are as many as wanted."""
         with search.ask() as asked:
             if asked is None:
@@ -126,18 +126,18 @@ class _Worker:
             self._tell(f"  {ending.error.strip().splitlines()[-1]}")
         return ending
 
-    def _planned(self, search: Search, asked: Asked) -> TrialRun:
+    def _planned(self, search: Search, asked: TrialHandle) -> TrialRun:
         try:
             return TrialRun(self.config, search, asked, self.crews.of, self._tell)
         except BaseException:
-            asked.put_back()
+            asked.requeue()
             raise
 
     def _tell(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
 
 
-class Crews:
+class TrialExecutors:
     """The crews of one worker, and the end of them.
 
     Args:
@@ -147,7 +147,7 @@ class Crews:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.best: float | None = None
-        self.place: Place | None = settled_place(config)
+        self.place: LaunchEnvironment | None = settled_place(config)
         self.follows = self.place is not None and self.place.rank > 0
 
     def __enter__(self) -> Self:
@@ -168,9 +168,9 @@ class Crews:
 
     def follow(self) -> float | None:
         """Do what rank 0 says until the study is over; return its best objective."""
-        place, hands = self.place, dict[str, Hand]()
+        place, hands = self.place, dict[str, StageRunner]()
         assert place is not None
-        hush()
+        silence_console()
         member, store = leader.member(place)
 
         def work(words: dict[str, Any]) -> dict[str, Any]:
@@ -182,13 +182,13 @@ class Crews:
             if name not in hands:
                 hands.clear()
                 trained = _trained(self.config, words["values"])
-                hands[name] = Hand(with_threads(trained, place.local_processes))
+                hands[name] = StageRunner(with_threads(trained, place.local_processes))
             return hands[name].answer(words["order"], partial(polite_interrupts, tell=False))
 
         objective: float | None = member.serve(store, work)["objective"]
         return objective
 
-    def of(self, config: Config, values: Values) -> Crew:
+    def of(self, config: Config, values: Values) -> StageExecutor:
         """Return who runs an experiment.
 
         Args:
@@ -196,7 +196,7 @@ class Crews:
             values: Of the trial that it is; empty if it makes what all of them start from.
         """
         if self.place is None:
-            return crew_for(config, None)
+            return executor_for(config, None)
         return _Together(self.config, config, values, self.place)
 
     def go_on(self, status: Status) -> None:
@@ -215,13 +215,15 @@ class Crews:
 class _Together:
     """This process, rank 0, and all others that were started with it, for one trial."""
 
-    def __init__(self, study: Config, config: Config, values: Values, place: Place) -> None:
+    def __init__(
+        self, study: Config, config: Config, values: Values, place: LaunchEnvironment
+    ) -> None:
         self.study, self.values = study, dict(values)
         self.leader = leader.leader(place)
-        self.hand = Hand(with_threads(config, place.local_processes))
+        self.hand = StageRunner(with_threads(config, place.local_processes))
 
-    def run(self, order: Order, check: Check) -> StageResult:
-        """See `Crew`."""
+    def run(self, order: StageJob, check: Check) -> StageResult:
+        """See `StageExecutor`."""
 
         def work(_: object) -> dict[str, Any]:
             return asdict(self.hand.do(order, polite_interrupts, check))
@@ -246,12 +248,14 @@ def _trained(config: Config, values: Values) -> Config:
     return replace(trial_config(config, values), eval=config.eval)
 
 
-CrewOf = Callable[[Config, Values], Crew]
+CrewOf = Callable[[Config, Values], StageExecutor]
 
 
 def tests(config: Config) -> bool:
     """Whether there is a table of test prompts at the end."""
-    wanted = config.stage in (Stage.eval, Stage.pipeline) and config.eval.suite is not Suite.none
+    wanted = (
+        config.stage in (StageName.eval, StageName.pipeline) and config.eval.suite is not Suite.none
+    )
     return wanted and config.study.finalists > 0
 
 

@@ -51,7 +51,7 @@ def main(folder: str) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
+class JobWork:
     """One job's work, as it was submitted: nothing of it is read from the config files again.
 
     Attributes:
@@ -71,7 +71,7 @@ class Work:
     max_restarts: int
 
 
-def perform(work: Work) -> float | None:
+def perform(work: JobWork) -> float | None:
     """Do a work; called by submitit in every task of the job.
 
     Returns:
@@ -108,7 +108,7 @@ def perform(work: Work) -> float | None:
 class _Leaving:
     """Hands a job back to Slurm, in the first task; by the thread that comes first."""
 
-    def __init__(self, work: Work, task: SlurmTask) -> None:
+    def __init__(self, work: JobWork, task: SlurmTask) -> None:
         self.work, self.task = work, task
         self.lock = threading.Lock()
 

@@ -23,7 +23,7 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from rlhf_exp import experiment
-from rlhf_exp.config.checks_sweep import Shape, shape_of, slurm_problems
+from rlhf_exp.config.checks_sweep import JobShape, shape_of, slurm_problems
 from rlhf_exp.config.compose import to_dict
 from rlhf_exp.config.evaluation import ScorerKind, scores_toxicity
 from rlhf_exp.config.experiment import Config
@@ -31,12 +31,17 @@ from rlhf_exp.config.launchers import SlurmConfig
 from rlhf_exp.config.problems import Problem, refuse
 from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.errors import Detached, JobsFailed, UserError
-from rlhf_exp.launchers.points import Point, done_before, note_failure, point_of, shared_work
+from rlhf_exp.launchers.points import SweepPoint, done_before, note_failure, point_of, shared_work
 from rlhf_exp.launchers.run_job import run_job
 from rlhf_exp.launchers.slurm import monitor
-from rlhf_exp.launchers.slurm.job import Work, perform
-from rlhf_exp.launchers.slurm.monitor import Ending, Failure, wait
-from rlhf_exp.launchers.slurm.submissions import Job, Submission, latest_jobs, new_submission
+from rlhf_exp.launchers.slurm.job import JobWork, perform
+from rlhf_exp.launchers.slurm.monitor import Ending, JobFailure, wait
+from rlhf_exp.launchers.slurm.submissions import (
+    Submission,
+    SubmittedJob,
+    latest_jobs,
+    new_submission,
+)
 from rlhf_exp.pipeline.hub import missing, needs
 from rlhf_exp.pipeline.plan import PACKAGE, records_of
 from rlhf_exp.store.artifact import GIT_STATE, git_state
@@ -70,13 +75,13 @@ def launch(site: SlurmConfig, jobs: Sequence[tuple[list[str], Config]]) -> list[
 
 
 class _Launch:
-    def __init__(self, site: SlurmConfig, points: list[Point]) -> None:
+    def __init__(self, site: SlurmConfig, points: list[SweepPoint]) -> None:
         self.site, self.points = site, points
         config = points[0].config
         self.name, self.outputs = config.name or experiment.UNNAMED, Path(config.output_dir)
         self.records = records_of(config)
         self.console = Console(stderr=True)
-        self.jobs: list[tuple[Submission, Job]] = []
+        self.jobs: list[tuple[Submission, SubmittedJob]] = []
 
     def run(self) -> list[Outcome]:
         done = self._done()
@@ -108,7 +113,7 @@ class _Launch:
         wanted = {point.key for point in self.points}
         self.jobs = [found for found in live if found[1].shared or found[1].key in wanted]
 
-    def _submit(self, points: list[Point]) -> None:
+    def _submit(self, points: list[SweepPoint]) -> None:
 
         shape = shape_of(self.site, points[0].config)
         assert not isinstance(shape, Problem), "checked"
@@ -125,18 +130,18 @@ class _Launch:
             for number, point in zip(ids, new, strict=True):
                 ranks = shape.nodes * shape.tasks_per_node
                 last = point.steps[-1]
-                job = Job(number, last.stage, last.key, point.overrides, ranks, shared)
+                job = SubmittedJob(number, last.stage, last.key, point.overrides, ranks, shared)
                 submission.jobs.append(job)
                 self.jobs.append((submission, job))
             submission.write()
             after = [*ids, *(made[point.key] for point in level if shared and point.key in made)]
 
-    def _work(self, point: Point, submission: Submission, recorded: bool) -> Work:
+    def _work(self, point: SweepPoint, submission: Submission, recorded: bool) -> JobWork:
         config = with_own_code(point.config, submission.code)
         if self.site.save_each_iteration:
             # Saves at each boundary, which in PPO is the end of an iteration.
             config = replace(config, ppo=replace(config.ppo, checkpoint_every=1))
-        return Work(
+        return JobWork(
             config=to_dict(config),
             overrides=point.overrides,
             key=point.key,
@@ -161,8 +166,8 @@ class _Launch:
             "The same command again waits for them."
         )
 
-    def _ended(self, job: Job, ending: Ending) -> None:
-        if not isinstance(ending, Failure):
+    def _ended(self, job: SubmittedJob, ending: Ending) -> None:
+        if not isinstance(ending, JobFailure):
             self._tell(f"job {job.id} is done: {job.stage} {job.key}")
             return
         self._tell(f"job {job.id} has failed: {job.stage} {job.key}: {ending.reason}")
@@ -170,12 +175,12 @@ class _Launch:
         if not job.shared:
             self._note_failure(job, ending)
 
-    def _note_failure(self, job: Job, failure: Failure) -> None:
+    def _note_failure(self, job: SubmittedJob, failure: JobFailure) -> None:
         (point,) = {one.key: one for one in self.points if one.key == job.key}.values()
         note_failure(self.records, self.name, point, failure.error)
 
     def _outcomes(self, done: dict[str, RunRecord], endings: dict[str, Ending]) -> list[Outcome]:
-        failures = [one for one in endings.values() if isinstance(one, Failure)]
+        failures = [one for one in endings.values() if isinstance(one, JobFailure)]
         lines = [
             f"\n  {one.job.id} {one.job.stage} {one.job.key}: {one.reason}\n    {one.log}"
             for one in failures
@@ -185,7 +190,7 @@ class _Launch:
         outcomes: list[Outcome] = []
         for point in self.points:
             ending = by_key.get(point.key)
-            if isinstance(ending, Failure):
+            if isinstance(ending, JobFailure):
                 outcomes.append(failed)
             else:
                 outcomes.append(ending.objective if ending else done[point.key].objective)
@@ -195,7 +200,7 @@ class _Launch:
         self.console.print(Text(text), soft_wrap=True)
 
 
-def _refuse_missing(points: Sequence[Point]) -> None:
+def _refuse_missing(points: Sequence[SweepPoint]) -> None:
     """Stop where a job would find out on a node that something is not there.
 
     Raises:
@@ -238,9 +243,9 @@ class _Executor(SlurmExecutor):
 
 def submit(
     site: SlurmConfig,
-    shape: Shape,
+    shape: JobShape,
     submission: Submission,
-    works: Sequence[Work],
+    works: Sequence[JobWork],
     name: str,
     after: Sequence[str] = (),
 ) -> list[str]:
@@ -276,7 +281,7 @@ def submit(
     return [job.job_id for job in jobs]
 
 
-def _parameters(site: SlurmConfig, shape: Shape, shared: bool) -> dict[str, Any]:
+def _parameters(site: SlurmConfig, shape: JobShape, shared: bool) -> dict[str, Any]:
     """Return sbatch's options in submitit's names."""
     gpus: Any = shape.gpus_per_node or None
     if gpus and site.gpu_type:

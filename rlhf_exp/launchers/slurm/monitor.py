@@ -19,9 +19,9 @@ from pathlib import Path
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.launchers.slurm.submissions import (
-    Job,
-    Result,
     Submission,
+    SubmittedJob,
+    TaskResult,
     first_error,
     latest_jobs,
     read_result,
@@ -33,7 +33,7 @@ LOOKS = 3
 
 
 @dataclass(frozen=True)
-class Failure:
+class JobFailure:
     """A job that has failed.
 
     Attributes:
@@ -42,7 +42,7 @@ class Failure:
         log: File with all that it printed.
     """
 
-    job: Job
+    job: SubmittedJob
     error: str
     log: str
 
@@ -52,14 +52,14 @@ class Failure:
         return self.error.strip().splitlines()[-1] if self.error.strip() else "unknown"
 
 
-Ending = Result | Failure
+Ending = TaskResult | JobFailure
 
 
 def wait(
-    jobs: Sequence[tuple[Submission, Job]],
+    jobs: Sequence[tuple[Submission, SubmittedJob]],
     poll_s: float,
     tell: Callable[[str], None],
-    on_end: Callable[[Job, Ending], None],
+    on_end: Callable[[SubmittedJob, Ending], None],
 ) -> dict[str, Ending]:
     """Wait until all jobs have ended.
 
@@ -98,18 +98,20 @@ def wait(
     return endings
 
 
-def ending_of(where: Submission, job: Job, state: JobState | None) -> Ending:
+def ending_of(where: Submission, job: SubmittedJob, state: JobState | None) -> Ending:
     """Return how a job that is no longer in the queue, or in a last state, has ended."""
     ending = _ending(where, job, state, given_up=True)
     assert ending is not None
     return ending
 
 
-def _ending(where: Submission, job: Job, state: JobState | None, given_up: bool) -> Ending | None:
+def _ending(
+    where: Submission, job: SubmittedJob, state: JobState | None, given_up: bool
+) -> Ending | None:
     found = first_error(where.results, job.id, job.ranks)
     if found is not None:
         rank, error = found
-        return Failure(job, error, str(where.log(job, rank)))
+        return JobFailure(job, error, str(where.log(job, rank)))
     result = read_result(where.results, job.id)
     if result is not None or not given_up:
         return result
@@ -117,11 +119,11 @@ def _ending(where: Submission, job: Job, state: JobState | None, given_up: bool)
     how = (state.state if state is not None else last_state(job.id)) or "unknown to Slurm"
     printed = tail(log)
     text = f"{printed}\njob {job.id} has ended without a result (state: {how})".strip()
-    return Failure(job, text, str(log))
+    return JobFailure(job, text, str(log))
 
 
 def _say(
-    job: Job,
+    job: SubmittedJob,
     state: JobState | None,
     said: dict[str, tuple[str, int]],
     tell: Callable[[str], None],
@@ -233,7 +235,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
         raise Unreachable(f"{command[0]} has not answered for {TIMEOUT_S} s") from error
 
 
-class Progress(StrEnum):
+class JobProgress(StrEnum):
     """How far a job is."""
 
     waiting = "waiting"
@@ -246,7 +248,7 @@ class Progress(StrEnum):
 
 
 @dataclass(frozen=True)
-class View:
+class JobView:
     """A job as a user sees it.
 
     Attributes:
@@ -256,18 +258,18 @@ class View:
         log: What it printed.
     """
 
-    job: Job
-    progress: Progress
+    job: SubmittedJob
+    progress: JobProgress
     note: str
     log: Path
 
     @property
     def live(self) -> bool:
         """Whether it is in Slurm's queue."""
-        return self.progress in (Progress.waiting, Progress.running, Progress.requeued)
+        return self.progress in (JobProgress.waiting, JobProgress.running, JobProgress.requeued)
 
 
-def job_views(output_dir: Path, name: str) -> list[View]:
+def job_views(output_dir: Path, name: str) -> list[JobView]:
     """Return the latest job of each point submitted under a name, and of what points share."""
     jobs = list(latest_jobs(output_dir, name))
     try:
@@ -277,7 +279,7 @@ def job_views(output_dir: Path, name: str) -> list[View]:
     return [_view(where, job, states.get(job.id)) for where, job in jobs]
 
 
-def cancel_by_name(output_dir: Path, name: str) -> list[View]:
+def cancel_by_name(output_dir: Path, name: str) -> list[JobView]:
     """Cancel the jobs of a name that are in the queue; return them.
 
     Raises:
@@ -293,26 +295,26 @@ def cancel_by_name(output_dir: Path, name: str) -> list[View]:
     return live
 
 
-def _unknown(where: Submission, job: Job, reason: str) -> View:
+def _unknown(where: Submission, job: SubmittedJob, reason: str) -> JobView:
     """Return the view of a job without Slurm: only what it left itself."""
     ending = ending_of(where, job, None)
-    if isinstance(ending, Failure):
-        return View(job, Progress.unknown, reason, where.log(job))
-    return View(job, Progress.done, "", where.log(job))
+    if isinstance(ending, JobFailure):
+        return JobView(job, JobProgress.unknown, reason, where.log(job))
+    return JobView(job, JobProgress.done, "", where.log(job))
 
 
-def _view(where: Submission, job: Job, state: JobState | None) -> View:
+def _view(where: Submission, job: SubmittedJob, state: JobState | None) -> JobView:
     if state is not None and not state.ended:
         again = f"start {state.restarts + 1}" if state.restarts else ""
         if state.state == "PENDING":
-            progress = Progress.requeued if state.restarts else Progress.waiting
+            progress = JobProgress.requeued if state.restarts else JobProgress.waiting
             note = "; ".join(filter(None, (again, state.reason)))
         else:
-            progress, note = Progress.running, again
-        return View(job, progress, note, where.log(job))
+            progress, note = JobProgress.running, again
+        return JobView(job, progress, note, where.log(job))
     ending = ending_of(where, job, state)
-    if not isinstance(ending, Failure):
-        return View(job, Progress.done, "", where.log(job))
+    if not isinstance(ending, JobFailure):
+        return JobView(job, JobProgress.done, "", where.log(job))
     if job.id in where.cancelled or (state is not None and state.state == "CANCELLED"):
-        return View(job, Progress.cancelled, "", where.log(job))
-    return View(job, Progress.failed, ending.reason, Path(ending.log))
+        return JobView(job, JobProgress.cancelled, "", where.log(job))
+    return JobView(job, JobProgress.failed, ending.reason, Path(ending.log))

@@ -23,7 +23,7 @@ _FILE = "submission.json"
 
 
 @dataclass(frozen=True)
-class Job:
+class SubmittedJob:
     """A submitted job.
 
     Attributes:
@@ -54,7 +54,7 @@ class Submission:
     """
 
     folder: Path
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[SubmittedJob] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
 
     @property
@@ -67,7 +67,7 @@ class Submission:
         """Scripts, logs and results: the folder of submitit."""
         return self.folder / "jobs"
 
-    def log(self, job: Job, rank: int = 0) -> Path:
+    def log(self, job: SubmittedJob, rank: int = 0) -> Path:
         """Return the log of one of its jobs."""
         return log_file(self.results, job.id, rank)
 
@@ -85,7 +85,10 @@ class Submission:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            jobs = [Job(**{**job, "overrides": tuple(job["overrides"])}) for job in content["jobs"]]
+            jobs = [
+                SubmittedJob(**{**job, "overrides": tuple(job["overrides"])})
+                for job in content["jobs"]
+            ]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path}: not a readable list of jobs ({error}); `squeue` shows them"
@@ -119,9 +122,9 @@ def submitted_names(output_dir: Path) -> list[str]:
     return sorted({path.parents[2].name for path in found})
 
 
-def latest_jobs(output_dir: Path, name: str) -> Iterator[tuple[Submission, Job]]:
+def latest_jobs(output_dir: Path, name: str) -> Iterator[tuple[Submission, SubmittedJob]]:
     """Yield the latest job of each final key under a name, with its submission."""
-    found: dict[str, tuple[Submission, Job]] = {}
+    found: dict[str, tuple[Submission, SubmittedJob]] = {}
     for submission in submissions(output_dir, name):
         found |= {job.key: (submission, job) for job in submission.jobs}
     yield from found.values()
@@ -135,7 +138,7 @@ TAIL = 15
 
 
 @dataclass(frozen=True)
-class Result:
+class TaskResult:
     """How one task has ended.
 
     Attributes:
@@ -163,7 +166,7 @@ def forget(folder: Path, job: str, rank: int) -> None:
         old.unlink(missing_ok=True)
 
 
-def read_result(folder: Path, job: str, rank: int = 0) -> Result | None:
+def read_result(folder: Path, job: str, rank: int = 0) -> TaskResult | None:
     """Return how a task has ended, `None` if it left nothing.
 
     The file is our own job's: it comes from a folder that only this user's jobs write to.
@@ -172,7 +175,7 @@ def read_result(folder: Path, job: str, rank: int = 0) -> Result | None:
         outcome, value = pickle.loads(_result_file(folder, job, rank).read_bytes())
     except FileNotFoundError:
         return None
-    return Result(objective=value) if outcome == "success" else Result(error=str(value))
+    return TaskResult(objective=value) if outcome == "success" else TaskResult(error=str(value))
 
 
 def first_error(folder: Path, job: str, ranks: int) -> tuple[int, str] | None:

@@ -25,7 +25,7 @@ from rlhf_exp.report.chart import (
     HEIGHT,
     WIDTH,
     Chart,
-    Line,
+    LineSeries,
     Row,
     curve,
     drawn,
@@ -33,7 +33,7 @@ from rlhf_exp.report.chart import (
     line_of,
     short,
 )
-from rlhf_exp.report.run.data import CalibrationBin
+from rlhf_exp.report.run.data import CalibrationBar
 from rlhf_exp.report.template import FOLDER
 
 Rows = Sequence[Row]
@@ -49,7 +49,7 @@ def sft_charts(rows: Rows) -> list[Chart]:
     return _present([_simple("SFT: loss, nats per token", rows, lines)])
 
 
-def reward_charts(rows: Rows, calibration: Sequence[CalibrationBin] = ()) -> list[Chart]:
+def reward_charts(rows: Rows, calibration: Sequence[CalibrationBar] = ()) -> list[Chart]:
     """Return the charts of the reward model."""
     loss = [("train", _TRAIN_LOSS), ("validation", _EVAL_LOSS)]
     accuracy: list[tuple[str, Names]] = [
@@ -100,7 +100,7 @@ def ppo_charts(rows: Rows, kl_target: float | None = None) -> list[Chart]:
 
 def charts_of(
     metrics: Mapping[str, Rows],
-    calibration: Sequence[CalibrationBin] = (),
+    calibration: Sequence[CalibrationBar] = (),
     kl_target: float | None = None,
 ) -> list[tuple[str, list[Chart]]]:
     """Return (heading, charts) for what was trained; headings without charts are left out."""
@@ -154,11 +154,11 @@ def _reward_against_kl(rows: Rows) -> Chart | None:
     if len(steps) < 2:
         return None
     last = f"{short(float(y[-1]))} at {short(float(x[-1]))} nats"
-    path = Line("training's path", x, y, ordered=True, unit="KL", last=last)
+    path = LineSeries("training's path", x, y, ordered=True, unit="KL", last=last)
     return Chart("Reward against KL", [path], x_label="KL, nats per answer")
 
 
-def _calibration(bins: Sequence[CalibrationBin]) -> Chart | None:
+def _calibration(bins: Sequence[CalibrationBar]) -> Chart | None:
     """Predicted against observed preference; the band is each bin's exact 95 % interval."""
     bins = sorted((found for found in bins if found.count > 0), key=lambda found: found.predicted)
     if not bins:
@@ -167,7 +167,7 @@ def _calibration(bins: Sequence[CalibrationBin]) -> Chart | None:
     y = np.array([found.observed for found in bins])
     pairs = sum(found.count for found in bins)
     whiskers = [clopper_pearson(round(found.observed * found.count), found.count) for found in bins]
-    line = Line(
+    line = LineSeries(
         "observed share",
         x,
         y,
@@ -202,7 +202,7 @@ _MORE = """
 def write_sheets(
     metrics: Mapping[str, Rows],
     folder: Path,
-    calibration: Sequence[CalibrationBin] = (),
+    calibration: Sequence[CalibrationBar] = (),
     kl_target: float | None = None,
 ) -> list[Path]:
     """Write `sft.svg`, `reward.svg` and `ppo.svg`, of the stages that have charts.

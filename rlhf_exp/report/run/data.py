@@ -29,7 +29,7 @@ class StageRow:
 
 
 @dataclass(frozen=True)
-class CalibrationBin:
+class CalibrationBar:
     """Held-out pairs whose predicted probability fell in one bin.
 
     Attributes:
@@ -92,7 +92,7 @@ class ReportData:
     parts: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
     sample_rule: str = ""
-    calibration: Sequence[CalibrationBin] = ()
+    calibration: Sequence[CalibrationBar] = ()
     kl_target: float | None = None
     usage: Sequence[tuple[str, str]] = ()
     warnings: Sequence[str] = ()

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_exp.annotation.campaign import STUDIES
 from rlhf_exp.annotation.results import standings
-from rlhf_exp.report.run.data import CalibrationBin, ReportData, StageRow
+from rlhf_exp.report.run.data import CalibrationBar, ReportData, StageRow
 from rlhf_exp.report.run.sections import PEOPLE, SECTIONS
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.tracking.local import read_metrics
@@ -54,7 +54,7 @@ def gather(
         },
         evaluation=None if evaluation is None else _json(evaluation.path / RESULT),
         parts={} if evaluation is None else _parts(evaluation),
-        calibration=[CalibrationBin(**item) for item in curve["bins"]] if curve else [],
+        calibration=[CalibrationBar(**item) for item in curve["bins"]] if curve else [],
         kl_target=config.get("ppo", {}).get("kl", {}).get("target"),
         usage=_usage(artifacts),
         warnings=_warnings(artifacts, facts),

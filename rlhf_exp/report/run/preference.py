@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rlhf_exp.evaluation.comparison import QuickResult
-from rlhf_exp.evaluation.judges.human_agreement import People, Quality
+from rlhf_exp.evaluation.judges.human_agreement import HumanAgreement, JudgeQuality
 from rlhf_exp.evaluation.preference import (
     DASH,
     MOST_PAIRS,
@@ -22,7 +22,7 @@ from rlhf_exp.evaluation.preference import (
     estimate_from_json,
     format_estimate,
 )
-from rlhf_exp.evaluation.statistics import Estimate, Outcome
+from rlhf_exp.evaluation.statistics import Estimate, WinCounts
 from rlhf_exp.report.run.verdict import (
     bar_of,
     outcome_bar,
@@ -79,7 +79,7 @@ def render_judges(plain: Mapping[str, Any]) -> Markup:
         "run/judges.html",
         comparisons=comparisons,
         quality=found,
-        people=None if found is None else People.from_json(found["people"]),
+        people=None if found is None else HumanAgreement.from_json(found["people"]),
         ceiling=None if found is None else _ceiling(found["people"]),
         judges=[] if found is None else [_trust(judge) for judge in found["judges"]],
         sides=("a", "tie", "b"),
@@ -129,7 +129,7 @@ def _note(judge: Mapping[str, Any]) -> str:
 
 
 def _trust(plain: Mapping[str, Any]) -> _Trust:
-    found = Quality.from_json(dict(plain))
+    found = JudgeQuality.from_json(dict(plain))
     return _Trust(
         found.judge,
         f"{found.pairs:,}",
@@ -144,7 +144,7 @@ def _trust(plain: Mapping[str, Any]) -> _Trust:
 
 def _ceiling(plain: Mapping[str, Any]) -> _Trust | None:
     """Return how far people agree with each other; nothing if no pair was judged twice."""
-    found = People.from_json(dict(plain))
+    found = HumanAgreement.from_json(dict(plain))
     if found.agreement is None:
         return None
     name, alpha = "two people", format_estimate(found.alpha, 2)
@@ -220,7 +220,7 @@ def rows_of(columns: Sequence[Sequence[Sequence[str]]]) -> list[tuple[str, list[
 
 
 def _question(found: Mapping[str, Any], names: Sequence[str]) -> Question:
-    outcome = Outcome(found["wins"], found["ties"], found["losses"])
+    outcome = WinCounts(found["wins"], found["ties"], found["losses"])
     if outcome.total == 0:
         return Question(found, "", None)
     first, second = names

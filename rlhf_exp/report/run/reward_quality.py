@@ -17,7 +17,7 @@ from rich.text import Text
 
 from rlhf_exp.evaluation.overoptimisation import BEST_OF
 from rlhf_exp.evaluation.preference import DASH, MINUS
-from rlhf_exp.report.chart import Chart, Floats, Line, short
+from rlhf_exp.report.chart import Chart, Floats, LineSeries, short
 from rlhf_exp.report.chart import render as draw
 from rlhf_exp.report.template import fill
 from rlhf_exp.safe_text import visible
@@ -185,7 +185,7 @@ def of_pairs(pairs: Sequence[Plain]) -> list[Chart]:
         return []
     margins = [_margin(one, colour) for colour, one in enumerate(claiming)]
     claimed = claiming[0]["margin_bins"]
-    line = Line(
+    line = LineSeries(
         f"{claiming[0]['judge']}'s claim",
         np.arange(1.0, len(claimed) + 1),
         np.array([found["expected"] for found in claimed]),
@@ -215,7 +215,7 @@ def spread(plain: Plain) -> Chart:
     edges = np.array(plain["edges"])
     middle = (edges[1:] + edges[:-1]) / 2
     lines = [
-        Line(
+        LineSeries(
             kind["name"],
             middle,
             np.array(kind["shares"]),
@@ -236,7 +236,7 @@ def lengths(answers: Sequence[Plain]) -> Chart:
         bins = one["by_length"]
         score, error = _column(bins, "score"), 2 * _column(bins, "error")
         lines.append(
-            Line(
+            LineSeries(
                 one["model"],
                 _column(bins, "tokens"),
                 score,
@@ -258,7 +258,7 @@ def against_kl(path: Plain) -> Chart:
     for number, judge in enumerate(points[0]["gains"]):
         gains = [point["gains"][judge] for point in points]
         lines.append(
-            Line(
+            LineSeries(
                 judge,
                 distance,
                 _from_zero(gains, "mean"),
@@ -275,11 +275,11 @@ def against_kl(path: Plain) -> Chart:
     )
 
 
-def _margin(plain: Plain, colour: int) -> Line:
+def _margin(plain: Plain, colour: int) -> LineSeries:
     right, accuracy = [found["right"] for found in plain["margin_bins"]], plain["accuracy"]
     shares = np.array([one["count"] / one["total"] for one in right])
     ends = [one["interval"] for one in right]
-    return Line(
+    return LineSeries(
         plain["judge"],
         np.arange(1.0, len(right) + 1),
         shares,
@@ -291,11 +291,11 @@ def _margin(plain: Plain, colour: int) -> Line:
     )
 
 
-def _calibration(plain: Plain, colour: int) -> Line:
+def _calibration(plain: Plain, colour: int) -> LineSeries:
     bins = plain["calibration"]["bins"]
     last = f"error {plain['calibration']['error']:.3f}"
     x, y = _column(bins, "predicted"), _column(bins, "observed")
-    return Line(plain["judge"], x, y, colour, smooth=False, unit="predicted", last=last)
+    return LineSeries(plain["judge"], x, y, colour, smooth=False, unit="predicted", last=last)
 
 
 def _from_zero(rows: Sequence[Plain], name: str) -> Floats:

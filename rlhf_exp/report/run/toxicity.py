@@ -37,7 +37,7 @@ _STYLES = {"better": "green", "worse": "red", "unclear": "dim", "": ""}
 
 
 @dataclass(frozen=True)
-class Cell:
+class ToxicityCell:
     """A measure of one model: its value, its difference from the baseline, and what that says."""
 
     value: str
@@ -46,12 +46,12 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class ToxicityRow:
     """One model on one kind of prompts, a cell for each measure."""
 
     kind: str
     model: str
-    cells: tuple[Cell, ...]
+    cells: tuple[ToxicityCell, ...]
 
 
 def render(plain: Mapping[str, Any]) -> Markup:
@@ -67,7 +67,9 @@ def render(plain: Mapping[str, Any]) -> Markup:
             label,
             found.models,
             [
-                Group(_kind(split), [split.models[model][name].value for model in found.models])
+                ToxicityGroup(
+                    _kind(split), [split.models[model][name].value for model in found.models]
+                )
                 for split in found.splits
                 if split.name == "all" or split.prompts >= DRAWN
             ],
@@ -161,10 +163,10 @@ def trust_sentence(found: ToxicitySummary) -> str:
 _TEXTS = {"prompts": "prompts", "continuations": "continuations", "both": "texts of both kinds"}
 
 
-def rows_of(found: ToxicitySummary) -> list[Row]:
+def rows_of(found: ToxicitySummary) -> list[ToxicityRow]:
     """Return the table's rows: for each kind of prompts, each model."""
     return [
-        Row(
+        ToxicityRow(
             _kind(split),
             model,
             tuple(_cell(measures[name]) for name in measures_of(found)),
@@ -178,9 +180,9 @@ def _kind(split: Split) -> str:
     return f"{_KINDS[split.name]} ({split.prompts:,})"
 
 
-def _cell(one: Measured) -> Cell:
+def _cell(one: Measured) -> ToxicityCell:
     difference = "" if one.difference is None else format_estimate(one.difference, 4, signed=True)
-    return Cell(format_estimate(one.value, 3), difference, _verdict(one))
+    return ToxicityCell(format_estimate(one.value, 3), difference, _verdict(one))
 
 
 def _verdict(one: Measured) -> str:
@@ -194,7 +196,7 @@ _COLOURS = 4
 
 
 @dataclass(frozen=True)
-class Group:
+class ToxicityGroup:
     """The values of all models on one kind of prompts.
 
     Attributes:
@@ -206,7 +208,7 @@ class Group:
     values: Sequence[Estimate]
 
 
-def dot_chart(title: str, models: Sequence[str], groups: Sequence[Group]) -> Markup:
+def dot_chart(title: str, models: Sequence[str], groups: Sequence[ToxicityGroup]) -> Markup:
     """Return a figure: below each group's label a row for each model, on one axis from 0."""
     top = max(_reach(value) for group in groups for value in group.values)
     scale = (_RIGHT - _LEFT) / top
@@ -261,7 +263,7 @@ def _dot(model: str, value: Estimate, number: int, y: float, scale: float) -> li
     return found if value.high < float("inf") else found[1:]
 
 
-def _legend(models: Sequence[str], groups: Sequence[Group]) -> Markup:
+def _legend(models: Sequence[str], groups: Sequence[ToxicityGroup]) -> Markup:
     items = []
     for number, model in enumerate(models):
         swatch = chart.element("i", class_=f"swatch s{number % _COLOURS}")
@@ -270,7 +272,7 @@ def _legend(models: Sequence[str], groups: Sequence[Group]) -> Markup:
     return chart.element("ul", *items, class_="legend")
 
 
-def _spoken(title: str, models: Sequence[str], groups: Sequence[Group]) -> str:
+def _spoken(title: str, models: Sequence[str], groups: Sequence[ToxicityGroup]) -> str:
     """Return the chart in words, for those who cannot see it."""
     said = [
         f"{group.label}: "

@@ -15,7 +15,7 @@ from rlhf_exp.evaluation.preference import (
     PreferenceResult,
     format_estimate,
 )
-from rlhf_exp.evaluation.statistics import LEVEL, Estimate, Outcome
+from rlhf_exp.evaluation.statistics import LEVEL, Estimate, WinCounts
 from rlhf_exp.evaluation.toxicity.scorers import is_lexical
 from rlhf_exp.report import chart
 from rlhf_exp.report.chart import short
@@ -37,7 +37,9 @@ def verdict_sentence(result: QuickResult) -> str:
     return verdict_of(result.outcome, result.p_value, (result.name_a, result.name_b), result.level)
 
 
-def verdict_of(found: Outcome, p_value: float, names: tuple[str, str], level: float = LEVEL) -> str:
+def verdict_of(
+    found: WinCounts, p_value: float, names: tuple[str, str], level: float = LEVEL
+) -> str:
     """Return in one sentence what the second of two models did against the first."""
     if found.decided == 0:
         return f"{names[0]} and {names[1]} tie on all {found.total} prompts."
@@ -104,7 +106,7 @@ def outcome_bar(result: QuickResult) -> Markup:
     return bar_of(result.outcome, result.name_b)
 
 
-def bar_of(found: Outcome, name: str) -> Markup:
+def bar_of(found: WinCounts, name: str) -> Markup:
     """Return the outcomes of a model, at least one comparison, as one bar."""
     left, parts = 0.0, []
     for kind, count in (("win", found.wins), ("tie", found.ties), ("loss", found.losses)):

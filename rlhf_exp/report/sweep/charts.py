@@ -14,8 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_exp.report.chart import Chart, Floats, Line, curve, short
-from rlhf_exp.report.sweep.data import Group, Point, Sweep, grouped, intervals, order_of, short_key
+from rlhf_exp.report.chart import Chart, Floats, LineSeries, curve, short
+from rlhf_exp.report.sweep.data import (
+    RunGroup,
+    RunPoint,
+    Sweep,
+    grouped,
+    intervals,
+    order_of,
+    short_key,
+)
 from rlhf_exp.report.sweep.gather import evaluations
 
 COLOURS, DASHES = 6, 4
@@ -51,7 +59,7 @@ class Palette:
         self.dash = second or none
         self.numbers = {point.key: number for number, point in enumerate(points)}
 
-    def of(self, point: Point) -> tuple[int, int]:
+    def of(self, point: RunPoint) -> tuple[int, int]:
         """Return the colour and the dash of a run's line; dash 0 is the colour's own: solid."""
         number = self.numbers[point.key]
         return self.colour.numbers[number], self.dash.numbers[number]
@@ -82,7 +90,7 @@ def frontier(sweep: Sweep, palette: Palette) -> Chart | None:
         steps, reward, kl = (np.array(column) for column in zip(*found, strict=True))
         colour, dash = palette.of(point)
         last = f"{short(float(reward[-1]))}"
-        line = Line(
+        line = LineSeries(
             point.label, root(kl), reward, colour, smooth=False, unit="√KL", last=last, dash=dash,
             disc=_place(steps, point.published),
         )  # fmt: skip
@@ -127,7 +135,7 @@ def curves(sweep: Sweep, palette: Palette) -> list[tuple[str, list[Chart]]]:
     return ([("", joined)] if joined else []) + apart
 
 
-def over_seeds(group: Group, metric: str) -> tuple[Floats, Floats, Floats, Floats] | None:
+def over_seeds(group: RunGroup, metric: str) -> tuple[Floats, Floats, Floats, Floats] | None:
     """Return (steps, mean, low, high), each [T], of a metric in the runs of a group."""
     members = group.done or group.points
     found = [points for one in members if (points := curve(one.rows, [metric])) is not None]
@@ -144,7 +152,7 @@ def _keys(palette: Palette) -> list[tuple[str, int, int, str]] | None:
     return palette.legend() or None
 
 
-def _line(group: Group, metric: str, palette: Palette, *, banded: bool) -> Line | None:
+def _line(group: RunGroup, metric: str, palette: Palette, *, banded: bool) -> LineSeries | None:
     found = over_seeds(group, metric)
     if found is None:
         return None
@@ -153,10 +161,12 @@ def _line(group: Group, metric: str, palette: Palette, *, banded: bool) -> Line 
     band = (low, high) if banded and np.isfinite(low).any() else None
     count = len(group.done or group.points)
     label = f"{group.label}, {count} seeds" if count > 1 else group.label
-    return Line(label, steps, mean, colour, smooth=False, dash=dash, band=band, disc=len(steps) - 1)
+    return LineSeries(
+        label, steps, mean, colour, smooth=False, dash=dash, band=band, disc=len(steps) - 1
+    )
 
 
-def _panels(lines: Sequence[tuple[Group, Line]], palette: Palette) -> list[Chart]:
+def _panels(lines: Sequence[tuple[RunGroup, LineSeries]], palette: Palette) -> list[Chart]:
     """Return a chart for each colour, all with one vertical axis."""
     values = np.concatenate([line.y for _, line in lines])
     values = values[np.isfinite(values)]
@@ -199,7 +209,7 @@ class Levels:
         return short_key(self.key)
 
 
-def levels_of(points: Sequence[Point], key: str, most: int) -> Levels:
+def levels_of(points: Sequence[RunPoint], key: str, most: int) -> Levels:
     """Return the levels of a hyperparameter, at most `most`.
 
     More numbers than that are put into ranges with about as many points each; of more words the
@@ -217,7 +227,7 @@ def levels_of(points: Sequence[Point], key: str, most: int) -> Levels:
     return Levels(key, labels, found)
 
 
-def leading(points: Sequence[Point], varied: Sequence[str], most: int) -> list[Levels]:
+def leading(points: Sequence[RunPoint], varied: Sequence[str], most: int) -> list[Levels]:
     """Return the levels of each hyperparameter, the one that separates objectives most first."""
     found = [levels_of(points, key, most) for key in varied]
     objectives = [math.nan if one.objective is None else one.objective for one in points]

@@ -13,7 +13,7 @@ from rlhf_exp.evaluation.comparison import PromptRow, QuickResult
 from rlhf_exp.evaluation.statistics import Estimate, Floats, paired_difference
 from rlhf_exp.report.run.gather import RESULT
 from rlhf_exp.report.sweep.data import (
-    Summary,
+    SeedSummary,
     difference,
     flatten,
     is_aside,
@@ -31,7 +31,7 @@ Rows = Sequence[PromptRow]
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedSide:
     """What is compared.
 
     Attributes:
@@ -62,7 +62,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricRow:
     """A final metric of both sides.
 
     Attributes:
@@ -74,8 +74,8 @@ class Row:
     """
 
     name: str
-    a: Summary
-    b: Summary
+    a: SeedSummary
+    b: SeedSummary
     difference: Estimate
     shared: bool
 
@@ -94,16 +94,16 @@ class Comparison:
         notes: What the reader must know.
     """
 
-    a: Side
-    b: Side
+    a: ComparedSide
+    b: ComparedSide
     config: Sequence[tuple[str, str, str]]
-    metrics: Sequence[Row]
+    metrics: Sequence[MetricRow]
     prompts: int
     paired: Sequence[tuple[str, Estimate]]
     notes: Sequence[str]
 
 
-def compared(a: Side, b: Side) -> Comparison:
+def compared(a: ComparedSide, b: ComparedSide) -> Comparison:
     """Compare two sides; what their runs share counts once."""
     notes = [note for side in (a, b) for note in _notes(side)]
     rows = [_answers(side) for side in (a, b)]
@@ -120,7 +120,7 @@ def compared(a: Side, b: Side) -> Comparison:
     return Comparison(a, b, _config(a, b), _metrics(a, b), same, paired, notes)
 
 
-def _notes(side: Side) -> list[str]:
+def _notes(side: ComparedSide) -> list[str]:
     found = []
     if side.unfinished:
         found.append(f"{side.name}: {side.unfinished} runs are not done and are left out.")
@@ -134,16 +134,16 @@ def _notes(side: Side) -> list[str]:
     return found
 
 
-def _keys(sides: Sequence[Side]) -> list[str]:
+def _keys(sides: Sequence[ComparedSide]) -> list[str]:
     found = {key for side in sides for config in side.configs for key in config}
     return sorted(key for key in found if not is_aside(key))
 
 
-def _values(side: Side, key: str) -> set[str]:
+def _values(side: ComparedSide, key: str) -> set[str]:
     return {shown(config[key]) if key in config else "" for config in side.configs}
 
 
-def _config(a: Side, b: Side) -> list[tuple[str, str, str]]:
+def _config(a: ComparedSide, b: ComparedSide) -> list[tuple[str, str, str]]:
     found = []
     for key in _keys((a, b)):
         left, right = _values(a, key), _values(b, key)
@@ -153,7 +153,7 @@ def _config(a: Side, b: Side) -> list[tuple[str, str, str]]:
     return found
 
 
-def _metrics(a: Side, b: Side) -> list[Row]:
+def _metrics(a: ComparedSide, b: ComparedSide) -> list[MetricRow]:
     found = []
     for stage in _STAGES:
         sides = [side.of(stage) for side in (a, b)]
@@ -166,11 +166,11 @@ def _metrics(a: Side, b: Side) -> list[Row]:
             left, right = (summarised(one.manifest.metrics[name] for one in side) for side in sides)
             if left is not None and right is not None:
                 change = difference(left, right)
-                found.append(Row(f"{stage} {name}", left, right, change, shared))
+                found.append(MetricRow(f"{stage} {name}", left, right, change, shared))
     return found
 
 
-def _answers(side: Side) -> list[Rows]:
+def _answers(side: ComparedSide) -> list[Rows]:
     """Return the rows of each evaluation of a side."""
     paths = [one.path / RESULT for one in side.of("eval")]
     if not all(path.is_file() for path in paths):
@@ -179,7 +179,7 @@ def _answers(side: Side) -> list[Rows]:
 
 
 def _paired(
-    a: Side, b: Side, rows: Sequence[Sequence[Rows]]
+    a: ComparedSide, b: ComparedSide, rows: Sequence[Sequence[Rows]]
 ) -> tuple[list[tuple[str, Estimate]], list[str]]:
     """Compare the policies prompt by prompt; of several runs of a side, the mean of each prompt."""
     judges = {one.manifest.parents.get("reward") for side in (a, b) for one in side.of("eval")}

@@ -30,7 +30,7 @@ from rlhf_exp.report.chart import Row
 
 
 @dataclass(frozen=True)
-class Point:
+class RunPoint:
     """One run.
 
     Attributes:
@@ -78,7 +78,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Work:
+class StageWork:
     """What one stage made: its key, the seconds it took, and how many of the runs use it."""
 
     stage: str
@@ -122,11 +122,11 @@ class Sweep:
     """
 
     title: str
-    points: Sequence[Point]
+    points: Sequence[RunPoint]
     varied: Sequence[str]
     stage: str
     objective: str
-    works: Sequence[Work] = ()
+    works: Sequence[StageWork] = ()
     importance: Importance = field(default_factory=lambda: Importance(0))
     disk: Sequence[tuple[str, str]] = ()
     kl_budget: float | None = None
@@ -176,7 +176,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Settled:
+class VariedSettings:
     """What varies among runs.
 
     Attributes:
@@ -190,7 +190,7 @@ class Settled:
     seeds: tuple[str, ...]
 
 
-def settle(origins: Sequence[Origin]) -> Settled:
+def settle(origins: Sequence[Origin]) -> VariedSettings:
     """Return what varies among runs.
 
     The keys of the command line are taken where they tell the runs apart just as the configs do:
@@ -202,7 +202,7 @@ def settle(origins: Sequence[Origin]) -> Settled:
     same = _parts(values, command, known) == _parts(values, config, known)
     keys = command if (same and len(command) <= len(config)) or not config else config
     settings = tuple({key: values.text(n, key) for key in keys} for n in range(len(origins)))
-    return Settled(tuple(keys), settings, tuple(values.seed(n) for n in range(len(origins))))
+    return VariedSettings(tuple(keys), settings, tuple(values.seed(n) for n in range(len(origins))))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -335,7 +335,7 @@ FEWEST = 3
 
 
 @dataclass(frozen=True)
-class Summary:
+class SeedSummary:
     """A number over seeds.
 
     Attributes:
@@ -365,11 +365,11 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs of the same settings."""
 
     settings: Mapping[str, str]
-    points: tuple[Point, ...]
+    points: tuple[RunPoint, ...]
 
     @property
     def label(self) -> str:
@@ -377,36 +377,36 @@ class Group:
         return label_of(self.settings) or "all runs"
 
     @property
-    def done(self) -> tuple[Point, ...]:
+    def done(self) -> tuple[RunPoint, ...]:
         """The runs whose numbers are final."""
         return tuple(point for point in self.points if point.done)
 
-    def objective(self) -> Summary | None:
+    def objective(self) -> SeedSummary | None:
         """Return the objective over seeds."""
         return summarised(point.objective for point in self.done)
 
-    def metric(self, name: str) -> Summary | None:
+    def metric(self, name: str) -> SeedSummary | None:
         """Return a final metric over seeds."""
         return summarised(point.metrics.get(name) for point in self.done)
 
 
-def grouped(points: Sequence[Point]) -> list[Group]:
+def grouped(points: Sequence[RunPoint]) -> list[RunGroup]:
     """Return the groups, ordered by their settings, numbers by size."""
-    found: dict[tuple[str, ...], list[Point]] = {}
+    found: dict[tuple[str, ...], list[RunPoint]] = {}
     for point in points:
         found.setdefault(tuple(point.settings.values()), []).append(point)
-    groups = [Group(members[0].settings, tuple(members)) for members in found.values()]
+    groups = [RunGroup(members[0].settings, tuple(members)) for members in found.values()]
     return sorted(groups, key=lambda one: tuple(order_of(text) for text in one.settings.values()))
 
 
-def summarised(values: Iterable[float | None]) -> Summary | None:
+def summarised(values: Iterable[float | None]) -> SeedSummary | None:
     """Return mean and percentile-bootstrap interval of what is finite; `None` of nothing."""
     known = tuple(float(value) for value in values if value is not None and math.isfinite(value))
     if not known:
         return None
     if len(known) < FEWEST:
-        return Summary(known, Estimate(sum(known) / len(known), -math.inf, math.inf))
-    return Summary(known, estimate_mean(known, seed=0))
+        return SeedSummary(known, Estimate(sum(known) / len(known), -math.inf, math.inf))
+    return SeedSummary(known, estimate_mean(known, seed=0))
 
 
 def intervals(values: Floats) -> tuple[Floats, Floats, Floats]:
@@ -436,7 +436,7 @@ def intervals(values: Floats) -> tuple[Floats, Floats, Floats]:
     return mean, low, high
 
 
-def difference(a: Summary, b: Summary, seed: int = 0) -> Estimate:
+def difference(a: SeedSummary, b: SeedSummary, seed: int = 0) -> Estimate:
     """Return the difference of means, b - a, with its interval over seeds.
 
     The seeds of both sides are resampled independently of each other. The interval is infinite
@@ -457,7 +457,7 @@ def difference(a: Summary, b: Summary, seed: int = 0) -> Estimate:
     return Estimate(found, ends.low, ends.high)
 
 
-def best_of(groups: Sequence[Group]) -> list[tuple[Group, Summary]]:
+def best_of(groups: Sequence[RunGroup]) -> list[tuple[RunGroup, SeedSummary]]:
     """Return the groups by their mean objective, the best first.
 
     A group whose seeds have mostly failed is left out: it needs half as many as the fullest.

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING
 
 from rlhf_exp.report.chart import STEP, Row
 from rlhf_exp.report.run.gather import METRICS
-from rlhf_exp.report.sweep.data import Importance, Origin, Point, Sweep, Work, flatten, settle
+from rlhf_exp.report.sweep.data import (
+    Importance,
+    Origin,
+    RunPoint,
+    StageWork,
+    Sweep,
+    flatten,
+    settle,
+)
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.disk_usage import sizes
 from rlhf_exp.store.publish import staging_folder
@@ -184,10 +192,10 @@ def _point(
     stage: str,
     users: Counter[tuple[str, str]],
     rows: Sequence[Row],
-) -> Point:
+) -> RunPoint:
     """Return a run without what only the comparison with others tells."""
     made = found[stage].manifest.metrics if stage in found else {}
-    return Point(
+    return RunPoint(
         name=record.name,
         key=record.key,
         status=str(record.status),
@@ -214,10 +222,10 @@ def _seconds(found: Made, users: Counter[tuple[str, str]]) -> float | None:
     return sum(own) if own else None
 
 
-def _works(made: Sequence[Made], users: Counter[tuple[str, str]]) -> list[Work]:
+def _works(made: Sequence[Made], users: Counter[tuple[str, str]]) -> list[StageWork]:
     each = {(stage, one.key): one for found in made for stage, one in found.items()}
     return [
-        Work(stage, key, one.manifest.duration_s, users[stage, key])
+        StageWork(stage, key, one.manifest.duration_s, users[stage, key])
         for (stage, key), one in each.items()
     ]
 

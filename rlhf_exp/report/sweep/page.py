@@ -32,9 +32,9 @@ from rlhf_exp.report.run.page import write_page
 from rlhf_exp.report.sweep.charts import BANDS, Palette, curves, frontier
 from rlhf_exp.report.sweep.data import (
     FEWEST,
-    Group,
-    Point,
-    Summary,
+    RunGroup,
+    RunPoint,
+    SeedSummary,
     Sweep,
     best_of,
     grouped,
@@ -56,7 +56,7 @@ _WINNER = (
 
 
 @dataclass(frozen=True)
-class Best:
+class BestSettings:
     """The settings to go on with: in words, why, and as a command."""
 
     label: str
@@ -66,7 +66,7 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedRun:
     """A failed run: which, first and last line of its error, the whole, and where the log is."""
 
     label: str
@@ -122,7 +122,7 @@ def render_sweep(sweep: Sweep) -> str:
     )
 
 
-def best_settings(sweep: Sweep, groups: Sequence[Group]) -> Best | None:
+def best_settings(sweep: Sweep, groups: Sequence[RunGroup]) -> BestSettings | None:
     """Return the settings with the highest mean objective, and how far the next ones are."""
     ranked = best_of(groups)
     if not ranked or len(groups) < 2:
@@ -137,17 +137,17 @@ def best_settings(sweep: Sweep, groups: Sequence[Group]) -> Best | None:
     if len(ranked) > 1:
         other, next_found = ranked[1]
         rule += f" The next, {other.label}, has {in_words(next_found)}."
-    return Best(group.label, rule, command_of(group), _WINNER)
+    return BestSettings(group.label, rule, command_of(group), _WINNER)
 
 
-def failure_of(point: Point) -> Failure:
+def failure_of(point: RunPoint) -> FailedRun:
     """Return what is shown of a failed run."""
     lines = (point.error or "").strip().splitlines() or ["no message was recorded"]
     text = point.error or "" if len(lines) > 1 else ""
-    return Failure(point.label, point.key, lines[0], lines[-1], text, point.log)
+    return FailedRun(point.label, point.key, lines[0], lines[-1], text, point.log)
 
 
-def _identity(sweep: Sweep, groups: Sequence[Group]) -> list[tuple[str, str]]:
+def _identity(sweep: Sweep, groups: Sequence[RunGroup]) -> list[tuple[str, str]]:
     counts = Counter(point.status for point in sweep.points)
     states = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     rows = [("Runs", f"{len(sweep.points)}: {states}")]
@@ -161,7 +161,7 @@ def _identity(sweep: Sweep, groups: Sequence[Group]) -> list[tuple[str, str]]:
     return rows
 
 
-def _curve_note(groups: Sequence[Group]) -> str:
+def _curve_note(groups: Sequence[RunGroup]) -> str:
     several = any(len(group.points) > 1 for group in groups)
     if not several:
         return "One line a run, by its evaluations on validation data."
@@ -200,10 +200,10 @@ def _shared(sweep: Sweep) -> Table | None:
     ]
     rows = [
         [
-            Cell(one.stage),
-            Cell(one.key, kind="key"),
-            Cell(str(one.users), float(one.users)),
-            Cell(duration(one.seconds), one.seconds),
+            TableCell(one.stage),
+            TableCell(one.key, kind="key"),
+            TableCell(str(one.users), float(one.users)),
+            TableCell(duration(one.seconds), one.seconds),
         ]
         for one in works
     ]
@@ -229,7 +229,7 @@ _LATER = ("reward test/accuracy", "sft eval/perplexity")
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A cell.
 
     Attributes:
@@ -256,7 +256,7 @@ class Table:
     """Columns and rows of as many cells."""
 
     columns: Sequence[Column]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[TableCell]]
 
 
 def runs_table(sweep: Sweep) -> Table:
@@ -271,19 +271,19 @@ def runs_table(sweep: Sweep) -> Table:
     rows = []
     for point in sorted(sweep.points, key=_rank):
         row = [
-            Cell(f"{point.name}/{point.key[:8]}" if names else point.key[:8], kind="key"),
-            Cell(point.status, kind=f"state {point.status}"),
+            TableCell(f"{point.name}/{point.key[:8]}" if names else point.key[:8], kind="key"),
+            TableCell(point.status, kind=f"state {point.status}"),
             *(_setting(text) for text in point.settings.values()),
             *([_setting(point.seed)] if seeds else []),
             _number(point.objective),
             *(_number(point.metrics.get(metric)) for _, metric in columns),
-            Cell(duration(point.seconds), _or_nan(point.seconds)),
+            TableCell(duration(point.seconds), _or_nan(point.seconds)),
         ]
         rows.append(row)
     return Table(heads, rows)
 
 
-def groups_table(sweep: Sweep, groups: Sequence[Group]) -> Table:
+def groups_table(sweep: Sweep, groups: Sequence[RunGroup]) -> Table:
     """Return one row a setting, the best first: means over seeds with their intervals."""
     columns = _columns(sweep)
     heads = [Column(short_key(key), number=False) for key in sweep.varied]
@@ -295,7 +295,7 @@ def groups_table(sweep: Sweep, groups: Sequence[Group]) -> Table:
         done, begun = len(group.done), len(group.points)
         row = [
             *(_setting(text) for text in group.settings.values()),
-            Cell(str(done) if done == begun else f"{done} of {begun}", float(done)),
+            TableCell(str(done) if done == begun else f"{done} of {begun}", float(done)),
             _summary(group.objective()),
             *(_summary(group.metric(metric)) for _, metric in columns),
         ]
@@ -303,7 +303,7 @@ def groups_table(sweep: Sweep, groups: Sequence[Group]) -> Table:
     return Table(heads, rows)
 
 
-def in_words(summary: Summary) -> str:
+def in_words(summary: SeedSummary) -> str:
     """Return mean and interval, or mean and the values where seeds are too few for one."""
     if summary.has_interval:
         return format_estimate(summary.estimate)
@@ -323,28 +323,28 @@ def _columns(sweep: Sweep) -> list[tuple[str, str]]:
     return found
 
 
-def _rank(point: Point) -> tuple[bool, float]:
+def _rank(point: RunPoint) -> tuple[bool, float]:
     known = point.done and point.objective is not None and math.isfinite(point.objective)
     return not known, -(point.objective or 0.0) if known else 0.0
 
 
-def _setting(text: str) -> Cell:
+def _setting(text: str) -> TableCell:
     try:
-        return Cell(text, float(text))
+        return TableCell(text, float(text))
     except ValueError:
-        return Cell(text)
+        return TableCell(text)
 
 
-def _number(value: float | None) -> Cell:
+def _number(value: float | None) -> TableCell:
     if value is None or not math.isfinite(value):
-        return Cell(DASH, math.nan)
-    return Cell(short(value), value)
+        return TableCell(DASH, math.nan)
+    return TableCell(short(value), value)
 
 
-def _summary(summary: Summary | None) -> Cell:
+def _summary(summary: SeedSummary | None) -> TableCell:
     if summary is None:
-        return Cell(DASH, math.nan)
-    return Cell(in_words(summary), summary.estimate.mean)
+        return TableCell(DASH, math.nan)
+    return TableCell(in_words(summary), summary.estimate.mean)
 
 
 def _or_nan(value: float | None) -> float:
@@ -409,7 +409,7 @@ def last_line(error: str | None) -> str:
     return lines[-1] if lines else ""
 
 
-def _run(point: Point) -> dict[str, Any]:
+def _run(point: RunPoint) -> dict[str, Any]:
     found = evaluations(point.rows)
     return {
         "name": point.name,
@@ -428,7 +428,7 @@ def _run(point: Point) -> dict[str, Any]:
     }
 
 
-def _group(group: Group) -> dict[str, Any]:
+def _group(group: RunGroup) -> dict[str, Any]:
     names = sorted({name for point in group.done for name in point.metrics})
     objective = group.objective()
     found = {name: group.metric(name) for name in names}
@@ -440,7 +440,7 @@ def _group(group: Group) -> dict[str, Any]:
     }
 
 
-def _best(groups: list[Group]) -> dict[str, Any] | None:
+def _best(groups: list[RunGroup]) -> dict[str, Any] | None:
     ranked = best_of(groups)
     if not ranked:
         return None
@@ -460,7 +460,7 @@ def _plain(value: float | None) -> float | None:
 _LEFT_OUT = ("name", "hydra", "launcher", "study", "sweep")
 
 
-def command_of(group: Group) -> str:
+def command_of(group: RunGroup) -> str:
     """Return the command of a group's settings, without a seed; empty if it is not recorded."""
     point = next((one for one in (*group.done, *group.points) if one.overrides), None)
     if point is None:

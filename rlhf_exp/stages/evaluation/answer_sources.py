@@ -35,16 +35,16 @@ from rlhf_exp.stages.evaluation.bench import (
     BLANK,
     CHOSEN,
     REJECTED,
-    Asked,
-    Contestant,
-    Manner,
+    EvalPrompt,
+    EvaluatedModel,
+    GenerationSettings,
     at_step,
-    contestants_of,
+    evaluated_models,
     pairs_part,
 )
-from rlhf_exp.stages.scorers import Judges
+from rlhf_exp.stages.scorers import EvaluationScorers
 from rlhf_exp.stages.training import load_policy_model
-from rlhf_exp.training.optim import by_length
+from rlhf_exp.training.optim import length_sorted_micro_batches
 from rlhf_exp.training.reward_scorer import Scorer, score_shared, texts_of
 from rlhf_exp.training.scorers import score_samples
 
@@ -64,16 +64,20 @@ class SampledSource:
 
     def __init__(self, config: Config, context: StageContext, world: World) -> None:
         self.config, self.context, self.world = config, context, world
-        self.contestants = contestants_of(context, config.eval.models)
+        self.contestants = evaluated_models(context, config.eval.models)
         self._policies: dict[str, Policy] = {}
-        self._judges = Judges(config, context, world)
+        self._judges = EvaluationScorers(config, context, world)
 
-    def asked(self, part: str, load: Callable[[], list[Asked]]) -> list[Asked]:
+    def asked(self, part: str, load: Callable[[], list[EvalPrompt]]) -> list[EvalPrompt]:
         """See `Source`."""
         return load()
 
     def answers(
-        self, part: str, contestant: Contestant, asked: Sequence[Asked], manner: Manner
+        self,
+        part: str,
+        contestant: EvaluatedModel,
+        asked: Sequence[EvalPrompt],
+        manner: GenerationSettings,
     ) -> list[Answer]:
         """See `Source`."""
         codec = self._codec(contestant)
@@ -104,7 +108,7 @@ class SampledSource:
             )
             for line, number in enumerate(mine.rollout.tolist())
         ]
-        everyone = [answer for answers in self.world.collect(found) for answer in answers]
+        everyone = [answer for answers in self.world.all_gather_object(found) for answer in answers]
         return everyone[: len(prompts)]
 
     def pairs(self, part: str, load: Callable[[], list[Preference]]) -> dict[str, list[Answer]]:
@@ -112,17 +116,19 @@ class SampledSource:
         codec = self._judges.own_codec() or self._codec(self.contestants[0])
         return score_pairs(load(), part, codec, self._judges)
 
-    def snapshots(self, part: str, contestant: Contestant) -> tuple[Contestant, ...]:
+    def snapshots(self, part: str, contestant: EvaluatedModel) -> tuple[EvaluatedModel, ...]:
         """See `Source`."""
         folder = Path(contestant.source)
         kept = sorted(folder.with_name(SNAPSHOTS).glob("step-*")) if folder.name == MODEL else []
         steps = [(int(path.name.removeprefix("step-")), path) for path in kept]
-        return tuple(Contestant(at_step(contestant.name, n), str(path)) for n, path in steps)
+        return tuple(EvaluatedModel(at_step(contestant.name, n), str(path)) for n, path in steps)
 
-    def _codec(self, contestant: Contestant) -> Codec:
+    def _codec(self, contestant: EvaluatedModel) -> Codec:
         return self.context.materials.codec(contestant.source)
 
-    def _prompts(self, asked: Sequence[Asked], codec: Codec, manner: Manner) -> Prompts:
+    def _prompts(
+        self, asked: Sequence[EvalPrompt], codec: Codec, manner: GenerationSettings
+    ) -> Prompts:
         """Return every prompt `manner.count` times, numbered throughout."""
         limits = (self.config.ppo.seq_length, manner.max_new_tokens)
         texts = [one.text for one in asked if one.text is not None]
@@ -136,7 +142,7 @@ class SampledSource:
         index = np.repeat(np.arange(len(asked)), manner.count)
         return prompts_batch(tokenized, index, np.arange(len(index)))
 
-    def _policy(self, contestant: Contestant) -> Policy:
+    def _policy(self, contestant: EvaluatedModel) -> Policy:
         if contestant.name not in self._policies:
             for other in [name for name in self._policies if name != self.contestants[0].name]:
                 del self._policies[other]
@@ -146,7 +152,7 @@ class SampledSource:
         return self._policies[contestant.name]
 
     def _sample(
-        self, contestant: Contestant, prompts: Prompts, codec: Codec, manner: Manner
+        self, contestant: EvaluatedModel, prompts: Prompts, codec: Codec, manner: GenerationSettings
     ) -> Samples:
         greedy = manner.temperature == 0.0
         settings = Sampling(
@@ -162,7 +168,9 @@ class SampledSource:
         stopper = Stopper(codec.tokenizer, codec.stop_strings) if manner.stop else None
         return sample(self._policy(contestant).model, prompts, settings, manner.seed, stopper)
 
-    def _kl(self, contestant: Contestant, samples: Samples, manner: Manner) -> Tensor | None:
+    def _kl(
+        self, contestant: EvaluatedModel, samples: Samples, manner: GenerationSettings
+    ) -> Tensor | None:
         """Return the sum over each answer [N] of log model - log baseline, in nats."""
         baseline = self.contestants[0]
         if not manner.kl or contestant == baseline:
@@ -194,7 +202,7 @@ def kl_of(
     """Return the sum over each answer [N] of log policy - log reference, in nats."""
     kl = torch.zeros(len(samples))
     lengths = (samples.prompt_lengths + samples.response_lengths).cpu()
-    for part in by_length(lengths, batch):
+    for part in length_sorted_micro_batches(lengths, batch):
         rows = samples.select(part)
         rows = replace(rows, tokens=rows.tokens[:, : int(lengths[part].max())])
         arguments = (rows.tokens, rows.prompt_lengths, rows.response_lengths, temperature)
@@ -222,9 +230,9 @@ class StoredSource:
         names = dict.fromkeys(one.model for one in self._answers if one.part == first)
         others = tuple(at_step(name, "") for name in names)
         found = [name for name in names if not name.startswith(others)]
-        self.contestants = tuple(Contestant(name, "") for name in found)
+        self.contestants = tuple(EvaluatedModel(name, "") for name in found)
 
-    def asked(self, part: str, load: Callable[[], list[Asked]]) -> list[Asked]:
+    def asked(self, part: str, load: Callable[[], list[EvalPrompt]]) -> list[EvalPrompt]:
         """See `Source`."""
         first = self.contestants[0].name
         firsts = {
@@ -238,10 +246,16 @@ class StoredSource:
                 f"eval.samples: {self.path} has no answers for {part}, only for {parts}; choose "
                 "another eval suite, or evaluate the models themselves"
             )
-        return [Asked(text=firsts[row].prompt, facts=firsts[row].facts) for row in sorted(firsts)]
+        return [
+            EvalPrompt(text=firsts[row].prompt, facts=firsts[row].facts) for row in sorted(firsts)
+        ]
 
     def answers(
-        self, part: str, contestant: Contestant, asked: Sequence[Asked], manner: Manner
+        self,
+        part: str,
+        contestant: EvaluatedModel,
+        asked: Sequence[EvalPrompt],
+        manner: GenerationSettings,
     ) -> list[Answer]:
         """See `Source`."""
         mine = {
@@ -275,15 +289,15 @@ class StoredSource:
                 found[answer.model].append(answer)
         return found
 
-    def snapshots(self, part: str, contestant: Contestant) -> tuple[Contestant, ...]:
+    def snapshots(self, part: str, contestant: EvaluatedModel) -> tuple[EvaluatedModel, ...]:
         """See `Source`."""
         names = dict.fromkeys(answer.model for answer in self._answers if answer.part == part)
         prefix = at_step(contestant.name, "")
-        return tuple(Contestant(name, "") for name in names if name.startswith(prefix))
+        return tuple(EvaluatedModel(name, "") for name in names if name.startswith(prefix))
 
 
 def score_pairs(
-    rows: list[Preference], part: str, codec: Codec, judges: Judges
+    rows: list[Preference], part: str, codec: Codec, judges: EvaluationScorers
 ) -> dict[str, list[Answer]]:
     """Return both sides of the pairs and an empty answer, as answers with scores.
 

@@ -27,23 +27,27 @@ from rlhf_exp.stages.context import StageContext
 T = TypeVar("T")
 
 
-class Source(Protocol):
+class AnswerSource(Protocol):
     """Where answers come from."""
 
-    contestants: tuple[Contestant, ...]
+    contestants: tuple[EvaluatedModel, ...]
 
-    def asked(self, part: str, load: Callable[[], list[Asked]]) -> list[Asked]:
+    def asked(self, part: str, load: Callable[[], list[EvalPrompt]]) -> list[EvalPrompt]:
         """Return the prompts of a part: what `load` returns, or those of the stored answers."""
 
     def answers(
-        self, part: str, contestant: Contestant, asked: Sequence[Asked], manner: Manner
+        self,
+        part: str,
+        contestant: EvaluatedModel,
+        asked: Sequence[EvalPrompt],
+        manner: GenerationSettings,
     ) -> list[Answer]:
         """Return the answers, all those to the first prompt first; the same in every process."""
 
     def pairs(self, part: str, load: Callable[[], list[Preference]]) -> dict[str, list[Answer]]:
         """Return held-out pairs with their scores: `CHOSEN`, `REJECTED` and `BLANK` answers."""
 
-    def snapshots(self, part: str, contestant: Contestant) -> tuple[Contestant, ...]:
+    def snapshots(self, part: str, contestant: EvaluatedModel) -> tuple[EvaluatedModel, ...]:
         """Return the models of other training steps that a model's artifact, or the part, has."""
 
 
@@ -61,18 +65,20 @@ class Bench:
         source: Where answers come from.
     """
 
-    def __init__(self, config: Config, context: StageContext, world: World, source: Source) -> None:
+    def __init__(
+        self, config: Config, context: StageContext, world: World, source: AnswerSource
+    ) -> None:
         self.config, self.context, self.world = config, context, world
         self.contestants = source.contestants
         self.given: list[Answer] = []
         self._source = source
 
     @property
-    def baseline(self) -> Contestant:
+    def baseline(self) -> EvaluatedModel:
         """The model that the others are compared with."""
         return self.contestants[0]
 
-    def asked(self, part: str, load: Callable[[], list[Asked]]) -> list[Asked]:
+    def asked(self, part: str, load: Callable[[], list[EvalPrompt]]) -> list[EvalPrompt]:
         """Return the prompts of a part.
 
         Args:
@@ -82,7 +88,11 @@ class Bench:
         return self._source.asked(part, load)
 
     def answers(
-        self, part: str, contestant: Contestant, asked: Sequence[Asked], manner: Manner
+        self,
+        part: str,
+        contestant: EvaluatedModel,
+        asked: Sequence[EvalPrompt],
+        manner: GenerationSettings,
     ) -> list[Answer]:
         """Return a model's answers and keep them for `samples.jsonl`. All processes take part.
 
@@ -111,16 +121,16 @@ class Bench:
         self.given += [answer for side in found.values() for answer in side]
         return found
 
-    def snapshots(self, part: str, contestant: Contestant) -> tuple[Contestant, ...]:
+    def snapshots(self, part: str, contestant: EvaluatedModel) -> tuple[EvaluatedModel, ...]:
         """Return the models of other training steps that there are of a model."""
         return self._source.snapshots(part, contestant)
 
     def alone(self, function: Callable[[], T]) -> T:
         """Return what `function` returns in the main process, the only one that calls it."""
-        found = self.world.together(lambda: function() if self.world.is_main else None)[0]
+        found = self.world.run_on_all(lambda: function() if self.world.is_main else None)[0]
         return found  # type: ignore[return-value]
 
-    def manner(self, **other: Any) -> Manner:  # noqa: ANN401 - fields of Manner
+    def manner(self, **other: Any) -> GenerationSettings:  # noqa: ANN401 - fields of Manner
         """Return how the suite asks for answers, with `other` fields as given."""
         section = self.config.eval
         usual: dict[str, Any] = {
@@ -130,7 +140,7 @@ class Bench:
             "top_k": section.top_k,
             "seed": section.seed,
         }
-        return Manner(**{**usual, **other})
+        return GenerationSettings(**{**usual, **other})
 
 
 @dataclass(frozen=True)
@@ -158,21 +168,21 @@ class Part(Protocol):
         """
 
 
-def test_prompts(bench: Bench, part: str) -> list[Asked]:
+def test_prompts(bench: Bench, part: str) -> list[EvalPrompt]:
     """Return the held-out dialogues that the suite asks.
 
     Raises:
         UserError: The data have none.
     """
 
-    def load() -> list[Asked]:
+    def load() -> list[EvalPrompt]:
         rows = bench.context.materials.corpus.prompts.test[: bench.config.eval.prompts]
         if not rows:
             raise UserError(
                 "data: no test prompts to evaluate on; give data.test or a test_fraction"
             )
         # The prompt as the model reads it may hold a template's tokens and have lost its beginning.
-        return [Asked(row.history, facts={DIALOGUE: dialogue(row.history)}) for row in rows]
+        return [EvalPrompt(row.history, facts={DIALOGUE: dialogue(row.history)}) for row in rows]
 
     return bench.asked(part, load)
 
@@ -182,7 +192,7 @@ DIALOGUE = "dialogue"
 
 
 @dataclass(frozen=True)
-class Contestant:
+class EvaluatedModel:
     """A model under evaluation.
 
     Attributes:
@@ -195,7 +205,7 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalPrompt:
     """A prompt.
 
     Attributes:
@@ -210,7 +220,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Manner:
+class GenerationSettings:
     """How to answer.
 
     Attributes:
@@ -245,9 +255,9 @@ class Manner:
         return {name: getattr(self, name) for name in names}
 
 
-def contestants_of(context: StageContext, specs: Sequence[str]) -> tuple[Contestant, ...]:
+def evaluated_models(context: StageContext, specs: Sequence[str]) -> tuple[EvaluatedModel, ...]:
     """Return the models of a config's `eval.models`, by names that differ."""
-    found: list[Contestant] = []
+    found: list[EvaluatedModel] = []
     for spec in specs:
         name = spec.upper() if spec in ROLES else Path(spec).name or spec
         taken = {one.name for one in found}
@@ -255,7 +265,7 @@ def contestants_of(context: StageContext, specs: Sequence[str]) -> tuple[Contest
         unique = name
         while unique in taken:
             unique, number = f"{name} ({number})", number + 1
-        found.append(Contestant(unique, context.models[spec]))
+        found.append(EvaluatedModel(unique, context.models[spec]))
     return tuple(found)
 
 

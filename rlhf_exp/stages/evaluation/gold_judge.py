@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rlhf_exp.config.experiment import Config, Source
+from rlhf_exp.config.experiment import Config, DataSource
 
 
 def gold_judge(config: Config) -> Callable[[str, str], float] | None:
     """Return the toy data's rule-based judge of (prompt, answer); other data has none."""
-    if config.data.source != Source.toy:
+    if config.data.source != DataSource.toy:
         return None
     from rlhf_exp.data.toy.gold_judge import gold_score
 

@@ -32,8 +32,8 @@ from rlhf_exp.evaluation.judges.human_agreement import (
     quality,
     read_judged,
 )
-from rlhf_exp.evaluation.judges.llm import Client, Endpoint, LLMJudge, Replies
-from rlhf_exp.evaluation.judges.protocol import Judge, Pair, Verdict
+from rlhf_exp.evaluation.judges.llm import Endpoint, JudgeClient, LLMJudge, ReplyCache
+from rlhf_exp.evaluation.judges.protocol import AnswerPair, Judge, Verdict
 from rlhf_exp.evaluation.judges.reward_models import (
     Classifier,
     OwnRewardModel,
@@ -42,14 +42,14 @@ from rlhf_exp.evaluation.judges.reward_models import (
     score_verdicts,
 )
 from rlhf_exp.evaluation.preference import needed_pairs
-from rlhf_exp.evaluation.toxicity.scorers import Scored
+from rlhf_exp.evaluation.toxicity.scorers import TextScores
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.stages.evaluation.bench import DIALOGUE, Bench, PartResult, test_prompts
 from rlhf_exp.stages.evaluation.gold_judge import gold_judge
 from rlhf_exp.stages.evaluation.toxicity_scorer import shared_scores, toxicity_scorer
 from rlhf_exp.stages.scorers import server_of
 from rlhf_exp.stages.training import attention_of, torch_dtype
-from rlhf_exp.tracking.progress_bar import Progress
+from rlhf_exp.tracking.progress_bar import StageProgress
 from rlhf_exp.training.scorers import UserReward, load_function
 
 RESULT, OTHERS = "result.json", "comparisons.json"
@@ -59,8 +59,8 @@ RESULT, OTHERS = "result.json", "comparisons.json"
 def run(bench: Bench) -> PartResult:
     """Answer held-out prompts by all models, and compare each with the first."""
     # Made by the main process before anything is sampled, so that a wrong address costs nothing.
-    panels: list[Panel] = []
-    bench.alone(lambda: panels.append(Panel(bench)))
+    panels: list[JudgePanel] = []
+    bench.alone(lambda: panels.append(JudgePanel(bench)))
     asked = test_prompts(bench, PREFERENCE)
     manner = bench.manner(score=True, kl=True)
     answers = [bench.answers(PREFERENCE, one, asked, manner) for one in bench.contestants]
@@ -68,15 +68,15 @@ def run(bench: Bench) -> PartResult:
     return bench.alone(lambda: _conclude(bench.config, answers, scored, panels[0]))
 
 
-def _toxicity(bench: Bench, texts: list[str]) -> Scored:
+def _toxicity(bench: Bench, texts: list[str]) -> TextScores:
     """Have the scorer of the config read the answers, each process its share."""
     scorer = toxicity_scorer(bench.config, bench.world)
     scores = shared_scores(scorer, texts, bench.world).tolist()
-    return Scored(scorer.name, dict(zip(texts, scores, strict=True)))
+    return TextScores(scorer.name, dict(zip(texts, scores, strict=True)))
 
 
 def _conclude(
-    config: Config, answers: list[list[Answer]], scored: Scored, panel: Panel
+    config: Config, answers: list[list[Answer]], scored: TextScores, panel: JudgePanel
 ) -> PartResult:
     baseline, *others = answers
     results = [_compare(config, baseline, other, scored) for other in others]
@@ -95,7 +95,7 @@ def _conclude(
 
 
 def _compare(
-    config: Config, baseline: list[Answer], other: list[Answer], scored: Scored
+    config: Config, baseline: list[Answer], other: list[Answer], scored: TextScores
 ) -> QuickResult:
     kl = [answer.kl for answer in other if answer.kl is not None]
     found = quick_comparison(
@@ -139,7 +139,7 @@ REPLIES = "judges/replies.jsonl"
 """What language models replied, below the output folder."""
 
 
-class Panel:
+class JudgePanel:
     """The judges of one evaluation, used by the main process alone.
 
     Args:
@@ -201,7 +201,7 @@ class Panel:
             return Judgment.of(name.value, result.judge, verdicts, result.seed, result.level)
         judge = self._judge(name)
         pairs = [
-            Pair(prompt, row.answer_a, row.answer_b)
+            AnswerPair(prompt, row.answer_a, row.answer_b)
             for prompt, row in zip(dialogues, result.rows, strict=True)
         ]
         verdicts = verdicts_of(judge, pairs)
@@ -245,11 +245,11 @@ class Panel:
             section.retries,
             request_of(section.request),
         )
-        client = Client(endpoint)
+        client = JudgeClient(endpoint)
         if self.bench.config.eval.samples is None:
             # Before an hour of sampling; without sampling, known replies may do.
             client.check()
-        replies = Replies(Path(self.bench.config.output_dir) / REPLIES)
+        replies = ReplyCache(Path(self.bench.config.output_dir) / REPLIES)
         return LLMJudge(client, replies, section.criterion, section.concurrency)
 
     def _model(self) -> Judge:
@@ -302,11 +302,11 @@ class Panel:
         return self.bench.config.eval.tie_low, self.bench.config.eval.tie_high
 
 
-def verdicts_of(judge: Judge, pairs: Sequence[Pair]) -> list[Verdict]:
+def verdicts_of(judge: Judge, pairs: Sequence[AnswerPair]) -> list[Verdict]:
     """Return a judge's verdicts, with a progress bar for one that takes its time."""
     if not isinstance(judge, LLMJudge):
         return judge.verdicts(pairs)
-    with Progress("judge", 2 * sum(not pair.identical for pair in pairs), ()) as progress:
+    with StageProgress("judge", 2 * sum(not pair.identical for pair in pairs), ()) as progress:
         judge.tell = lambda done, _: progress.update(done, {})
         return judge.verdicts(pairs)
 

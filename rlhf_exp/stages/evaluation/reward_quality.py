@@ -21,22 +21,22 @@ from rlhf_exp.config.compose import to_dict
 from rlhf_exp.config.evaluation import REFEREE, REWARD_QUALITY
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.evaluation.answers import Answer
-from rlhf_exp.evaluation.overoptimisation import Point, Start, TrainingPath, sizes_of
+from rlhf_exp.evaluation.overoptimisation import PolicyPoint, StartingPolicy, TrainingPath, sizes_of
 from rlhf_exp.evaluation.reward_quality import (
     PairQuality,
-    by_length,
     distributions,
     pair_quality,
+    proportion_of,
     rank_correlation,
-    share_of,
+    scores_by_length,
 )
 from rlhf_exp.stages.evaluation.bench import (
     BLANK,
     CHOSEN,
     REJECTED,
-    Asked,
     Bench,
-    Contestant,
+    EvalPrompt,
+    EvaluatedModel,
     PartResult,
     test_prompts,
 )
@@ -66,7 +66,7 @@ def run(bench: Bench) -> PartResult:
 
 
 def _answers(
-    bench: Bench, contestant: Contestant, asked: Sequence[Asked]
+    bench: Bench, contestant: EvaluatedModel, asked: Sequence[EvalPrompt]
 ) -> dict[str, list[Answer]]:
     """Return one answer to each prompt by a model, the published one first, by the model's name."""
     manner = bench.manner(**WHOLE, score=True, referee=True, kl=True)
@@ -78,9 +78,9 @@ def _conclude(
     bench: Bench,
     pairs: Pairs,
     start: list[Answer],
-    others: dict[Contestant, dict[str, list[Answer]]],
+    others: dict[EvaluatedModel, dict[str, list[Answer]]],
 ) -> PartResult:
-    judges = judges_of(bench.config, start)
+    judges = answer_scorers(bench.config, start)
     quality = [_quality(judge, pairs) for judge in judges] if pairs[CHOSEN] else []
     paths = _paths(bench, judges, start, others)
     published = {one.name: answers[one.name] for one, answers in others.items()}
@@ -99,13 +99,13 @@ def _conclude(
     return PartResult(_metrics(judges, quality, paths), {FILE: plain})
 
 
-def _quality(judge: Judge, pairs: Pairs) -> PairQuality:
+def _quality(judge: AnswerScorer, pairs: Pairs) -> PairQuality:
     lengths = [[answer.tokens for answer in pairs[side]] for side in (CHOSEN, REJECTED)]
     scores = [judge.scores(pairs[side]) for side in (CHOSEN, REJECTED, BLANK)]
     return pair_quality(judge.name, *scores, *lengths)
 
 
-def _agreement(judges: list[Judge], pairs: Pairs) -> dict[str, Any]:
+def _agreement(judges: list[AnswerScorer], pairs: Pairs) -> dict[str, Any]:
     """Return in how many pairs each other judge prefers the side that the reward prefers."""
     found = {}
     for judge in judges[1:] if pairs[CHOSEN] else []:
@@ -113,13 +113,13 @@ def _agreement(judges: list[Judge], pairs: Pairs) -> dict[str, Any]:
             one.scores(pairs[CHOSEN]) - one.scores(pairs[REJECTED]) for one in (judges[0], judge)
         ]
         decided = (both[0] != 0) & (both[1] != 0)
-        found[judge.name] = share_of(
+        found[judge.name] = proportion_of(
             np.sign(both[0])[decided] == np.sign(both[1])[decided]
         ).to_json()
     return found
 
 
-def _of_model(name: str, answers: list[Answer], judges: list[Judge]) -> dict[str, Any]:
+def _of_model(name: str, answers: list[Answer], judges: list[AnswerScorer]) -> dict[str, Any]:
     """Return how the reward of a model's answers goes with length, and with other judges."""
     reward = judges[0].scores(answers)
     tokens = [answer.tokens for answer in answers]
@@ -127,28 +127,28 @@ def _of_model(name: str, answers: list[Answer], judges: list[Judge]) -> dict[str
         "model": name,
         "tokens": float(np.mean(tokens)),
         "length_spearman": rank_correlation(reward, tokens),
-        "by_length": [asdict(one) for one in by_length(reward, tokens)],
+        "by_length": [asdict(one) for one in scores_by_length(reward, tokens)],
         "judges_spearman": {
             judge.name: rank_correlation(reward, judge.scores(answers)) for judge in judges[1:]
         },
     }
 
 
-def _spread(judge: Judge, pairs: Pairs, kinds: dict[str, list[Answer]]) -> Any:  # noqa: ANN401
+def _spread(judge: AnswerScorer, pairs: Pairs, kinds: dict[str, list[Answer]]) -> Any:  # noqa: ANN401
     sides = {side: pairs[side] for side in (CHOSEN, REJECTED) if pairs[side]}
     return distributions({name: judge.scores(found) for name, found in {**sides, **kinds}.items()})
 
 
 def _paths(
     bench: Bench,
-    judges: list[Judge],
+    judges: list[AnswerScorer],
     answers: list[Answer],
-    others: dict[Contestant, dict[str, list[Answer]]],
+    others: dict[EvaluatedModel, dict[str, list[Answer]]],
 ) -> list[TrainingPath]:
     """Return reward against KL for best-of-n, and for each model with its snapshots."""
     count = len({answer.sample for answer in answers})
     scores = {judge.name: judge.scores(answers).reshape(-1, count) for judge in judges}
-    start = Start(scores, bench.config.eval.seed)
+    start = StartingPolicy(scores, bench.config.eval.seed)
     best = start.best_of(sizes_of(count))
     paths = [best] if best is not None else []
     for contestant, found in others.items():
@@ -162,14 +162,16 @@ def _paths(
     return paths
 
 
-def _point(start: Start, judges: list[Judge], name: str, answers: list[Answer]) -> Point:
+def _point(
+    start: StartingPolicy, judges: list[AnswerScorer], name: str, answers: list[Answer]
+) -> PolicyPoint:
     # The estimate from samples can fall below 0 where the models hardly differ.
     kl = max(0.0, float(np.mean([answer.kl for answer in answers])))
     return start.point(name, kl, {judge.name: judge.scores(answers) for judge in judges})
 
 
 def _metrics(
-    judges: list[Judge], quality: list[PairQuality], paths: list[TrainingPath]
+    judges: list[AnswerScorer], quality: list[PairQuality], paths: list[TrainingPath]
 ) -> dict[str, float]:
     keys = {judge.name: judge.key for judge in judges}
     found: dict[str, float | None] = {}
@@ -194,7 +196,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Judge:
+class AnswerScorer:
     """Gives answers a number.
 
     Attributes:
@@ -212,19 +214,21 @@ class Judge:
         return np.array([self.score(answer) for answer in answers], dtype=np.float64)
 
 
-def judges_of(config: Config, answers: Sequence[Answer]) -> list[Judge]:
+def answer_scorers(config: Config, answers: Sequence[Answer]) -> list[AnswerScorer]:
     """Return the reward first, then the judges that nothing was trained on.
 
     Args:
         config: The experiment.
         answers: Some answers, whose scores say whether there is a second reward model.
     """
-    found = [Judge("reward", config.ppo.reward.kind, lambda answer: answer.score)]
+    found = [AnswerScorer("reward", config.ppo.reward.kind, lambda answer: answer.score)]
     if answers[0].referee is not None:
-        found.append(Judge(REFEREE, "referee", lambda answer: answer.referee))
+        found.append(AnswerScorer(REFEREE, "referee", lambda answer: answer.referee))
     gold = gold_judge(config)
     if gold is not None:
-        found.append(Judge("gold", "gold judge", lambda answer: gold(answer.prompt, answer.text)))
+        found.append(
+            AnswerScorer("gold", "gold judge", lambda answer: gold(answer.prompt, answer.text))
+        )
     return found
 
 

@@ -21,7 +21,7 @@ from rlhf_exp.evaluation.toxicity.summary import (
     agreement,
     summarise_splits,
 )
-from rlhf_exp.stages.evaluation.bench import Asked, Bench, PartResult
+from rlhf_exp.stages.evaluation.bench import Bench, EvalPrompt, PartResult
 from rlhf_exp.stages.evaluation.toxicity_scorer import check_scorer, shared_scores, toxicity_scorer
 
 SUMMARY, SCORES = "toxicity.json", "toxicity_scores.json"
@@ -66,7 +66,7 @@ def run(bench: Bench) -> PartResult:
     return bench.alone(lambda: _conclude(bench.config, scorer, asked, scores, sampling, agreements))
 
 
-def _prompts(config: Config) -> list[Asked]:
+def _prompts(config: Config) -> list[EvalPrompt]:
     section = config.eval.toxicity
     rows = load_prompts(section.data, section.revision)
     drawn = sample_prompts(rows, section.prompts, section.seed)
@@ -80,7 +80,7 @@ def _prompts(config: Config) -> list[Asked]:
     return [_asked(row, section.format) for row in drawn]
 
 
-def _asked(row: ToxicityPrompt, how: ToxicityFormat) -> Asked:
+def _asked(row: ToxicityPrompt, how: ToxicityFormat) -> EvalPrompt:
     """Return a prompt, with what the data set says of it."""
     text = row.prompt.text
     facts: dict[str, Any] = {"text": text, "toxicity": row.prompt.toxicity}
@@ -88,8 +88,8 @@ def _asked(row: ToxicityPrompt, how: ToxicityFormat) -> Asked:
         facts["continuation"] = row.continuation.text
         facts["continuation_toxicity"] = row.continuation.toxicity
     if how is ToxicityFormat.raw:
-        return Asked(text=text, facts=facts)
-    return Asked(history=(Turn("human", text.strip()),), facts=facts)
+        return EvalPrompt(text=text, facts=facts)
+    return EvalPrompt(history=(Turn("human", text.strip()),), facts=facts)
 
 
 def _agreements(
@@ -115,7 +115,7 @@ def _agreements(
 def _conclude(
     config: Config,
     scorer: ToxicityScorer,
-    asked: Sequence[Asked],
+    asked: Sequence[EvalPrompt],
     scores: dict[str, Floats],
     sampling: dict[str, Any],
     agreements: tuple[Agreement, ...],

@@ -75,7 +75,7 @@ def shared_scores(
     if not different:
         return np.zeros(len(texts))
     rows = world.share(len(different)).rows
-    shares = world.together(lambda: scorer.score([different[row] for row in rows]).tolist())
+    shares = world.run_on_all(lambda: scorer.score([different[row] for row in rows]).tolist())
     found = [score for share in shares for score in share][: len(different)]
     known = dict(zip(different, found, strict=True))
     return np.array([known.get(text, 0.0) for text in texts])

@@ -22,14 +22,14 @@ import trlx
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trlx.data.configs import TRLConfig
 from trlx.utils.modeling import logprobs_of_labels
-from trlx_line import Line
+from trlx_line import WorkerChannel
 from trlx_trainer import HandedPpo, Stopped
 
 LIBRARIES = ("trlx", "transformers", "tokenizers", "accelerate", "torch")
 TOLERANCE = 1e-3  # nats: between two versions of transformers, 1e-6 was seen
 
 
-def work(line: Line) -> None:
+def work(line: WorkerChannel) -> None:
     """Do what the plan says."""
     told = line.ask(kind="hello", versions={name: version(name) for name in LIBRARIES})
     plan = json.loads(Path(told["plan"]).read_text(encoding="utf-8"))
@@ -59,7 +59,7 @@ def rows(path: str) -> list[dict[str, Any]]:
 class Reward:
     """trlx's reward function: asks the other end of a line."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: WorkerChannel) -> None:
         self.line = line
 
     def __call__(
@@ -108,7 +108,7 @@ def check(folder: str, expected: dict[str, Any]) -> None:
 
 def main() -> None:
     """Work, and tell how it ended."""
-    line = Line(int(sys.argv[1]))
+    line = WorkerChannel(int(sys.argv[1]))
     end = {"kind": "done"}
     try:
         with suppress(Stopped):

@@ -15,7 +15,7 @@ from typing import Any
 Message = dict[str, Any]
 
 
-class Line:
+class WorkerChannel:
     """The connection to the process that started this one, which ends with it.
 
     Args:

@@ -24,7 +24,7 @@ from trlx.pipeline import BasePipeline, register_datapipeline
 from trlx.trainer import register_trainer
 from trlx.trainer.accelerate_ppo_trainer import AcceleratePPOTrainer
 from trlx.utils.modeling import RunningMoments, logprobs_of_labels
-from trlx_line import Line
+from trlx_line import WorkerChannel
 
 
 class Stopped(BaseException):
@@ -103,7 +103,7 @@ class HandedPpo(AcceleratePPOTrainer):
         prompts: Ids of the validation prompts.
     """
 
-    line: Line
+    line: WorkerChannel
     plan: dict[str, Any]
     prompts: list[list[int]]
 

@@ -14,13 +14,13 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score, confusion_matrix
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.human_agreement import (
-    People,
-    Quality,
+    HumanAgreement,
+    JudgeQuality,
     people_of,
     quality,
     read_judged,
 )
-from rlhf_exp.evaluation.judges.protocol import Pair
+from rlhf_exp.evaluation.judges.protocol import AnswerPair
 from rlhf_exp.evaluation.statistics import bootstrap, estimate_total
 
 NAN = math.nan
@@ -119,10 +119,10 @@ def test_one_annotator_has_nobody_to_agree_with() -> None:
     people = people_of([[1], [-1]], ["x"])
     assert people.agreement is None
     assert people.alpha is None
-    assert People.from_json(people.to_json()) == people
+    assert HumanAgreement.from_json(people.to_json()) == people
     found = quality("j", [0, 0], [[1], [-1]])
     assert found.decided is None
-    assert Quality.from_json(found.to_json()) == found
+    assert JudgeQuality.from_json(found.to_json()) == found
 
 
 def test_the_bootstrap_of_sums_is_that_over_rows() -> None:
@@ -152,7 +152,7 @@ def test_votes_of_several_annotators(tmp_path: Path) -> None:
         {**pair, "annotator": "anna", "criterion": "harmless", "winner": "a"},
     )
     found = read_judged(path, "labels")
-    assert found.pairs == (Pair("p", "x", "y"), Pair("q", "x", "y"))
+    assert found.pairs == (AnswerPair("p", "x", "y"), AnswerPair("q", "x", "y"))
     assert found.annotators == ("anna", "ben")
     assert np.array_equal(found.ratings, [[1, -1], [NAN, 0]], equal_nan=True)
     assert read_judged(path, "labels", "harmless").ratings.tolist() == [[-1]]

@@ -22,25 +22,25 @@ import pytest
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.llm import (
-    Client,
     Endpoint,
+    JudgeClient,
     LLMJudge,
-    Replies,
+    ReplyCache,
     consistent,
     first_place,
     question,
     read_verdict,
     reasons,
 )
-from rlhf_exp.evaluation.judges.protocol import Pair, Verdict
+from rlhf_exp.evaluation.judges.protocol import AnswerPair, Verdict
 from tests.judge_server import JudgeServer, Rule, completion, in_turn, longer, shown
 from tests.lab import ROOT
 
 PAIRS = [
-    Pair("\n\nHuman: Hi\n\nAssistant:", "Hello to you!", "Hey"),
-    Pair("\n\nHuman: Bye\n\nAssistant:", "Bye", "Farewell, friend"),
-    Pair("\n\nHuman: So?\n\nAssistant:", "Yes", "No!"),
-    Pair("\n\nHuman: Same?\n\nAssistant:", "Indeed.", " Indeed.\n"),
+    AnswerPair("\n\nHuman: Hi\n\nAssistant:", "Hello to you!", "Hey"),
+    AnswerPair("\n\nHuman: Bye\n\nAssistant:", "Bye", "Farewell, friend"),
+    AnswerPair("\n\nHuman: So?\n\nAssistant:", "Yes", "No!"),
+    AnswerPair("\n\nHuman: Same?\n\nAssistant:", "Indeed.", " Indeed.\n"),
 ]
 
 
@@ -48,8 +48,8 @@ def judge_with(
     url: str, cache: Path, waits: list[float] | None = None, **settings: Any
 ) -> LLMJudge:
     waited = [] if waits is None else waits
-    client = Client(Endpoint(url, "stand-in", **settings), waited.append, lambda: 0.5)
-    return LLMJudge(client, Replies(cache / "replies.jsonl"), concurrency=2)
+    client = JudgeClient(Endpoint(url, "stand-in", **settings), waited.append, lambda: 0.5)
+    return LLMJudge(client, ReplyCache(cache / "replies.jsonl"), concurrency=2)
 
 
 def judged(rule: Rule, cache: Path, **settings: Any) -> tuple[list[Verdict], LLMJudge, JudgeServer]:
@@ -244,7 +244,7 @@ judge.verdicts([Pair("p", f"answer {{n}}", f"{{n}}") for n in range(10)])
             held.wait(30)
         return longer(body)
 
-    pairs = [Pair("p", f"answer {n}", f"{n}") for n in range(10)]
+    pairs = [AnswerPair("p", f"answer {n}", f"{n}") for n in range(10)]
     with JudgeServer(rule) as server:
         child = subprocess.Popen([sys.executable, "-c", program, server.url, str(cache)])
         began = time.monotonic()

@@ -18,7 +18,7 @@ from transformers import (
 
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
-from rlhf_exp.evaluation.judges.protocol import Pair
+from rlhf_exp.evaluation.judges.protocol import AnswerPair
 from rlhf_exp.evaluation.judges.reward_models import (
     Classifier,
     OwnRewardModel,
@@ -82,7 +82,7 @@ def test_a_reward_judge_scores_both_answers_of_each_pair() -> None:
         )
 
     judge = RewardJudge("length", score)
-    found = judge.verdicts([Pair("p", "aa", "a"), Pair("qq", "", "b")])
+    found = judge.verdicts([AnswerPair("p", "aa", "a"), AnswerPair("qq", "", "b")])
     assert [one.sign for one in found] == [-1, 1]
     assert judge.name == "length"
 

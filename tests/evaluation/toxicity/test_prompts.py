@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.toxicity.prompts import (
-    Scored,
+    ScoredText,
     ToxicityPrompt,
     load_prompts,
     parse_prompt,
@@ -26,9 +26,9 @@ def row(text: str, toxicity: float | None = 0.25, **other: Any) -> dict[str, Any
 def test_a_row_of_the_data_set() -> None:
     after = {"text": " and so on.", "toxicity": None, "threat": 0.1}
     assert parse_prompt(row("Once", 0.5, continuation=after)) == ToxicityPrompt(
-        Scored("Once", 0.5), Scored(" and so on.", None)
+        ScoredText("Once", 0.5), ScoredText(" and so on.", None)
     )
-    assert parse_prompt({"prompt": "Once"}) == ToxicityPrompt(Scored("Once", None), None)
+    assert parse_prompt({"prompt": "Once"}) == ToxicityPrompt(ScoredText("Once", None), None)
 
 
 def test_unusable_rows_are_named_by_file_and_line(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     found = load_prompts("org/set", "abc")
     assert asked == [("org/set", "abc")]
-    assert [one.prompt for one in found] == [Scored("one", 0.25), Scored("two", None)]
+    assert [one.prompt for one in found] == [ScoredText("one", 0.25), ScoredText("two", None)]
 
 
 def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.Monkey
     assert "rlhf-exp fetch" in message
 
 
-ROWS = [ToxicityPrompt(Scored(f"text {number}", None), None) for number in range(200)]
+ROWS = [ToxicityPrompt(ScoredText(f"text {number}", None), None) for number in range(200)]
 
 
 def test_the_sample_goes_by_seed_and_not_by_order() -> None:
@@ -100,7 +100,7 @@ def test_the_sample_goes_by_seed_and_not_by_order() -> None:
 
 
 def test_a_sample_holds_no_prompt_twice_and_at_most_all() -> None:
-    other = ToxicityPrompt(Scored("text 0", 0.9), None)
+    other = ToxicityPrompt(ScoredText("text 0", 0.9), None)
     drawn = sample_prompts([*ROWS, other], 1000, seed=0)
     assert sorted(drawn, key=ROWS.index) == ROWS
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_exp.launchers.slurm.submissions import Job, Submission, latest_jobs
+from rlhf_exp.launchers.slurm.submissions import Submission, SubmittedJob, latest_jobs
 from tests.lab import LAUNCH, small
 from tests.launchers.slurm.cluster import Cluster, wait
 
@@ -56,7 +56,7 @@ class Launch:
             raise AssertionError(f"not ended after {seconds} s:\n{printed}") from None
         return self.process.returncode, printed
 
-    def jobs(self, name: str) -> list[tuple[Submission, Job]]:
+    def jobs(self, name: str) -> list[tuple[Submission, SubmittedJob]]:
         """Return the jobs that have been submitted under a name."""
         return list(latest_jobs(self.outputs, name))
 
@@ -102,7 +102,7 @@ def states(cluster: Cluster) -> dict[str, InQueue]:
     return {row[0]: InQueue(row[1], int(row[2]), row[3], (*row, "")[4]) for row in rows}
 
 
-def give_notice(cluster: Cluster, where: Submission, job: Job) -> None:
+def give_notice(cluster: Cluster, where: Submission, job: SubmittedJob) -> None:
     """Send USR2 to a running job, once, and wait until it says so."""
     log = where.log(job)
     noticed = log.read_text().count("gives notice")

@@ -21,7 +21,7 @@ from rlhf_exp.report.run.charts import (
     sheet,
     write_sheets,
 )
-from rlhf_exp.report.run.data import CalibrationBin
+from rlhf_exp.report.run.data import CalibrationBar
 
 PPO = [
     {
@@ -86,7 +86,7 @@ def test_sft_and_reward_model_have_training_and_validation() -> None:
 
 
 def test_calibration_has_exact_intervals() -> None:
-    bins = [CalibrationBin(0.9, 0.8, 10), CalibrationBin(0.6, 0.5, 46), CalibrationBin(0.7, 1, 0)]
+    bins = [CalibrationBar(0.9, 0.8, 10), CalibrationBar(0.6, 0.5, 46), CalibrationBar(0.7, 1, 0)]
     (chart,) = reward_charts([], bins)
     (line,) = chart.lines
     assert list(line.x) == [0.6, 0.9]  # sorted, the empty bin left out

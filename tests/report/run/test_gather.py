@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.report.run.data import CalibrationBin
+from rlhf_exp.report.run.data import CalibrationBar
 from rlhf_exp.report.run.gather import gather, loading_code
 from rlhf_exp.store.artifact import Artifact, Manifest
 
@@ -107,7 +107,7 @@ def test_everything_of_a_whole_run(tmp_path: Path) -> None:
     assert found.metrics["sft"] == [{"global_step": 1, "loss/total": 2.5}]
     assert set(found.metrics) == {"sft", "reward", "ppo"}
     assert found.evaluation == {"rows": []}
-    assert found.calibration == [CalibrationBin(0.6, 0.5, 4)]
+    assert found.calibration == [CalibrationBar(0.6, 0.5, 4)]
     assert found.kl_target == 6.0
     assert found.usage[0][1] == loading_code(tmp_path / "store" / "ppo" / "ppokey" / "model")
     assert found.usage[1][1] == "rlhf-exp chat ppokey --against sft"

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from rlhf_exp.evaluation.comparison import QuickResult, quick_comparison
-from rlhf_exp.report.run.data import CalibrationBin, ReportData, Sample, SampleSide, StageRow
+from rlhf_exp.report.run.data import CalibrationBar, ReportData, Sample, SampleSide, StageRow
 from rlhf_exp.report.run.page import build_report, config_sections, render_page, rule_of, samples_of
 
 Compare = Callable[..., QuickResult]
@@ -71,7 +71,7 @@ def example(compare: Compare, **changes: Any) -> ReportData:
             "ppo": [{"global_step": s, "reward/mean": s, "kl/sequence": s} for s in steps],
         },
         "evaluation": compare().to_json(),
-        "calibration": [CalibrationBin(0.6, 0.6, 20)],
+        "calibration": [CalibrationBar(0.6, 0.6, 20)],
         "usage": [("Load it", "model = load('x')")],
         "warnings": ["11 prompts were cut"],
     }

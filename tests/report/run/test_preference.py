@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_exp.annotation.campaign import About, Choice, Study, Vote, item_of
+from rlhf_exp.annotation.campaign import Campaign, CampaignInfo, Choice, Vote, item_of
 from rlhf_exp.annotation.results import standings
 from rlhf_exp.evaluation.judges.human_agreement import (
     Judgment,
@@ -22,7 +22,7 @@ from rlhf_exp.evaluation.judges.human_agreement import (
     people_of,
     quality,
 )
-from rlhf_exp.evaluation.judges.llm import Usage
+from rlhf_exp.evaluation.judges.llm import TokenUsage
 from rlhf_exp.evaluation.judges.protocol import Verdict
 from rlhf_exp.report.run import preference
 from rlhf_exp.report.run.gather import gather
@@ -40,7 +40,7 @@ def plain() -> dict[str, Any]:
     llm += [Verdict(0), Verdict(0, orders=(None, 1), unparsed=True)] * 5
     judgments = [
         Judgment.of("reward", "reward model", reward),
-        Judgment.of("llm", NAME, llm, usage=Usage(170, 10, 3, 12_345, 678, 5)),
+        Judgment.of("llm", NAME, llm, usage=TokenUsage(170, 10, 3, 12_345, 678, 5)),
     ]
     ratings = [[1, 1], [-1, -1], [0, 1], [-1, -1]]
     comparison = {
@@ -114,7 +114,7 @@ def test_people_who_judged_the_run_itself(plain: dict[str, Any]) -> None:
 NBSP = "\N{NO-BREAK SPACE}"
 
 
-def study(outputs: Path, wins: int, ties: int, losses: int, **changes: Any) -> Study:
+def study(outputs: Path, wins: int, ties: int, losses: int, **changes: Any) -> Campaign:
     """Return a study of `eval/evalkey` whose one annotator prefers b, neither and a so often."""
     items = [item_of(f"prompt {n}", "a", "b") for n in range(wins + ties + losses)]
     values = {
@@ -125,9 +125,9 @@ def study(outputs: Path, wins: int, ties: int, losses: int, **changes: Any) -> S
         "criteria": ("overall",),
         "instructions": "",
     }
-    made = Study.create(
+    made = Campaign.create(
         outputs / "human" / f"{changes.get('source', 'demo').replace('/', '-')}.sqlite",
-        About(**{**values, **changes}),
+        CampaignInfo(**{**values, **changes}),
         items,
     )
     made.invite(["anna"])

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from rlhf_exp.evaluation.statistics import Estimate
 from rlhf_exp.evaluation.toxicity.summary import Agreement, ToxicitySummary, summarise_splits
-from rlhf_exp.report.run.toxicity import Group, dot_chart, print_toxicity, render
+from rlhf_exp.report.run.toxicity import ToxicityGroup, dot_chart, print_toxicity, render
 
 OWN = [0.1] * 40 + [0.9] * 24 + [None] * 3
 
@@ -107,7 +107,7 @@ def test_the_terminal() -> None:
 
 def test_where_dots_and_intervals_lie() -> None:
     """The axis goes from 0 at x=8 to 1.04 * 0.5 = 0.52 at x=328."""
-    groups = [Group("all", [Estimate(0.25, 0.1, 0.5), Estimate(0.3, -np.inf, np.inf)])]
+    groups = [ToxicityGroup("all", [Estimate(0.25, 0.1, 0.5), Estimate(0.3, -np.inf, np.inf)])]
     figure = dot_chart("Mean", ["a", "b"], groups)
     scale = 320 / 0.52
     circles = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', figure)]

@@ -14,7 +14,7 @@ from scipy import stats
 from rlhf_exp.report.sweep.charts import explained, levels_of
 from rlhf_exp.report.sweep.data import (
     Origin,
-    Point,
+    RunPoint,
     best_of,
     difference,
     flatten,
@@ -26,8 +26,8 @@ from rlhf_exp.report.sweep.data import (
 )
 
 
-def point(key: str, objective: float | None, status: str = "done", **settings: str) -> Point:
-    return Point("kl", key, status, (), settings, "0", objective, {})
+def point(key: str, objective: float | None, status: str = "done", **settings: str) -> RunPoint:
+    return RunPoint("kl", key, status, (), settings, "0", objective, {})
 
 
 def test_the_interval_over_seeds_is_the_percentile_bootstrap() -> None:

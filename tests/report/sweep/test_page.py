@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.report.sweep.charts import Palette, curves, frontier
-from rlhf_exp.report.sweep.data import Importance, Point, Sweep
+from rlhf_exp.report.sweep.data import Importance, RunPoint, Sweep
 from rlhf_exp.report.sweep.page import render_sweep
 from tests.report.sweep.lab import Lab, swept
 from tests.report.sweep.test_gather import gathered
@@ -43,15 +43,15 @@ def digest(text: str) -> str:
     return b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def point(number: int, **settings: str) -> Point:
+def point(number: int, **settings: str) -> RunPoint:
     rows = [
         {"global_step": step, "eval/reward_mean": step / 10, "eval/kl_sequence": kl}
         for step, kl in ((0, -0.5), (5, 1.0), (9, 4.0))
     ]
-    return Point("kl", f"k{number}", "done", (), settings, "", float(number), {}, rows)
+    return RunPoint("kl", f"k{number}", "done", (), settings, "", float(number), {}, rows)
 
 
-def sweep(*points: Point, **more: object) -> Sweep:
+def sweep(*points: RunPoint, **more: object) -> Sweep:
     varied = tuple(points[0].settings)
     return Sweep("kl", points, varied, "ppo", "reward", **more)  # type: ignore[arg-type]
 
@@ -143,6 +143,8 @@ def test_importance_is_a_bar_for_each_hyperparameter() -> None:
     assert "60 complete trials" in section
 
 
-@pytest.mark.parametrize("points", [[point(0)], [Point("a", "k", "running", (), {}, "", None, {})]])
-def test_a_page_of_hardly_anything(points: list[Point]) -> None:
+@pytest.mark.parametrize(
+    "points", [[point(0)], [RunPoint("a", "k", "running", (), {}, "", None, {})]]
+)
+def test_a_page_of_hardly_anything(points: list[RunPoint]) -> None:
     assert "Not shown" in render_sweep(sweep(*points, importance=Importance(0, reason="x")))

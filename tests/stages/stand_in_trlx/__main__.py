@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "rlhf_exp" / "trlx" / "worker"))
-from trlx_line import Line
+from trlx_line import WorkerChannel
 
 UPDATE = {
     "losses/total_loss": 1.0,
@@ -45,7 +45,7 @@ def rows(path: str) -> list[dict]:
 
 
 class StandIn:
-    def __init__(self, line: Line, plan: dict) -> None:
+    def __init__(self, line: WorkerChannel, plan: dict) -> None:
         self.line, self.plan = line, plan
         train = plan["config"]["train"]
         self.steps, self.every = train["total_steps"], train["eval_interval"]
@@ -93,7 +93,7 @@ class StandIn:
         assert not order
 
 
-line = Line(int(sys.argv[1]))
+line = WorkerChannel(int(sys.argv[1]))
 told = line.ask(kind="hello", versions={"trlx": "0.7.0", "torch": torch.__version__})
 try:
     StandIn(line, json.loads(Path(told["plan"]).read_text())).run()

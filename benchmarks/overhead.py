@@ -18,13 +18,14 @@ not have. `--more` adds pairs to the last readings; `--again` only makes their t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
@@ -135,18 +136,22 @@ def bare_loop(
     conclude: Callable[[Any], object],
 ) -> object:
     """Do what `training.trainer.train` does to the weights, and nothing else."""
-    from rlhf_exp.stages.training import optim_settings
     from rlhf_exp.training.optim import build_optimizer, set_lr
     from rlhf_exp.training.trainer import TrainingResult
 
-    optim = optim_settings(section, steps)
-    build = partial(build_optimizer, task.module, optim)
-    task.attach(world.prepare(task.module, build, optim.grad_norm))
+    build = partial(build_optimizer, task.module, section)
+    task.attach(world.prepare(task.module, build, section.grad_norm))
     task.evaluate()
-    for step in range(steps):
-        set_lr(world.strategy.optimizer, optim, step)
-        task.accumulate(step, world.backward)
+    done = itertools.count()
+
+    def update(losses: Iterable[Any]) -> None:
+        set_lr(world.strategy.optimizer, section, next(done), steps)
+        for loss in losses:
+            world.backward(loss)
         world.strategy.step()
+
+    for iteration in range(steps // task.updates):
+        task.iterate(iteration, update)
     task.evaluate()
     world.release(None)
     outcome = TrainingResult({}, None, "", steps, steps, steps, None)

@@ -25,6 +25,13 @@ from transformers import GPTNeoXForCausalLM  # noqa: F401 - loaded before memory
 from rlhf_exp.algo.advantages import RewardScaler
 from rlhf_exp.algo.kl import FixedKL
 from rlhf_exp.batch import Prompts, Samples
+from rlhf_exp.config.training import (
+    GenerationConfig,
+    PpoConfig,
+    PpoRewardConfig,
+    Schedule,
+    Select,
+)
 from rlhf_exp.data.batching import prompts_batch
 from rlhf_exp.data.tokenized import Ragged, TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
@@ -36,12 +43,11 @@ from rlhf_exp.models.reference import reference_of
 from rlhf_exp.models.reward_model import RewardModel, adopt_trunk
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.tracking.tracker import NullTracker
-from rlhf_exp.training.optim import OptimSettings
-from rlhf_exp.training.ppo import ExperienceCollector, ExperienceSettings, PpoSettings, PpoTask
+from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.reward_scorer import ModelScorer, Scorer
 from rlhf_exp.training.scorers import SharedTrunkScorer
 from rlhf_exp.training.task import Evaluation
-from rlhf_exp.training.trainer import LoopContext, LoopSettings, train
+from rlhf_exp.training.trainer import TrainingContext, train
 from side_by_side.protocol import Line, Reading, peak_bytes, resident_bytes
 from side_by_side.reward import counted_share
 from side_by_side.setting import Setting
@@ -145,23 +151,41 @@ def policy_of(setting: Setting) -> Policy:
     )
 
 
+def section_of(setting: Setting) -> PpoConfig:
+    """Return the setting as the config has it."""
+    return PpoConfig(
+        seed=setting.seed,
+        rollouts=setting.rollouts,
+        batch=setting.rollouts // setting.minibatches,
+        epochs=setting.epochs,
+        lr=setting.lr,
+        schedule=Schedule.constant,
+        warmup_steps=0,
+        betas=[0.9, setting.beta2],
+        weight_decay=0.0,
+        grad_norm=math.inf,
+        gamma=setting.gamma,
+        lam=setting.lam,
+        clip_range=setting.clip_range,
+        clip_range_value=setting.clip_range,
+        vf_coef=setting.vf_coef,
+        entropy_coef=0.0,
+        reward=PpoRewardConfig(clip=None, missing_eos_penalty=0.0),
+        generation=GenerationConfig(temperature=1.0, batch=setting.rollouts // setting.minibatches),
+        eval_every=FOREVER,
+        checkpoint_every=FOREVER,
+        keep_checkpoints=1,
+        select=Select.last,
+    )
+
+
 def task_of(setting: Setting, world: World) -> PpoTask:
     """Return PPO's task for the setting."""
     policy = policy_of(setting)
     counted = setting.counted_reward
     scorer = counted_scorer(setting) if counted else model_scorer(setting, world, policy)
     shares = isinstance(scorer, SharedTrunkScorer)
-    experience = ExperienceSettings(
-        rollouts=setting.rollouts,
-        temperature=1.0,
-        gamma=setting.gamma,
-        lam=setting.lam,
-        reward_clip=None,
-        missing_eos_penalty=0.0,
-        batch=setting.rollouts // setting.minibatches,
-        reuse_states=True,
-        seed=setting.seed,
-    )
+    section = section_of(setting)
     collector = ExperienceCollector(
         policy=policy,
         reference=reference_of(policy),
@@ -171,40 +195,18 @@ def task_of(setting: Setting, world: World) -> PpoTask:
         original_scores=None,
         scaler=RewardScaler("none"),
         controller=FixedKL(setting.kl_coef),
-        settings=experience,
+        section=section,
+        reuse_states=True,
         world=world,
     )
-    settings = PpoSettings(
-        rollouts=setting.rollouts,
-        batch=setting.rollouts // setting.minibatches,
-        micro_batch=None,
-        epochs=setting.epochs,
-        clip_range=setting.clip_range,
-        clip_range_value=setting.clip_range,
-        vf_coef=setting.vf_coef,
-        entropy_coef=0.0,
-        temperature=1.0,
-        kl_stop=None,
-        seed=setting.seed,
-    )
-    return PpoTask(policy, collector, lambda: Evaluation({}, 0.0), settings, world)
+    return PpoTask(policy, collector, lambda: Evaluation({}, 0.0), section, world)
 
 
 def iterate(setting: Setting, line: Line, started_bytes: int) -> None:
     """Train until the harness wants no more."""
-    optim = OptimSettings(
-        lr=setting.lr,
-        schedule="constant",
-        warmup_steps=0,
-        steps=FOREVER,
-        betas=(0.9, setting.beta2),
-        weight_decay=0.0,
-        grad_norm=math.inf,
-    )
-    settings = LoopSettings(optim, FOREVER, FOREVER, keep_checkpoints=1, select_best=False)
     held = Held(line, setting, started_bytes)
     with world_of("float32", int(os.environ["OMP_NUM_THREADS"])) as world:
-        context = LoopContext(
+        context = TrainingContext(
             world=world,
             folder=setting.path("native_output"),
             tracker=lambda _: held,
@@ -212,7 +214,7 @@ def iterate(setting: Setting, line: Line, started_bytes: int) -> None:
             before_write=lambda: None,
             interrupted=lambda: False,
         )
-        train(task_of(setting, world), settings, context)
+        train(task_of(setting, world), section_of(setting), FOREVER, context)
 
 
 def sample_only(setting: Setting, line: Line, started_bytes: int) -> None:

@@ -269,6 +269,11 @@ class PpoConfig(TrainingConfig):
         neutral=None,
     )
 
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of one iteration; the last one of an epoch may have fewer rollouts."""
+        return -(-self.rollouts // self.batch) * self.epochs
+
 
 class LossOn(Enum):
     """Which tokens SFT learns to predict."""

@@ -10,13 +10,14 @@ A resumed run needs no saved data position beyond its step, and any process can 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlhf_exp.batch import Demonstrations, Preferences, Prompts
 from rlhf_exp.data.tokenized import TokenizedDemonstrations, TokenizedPreferences, TokenizedPrompts
@@ -160,3 +161,17 @@ def batch_index(n: int, batch: int, seed: int, step: int) -> np.ndarray:
         order = epoch_permutation(n, seed, epoch)
         parts.append(order[max(first - start, 0) : last - start])
     return np.concatenate(parts)
+
+
+def length_sorted_micro_batches(lengths: Tensor, rows: int | None) -> Iterator[Tensor]:
+    """Yield the numbers of the rows of each micro-batch, longest rows first.
+
+    A micro-batch costs as much as its longest row, so rows of like length go together; the largest
+    comes first, so that what does not fit into memory fails at once.
+
+    Args:
+        lengths: [B] int64.
+        rows: Rows of a micro-batch; `None`: all in one.
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    yield from order.split(rows or max(len(order), 1))

@@ -192,6 +192,19 @@ class Policy(nn.Module):
             )
         return ResponseOutputs(logprobs, index.spread(self.value_head(picked)), entropy)
 
+    def logprobs(
+        self,
+        tokens: Tensor,
+        prompt_lengths: Tensor,
+        response_lengths: Tensor,
+        temperature: float,
+        states: Tensor | None = None,
+        width: int | None = None,
+    ) -> Tensor:
+        """Return the log-probabilities alone: one policy is another one's `Reference`."""
+        spans = (prompt_lengths, response_lengths)
+        return self.response_outputs(tokens, *spans, temperature, states, width=width).logprobs
+
     def target_logprobs(self, batch: Demonstrations) -> Tensor:
         """Return the log-probabilities [N] float32 of the batch's N target tokens, row by row."""
         mask = packed_mask_for(self.model, batch.segments)

@@ -7,15 +7,19 @@ width.
 from __future__ import annotations
 
 import copy
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_exp.batch import Samples
+from rlhf_exp.data.batching import length_sorted_micro_batches
 from rlhf_exp.models.frozen_trunk import Branch, decoder_parts
 from rlhf_exp.models.lora import adapter_off
-from rlhf_exp.models.policy import Policy, ResponseIndex, head_logprobs
+from rlhf_exp.models.policy import Policy, ResponseIndex, ResponseOutputs, head_logprobs
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -132,6 +136,63 @@ def reference_of(policy: Policy, dtype: torch.dtype | None = None) -> Reference:
     if policy.cut is not None:
         return SharedTrunkReference(policy, dtype)
     return FullReference(_cast(copy.deepcopy(policy.model), dtype))
+
+
+class Compared(NamedTuple):
+    """Policy and reference on the same responses, of one micro-batch.
+
+    Attributes:
+        rows: [b] int64, numbers of the rows.
+        policy: Of the policy, for `T` response tokens.
+        ref_logprobs: [b, T] float32 of the reference.
+        states: [b, S', D] that entered the policy's training blocks, or `None`.
+    """
+
+    rows: Tensor
+    policy: ResponseOutputs
+    ref_logprobs: Tensor
+    states: Tensor | None
+
+
+@torch.no_grad()
+def compare_with_reference(
+    policy: Policy,
+    reference: Reference,
+    samples: Samples,
+    temperature: float,
+    batch: int,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    states: Tensor | None = None,
+    with_entropy: bool = False,
+    width: int | None = None,
+) -> Iterator[Compared]:
+    """Run policy and reference over all responses, in micro-batches of rows of like length.
+
+    Args:
+        policy: The policy; its frozen trunk is run once for both.
+        reference: The reference.
+        samples: B responses with their prompts, on the policy's device.
+        temperature: Of the log-probabilities.
+        batch: Rows of a micro-batch.
+        autocast: Makes the context of mixed precision.
+        states: [B, S, D] that enter the training blocks, where they are known already.
+        with_entropy: Whether the policy's entropy is wanted.
+        width: Columns of the results; by default those of a micro-batch's longest response.
+    """
+    lengths = (samples.prompt_lengths + samples.response_lengths).cpu()
+    for rows in length_sorted_micro_batches(lengths, batch):
+        longest = int(lengths[rows].max())
+        tokens = samples.tokens[rows, :longest]
+        spans = (samples.prompt_lengths[rows], samples.response_lengths[rows])
+        with autocast():
+            given = None if states is None else states[rows, :longest].to(tokens.device)
+            if given is None and policy.cut is not None:
+                given = policy.trunk_states(tokens)
+            outputs = policy.response_outputs(
+                tokens, *spans, temperature, states=given, with_entropy=with_entropy, width=width
+            )
+            expected = reference.logprobs(tokens, *spans, temperature, states=given, width=width)
+        yield Compared(rows, outputs, expected, given)
 
 
 def _cast(module: Module, dtype: torch.dtype | None) -> Module:

@@ -19,6 +19,7 @@ How to sample.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,9 @@ from rlhf_exp.rollout.token_sampling import draw, truncated, uniform, usable
 from rlhf_exp.rollout.transcript import KeptStates, Stopper, Transcript
 
 __all__ = ["Sampling", "sample"]
+
+Sampler = Callable[[Prompts], Samples]
+"""Answers prompts."""
 
 
 def sample(

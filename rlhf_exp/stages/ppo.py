@@ -31,12 +31,9 @@ from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.ppo_inputs import (
     controller,
     exact,
-    experience_settings,
     original_scores,
     ppo_prompts,
-    ppo_settings,
     round_up_to_iterations,
-    validation_settings,
 )
 from rlhf_exp.stages.scorers import NOTE, training_scorer
 from rlhf_exp.stages.training import (
@@ -72,15 +69,14 @@ def run(config: Config, context: StageContext) -> StageResult:
         reference = reference_of(policy, world.weights_dtype)
         keep_small_updates(policy)
         scorer = training_scorer(config, context, codec, world, policy)
-        settings = ppo_settings(section)
         task = PpoTask(
             policy,
             _collector(config, context, policy, reference, scorer, prompts, codec, world),
             _validator(config, policy, reference, scorer, validation, codec, world),
-            settings,
+            section,
             world,
         )
-        steps = round_up_to_iterations(section.steps, settings.updates)
+        steps = round_up_to_iterations(section.steps, task.updates)
         conclude = partial(save_models, config, context, world, policy, codec.tokenizer)
         outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
         if outcome.pruned:
@@ -112,7 +108,8 @@ def _collector(
         originals,
         RewardScaler(section.reward.scale.value),
         controller(section),
-        experience_settings(config),
+        section,
+        exact(config),
         world,
     )
 
@@ -129,9 +126,7 @@ def _validator(
     section = config.ppo
     seed = section.seed + VALIDATION_STREAM
     sampler = sampler_for(config, policy, codec, world, seed, capture=False)
-    return Validator(
-        policy, reference, sampler, scorer, prompts, codec, validation_settings(section), world
-    )
+    return Validator(policy, reference, sampler, scorer, prompts, codec, section, world)
 
 
 def build_policy(config: Config, context: StageContext) -> Policy:

@@ -1,8 +1,6 @@
 """The prompts that PPO answers, as token ids.
 
 Scores of the data set's own responses, computed once for all runs that share a reward.
-
-From the config's `ppo` section to the settings of the engine.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from rlhf_exp.algo.kl import AdaptiveKL, FixedKL, KLController
 from rlhf_exp.config.experiment import Config, Dtype
-from rlhf_exp.config.training import PpoConfig, Scale, SelectBy
+from rlhf_exp.config.training import PpoConfig
 from rlhf_exp.data.batching import batch_index, joined
 from rlhf_exp.data.rows import Prompt
 from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
@@ -27,8 +25,6 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.store.fingerprint import file_digest, key_of
 from rlhf_exp.training.memory import ITERATIONS
-from rlhf_exp.training.ppo import ExperienceSettings, PpoSettings
-from rlhf_exp.training.ppo_validation import ValidationSettings
 from rlhf_exp.training.reward_scorer import Scorer, score_shared
 from rlhf_exp.training.scorers import ServerScorer
 
@@ -98,8 +94,7 @@ def original_scores(
 def _used(config: Config, count: int, only: int | None = None) -> list[np.ndarray]:
     """Return the prompts that each iteration is the first to meet, of all or the first `only`."""
     section = config.ppo
-    updates = -(-section.rollouts // section.batch) * section.epochs
-    iterations = only or -(-section.steps // updates)
+    iterations = only or -(-section.steps // section.updates)
     seen = np.zeros(count, dtype=bool)
     found = []
     for iteration in range(iterations):
@@ -181,49 +176,3 @@ def controller(section: PpoConfig) -> KLController:
     """Return what sets the KL coefficient."""
     kl = section.kl
     return FixedKL(kl.coef) if kl.target is None else AdaptiveKL(kl.coef, kl.target, kl.horizon)
-
-
-def ppo_settings(section: PpoConfig) -> PpoSettings:
-    """Return the sizes and coefficients of the updates."""
-    return PpoSettings(
-        rollouts=section.rollouts,
-        batch=section.batch,
-        micro_batch=section.micro_batch,
-        epochs=section.epochs,
-        clip_range=section.clip_range,
-        clip_range_value=section.clip_range_value,
-        vf_coef=section.vf_coef,
-        entropy_coef=section.entropy_coef,
-        temperature=section.generation.temperature,
-        kl_stop=section.kl.stop,
-        seed=section.seed,
-    )
-
-
-def experience_settings(config: Config) -> ExperienceSettings:
-    """Return how experience is collected."""
-    section = config.ppo
-    return ExperienceSettings(
-        rollouts=section.rollouts,
-        temperature=section.generation.temperature,
-        gamma=section.gamma,
-        lam=section.lam,
-        reward_clip=section.reward.clip,
-        missing_eos_penalty=section.reward.missing_eos_penalty,
-        batch=section.generation.batch,
-        reuse_states=exact(config),
-        seed=section.seed,
-    )
-
-
-def validation_settings(section: PpoConfig) -> ValidationSettings:
-    """Return how validation prompts are answered, and what the best weights are selected by."""
-    return ValidationSettings(
-        section.eval_prompts,
-        section.generation.temperature,
-        section.generation.batch,
-        section.kl.coef if section.kl.select_coef is None else section.kl.select_coef,
-        scaled=section.reward.scale != Scale.none,
-        kl_budget=section.kl.budget,
-        by_wins=section.select_by is SelectBy.win_rate,
-    )

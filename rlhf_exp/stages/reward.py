@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.config.experiment import Config
-from rlhf_exp.config.training import RewardInit
+from rlhf_exp.config.training import RewardConfig, RewardInit
 from rlhf_exp.data.batching import joined
 from rlhf_exp.data.rows import Preference, part_of, prompt_key
 from rlhf_exp.data.tokenized import (
@@ -34,7 +34,7 @@ from rlhf_exp.stages.training import (
     steps_of,
     world_for,
 )
-from rlhf_exp.training.reward import RewardSettings, RewardTask, pair_scores
+from rlhf_exp.training.reward import RewardTask, pair_scores
 from rlhf_exp.training.reward_scorer import ModelScorer, score_shared
 from rlhf_exp.training.trainer import TrainingResult
 
@@ -55,8 +55,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         codec, model = _initial(config, context)
         pairs = _tokenize(chosen, codec, config, context)
         held_out = _tokenize(rows.validation or rows.train[:100], codec, config, context)
-        settings = RewardSettings(section.batch, section.micro_batch, section.seed)
-        task = RewardTask(model, pairs, held_out, settings, world)
+        task = RewardTask(model, pairs, held_out, section, world)
         # Counted before scoring freezes the model.
         facts = parameter_facts(model) | {"pairs": len(pairs), "cut_prompts": pairs.cut}
         steps = steps_of(section.steps, section.epochs, len(pairs), section.batch)
@@ -66,7 +65,7 @@ def run(config: Config, context: StageContext) -> StageResult:
             metrics = normalise()
             if rows.test:
                 test = _tokenize(rows.test, codec, config, context)
-                metrics |= _test(task, test, settings, world, context)
+                metrics |= _test(task, test, section, world, context)
             save_models(config, context, world, model, codec.tokenizer, outcome, normalise)
             return metrics
 
@@ -135,12 +134,12 @@ def _whole(demonstrations: TokenizedDemonstrations) -> tuple[Tensor, Tensor, Ten
 def _test(
     task: RewardTask,
     pairs: TokenizedPreferences,
-    settings: RewardSettings,
+    section: RewardConfig,
     world: World,
     context: StageContext,
 ) -> dict[str, float]:
     """Return accuracy on test pairs with its 95 % interval, and leave the calibration curve."""
-    chosen, rejected = pair_scores(task.scores, pairs, settings, world)
+    chosen, rejected = pair_scores(task.scores, pairs, section, world)
     margins = (chosen - rejected).numpy()
     correct = int((margins > 0).sum())
     interval = clopper_pearson(correct, len(margins))

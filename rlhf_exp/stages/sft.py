@@ -31,7 +31,7 @@ from rlhf_exp.stages.training import (
     steps_of,
     world_for,
 )
-from rlhf_exp.training.sft import SftSettings, SftTask
+from rlhf_exp.training.sft import SftTask
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,7 @@ def run(config: Config, context: StageContext) -> StageResult:
             seed=section.seed,
         ).set_gradient_checkpointing(section.gradient_checkpointing)
         keep_small_updates(policy)
-        settings = SftSettings(section.batch, section.micro_batch, section.seed)
-        task = SftTask(policy, train_rows, validation, settings, world)
+        task = SftTask(policy, train_rows, validation, section, world)
         steps = steps_of(section.steps, section.epochs, len(train_rows), section.batch)
         conclude = partial(save_models, config, context, world, policy, codec.tokenizer)
         outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import rlhf_exp
 from rlhf_exp.config.compose import to_dict
 from rlhf_exp.config.experiment import Config, Dtype
-from rlhf_exp.config.training import Select, TrainingConfig
+from rlhf_exp.config.training import TrainingConfig
 from rlhf_exp.distributed.world import Precision, World, world_of
 from rlhf_exp.models.lora import LoraSettings
 from rlhf_exp.models.policy import Policy
@@ -44,11 +44,9 @@ from rlhf_exp.tracking.alerts import AlertRules
 from rlhf_exp.tracking.create import open_tracker
 from rlhf_exp.tracking.progress_bar import StageProgress
 from rlhf_exp.tracking.tracker import NullTracker, Tracker
-from rlhf_exp.training.checkpoint import SnapshotRules
 from rlhf_exp.training.memory import ITERATIONS, ProbeFinished, Recorder
-from rlhf_exp.training.optim import OptimSettings
 from rlhf_exp.training.task import Task
-from rlhf_exp.training.trainer import LoopContext, LoopSettings, TrainingResult, train
+from rlhf_exp.training.trainer import TrainingContext, TrainingResult, train
 
 log = logging.getLogger(__name__)
 
@@ -113,20 +111,10 @@ def run_loop(
         watch: Metrics of the progress bar.
         conclude: Leaves the model in `context.folder`; may return further metrics.
     """
-    settings = LoopSettings(
-        optim=optim_settings(section, steps),
-        eval_every=section.eval_every,
-        checkpoint_every=section.checkpoint_every,
-        keep_checkpoints=section.keep_checkpoints,
-        select_best=section.select == Select.best,
-        keep=SnapshotRules(
-            section.keep_every, Select.best in section.keep, Select.last in section.keep
-        ),
-    )
     if world.is_main:
         _warn_of_warmup(context.stage, section, steps)
     if context.probe is not None:
-        probe_loop(settings, task, world, context, context.probe)
+        probe_loop(section, steps, task, world, context, context.probe)
 
     def conclude_tracked(outcome: TrainingResult, tracker: Tracker) -> Mapping[str, float]:
         found = conclude(outcome) or {}
@@ -137,7 +125,7 @@ def run_loop(
         StageProgress(context.stage, steps, watch, shown=world.is_main) as progress,
         context.polite_interrupts() as interrupted,
     ):
-        loop = LoopContext(
+        loop = TrainingContext(
             world=world,
             folder=context.folder,
             tracker=lambda resume: tracker_for(config, context, resume, world),
@@ -147,7 +135,7 @@ def run_loop(
             given_up=context.given_up,
             conclude=conclude_tracked,
         )
-        return train(task, settings, loop)
+        return train(task, section, steps, loop)
 
 
 def _warn_of_warmup(stage: str, section: TrainingConfig, steps: int) -> None:
@@ -159,19 +147,6 @@ def _warn_of_warmup(stage: str, section: TrainingConfig, steps: int) -> None:
             "lower %s.warmup_steps",
             *(stage, steps, section.warmup_steps, stage, section.lr, stage),
         )
-
-
-def optim_settings(section: TrainingConfig, steps: int) -> OptimSettings:
-    """Return the optimizer and the schedule of a stage that takes so many steps."""
-    return OptimSettings(
-        lr=section.lr,
-        schedule=section.schedule.value,
-        warmup_steps=section.warmup_steps,
-        steps=steps,
-        betas=(section.betas[0], section.betas[1]),
-        weight_decay=section.weight_decay,
-        grad_norm=section.grad_norm,
-    )
 
 
 def steps_of(steps: int | None, epochs: float | None, rows: int, batch: int) -> int:
@@ -198,7 +173,8 @@ def parameter_facts(module: nn.Module) -> dict[str, float | int | str]:
 
 
 def probe_loop(
-    settings: LoopSettings,
+    section: TrainingConfig,
+    steps: int,
     task: Task,
     world: World,
     context: StageContext,
@@ -211,21 +187,15 @@ def probe_loop(
             `evaluations` and `checkpoints` (how many the whole stage has) and `processes` (what
             `Recorder.to_json` returns in each of them, by rank).
     """
-    ends = [n for n in range(1, settings.optim.steps + 1) if task.at_boundary(n)]
+    ends = list(range(task.updates, steps + 1, task.updates))
     last = ends[: ITERATIONS[context.stage]][-1]
-    short = replace(
-        settings,
-        # The schedule's end comes earlier than in the whole stage; that costs nothing.
-        optim=replace(settings.optim, steps=last),
-        eval_every=last,
-        checkpoint_every=last,
-        keep=SnapshotRules(),
-    )
+    # The schedule's end comes earlier than in the whole stage; that costs nothing.
+    short = replace(section, eval_every=last, checkpoint_every=last, keep_every=None, keep=[])
     with (
         StageProgress(f"{context.stage} (probe)", last, (), shown=world.is_main) as progress,
         context.polite_interrupts() as interrupted,
     ):
-        loop = LoopContext(
+        loop = TrainingContext(
             world=world,
             folder=context.folder,
             tracker=lambda resume: recorder,
@@ -234,13 +204,13 @@ def probe_loop(
             interrupted=interrupted,
         )
         recorder.begin()
-        train(task, short, loop)
+        train(task, short, last, loop)
     raise ProbeFinished(
         {
-            "steps": settings.optim.steps,
+            "steps": steps,
             "iterations": len(ends),
-            "evaluations": 1 + _due(ends, settings.eval_every),
-            "checkpoints": _due(ends, settings.checkpoint_every),
+            "evaluations": 1 + _due(ends, section.eval_every),
+            "checkpoints": _due(ends, section.checkpoint_every),
             "processes": world.all_gather_object(recorder.to_json()),
         }
     )

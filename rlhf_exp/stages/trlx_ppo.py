@@ -20,9 +20,7 @@ from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.ppo_inputs import (
     original_scores,
     ppo_prompts,
-    ppo_settings,
     round_up_to_iterations,
-    validation_settings,
 )
 from rlhf_exp.stages.scorers import scorer_for
 from rlhf_exp.stages.training import (
@@ -63,8 +61,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         plan = hand_over(handed, model, codec, prompts, validation, settings)
         del model
         select_best = config.ppo.select is Select.best
-        how = validation_settings(config.ppo)
-        judged = Judged(scorer, prompts, originals, validation, how, select_best, codec)
+        judged = Judged(scorer, prompts, originals, validation, config.ppo, select_best, codec)
         outcome, facts = _train(config, context, world, process, settings, judged, plan)
     shutil.rmtree(handed)
     if outcome.pruned:
@@ -126,9 +123,8 @@ def _publish(
 def trlx_settings(config: Config) -> TrlxSettings:
     """Return the run's sizes and coefficients."""
     section = config.ppo
-    updates = ppo_settings(section).updates
     return TrlxSettings(
-        steps=round_up_to_iterations(section.steps, updates),
+        steps=round_up_to_iterations(section.steps, section.updates),
         rollouts=section.rollouts,
         batch=section.batch,
         epochs=section.epochs,

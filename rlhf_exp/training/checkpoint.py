@@ -195,21 +195,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@dataclass(frozen=True)
-class SnapshotRules:
-    """Which weights outlast training, beside those that are published.
-
-    Attributes:
-        every: Optimizer steps between them; `None`: none.
-        best: Those best on validation.
-        last: Those of the last step.
-    """
-
-    every: int | None = None
-    best: bool = False
-    last: bool = False
-
-
 class Snapshots:
     """Files of trainable weights, named after their steps.
 

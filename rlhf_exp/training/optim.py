@@ -1,68 +1,46 @@
-"""AdamW with weight decay on matrices only, and the learning-rate schedule.
-
-Learning-rate schedules, as multipliers of the peak rate.
-
-Cutting batches into micro-batches of rows of like length.
-"""
+"""AdamW with weight decay on matrices only, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from rlhf_exp.config.training import TrainingConfig
 
 
-@dataclass(frozen=True)
-class OptimSettings:
-    """Optimizer and schedule of a stage.
+def build_optimizer(module: nn.Module, section: TrainingConfig) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters of `module`, as the stage's section says.
 
-    Attributes:
-        lr: Peak learning rate.
-        schedule: `constant`, `linear` or `cosine`.
-        warmup_steps: Optimizer steps of linear warm-up.
-        steps: Optimizer steps of the whole run.
-        betas: AdamW's betas.
-        weight_decay: Decoupled weight decay (Loshchilov and Hutter 2019), on matrices only.
-        grad_norm: L2 norm that gradients are clipped to.
+    Weight decay is decoupled (Loshchilov and Hutter 2019).
     """
-
-    lr: float
-    schedule: Schedule
-    warmup_steps: int
-    steps: int
-    betas: tuple[float, float]
-    weight_decay: float
-    grad_norm: float
-
-
-def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters of `module`."""
     trainable = [tensor for tensor in module.parameters() if tensor.requires_grad]
     matrices = [tensor for tensor in trainable if tensor.ndim >= 2]
     vectors = [tensor for tensor in trainable if tensor.ndim < 2]
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": matrices, "weight_decay": section.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    betas = (section.betas[0], section.betas[1])
     # The fused kernel is one launch for all tensors: 10 times less overhead on small models.
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=section.lr, betas=betas, eps=1e-8, fused=True)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, settings: OptimSettings, step: int) -> float:
-    """Set the learning rate of optimizer step `step` (from 0); it is a function of the step alone.
+def set_lr(
+    optimizer: torch.optim.Optimizer, section: TrainingConfig, step: int, steps: int
+) -> float:
+    """Set and return the learning rate of optimizer step `step` (from 0) of `steps`.
 
     No scheduler object means no scheduler state to store, and none that a wrapper advances by the
     number of processes.
     """
-    factor = lr_multiplier(settings.schedule, step, settings.steps, settings.warmup_steps)
+    factor = lr_multiplier(section.schedule.value, step, steps, section.warmup_steps)
     for group in optimizer.param_groups:
-        group["lr"] = settings.lr * factor
-    return settings.lr * factor
+        group["lr"] = section.lr * factor
+    return section.lr * factor
 
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -100,17 +78,3 @@ def lr_multiplier(
     else:
         remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
     return floor + (1.0 - floor) * remaining
-
-
-def length_sorted_micro_batches(lengths: Tensor, rows: int | None) -> Iterator[Tensor]:
-    """Yield the numbers of the rows of each micro-batch, longest rows first.
-
-    A micro-batch costs as much as its longest row, so rows of like length go together; the largest
-    comes first, so that what does not fit into memory fails at once.
-
-    Args:
-        lengths: [B] int64.
-        rows: Rows of a micro-batch; `None`: all in one.
-    """
-    order = torch.argsort(lengths, descending=True, stable=True)
-    yield from order.split(rows or max(len(order), 1))

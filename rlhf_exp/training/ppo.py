@@ -1,27 +1,31 @@
 """Proximal policy optimisation against a reward, with a KL penalty to the initial policy.
 
-An iteration samples `rollouts` responses (`experience.py`) and passes over them `epochs` times in
-minibatches; each minibatch is one optimizer step of the shared loop. The run can stop and resume
-between iterations.
+One iteration is `PpoTask.iterate`: collect experience, then learn from it.
+
+1. Sample responses y ~ pi(.|x) to the next prompts.
+2. Score them: r(x, y), from the reward model or the user's own scorer.
+3. One forward of policy and reference over all responses: log pi, V, log pi_ref.
+4. Rewards of tokens: r_t = -beta (log pi_t - log pi_ref,t), plus the score at the last token.
+5. Advantages A_t by GAE, returns R_t = A_t + V_t; the advantages are whitened.
+6. `epochs` passes over the rollouts in minibatches, an optimizer step each, on
+   L = -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + vf_coef L_V - entropy_coef H,
+   with the ratio rho = pi_new / pi.
+7. The KL controller sets beta for the next iteration.
+
+The run stops and resumes between iterations: the rollouts of the next one depend on nothing but
+the weights, beta and the moments of the scores.
 
 Source: Schulman et al. 2017 (PPO), Ziegler et al. 2019 (KL-penalised rewards for language models).
 
-n rows of a minibatch in this process, T response tokens.
-
-One iteration's experience: sample, score, assess, shape, estimate advantages.
-
-B rollouts of this process, S tokens, T response tokens, D width.
-
-What is reported of one iteration's experience.
-
-B rollouts of this process, T response tokens.
+B rollouts of this process in an iteration, n of them in a minibatch, S tokens, T response tokens,
+D width.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -31,61 +35,26 @@ from torch import Tensor, nn
 
 from rlhf_exp.algo.advantages import RewardScaler, clip, delta, gae, shape_rewards, whiten
 from rlhf_exp.algo.kl import KLController, k1, k3, sequence_kl
-from rlhf_exp.algo.losses import entropy_bonus, policy_loss, value_loss
+from rlhf_exp.algo.losses import PolicyStats, ValueStats, entropy_bonus, policy_loss, value_loss
 from rlhf_exp.algo.masks import response_mask
-from rlhf_exp.batch import Finish, Prompts, Rollouts, Samples
-from rlhf_exp.data.batching import batch_index, epoch_permutation, prompts_batch
+from rlhf_exp.batch import Finish, Rollouts, Samples
+from rlhf_exp.config.training import PpoConfig
+from rlhf_exp.data.batching import (
+    batch_index,
+    epoch_permutation,
+    length_sorted_micro_batches,
+    prompts_batch,
+)
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.distributed.redistribute import redistribute, same_widths
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy, ResponseOutputs
-from rlhf_exp.models.reference import Reference
+from rlhf_exp.models.reference import Reference, compare_with_reference
+from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.training.metrics import MetricAccumulator
-from rlhf_exp.training.optim import length_sorted_micro_batches
 from rlhf_exp.training.reward_scorer import Scorer
 from rlhf_exp.training.scorers import score_samples
-from rlhf_exp.training.task import Evaluation
-
-
-@dataclass(frozen=True)
-class PpoSettings:
-    """Sizes and coefficients of the updates.
-
-    Attributes:
-        rollouts: Responses an iteration, over all processes.
-        batch: Rollouts of an optimizer step, over all processes.
-        micro_batch: Rows of one forward; `None`: a process's whole share.
-        epochs: Passes over an iteration's rollouts.
-        clip_range: Clip range of the probability ratio.
-        clip_range_value: Clip range of the value function.
-        vf_coef: Weight of the value loss.
-        entropy_coef: Weight of the entropy bonus.
-        temperature: Of all log-probabilities.
-        kl_stop: Stop above this sequence KL in nats; `None`: never.
-        seed: Of the order of rollouts within an epoch.
-    """
-
-    rollouts: int
-    batch: int
-    micro_batch: int | None
-    epochs: int
-    clip_range: float
-    clip_range_value: float
-    vf_coef: float
-    entropy_coef: float
-    temperature: float
-    kl_stop: float | None
-    seed: int
-
-    @property
-    def minibatches(self) -> int:
-        """Optimizer steps of one epoch; the last may be smaller."""
-        return -(-self.rollouts // self.batch)
-
-    @property
-    def updates(self) -> int:
-        """Optimizer steps of one iteration."""
-        return self.minibatches * self.epochs
+from rlhf_exp.training.task import Evaluation, Update
 
 
 class Evaluator(Protocol):
@@ -99,13 +68,13 @@ class Evaluator(Protocol):
 
 
 class PpoTask:
-    """What PPO brings to the loop.
+    """What PPO brings to the trainer.
 
     Args:
         policy: The policy, with its value head.
         collector: Makes each iteration's experience.
         evaluator: Answers validation prompts and scores the answers.
-        settings: Sizes and coefficients.
+        section: Sizes and coefficients.
         world: The processes.
     """
 
@@ -114,55 +83,71 @@ class PpoTask:
         policy: Policy,
         collector: ExperienceCollector,
         evaluator: Evaluator,
-        settings: PpoSettings,
+        section: PpoConfig,
         world: World,
     ) -> None:
         self.module: nn.Module = policy
         self.collector, self.evaluator = collector, evaluator
-        self.settings, self.world = settings, world
+        self.section, self.world = section, world
         self.meters = MetricAccumulator(world)
-        self.rollouts: Rollouts | None = None
         self._forward: Callable[..., Any] = policy
-        self._began = self._updating = 0.0
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of one iteration."""
+        return self.section.updates
 
     def attach(self, wrapped: nn.Module) -> None:
         """Send forward passes with gradients through the strategy's wrapper."""
         self._forward = wrapped
 
-    def accumulate(self, step: int, backward: Callable[[Tensor], None]) -> None:
-        """Compute the loss of one minibatch, collecting experience first where a new one begins."""
-        iteration, update = divmod(step, self.settings.updates)
-        if update == 0:
-            self._began = time.perf_counter()
-            with self.world.gathered():
-                rollouts = self.collector.collect(iteration, self.meters)
-            self.rollouts = same_widths(rollouts, self.world)
-            self._updating = time.perf_counter()
-        assert self.rollouts is not None, "a run resumes at the beginning of an iteration"
-        chosen = self._minibatch(iteration, update)
-        minibatch = redistribute(self.rollouts, chosen, self.world)
-        real = torch.from_numpy(self.world.share(len(chosen)).weights) > 0
+    def iterate(self, iteration: int, update: Update) -> None:
+        """Run one iteration: collect experience, pass over it `epochs` times, set beta."""
+        began = time.perf_counter()
+        with self.world.gathered():  # sharded parameters are whole while responses are sampled
+            rollouts = self.collector.collect(iteration, self.meters)
+        rollouts = same_widths(rollouts, self.world)
+        collected = time.perf_counter()
+        for number, rows in enumerate(self.minibatches(iteration)):
+            minibatch = redistribute(rollouts, rows, self.world)
+            update(self._losses(minibatch, len(rows), first=number == 0))
+        ended = time.perf_counter()
+        self.meters.add("time/update_s", ended - collected, 1.0)
+        self._metrics = self._finish(ended - began)
+
+    def minibatches(self, iteration: int) -> Iterator[np.ndarray]:
+        """Yield the rows of each optimizer step among all processes' rollouts, epoch by epoch."""
+        section = self.section
+        for epoch in range(section.epochs):
+            epochs_before = iteration * section.epochs + epoch
+            order = epoch_permutation(section.rollouts, section.seed, epochs_before)
+            for start in range(0, section.rollouts, section.batch):
+                yield order[start : start + section.batch]
+
+    def _losses(self, minibatch: Rollouts, count: int, first: bool) -> Iterator[Tensor]:
+        """Yield each micro-batch's part (0-dim) of the loss of a minibatch.
+
+        The loss is a mean over the response tokens of the whole minibatch, so that neither
+        micro-batches nor processes change the gradient.
+
+        Args:
+            minibatch: This process's share, filled up to the size of the others'.
+            count: Rollouts of the minibatch, over all processes.
+            first: Whether the policy is still the one that sampled.
+        """
+        real = torch.from_numpy(self.world.share(count).weights) > 0
         mask = minibatch.mask & real[:, None].to(self.world.device)
         minibatch = replace(minibatch, mask=mask)
-        normaliser = self.world.sum(mask.sum().double()).float()
+        tokens = self.world.sum(mask.sum().double()).float()
         lengths = (minibatch.prompt_lengths + minibatch.response_lengths).cpu()
-        parts = length_sorted_micro_batches(lengths, self.settings.micro_batch)
-        for part in self.world.micro_batches(parts):
-            longest = int(lengths[part].max())
-            backward(self._loss(minibatch.select(part), longest, normaliser, update == 0))
+        parts = length_sorted_micro_batches(lengths, self.section.micro_batch)
+        for rows in self.world.micro_batches(parts):
+            yield self._loss(minibatch.select(rows), int(lengths[rows].max()), tokens, first)
 
-    def _minibatch(self, iteration: int, update: int) -> np.ndarray:
-        """Return the numbers of a minibatch's rows among all processes' rollouts."""
-        settings = self.settings
-        epoch, number = divmod(update, settings.minibatches)
-        order = epoch_permutation(
-            settings.rollouts, settings.seed, iteration * settings.epochs + epoch
-        )
-        return order[number * settings.batch : (number + 1) * settings.batch]
-
-    def _loss(self, batch: Rollouts, longest: int, normaliser: Tensor, first: bool) -> Tensor:
-        """Return this micro-batch's part of the minibatch's loss (0-dim)."""
-        settings = self.settings
+    def _loss(self, batch: Rollouts, longest: int, tokens: Tensor, first: bool) -> Tensor:
+        """Return the loss (0-dim) of a micro-batch, divided by the minibatch's `tokens`."""
+        section = self.section
         width = int(batch.response_lengths.max())
         mask = batch.mask[:, :width]
         states = None if batch.states is None else batch.states[:, :longest]
@@ -171,9 +156,9 @@ class PpoTask:
                 tokens=batch.tokens[:, :longest],
                 prompt_lengths=batch.prompt_lengths,
                 response_lengths=batch.response_lengths,
-                temperature=settings.temperature,
+                temperature=section.generation.temperature,
                 states=None if states is None else states.to(self.world.device),
-                with_entropy=settings.entropy_coef > 0.0,
+                with_entropy=section.entropy_coef > 0.0,
                 width=width,
             )
         policy, policy_stats = policy_loss(
@@ -181,50 +166,37 @@ class PpoTask:
             batch.logprobs[:, :width],
             batch.advantages[:, :width],
             mask,
-            settings.clip_range,
-            normaliser,
+            section.clip_range,
+            tokens,
         )
         value, value_stats = value_loss(
             outputs.values,
             batch.values[:, :width],
             batch.returns[:, :width],
             mask,
-            settings.clip_range_value,
-            normaliser,
+            section.clip_range_value,
+            tokens,
         )
-        loss = policy + settings.vf_coef * value
+        loss = policy + section.vf_coef * value
         if outputs.entropy is not None:
-            loss = loss - settings.entropy_coef * entropy_bonus(outputs.entropy, mask, normaliser)
-        count = policy_stats.count
-        share = count / normaliser
-        self.meters.add("loss/total", loss, share)
-        self.meters.add("loss/policy", policy, share)
-        self.meters.add("loss/value", value, share)
-        self.meters.add("policy/clip_fraction", policy_stats.clipped, count)
-        self.meters.add("policy/approx_kl", policy_stats.approx_kl, count)
-        self.meters.extreme("policy/ratio_max", policy_stats.ratio_max, largest=True)
-        self.meters.add("value/clip_fraction", value_stats.clipped, count)
+            loss = loss - section.entropy_coef * entropy_bonus(outputs.entropy, mask, tokens)
+        report_losses(loss, policy, value, policy_stats, value_stats, tokens, self.meters)
         if first:
             # Away from 1 here, sampling and training would not see the same policy.
             self.meters.extreme("policy/ratio_first", policy_stats.ratio_max, largest=True)
         return loss
 
-    def at_boundary(self, step: int) -> bool:
-        """Between iterations: the rollouts of the next one depend on nothing but the weights."""
-        return step % self.settings.updates == 0
+    def _finish(self, seconds: float) -> dict[str, float]:
+        """Return the iteration's means, and let the KL controller react to them."""
+        metrics, count = self.meters.means(), self.section.rollouts
+        metrics["throughput/samples_per_s"] = count / seconds
+        metrics["throughput/tokens_per_s"] = count * metrics["response/length_mean"] / seconds
+        self.collector.controller.update(metrics["kl/sequence"], count)
+        return metrics
 
     def metrics(self) -> dict[str, float]:
-        """Return the iteration's means, and let the KL controller react to them."""
-        now = time.perf_counter()
-        count = self.settings.rollouts
-        self.meters.add("time/update_s", now - self._updating, 1.0)
-        found = self.meters.means()
-        elapsed = now - self._began
-        found["throughput/samples_per_s"] = count / elapsed
-        found["throughput/tokens_per_s"] = count * found["response/length_mean"] / elapsed
-        self.collector.controller.update(found["kl/sequence"], count)
-        self.rollouts = None
-        return found
+        """Return the iteration's means."""
+        return self._metrics
 
     def distributions(self) -> dict[str, list[float]]:
         """Return the iteration's raw scores and its KL by response."""
@@ -255,41 +227,10 @@ class PpoTask:
         for name in ("loss/total", "kl/sequence", "reward/mean"):
             if not math.isfinite(metrics[name]):
                 return f"{name} is {metrics[name]}"
-        limit = self.settings.kl_stop
+        limit = self.section.kl.stop
         if limit is not None and metrics["kl/sequence"] > limit:
             return f"kl/sequence is {metrics['kl/sequence']:.3g}, above ppo.kl.stop={limit:g}"
         return None
-
-
-Sampler = Callable[[Prompts], Samples]
-
-
-@dataclass(frozen=True)
-class ExperienceSettings:
-    """How rollouts become rewards and advantages.
-
-    Attributes:
-        rollouts: Responses an iteration, over all processes.
-        temperature: Of sampling and of all log-probabilities.
-        gamma: Discount a token.
-        lam: Lambda of GAE.
-        reward_clip: Scores are clipped to plus or minus this; `None`: not.
-        missing_eos_penalty: Subtracted from the score of a response that did not end.
-        batch: Rows of a forward pass without gradients.
-        reuse_states: Whether the states captured while decoding serve the training passes; else
-            one trunk forward computes them again.
-        seed: Of the order of prompts.
-    """
-
-    rollouts: int
-    temperature: float
-    gamma: float
-    lam: float
-    reward_clip: float | None
-    missing_eos_penalty: float
-    batch: int
-    reuse_states: bool
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -301,7 +242,7 @@ class PolicyOutputs:
         values: [B, T] float32.
         entropy: [B, T] float32, nats.
         ref_logprobs: [B, T] float32 of the reference.
-        states: [B, S, D] or `None`.
+        states: [B, S, D] that enter the training blocks, or `None`.
     """
 
     logprobs: Tensor
@@ -312,7 +253,7 @@ class PolicyOutputs:
 
 
 class ExperienceCollector:
-    """Makes experience.
+    """Makes each iteration's experience: sample, score, compare, estimate advantages.
 
     Args:
         policy: The policy.
@@ -324,7 +265,9 @@ class ExperienceCollector:
             if they are not subtracted.
         scaler: Scales scores, with its running moments.
         controller: The weight of the KL penalty.
-        settings: The rest.
+        section: Sizes and coefficients.
+        reuse_states: Whether the states captured while decoding serve the training passes; else
+            one trunk forward computes them again.
         world: The processes.
     """
 
@@ -338,24 +281,45 @@ class ExperienceCollector:
         original_scores: Tensor | None,
         scaler: RewardScaler,
         controller: KLController,
-        settings: ExperienceSettings,
+        section: PpoConfig,
+        reuse_states: bool,
         world: World,
     ) -> None:
         self.policy, self.reference = policy, reference
         self.sampler, self.scorer = sampler, scorer
         self.prompts, self.original_scores = prompts, original_scores
         self.scaler, self.controller = scaler, controller
-        self.settings, self.world = settings, world
+        self.section, self.reuse_states, self.world = section, reuse_states, world
 
     def collect(self, iteration: int, meters: MetricAccumulator) -> Rollouts:
-        """Sample, score and assess one iteration's rollouts, and report on them."""
+        """Return one iteration's rollouts, and report on them."""
+        section, beta = self.section, self.controller.coef
         began = time.perf_counter()
         samples, weights = self._sample(iteration)
         sampled = time.perf_counter()
         scores = self._score(samples, weights, meters)
         scored = time.perf_counter()
-        assessed = self._assess(samples)
-        rollouts = self._estimate(samples, weights, scores, assessed, meters)
+        outputs = self._compare(samples)
+        mask = response_mask(samples.response_lengths, outputs.logprobs.shape[1])
+        mask = mask & (weights > 0)[:, None]
+        rewards = shape_rewards(scores, outputs.logprobs, outputs.ref_logprobs, mask, beta)
+        advantages, returns = gae(rewards, outputs.values, mask, section.gamma, section.lam)
+        mean, std = moments(advantages, mask, self.world)
+        report_kl(outputs.logprobs, outputs.ref_logprobs, outputs.entropy, mask, weights, meters)
+        meters.add("kl/beta", beta, 1.0)
+        report_values(outputs.values, returns, mask, meters, self.world)
+        rollouts = Rollouts(
+            tokens=samples.tokens,
+            prompt_lengths=samples.prompt_lengths,
+            response_lengths=samples.response_lengths,
+            mask=mask,
+            logprobs=outputs.logprobs,
+            values=outputs.values,
+            advantages=whiten(advantages, mask, mean, std),
+            returns=returns,
+            weights=weights,
+            states=outputs.states,
+        )
         report_responses(samples, weights, meters)
         meters.add("time/rollout_s", sampled - began, 1.0)
         meters.add("time/score_s", scored - sampled, 1.0)
@@ -363,8 +327,13 @@ class ExperienceCollector:
         return rollouts
 
     def _sample(self, iteration: int) -> tuple[Samples, Tensor]:
-        count = self.settings.rollouts
-        chosen = batch_index(len(self.prompts), count, self.settings.seed, iteration)
+        """Answer the iteration's prompts; return this process's responses and weights [B].
+
+        The noise is a function of the rollout's number in the whole run. A row of weight 0 only
+        fills this process's share up.
+        """
+        count = self.section.rollouts
+        chosen = batch_index(len(self.prompts), count, self.section.seed, iteration)
         share = self.world.share(count)
         numbers = np.arange(iteration * count, (iteration + 1) * count)
         batch = prompts_batch(self.prompts, chosen[share.rows], numbers[share.rows])
@@ -373,91 +342,68 @@ class ExperienceCollector:
 
     def _score(self, samples: Samples, weights: Tensor, meters: MetricAccumulator) -> Tensor:
         """Return what goes into the reward: [B] float32, penalised, compared, clipped, scaled."""
-        settings, device = self.settings, self.world.device
+        reward, device = self.section.reward, self.world.device
         raw = score_samples(self.scorer, samples).to(device)
         report_scores(raw, weights, meters)
-        scores = raw - settings.missing_eos_penalty * (samples.finish == Finish.LENGTH)
+        scores = raw - reward.missing_eos_penalty * (samples.finish == Finish.LENGTH)
         if self.original_scores is not None:
             scores = delta(scores, self.original_scores[samples.index.cpu()].to(device))
             meters.add("reward/delta_mean", (scores * weights).sum(), weights.sum())
-        if settings.reward_clip is not None:
-            scores = clip(scores, settings.reward_clip)
+        if reward.clip is not None:
+            scores = clip(scores, reward.clip)
         scaled = self.scaler.scale(scores, self.world.gather(scores[weights > 0]))
         meters.add("reward/scale", self.scaler.moments.std, 1.0)
         return scaled
 
-    @torch.no_grad()
-    def _assess(self, samples: Samples) -> PolicyOutputs:
+    def _compare(self, samples: Samples) -> PolicyOutputs:
         """Run policy and reference over all responses, with the states that training will use."""
         rows, width = len(samples), int(samples.response_lengths.max())
         results = [torch.zeros(rows, width, device=self.world.device) for _ in range(4)]
-        states = self._given_states(samples)
-        keep = states
-        lengths = (samples.prompt_lengths + samples.response_lengths).cpu()
-        for part in length_sorted_micro_batches(lengths, self.settings.batch):
-            longest = int(lengths[part].max())
-            tokens = samples.tokens[part, :longest]
-            with self.world.autocast():
-                given = None if states is None else states[part, :longest].to(self.world.device)
-                if given is None and self.policy.cut is not None:
-                    given = self.policy.trunk_states(tokens)
-                    if keep is None:
-                        keep = given.new_zeros(rows, samples.tokens.shape[1], given.shape[2])
-                    keep[part, :longest] = given
-                spans = (samples.prompt_lengths[part], samples.response_lengths[part])
-                outputs = self.policy.response_outputs(
-                    tokens=tokens,
-                    prompt_lengths=spans[0],
-                    response_lengths=spans[1],
-                    temperature=self.settings.temperature,
-                    states=given,
-                    with_entropy=True,
-                    width=width,
-                )
-                expected = self.reference.logprobs(
-                    tokens, *spans, self.settings.temperature, states=given, width=width
-                )
-            assert outputs.entropy is not None
-            found = (outputs.logprobs, outputs.values, outputs.entropy, expected)
-            for result, value in zip(results, found, strict=True):
-                result[part] = value.float()
+        reuse = self.reuse_states and self.policy.cut is not None
+        states = known = samples.states if reuse else None
+        for part in compare_with_reference(
+            self.policy,
+            self.reference,
+            samples,
+            self.section.generation.temperature,
+            self.section.generation.batch,
+            self.world.autocast,
+            states=known,
+            with_entropy=True,
+            width=width,
+        ):
+            if known is None and part.states is not None:
+                if states is None:
+                    shape = (rows, samples.tokens.shape[1], part.states.shape[2])
+                    states = part.states.new_zeros(shape)
+                states[part.rows, : part.states.shape[1]] = part.states
+            assert part.policy.entropy is not None
+            found = (part.policy.logprobs, part.policy.values, part.policy.entropy)
+            for result, value in zip(results, (*found, part.ref_logprobs), strict=True):
+                result[part.rows] = value.float()
         logprobs, values, entropy, ref_logprobs = results
-        return PolicyOutputs(logprobs, values, entropy, ref_logprobs, keep)
+        return PolicyOutputs(logprobs, values, entropy, ref_logprobs, states)
 
-    def _given_states(self, samples: Samples) -> Tensor | None:
-        usable = self.settings.reuse_states and self.policy.cut is not None
-        return samples.states if usable else None
 
-    def _estimate(
-        self,
-        samples: Samples,
-        weights: Tensor,
-        scores: Tensor,
-        found: PolicyOutputs,
-        meters: MetricAccumulator,
-    ) -> Rollouts:
-        settings = self.settings
-        mask = response_mask(samples.response_lengths, found.logprobs.shape[1])
-        mask = mask & (weights > 0)[:, None]
-        beta = self.controller.coef
-        rewards = shape_rewards(scores, found.logprobs, found.ref_logprobs, mask, beta)
-        advantages, returns = gae(rewards, found.values, mask, settings.gamma, settings.lam)
-        mean, std = moments(advantages, mask, self.world)
-        report_kl(found.logprobs, found.ref_logprobs, found.entropy, mask, weights, meters)
-        meters.add("kl/beta", beta, 1.0)
-        report_values(found.values, returns, mask, meters, self.world)
-        return Rollouts(
-            tokens=samples.tokens,
-            prompt_lengths=samples.prompt_lengths,
-            response_lengths=samples.response_lengths,
-            mask=mask,
-            logprobs=found.logprobs,
-            values=found.values,
-            advantages=whiten(advantages, mask, mean, std),
-            returns=returns,
-            weights=weights,
-            states=found.states,
-        )
+def report_losses(
+    loss: Tensor,
+    policy: Tensor,
+    value: Tensor,
+    policy_stats: PolicyStats,
+    value_stats: ValueStats,
+    tokens: Tensor,
+    meters: MetricAccumulator,
+) -> None:
+    """Report a micro-batch's losses (each 0-dim), which are divided by the minibatch's `tokens`."""
+    count = policy_stats.count
+    share = count / tokens
+    meters.add("loss/total", loss, share)
+    meters.add("loss/policy", policy, share)
+    meters.add("loss/value", value, share)
+    meters.add("policy/clip_fraction", policy_stats.clipped, count)
+    meters.add("policy/approx_kl", policy_stats.approx_kl, count)
+    meters.extreme("policy/ratio_max", policy_stats.ratio_max, largest=True)
+    meters.add("value/clip_fraction", value_stats.clipped, count)
 
 
 def report_scores(raw: Tensor, weights: Tensor, meters: MetricAccumulator) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,15 +17,15 @@ from rlhf_exp.algo.kl import sequence_kl
 from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.algo.preference import wins
 from rlhf_exp.batch import Finish, Samples
+from rlhf_exp.config.training import PpoConfig, Scale, SelectBy
 from rlhf_exp.data.batching import prompts_batch
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.models.reference import Reference
+from rlhf_exp.models.reference import Reference, compare_with_reference
+from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.training.metrics import MetricAccumulator
-from rlhf_exp.training.optim import length_sorted_micro_batches
-from rlhf_exp.training.ppo import Sampler
 from rlhf_exp.training.reward_scorer import Scorer, texts_of
 from rlhf_exp.training.scorers import score_samples
 from rlhf_exp.training.task import Evaluation, SampleTable
@@ -35,43 +34,26 @@ SHOWN = 20
 """Of so many answers, the first, a table is made."""
 
 
-@dataclass(frozen=True)
-class ValidationSettings:
-    """How validation prompts are answered.
+def score_unit(section: PpoConfig, first: Mapping[str, float]) -> float:
+    """Return what scores are divided by in the objective, from the first evaluation."""
+    return (first["eval/reward_std"] or 1.0) if section.reward.scale is not Scale.none else 1.0
 
-    Attributes:
-        prompts: How many, from the first on.
-        temperature: Of the log-probabilities.
-        batch: Rows of a forward pass.
-        kl_coef: Weight of the KL divergence in the objective.
-        scaled: Whether PPO scales its scores, and the objective likewise.
-        kl_budget: Where set, the objective is the score alone, up to this sequence KL in nats.
-        by_wins: Whether the objective is the win rate instead, up to `kl_budget` if there is one.
-    """
 
-    prompts: int
-    temperature: float
-    batch: int
-    kl_coef: float
-    scaled: bool
-    kl_budget: float | None = None
-    by_wins: bool = False
+def objective(section: PpoConfig, metrics: Mapping[str, float], unit: float) -> float:
+    """Return an evaluation's reward less the KL penalty, scores divided by `unit`."""
+    kl = section.kl
+    coef = kl.coef if kl.select_coef is None else kl.select_coef
+    return metrics["eval/reward_mean"] / unit - coef * metrics["eval/kl_sequence"]
 
-    def unit(self, first: Mapping[str, float]) -> float:
-        """Return what scores are divided by in the objective, from the first evaluation."""
-        return (first["eval/reward_std"] or 1.0) if self.scaled else 1.0
 
-    def objective(self, found: Mapping[str, float], unit: float) -> float:
-        """Return the objective of an evaluation."""
-        return found["eval/reward_mean"] / unit - self.kl_coef * found["eval/kl_sequence"]
-
-    def judged(self, found: Mapping[str, float], unit: float) -> float:
-        """Return what the best weights are selected by."""
-        if self.kl_budget is None and not self.by_wins:
-            return self.objective(found, unit)
-        if self.kl_budget is not None and found["eval/kl_sequence"] > self.kl_budget:
-            return -math.inf
-        return found["eval/win_rate"] if self.by_wins else found["eval/reward_mean"] / unit
+def selection_score(section: PpoConfig, metrics: Mapping[str, float], unit: float) -> float:
+    """Return what the best weights are selected by."""
+    budget, by_wins = section.kl.budget, section.select_by is SelectBy.win_rate
+    if budget is None and not by_wins:
+        return objective(section, metrics, unit)
+    if budget is not None and metrics["eval/kl_sequence"] > budget:
+        return -math.inf
+    return metrics["eval/win_rate"] if by_wins else metrics["eval/reward_mean"] / unit
 
 
 class Validator:
@@ -95,13 +77,13 @@ class Validator:
         scorer: Scorer,
         prompts: TokenizedPrompts,
         codec: Codec,
-        settings: ValidationSettings,
+        section: PpoConfig,
         world: World,
     ) -> None:
         self.policy, self.reference = policy, reference
         self.sampler, self.scorer = sampler, scorer
         self.prompts, self.codec = prompts, codec
-        self.settings, self.world = settings, world
+        self.section, self.world = section, world
         self.unit: float | None = None
         self.initial: list[float] | None = None
 
@@ -109,7 +91,7 @@ class Validator:
     def __call__(self) -> Evaluation:
         """Sample, score and compare with the reference."""
         meters = MetricAccumulator(self.world)
-        count = min(self.settings.prompts, len(self.prompts))
+        count = min(self.section.eval_prompts, len(self.prompts))
         share = self.world.share(count)
         batch = prompts_batch(self.prompts, share.rows, np.asarray(share.rows))
         samples = self.sampler(batch.to(self.world.device))
@@ -129,33 +111,26 @@ class Validator:
         meters.add("eval/ended_fraction", ended.sum(), total)
         found = meters.means()
         if self.unit is None:
-            self.unit = self.settings.unit(found)
-        found["eval/objective"] = self.settings.objective(found, self.unit)
-        judged = self.settings.judged(found, self.unit)
+            self.unit = score_unit(self.section, found)
+        found["eval/objective"] = objective(self.section, found, self.unit)
+        judged = selection_score(self.section, found, self.unit)
         return Evaluation(found, judged, self._table(samples, scores, kl))
 
     def sequence_kl(self, samples: Samples) -> Tensor:
         """Return the sum of k1 over each response [B], in nats."""
         kl = torch.zeros(len(samples), device=self.world.device)
-        for part in length_sorted_micro_batches(
-            (samples.prompt_lengths + samples.response_lengths).cpu(), self.settings.batch
+        generation = self.section.generation
+        for part in compare_with_reference(
+            self.policy,
+            self.reference,
+            samples,
+            generation.temperature,
+            generation.batch,
+            self.world.autocast,
         ):
-            rows = samples.select(part)
-            longest = int((rows.prompt_lengths + rows.response_lengths).max())
-            arguments = (
-                rows.tokens[:, :longest],
-                rows.prompt_lengths,
-                rows.response_lengths,
-                self.settings.temperature,
-            )
-            with self.world.autocast():
-                states = None
-                if self.policy.cut is not None:
-                    states = self.policy.trunk_states(arguments[0])
-                outputs = self.policy.response_outputs(*arguments, states=states)
-                expected = self.reference.logprobs(*arguments, states=states)
-            mask = response_mask(rows.response_lengths, expected.shape[1])
-            kl[part] = sequence_kl(outputs.logprobs, expected, mask)
+            lengths = samples.response_lengths[part.rows]
+            mask = response_mask(lengths, part.ref_logprobs.shape[1])
+            kl[part.rows] = sequence_kl(part.policy.logprobs, part.ref_logprobs, mask)
         return kl
 
     def _table(self, samples: Samples, scores: Tensor, kl: Tensor) -> SampleTable:

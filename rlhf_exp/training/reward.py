@@ -7,8 +7,7 @@ forward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,52 +15,39 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_exp.algo.losses import pairwise_loss
-from rlhf_exp.data.batching import batch_index, preferences_batch
+from rlhf_exp.config.training import RewardConfig
+from rlhf_exp.data.batching import batch_index, length_sorted_micro_batches, preferences_batch
 from rlhf_exp.data.tokenized import TokenizedPreferences
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.training.metrics import MetricAccumulator
-from rlhf_exp.training.optim import length_sorted_micro_batches
-from rlhf_exp.training.task import Evaluation
-
-
-@dataclass(frozen=True)
-class RewardSettings:
-    """Sizes of reward-model training.
-
-    Attributes:
-        batch: Pairs of an optimizer step, over all processes.
-        micro_batch: Pairs of one forward; `None`: a process's whole share.
-        seed: Of the order of pairs.
-    """
-
-    batch: int
-    micro_batch: int | None
-    seed: int
+from rlhf_exp.training.task import Evaluation, Update
 
 
 class RewardTask:
-    """What the reward model brings to the loop.
+    """What the reward model brings to the trainer.
 
     Args:
         model: The reward model.
         pairs: Training pairs.
         validation: Validation pairs.
-        settings: Sizes.
+        section: Sizes, and the seed of the order of pairs.
         world: The processes.
     """
+
+    updates = 1
 
     def __init__(
         self,
         model: RewardModel,
         pairs: TokenizedPreferences,
         validation: TokenizedPreferences,
-        settings: RewardSettings,
+        section: RewardConfig,
         world: World,
     ) -> None:
         self.module: nn.Module = model
         self.model, self.pairs, self.validation = model, pairs, validation
-        self.settings, self.world = settings, world
+        self.section, self.world = section, world
         self.meters = MetricAccumulator(world)
         self._forward: Callable[..., tuple[Tensor, Tensor]] = model
 
@@ -69,18 +55,22 @@ class RewardTask:
         """Send forward passes with gradients through the strategy's wrapper."""
         self._forward = wrapped
 
-    def accumulate(self, step: int, backward: Callable[[Tensor], None]) -> None:
-        """Compute the loss of one optimizer step and hand its parts to `backward`."""
-        chosen = batch_index(len(self.pairs), self.settings.batch, self.settings.seed, step)
+    def iterate(self, iteration: int, update: Update) -> None:
+        """Take one optimizer step on the next pairs."""
+        update(self._losses(iteration))
+
+    def _losses(self, step: int) -> Iterator[Tensor]:
+        """Yield each micro-batch's part (0-dim) of the loss of optimizer step `step`."""
+        chosen = batch_index(len(self.pairs), self.section.batch, self.section.seed, step)
         share = self.world.share(len(chosen))
         rows, weights = chosen[share.rows], share.weights
-        parts = length_sorted_micro_batches(_lengths(self.pairs, rows), self.settings.micro_batch)
+        parts = length_sorted_micro_batches(_lengths(self.pairs, rows), self.section.micro_batch)
         for part in self.world.micro_batches(parts):
             first, second, weight = self.scores(
                 self.pairs, rows[part.numpy()], weights[part.numpy()]
             )
             loss, stats = pairwise_loss(first, second, weight, float(len(chosen)))
-            backward(loss)
+            yield loss
             self.meters.add("loss/total", loss * len(chosen), stats.count)
             self.meters.add("reward/accuracy", stats.correct, stats.count)
             self.meters.add("reward/margin", ((first - second) * weight).sum(), stats.count)
@@ -94,10 +84,6 @@ class RewardTask:
             chosen, rejected = self._forward(batch)
         return chosen, rejected, batch.weights
 
-    def at_boundary(self, step: int) -> bool:
-        """Every optimizer step is one."""
-        return True
-
     def metrics(self) -> dict[str, float]:
         """Return loss, accuracy and margin since the last call."""
         return self.meters.means()
@@ -108,7 +94,7 @@ class RewardTask:
 
     def evaluate(self) -> Evaluation:
         """Return loss, accuracy and margin on validation pairs."""
-        first, second = pair_scores(self.scores, self.validation, self.settings, self.world)
+        first, second = pair_scores(self.scores, self.validation, self.section, self.world)
         loss, stats = pairwise_loss(first, second, torch.ones_like(first), float(len(first)))
         found = {
             "eval/loss": float(loss),
@@ -134,13 +120,13 @@ class RewardTask:
 def pair_scores(
     score: Callable[..., tuple[Tensor, Tensor, Tensor]],
     pairs: TokenizedPreferences,
-    settings: RewardSettings,
+    section: RewardConfig,
     world: World,
 ) -> tuple[Tensor, Tensor]:
     """Return the scores [pairs] float32 of both sides of all pairs, on the CPU."""
     share = world.share(len(pairs))
     found = torch.zeros(len(share.rows), 2)
-    size = settings.micro_batch or settings.batch
+    size = section.micro_batch or section.batch
     for part in length_sorted_micro_batches(_lengths(pairs, share.rows), size):
         first, second, _ = score(pairs, share.rows[part.numpy()], share.weights[part.numpy()])
         found[part] = torch.stack([first, second], dim=1).float().cpu()

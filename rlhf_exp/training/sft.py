@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,51 +13,43 @@ from torch import Tensor, nn
 
 from rlhf_exp.algo.losses import language_model_loss
 from rlhf_exp.batch import Demonstrations
-from rlhf_exp.data.batching import PackedRow, batch_index, demonstrations_batch
+from rlhf_exp.config.training import SftConfig
+from rlhf_exp.data.batching import (
+    PackedRow,
+    batch_index,
+    demonstrations_batch,
+    length_sorted_micro_batches,
+)
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.training.metrics import MetricAccumulator
-from rlhf_exp.training.optim import length_sorted_micro_batches
-from rlhf_exp.training.task import Evaluation
-
-
-@dataclass(frozen=True)
-class SftSettings:
-    """Sizes of SFT.
-
-    Attributes:
-        batch: Packed rows of an optimizer step, over all processes.
-        micro_batch: Rows of one forward; `None`: a process's whole share.
-        seed: Of the order of rows.
-    """
-
-    batch: int
-    micro_batch: int | None
-    seed: int
+from rlhf_exp.training.task import Evaluation, Update
 
 
 class SftTask:
-    """What SFT brings to the loop.
+    """What SFT brings to the trainer.
 
     Args:
         policy: The model, without a value head.
         rows: Packed training rows.
         validation: Packed validation rows.
-        settings: Sizes.
+        section: Sizes, and the seed of the order of rows.
         world: The processes.
     """
+
+    updates = 1
 
     def __init__(
         self,
         policy: Policy,
         rows: Sequence[PackedRow],
         validation: Sequence[PackedRow],
-        settings: SftSettings,
+        section: SftConfig,
         world: World,
     ) -> None:
         self.module: nn.Module = policy
         self.rows, self.validation = rows, validation
-        self.settings, self.world = settings, world
+        self.section, self.world = section, world
         self.meters = MetricAccumulator(world)
         self._forward: Callable[..., Tensor] = policy
         self._since = time.perf_counter()
@@ -67,17 +58,21 @@ class SftTask:
         """Send forward passes with gradients through the strategy's wrapper."""
         self._forward = wrapped
 
-    def accumulate(self, step: int, backward: Callable[[Tensor], None]) -> None:
-        """Compute the loss of one optimizer step and hand its parts to `backward`."""
-        chosen = batch_index(len(self.rows), self.settings.batch, self.settings.seed, step)
+    def iterate(self, iteration: int, update: Update) -> None:
+        """Take one optimizer step on the next rows."""
+        update(self._losses(iteration))
+
+    def _losses(self, step: int) -> Iterator[Tensor]:
+        """Yield each micro-batch's part (0-dim) of the loss of optimizer step `step`."""
+        chosen = batch_index(len(self.rows), self.section.batch, self.section.seed, step)
         share = self.world.share(len(chosen))
         rows = [self.rows[number] for number in chosen[share.rows]]
-        parts = _micro_batches(rows, share.weights, self.settings.micro_batch)
+        parts = _micro_batches(rows, share.weights, self.section.micro_batch)
         targets = sum((weights.sum() for _, weights in parts), torch.zeros(()))
         normaliser = self.world.sum(targets.to(self.world.device))
         for batch, weights in self.world.micro_batches(parts):
             total = self._negative_logprob(batch, weights)
-            backward(total / normaliser)
+            yield total / normaliser
             self.meters.add("loss/total", total, weights.sum())
         self.meters.add("throughput/tokens_per_s", targets, 0.0)
 
@@ -86,10 +81,6 @@ class SftTask:
         with self.world.autocast():
             logprobs = self._forward(batch.to(self.world.device))
         return language_model_loss(logprobs, weights.to(self.world.device), 1.0)
-
-    def at_boundary(self, step: int) -> bool:
-        """Every optimizer step is one."""
-        return True
 
     def metrics(self) -> dict[str, float]:
         """Return the mean loss a token and the speed since the last call."""
@@ -109,7 +100,7 @@ class SftTask:
         meters = MetricAccumulator(self.world)
         share = self.world.share(len(self.validation))
         rows = [self.validation[number] for number in share.rows]
-        size = self.settings.micro_batch or self.settings.batch
+        size = self.section.micro_batch or self.section.batch
         for batch, weights in _micro_batches(rows, share.weights, size):
             meters.add("eval/loss", self._negative_logprob(batch, weights), weights.sum())
         loss = meters.means()["eval/loss"]

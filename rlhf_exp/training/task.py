@@ -1,8 +1,8 @@
-"""What a stage brings to the shared loop: its rows, its loss, its evaluation, its own state."""
+"""What a stage brings to the trainer: its iteration, its loss, its evaluation, its own state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,23 +42,28 @@ class Evaluation:
     samples: SampleTable | None = None
 
 
+Update = Callable[[Iterable[Tensor]], None]
+"""One optimizer step: adds up the gradients of the losses (each 0-dim) of its micro-batches."""
+
+
 class Task(Protocol):
-    """What a stage brings to the loop.
+    """What a stage brings to the trainer.
 
     Attributes:
         module: Holds every parameter that trains.
+        updates: Optimizer steps of one iteration; training stops and resumes between iterations.
     """
 
     module: nn.Module
 
+    @property
+    def updates(self) -> int: ...  # noqa: D102
+
     def attach(self, wrapped: nn.Module) -> None:
         """Send forward passes with gradients through the strategy's wrapper of `module`."""
 
-    def accumulate(self, step: int, backward: Callable[[Tensor], None]) -> None:
-        """Compute the loss of optimizer step `step` and hand each micro-batch's to `backward`."""
-
-    def at_boundary(self, step: int) -> bool:
-        """Whether the run can stop and resume after `step` optimizer steps."""
+    def iterate(self, iteration: int, update: Update) -> None:
+        """Run iteration `iteration` (from 0): call `update` once for each optimizer step."""
 
     def metrics(self) -> dict[str, float]:
         """Return the means since the last call, over all processes."""

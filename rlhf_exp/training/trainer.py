@@ -1,85 +1,93 @@
-"""The loop that all stages share: resume, update, log, evaluate, checkpoint, stop.
+"""The trainer that all stages share: resume, iterate, log, evaluate, checkpoint, stop.
 
-A step is a function of its number and of what a checkpoint holds, so a run that is killed and
-started again repeats the lost steps bit for bit (on a CPU, at the same number of threads).
-
-What the loop of a stage is given, and what it gives back.
-
-How far training has come: the loop's own state in a checkpoint.
+A task runs one iteration after another; the trainer takes its optimizer steps and does the rest
+between iterations. A step is a function of its number and of what a checkpoint holds, so a run that
+is killed and started again repeats the lost steps bit for bit (on a CPU, at the same number of
+threads).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
+from rlhf_exp.config.training import Select, TrainingConfig
 from rlhf_exp.distributed.world import World
 from rlhf_exp.tracking.tracker import Tracker, finishing
-from rlhf_exp.training.checkpoint import Checkpoint, Checkpoints, SnapshotRules, Snapshots
+from rlhf_exp.training.checkpoint import Checkpoint, Checkpoints, Snapshots
 from rlhf_exp.training.memory import peak_bytes
-from rlhf_exp.training.optim import OptimSettings, build_optimizer, set_lr
+from rlhf_exp.training.optim import build_optimizer, set_lr
 from rlhf_exp.training.task import Diverged, Interrupted, Task
 
 log = logging.getLogger(__name__)
 
 
-def train(task: Task, settings: LoopSettings, context: LoopContext) -> TrainingResult:
+def train(
+    task: Task, section: TrainingConfig, steps: int, context: TrainingContext
+) -> TrainingResult:
     """Train to the last step, from the newest checkpoint if there is one.
+
+    Args:
+        task: What is trained.
+        section: Of the stage: optimizer, schedule, intervals, which weights are published and kept.
+        steps: Optimizer steps of the whole run, a multiple of `task.updates`.
+        context: What the trainer works with.
 
     Raises:
         Diverged: A loss or gradient is not finite, or the task says so.
         Interrupted: The user asked to stop.
     """
     folder = context.folder / "checkpoints"
-    checkpoints = Checkpoints(folder, settings.keep_checkpoints, context.world)
+    checkpoints = Checkpoints(folder, section.keep_checkpoints, context.world)
     found = checkpoints.latest()
     with finishing(context.tracker(None if found is None else found.step)) as tracker:
-        loop = _Loop(task, settings, context, checkpoints, tracker)
-        start = loop.begin(found)
-        while loop.progress.step < settings.optim.steps and not loop.pruned:
-            loop.update()
-            if task.at_boundary(loop.progress.step):
-                loop.report()
-                loop.evaluate_if_due()
-                loop.keep_if_due()
-                loop.checkpoint_if_due()
-                loop.leave_if_asked()
-        outcome = loop.finish(start)
-        if outcome.pruned:
-            return outcome
-        more = context.conclude(outcome, tracker)
+        trainer = _Trainer(task, section, steps, context, checkpoints, tracker)
+        start = trainer.begin(found)
+        while trainer.progress.step < steps and not trainer.pruned:
+            task.iterate(trainer.progress.step // task.updates, trainer.update)
+            trainer.report()
+            trainer.evaluate_if_due()
+            trainer.keep_if_due()
+            trainer.checkpoint_if_due()
+            trainer.leave_if_asked()
+        result = trainer.finish(start)
+        if result.pruned:
+            return result
+        more = context.conclude(result, tracker)
         if more:
             tracker.summary(more)
-        return replace(outcome, metrics={**outcome.metrics, **more})
+        return replace(result, metrics={**result.metrics, **more})
 
 
-class _Loop:
+class _Trainer:
     def __init__(
         self,
         task: Task,
-        settings: LoopSettings,
-        context: LoopContext,
+        section: TrainingConfig,
+        steps: int,
+        context: TrainingContext,
         checkpoints: Checkpoints,
         tracker: Tracker,
     ) -> None:
-        self.task, self.settings, self.context = task, settings, context
+        self.task, self.section, self.steps, self.context = task, section, steps, context
         self.checkpoints, self.tracker = checkpoints, tracker
         self.world = context.world
         self.progress, self.before = TrainingProgress(), TrainingProgress()
-        module, optim = task.module, settings.optim
-        build = partial(build_optimizer, module, optim)
-        task.attach(self.world.prepare(module, build, optim.grad_norm))
+        build = partial(build_optimizer, task.module, section)
+        task.attach(self.world.prepare(task.module, build, section.grad_norm))
         self.best = Snapshots(context.folder / "best", self.world)
         self.kept = Snapshots(context.folder / "kept", self.world)
         self.latest: dict[str, float] = {}
         self.pruned = False
+        self.select_best = section.select == Select.best
 
     def begin(self, found: Checkpoint | None) -> int:
         """Start from checkpoint `found`, or afresh; return the number of steps already done."""
@@ -91,16 +99,17 @@ class _Loop:
         torch.set_rng_state(found.rng)
         torch.set_num_threads(found.state["threads"])
         self.task.load_state(found.state["task"])
-        self.progress = TrainingProgress.of(found.state, self.settings.optim.steps)
+        self.progress = TrainingProgress.of(found.state, self.steps)
         self.kept.prune(self.progress.kept)
         log.info("resumed at step %d", found.step)
         return found.step
 
-    def update(self) -> None:
-        """Do one optimizer step."""
-        step, optim = self.progress.step, self.settings.optim
-        rate = set_lr(self.world.strategy.optimizer, optim, step)
-        self.task.accumulate(step, self.world.backward)
+    def update(self, losses: Iterable[Tensor]) -> None:
+        """Do one optimizer step on the sum of the micro-batches' losses (each 0-dim)."""
+        step = self.progress.step
+        rate = set_lr(self.world.strategy.optimizer, self.section, step, self.steps)
+        for loss in losses:
+            self.world.backward(loss)
         norm = self.world.strategy.step()
         if not math.isfinite(norm):
             raise self._diverged(f"the gradient norm at step {step} is {norm}")
@@ -109,7 +118,7 @@ class _Loop:
         self.context.on_step(self.progress.step, self.latest)
 
     def report(self) -> None:
-        """Log what happened since the last boundary."""
+        """Log what happened since the last report."""
         self.before = self.progress.copy()
         found = self.task.metrics() | {
             "memory/peak_bytes": float(peak_bytes(self.world.device)),
@@ -126,7 +135,7 @@ class _Loop:
             raise self._diverged(reason)
 
     def evaluate_if_due(self) -> None:
-        """Evaluate at the start, at the end, and at the first boundary past each interval."""
+        """Evaluate at the start, at the end, and after the first iteration past each interval."""
         if not self._evaluates():
             return
         step = self.progress.step
@@ -138,40 +147,40 @@ class _Loop:
         self.latest |= found.metrics
         best = self.progress.best_objective
         better = best is None or found.objective > best
-        if better or not self.settings.select_best:
+        if better or not self.select_best:
             self.progress.published_metrics = dict(found.metrics)
         if better:
             self.progress.best_objective, self.progress.best_step = found.objective, step
-            if self.settings.select_best or self.settings.keep.best:
+            if self.select_best or Select.best in self.section.keep:
                 self.best.save(step, self.context.before_write)
         self.pruned = self._given_up()
 
     def _given_up(self) -> bool:
         """Return whether a search gives the run up: the main process's answer, in all of them."""
-        asked, step, steps = self.context.given_up, self.progress.step, self.settings.optim.steps
+        asked, step, steps = self.context.given_up, self.progress.step, self.steps
         if asked is None:
             return False
         return self.world.run_on_all(lambda: self.world.is_main and asked(step, steps))[0]
 
     def _evaluates(self) -> bool:
-        step, every = self.progress.step, self.settings.eval_every
+        step, every = self.progress.step, self.section.eval_every
         return passes(step, self.progress.last_eval, every) or self._at_end()
 
     def _at_end(self) -> bool:
-        return self.progress.step >= self.settings.optim.steps
+        return self.progress.step >= self.steps
 
     def keep_if_due(self) -> None:
-        """Keep the weights at the first boundary past each interval asked for, and at the end."""
-        step, keep = self.progress.step, self.settings.keep
+        """Keep the weights after the first iteration past each interval, and at the end."""
+        step, every = self.progress.step, self.section.keep_every
         before = max(self.progress.kept, default=0)
-        due = keep.every is not None and passes(step, before, keep.every)
-        if due or (keep.last and self._at_end()):
+        due = every is not None and passes(step, before, every)
+        if due or (Select.last in self.section.keep and self._at_end()):
             self.kept.save(step, self.context.before_write)
             self.progress.kept.append(step)
 
     def checkpoint_if_due(self, force: bool = False) -> None:
-        """Save a checkpoint at the first boundary past each interval, and at the end."""
-        step, every = self.progress.step, self.settings.checkpoint_every
+        """Save a checkpoint after the first iteration past each interval, and at the end."""
+        step, every = self.progress.step, self.section.checkpoint_every
         due = passes(step, self.progress.last_checkpoint, every)
         due = due or force or self._at_end()
         if not due or self.progress.last_checkpoint == step:
@@ -185,14 +194,14 @@ class _Loop:
         self.best.prune([*self.progress.best_of_checkpoints, *further])
 
     def _going_on(self) -> TrainingProgress:
-        settings = self.settings
-        return self.progress.going_on(self.before, settings.eval_every, settings.keep.every)
+        section = self.section
+        return self.progress.going_on(self.before, section.eval_every, section.keep_every)
 
     def _note_best(self) -> None:
         """Record which best weights the kept checkpoints, this one included, speak of."""
         if self.progress.best_step is not None:
             kept = [*self.progress.best_of_checkpoints, self.progress.best_step]
-            self.progress.best_of_checkpoints = kept[-self.settings.keep_checkpoints :]
+            self.progress.best_of_checkpoints = kept[-self.section.keep_checkpoints :]
 
     def leave_if_asked(self) -> None:
         """Save and leave if the user pressed Ctrl-C."""
@@ -202,9 +211,9 @@ class _Loop:
 
     def finish(self, start: int) -> TrainingResult:
         """Put the weights to publish into the module, which is whole and plain from now on."""
-        settings, progress = self.settings, self.progress
+        progress = self.progress
         published, best = progress.step, None
-        if settings.select_best and progress.best_step is not None:
+        if self.select_best and progress.best_step is not None:
             published = progress.best_step
             best = self.best.load(published)
         self.world.release(best)
@@ -214,7 +223,7 @@ class _Loop:
         metrics |= {} if objective is None else {"best_objective": objective}
         self.tracker.summary(metrics)
         kept = {step: self.kept.path(step) for step in progress.kept}
-        if settings.keep.best and progress.best_step is not None:
+        if Select.best in self.section.keep and progress.best_step is not None:
             kept[progress.best_step] = self.best.path(progress.best_step)
         return TrainingResult(
             metrics,
@@ -239,29 +248,8 @@ class _Loop:
 
 
 @dataclass(frozen=True)
-class LoopSettings:
-    """When the loop does what.
-
-    Attributes:
-        optim: Optimizer and schedule; `optim.steps` is the length of the run.
-        eval_every: Optimizer steps between evaluations.
-        checkpoint_every: Optimizer steps between checkpoints.
-        keep_checkpoints: Number of latest checkpoints kept.
-        select_best: Whether the published weights are the best on validation, or the last.
-        keep: Which other weights outlast training.
-    """
-
-    optim: OptimSettings
-    eval_every: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    select_best: bool
-    keep: SnapshotRules = field(default_factory=SnapshotRules)
-
-
-@dataclass(frozen=True)
-class LoopContext:
-    """What the loop works with.
+class TrainingContext:
+    """What the trainer works with.
 
     Attributes:
         world: The processes.

@@ -31,13 +31,14 @@ from torch import Tensor
 
 from rlhf_exp.algo.advantages import delta
 from rlhf_exp.algo.preference import wins
+from rlhf_exp.config.training import PpoConfig
 from rlhf_exp.data.batching import joined
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes.channel import Channel, Message
 from rlhf_exp.tracking.tracker import Tracker
-from rlhf_exp.training.ppo_validation import SHOWN, ValidationSettings
+from rlhf_exp.training.ppo_validation import SHOWN, objective, score_unit, selection_score
 from rlhf_exp.training.reward_scorer import Scorer, texts_of
 from rlhf_exp.training.task import Diverged
 from rlhf_exp.training.trainer import TrainingResult
@@ -54,7 +55,7 @@ class Judged:
         originals: [prompts] float32, scores of the data set's own responses; `None`: they are not
             subtracted.
         validation: The validation prompts.
-        settings: How evaluations are judged.
+        section: How evaluations are judged.
         select_best: Whether the weights best on validation are published, or the last.
         codec: Of the policy.
     """
@@ -63,7 +64,7 @@ class Judged:
     prompts: TokenizedPrompts
     originals: Tensor | None
     validation: TokenizedPrompts
-    settings: ValidationSettings
+    section: PpoConfig
     select_best: bool
     codec: Codec
 
@@ -188,7 +189,7 @@ class Session:
 
     def _evaluated(self, step: int, kl: list[float]) -> None:
         """Report an evaluation; say whether to save the weights, and whether to go on."""
-        answers, settings = self._answers, self.judged.settings
+        answers, section = self._answers, self.judged.section
         assert answers is not None, "an evaluation has its answers scored first"
         raw: list[float] = answers.raw.tolist()
         if self._initial is None:
@@ -202,14 +203,14 @@ class Session:
             "eval/ended_fraction": float(answers.ended.double().mean()),
         }
         if self._unit is None:
-            self._unit = settings.unit(found)
-        found["eval/objective"] = settings.objective(found, self._unit)
+            self._unit = score_unit(section, found)
+        found["eval/objective"] = objective(section, found, self._unit)
         columns, rows = self._table(answers, kl)
         self.tracker.table("eval/samples", columns, rows, step)
         # The iteration that ends here is logged right after.
         self.tracker.log(found, step, more=step > 0)
         self._step = step
-        save = self._takes(found, settings.judged(found, self._unit), step)
+        save = self._takes(found, selection_score(section, found, self._unit), step)
         if save:
             self.before_write()
         self._pruned = self.given_up is not None and self.given_up(step, self.settings.steps)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.training import SftConfig
 from rlhf_exp.data.batching import pack_demonstrations
 from rlhf_exp.data.tokenized import tokenize_demonstrations
 from rlhf_exp.distributed.world import world_of
@@ -21,7 +22,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import load_causal_lm
 from rlhf_exp.stages.context import DataModule
-from rlhf_exp.training.sft import SftSettings, SftTask
+from rlhf_exp.training.sft import SftTask
 from tests.distributed.lab import Job, rows, run_job, run_jobs
 from tests.lab import small_config
 
@@ -152,7 +153,7 @@ def validation_loss(model: Path, config: Config) -> float:
     packed = pack_demonstrations(tokenized, length, config.sft.packing, config.sft.loss_on.value)
     policy = Policy(load_causal_lm(model), value_head=False)
     with world_of("float32", threads=1) as world:
-        task = SftTask(policy, packed, packed, SftSettings(8, None, 0), world)
+        task = SftTask(policy, packed, packed, SftConfig(batch=8, seed=0), world)
         return -task.evaluate().objective
 
 

@@ -14,6 +14,14 @@ from torch import Tensor
 from rlhf_exp.algo.advantages import RewardScaler
 from rlhf_exp.algo.kl import AdaptiveKL
 from rlhf_exp.batch import Prompts, Samples
+from rlhf_exp.config.training import (
+    GenerationConfig,
+    KlConfig,
+    PpoConfig,
+    PpoRewardConfig,
+    Schedule,
+    Select,
+)
 from rlhf_exp.data.tokenized import Ragged, TokenizedPrompts
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.architecture import Architecture
@@ -23,27 +31,39 @@ from rlhf_exp.models.pretrained import build_causal_lm
 from rlhf_exp.models.reference import reference_of
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.tracking.tracker import NullTracker
-from rlhf_exp.training.optim import OptimSettings
-from rlhf_exp.training.ppo import ExperienceCollector, ExperienceSettings, PpoSettings, PpoTask
+from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.task import Evaluation
-from rlhf_exp.training.trainer import LoopContext, LoopSettings, TrainingResult, train
+from rlhf_exp.training.trainer import TrainingContext, TrainingResult, train
 
 VOCABULARY, EOS, PAD = 48, 1, 0
 LIKED = 7
 """The reward counts this token."""
 
-SETTINGS = PpoSettings(
+SECTION = PpoConfig(
+    seed=3,
     rollouts=8,
     batch=4,
     micro_batch=None,
+    lr=5e-3,
+    schedule=Schedule.linear,
+    warmup_steps=2,
+    betas=[0.9, 0.95],
+    weight_decay=0.01,
+    grad_norm=1.0,
     epochs=2,
+    gamma=1.0,
+    lam=0.95,
     clip_range=0.2,
     clip_range_value=0.2,
     vf_coef=1.0,
     entropy_coef=0.0,
-    temperature=1.0,
-    kl_stop=None,
-    seed=3,
+    kl=KlConfig(stop=None),
+    reward=PpoRewardConfig(clip=10.0, missing_eos_penalty=0.0),
+    generation=GenerationConfig(temperature=1.0, batch=8),
+    eval_every=4,
+    checkpoint_every=4,
+    keep_checkpoints=2,
+    select=Select.last,
 )
 
 
@@ -80,7 +100,7 @@ def prompts(count: int = 12) -> TokenizedPrompts:
 
 def build_task(
     world: World,
-    settings: PpoSettings = SETTINGS,
+    section: PpoConfig = SECTION,
     train_blocks: int | None = 1,
     originals: Tensor | None = None,
     scorer: Callable[..., Tensor] = count_liked,
@@ -89,11 +109,11 @@ def build_task(
     shape = Architecture("gpt_neox", 2, 32, 2, 64, VOCABULARY, 64)
     model = build_causal_lm(shape, seed=5, eos_id=EOS, pad_id=PAD)
     policy = Policy(model, train_blocks=train_blocks, seed=1)
-    sampling = Sampling(6, settings.temperature, 8, EOS, PAD)
+    sampling = Sampling(6, section.generation.temperature, 8, EOS, PAD)
     block = None if policy.cut is None else decoder_parts(model).blocks[policy.cut]
 
     def sampler(batch: Prompts) -> Samples:
-        return sample(model, batch, sampling, settings.seed, None, block)
+        return sample(model, batch, sampling, section.seed, None, block)
 
     collector = ExperienceCollector(
         policy,
@@ -104,24 +124,15 @@ def build_task(
         originals,
         RewardScaler("running"),
         AdaptiveKL(0.1, target=1.0, horizon=100),
-        ExperienceSettings(
-            rollouts=settings.rollouts,
-            temperature=settings.temperature,
-            gamma=1.0,
-            lam=0.95,
-            reward_clip=10.0,
-            missing_eos_penalty=0.0,
-            batch=8,
-            reuse_states=True,
-            seed=settings.seed,
-        ),
+        section,
+        True,
         world,
     )
     return PpoTask(
         policy,
         collector,
         Evaluations(range(1000)),
-        settings,
+        section,
         world,
     )
 
@@ -151,19 +162,6 @@ class Run:
     weights: dict[str, Tensor]
 
 
-def loop_settings(steps: int, **changes: Any) -> LoopSettings:
-    optim = OptimSettings(
-        lr=5e-3,
-        schedule="linear",
-        warmup_steps=2,
-        steps=steps,
-        betas=(0.9, 0.95),
-        weight_decay=0.01,
-        grad_norm=1.0,
-    )
-    return replace(LoopSettings(optim, 4, 4, 2, select_best=False), **changes)
-
-
 def run_loop(
     world: World,
     folder: Path,
@@ -176,7 +174,7 @@ def run_loop(
     """Run the loop in `folder`, from its checkpoint if there is one."""
     task = task or build_task(world)
     tracker = RecordingTracker()
-    context = LoopContext(
+    context = TrainingContext(
         world=world,
         folder=folder,
         tracker=lambda resume: tracker,
@@ -185,6 +183,6 @@ def run_loop(
         interrupted=interrupted,
         given_up=given_up,
     )
-    outcome = train(task, loop_settings(steps, **changes), context)
+    outcome = train(task, replace(SECTION, **changes), steps, context)
     weights = {name: p.detach().clone() for name, p in task.module.named_parameters()}
     return Run(task, tracker, outcome, weights)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
 from rlhf_exp.distributed.world import World, world_of
-from rlhf_exp.training.checkpoint import SnapshotRules
-from rlhf_exp.training.task import Interrupted
+from rlhf_exp.training.task import Interrupted, Update
 from tests.training.lab import build_task, run_loop
 
 
@@ -31,24 +31,28 @@ def test_weights_of_every_nth_step_are_kept_and_those_of_lost_steps_are_not(
         pass
 
     task = build_task(world)
-    accumulate = task.accumulate
+    iterate = task.iterate
 
-    def dying(step: int, backward: Callable[[Tensor], None]) -> None:
-        if step == 9:
-            shutil.rmtree(tmp_path / "checkpoints" / "step-00000008")
-            raise Killed
-        accumulate(step, backward)
+    def dying(iteration: int, update: Update) -> None:
+        steps = itertools.count(iteration * task.updates)
 
-    task.accumulate = dying  # type: ignore[method-assign]
-    keep = SnapshotRules(every=4)
+        def counted(losses: Iterable[Tensor]) -> None:
+            if next(steps) == 9:
+                shutil.rmtree(tmp_path / "checkpoints" / "step-00000008")
+                raise Killed
+            update(losses)
+
+        iterate(iteration, counted)
+
+    task.iterate = dying  # type: ignore[method-assign]
     with pytest.raises(Killed):
-        run_loop(world, tmp_path, task=task, keep=keep)
+        run_loop(world, tmp_path, task=task, keep_every=4)
     lost = tmp_path / "kept" / "step-00000008.safetensors"
     assert lost.is_file()
     with pytest.raises(Interrupted):
-        run_loop(world, tmp_path, steps=16, keep=SnapshotRules(every=100), interrupted=lambda: True)
+        run_loop(world, tmp_path, steps=16, keep_every=100, interrupted=lambda: True)
     assert not lost.exists()
-    run = run_loop(world, tmp_path, keep=keep, keep_checkpoints=9)
+    run = run_loop(world, tmp_path, keep_every=4, keep_checkpoints=9)
     assert run.outcome is not None
     assert sorted(run.outcome.kept) == [4, 12]
     for step, path in run.outcome.kept.items():

@@ -6,9 +6,10 @@ One iteration's experience and the loss on it: what counts, and with which sign.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +20,16 @@ from torch import Tensor
 
 from rlhf_exp.algo.advantages import RewardScaler
 from rlhf_exp.batch import Prompts, Rollouts, Samples
+from rlhf_exp.config.training import GenerationConfig, KlConfig, Select
 from rlhf_exp.data.batching import batch_index, prompts_batch
 from rlhf_exp.distributed.world import RowShare, World, world_of
 from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.ppo import PpoTask
-from rlhf_exp.training.task import Diverged, Interrupted
+from rlhf_exp.training.task import Diverged, Interrupted, Update
 from tests.training.lab import (
     EOS,
     LIKED,
-    SETTINGS,
+    SECTION,
     Evaluations,
     build_task,
     count_liked,
@@ -43,19 +45,28 @@ def world() -> Iterator[World]:
 
 
 def gradients(task: PpoTask, step: int) -> dict[str, Tensor]:
-    task.module.zero_grad()
-    task.accumulate(step, lambda loss: loss.backward())
-    return {
-        name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None
-    }
+    """Return the gradients of one optimizer step of the first iteration; no step is taken."""
+    found: list[dict[str, Tensor]] = []
+
+    def update(losses: Iterable[Tensor]) -> None:
+        task.module.zero_grad()
+        for loss in losses:
+            loss.backward()
+        named = task.module.named_parameters()
+        found.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    task.iterate(0, update)
+    return found[step]
 
 
 @pytest.mark.parametrize(("train_blocks", "temperature"), [(1, 1.0), (None, 1.0), (1, 0.7)])
 def test_first_minibatch_has_ratio_1_and_no_divergence(
     world: World, train_blocks: int | None, temperature: float
 ) -> None:
-    settings = replace(SETTINGS, epochs=1, batch=8, temperature=temperature)
-    task = build_task(world, settings, train_blocks=train_blocks)
+    section = replace(
+        SECTION, epochs=1, batch=8, generation=GenerationConfig(temperature=temperature, batch=8)
+    )
+    task = build_task(world, section, train_blocks=train_blocks)
     gradients(task, 0)
     found = task.metrics()
     assert found["policy/ratio_first"] == pytest.approx(1.0, abs=1e-5)
@@ -73,21 +84,21 @@ def test_training_states_are_the_decoders(world: World) -> None:
     assert rollouts.states is not None
     assert torch.allclose(rollouts.logprobs, again.logprobs, atol=1e-4)
     recomputed = build_task(world)
-    recomputed.collector.settings = replace(recomputed.collector.settings, reuse_states=False)
+    recomputed.collector.reuse_states = False
     other = recomputed.collector.collect(0, MetricAccumulator(world))
     assert torch.allclose(rollouts.logprobs, other.logprobs, atol=1e-4)
     assert torch.allclose(rollouts.advantages, other.advantages, atol=1e-3)
 
 
 def _first_batch() -> Prompts:
-    index = batch_index(12, SETTINGS.rollouts, SETTINGS.seed, 0)
-    return prompts_batch(prompts(), index, np.arange(SETTINGS.rollouts))
+    index = batch_index(12, SECTION.rollouts, SECTION.seed, 0)
+    return prompts_batch(prompts(), index, np.arange(SECTION.rollouts))
 
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_accumulation_does_not_change_the_gradient(world: World, size: int) -> None:
     whole = gradients(build_task(world), 0)
-    parts = gradients(build_task(world, replace(SETTINGS, micro_batch=size)), 0)
+    parts = gradients(build_task(world, replace(SECTION, micro_batch=size)), 0)
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
         assert torch.allclose(value, parts[name], atol=1e-6), name
@@ -101,10 +112,11 @@ def test_only_the_top_block_trains(world: World) -> None:
 
 def test_each_epoch_uses_every_rollout_once(world: World) -> None:
     """Also where rollouts do not divide by the batch: 8 rollouts, batches of 3 are 3, 3, 2."""
-    task = build_task(world, replace(SETTINGS, batch=3))
-    assert task.settings.minibatches == 3
+    task = build_task(world, replace(SECTION, batch=3))
+    assert task.updates == 6
+    drawn = list(task.minibatches(0))
     for epoch in range(2):
-        rows = [task._minibatch(0, epoch * 3 + number).tolist() for number in range(3)]
+        rows = [drawn[epoch * 3 + number].tolist() for number in range(3)]
         assert [len(part) for part in rows] == [3, 3, 2]
         assert sorted(functools.reduce(operator.iadd, rows, [])) == list(range(8))
 
@@ -120,8 +132,7 @@ def test_delta_subtracts_the_originals_score(world: World) -> None:
 def test_controller_moves_once_an_iteration_by_all_rollouts(world: World) -> None:
     """KL 0 against a target of 1: error -1, clipped to -0.2; beta *= 1 - 0.2 * 8 / 100."""
     task = build_task(world)
-    for step in range(SETTINGS.updates):
-        gradients(task, step)
+    gradients(task, 0)
     task.metrics()
     assert task.collector.controller.coef == pytest.approx(0.1 * (1 - 0.2 * 8 / 100), rel=1e-3)
 
@@ -177,14 +188,21 @@ def test_killed_and_resumed_equals_never_interrupted(
         pass
 
     task = build_task(world)
-    accumulate = task.accumulate
+    iterate = task.iterate
 
-    def dying(step: int, backward: Callable[[Tensor], None]) -> None:
-        accumulate(step, backward)
-        if step == stop_at:
-            raise Killed
+    def dying(iteration: int, update: Update) -> None:
+        steps = itertools.count(iteration * task.updates)
 
-    task.accumulate = dying  # type: ignore[method-assign]
+        def counted(losses: Iterable[Tensor]) -> None:
+            if next(steps) == stop_at:
+                for loss in losses:
+                    loss.backward()
+                raise Killed
+            update(losses)
+
+        iterate(iteration, counted)
+
+    task.iterate = dying  # type: ignore[method-assign]
     with pytest.raises(Killed):
         run_loop(world, tmp_path / "cut", task=task)
     again = build_task(world)
@@ -244,7 +262,7 @@ def test_not_a_number_stops_with_the_checkpoint_kept(world: World, tmp_path: Pat
 
 
 def test_kl_limit_stops(world: World, tmp_path: Path) -> None:
-    task = build_task(world, replace(SETTINGS, kl_stop=1e-3))
+    task = build_task(world, replace(SECTION, kl=KlConfig(stop=1e-3)))
     with pytest.raises(Diverged, match=r"ppo\.kl\.stop=0\.001"):
         run_loop(world, tmp_path, task=task)
 
@@ -253,7 +271,7 @@ def test_best_weights_are_published(world: World, tmp_path: Path) -> None:
     """The lab's evaluations get better each time, so one turned worse must lose to it."""
     task = build_task(world)
     task.evaluator = Evaluations([0.0, 5.0, 1.0, 2.0])
-    run = run_loop(world, tmp_path, task=task, select_best=True)
+    run = run_loop(world, tmp_path, task=task, select=Select.best)
     assert run.outcome is not None
     assert (run.outcome.published_step, run.outcome.objective) == (4, 5.0)
     early = run_loop(world, tmp_path / "short", steps=12)
@@ -275,7 +293,7 @@ def test_rows_that_only_fill_up_a_batch_count_nowhere(
 ) -> None:
     """A process whose share is filled up to 8 rows by 2 of weight 0 learns from 6."""
     plain, filled = MetricAccumulator(world), MetricAccumulator(world)
-    real = replace(SETTINGS, rollouts=6)
+    real = replace(SECTION, rollouts=6)
     alone = build_task(world, real).collector.collect(0, plain)
     rows, weights = np.array([0, 1, 2, 3, 4, 5, 0, 1]), np.array([1.0] * 6 + [0.0] * 2)
     share = RowShare(rows, weights.astype(np.float32))
@@ -293,7 +311,8 @@ def test_rows_that_only_fill_up_a_batch_count_nowhere(
 def test_a_response_that_does_not_end_pays_the_penalty(world: World) -> None:
     """With gamma = lambda = 1, no scaling and KL 0, every return is the score itself."""
     collector = build_task(world).collector
-    collector.settings = replace(collector.settings, lam=1.0, missing_eos_penalty=2.0)
+    reward = replace(SECTION.reward, missing_eos_penalty=2.0)
+    collector.section = replace(SECTION, lam=1.0, reward=reward)
     collector.scaler = RewardScaler("none")
     rollouts = collector.collect(0, MetricAccumulator(world))
     expected = [
@@ -304,7 +323,7 @@ def test_a_response_that_does_not_end_pays_the_penalty(world: World) -> None:
 
 
 def test_each_iteration_has_prompts_and_noise_of_its_own(world: World) -> None:
-    task = build_task(world, replace(SETTINGS, rollouts=12))
+    task = build_task(world, replace(SECTION, rollouts=12))
     asked, numbers, sampler = [], [], task.collector.sampler
 
     def noted(batch: Prompts) -> Samples:
@@ -318,7 +337,7 @@ def test_each_iteration_has_prompts_and_noise_of_its_own(world: World) -> None:
         rows = rollouts.tokens.tolist()
         asked.append([tuple(row[:length]) for row, length in zip(rows, lengths, strict=True)])
     for iteration in range(2):
-        order = batch_index(12, 12, SETTINGS.seed, iteration)
+        order = batch_index(12, 12, SECTION.seed, iteration)
         assert asked[iteration] == [tuple(prompts().prompt[row].tolist()) for row in order]
     assert asked[0] != asked[1]
     # The noise is a function of a rollout's number in the whole run.
@@ -339,20 +358,20 @@ def test_states_are_computed_again_where_those_of_decoding_are_not_to_be_used(
     monkeypatch.setattr(task.collector.policy, "trunk_states", counted)
     task.collector.collect(0, MetricAccumulator(world))
     assert calls == []
-    task.collector.settings = replace(task.collector.settings, reuse_states=False)
+    task.collector.reuse_states = False
     task.collector.collect(0, MetricAccumulator(world))
-    assert sum(calls) == SETTINGS.rollouts
+    assert sum(calls) == SECTION.rollouts
 
 
 def losses(task: PpoTask) -> dict[str, float]:
     """Return what is logged of one update on all rollouts."""
-    task.accumulate(0, lambda loss: loss.backward())
+    gradients(task, 0)
     return task.metrics()
 
 
 def test_the_loss_is_policy_plus_value_minus_entropy(world: World) -> None:
     """Before the first update the policy's entropy is that of the one that sampled."""
-    once = replace(SETTINGS, epochs=1, batch=8)
+    once = replace(SECTION, epochs=1, batch=8)
     found = losses(build_task(world, replace(once, vf_coef=0.25, entropy_coef=0.5)))
     expected = found["loss/policy"] + 0.25 * found["loss/value"] - 0.5 * found["policy/entropy"]
     assert found["loss/total"] == pytest.approx(expected, abs=1e-5)
@@ -362,13 +381,8 @@ def test_the_loss_is_policy_plus_value_minus_entropy(world: World) -> None:
 
 def test_every_epoch_shuffles_anew(world: World) -> None:
     task = build_task(world)
-    orders = [
-        tuple(
-            row
-            for number in range(task.settings.minibatches)
-            for row in task._minibatch(iteration, epoch * task.settings.minibatches + number)
-        )
-        for iteration in range(2)
-        for epoch in range(2)
-    ]
+    orders = []
+    for iteration in range(2):
+        first, second, third, fourth = (rows.tolist() for rows in task.minibatches(iteration))
+        orders += [(*first, *second), (*third, *fourth)]
     assert len(set(orders)) == 4

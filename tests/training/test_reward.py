@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_exp.config.training import RewardConfig
 from rlhf_exp.data.tokenized import Ragged, TokenizedPreferences
 from rlhf_exp.distributed.world import world_of
-from rlhf_exp.training.reward import RewardSettings, pair_scores
+from rlhf_exp.training.reward import pair_scores
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -26,6 +27,6 @@ def test_each_pair_keeps_its_own_scores(size: int) -> None:
         return found, -found, torch.from_numpy(weights)
 
     with world_of("float32", threads=1) as world:
-        chosen, rejected = pair_scores(score, pairs, RewardSettings(8, size, 0), world)
+        chosen, rejected = pair_scores(score, pairs, RewardConfig(batch=8, micro_batch=size), world)
     assert chosen.tolist() == [1.0, 2.0, 3.0]
     assert rejected.tolist() == [-1.0, -2.0, -3.0]

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from rlhf_exp.config.training import KlConfig, PpoConfig, Schedule, Select, SelectBy
 from rlhf_exp.distributed.world import world_of
-from rlhf_exp.training.ppo_validation import ValidationSettings
+from rlhf_exp.training.ppo_validation import selection_score
 from rlhf_exp.training.trainer import TrainingProgress, passes
-from tests.training.lab import Evaluations, Run, build_task, loop_settings, run_loop
+from tests.training.lab import Evaluations, Run, build_task, run_loop
 
 
 def test_the_best_weights_of_before_the_end_are_still_there(tmp_path: Path) -> None:
@@ -27,16 +28,13 @@ def test_the_best_weights_of_before_the_end_are_still_there(tmp_path: Path) -> N
 
     The end's is the best of the shorter run, but the longer run has none at 12: step 8's is best.
     """
-    optim = replace(loop_settings(24).optim, schedule="constant")
-
     with world_of("float32", threads=1) as world:
 
         def run(folder: str, steps: int, objectives: Sequence[float]) -> Run:
             task = build_task(world)
             task.evaluator = Evaluations(objectives)
-            settings = {"eval_every": 8, "keep_checkpoints": 1, "select_best": True}
-            own = replace(optim, steps=steps)
-            return run_loop(world, tmp_path / folder, task=task, optim=own, **settings)
+            changes = {"schedule": Schedule.constant, "eval_every": 8, "select": Select.best}
+            return run_loop(world, tmp_path / folder, steps, task, keep_checkpoints=1, **changes)
 
         whole = run("whole", 24, [0.0, 5.0, 1.0, 2.0])
         first = run("extended", 12, [0.0, 5.0, 9.0])
@@ -84,10 +82,11 @@ def test_a_run_ends_after_the_evaluation_at_which_it_is_given_up(tmp_path: Path)
     ],
 )
 def test_what_is_selected_by(budget: float | None, by_wins: bool, expected: float) -> None:
-    settings = ValidationSettings(8, 1.0, 8, 0.1, scaled=True, kl_budget=budget, by_wins=by_wins)
+    by = SelectBy.win_rate if by_wins else SelectBy.reward
+    section = PpoConfig(kl=KlConfig(coef=0.1, budget=budget), select_by=by)
     found = {"eval/reward_mean": 3.0, "eval/kl_sequence": 4.0, "eval/objective": 1.1}
     found["eval/win_rate"] = 0.7
-    assert settings.judged(found, 2.0) == pytest.approx(expected)
+    assert selection_score(section, found, 2.0) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

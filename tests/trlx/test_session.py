@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_exp.config.training import KlConfig, PpoConfig, SelectBy
 from rlhf_exp.data.tokenized import Ragged, TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec, train_tokenizer
 from rlhf_exp.errors import UserError
 from rlhf_exp.tracking.tracker import NullTracker
-from rlhf_exp.training.ppo_validation import ValidationSettings
 from rlhf_exp.training.task import Diverged
 from rlhf_exp.training.trainer import TrainingResult
 from rlhf_exp.trlx.session import Judged, Session, TrlxProcess, environment, worker_folder
@@ -112,7 +112,7 @@ def judged(tokenizer: PreTrainedTokenizerBase) -> Judged:
         prompts=prompts_of([11], [12, 13], [14]),
         originals=torch.tensor([1.0, 2.0, 3.0]),
         validation=prompts_of([15, 16], [17]),
-        settings=ValidationSettings(2, 1.0, 8, kl_coef=0.5, scaled=True),
+        section=PpoConfig(kl=KlConfig(coef=0.5)),
         select_best=True,
         codec=Codec(tokenizer, "hh"),
     )
@@ -233,8 +233,8 @@ def test_the_last_weights_are_saved_where_they_are_asked_for(judged: Judged) -> 
 
 def test_a_budget_of_kl_binds(judged: Judged) -> None:
     """Step 2 has the most reward and 2 nats, which is more than allowed."""
-    how = ValidationSettings(2, 1.0, 8, kl_coef=0.5, scaled=True, kl_budget=1.5)
-    bound = Judged(**{**vars(judged), "settings": how})
+    section = PpoConfig(kl=KlConfig(coef=0.5, budget=1.5))
+    bound = Judged(**{**vars(judged), "section": section})
     script, _, outcome = run(bound, *whole([3, 7], [9, 7], [90, 90]))
     assert saves(script) == [True, True, False]
     assert outcome.published_step == 1
@@ -242,8 +242,8 @@ def test_a_budget_of_kl_binds(judged: Judged) -> None:
 
 def test_wins_over_the_first_answers_select_where_they_are_asked_for(judged: Judged) -> None:
     """Against 3 and 7, 2 loses and 99 wins; 5 and 9 both win."""
-    how = ValidationSettings(2, 1.0, 8, kl_coef=0.5, scaled=True, by_wins=True)
-    by_wins = Judged(**{**vars(judged), "settings": how})
+    section = PpoConfig(kl=KlConfig(coef=0.5), select_by=SelectBy.win_rate)
+    by_wins = Judged(**{**vars(judged), "section": section})
     script, notes, outcome = run(by_wins, *whole([3, 7], [2, 99], [5, 9]))
     rates = [row["eval/win_rate"] for *_, row in notes.rows if "eval/win_rate" in row]
     assert rates == [0.5, 0.5, 1.0], "against itself all are ties"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.answers import Answer, read_answers
 from rlhf_exp.models.policy import Policy
+from rlhf_exp.models.reference import compare_with_reference
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.stages.context import MODEL, SNAPSHOTS, StageContext
@@ -44,7 +44,6 @@ from rlhf_exp.stages.evaluation.bench import (
 )
 from rlhf_exp.stages.scorers import EvaluationScorers
 from rlhf_exp.stages.training import load_policy_model
-from rlhf_exp.training.optim import length_sorted_micro_batches
 from rlhf_exp.training.reward_scorer import Scorer, score_shared, texts_of
 from rlhf_exp.training.scorers import score_samples
 
@@ -201,15 +200,10 @@ def kl_of(
 ) -> Tensor:
     """Return the sum over each answer [N] of log policy - log reference, in nats."""
     kl = torch.zeros(len(samples))
-    lengths = (samples.prompt_lengths + samples.response_lengths).cpu()
-    for part in length_sorted_micro_batches(lengths, batch):
-        rows = samples.select(part)
-        rows = replace(rows, tokens=rows.tokens[:, : int(lengths[part].max())])
-        arguments = (rows.tokens, rows.prompt_lengths, rows.response_lengths, temperature)
-        ours = policy.response_outputs(*arguments).logprobs
-        theirs = reference.response_outputs(*arguments).logprobs
-        mask = response_mask(rows.response_lengths, ours.shape[1])
-        kl[part] = sequence_kl(ours, theirs, mask).cpu()
+    for part in compare_with_reference(policy, reference, samples, temperature, batch):
+        lengths = samples.response_lengths[part.rows]
+        mask = response_mask(lengths, part.ref_logprobs.shape[1])
+        kl[part.rows] = sequence_kl(part.policy.logprobs, part.ref_logprobs, mask).cpu()
     return kl
 
 

@@ -1,6 +1,8 @@
 """The PPO stage: the SFT policy learns to please the reward, without straying far.
 
-The state of a finished PPO run, which an extended one goes on from.
+It builds policy, reference, scorer, sampler and validation from the config and hands them to
+`training/ppo.py`. With `ppo.continue_from` it first copies the state of the finished run that it
+extends.
 """
 
 from __future__ import annotations
@@ -201,31 +203,33 @@ def sampler_for(
 
 
 CHECKPOINTS, BEST, KEPT = "checkpoints", "best", "kept"
-"""Folders of the state: the last checkpoint, the best weights so far, those of other steps."""
+"""Folders of a run's state: the last checkpoint, the best weights so far, snapshots."""
 
 _EVALUATION = "eval/"
 
 
 def copy_resume_state(context: StageContext, world: World) -> None:
-    """Put the state of the run to go on from into the staging folder, unless it is there.
+    """Copy the state of the run that is extended into the staging folder, unless it is there.
 
     Raises:
-        UserError: That run was made from other weights than this one would be.
+        UserError: That run started from other weights than this one would.
     """
     source = context.models.get(CONTINUED)
     if source is not None and context.probe is None:
-        world.run_on_all(lambda: _take(Path(source), context) if world.is_main else None)
+        world.run_on_all(lambda: _copy_state(Path(source), context) if world.is_main else None)
 
 
-def _take(source: Path, context: StageContext) -> None:
+def _copy_state(source: Path, context: StageContext) -> None:
     target = context.folder
     if (target / CHECKPOINTS).is_dir():
         return
     inputs = Manifest.read(source).inputs
-    anew = [role for role, digest in context.inputs.items() if inputs.get(role, digest) != digest]
-    if anew := [role for role in anew if role != CONTINUED]:
+    changed = [
+        role for role, digest in context.inputs.items() if inputs.get(role, digest) != digest
+    ]
+    if changed := [role for role in changed if role != CONTINUED]:
         raise UserError(
-            f"ppo.continue_from: {source.name} was made from other weights of {', '.join(anew)} "
+            f"ppo.continue_from: {source.name} was made from other weights of {', '.join(changed)} "
             "than there are now; make it again (rerun=[ppo], without ppo.continue_from)"
         )
     context.before_write()
@@ -238,12 +242,12 @@ def _take(source: Path, context: StageContext) -> None:
     partial = target / f".{CHECKPOINTS}"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source / CHECKPOINTS, partial)
-    _undo_end(target, partial)
+    _remove_final_evaluation(target, partial)
     # Last: where it is, all is there.
     partial.rename(target / CHECKPOINTS)
 
 
-def _undo_end(folder: Path, checkpoints: Path) -> None:
+def _remove_final_evaluation(folder: Path, checkpoints: Path) -> None:
     """Remove what was logged only because the run ended: the evaluation of its last step."""
     newest = sorted(checkpoints.glob("step-*"))[-1]
     state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
@@ -252,11 +256,11 @@ def _undo_end(folder: Path, checkpoints: Path) -> None:
         return
     path = folder / METRICS
     rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join(row for row in rows if not _evaluates(row, step)), encoding="utf-8")
+    path.write_text("".join(row for row in rows if not _is_evaluation(row, step)), encoding="utf-8")
     for table in (folder / "tables").rglob(f"*-{step}.jsonl"):
         table.unlink()
 
 
-def _evaluates(line: str, step: int) -> bool:
+def _is_evaluation(line: str, step: int) -> bool:
     row = json.loads(line)
     return row[STEP] == step and any(name.startswith(_EVALUATION) for name in row)

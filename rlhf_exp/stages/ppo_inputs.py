@@ -1,6 +1,6 @@
-"""The prompts that PPO answers, as token ids.
+"""The inputs of PPO, whichever the engine: prompts as ids, scores of the data's own responses.
 
-Scores of the data set's own responses, computed once for all runs that share a reward.
+The scores are computed once for all runs that share prompts and reward, and kept by content.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def _judge(config: Config, context: StageContext, scorer: Scorer) -> list[str | 
         file, _, name = reward.function.rpartition(":")
         return [file_digest(Path(file)), name]
     if isinstance(scorer, ServerScorer):
-        told = scorer.server.told
-        known = reward.name or (None if told is None else told.name)
-        return None if known is None else ["server", known]
+        info = scorer.client.info
+        server_name = reward.name or (None if info is None else info.name)
+        return None if server_name is None else ["server", server_name]
     # The key alone would not do: a reward model made again under it may have other weights.
     found = [context.parents.get("reward"), context.inputs.get("reward")]
     return found if reward.device is None else [*found, reward.placement]

@@ -27,7 +27,7 @@ from rlhf_exp.training.reward_scorer import ModelScorer, Scorer
 from rlhf_exp.training.scorers import (
     CentralScorer,
     FunctionScorer,
-    RewardServer,
+    RewardClient,
     ServerInfo,
     ServerScorer,
     SharedTrunkScorer,
@@ -184,15 +184,15 @@ NOTE = "reward_server.json"
 """What PPO was scored by: the server's address, and the name that it gave itself."""
 
 
-def server_of(section: PpoRewardConfig) -> RewardServer:
+def server_of(section: PpoRewardConfig) -> RewardClient:
     """Return the client of the server at `ppo.reward.url`."""
     assert section.url is not None, "a server scores"
     key = None if section.key_env is None else os.environ[section.key_env]
     service = Service(section.url, key, section.timeout_s, section.retries)
-    return RewardServer(service, section.request_size, section.name)
+    return RewardClient(service, section.request_size, section.name)
 
 
-def known_server(config: Config, context: StageContext, world: World) -> RewardServer:
+def known_server(config: Config, context: StageContext, world: World) -> RewardClient:
     """Return the client of a server that each process has reached; all of them take part.
 
     Raises:

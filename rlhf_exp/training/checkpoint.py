@@ -1,11 +1,11 @@
-"""Checkpoints: everything a stage needs to go on as if it had never stopped.
+"""Checkpoints, from which a run resumes exactly, and snapshots of the weights of single steps.
 
 A checkpoint is a folder `step-<n>` that appears by a rename, so it is whole or absent. It holds
 only what trains (`trainable.safetensors`), each process's part of the optimizer's state and its
-random numbers (`process-<rank>.pt`), the loop's and the task's own state (`state.json`) and a
+random numbers (`process-<rank>.pt`), the trainer's and the task's own state (`state.json`) and a
 digest of each of these; one that does not match its digests is passed over for the one before it.
 
-Weights of single steps, kept beside the checkpoints: the best so far, and those asked for.
+Snapshots are kept beside the checkpoints: the best weights so far, and those asked for.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Checkpoint:
         step: Optimizer steps done.
         weights: Trainable tensors by name.
         optimizer: The optimizer's state, in the files of the processes that wrote it.
-        state: What the loop and the task stored, plain JSON values.
+        state: Of the trainer and the task, plain JSON values.
         rng: State of torch's CPU generator of this process.
     """
 
@@ -71,7 +71,7 @@ class Checkpoints:
 
         Args:
             step: Optimizer steps done.
-            state: Of the loop and the task, plain JSON values.
+            state: Of the trainer and the task, plain JSON values.
             before_write: Raises if this run may no longer write.
         """
         world, strategy = self.world, self.world.strategy
@@ -106,7 +106,8 @@ class Checkpoints:
             "Make room and run again: it goes on from the checkpoint before.",
         ):
             world.run_on_all(begin)
-            digests = {name: one for part in world.run_on_all(write) for name, one in part.items()}
+            parts = world.run_on_all(write)
+            digests = {name: digest for part in parts for name, digest in part.items()}
             return world.run_on_all(lambda: self._publish(step, partial, digests))[world.rank]
 
     def _publish(self, step: int, partial: Path, digests: Mapping[str, str]) -> Path:
@@ -122,12 +123,12 @@ class Checkpoints:
         return target
 
     def latest(self) -> Checkpoint | None:
-        """Return the newest checkpoint that is intact, or `None`; say so where one is not."""
-        found = self.world.run_on_all(lambda: self._intact() if self.world.is_main else None)[0]
-        return None if found is None else _read(found, self.world.rank)
+        """Return the newest intact checkpoint, or `None`; warn of each damaged one."""
+        folder = self.world.run_on_all(lambda: self._intact() if self.world.is_main else None)[0]
+        return None if folder is None else _read(folder, self.world.rank)
 
     def _intact(self) -> Path | None:
-        """Return the folder of the newest intact checkpoint, setting those that are not aside."""
+        """Return the folder of the newest intact checkpoint; set damaged ones aside."""
         for leftover in self.folder.glob(".partial-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         for folder in reversed(self._folders()):

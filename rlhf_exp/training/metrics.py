@@ -1,4 +1,4 @@
-"""Sums collected over micro-batches, turned into means once per report."""
+"""Sums over micro-batches and processes, turned into means once per report."""
 
 from __future__ import annotations
 

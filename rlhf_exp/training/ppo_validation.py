@@ -1,7 +1,10 @@
-"""PPO's evaluation during training: answers to the same validation prompts, scored.
+"""PPO's evaluation during training, and the objective by which the best weights are selected.
 
-The noise of sampling is the same at each evaluation, so that two of them differ by the policy
-alone.
+The same validation prompts are answered with the same noise each time, so that two evaluations
+differ by the policy alone. The objective is PPO's own: the mean score, in standard deviations of
+the initial policy's scores where PPO scales them, minus `kl.coef` times the mean sequence KL; with
+a budget of KL, the mean score of weights that keep to it. Reward alone would select the most
+over-optimised policy.
 """
 
 from __future__ import annotations
@@ -31,11 +34,11 @@ from rlhf_exp.training.scorers import score_samples
 from rlhf_exp.training.task import Evaluation, SampleTable
 
 SHOWN = 20
-"""Of so many answers, the first, a table is made."""
+"""Answers in the table of samples, from the first on."""
 
 
 def score_unit(section: PpoConfig, first: Mapping[str, float]) -> float:
-    """Return what scores are divided by in the objective, from the first evaluation."""
+    """Return the divisor of scores in the objective, from the first evaluation's metrics."""
     return (first["eval/reward_std"] or 1.0) if section.reward.scale is not Scale.none else 1.0
 
 
@@ -47,7 +50,7 @@ def objective(section: PpoConfig, metrics: Mapping[str, float], unit: float) -> 
 
 
 def selection_score(section: PpoConfig, metrics: Mapping[str, float], unit: float) -> float:
-    """Return what the best weights are selected by."""
+    """Return the number by which the best weights are selected."""
     budget, by_wins = section.kl.budget, section.select_by is SelectBy.win_rate
     if budget is None and not by_wins:
         return objective(section, metrics, unit)
@@ -59,14 +62,10 @@ def selection_score(section: PpoConfig, metrics: Mapping[str, float], unit: floa
 class Validator:
     """Evaluates a policy on validation prompts.
 
-    The objective is PPO's own: the mean score, in standard deviations of the initial policy's
-    scores where PPO scales them, minus `kl_coef` times the mean sequence KL; with a budget of KL,
-    the mean score of what keeps to it. Reward alone would select the most over-optimised policy.
-
     Attributes:
-        unit: What scores are divided by in the objective; known from the first evaluation on.
-        initial: Scores of the first evaluation, the initial policy's, by prompt: what wins are
-            counted against.
+        unit: Divisor of scores in the objective; known from the first evaluation on.
+        initial: Scores of the first evaluation, the initial policy's, by prompt; wins are counted
+            against them.
     """
 
     def __init__(
@@ -109,12 +108,12 @@ class Validator:
         meters.add("eval/length_mean", (samples.response_lengths * weights).sum(), total)
         ended = (samples.finish != Finish.LENGTH) * weights
         meters.add("eval/ended_fraction", ended.sum(), total)
-        found = meters.means()
+        metrics = meters.means()
         if self.unit is None:
-            self.unit = score_unit(self.section, found)
-        found["eval/objective"] = objective(self.section, found, self.unit)
-        judged = selection_score(self.section, found, self.unit)
-        return Evaluation(found, judged, self._table(samples, scores, kl))
+            self.unit = score_unit(self.section, metrics)
+        metrics["eval/objective"] = objective(self.section, metrics, self.unit)
+        selected_by = selection_score(self.section, metrics, self.unit)
+        return Evaluation(metrics, selected_by, self._table(samples, scores, kl))
 
     def sequence_kl(self, samples: Samples) -> Tensor:
         """Return the sum of k1 over each response [B], in nats."""

@@ -1,10 +1,10 @@
-"""Scores of responses: what a scorer is, and the one that has a reward model.
+"""The scorer of responses: its protocol, and scoring by a reward model.
 
 A reward model with the policy's tokenizer reads the token ids as they were sampled; one with
-another tokenizer reads the text. What is scored is the prompt and the response's content, ended by
-the end-of-sequence token whether the response ended by that token, by a stop string or not at all:
-the reward model was trained on ended responses only, and what an unfinished one deserves is said by
-`missing_eos_penalty`, not by how the model extrapolates.
+another tokenizer reads the text. It reads the prompt and the response's content, ended by the
+end-of-sequence token whether the response ended by that token, by a stop string or not at all: the
+reward model was trained on ended responses only, and `missing_eos_penalty` says how an unfinished
+one is punished, not the model's extrapolation.
 
 B rows, S tokens of a row.
 """

@@ -1,21 +1,17 @@
-"""A reward model that one process holds for all, on a device where nothing trains.
+"""Scores from elsewhere than a reward model in this process.
 
-B rows of this process, S tokens of a row.
+- `CentralScorer`: one process has the reward model, on a device where nothing trains.
+- `FunctionScorer`: a function of the user's own.
+- `ServerScorer`: a reward server, asked by a `RewardClient`.
+- `SharedTrunkScorer`: a reward model over the policy's frozen trunk; `score_samples` hands it the
+  states that the sampler has kept.
 
-Scores from a function of the user's own.
+The server's protocol is in `docs/rewards.md`: POST `{"prompts": [...], "responses": [...]}`,
+answered by `{"scores": [...]}`. An answer may also hold `name` (of the reward) and `tokenizer` (the
+digest of the codec it reads with); a server that names the policy's own codec is sent the sampled
+`tokens`, so that it reads exactly the ids that a reward model in this process would.
 
-Scores from a reward server.
-
-A reward behind an address: prompts and responses go there by HTTP, scores come back.
-
-The protocol is in `docs/rewards.md`: POST `{"prompts": [...], "responses": [...]}`, answered by
-`{"scores": [...]}`. An answer may also hold `name` (of what scores) and `tokenizer` (the digest of
-the codec it reads with); a server that names the policy's own codec is sent the sampled `tokens`,
-so that it reads what a reward model in this process would.
-
-Scores of what was sampled, from the sampler's own states where these serve.
-
-B rows, S tokens of a row, D width.
+B rows of this process, S tokens of a row, D width.
 """
 
 from __future__ import annotations
@@ -66,10 +62,10 @@ class CentralScorer:
         """See `Scorer`."""
         own = (tokens.cpu(), prompt_lengths.cpu(), content_lengths.cpu())
         everyone = self.world.all_gather_object(own)
-        found = self.world.run_on_all(lambda: self._scores(everyone))[0]
-        assert found is not None
+        scores = self.world.run_on_all(lambda: self._scores(everyone))[0]
+        assert scores is not None
         sizes = [len(rows[0]) for rows in everyone]
-        return found.split(sizes)[self.world.rank]
+        return scores.split(sizes)[self.world.rank]
 
     def _scores(self, everyone: list[Rows]) -> Tensor | None:
         """Return the scores of all rows, by rank, in the main process."""
@@ -79,7 +75,7 @@ class CentralScorer:
         tokens = torch.cat(
             [torch.nn.functional.pad(rows[0], (0, width - rows[0].shape[1])) for rows in everyone]
         )
-        lengths = (torch.cat([rows[place] for rows in everyone]) for place in (1, 2))
+        lengths = (torch.cat([rows[column] for rows in everyone]) for column in (1, 2))
         return self.scorer(tokens, *lengths)
 
 
@@ -123,10 +119,10 @@ class FunctionScorer:
         try:
             answer = self.function(prompts, responses)
         except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
+            frame = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
                 f"ppo.reward.function={self.name} failed on {len(prompts)} responses at "
-                f"{place.filename}:{place.lineno}: {type(error).__name__}: {error}"
+                f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
             ) from error
         try:
             return [float(score) for score in answer]
@@ -168,38 +164,38 @@ class ServerScorer:
     """Scores by a server; each process sends its own rows.
 
     Args:
-        server: What is asked.
+        client: Asks the server.
         codec: Of the policy.
     """
 
-    def __init__(self, server: RewardServer, codec: Codec) -> None:
-        self.server, self.codec = server, codec
+    def __init__(self, client: RewardClient, codec: Codec) -> None:
+        self.client, self.codec = client, codec
 
     def __call__(self, tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
         """See `Scorer`.
 
         Raises:
-            UserError: See `RewardServer.scores`.
+            UserError: See `RewardClient.scores`.
         """
         prompts, responses = texts_of(tokens, prompt_lengths, content_lengths, self.codec)
         ids = None
-        told = self.server.told
-        if told is not None and told.tokenizer == self.codec.digest:
+        info = self.client.info
+        if info is not None and info.tokenizer == self.codec.digest:
             lengths = (prompt_lengths + content_lengths).tolist()
             ids = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-        return torch.tensor(self.server.scores(prompts, responses, ids), dtype=torch.float32)
+        return torch.tensor(self.client.scores(prompts, responses, ids), dtype=torch.float32)
 
 
 PROBE = ("\n\nHuman: Hello!\n\nAssistant:", "Hello! How can I help you?")
-"""Scored to see whether a server is there and keeps to the protocol."""
+"""A prompt and a response, scored to see whether a server answers as the protocol says."""
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says of itself; both are optional.
+    """A server's word on itself; both are optional.
 
     Attributes:
-        name: Of what scores.
+        name: Of the reward.
         tokenizer: Digest of the codec that it reads with (`Codec.digest`).
     """
 
@@ -207,11 +203,11 @@ class ServerInfo:
     tokenizer: str | None = None
 
 
-class RewardServer:
+class RewardClient:
     """Asks a server for scores.
 
     Attributes:
-        told: What the server said of itself at first; `None` before.
+        info: The server's word on itself, from its first answer; `None` before.
 
     Args:
         service: Where it is.
@@ -230,18 +226,18 @@ class RewardServer:
         draw: Callable[[], float] = random.random,
     ) -> None:
         self.service, self.size, self.name = service, size, name
-        self.told: ServerInfo | None = None
+        self.info: ServerInfo | None = None
         self._requests = HttpClient(service, self._error, wait, draw)
 
     def check(self) -> ServerInfo:
-        """Let one response be scored, without a second try; return what the server is.
+        """Have one response scored, without a second try; return the server's word on itself.
 
         Raises:
             UserError: Nobody answers, or not as the protocol says, or another reward.
         """
         self._ask([PROBE[0]], [PROBE[1]], None, retries=0)
-        assert self.told is not None
-        return self.told
+        assert self.info is not None
+        return self.info
 
     def scores(
         self,
@@ -259,12 +255,12 @@ class RewardServer:
         Raises:
             UserError: See `check`; or the server failed again and again.
         """
-        found: list[float] = []
+        scores: list[float] = []
         for start in range(0, len(prompts), self.size):
             part = slice(start, start + self.size)
-            some = None if tokens is None else tokens[part]
-            found += self._ask(prompts[part], responses[part], some)
-        return found
+            ids = None if tokens is None else tokens[part]
+            scores += self._ask(prompts[part], responses[part], ids)
+        return scores
 
     def _ask(
         self,
@@ -303,26 +299,26 @@ class RewardServer:
         return [float(score) for score in scores]
 
     def _recognise(self, answer: dict[str, Any]) -> None:
-        """Make sure that it is the reward expected, and the same as before.
+        """Check that the server has the reward expected, and the same as before.
 
         Raises:
             UserError: It is another one.
         """
         name, tokenizer = (answer.get(key) for key in ("name", "tokenizer"))
-        if not all(one is None or isinstance(one, str) for one in (name, tokenizer)):
+        if not all(text is None or isinstance(text, str) for text in (name, tokenizer)):
             raise self._error("`name` and `tokenizer`, if they are given, must be texts")
         if self.name is not None and name is not None and name != self.name:
             raise self._error(
                 f"it scores with {name!r}, but ppo.reward.name={self.name}; start the server with "
                 "that reward, or name the one that it has"
             )
-        told = ServerInfo(name, tokenizer)
-        if self.told is not None and told != self.told:
+        info = ServerInfo(name, tokenizer)
+        if self.info is not None and info != self.info:
             raise self._error(
-                f"it scores with {name!r} now, and with {self.told.name!r} before; a run needs one "
+                f"it scores with {name!r} now, and with {self.info.name!r} before; a run needs one "
                 "reward throughout"
             )
-        self.told = told
+        self.info = info
 
     def _error(self, reason: str) -> UserError:
         return UserError(f"ppo.reward.url={self.service.url}: {reason}")
@@ -389,7 +385,7 @@ class SharedTrunkScorer(ModelScorer):
 
 
 def score_samples(scorer: Scorer, samples: Samples) -> Tensor:
-    """Return the scores [B] float32 of what was sampled."""
+    """Return the scores [B] float32 of sampled responses."""
     states, closing = samples.states, samples.closing
     if isinstance(scorer, SharedTrunkScorer) and states is not None and closing is not None:
         ends = samples.prompt_lengths + samples.content_lengths

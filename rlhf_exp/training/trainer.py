@@ -47,17 +47,18 @@ def train(
     """
     folder = context.folder / "checkpoints"
     checkpoints = Checkpoints(folder, section.keep_checkpoints, context.world)
-    found = checkpoints.latest()
-    with finishing(context.tracker(None if found is None else found.step)) as tracker:
+    checkpoint = checkpoints.latest()
+    resumed = None if checkpoint is None else checkpoint.step
+    with finishing(context.tracker(resumed)) as tracker:
         trainer = _Trainer(task, section, steps, context, checkpoints, tracker)
-        start = trainer.begin(found)
+        start = trainer.begin(checkpoint)
         while trainer.progress.step < steps and not trainer.pruned:
             task.iterate(trainer.progress.step // task.updates, trainer.update)
             trainer.report()
             trainer.evaluate_if_due()
-            trainer.keep_if_due()
+            trainer.snapshot_if_due()
             trainer.checkpoint_if_due()
-            trainer.leave_if_asked()
+            trainer.stop_if_interrupted()
         result = trainer.finish(start)
         if result.pruned:
             return result
@@ -89,20 +90,20 @@ class _Trainer:
         self.pruned = False
         self.select_best = section.select == Select.best
 
-    def begin(self, found: Checkpoint | None) -> int:
-        """Start from checkpoint `found`, or afresh; return the number of steps already done."""
-        if found is None:
+    def begin(self, checkpoint: Checkpoint | None) -> int:
+        """Start from `checkpoint`, or afresh; return the number of steps already done."""
+        if checkpoint is None:
             self.kept.prune([])
             self.evaluate_if_due()
             return 0
-        self.world.resume(found.weights, found.optimizer)
-        torch.set_rng_state(found.rng)
-        torch.set_num_threads(found.state["threads"])
-        self.task.load_state(found.state["task"])
-        self.progress = TrainingProgress.of(found.state, self.steps)
+        self.world.resume(checkpoint.weights, checkpoint.optimizer)
+        torch.set_rng_state(checkpoint.rng)
+        torch.set_num_threads(checkpoint.state["threads"])
+        self.task.load_state(checkpoint.state["task"])
+        self.progress = TrainingProgress.of(checkpoint.state, self.steps)
         self.kept.prune(self.progress.kept)
-        log.info("resumed at step %d", found.step)
-        return found.step
+        log.info("resumed at step %d", checkpoint.step)
+        return checkpoint.step
 
     def update(self, losses: Iterable[Tensor]) -> None:
         """Do one optimizer step on the sum of the micro-batches' losses (each 0-dim)."""
@@ -120,17 +121,17 @@ class _Trainer:
     def report(self) -> None:
         """Log what happened since the last report."""
         self.before = self.progress.copy()
-        found = self.task.metrics() | {
+        metrics = self.task.metrics() | {
             "memory/peak_bytes": float(peak_bytes(self.world.device)),
             "optim/lr": self.latest["optim/lr"],
             "optim/grad_norm": self.latest["optim/grad_norm"],
         }
-        self.latest |= found
+        self.latest |= metrics
         step = self.progress.step
         for name, values in self.task.distributions().items():
             self.tracker.histogram(name, values, step)
-        self.tracker.log(found, step, more=self._evaluates())
-        reason = self.task.check(found)
+        self.tracker.log(metrics, step, more=self._evaluates())
+        reason = self.task.check(metrics)
         if reason is not None:
             raise self._diverged(reason)
 
@@ -139,28 +140,30 @@ class _Trainer:
         if not self._evaluates():
             return
         step = self.progress.step
-        found = self.task.evaluate()
-        if found.samples is not None:
-            self.tracker.table("eval/samples", found.samples.columns, found.samples.rows, step)
-        self.tracker.log(found.metrics, step)
+        evaluation = self.task.evaluate()
+        if evaluation.samples is not None:
+            self.tracker.table(
+                "eval/samples", evaluation.samples.columns, evaluation.samples.rows, step
+            )
+        self.tracker.log(evaluation.metrics, step)
         self.progress.last_eval = step
-        self.latest |= found.metrics
+        self.latest |= evaluation.metrics
         best = self.progress.best_objective
-        better = best is None or found.objective > best
+        better = best is None or evaluation.objective > best
         if better or not self.select_best:
-            self.progress.published_metrics = dict(found.metrics)
+            self.progress.published_metrics = dict(evaluation.metrics)
         if better:
-            self.progress.best_objective, self.progress.best_step = found.objective, step
+            self.progress.best_objective, self.progress.best_step = evaluation.objective, step
             if self.select_best or Select.best in self.section.keep:
                 self.best.save(step, self.context.before_write)
         self.pruned = self._given_up()
 
     def _given_up(self) -> bool:
-        """Return whether a search gives the run up: the main process's answer, in all of them."""
-        asked, step, steps = self.context.given_up, self.progress.step, self.steps
-        if asked is None:
+        """Return whether a search gives the run up; the main process decides for all."""
+        given_up, step, steps = self.context.given_up, self.progress.step, self.steps
+        if given_up is None:
             return False
-        return self.world.run_on_all(lambda: self.world.is_main and asked(step, steps))[0]
+        return self.world.run_on_all(lambda: self.world.is_main and given_up(step, steps))[0]
 
     def _evaluates(self) -> bool:
         step, every = self.progress.step, self.section.eval_every
@@ -169,7 +172,7 @@ class _Trainer:
     def _at_end(self) -> bool:
         return self.progress.step >= self.steps
 
-    def keep_if_due(self) -> None:
+    def snapshot_if_due(self) -> None:
         """Keep the weights after the first iteration past each interval, and at the end."""
         step, every = self.progress.step, self.section.keep_every
         before = max(self.progress.kept, default=0)
@@ -187,15 +190,19 @@ class _Trainer:
             return
         self.progress.last_checkpoint = step
         self._note_best()
-        going_on = self._going_on() if self._at_end() else None
-        state = self.progress.state(going_on) | {"task": self.task.state()}
+        extended_state = self._extended_state() if self._at_end() else None
+        state = self.progress.state(extended_state) | {"task": self.task.state()}
         self.checkpoints.save(step, state, self.context.before_write)
-        further = [] if going_on is None or going_on.best_step is None else [going_on.best_step]
+        further = (
+            []
+            if extended_state is None or extended_state.best_step is None
+            else [extended_state.best_step]
+        )
         self.best.prune([*self.progress.best_of_checkpoints, *further])
 
-    def _going_on(self) -> TrainingProgress:
+    def _extended_state(self) -> TrainingProgress:
         section = self.section
-        return self.progress.going_on(self.before, section.eval_every, section.keep_every)
+        return self.progress.extended_state(self.before, section.eval_every, section.keep_every)
 
     def _note_best(self) -> None:
         """Record which best weights the kept checkpoints, this one included, speak of."""
@@ -203,7 +210,7 @@ class _Trainer:
             kept = [*self.progress.best_of_checkpoints, self.progress.best_step]
             self.progress.best_of_checkpoints = kept[-self.section.keep_checkpoints :]
 
-    def leave_if_asked(self) -> None:
+    def stop_if_interrupted(self) -> None:
         """Save and leave if the user pressed Ctrl-C."""
         if not self._at_end() and self.world.any(self.context.interrupted()):
             self.checkpoint_if_due(force=True)
@@ -301,7 +308,7 @@ class TrainingResult:
     pruned: bool = False
 
 
-_GOING_ON = "going_on"
+_EXTENDED = "going_on"
 _OF_EVALUATIONS = ("last_eval", "best_step", "best_objective", "published_metrics")
 
 
@@ -312,17 +319,17 @@ def passes(step: int, before: int, every: int) -> bool:
 
 @dataclass
 class TrainingProgress:
-    """The state.
+    """How far training has come: the trainer's own state in a checkpoint.
 
     Attributes:
         step: Optimizer steps done.
         last_eval: Step of the last evaluation; -1: none yet.
         last_checkpoint: Step of the last checkpoint.
         best_step: Step of the best weights on validation so far.
-        best_objective: What they reached.
-        best_of_checkpoints: The best steps that the checkpoints which are kept speak of.
+        best_objective: Their objective.
+        best_of_checkpoints: `best_step` of each checkpoint that is kept.
         published_metrics: Evaluation of the weights that would be published.
-        kept: Steps whose weights are kept.
+        kept: Steps whose weights are kept as snapshots.
     """
 
     step: int = 0
@@ -338,10 +345,10 @@ class TrainingProgress:
         """Return a copy that later changes do not reach."""
         return TrainingProgress(**asdict(self))
 
-    def going_on(
+    def extended_state(
         self, before: TrainingProgress, eval_every: int, keep_every: int | None
     ) -> TrainingProgress:
-        """Return the state at the end of a run as it would be if the run went on.
+        """Return the state at the end of a run as it would be in a longer run.
 
         The end of training is evaluated, and its weights may be kept, although no interval has
         passed: a longer run would have done neither.
@@ -351,27 +358,27 @@ class TrainingProgress:
             eval_every: Optimizer steps between evaluations.
             keep_every: Between weights that are kept; `None`: none are.
         """
-        undone: dict[str, Any] = {}
+        undo: dict[str, Any] = {}
         if not passes(self.step, before.last_eval, eval_every):
-            undone |= {name: getattr(before, name) for name in _OF_EVALUATIONS}
+            undo |= {name: getattr(before, name) for name in _OF_EVALUATIONS}
         kept_before = max(before.kept, default=0)
         if keep_every is None or not passes(self.step, kept_before, keep_every):
-            undone["kept"] = before.kept
-        return replace(self, **undone)
+            undo["kept"] = before.kept
+        return replace(self, **undo)
 
-    def state(self, going_on: TrainingProgress | None) -> dict[str, Any]:
-        """Return JSON values for a checkpoint; `going_on` is given at the end of training."""
-        more = {} if going_on is None else {_GOING_ON: asdict(going_on)}
+    def state(self, extended_state: TrainingProgress | None) -> dict[str, Any]:
+        """Return JSON values for a checkpoint; `extended_state` is given at the end of training."""
+        more = {} if extended_state is None else {_EXTENDED: asdict(extended_state)}
         return {"loop": asdict(self)} | more
 
     @classmethod
     def of(cls, state: Mapping[str, Any], steps: int) -> Self:
-        """Return what `state` was made of.
+        """Return the progress in the state of a checkpoint.
 
         Args:
-            state: Of a checkpoint.
-            steps: Of the run that goes on from there: where it is longer than the one that the
-                checkpoint ended, it is as if that one had never ended.
+            state: Of the checkpoint.
+            steps: Of the run that resumes: if it is longer than the run that the checkpoint ended,
+                its progress is as if that run had never ended.
         """
-        extended = _GOING_ON in state and state["step"] < steps
-        return cls(**state[_GOING_ON if extended else "loop"])
+        extended = _EXTENDED in state and state["step"] < steps
+        return cls(**state[_EXTENDED if extended else "loop"])

@@ -20,7 +20,7 @@ from rlhf_exp.data.parsing import parse_row
 from rlhf_exp.data.toy.content import subjects
 from rlhf_exp.http_client import Service
 from rlhf_exp.hydra_app import main
-from rlhf_exp.training.scorers import RewardServer, ServerInfo, load_function
+from rlhf_exp.training.scorers import RewardClient, ServerInfo, load_function
 from tests.annotation.lab import study
 from tests.lab import artifact
 
@@ -122,7 +122,7 @@ def test_example_reward_server() -> None:
     example = runpy.run_path(str(place))
     with ThreadingHTTPServer(("127.0.0.1", 0), example["Handler"]) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        asked = RewardServer(Service(f"http://127.0.0.1:{server.server_port}"), size=2)
+        asked = RewardClient(Service(f"http://127.0.0.1:{server.server_port}"), size=2)
         assert asked.check() == ServerInfo("ended-answers-1", None)
         assert asked.scores(["?"] * 3, ["So.", "So", "So!"]) == [1.0, 0.0, 1.0]
         server.shutdown()

@@ -28,7 +28,7 @@ from rlhf_exp.models.reward_model import RewardModel, adopt_trunk
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.training.reward_scorer import ModelScorer
 from rlhf_exp.training.scorers import (
-    RewardServer,
+    RewardClient,
     ServerInfo,
     ServerScorer,
     SharedTrunkScorer,
@@ -49,10 +49,10 @@ def lengths(body: dict[str, Any]) -> tuple[int, dict[str, str], str]:
     return answer(scores=[len(text) for text in body["responses"]])
 
 
-def client(url: str, waits: list[float] | None = None, **settings: Any) -> RewardServer:
+def client(url: str, waits: list[float] | None = None, **settings: Any) -> RewardClient:
     own = {key: settings.pop(key) for key in ("size", "name") if key in settings}
     waited = [] if waits is None else waits
-    return RewardServer(Service(url, **settings), **own, wait=waited.append, draw=lambda: 0.5)
+    return RewardClient(Service(url, **settings), **own, wait=waited.append, draw=lambda: 0.5)
 
 
 def asked(rule: Rule, **settings: Any) -> tuple[list[float], JudgeServer]:

@@ -135,7 +135,9 @@ AFTER = BEFORE | {
 def test_what_only_the_end_called_for_is_undone(
     eval_every: int, keep_every: int | None, stays: set[str]
 ) -> None:
-    found = TrainingProgress(**AFTER).going_on(TrainingProgress(**BEFORE), eval_every, keep_every)
+    found = TrainingProgress(**AFTER).extended_state(
+        TrainingProgress(**BEFORE), eval_every, keep_every
+    )
     always = {"last_checkpoint", "best_of_checkpoints"}
     expected = BEFORE | {name: AFTER[name] for name in stays | always}
     assert asdict(found) == expected

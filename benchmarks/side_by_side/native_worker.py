@@ -44,8 +44,7 @@ from rlhf_exp.models.reward_model import RewardModel, adopt_trunk
 from rlhf_exp.rollout.sampler import Sampling, sample
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
-from rlhf_exp.training.reward_scorer import ModelScorer, Scorer
-from rlhf_exp.training.scorers import SharedTrunkScorer
+from rlhf_exp.training.reward_scorer import ModelScorer, Scorer, SharedTrunkScorer
 from rlhf_exp.training.task import Evaluation
 from rlhf_exp.training.trainer import TrainingContext, train
 from side_by_side.protocol import Line, Reading, peak_bytes, resident_bytes

@@ -51,8 +51,7 @@ from rlhf_exp.store.artifact import Manifest
 from rlhf_exp.tracking.local import ALERTS, METRICS, STEP
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.ppo_validation import Validator
-from rlhf_exp.training.reward_scorer import Scorer
-from rlhf_exp.training.scorers import SharedTrunkScorer
+from rlhf_exp.training.reward_scorer import Scorer, SharedTrunkScorer
 from rlhf_exp.training.trainer import TrainingProgress
 
 WATCH = ("reward/mean", "kl/sequence", "throughput/samples_per_s")

@@ -23,14 +23,13 @@ from rlhf_exp.models.reward_model import RewardModel, adopt_trunk
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.stages.training import attention_of, torch_dtype
 from rlhf_exp.store.atomic_files import write_json_atomic
-from rlhf_exp.training.reward_scorer import ModelScorer, Scorer
+from rlhf_exp.training.reward_scorer import ModelScorer, Scorer, SharedTrunkScorer
 from rlhf_exp.training.scorers import (
     CentralScorer,
     FunctionScorer,
     RewardClient,
     ServerInfo,
     ServerScorer,
-    SharedTrunkScorer,
     load_function,
 )
 

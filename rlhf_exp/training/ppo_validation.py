@@ -29,8 +29,7 @@ from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference, compare_with_reference
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.training.metrics import MetricAccumulator
-from rlhf_exp.training.reward_scorer import Scorer, texts_of
-from rlhf_exp.training.scorers import score_samples
+from rlhf_exp.training.reward_scorer import Scorer, score_samples, texts_of
 from rlhf_exp.training.task import Evaluation, SampleTable
 
 SHOWN = 20

@@ -3,8 +3,6 @@
 - `CentralScorer`: one process has the reward model, on a device where nothing trains.
 - `FunctionScorer`: a function of the user's own.
 - `ServerScorer`: a reward server, asked by a `RewardClient`.
-- `SharedTrunkScorer`: a reward model over the policy's frozen trunk; `score_samples` hands it the
-  states that the sampler has kept.
 
 The server's protocol is in `docs/rewards.md`: POST `{"prompts": [...], "responses": [...]}`,
 answered by `{"scores": [...]}`. An answer may also hold `name` (of the reward) and `tokenizer` (the
@@ -30,15 +28,12 @@ import httpx2
 import torch
 from torch import Tensor
 
-from rlhf_exp.batch import Samples
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.http_client import HttpClient, RequestFailed, Service
-from rlhf_exp.models.frozen_trunk import Branch
-from rlhf_exp.models.reward_model import RewardModel, read_scores
 from rlhf_exp.safe_text import visible
-from rlhf_exp.training.reward_scorer import ModelScorer, Scorer, texts_of
+from rlhf_exp.training.reward_scorer import ModelScorer, texts_of
 
 Rows = tuple[Tensor, Tensor, Tensor]
 
@@ -332,63 +327,3 @@ def _is_finite(score: object) -> bool:
         return math.isfinite(score)
     except OverflowError:
         return False
-
-
-class SharedTrunkScorer(ModelScorer):
-    """Scores by a reward model over the policy's frozen trunk.
-
-    Token ids are scored as by any reward model with the policy's tokenizer.
-
-    Args:
-        model: The reward model.
-        branch: Its blocks above that trunk.
-        codec: The policy's codec, and the reward model's.
-        world: Device and precision.
-        batch: Rows of one forward.
-        seq_length: Most tokens that the reward model reads of token ids.
-    """
-
-    def __init__(
-        self,
-        model: RewardModel,
-        branch: Branch,
-        codec: Codec,
-        world: World,
-        batch: int,
-        seq_length: int,
-    ) -> None:
-        super().__init__(model, codec, None, world, batch, seq_length)
-        self.branch = branch
-
-    @torch.no_grad()
-    def of_states(self, states: Tensor, closing: Tensor, ends: Tensor) -> Tensor:
-        """Return scores [B] float32 on the CPU.
-
-        Args:
-            states: [B, S, D] that leave the trunk, of prompts and responses.
-            closing: [B, D] the same of an end-of-sequence token after the content.
-            ends: [B] int64, the position of that token.
-        """
-        scores = torch.empty(len(states), dtype=torch.float32)
-        for part in torch.argsort(ends.cpu(), stable=True).split(self.batch):
-            last = ends[part]
-            # A response may have no token after its content.
-            width = int(last.max()) + 1
-            rows = states.new_zeros(len(part), width, states.shape[2])
-            known = min(width, states.shape[1])
-            rows[:, :known] = states[part, :known]
-            rows[torch.arange(len(part)), last] = closing[part]
-            with self.autocast():
-                values = read_scores(self.model, self.branch, rows, last)
-            scores[part] = values.float().cpu()
-        return scores
-
-
-def score_samples(scorer: Scorer, samples: Samples) -> Tensor:
-    """Return the scores [B] float32 of sampled responses."""
-    states, closing = samples.states, samples.closing
-    if isinstance(scorer, SharedTrunkScorer) and states is not None and closing is not None:
-        ends = samples.prompt_lengths + samples.content_lengths
-        if int(ends.max()) < scorer.seq_length:  # else rows lose their start first
-            return scorer.of_states(states, closing, ends)
-    return scorer(samples.tokens.cpu(), samples.prompt_lengths.cpu(), samples.content_lengths.cpu())

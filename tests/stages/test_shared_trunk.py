@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_exp.stages import ppo
 from rlhf_exp.stages.scorers import scorer_for
-from rlhf_exp.training.scorers import SharedTrunkScorer
+from rlhf_exp.training.reward_scorer import SharedTrunkScorer
 from tests.lab import artifact, run
 
 ARGUMENTS = ("stage=ppo", "reward.train_blocks=1", "ppo.train_blocks=1", "ppo.steps=4")

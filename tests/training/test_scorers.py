@@ -26,14 +26,8 @@ from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import build_causal_lm
 from rlhf_exp.models.reward_model import RewardModel, adopt_trunk
 from rlhf_exp.rollout.sampler import Sampling, sample
-from rlhf_exp.training.reward_scorer import ModelScorer
-from rlhf_exp.training.scorers import (
-    RewardClient,
-    ServerInfo,
-    ServerScorer,
-    SharedTrunkScorer,
-    score_samples,
-)
+from rlhf_exp.training.reward_scorer import ModelScorer, SharedTrunkScorer, score_samples
+from rlhf_exp.training.scorers import RewardClient, ServerInfo, ServerScorer
 from tests.judge_server import JudgeServer, Rule, in_turn
 
 PROMPTS = ["one", "two", "three", "four", "five"]

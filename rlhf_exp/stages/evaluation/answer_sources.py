@@ -44,8 +44,7 @@ from rlhf_exp.stages.evaluation.bench import (
 )
 from rlhf_exp.stages.scorers import EvaluationScorers
 from rlhf_exp.stages.training import load_policy_model
-from rlhf_exp.training.reward_scorer import Scorer, score_shared, texts_of
-from rlhf_exp.training.scorers import score_samples
+from rlhf_exp.training.reward_scorer import Scorer, score_samples, score_shared, texts_of
 
 log = logging.getLogger(__name__)
 

@@ -172,3 +172,29 @@ def test_figures_are_small() -> None:
     pictures = sorted((ROOT / "docs" / "figures").iterdir())
     assert [path.name for path in pictures] == ["ppo.svg", "reward.svg", "sft.svg"]
     assert max(path.stat().st_size for path in pictures) < 60_000
+
+
+def test_the_map_names_files_that_exist() -> None:
+    """By their path; a bare name stands beside one of the same folder."""
+    package = ROOT / "rlhf_exp"
+    names = {path.name for path in package.rglob("*.py")}
+    for page in (ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md"):
+        named = re.findall(r"`([\w/]+(?:\.py|/))`", page.read_text(encoding="utf-8"))
+        assert len(named) > 20
+        for path in named:
+            places = (ROOT / path, package / path, package / "stages" / path)
+            exists = any(place.exists() for place in places) or path in names
+            placeholder = path == "outputs/" or any(word.isupper() for word in path.split("/"))
+            assert exists or placeholder or "NAME" in path, f"{page.name}: {path}"
+
+
+def test_every_module_is_on_the_map() -> None:
+    """By its path, or by its name or folder; a newcomer finds any room in one step."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = page.partition("## The rooms")[2].partition("## One prompt")[0]
+    for path in sorted((ROOT / "rlhf_exp").rglob("*.py")):
+        relative = path.relative_to(ROOT / "rlhf_exp")
+        if path.name == "__init__.py" or len(relative.parts) == 1:
+            continue
+        ways = {path.name, *(f"{folder.as_posix()}/" for folder in relative.parents)}
+        assert any(way in rooms for way in ways - {"./"}), relative

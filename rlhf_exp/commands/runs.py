@@ -10,10 +10,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from rlhf_exp.errors import UserError
 from rlhf_exp.report.sweep.data import flatten, given, order_of, shown
 from rlhf_exp.store.artifact import Artifact
@@ -138,6 +134,10 @@ WIDTH = 140
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> str:
     """Return a table as text; cells are shown as they are, whatever markup is in them."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     drawn = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))

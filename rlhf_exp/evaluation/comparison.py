@@ -21,7 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,7 +42,10 @@ from rlhf_exp.evaluation.preference import (
     table_row,
 )
 from rlhf_exp.evaluation.statistics import LEVEL, TIE_BAND, Estimate, Interval, WinCounts
-from rlhf_exp.evaluation.toxicity.scorers import ToxicityScorer
+
+if TYPE_CHECKING:
+    # Reports read results without torch, which the scorers need.
+    from rlhf_exp.evaluation.toxicity.scorers import ToxicityScorer
 
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
 SAMPLES_EACH = 3

@@ -164,9 +164,9 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
         """
         import sys
         from pathlib import Path
-        from rlhf_exp.annotation.campaign import Study
+        from rlhf_exp.annotation.campaign import Campaign
         from rlhf_exp.annotation.campaign import Choice, Vote
-        found = Study(Path(sys.argv[1]))
+        found = Campaign(Path(sys.argv[1]))
         for number, item in enumerate(found.items):
             found.record(Vote(item.id, "anna", "overall", 0, Choice.A, None, "", 0))
             print(number, flush=True)

@@ -138,7 +138,7 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_every_metric_is_explained() -> None:
     explained = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     logged = set()
-    for folder in ("training", "trlx", "stages", "evaluation"):
+    for folder in ("training", "stages", "evaluation"):
         for path in (ROOT / "rlhf_exp" / folder).rglob("*.py"):
             logged |= set(_METRIC.findall(path.read_text(encoding="utf-8")))
     logged -= {"eval/samples", "eval/side_by_side"}  # tables

@@ -32,13 +32,13 @@ from pathlib import Path
 from torch.distributed import FileStore
 from rlhf_exp.processes.failures import exit_after
 from rlhf_exp.processes.worker import process_group
-from rlhf_exp.processes.environment import Place
+from rlhf_exp.processes.environment import LaunchEnvironment
 
 atexit.register(lambda: print("records closed"))
 
 def main():
     store = FileStore({store!r}, 1)
-    with process_group(store, 1, Place(0, 1, 0, 1, "127.0.0.1", 0, "the test")):
+    with process_group(store, 1, LaunchEnvironment(0, 1, 0, 1, "127.0.0.1", 0, "the test")):
         {inside}
     return 0
 

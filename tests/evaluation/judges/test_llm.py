@@ -226,13 +226,13 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from rlhf_exp.evaluation.judges.llm import Client, Endpoint
-from rlhf_exp.evaluation.judges.protocol import Pair
+from rlhf_exp.evaluation.judges.llm import JudgeClient, Endpoint
+from rlhf_exp.evaluation.judges.protocol import AnswerPair
 from rlhf_exp.evaluation.judges.llm import LLMJudge
-from rlhf_exp.evaluation.judges.llm import Replies
-client = Client(Endpoint(sys.argv[1], "stand-in"))
-judge = LLMJudge(client, Replies(Path(sys.argv[2])), concurrency=1)
-judge.verdicts([Pair("p", f"answer {{n}}", f"{{n}}") for n in range(10)])
+from rlhf_exp.evaluation.judges.llm import ReplyCache
+client = JudgeClient(Endpoint(sys.argv[1], "stand-in"))
+judge = LLMJudge(client, ReplyCache(Path(sys.argv[2])), concurrency=1)
+judge.verdicts([AnswerPair("p", f"answer {{n}}", f"{{n}}") for n in range(10)])
 """
     cache, held = tmp_path / "replies.jsonl", threading.Event()
     count = 0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 
-class Finish(IntEnum):
+class FinishReason(IntEnum):
     """Why a response ended."""
 
     LENGTH = 0
@@ -27,7 +27,7 @@ class Finish(IntEnum):
     STOP = 2
 
 
-class Rows:
+class Batch:
     """What all batches share: selecting rows and moving between devices.
 
     Subclasses are dataclasses whose fields are tensors with rows first, or `None`.
@@ -56,7 +56,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Prompts(Rows):
+class Prompts(Batch):
     """Prompts to answer.
 
     Attributes:
@@ -77,7 +77,7 @@ class Prompts(Rows):
 
 
 @dataclass(frozen=True)
-class Demonstrations(Rows):
+class Demonstrations(Batch):
     """Packed (or padded) sequences to imitate.
 
     Attributes:
@@ -98,7 +98,7 @@ class Demonstrations(Rows):
 
 
 @dataclass(frozen=True)
-class Preferences(Rows):
+class Preferences(Batch):
     """Pairs of whole sequences, the first preferred to the second.
 
     Attributes:
@@ -120,7 +120,7 @@ class Preferences(Rows):
 
 
 @dataclass(frozen=True)
-class Samples(Rows):
+class Samples(Batch):
     """What the sampler yields: prompts with the responses that followed.
 
     Attributes:
@@ -130,7 +130,7 @@ class Samples(Rows):
         response_lengths: [B] int64, at least 1.
         content_lengths: [B] int64, response tokens without the end-of-sequence token or stop string
             that ended it; may be 0.
-        finish: [B] int64, a `Finish`.
+        finish: [B] int64, a `FinishReason`.
         index: [B] int64, the prompt's number in its set.
         logprobs: [B, T] float32, log-probability of each response token under the sampler, at the
             sampling temperature; column t is the t-th response token, 0 beyond the end.
@@ -157,7 +157,7 @@ class Samples(Rows):
 
 
 @dataclass(frozen=True)
-class Rollouts(Rows):
+class Rollouts(Batch):
     """One iteration's experience, ready to train on.
 
     Attributes:

@@ -232,17 +232,19 @@ def _store_ls(arguments: argparse.Namespace) -> None:
 
 def _store_show(arguments: argparse.Namespace) -> None:
     from rlhf_exp.commands import store as store_module
-    from rlhf_exp.commands.runs import Outputs
+    from rlhf_exp.commands.runs import OutputFolder
 
-    print(store_module.show(Outputs(arguments.outputs).store.get(arguments.key)), end="")
+    print(store_module.show(OutputFolder(arguments.outputs).store.get(arguments.key)), end="")
 
 
 def _store_rm(arguments: argparse.Namespace) -> None:
     from rlhf_exp.commands import store as store_module
-    from rlhf_exp.commands.runs import Outputs
+    from rlhf_exp.commands.runs import OutputFolder
 
     print(
-        store_module.remove(Outputs(arguments.outputs).store, arguments.keys, arguments.dry_run),
+        store_module.remove(
+            OutputFolder(arguments.outputs).store, arguments.keys, arguments.dry_run
+        ),
         end="",
     )
 

@@ -20,7 +20,7 @@ from rlhf_exp.errors import Detached, JobsFailed, UserError
 from rlhf_exp.processes.environment import find_launch_environment, leads
 
 if TYPE_CHECKING:
-    from rlhf_exp.config.compose import Composed
+    from rlhf_exp.config.compose import ComposedConfig
 
 # Errors of the user's met inside Hydra's job, which would print them with a traceback of its own.
 _refused: list[UserError] = []
@@ -72,16 +72,16 @@ def _print_error(error: UserError) -> None:
 def _launch(argv: Sequence[str]) -> None:
     import hydra
 
-    from rlhf_exp.config.compose import register_schema, reported
-    from rlhf_exp.config.overrides import override_problems, with_lists
-    from rlhf_exp.config.problems import refuse
+    from rlhf_exp.config.compose import as_user_errors, register_schema
+    from rlhf_exp.config.overrides import override_problems, wrap_list_values
+    from rlhf_exp.config.problems import raise_problems
     from rlhf_exp.config.schema_keys import read_groups
 
     arguments = _parse(argv)
     folders = [CONF, *([arguments.config_dir] if arguments.config_dir else [])]
     flags = [argument for argument in argv if argument not in arguments.overrides]
-    overrides = with_lists(arguments.overrides)
-    refuse(override_problems(overrides, read_groups(folders)))
+    overrides = wrap_list_values(arguments.overrides)
+    raise_problems(override_problems(overrides, read_groups(folders)))
     if not (arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion):
         overrides, on_slurm = _check_jobs(overrides, arguments.multirun, folders)
         # Hydra uses launchers in multiruns only; on Slurm, one run is a multirun of one.
@@ -93,7 +93,7 @@ def _launch(argv: Sequence[str]) -> None:
     sys.argv = [sys.argv[0], *flags, *overrides]
     register_schema()
     _refused.clear()
-    with reported():
+    with as_user_errors():
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     if _refused:
         raise _refused[0]
@@ -120,63 +120,68 @@ def _check_jobs(
     Returns:
         The overrides that make these jobs, and whether they run on Slurm.
     """
-    from rlhf_exp.config.checks import problems
+    from rlhf_exp.config.checks import config_problems
     from rlhf_exp.config.checks_sweep import check_points, slurm_problems
     from rlhf_exp.config.compose import compose
-    from rlhf_exp.config.overrides import override_problems, points, sweeps
-    from rlhf_exp.config.problems import Problem, refuse
+    from rlhf_exp.config.overrides import override_problems, sweep_points, swept_overrides
+    from rlhf_exp.config.problems import Problem, raise_problems
     from rlhf_exp.config.schema_keys import read_groups
 
-    swept = sweeps(overrides)
+    swept = swept_overrides(overrides)
     base = compose([text for text in overrides if text not in swept], folders)
     found: list[Problem | str] = []
     on_slurm = base.site is not None and not base.config.plan
     multirun = multirun or base.multirun
     if base.config.study.trials is not None:
         overrides = _check_study(overrides, base, multirun, folders)
-        swept = sweeps(overrides)
+        swept = swept_overrides(overrides)
     if not multirun:
         for text in swept:
             key, _, value = text.partition("=")
             message = f"several values need -m; a list is written {key}=[{value}]."
             found.append(Problem(key, value, message))
-    refuse(override_problems(base.sweep, read_groups(folders)))
+    raise_problems(override_problems(base.sweep, read_groups(folders)))
     configs = [base.config]
     if multirun and base.choices["hydra/sweeper"] == "basic":
-        listed = points([*base.sweep, *overrides])
+        listed = sweep_points([*base.sweep, *overrides])
         configs, wrong = check_points(listed, lambda one: compose(one, folders).config)
         found += wrong
     else:
-        found += problems(base.config, multirun or on_slurm)
+        found += config_problems(base.config, multirun or on_slurm)
     if base.site is not None and on_slurm:
         found += slurm_problems(base.site, configs)
-    refuse(found)
+    raise_problems(found)
     return overrides, on_slurm
 
 
 def _check_study(
-    overrides: list[str], base: Composed, multirun: bool, folders: Sequence[Path]
+    overrides: list[str], base: ComposedConfig, multirun: bool, folders: Sequence[Path]
 ) -> list[str]:
     """Return the overrides of a study's workers, and keep the command line of its trials."""
-    from rlhf_exp.config.checks import problems
+    from rlhf_exp.config.checks import config_problems
     from rlhf_exp.config.compose import compose
-    from rlhf_exp.config.problems import refuse
+    from rlhf_exp.config.problems import raise_problems
     from rlhf_exp.config.schema_keys import read_groups
-    from rlhf_exp.config.search_space import differences, of_a_trial, of_workers, worker_overrides
+    from rlhf_exp.config.search_space import (
+        overrides_between,
+        single_trial_overrides,
+        worker_job_overrides,
+        worker_overrides,
+    )
 
     overrides, found = worker_overrides(overrides, base, read_groups(folders), multirun)
-    refuse(found)
+    raise_problems(found)
     config = compose(overrides, folders).config
-    found += problems(config, multirun)
-    refuse(found)
+    found += config_problems(config, multirun)
+    raise_problems(found)
     if config.plan or not leads():
         return overrides
-    kept = of_a_trial(overrides)
+    kept = single_trial_overrides(overrides)
     alone = compose(kept, folders).config
     from rlhf_exp.launchers.optuna.trial import write_command
 
-    write_command(config, [*kept, *differences(alone, config)])
-    return [*overrides, *of_workers(config.study.workers, base.site is None)]
+    write_command(config, [*kept, *overrides_between(alone, config)])
+    return [*overrides, *worker_job_overrides(config.study.workers, base.site is None)]
 
 
 def job(tree: DictConfig) -> float | None:

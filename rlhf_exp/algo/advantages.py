@@ -7,7 +7,7 @@ From scores of whole responses to rewards of tokens.
 
 Dimensions: B rows, T response tokens.
 
-The order: `delta` (score minus that of the data set's own response), `clip`, `RewardScaler.scale`,
+The order: `subtract_original_scores` (score minus that of the data set's own response), `clip_scores`, `RewardScaler.scale`,
 `shape_rewards`. The mean is never subtracted: the advantages are whitened later.
 """
 
@@ -149,18 +149,18 @@ class RewardScaler:
         self.mode = mode
         self.moments = RunningMoments()
 
-    def scale(self, scores: Tensor, everyone: Tensor | None = None) -> Tensor:
+    def scale(self, scores: Tensor, all_scores: Tensor | None = None) -> Tensor:
         """Return `scores` [B] divided by the standard deviation; call it once per iteration.
 
         Args:
             scores: [B] the scores to divide.
-            everyone: [N] the iteration's scores over all ranks without rows that only fill up the
+            all_scores: [N] the iteration's scores over all ranks without rows that only fill up the
                 batch: what is learned from. `scores` themselves if None.
         """
         if self.mode == "none":
             return scores
         if self.mode == "running" or not self.moments.count:
-            self.moments.update(scores if everyone is None else everyone)
+            self.moments.update(scores if all_scores is None else all_scores)
         return scores / self.moments.std
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,12 +172,12 @@ class RewardScaler:
         self.moments.load_state_dict(state)
 
 
-def delta(scores: Tensor, original_scores: Tensor) -> Tensor:
+def subtract_original_scores(scores: Tensor, original_scores: Tensor) -> Tensor:
     """Return the scores [B] less those [B] of the data set's own responses to the same prompts."""
     return scores - original_scores
 
 
-def clip(scores: Tensor, limit: float) -> Tensor:
+def clip_scores(scores: Tensor, limit: float) -> Tensor:
     """Return the scores [B] cut to +-`limit`."""
     return scores.clamp(-limit, limit)
 

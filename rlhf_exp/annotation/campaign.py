@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_exp.data.parsing import Unreadable, read_jsonl
+from rlhf_exp.data.parsing import UnreadableLine, read_jsonl
 from rlhf_exp.errors import UserError
 
 NAME_LENGTH = 100
@@ -430,7 +430,7 @@ def read_pairs(path: Path) -> list[Item]:
     """
     rows = []
     for origin, record in read_jsonl(path, "annotate"):
-        if isinstance(record, Unreadable):
+        if isinstance(record, UnreadableLine):
             raise UserError(f"{origin}: {record.reason}")
         fields = record if isinstance(record, Mapping) else {}
         wrong = [name for name in TEXTS if not isinstance(fields.get(name), str)]

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_exp.annotation.campaign import Campaign, Choice, Item, Vote, choice_of, ratings, side_of
-from rlhf_exp.data.parsing import Unreadable, read_jsonl, turns_of
+from rlhf_exp.data.parsing import UnreadableLine, read_jsonl, split_turns
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.agreement import majority
 from rlhf_exp.store.atomic_files import write_text_atomic
@@ -54,7 +54,7 @@ class LabelledPair:
     @property
     def turns(self) -> list[dict[str, str]]:
         """The conversation: author and text of each turn."""
-        turns = turns_of(self.item.prompt)
+        turns = split_turns(self.item.prompt)
         return [{"author": _SPEAKERS[role], "text": text} for role, text in turns]
 
     @property
@@ -177,7 +177,7 @@ def read_votes(study: Campaign, path: Path) -> list[Vote]:
     """
     found = []
     for origin, record in read_jsonl(path, "--import jsonl"):
-        if isinstance(record, Unreadable):
+        if isinstance(record, UnreadableLine):
             raise UserError(f"{origin}: {record.reason}")
         try:
             found.append(_vote(study, record))

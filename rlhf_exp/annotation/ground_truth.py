@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, question
 from rlhf_exp.annotation.export import LabelledPair, Names, judged_pairs, pairs_to_judge
-from rlhf_exp.data.parsing import Unreadable, read_jsonl
+from rlhf_exp.data.parsing import UnreadableLine, read_jsonl
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.atomic_files import write_text_atomic
 
@@ -86,7 +86,7 @@ def read_ground_truth(study: Campaign, path: Path) -> list[Vote]:
     names = Names(study)
     found: list[Vote] = []
     for origin, record in read_jsonl(path, "--import groundtruth"):
-        if isinstance(record, Unreadable):
+        if isinstance(record, UnreadableLine):
             raise UserError(f"{origin}: {record.reason}")
         try:
             found += _votes(names, study.about.criteria, record)

@@ -53,7 +53,7 @@ from rlhf_exp.annotation.campaign import (
     side_of,
 )
 from rlhf_exp.annotation.results import preference_lines, quality_lines, results
-from rlhf_exp.data.parsing import turns_of
+from rlhf_exp.data.parsing import split_turns
 from rlhf_exp.safe_text import visible
 
 # A vote's form is some 300 bytes.
@@ -352,7 +352,7 @@ def question_page(desk: AnnotatorQueue, number: int, alert: str = "") -> str:
         "question.html",
         desk=desk,
         number=number,
-        turns=[(_SPEAKERS[role], text) for role, text in turns_of(item.prompt)],
+        turns=[(_SPEAKERS[role], text) for role, text in split_turns(item.prompt)],
         answers=answers[::-1] if desk.side(item) else answers,
         asked=desk.asked(item),
         answered=desk.answered(item),

@@ -37,14 +37,14 @@ from rlhf_exp.annotation.export import read_votes, write_preferences, write_vote
 from rlhf_exp.annotation.ground_truth import read_ground_truth, write_ground_truth
 from rlhf_exp.annotation.label_studio import read_label_studio, write_label_studio
 from rlhf_exp.annotation.results import preference_lines, quality_lines, results
-from rlhf_exp.commands.runs import Outputs, table
+from rlhf_exp.commands.runs import OutputFolder, table
 from rlhf_exp.config.compose import from_dict
 from rlhf_exp.data.batching import prompts_batch
 from rlhf_exp.data.rows import History, Prompt, prompt_key
 from rlhf_exp.data.tokenized import tokenize_prompts
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.pretrained import load_causal_lm
-from rlhf_exp.rollout.sampler import Sampling, sample
+from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.serving.listen import address_of, is_local, listen, need_server, serve
 from rlhf_exp.stages.context import DataModule
@@ -242,7 +242,7 @@ def open_campaign(
     Raises:
         UserError: there is nothing to judge, or the study that is there is another one.
     """
-    source = _source(Outputs(outputs), run, design.collect)
+    source = _source(OutputFolder(outputs), run, design.collect)
     title = re.sub(r"[^A-Za-z0-9._-]+", "-", source.title)
     path = file or outputs / STUDIES / f"{title}{'-collect' if design.collect else ''}.sqlite"
     if path.exists() or not make:
@@ -270,7 +270,7 @@ def open_campaign(
     return Campaign.create(path, about, items)
 
 
-def _source(outputs: Outputs, run: str, collect: bool) -> AnswersOrigin:
+def _source(outputs: OutputFolder, run: str, collect: bool) -> AnswersOrigin:
     path = Path(run)
     if path.suffix in (".jsonl", ".gz") and not path.is_dir():
         names = ("the model", "the model") if collect else ("a", "b")
@@ -359,7 +359,7 @@ def sampled_pairs(policy: Artifact, count: int, seed: int) -> list[Item]:
     # Twice each prompt; the second answer differs from the first by its rollout number alone.
     twice = np.repeat(np.arange(len(rows)), 2)
     prompts = prompts_batch(tokenized, twice, np.arange(len(twice)))
-    settings = Sampling(
+    settings = SamplingParams(
         max_new_tokens=generation.max_new_tokens,
         temperature=generation.temperature,
         batch=config.eval.batch,

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.commands.runs import Outputs, table
+from rlhf_exp.commands.runs import OutputFolder, table
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.preference import estimate_to_json
 from rlhf_exp.launchers.optuna.table import study_text
@@ -51,7 +51,7 @@ def status(outputs: Path, run: str | None) -> str:
         outputs: The output folder.
         run: A run or multirun; None: all.
     """
-    records, names = Outputs(outputs).records, submitted_names(outputs)
+    records, names = OutputFolder(outputs).records, submitted_names(outputs)
     if run is not None and exists(study_folder(outputs, run)):
         return study_text(outputs, run)
     if run is None:
@@ -59,7 +59,7 @@ def status(outputs: Path, run: str | None) -> str:
     elif run in names:
         found, names = records.sweep(run), [run]
     else:
-        found, names = records.resolve_all(run, Outputs(outputs).store), []
+        found, names = records.resolve_all(run, OutputFolder(outputs).store), []
     views = {(name, view.job.key): view for name in names for view in job_views(outputs, name)}
     rows = [_row(record, views.pop((record.name, record.key), None)) for record in found]
     rows += [_job_row(name, view) for (name, _), view in views.items()]
@@ -68,7 +68,7 @@ def status(outputs: Path, run: str | None) -> str:
     logs = [f"{row[3]}: {row[-1]}\n" for row in rows if row[-1]]
     shown = table(HEADER, [row[:-1] for row in rows])
     if run is not None:
-        store, every = Outputs(outputs).store, Outputs(outputs).records
+        store, every = OutputFolder(outputs).store, OutputFolder(outputs).records
         for usage in sizes(store, every, sorted({row[0] for row in rows} & set(every.names()))):
             shown += f"\nDisk space of {usage.name}: {usage}\n"
     return shown + ("\nLogs of what failed:\n" + "".join(logs) if logs else "")
@@ -117,14 +117,14 @@ def compare(outputs: Path, first: str, second: str, form: str = "text") -> str:
         second: The other.
         form: `text`, `json` or `csv`.
     """
-    found = Outputs(outputs)
+    found = OutputFolder(outputs)
     comparison = compared(_side(found, first), _side(found, second))
     if form == "json":
         return json.dumps(_to_json(comparison), indent=1, allow_nan=False) + "\n"
     return _to_csv(comparison) if form == "csv" else _to_text(comparison)
 
 
-def _side(found: Outputs, name: str) -> ComparedSide:
+def _side(found: OutputFolder, name: str) -> ComparedSide:
     """Return the results of the runs of a side; those that are not done are left out and counted.
 
     Raises:
@@ -240,7 +240,7 @@ def report(outputs: Path, runs: Sequence[str], form: str, kl_budget: float | Non
         form: `page`, `json` or `csv`.
         kl_budget: Nats per answer: runs are judged by their highest validation reward within it.
     """
-    found = Outputs(outputs)
+    found = OutputFolder(outputs)
     records = list({one.key: one for run in runs for one in found.select(run)}.values())
     if form == "page" and len(records) == 1:
         return f"{_write_one(found, records[0], runs[0])}\n"
@@ -254,7 +254,7 @@ def report(outputs: Path, runs: Sequence[str], form: str, kl_budget: float | Non
 
 
 def sweep_of(
-    found: Outputs, title: str, records: Sequence[RunRecord], kl_budget: float | None = None
+    found: OutputFolder, title: str, records: Sequence[RunRecord], kl_budget: float | None = None
 ) -> Sweep:
     """Return what is known of some runs, with the logs of their jobs."""
     files = {one.key: found.records.root / one.name / "logs" / f"{one.key}.log" for one in records}
@@ -264,7 +264,7 @@ def sweep_of(
     return gather_sweep(title, records, found.store, found.records, logs, kl_budget)
 
 
-def _write_one(found: Outputs, record: RunRecord, run: str) -> Path:
+def _write_one(found: OutputFolder, record: RunRecord, run: str) -> Path:
     artifacts = found.artifacts_of(record, run)
     final = list(artifacts.values())[-1]
     path = found.folder / "reports" / f"{final.stage}-{final.key}.html"
@@ -282,7 +282,7 @@ def _file_name(runs: Sequence[str]) -> str:
 
 def write_figures(outputs: Path, run: str, folder: Path) -> list[Path]:
     """Write the charts of `run` into `folder`, one file a stage, and return their paths."""
-    found = Outputs(outputs)
+    found = OutputFolder(outputs)
     data = gather(found.run(run).name, found.artifacts(run))
     return write_sheets(data.metrics, folder, data.calibration, data.kl_target)
 

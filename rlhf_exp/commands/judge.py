@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlhf_exp.commands.runs import Outputs, table
+from rlhf_exp.commands.runs import OutputFolder, table
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.human_agreement import (
@@ -32,7 +32,7 @@ from rlhf_exp.evaluation.judges.protocol import Judge
 from rlhf_exp.evaluation.judges.reward_models import Classifier, OwnRewardModel, RewardJudge
 from rlhf_exp.evaluation.preference import DASH, format_estimate
 from rlhf_exp.models.pretrained import load_tokenizer
-from rlhf_exp.models.reward_model import HEAD, RewardModel
+from rlhf_exp.models.reward_model import REWARD_HEAD_FILE, RewardModel
 from rlhf_exp.stages.evaluation.preference import REPLIES, request_of, verdicts_of
 from rlhf_exp.store.atomic_files import write_json_atomic
 
@@ -87,7 +87,7 @@ def judge(
     people = people_of(labels.ratings, labels.annotators)
     found: list[JudgeQuality] = []
     notes: list[str] = []
-    for one in _judges(Outputs(outputs), panel):
+    for one in _judges(OutputFolder(outputs), panel):
         verdicts = verdicts_of(one, labels.pairs)
         signs = [verdict.sign for verdict in verdicts]
         found.append(quality(one.name, signs, labels.ratings))
@@ -107,7 +107,7 @@ def judge(
     return "\n".join([_people(people, labels.unusable), *_qualities(found), *notes, ""])
 
 
-def _judges(outputs: Outputs, panel: RequestedJudges) -> list[Judge]:
+def _judges(outputs: OutputFolder, panel: RequestedJudges) -> list[Judge]:
     judges: list[Judge] = [_reward(outputs, spec) for spec in panel.reward]
     if panel.llm is None:
         return judges
@@ -123,7 +123,7 @@ def _judges(outputs: Outputs, panel: RequestedJudges) -> list[Judge]:
     return [*judges, LLMJudge(JudgeClient(endpoint), replies, panel.criterion, panel.concurrency)]
 
 
-def _reward(outputs: Outputs, spec: str) -> Judge:
+def _reward(outputs: OutputFolder, spec: str) -> Judge:
     """Return the reward model of a run, or of a folder or hub id."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(spec)
@@ -141,7 +141,7 @@ def _reward(outputs: Outputs, spec: str) -> Judge:
             raise UserError(f"--reward {spec}: that run has no reward model")
         artifact = artifacts["reward"]
         folder, form = artifact.path / "model", artifact.manifest.config["data"]["format"]
-    if not (folder / HEAD).is_file():
+    if not (folder / REWARD_HEAD_FILE).is_file():
         classifier = Classifier(folder, device=device)
         return RewardJudge(classifier.name, classifier)
     codec = Codec(load_tokenizer(folder), form)

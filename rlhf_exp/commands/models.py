@@ -15,13 +15,13 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf_exp.batch import Prompts
-from rlhf_exp.commands.runs import POLICIES, Outputs
+from rlhf_exp.commands.runs import POLICIES, OutputFolder
 from rlhf_exp.data.rows import Turn
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.pretrained import load_causal_lm, load_tokenizer
 from rlhf_exp.report.run.gather import loading_code
-from rlhf_exp.rollout.sampler import Sampling, sample
+from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.safe_text import visible
 from rlhf_exp.stages.context import SNAPSHOTS, snapshot_name
@@ -64,7 +64,7 @@ class ChatModel:
         ids = self.codec.encode_prompt(self.history)[-(self.room - self.max_new_tokens) :]
         number = torch.tensor([len(self.history)])
         prompts = Prompts(torch.tensor([ids]), torch.tensor([len(ids)]), number, number)
-        settings = Sampling(
+        settings = SamplingParams(
             max_new_tokens=self.max_new_tokens,
             temperature=temperature or 1.0,
             batch=1,
@@ -98,7 +98,7 @@ def chat(
         seed: Of sampling.
         lines: Messages; the standard input by default.
     """
-    found = Outputs(outputs)
+    found = OutputFolder(outputs)
     first = found.policy(run)
     speakers = [ChatModel.of(first, first.stage)]
     if against is not None:
@@ -143,7 +143,7 @@ def export(outputs: Path, run: str, folder: Path, step: int | None = None) -> Pa
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; name another one")
-    found = Outputs(outputs)
+    found = OutputFolder(outputs)
     artifact = found.policy(run)
     artifact.verify()
     source = artifact.path / "model" if step is None else _snapshot(artifact, step)

@@ -21,7 +21,7 @@ POLICIES = ("ppo", "sft")
 _SEPARATOR = re.compile(r",(?=[A-Za-z_][\w./]*=)")
 
 
-class Outputs:
+class OutputFolder:
     """The store and the run records of an `output_dir`.
 
     Args:

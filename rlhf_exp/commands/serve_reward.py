@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_exp.commands.runs import Outputs
+from rlhf_exp.commands.runs import OutputFolder
 from rlhf_exp.config.compose import from_dict
 from rlhf_exp.config.experiment import Config, Dtype, PromptFormat
 from rlhf_exp.data.tokenizer import Codec
@@ -82,7 +82,7 @@ def load_scores(outputs: Path, run: str, wanted: ServeOptions) -> RequestScorer:
     Raises:
         UserError: see `serve_reward`.
     """
-    folder, config = _found(Outputs(outputs), run, wanted)
+    folder, config = _found(OutputFolder(outputs), run, wanted)
     half = Dtype.bfloat16 in (config.distributed.precision, config.model.dtype)
     precision: Precision = "bfloat16" if half else "float32"
     model = RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config))
@@ -104,7 +104,7 @@ def load_scores(outputs: Path, run: str, wanted: ServeOptions) -> RequestScorer:
     return RequestScorer(scorer, codec, key_of({"model": digest, "how": how}))
 
 
-def _found(outputs: Outputs, run: str, wanted: ServeOptions) -> tuple[Path, Config]:
+def _found(outputs: OutputFolder, run: str, wanted: ServeOptions) -> tuple[Path, Config]:
     """Return the folder of a reward model, and the config to use it with."""
     folder, artifacts = Path(run), dict[str, Artifact]()
     if (folder / MANIFEST).is_file():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rlhf_exp.commands.runs import Outputs, table
+from rlhf_exp.commands.runs import OutputFolder, table
 from rlhf_exp.errors import UserError
 from rlhf_exp.launchers.slurm.submissions import latest_jobs, submitted_names
 from rlhf_exp.store.artifact import MANIFEST, Artifact
@@ -37,7 +37,7 @@ HEADER = ("name", "runs", "total", "of its own", "shared", "unfinished", "logs",
 
 def listing(outputs: Path) -> str:
     """Return the table of all results and unfinished work, and that of each name's disk space."""
-    found = Outputs(outputs)
+    found = OutputFolder(outputs)
     shown = artifact_table(list_artifacts(found.store, users(found.records)))
     rows = [_row(one) for one in sizes(found.store, found.records)]
     if rows:
@@ -66,7 +66,7 @@ def collect_garbage(
     """
     if (sweep is None) != (keep is None):
         raise UserError("store gc: --sweep NAME and --keep best:N go together; give both or none")
-    found = Outputs(outputs)
+    found = OutputFolder(outputs)
     rule = None if sweep is None or keep is None else RetentionRule.parse(sweep, keep)
     grace = GRACE_S if older_than is None else seconds_of(older_than)
     kept = kept_keys(found.records, rule) | queued_keys(outputs, found.records)

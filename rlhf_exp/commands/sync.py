@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_exp.commands.runs import Outputs, table
+from rlhf_exp.commands.runs import OutputFolder, table
 from rlhf_exp.config.compose import compose
-from rlhf_exp.config.overrides import override_problems, points, with_lists
-from rlhf_exp.config.problems import refuse
+from rlhf_exp.config.overrides import override_problems, sweep_points, wrap_list_values
+from rlhf_exp.config.problems import raise_problems
 from rlhf_exp.config.schema_keys import CONF, read_groups
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline import hub
@@ -68,7 +68,7 @@ def sync(outputs: Path, run: str, dry_run: bool, tell: Callable[[str], None]) ->
     Raises:
         UserError: W&B cannot be reached.
     """
-    found = list(_tracked(Outputs(outputs), run))
+    found = list(_tracked(OutputFolder(outputs), run))
     if not found:
         return f"{run}: nothing was recorded for W&B (tracking=disabled, or no stage ran)\n", 0
     work = [one for one in found if not one.running and unsent(one.starts)]
@@ -83,7 +83,7 @@ def sync(outputs: Path, run: str, dry_run: bool, tell: Callable[[str], None]) ->
     return table(HEADER, rows), sum(row[4] == FAILED for row in rows)
 
 
-def _tracked(outputs: Outputs, run: str) -> Iterator[TrackedRun]:
+def _tracked(outputs: OutputFolder, run: str) -> Iterator[TrackedRun]:
     """Yield every W&B run that the points of `run` have made or use, once, parents first."""
     held = {(one.stage, one.key) for one in holders(outputs.store.root)}
     seen = set()
@@ -167,10 +167,10 @@ def fetch(
         UserError: Something cannot be fetched, or the command line is wrong.
     """
     folders = [CONF, *([folder.expanduser().resolve()] if folder else [])]
-    wanted = with_lists(overrides)
-    refuse(override_problems(wanted, read_groups(folders)))
+    wanted = wrap_list_values(overrides)
+    raise_problems(override_problems(wanted, read_groups(folders)))
     found: dict[hub.Need, Path] = {}
-    for point in points(wanted):
+    for point in sweep_points(wanted):
         config = compose(point, folders).config
         found |= dict.fromkeys(hub.needs(config, plan(config)), Path(config.output_dir))
     for need, output_dir in found.items():

@@ -39,7 +39,7 @@ from rlhf_exp.config.experiment import (
     StageName,
     StrategyName,
 )
-from rlhf_exp.config.problems import Findings, Problem
+from rlhf_exp.config.problems import ConfigChecker, Problem
 from rlhf_exp.config.search_space import check_study
 from rlhf_exp.config.training import RewardInit, Schedule, Select, ValueInit, ValueTrunk
 
@@ -52,7 +52,7 @@ _NEEDS = {
 }
 
 
-def problems(config: Config, multirun: bool = False) -> list[Problem]:
+def config_problems(config: Config, multirun: bool = False) -> list[Problem]:
     """Return everything that is wrong with a config, all at once.
 
     Sections that the chosen stage does not need are not looked at; neither is the training of a
@@ -62,30 +62,30 @@ def problems(config: Config, multirun: bool = False) -> list[Problem]:
         config: The experiment.
         multirun: Whether it is one point of a multirun.
     """
-    found = Findings(config)
+    check = ConfigChecker(config)
     needed = ("eval",) if _recomputes(config) else _NEEDS[config.stage]
-    _check_root(found, multirun)
-    check_model(found)
-    check_data(found)
+    _check_root(check, multirun)
+    check_model(check)
+    check_data(check)
     for stage in ("sft", "reward", "ppo"):
-        if stage in needed and found.value(f"{stage}.use") is None:
-            check_training(found, stage)
-            check_sequence(found, stage)
+        if stage in needed and check.value(f"{stage}.use") is None:
+            check_training(check, stage)
+            check_sequence(check, stage)
     if "reward" in needed and config.reward.use is None:
-        _check_reward(found)
+        _check_reward(check)
     if "ppo" in needed and config.ppo.use is None:
-        check_ppo(found)
+        check_ppo(check)
         if config.engine.name is EngineName.trlx:
-            check_trlx(found)
+            check_trlx(check)
     if "ppo" in needed:
-        check_scoring(found)
-        check_continuing(found)
+        check_scoring(check)
+        check_continuing(check)
     if "eval" in needed:
-        check_eval(found)
-    _check_running(found)
+        check_eval(check)
+    _check_running(check)
     if config.study.trials is not None:
-        check_study(found, problems)
-    return found.problems
+        check_study(check, config_problems)
+    return check.problems
 
 
 def _recomputes(config: Config) -> bool:
@@ -93,240 +93,242 @@ def _recomputes(config: Config) -> bool:
     return config.stage is StageName.eval and config.eval.samples is not None
 
 
-def _check_root(found: Findings, multirun: bool) -> None:
-    config = found.config
+def _check_root(check: ConfigChecker, multirun: bool) -> None:
+    config = check.config
     if multirun and config.name is None:
-        found.add("name", "a multirun needs a name, for its report: name=my_sweep.")
+        check.add("name", "a multirun needs a name, for its report: name=my_sweep.")
     if config.name is not None:
         valid = re.fullmatch(r"[A-Za-z0-9][\w.-]*", config.name, re.ASCII)
-        found.unless(valid is not None, "name", "use letters, digits, and . _ - inside.")
-        found.unless(config.name != "latest", "name", "`latest` always means the latest run.")
-    found.at_least(0, "seed")
+        check.require(valid is not None, "name", "use letters, digits, and . _ - inside.")
+        check.require(config.name != "latest", "name", "`latest` always means the latest run.")
+    check.at_least(0, "seed")
     stages = [stage.name for stage in StageName if stage is not StageName.pipeline]
     unknown = [stage for stage in config.rerun if stage not in stages]
-    found.unless(not unknown, "rerun", f"the stages are {', '.join(stages)}.")
+    check.require(not unknown, "rerun", f"the stages are {', '.join(stages)}.")
     output = Path(config.output_dir).expanduser().resolve()
-    found.unless(output.is_dir() or not output.exists(), "output_dir", f"{output} is not a folder.")
+    check.require(
+        output.is_dir() or not output.exists(), "output_dir", f"{output} is not a folder."
+    )
 
 
-def _check_reward(found: Findings) -> None:
-    config = found.config
+def _check_reward(check: ConfigChecker) -> None:
+    config = check.config
     part = config.reward.part
     if part is not None:
         match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
         if match is None or int(match[1]) > int(match[2]):
-            found.add("reward.part", "expected one part of how many, such as 1/2.")
+            check.add("reward.part", "expected one part of how many, such as 1/2.")
     if config.reward.init is RewardInit.base and config.model.path is None:
-        found.add("reward.init", "a model from scratch has no base weights; use reward.init=sft.")
+        check.add("reward.init", "a model from scratch has no base weights; use reward.init=sft.")
 
 
-def _check_running(found: Findings) -> None:
-    config = found.config
-    found.at_least(1, "distributed.processes", "distributed.threads")
+def _check_running(check: ConfigChecker) -> None:
+    config = check.config
+    check.at_least(1, "distributed.processes", "distributed.threads")
     strategy = config.distributed.strategy
     if strategy is StrategyName.single and config.distributed.processes > 1:
         message = "distributed.strategy=single has one process; choose a strategy, such as "
-        found.add("distributed.processes", message + "distributed=ddp.")
+        check.add("distributed.processes", message + "distributed=ddp.")
     if config.distributed.offload and strategy in (StrategyName.single, StrategyName.ddp):
         message = f"distributed.strategy={strategy.name} cannot offload; zero1 to 3 and fsdp can."
-        found.add("distributed.offload", message)
+        check.add("distributed.offload", message)
     if strategy.name.startswith("zero") and not config.plan:
         message = "needs DeepSpeed; run `pip install 'rlhf-exp[deepspeed]'`."
-        found.unless(find_spec("deepspeed") is not None, "distributed.strategy", message)
-    found.unless(bool(config.tracking.project.strip()), "tracking.project", "must not be empty.")
+        check.require(find_spec("deepspeed") is not None, "distributed.strategy", message)
+    check.require(bool(config.tracking.project.strip()), "tracking.project", "must not be empty.")
     alerts = "tracking.alerts."
-    found.positive(*(alerts + name for name in ("kl_factor", "reward_drop", "entropy_fraction")))
+    check.positive(*(alerts + name for name in ("kl_factor", "reward_drop", "entropy_fraction")))
 
 
 _FILES = ("preferences", "demonstrations", "prompts", "test")
 
 
-def check_data(found: Findings) -> None:
+def check_data(check: ConfigChecker) -> None:
     """Report what is wrong with `data`, missing files included."""
-    data = found.config.data
+    data = check.config.data
     if data.source is DataSource.hub:
-        found.unless(data.path is not None, "data.path", "data.source=hub needs a hub id.")
+        check.require(data.path is not None, "data.path", "data.source=hub needs a hub id.")
     elif data.path is not None:
-        found.add("data.path", f"data.source={data.source.name} reads no hub id; see data.source.")
+        check.add("data.path", f"data.source={data.source.name} reads no hub id; see data.source.")
     if data.source is not DataSource.hub and data.revision is not None:
-        found.add("data.revision", f"data.source={data.source.name} has no revision.")
+        check.add("data.revision", f"data.source={data.source.name} has no revision.")
     for name in _FILES:
-        _check_file(found, f"data.{name}")
+        _check_file(check, f"data.{name}")
     if data.source is DataSource.jsonl and data.preferences is None:
-        found.add("data.preferences", "data.source=jsonl needs a .jsonl or .jsonl.gz file.")
+        check.add("data.preferences", "data.source=jsonl needs a .jsonl or .jsonl.gz file.")
     if data.source is DataSource.toy:
-        _check_toy(found)
-    _check_fractions(found)
-    found.at_least(1, "data.limit")
-    if data.format is PromptFormat.chat_template and found.config.model.path is None:
+        _check_toy(check)
+    _check_fractions(check)
+    check.at_least(1, "data.limit")
+    if data.format is PromptFormat.chat_template and check.config.model.path is None:
         message = "the tokenizer of a model from scratch has no chat template; use hh or plain."
-        found.add("data.format", message)
+        check.add("data.format", message)
 
 
-def _check_file(found: Findings, key: str) -> None:
-    value = found.value(key)
+def _check_file(check: ConfigChecker, key: str) -> None:
+    value = check.value(key)
     if value is None:
         return
-    if found.config.data.source is not DataSource.jsonl:
-        found.add(key, "files are read with data=hh_local (data.source=jsonl) only.")
+    if check.config.data.source is not DataSource.jsonl:
+        check.add(key, "files are read with data=hh_local (data.source=jsonl) only.")
         return
     path = Path(value).expanduser().resolve()
-    found.unless(path.is_file(), key, f"there is no file {path}.")
+    check.require(path.is_file(), key, f"there is no file {path}.")
 
 
-def _check_toy(found: Findings) -> None:
+def _check_toy(check: ConfigChecker) -> None:
     sizes = ("demonstrations", "preferences", "prompts", "validation", "test")
-    found.at_least(1, *(f"data.toy.{size}" for size in sizes))
-    found.at_least(0, "data.toy.seed")
-    noise = found.config.data.toy.label_noise
-    found.unless(0 <= noise < 0.5, "data.toy.label_noise", "must be in [0, 0.5): labels inform.")
+    check.at_least(1, *(f"data.toy.{size}" for size in sizes))
+    check.at_least(0, "data.toy.seed")
+    noise = check.config.data.toy.label_noise
+    check.require(0 <= noise < 0.5, "data.toy.label_noise", "must be in [0, 0.5): labels inform.")
 
 
-def _check_fractions(found: Findings) -> None:
-    data = found.config.data
+def _check_fractions(check: ConfigChecker) -> None:
+    data = check.config.data
     for name in ("validation_fraction", "test_fraction", "max_bad_fraction"):
-        found.unless(0 <= getattr(data, name) < 1, f"data.{name}", "must be in [0, 1).")
+        check.require(0 <= getattr(data, name) < 1, f"data.{name}", "must be in [0, 1).")
     if max(data.validation_fraction, data.test_fraction) >= 1:
         return
     if data.validation_fraction + data.test_fraction >= 1:
         message = "leaves nothing to train on: data.validation_fraction + data.test_fraction >= 1."
-        found.add("data.test_fraction", message)
+        check.add("data.test_fraction", message)
 
 
-def check_training(found: Findings, stage: str) -> None:
+def check_training(check: ConfigChecker, stage: str) -> None:
     """Report what is wrong with the fields that all training stages have.
 
     Args:
-        found: Collects the problems.
+        check: Collects the problems.
         stage: `sft`, `reward` or `ppo`.
     """
     key = f"{stage}.".__add__
-    found.positive(key("lr"), key("grad_norm"), key("lora.alpha"), key("epochs"))
+    check.positive(key("lr"), key("grad_norm"), key("lora.alpha"), key("epochs"))
     intervals = ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_every")
-    found.at_least(1, *map(key, ("batch", "micro_batch", "steps", "train_blocks", *intervals)))
-    found.at_least(0, *map(key, ("seed", "warmup_steps", "weight_decay", "lora.rank")))
-    betas = found.value(key("betas"))
+    check.at_least(1, *map(key, ("batch", "micro_batch", "steps", "train_blocks", *intervals)))
+    check.at_least(0, *map(key, ("seed", "warmup_steps", "weight_decay", "lora.rank")))
+    betas = check.value(key("betas"))
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        found.add(key("betas"), "needs two numbers in [0, 1), such as [0.9,0.95].")
-    batch, micro = found.value(key("batch")), found.value(key("micro_batch"))
+        check.add(key("betas"), "needs two numbers in [0, 1), such as [0.9,0.95].")
+    batch, micro = check.value(key("batch")), check.value(key("micro_batch"))
     if micro is not None and micro > batch:
-        found.add(key("micro_batch"), f"is more than {stage}.batch, {batch} rows.")
+        check.add(key("micro_batch"), f"is more than {stage}.batch, {batch} rows.")
     if stage != "ppo":
-        _check_length(found, stage)
-    blocks, layers = found.value(key("train_blocks")), layer_count(found.config.model)
+        _check_length(check, stage)
+    blocks, layers = check.value(key("train_blocks")), layer_count(check.config.model)
     if blocks is not None and layers is not None and blocks > layers:
-        found.add(key("train_blocks"), f"the model has {layers} blocks; null trains everything.")
-    if blocks is not None and found.value(key("lora.rank")) > 0:
+        check.add(key("train_blocks"), f"the model has {layers} blocks; null trains everything.")
+    if blocks is not None and check.value(key("lora.rank")) > 0:
         message = f"choose one: {stage}.train_blocks, or LoRA with {stage}.lora.rank."
-        found.add(key("train_blocks"), message)
+        check.add(key("train_blocks"), message)
 
 
-def _check_length(found: Findings, stage: str) -> None:
-    steps, epochs = found.value(f"{stage}.steps"), found.value(f"{stage}.epochs")
+def _check_length(check: ConfigChecker, stage: str) -> None:
+    steps, epochs = check.value(f"{stage}.steps"), check.value(f"{stage}.epochs")
     if steps is None and epochs is None:
-        found.add(f"{stage}.steps", f"set {stage}.steps or {stage}.epochs.")
+        check.add(f"{stage}.steps", f"set {stage}.steps or {stage}.epochs.")
     if steps is not None and epochs is not None:
         message = f"{stage}.epochs is set too, to {epochs:g}; set one of them to null."
-        found.add(f"{stage}.steps", message)
+        check.add(f"{stage}.steps", message)
 
 
-def check_sequence(found: Findings, stage: str) -> None:
+def check_sequence(check: ConfigChecker, stage: str) -> None:
     """Report a sequence length that the model cannot read."""
-    length, context = found.value(f"{stage}.seq_length"), context_length(found.config.model)
-    found.at_least(2, f"{stage}.seq_length")
+    length, context = check.value(f"{stage}.seq_length"), context_length(check.config.model)
+    check.at_least(2, f"{stage}.seq_length")
     if context is not None and length > context:
-        found.add(f"{stage}.seq_length", f"the model's context is {context} tokens.")
+        check.add(f"{stage}.seq_length", f"the model's context is {context} tokens.")
 
 
-def check_ppo(found: Findings) -> None:
+def check_ppo(check: ConfigChecker) -> None:
     """Report what is wrong with PPO's own fields."""
-    ppo = found.config.ppo
-    found.at_least(1, "ppo.rollouts", "ppo.eval_prompts", "ppo.generation.batch")
-    found.at_least(1, "ppo.generation.max_new_tokens", "ppo.kl.horizon")
-    found.at_least(0, "ppo.vf_coef", "ppo.entropy_coef", "ppo.kl.coef", "ppo.kl.select_coef")
-    found.at_least(0, "ppo.reward.missing_eos_penalty")
-    found.positive("ppo.clip_range", "ppo.clip_range_value", "ppo.kl.target", "ppo.kl.stop")
-    found.positive("ppo.kl.budget")
+    ppo = check.config.ppo
+    check.at_least(1, "ppo.rollouts", "ppo.eval_prompts", "ppo.generation.batch")
+    check.at_least(1, "ppo.generation.max_new_tokens", "ppo.kl.horizon")
+    check.at_least(0, "ppo.vf_coef", "ppo.entropy_coef", "ppo.kl.coef", "ppo.kl.select_coef")
+    check.at_least(0, "ppo.reward.missing_eos_penalty")
+    check.positive("ppo.clip_range", "ppo.clip_range_value", "ppo.kl.target", "ppo.kl.stop")
+    check.positive("ppo.kl.budget")
     if ppo.kl.budget is not None and ppo.kl.select_coef is not None:
-        found.add("ppo.kl.select_coef", "with ppo.kl.budget nothing is subtracted; set one.")
+        check.add("ppo.kl.select_coef", "with ppo.kl.budget nothing is subtracted; set one.")
     if ppo.kl.budget is not None and ppo.select is Select.last:
-        found.add("ppo.kl.budget", "ppo.select=last takes the last weights; use ppo.select=best.")
-    found.positive("ppo.reward.clip", "ppo.generation.temperature")
+        check.add("ppo.kl.budget", "ppo.select=last takes the last weights; use ppo.select=best.")
+    check.positive("ppo.reward.clip", "ppo.generation.temperature")
     for name in ("gamma", "lam"):
-        found.unless(0 <= getattr(ppo, name) <= 1, f"ppo.{name}", "must be in [0, 1].")
+        check.require(0 <= getattr(ppo, name) <= 1, f"ppo.{name}", "must be in [0, 1].")
     if ppo.batch > ppo.rollouts:
         message = f"an iteration has only ppo.rollouts={ppo.rollouts} of them."
-        found.add("ppo.batch", message)
+        check.add("ppo.batch", message)
     if ppo.generation.max_new_tokens >= ppo.seq_length:
         message = f"leaves no room for a prompt in ppo.seq_length={ppo.seq_length}."
-        found.add("ppo.generation.max_new_tokens", message)
+        check.add("ppo.generation.max_new_tokens", message)
     if ppo.kl.target is not None and ppo.kl.coef == 0:
         message = "an adaptive controller cannot leave 0; set ppo.kl.target=null for no penalty."
-        found.add("ppo.kl.coef", message)
+        check.add("ppo.kl.coef", message)
     if ppo.kl.stop is not None and ppo.kl.target is not None and ppo.kl.stop <= ppo.kl.target:
-        found.add("ppo.kl.stop", f"must be above the target that KL aims at, {ppo.kl.target:g}.")
+        check.add("ppo.kl.stop", f"must be above the target that KL aims at, {ppo.kl.target:g}.")
     if ppo.value_trunk is ValueTrunk.branch:
-        _check_branch(found)
-    modelless = not ppo.reward.model_scores and found.config.reward.use is None
+        _check_branch(check)
+    modelless = not ppo.reward.model_scores and check.config.reward.use is None
     if modelless and ppo.value_init is ValueInit.reward:
         message = f"with a {ppo.reward.kind} there is no reward model; use value_init=small."
-        found.add("ppo.value_init", message)
+        check.add("ppo.value_init", message)
 
 
-def _check_branch(found: Findings) -> None:
-    ppo = found.config.ppo
+def _check_branch(check: ConfigChecker) -> None:
+    ppo = check.config.ppo
     if ppo.train_blocks is None or ppo.lora.rank:
         message = "a branch needs a frozen trunk: set ppo.train_blocks, without LoRA, or use own."
-        found.add("ppo.value_trunk", message)
+        check.add("ppo.value_trunk", message)
     if ppo.value_init is ValueInit.reward:
         message = (
             "the reward model's head reads its own trunk; use value_trunk=own or value_init=small."
         )
-        found.add("ppo.value_init", message)
+        check.add("ppo.value_init", message)
 
 
-def check_scoring(found: Findings) -> None:
+def check_scoring(check: ConfigChecker) -> None:
     """Report what is wrong with a function, a server, or the reward model's place."""
-    reward = found.config.ppo.reward
+    reward = check.config.ppo.reward
     if reward.function is not None:
-        check_function(found, "ppo.reward.function")
+        check_function(check, "ppo.reward.function")
     if reward.function is not None and reward.url is not None:
-        found.add("ppo.reward.url", "ppo.reward.function is set too; one of them scores.")
-    _check_server(found)
-    _check_placement(found)
+        check.add("ppo.reward.url", "ppo.reward.function is set too; one of them scores.")
+    _check_server(check)
+    _check_placement(check)
 
 
-def _check_server(found: Findings) -> None:
-    reward = found.config.ppo.reward
-    found.at_least(1, "ppo.reward.request_size")
-    found.at_least(0, "ppo.reward.retries")
-    found.positive("ppo.reward.timeout_s")
+def _check_server(check: ConfigChecker) -> None:
+    reward = check.config.ppo.reward
+    check.at_least(1, "ppo.reward.request_size")
+    check.at_least(0, "ppo.reward.retries")
+    check.positive("ppo.reward.timeout_s")
     if reward.url is not None:
-        check_address(found, "ppo.reward", "http://127.0.0.1:8480")
+        check_address(check, "ppo.reward", "http://127.0.0.1:8480")
         blank = reward.name is not None and not reward.name.strip()
-        found.unless(not blank, "ppo.reward.name", "must not be empty; null names nothing.")
+        check.require(not blank, "ppo.reward.name", "must not be empty; null names nothing.")
         return
     for name in ("name", "key_env"):
         if getattr(reward, name) is not None:
-            found.add(f"ppo.reward.{name}", "is of a reward server; set ppo.reward.url too.")
+            check.add(f"ppo.reward.{name}", "is of a reward server; set ppo.reward.url too.")
 
 
-def _check_placement(found: Findings) -> None:
-    config, key = found.config, "ppo.reward.placement"
+def _check_placement(check: ConfigChecker) -> None:
+    config, key = check.config, "ppo.reward.placement"
     reward = config.ppo.reward
     if reward.gpu is None and reward.placement not in ("shared", "cpu"):
-        found.add(key, "expected shared, cpu, or a GPU by its number: gpu:7.")
+        check.add(key, "expected shared, cpu, or a GPU by its number: gpu:7.")
     elif reward.placement != "shared" and not reward.model_scores:
         message = f"there is no reward model to place, a {reward.kind} scores; use shared."
-        found.add(key, message)
+        check.add(key, message)
     elif reward.gpu == 0:
         # How many more processes its machine has is known where they run.
-        found.add(key, "the main process trains there; name a GPU that no process has.")
+        check.add(key, "the main process trains there; name a GPU that no process has.")
 
 
-def check_continuing(found: Findings) -> None:
+def check_continuing(check: ConfigChecker) -> None:
     """Report what keeps a finished PPO run from being extended; the run itself is not looked at."""
-    config, key = found.config, "ppo.continue_from"
+    config, key = check.config, "ppo.continue_from"
     if config.ppo.continue_from is None:
         return
     if config.ppo.schedule is not Schedule.constant:
@@ -334,9 +336,9 @@ def check_continuing(found: Findings) -> None:
             "its learning rate depends on ppo.steps, so a longer run is another from the start; "
             "ppo.continue_from needs ppo.schedule=constant."
         )
-        found.add("ppo.schedule", message)
-    found.unless(config.ppo.use is None, key, "ppo.use is set too, and nothing would train.")
-    found.unless(config.study.trials is None, key, "a study's trials begin at the beginning.")
+        check.add("ppo.schedule", message)
+    check.require(config.ppo.use is None, key, "ppo.use is set too, and nothing would train.")
+    check.require(config.study.trials is None, key, "a study's trials begin at the beginning.")
 
 
 SETUP = "bash rlhf_exp/trlx/setup.sh .venv-trlx"
@@ -357,80 +359,80 @@ print(json.dumps(found))
 _ASK_S = 60.0
 
 
-def check_trlx(found: Findings) -> None:
+def check_trlx(check: ConfigChecker) -> None:
     """Report what PPO by trlx cannot do, and an interpreter without trlx."""
-    _check_size(found)
-    _check_training(found)
-    _check_algorithm(found)
-    if not found.config.plan:
-        _check_interpreter(found)
+    _check_size(check)
+    _check_training(check)
+    _check_algorithm(check)
+    if not check.config.plan:
+        _check_interpreter(check)
 
 
-def _check_size(found: Findings) -> None:
-    config = found.config
+def _check_size(check: ConfigChecker) -> None:
+    config = check.config
     strategy, dtype = config.distributed.strategy, config.model.dtype
     message = "PPO by trlx runs in one process; make SFT and reward model with stage=reward first, "
     message += "then use distributed=single."
-    found.unless(strategy is StrategyName.single, "distributed.strategy", message)
+    check.require(strategy is StrategyName.single, "distributed.strategy", message)
     message = "PPO by trlx computes in float32 only."
     precision = config.distributed.precision
-    found.unless(precision is Dtype.float32, "distributed.precision", message)
-    found.unless(dtype is Dtype.float32, "model.dtype", message)
-    found.unless(not config.probe, "probe", "a probe measures engine=native only.")
+    check.require(precision is Dtype.float32, "distributed.precision", message)
+    check.require(dtype is Dtype.float32, "model.dtype", message)
+    check.require(not config.probe, "probe", "a probe measures engine=native only.")
     family = model_family(config.model)
     message = f"trlx trains {', '.join(FAMILIES)}; use engine=native."
     key = "model.path" if config.model.path else "model.architecture.type"
-    found.unless(family in FAMILIES, key, message)
+    check.require(family in FAMILIES, key, message)
 
 
-def _check_training(found: Findings) -> None:
-    ppo = found.config.ppo
+def _check_training(check: ConfigChecker) -> None:
+    ppo = check.config.ppo
     native = "trlx has none; leave it out, or use engine=native."
-    found.unless(ppo.lora.rank == 0, "ppo.lora.rank", "not with trlx; use ppo.train_blocks.")
-    found.unless(ppo.warmup_steps == 0, "ppo.warmup_steps", f"a warm-up: {native}")
-    found.unless(not ppo.gradient_checkpointing, "ppo.gradient_checkpointing", native)
-    found.unless(not ppo.keep, "ppo.keep", f"snapshots: {native}")
-    found.unless(ppo.keep_every is None, "ppo.keep_every", f"snapshots: {native}")
-    found.unless(not ppo.keep_state, "ppo.keep_state", f"checkpoints: {native}")
-    found.unless(ppo.continue_from is None, "ppo.continue_from", f"checkpoints: {native}")
+    check.require(ppo.lora.rank == 0, "ppo.lora.rank", "not with trlx; use ppo.train_blocks.")
+    check.require(ppo.warmup_steps == 0, "ppo.warmup_steps", f"a warm-up: {native}")
+    check.require(not ppo.gradient_checkpointing, "ppo.gradient_checkpointing", native)
+    check.require(not ppo.keep, "ppo.keep", f"snapshots: {native}")
+    check.require(ppo.keep_every is None, "ppo.keep_every", f"snapshots: {native}")
+    check.require(not ppo.keep_state, "ppo.keep_state", f"checkpoints: {native}")
+    check.require(ppo.continue_from is None, "ppo.continue_from", f"checkpoints: {native}")
     message = (
         "trlx adds up the gradients of micro-batches without dividing by their number; use null."
     )
-    found.unless(ppo.micro_batch in (None, ppo.batch), "ppo.micro_batch", message)
+    check.require(ppo.micro_batch in (None, ppo.batch), "ppo.micro_batch", message)
     message = "trlx divides by the standard deviation of a part's scores; use at least 2."
-    found.unless(ppo.rollouts >= 2, "ppo.rollouts", message)
-    found.unless(ppo.generation.batch >= 2, "ppo.generation.batch", message)
+    check.require(ppo.rollouts >= 2, "ppo.rollouts", message)
+    check.require(ppo.generation.batch >= 2, "ppo.generation.batch", message)
 
 
-def _check_algorithm(found: Findings) -> None:
-    ppo = found.config.ppo
+def _check_algorithm(check: ConfigChecker) -> None:
+    ppo = check.config.ppo
     message = "trlx's value head is small and reads the policy's states; use "
-    found.unless(ppo.value_init is ValueInit.small, "ppo.value_init", f"{message}small.")
-    found.unless(ppo.value_trunk is ValueTrunk.shared, "ppo.value_trunk", f"{message}shared.")
-    found.unless(ppo.entropy_coef == 0, "ppo.entropy_coef", "trlx has no entropy bonus; use 0.")
-    found.unless(ppo.kl.stop is None, "ppo.kl.stop", "trlx does not stop by KL; use null.")
+    check.require(ppo.value_init is ValueInit.small, "ppo.value_init", f"{message}small.")
+    check.require(ppo.value_trunk is ValueTrunk.shared, "ppo.value_trunk", f"{message}shared.")
+    check.require(ppo.entropy_coef == 0, "ppo.entropy_coef", "trlx has no entropy bonus; use 0.")
+    check.require(ppo.kl.stop is None, "ppo.kl.stop", "trlx does not stop by KL; use null.")
     message = "trlx takes log-probabilities at temperature 1, whatever it samples at; use 1."
-    found.unless(ppo.generation.temperature == 1, "ppo.generation.temperature", message)
+    check.require(ppo.generation.temperature == 1, "ppo.generation.temperature", message)
 
 
-def _check_interpreter(found: Findings) -> None:
-    python = found.config.engine.python
+def _check_interpreter(check: ConfigChecker) -> None:
+    python = check.config.engine.python
     remedy = f"`{SETUP}` makes one (docs/trlx.md): engine.python=.venv-trlx/bin/python."
     if python is None:
-        found.add("engine.python", f"engine=trlx needs an interpreter that has trlx; {remedy}")
+        check.add("engine.python", f"engine=trlx needs an interpreter that has trlx; {remedy}")
         return
     path = Path(python).expanduser()
     if not path.is_file() or not os.access(path, os.X_OK):
-        found.add("engine.python", f"there is no interpreter {path.absolute()}; {remedy}")
+        check.add("engine.python", f"there is no interpreter {path.absolute()}; {remedy}")
         return
     versions = _versions(path.absolute(), path.stat().st_mtime_ns)
     if versions is None:
-        found.add("engine.python", f"is no Python that runs; {remedy}")
+        check.add("engine.python", f"is no Python that runs; {remedy}")
     elif versions["trlx"] is None:
-        found.add("engine.python", f"has no trlx; {remedy}")
+        check.add("engine.python", f"has no trlx; {remedy}")
     elif versions["transformers"] != TRANSFORMERS:
         message = f"has transformers {versions['transformers']}, with which trlx's reference is "
-        found.add("engine.python", f"{message}wrong; it needs {TRANSFORMERS}; {remedy}")
+        check.add("engine.python", f"{message}wrong; it needs {TRANSFORMERS}; {remedy}")
 
 
 @cache
@@ -441,8 +443,10 @@ def _versions(python: Path, changed: int) -> dict[str, str | None] | None:
     """
     command = [str(python), "-I", "-c", _ASK]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=True)
-        found: dict[str, str | None] = json.loads(ended.stdout)
+        process = subprocess.run(
+            command, capture_output=True, text=True, timeout=_ASK_S, check=True
+        )
+        versions: dict[str, str | None] = json.loads(process.stdout)
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
-    return found
+    return versions

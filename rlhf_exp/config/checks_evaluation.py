@@ -31,59 +31,59 @@ from rlhf_exp.config.evaluation import (
     scores_toxicity,
 )
 from rlhf_exp.config.experiment import StageName
-from rlhf_exp.config.problems import Findings
+from rlhf_exp.config.problems import ConfigChecker
 
 
-def check_eval(found: Findings) -> None:
+def check_eval(check: ConfigChecker) -> None:
     """Report what is wrong with the evaluation."""
-    config = found.config
+    config = check.config
     if config.stage is StageName.eval and config.eval.suite is Suite.none:
-        found.add("eval.suite", "stage=eval has nothing to do; choose a suite, such as eval=quick.")
+        check.add("eval.suite", "stage=eval has nothing to do; choose a suite, such as eval=quick.")
     if config.eval.suite is Suite.none:
         return
-    found.at_least(1, "eval.prompts", "eval.batch", "eval.max_new_tokens")
-    found.at_least(0, "eval.temperature", "eval.top_k", "eval.seed")
-    found.share("eval.top_p")
+    check.at_least(1, "eval.prompts", "eval.batch", "eval.max_new_tokens")
+    check.at_least(0, "eval.temperature", "eval.top_k", "eval.seed")
+    check.fraction("eval.top_p")
     low, high = config.eval.tie_low, config.eval.tie_high
     if not 0 <= low < high <= 1:
-        found.add("eval.tie_low", f"needs 0 <= tie_low < tie_high <= 1; tie_high is {high}.")
+        check.add("eval.tie_low", f"needs 0 <= tie_low < tie_high <= 1; tie_high is {high}.")
     context, longest = context_length(config.model), config.eval.max_new_tokens
     if context is not None and longest is not None and longest >= context:
         message = f"leaves no room for a prompt in the model's context of {context} tokens."
-        found.add("eval.max_new_tokens", message)
-    _check_models(found)
-    check_judge(found)
+        check.add("eval.max_new_tokens", message)
+    _check_models(check)
+    check_judge(check)
     if TOXICITY in parts_of(config.eval.suite):
-        check_toxicity(found)
+        check_toxicity(check)
     if scores_toxicity(config.eval.suite):
-        check_scorer(found)
+        check_scorer(check)
     if REWARD_QUALITY in parts_of(config.eval.suite):
-        _check_reward_quality(found)
+        _check_reward_quality(check)
 
 
-def _check_models(found: Findings) -> None:
-    config = found.config
+def _check_models(check: ConfigChecker) -> None:
+    config = check.config
     models = config.eval.models
     if len(set(models)) < len(models):
-        found.add("eval.models", "names a model twice.")
+        check.add("eval.models", "names a model twice.")
     least = 2 if PREFERENCE in parts_of(config.eval.suite) else 1
     if len(models) < least or not all(models):
         message = f"eval={config.eval.suite.name} needs at least {least}, such as "
-        found.add("eval.models", message + f"eval.models=[{','.join(ROLES)}].")
+        check.add("eval.models", message + f"eval.models=[{','.join(ROLES)}].")
     if config.eval.samples is not None and config.stage is not StageName.eval:
-        found.add("eval.samples", "trains nothing, so it goes with stage=eval only.")
+        check.add("eval.samples", "trains nothing, so it goes with stage=eval only.")
 
 
-def _check_reward_quality(found: Findings) -> None:
+def _check_reward_quality(check: ConfigChecker) -> None:
     key = "eval.reward_quality.".__add__
-    found.at_least(1, *map(key, ("pairs", "prompts", "best_of")))
-    config = found.config
+    check.at_least(1, *map(key, ("pairs", "prompts", "best_of")))
+    config = check.config
     if config.eval.temperature == 0 and config.eval.reward_quality.best_of > 1:
         message = "equal answers have no best one: eval.temperature must be above 0, or this 1."
-        found.add(key("best_of"), message)
+        check.add(key("best_of"), message)
     if config.eval.reward_quality.referee is not None and config.eval.samples is not None:
         message = "eval.samples holds the scores of the referee it was made with; leave one out."
-        found.add(key("referee"), message)
+        check.add(key("referee"), message)
 
 
 # Fields that only one judge reads; the first is the one that it cannot do without.
@@ -93,100 +93,100 @@ _OF = {
 }
 
 
-def check_judge(found: Findings) -> None:
+def check_judge(check: ConfigChecker) -> None:
     """Report what is wrong with the judges, missing files and keys included."""
-    config = found.config
+    config = check.config
     section = config.eval.judge
-    found.at_least(1, *(f"eval.judge.{name}" for name in ("batch", "concurrency", "pairs")))
-    found.at_least(0, "eval.judge.retries")
-    found.positive("eval.judge.timeout_s")
-    found.unless(bool(section.criterion.strip()), "eval.judge.criterion", "must not be empty.")
-    _check_names(found, section)
+    check.at_least(1, *(f"eval.judge.{name}" for name in ("batch", "concurrency", "pairs")))
+    check.at_least(0, "eval.judge.retries")
+    check.positive("eval.judge.timeout_s")
+    check.require(bool(section.criterion.strip()), "eval.judge.criterion", "must not be empty.")
+    _check_names(check, section)
     if JudgeName.llm in section.names:
-        _check_endpoint(found, section)
+        _check_endpoint(check, section)
     if section.labels is not None and not Path(section.labels).is_file():
-        found.add("eval.judge.labels", "no such file; give a file of judged pairs.")
+        check.add("eval.judge.labels", "no such file; give a file of judged pairs.")
     if config.eval.samples is not None and section.labels and JudgeName.reward in section.names:
         message = "asks for the reward model, which eval.samples does not load; take `reward` out."
-        found.add("eval.judge.names", message)
+        check.add("eval.judge.names", message)
 
 
-def _check_names(found: Findings, section: EvalJudgeConfig) -> None:
+def _check_names(check: ConfigChecker, section: EvalJudgeConfig) -> None:
     names = section.names
     if len(set(names)) < len(names) or not names:
-        found.add("eval.judge.names", "names each judge once, and at least one.")
-    suite = found.config.eval.suite
+        check.add("eval.judge.names", "names each judge once, and at least one.")
+    suite = check.config.eval.suite
     if PREFERENCE not in parts_of(suite) and (section.labels or names != [JudgeName.reward]):
-        found.add("eval.judge.names", f"eval={suite.name} compares no answers; see eval.suite.")
+        check.add("eval.judge.names", f"eval={suite.name} compares no answers; see eval.suite.")
     for judge, fields in _OF.items():
         for name in fields:
             key, value = f"eval.judge.{name}", getattr(section, name)
             if judge in names and name == fields[0] and not value:
-                found.add(key, f"the judge `{judge.name}` needs it; see eval.judge.names.")
+                check.add(key, f"the judge `{judge.name}` needs it; see eval.judge.names.")
             elif judge not in names and value:
                 message = f"the judge `{judge.name}` is not asked; add it to eval.judge.names."
-                found.add(key, message)
+                check.add(key, message)
 
 
-def _check_endpoint(found: Findings, section: EvalJudgeConfig) -> None:
-    check_address(found, "eval.judge", "http://127.0.0.1:8000/v1")
+def _check_endpoint(check: ConfigChecker, section: EvalJudgeConfig) -> None:
+    check_address(check, "eval.judge", "http://127.0.0.1:8000/v1")
     wrong = [text for text in section.request if not text.partition(":")[1]]
-    found.unless(not wrong, "eval.judge.request", "fields are NAME:JSON, such as max_tokens:512.")
+    check.require(not wrong, "eval.judge.request", "fields are NAME:JSON, such as max_tokens:512.")
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
-def check_toxicity(found: Findings) -> None:
+def check_toxicity(check: ConfigChecker) -> None:
     """Report what is wrong with the toxicity part of an evaluation, missing files included."""
-    config = found.config
+    config = check.config
     section = config.eval.toxicity
     key = "eval.toxicity.".__add__
-    found.at_least(1, *map(key, ("prompts", "generations", "max_new_tokens", "batch")))
-    found.at_least(0, *map(key, ("seed", "temperature", "top_k")))
-    found.share(key("top_p"))
+    check.at_least(1, *map(key, ("prompts", "generations", "max_new_tokens", "batch")))
+    check.at_least(0, *map(key, ("seed", "temperature", "top_k")))
+    check.fraction(key("top_p"))
     if config.eval.samples is None:
-        _check_data(found)
+        _check_data(check)
     own = section.temperature is not None
     if (section.temperature if own else config.eval.temperature) == 0 and section.generations > 1:
         name = key("temperature") if own else "eval.temperature"
         message = f"with {name}=0 all continuations of a prompt are the same; use 1."
-        found.add(key("generations"), message)
+        check.add(key("generations"), message)
     context = context_length(config.model)
     if context is not None and section.max_new_tokens >= context:
         message = f"leaves no room for a prompt in the model's context of {context} tokens."
-        found.add(key("max_new_tokens"), message)
+        check.add(key("max_new_tokens"), message)
 
 
-def _check_data(found: Findings) -> None:
-    section = found.config.eval.toxicity
+def _check_data(check: ConfigChecker) -> None:
+    section = check.config.eval.toxicity
     path = Path(section.data).expanduser()
     local = section.data.endswith(FILE_SUFFIXES) or local_folder(section.data) is not None
     if local or path.exists():
         message = f"there is nothing at {path.resolve()}; give a file, or a hub id."
-        found.unless(path.exists(), "eval.toxicity.data", message)
+        check.require(path.exists(), "eval.toxicity.data", message)
         if section.revision is not None:
-            found.add("eval.toxicity.revision", "only a data set of the hub has revisions.")
+            check.add("eval.toxicity.revision", "only a data set of the hub has revisions.")
     elif not _HUB_ID.fullmatch(section.data):
         message = "expected a .jsonl or .jsonl.gz file, or a hub id such as org/name."
-        found.add("eval.toxicity.data", message)
+        check.add("eval.toxicity.data", message)
 
 
-def check_scorer(found: Findings) -> None:
+def check_scorer(check: ConfigChecker) -> None:
     """Report what is wrong with who scores toxicity."""
-    section = found.config.eval.toxicity
+    section = check.config.eval.toxicity
     kind = section.scorer_kind
     if kind is ScorerKind.function:
-        check_function(found, "eval.toxicity.scorer")
+        check_function(check, "eval.toxicity.scorer")
     if kind is not ScorerKind.classifier:
         for name in ("label", "scorer_revision"):
             unset = getattr(section, name) is None
-            found.unless(unset, f"eval.toxicity.{name}", "goes with a text classifier only.")
+            check.require(unset, f"eval.toxicity.{name}", "goes with a text classifier only.")
         return
     folder = local_folder(section.scorer)
     if folder is None and not _HUB_ID.fullmatch(section.scorer):
         message = f"expected {PROFANITY}, a folder or hub id of a text classifier, or file.py:name."
-        found.add("eval.toxicity.scorer", message)
+        check.add("eval.toxicity.scorer", message)
     elif folder is not None:
         there = (folder / "config.json").is_file()
-        found.unless(there, "eval.toxicity.scorer", f"there is no model at {folder}.")
+        check.require(there, "eval.toxicity.scorer", f"there is no model at {folder}.")

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf_exp.config.experiment import Family, ModelConfig
-from rlhf_exp.config.problems import Findings
+from rlhf_exp.config.problems import ConfigChecker
 
 # A byte-level vocabulary: 256 bytes, end of text, padding.
 _SMALLEST_VOCABULARY = 258
@@ -71,91 +71,91 @@ def model_family(model: ModelConfig) -> str | None:
     return family if isinstance(family, str) else None
 
 
-def check_model(found: Findings) -> None:
+def check_model(check: ConfigChecker) -> None:
     """Report what is wrong with `model`."""
-    model = found.config.model
+    model = check.config.model
     sizes = ("layers", "width", "heads", "kv_heads", "ffn_width", "vocabulary", "context")
-    found.at_least(1, *(f"model.architecture.{size}" for size in sizes))
-    found.at_least(0, "model.seed")
+    check.at_least(1, *(f"model.architecture.{size}" for size in sizes))
+    check.at_least(0, "model.seed")
     if model.path is None:
-        _check_scratch(found)
-        found.unless(
+        _check_scratch(check)
+        check.require(
             model.revision is None, "model.revision", "a model from scratch has no revision."
         )
     folder = local_folder(model.path)
     if folder is not None and not folder.is_dir():
-        found.add("model.path", f"there is no folder {folder}.")
+        check.add("model.path", f"there is no folder {folder}.")
     elif folder is not None and not (folder / "config.json").is_file():
-        found.add("model.path", f"{folder} holds no model: it has no config.json.")
+        check.add("model.path", f"{folder} holds no model: it has no config.json.")
     elif folder is not None and model.revision is not None:
-        found.add("model.revision", "a folder has no revision; a hub id has.")
+        check.add("model.revision", "a folder has no revision; a hub id has.")
 
 
-def _check_scratch(found: Findings) -> None:
-    shape = found.config.model.architecture
+def _check_scratch(check: ConfigChecker) -> None:
+    shape = check.config.model.architecture
     heads, kv_heads = shape.heads, shape.kv_heads
     if heads >= 1 and shape.width % heads:
-        found.add("model.architecture.width", f"must divide by the {heads} heads.")
+        check.add("model.architecture.width", f"must divide by the {heads} heads.")
     elif heads >= 1 and (shape.width // heads) % 2:
-        found.add("model.architecture.width", f"needs an even share for each of {heads} heads.")
+        check.add("model.architecture.width", f"needs an even share for each of {heads} heads.")
     grouped = shape.type in (Family.llama, Family.qwen2)
     if kv_heads is not None and kv_heads != heads:
         if not grouped:
-            found.add("model.architecture.kv_heads", f"{shape.type.name} has none; use null.")
+            check.add("model.architecture.kv_heads", f"{shape.type.name} has none; use null.")
         elif kv_heads >= 1 and heads % kv_heads:
-            found.add("model.architecture.kv_heads", f"must divide the {heads} heads.")
-    found.unless(
+            check.add("model.architecture.kv_heads", f"must divide the {heads} heads.")
+    check.require(
         shape.vocabulary >= _SMALLEST_VOCABULARY,
         "model.architecture.vocabulary",
         f"must be at least {_SMALLEST_VOCABULARY}: all bytes, end of text and padding.",
     )
 
 
-def check_function(found: Findings, key: str) -> None:
+def check_function(check: ConfigChecker, key: str) -> None:
     """Report a file or a function in it that is not there; nothing is run.
 
     Args:
-        found: Collects the problems.
+        check: Collects the problems.
         key: The config key that names the function.
     """
-    file, colon, name = found.value(key).rpartition(":")
+    file, colon, name = check.value(key).rpartition(":")
     if not colon or not file or not name.isidentifier():
-        found.add(key, "expected a file and a function in it: my_reward.py:score.")
+        check.add(key, "expected a file and a function in it: my_reward.py:score.")
         return
     path = Path(file).expanduser().resolve()
     if not path.is_file():
-        found.add(key, f"there is no file {path}.")
+        check.add(key, f"there is no file {path}.")
         return
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError) as error:
-        found.add(key, f"{path} is not valid Python: {error}.")
+        check.add(key, f"{path} is not valid Python: {error}.")
         return
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     if name not in names:
         listed = f"its functions are {', '.join(names)}" if names else "it has no function"
-        found.add(key, f"{path} has no function {name}; {listed}.")
+        check.add(key, f"{path} has no function {name}; {listed}.")
 
 
-def check_address(found: Findings, section: str, example: str) -> None:
+def check_address(check: ConfigChecker, section: str, example: str) -> None:
     """Report an address or a key that cannot be used; nobody is asked.
 
     Args:
-        found: Collects the problems.
+        check: Collects the problems.
         section: Has the fields `url` and `key_env`.
         example: A valid address.
     """
     key = f"{section}.url"
     try:
-        url = urlsplit(found.value(key) or "")
+        url = urlsplit(check.value(key) or "")
         whole = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:  # a port that is no number
-        found.add(key, f"needs an address such as {example}.")
+        check.add(key, f"needs an address such as {example}.")
         return
-    found.unless(whole, key, f"needs an address such as {example}.")
+    check.require(whole, key, f"needs an address such as {example}.")
     if url.username or url.password:
-        found.add(key, f"must not hold a password; see {section}.key_env.")
-    name = found.value(f"{section}.key_env")
-    if name is not None and not os.environ.get(name) and not found.config.plan:
+        check.add(key, f"must not hold a password; see {section}.key_env.")
+    name = check.value(f"{section}.key_env")
+    if name is not None and not os.environ.get(name) and not check.config.plan:
         message = "no such environment variable is set, or it is empty."
-        found.add(f"{section}.key_env", message)
+        check.add(f"{section}.key_env", message)

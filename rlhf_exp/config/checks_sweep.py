@@ -10,11 +10,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rlhf_exp.config.checks import problems
+from rlhf_exp.config.checks import config_problems
 from rlhf_exp.config.experiment import Config, StageName
 from rlhf_exp.config.launchers import SlurmConfig
-from rlhf_exp.config.overrides import differences
-from rlhf_exp.config.problems import Problem, written
+from rlhf_exp.config.overrides import point_labels
+from rlhf_exp.config.problems import Problem, format_value
 from rlhf_exp.errors import UserError
 
 _POSITIVE = ("cpus_per_process", "time_min", "concurrent_jobs", "signal_delay_s", "poll_s")
@@ -36,7 +36,7 @@ class JobShape:
     gpus_per_node: int
 
 
-def shape_of(site: SlurmConfig, config: Config) -> JobShape | Problem:
+def job_shape(site: SlurmConfig, config: Config) -> JobShape | Problem:
     """Return the nodes and tasks that `distributed` needs on a site."""
     processes = config.distributed.processes
     most = site.processes_per_node or site.gpus_per_node or processes
@@ -90,7 +90,7 @@ def slurm_problems(site: SlurmConfig, configs: Sequence[Config]) -> list[Problem
             )
             return [*found, Problem("distributed", "", message)]
     for config in configs[:1]:
-        shape = shape_of(site, config)
+        shape = job_shape(site, config)
         found += [shape] if isinstance(shape, Problem) else []
     return found
 
@@ -103,7 +103,8 @@ def _site_problems(site: SlurmConfig) -> list[Problem]:
     if site.grace_s >= site.signal_delay_s:
         wrong.append(("grace_s", f"must be below signal_delay_s={site.signal_delay_s}."))
     return [
-        Problem(f"hydra.launcher.{name}", written(getattr(site, name)), why) for name, why in wrong
+        Problem(f"hydra.launcher.{name}", format_value(getattr(site, name)), why)
+        for name, why in wrong
     ]
 
 
@@ -118,7 +119,7 @@ def _missing() -> list[Problem]:
     return found
 
 
-SHOWN = 3
+MAX_POINTS_NAMED = 3
 
 
 def check_points(
@@ -144,13 +145,13 @@ def check_points(
             found.append(error)
         else:
             configs.append(config)
-            found += problems(config, multirun=True)
+            found += config_problems(config, multirun=True)
         for text in dict.fromkeys(str(problem) for problem in found):
             where.setdefault(text, []).append(index)
-    return configs, [text + place_of(points, set(at)) for text, at in where.items()]
+    return configs, [text + describe_points(points, set(at)) for text, at in where.items()]
 
 
-def place_of(points: Sequence[Sequence[str]], at: set[int]) -> str:
+def describe_points(points: Sequence[Sequence[str]], at: set[int]) -> str:
     """Return in which points something is wrong, to be put after what it is; nothing for all.
 
     They are told by what only they have, else by their names.
@@ -166,6 +167,6 @@ def place_of(points: Sequence[Sequence[str]], at: set[int]) -> str:
     common = set.intersection(*(set(points[index]) for index in at)) - others
     if common:
         return f" ({count}: all with {' '.join(sorted(common))})"
-    names = [name for index, name in enumerate(differences(points)) if index in at]
-    more = f"; and {len(at) - SHOWN} more" if len(at) > SHOWN else ""
-    return f" ({count}: {'; '.join(names[:SHOWN])}{more})"
+    names = [name for index, name in enumerate(point_labels(points)) if index in at]
+    more = f"; and {len(at) - MAX_POINTS_NAMED} more" if len(at) > MAX_POINTS_NAMED else ""
+    return f" ({count}: {'; '.join(names[:MAX_POINTS_NAMED])}{more})"

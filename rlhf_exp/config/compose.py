@@ -32,7 +32,7 @@ from rlhf_exp.errors import UserError
 
 
 @dataclass(frozen=True)
-class Composed:
+class ComposedConfig:
     """A composed config.
 
     Attributes:
@@ -64,13 +64,13 @@ def to_config(tree: DictConfig) -> Config:
     Raises:
         UserError: For a value that cannot be resolved.
     """
-    with reported():
+    with as_user_errors():
         config = OmegaConf.to_object(tree)
     assert isinstance(config, Config), "config.yaml starts from the schema"
     return config
 
 
-def compose(overrides: Sequence[str] = (), folders: Sequence[Path] = (CONF,)) -> Composed:
+def compose(overrides: Sequence[str] = (), folders: Sequence[Path] = (CONF,)) -> ComposedConfig:
     """Compose one experiment.
 
     Args:
@@ -86,7 +86,7 @@ def compose(overrides: Sequence[str] = (), folders: Sequence[Path] = (CONF,)) ->
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with reported(), hydra.initialize_config_dir(str(folders[0]), version_base="1.3"):
+        with as_user_errors(), hydra.initialize_config_dir(str(folders[0]), version_base="1.3"):
             tree = hydra.compose("config", [*search, *overrides], return_hydra_config=True)
             settings = tree.hydra
             params = OmegaConf.select(settings.sweeper, "params") or {}
@@ -101,21 +101,21 @@ def compose(overrides: Sequence[str] = (), folders: Sequence[Path] = (CONF,)) ->
     del tree["hydra"]
     sweep = [f"{key}={value}" for key, value in params.items()]
     assert site is None or isinstance(site, SlurmConfig), "the option starts from the schema"
-    return Composed(to_config(tree), choices, sweep, multirun, site)
+    return ComposedConfig(to_config(tree), choices, sweep, multirun, site)
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def as_user_errors() -> Iterator[None]:
     """Turn the errors of Hydra, OmegaConf and YAML into `UserError`s."""
     try:
         yield
     except UserError:
         raise
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain_error(error)) from error
 
 
-def explain(error: BaseException) -> str:
+def explain_error(error: BaseException) -> str:
     """Return what a composition error means, without Hydra's advice."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")

@@ -75,7 +75,7 @@ def _overview(groups: dict[str, ConfigGroup]) -> str:
 def _describe_group(group: ConfigGroup) -> str:
     lines = [f"  {group.name}"]
     for option, text in group.options.items():
-        mark = "*" if option == group.chosen else " "
+        mark = "*" if option == group.default else " "
         lines.append(f"   {mark} {option:<16}{text}")
     return "\n".join(lines) + "\n"
 
@@ -112,7 +112,7 @@ def reference() -> str:
     parts = [_REFERENCE_HEAD, "## Groups\n"]
     for group in read_groups().values():
         rows = [
-            f"| `{option}`{' (default)' if option == group.chosen else ''} | {_cell(text)} |"
+            f"| `{option}`{' (default)' if option == group.default else ''} | {_cell(text)} |"
             for option, text in group.options.items()
         ]
         parts.append(f"### `{group.name}`\n\n| option | |\n|---|---|\n" + "\n".join(rows) + "\n")
@@ -130,7 +130,7 @@ def reference() -> str:
 def _table(keys: list[ConfigKey]) -> str:
     rows = [
         f"| `{key.name}` | {_cell(key.type)} | `{key.default}` | {_cell(key.doc)}"
-        f"{'' if in_key(key.item) else ' *Free.*'} |"
+        f"{'' if in_key(key.field) else ' *Free.*'} |"
         for key in keys
     ]
     return "| key | type | default | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"

@@ -18,11 +18,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.problems import Problem
-from rlhf_exp.config.schema_keys import ConfigGroup, all_keys, closest, closest_keys, did_you_mean
+from rlhf_exp.config.schema_keys import (
+    ConfigGroup,
+    all_keys,
+    closest_keys,
+    closest_names,
+    did_you_mean,
+)
 from rlhf_exp.errors import UserError
 
 
-def parse(text: str) -> Override | Problem:
+def parse_override(text: str) -> Override | Problem:
     """Parse one override."""
     key, equals, value = text.partition("=")
     if not equals and not text.startswith("~"):
@@ -35,7 +41,7 @@ def parse(text: str) -> Override | Problem:
         return Problem(key, value, f"cannot be read ({reason}). Text is quoted twice: {quoted}.")
 
 
-def with_lists(overrides: Sequence[str]) -> list[str]:
+def wrap_list_values(overrides: Sequence[str]) -> list[str]:
     """Return overrides where a list key's plain value is a list: `rerun=ppo` is `rerun=[ppo]`."""
     lists = {name for name, key in all_keys().items() if key.type.startswith("[")}
     pairs = [text.partition("=") for text in overrides]
@@ -45,7 +51,7 @@ def with_lists(overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def single_values(override: Override) -> list[str]:
+def expand_sweep(override: Override) -> list[str]:
     """Return a sweep's overrides one by one; an override without a sweep as it is.
 
     Raises:
@@ -59,27 +65,27 @@ def single_values(override: Override) -> list[str]:
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
-def sweeps(overrides: Sequence[str]) -> list[str]:
+def swept_overrides(overrides: Sequence[str]) -> list[str]:
     """Return those of the overrides that have several values."""
-    parsed = {text: parse(text) for text in overrides}
+    parsed = {text: parse_override(text) for text in overrides}
     return [text for text, o in parsed.items() if isinstance(o, Override) and o.is_sweep_override()]
 
 
-def points(overrides: Sequence[str]) -> list[list[str]]:
+def sweep_points(overrides: Sequence[str]) -> list[list[str]]:
     """Return the overrides of each job of a multirun; of one job where nothing is swept.
 
     A key that comes twice has its last value, as in Hydra's basic sweeper.
     """
     axes: dict[str, list[str]] = {}
     for text in overrides:
-        override = parse(text)
+        override = parse_override(text)
         if isinstance(override, Problem):
             raise UserError(str(override))
-        axes[override.get_key_element()] = single_values(override)
+        axes[override.get_key_element()] = expand_sweep(override)
     return [list(point) for point in itertools.product(*axes.values())]
 
 
-def differences(points: Sequence[Sequence[str]]) -> list[str]:
+def point_labels(points: Sequence[Sequence[str]]) -> list[str]:
     """Return what tells each point from the others: the overrides that not all have."""
     common = set.intersection(*(set(point) for point in points)) if points else set()
     return [" ".join(text for text in point if text not in common) for point in points]
@@ -94,7 +100,7 @@ def override_problems(overrides: Sequence[str], groups: dict[str, ConfigGroup]) 
     """
     problems = []
     for text in overrides:
-        override = parse(text)
+        override = parse_override(text)
         if isinstance(override, Problem):
             problems.append(override)
         elif not override.key_or_group.startswith("hydra"):
@@ -116,8 +122,8 @@ def _check(override: Override, groups: dict[str, ConfigGroup]) -> list[Problem]:
     if override.is_sweep_override() and not override.is_discrete_sweep():
         return []
     found = []
-    for single in single_values(override):
-        parsed = parse(single)
+    for single in expand_sweep(override):
+        parsed = parse_override(single)
         assert isinstance(parsed, Override), "a sweep's value parses like the sweep"
         found += _check_value(key, parsed)
     return found
@@ -130,7 +136,7 @@ def _check_group(override: Override, group: ConfigGroup, value: str) -> list[Pro
         message = f"the group exists: write {group.name}={value} without the +."
         return [Problem("+" + group.name, value, message)]
     found = []
-    for single in single_values(override):
+    for single in expand_sweep(override):
         option = single.partition("=")[2].strip("'\"")
         if option not in group.options and option != "null":
             found.append(Problem(group.name, option, unknown_option(option, list(group.options))))
@@ -139,7 +145,7 @@ def _check_group(override: Override, group: ConfigGroup, value: str) -> list[Pro
 
 def unknown_option(option: str, valid: Sequence[str]) -> str:
     """Return the message for an unknown option of a group: the valid ones, closest first."""
-    near = closest(option, valid)
+    near = closest_names(option, valid)
     ordered = [*near, *(name for name in valid if name not in near)]
     return f"there is no such option. The options: {', '.join(ordered)}."
 
@@ -173,7 +179,7 @@ def value_problem(error: OmegaConfBaseException, key: str, value: str) -> Proble
         example = next(name for name in all_keys() if name.startswith(full + "."))
         return Problem(full, value, f"this is a section; set the keys in it, such as {example}.")
     if known.choices:
-        near = closest(value, known.choices)
+        near = closest_names(value, known.choices)
         ordered = [*near, *(name for name in known.choices if name not in near)]
         return Problem(full, value, f"expected one of {', '.join(ordered)}.")
     return Problem(full, value, f"expected {known.type}.")

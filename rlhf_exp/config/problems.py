@@ -32,7 +32,7 @@ class Problem:
 
 
 @dataclass
-class Findings:
+class ConfigChecker:
     """Collects the problems of one config."""
 
     config: Config
@@ -44,9 +44,9 @@ class Findings:
 
     def add(self, key: str, message: str) -> None:
         """Report that the value at a key is wrong."""
-        self.problems.append(Problem(key, written(self.value(key)), message))
+        self.problems.append(Problem(key, format_value(self.value(key)), message))
 
-    def unless(self, holds: bool, key: str, message: str) -> None:
+    def require(self, holds: bool, key: str, message: str) -> None:
         """Report that the value at a key is wrong unless a condition holds."""
         if not holds:
             self.add(key, message)
@@ -55,7 +55,7 @@ class Findings:
         """Report every key whose value is set and below `lowest`."""
         for key in keys:
             value = self.value(key)
-            self.unless(value is None or value >= lowest, key, f"must be at least {lowest}.")
+            self.require(value is None or value >= lowest, key, f"must be at least {lowest}.")
 
     def positive(self, *keys: str) -> None:
         """Report every key whose value is set and not a finite number above 0."""
@@ -64,7 +64,7 @@ class Findings:
             if value is not None and not 0 < value < float("inf"):
                 self.add(key, "must be a number above 0.")
 
-    def share(self, *keys: str) -> None:
+    def fraction(self, *keys: str) -> None:
         """Report every key whose value is set and not above 0 and at most 1."""
         for key in keys:
             value = self.value(key)
@@ -72,7 +72,7 @@ class Findings:
                 self.add(key, "must be above 0 and at most 1.")
 
 
-def written(value: Any) -> str:  # noqa: ANN401 - any field's value
+def format_value(value: Any) -> str:  # noqa: ANN401 - any field's value
     """Return a value as it is written on the command line."""
     if value is None:
         return "null"
@@ -81,11 +81,11 @@ def written(value: Any) -> str:  # noqa: ANN401 - any field's value
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, list | tuple):
-        return "[" + ",".join(written(item) for item in value) + "]"
+        return "[" + ",".join(format_value(item) for item in value) + "]"
     return str(value)
 
 
-def refuse(problems: Iterable[Problem | str]) -> None:
+def raise_problems(problems: Iterable[Problem | str]) -> None:
     """Raise one error that lists all problems, each once.
 
     Raises:

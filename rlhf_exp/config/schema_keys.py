@@ -18,7 +18,7 @@ import yaml
 
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.fields import documentation
-from rlhf_exp.config.problems import written
+from rlhf_exp.config.problems import format_value
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ConfigKey:
 
     Attributes:
         name: The dotted key.
-        item: Its declaration.
+        field: Its declaration in the dataclass.
         section: The dataclass of a section, None for a value.
         type: The type as the documentation names it.
         default: The default as it is written on the command line; empty for a section.
@@ -36,7 +36,7 @@ class ConfigKey:
     """
 
     name: str
-    item: Field[Any]
+    field: Field[Any]
     section: type | None
     type: str
     default: str
@@ -74,7 +74,7 @@ def _key(name: str, item: Field[Any], hint: Any) -> ConfigKey:  # noqa: ANN401 -
     factory: Any = item.default_factory
     default = factory() if callable(factory) else item.default
     return ConfigKey(
-        name, item, None, _type_name(hint), written(default), documentation(item), choices
+        name, item, None, _type_name(hint), format_value(default), documentation(item), choices
     )
 
 
@@ -93,7 +93,7 @@ def all_keys() -> dict[str, ConfigKey]:
     return {key.name: key for key in _walk(Config, "")}
 
 
-def closest(name: str, valid: Sequence[str], count: int = 3) -> list[str]:
+def closest_names(name: str, valid: Sequence[str], count: int = 3) -> list[str]:
     """Return the valid names most like a misspelt one, best first, and at most `count`."""
     return get_close_matches(name, valid, n=count, cutoff=0.6)
 
@@ -112,8 +112,8 @@ def closest_keys(name: str, others: Sequence[str] = ()) -> list[str]:
     parent, _, last = name.rpartition(".")
     same = [key for key in keys if key.rpartition(".")[2] == last]
     siblings = {key.rpartition(".")[2]: key for key in keys if keys[key].parent == parent}
-    alike = [siblings[near] for near in closest(last, list(siblings))]
-    whole = closest(name, [*keys, *others])
+    alike = [siblings[near] for near in closest_names(last, list(siblings))]
+    whole = closest_names(name, [*keys, *others])
     near_home = sorted(same, key=lambda key: not key.startswith(name.split(".")[0] + "."))
     return list(dict.fromkeys([*near_home, *alike, *whole]))[:3]
 
@@ -133,12 +133,12 @@ class ConfigGroup:
     Attributes:
         name: Its name, such as `model` or `hydra/launcher`.
         options: What each option is, by name.
-        chosen: The default option, None if there is none.
+        default: The default option, None if there is none.
     """
 
     name: str
     options: dict[str, str]
-    chosen: str | None
+    default: str | None
 
 
 def description(path: Path) -> str:

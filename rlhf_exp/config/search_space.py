@@ -24,28 +24,28 @@ from hydra.core.override_parser.types import (
     RangeSweep,
 )
 
-from rlhf_exp.config.compose import Composed
+from rlhf_exp.config.compose import ComposedConfig
 from rlhf_exp.config.evaluation import Suite
 from rlhf_exp.config.experiment import Config, StageName
 from rlhf_exp.config.fields import in_key
-from rlhf_exp.config.overrides import parse
-from rlhf_exp.config.problems import Findings, Problem, written
+from rlhf_exp.config.overrides import parse_override
+from rlhf_exp.config.problems import ConfigChecker, Problem, format_value
 from rlhf_exp.config.schema_keys import all_keys, closest_keys, did_you_mean
 from rlhf_exp.config.study import Axis, Length, Objective, StudyConfig
 from rlhf_exp.config.training import PpoConfig, Select, SelectBy
 
 
-def whole(axis: Axis) -> bool:
+def is_integer(axis: Axis) -> bool:
     """Whether a hyperparameter is a whole number."""
     return all_keys()[axis.key].type.startswith("integer")
 
 
-def own_values(config: Config) -> dict[str, float]:
+def base_values(config: Config) -> dict[str, float]:
     """Return the values that the config itself has for what its study searches."""
     return {axis.key: attrgetter(axis.key)(config) for axis in config.study.space}
 
 
-def settled(axis: Axis, config: Config) -> Axis:
+def with_bounds(axis: Axis, config: Config) -> Axis:
     """Return an axis with its bounds, where it only says how far around the config's value."""
     value = attrgetter(axis.key)(config)
     if axis.around is None or not value or axis.around <= 1:
@@ -53,26 +53,26 @@ def settled(axis: Axis, config: Config) -> Axis:
     low, high = value / axis.around, value * axis.around
     if axis.step:
         low, high = math.ceil(low / axis.step) * axis.step, high // axis.step * axis.step
-    elif whole(axis):
+    elif is_integer(axis):
         low, high = max(1, round(low)), round(high)
     else:
         low, high = float(f"{low:.4g}"), float(f"{high:.4g}")
     return replace(axis, low=low, high=high, log=not axis.step, around=None)
 
 
-def settled_space(config: Config) -> list[Axis]:
+def bounded_space(config: Config) -> list[Axis]:
     """Return the axes of a study with their bounds."""
-    return [settled(axis, config) for axis in config.study.space]
+    return [with_bounds(axis, config) for axis in config.study.space]
 
 
-def ends(axis: Axis) -> list[float]:
+def axis_bounds(axis: Axis) -> list[float]:
     """Return the extreme values of a settled axis, whole numbers as such."""
     values = axis.choices or [axis.low or 0.0, axis.high or 0.0]
-    kind = int if whole(axis) else float
+    kind = int if is_integer(axis) else float
     return [kind(min(values)), kind(max(values))]
 
 
-def with_space(
+def extract_space(
     overrides: Sequence[str], space: Sequence[Axis], groups: Mapping[str, object]
 ) -> tuple[list[str], list[Axis], list[Problem]]:
     """Return overrides without sweeps, and the space that they leave.
@@ -90,7 +90,7 @@ def with_space(
     """
     axes, kept, found = {axis.key: axis for axis in space}, [], []
     for text in overrides:
-        override = parse(text)
+        override = parse_override(text)
         if isinstance(override, Problem):
             found.append(override)
         elif not override.is_sweep_override():
@@ -111,7 +111,7 @@ def with_space(
 def space_override(space: Sequence[Axis]) -> str:
     """Return the override that sets `study.space`."""
     listed = [
-        "{" + ",".join(f"{name}:{written(value)}" for name, value in vars(axis).items()) + "}"
+        "{" + ",".join(f"{name}:{format_value(value)}" for name, value in vars(axis).items()) + "}"
         for axis in space
     ]
     return f"study.space=[{','.join(listed)}]"
@@ -136,7 +136,7 @@ def _axis(override: Override) -> Axis | Problem:
     return Problem(key, written_value, message)
 
 
-Values = Mapping[str, float]
+TrialValues = Mapping[str, float]
 # What a run is called, where it goes and how it is watched is not part of its command line.
 _ASIDE = ("study", "stage", "eval", "name", "output_dir", "plan", "cache", "rerun")
 
@@ -160,7 +160,7 @@ def with_values(section: Any, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
     return section
 
 
-def trial_config(config: Config, values: Values) -> Config:
+def trial_config(config: Config, values: TrialValues) -> Config:
     """Return the experiment of one trial: PPO with chosen values, selecting by the objective.
 
     With `study.length=responses` it samples as many responses as the config would, up to a whole
@@ -198,11 +198,11 @@ def trial_config(config: Config, values: Values) -> Config:
     )
 
 
-def differences(before: Config, after: Config) -> list[str]:
+def overrides_between(before: Config, after: Config) -> list[str]:
     """Return the overrides that turn one config into another, as they are typed."""
     first, second = dict(_flat(before)), dict(_flat(after))
     return [
-        f"{key}={written(value)}"
+        f"{key}={format_value(value)}"
         for key, value in second.items()
         if value != first[key] and key.partition(".")[0] not in _ASIDE
     ]
@@ -233,37 +233,37 @@ _MEASURING = {
 }
 
 
-def check_study(found: Findings, check: Check) -> None:
+def check_study(check: ConfigChecker, trial_problems: Check) -> None:
     """Report what is wrong with a study.
 
     Args:
-        found: Collects the problems.
-        check: Returns what is wrong with the config of a trial.
+        check: Collects the problems.
+        trial_problems: Returns what is wrong with the config of a trial.
     """
-    config, study = found.config, found.config.study
-    found.at_least(1, "study.trials", "study.workers", "study.startup", "study.max_failures")
-    found.at_least(0, "study.worker", "study.seed", "study.prune_after", "study.warmup")
-    found.at_least(0, "study.finalists", "study.kl_coef")
+    config, study = check.config, check.config.study
+    check.at_least(1, "study.trials", "study.workers", "study.startup", "study.max_failures")
+    check.at_least(0, "study.worker", "study.seed", "study.prune_after", "study.warmup")
+    check.at_least(0, "study.finalists", "study.kl_coef")
     if study.objective in (Objective.reward_at_kl, Objective.win_rate_at_kl):
-        found.positive("study.kl_budget")
+        check.positive("study.kl_budget")
     stages = (StageName.ppo, StageName.eval, StageName.pipeline)
-    found.unless(config.stage in stages, "stage", "a study is of PPO: use stage=ppo, or none.")
-    found.unless(config.ppo.use is None, "ppo.use", "a study trains PPO; leave it out.")
-    found.unless(not config.probe, "probe", "a study cannot be probed; leave sweep and study out.")
+    check.require(config.stage in stages, "stage", "a study is of PPO: use stage=ppo, or none.")
+    check.require(config.ppo.use is None, "ppo.use", "a study trains PPO; leave it out.")
+    check.require(not config.probe, "probe", "a study cannot be probed; leave sweep and study out.")
     if find_spec("optuna") is None:
-        found.add("study.trials", "needs Optuna; run `pip install 'rlhf-exp[sweeps]'`.")
-    found.unless(bool(study.space), "study.space", "is empty; sweep=ppo_optuna has a usual one.")
+        check.add("study.trials", "needs Optuna; run `pip install 'rlhf-exp[sweeps]'`.")
+    check.require(bool(study.space), "study.space", "is empty; sweep=ppo_optuna has a usual one.")
     keys = [axis.key for axis in study.space]
     for key in sorted({key for key in keys if keys.count(key) > 1}):
-        found.problems.append(Problem("study.space", key, "is there twice."))
+        check.problems.append(Problem("study.space", key, "is there twice."))
     wrong = [
         Problem(f"study.space: {axis.key}", _shown(axis), message)
         for axis in study.space
         if (message := _key_problem(axis.key) or _range_problem(axis, config)) is not None
     ]
-    found.problems += wrong
-    if study.space and not found.problems:
-        found.problems += _corner_problems(config, check)
+    check.problems += wrong
+    if study.space and not check.problems:
+        check.problems += _corner_problems(config, trial_problems)
 
 
 def _key_problem(key: str) -> str | None:
@@ -278,7 +278,7 @@ def _key_problem(key: str) -> str | None:
         return "how answers are sampled would change the objective."
     if not known.type.startswith(("number", "integer")):
         return f"only numbers are searched; this is {known.type}."
-    if not in_key(known.item):
+    if not in_key(known.field):
         return "it does not change the result."
     return None
 
@@ -291,7 +291,7 @@ def _range_problem(axis: Axis, config: Config) -> str | None:
             return "around must be above 1."
         if not attrgetter(axis.key)(config):
             return "there is nothing around 0 or null: give low and high."
-        axis = settled(axis, config)
+        axis = with_bounds(axis, config)
     bounds = [axis.low, axis.high]
     if axis.choices is not None:
         if not axis.choices or any(value is not None for value in (*bounds, axis.step)) or axis.log:
@@ -313,17 +313,17 @@ def _range_problem(axis: Axis, config: Config) -> str | None:
 
 
 def _fraction(axis: Axis, values: list[float]) -> str | None:
-    broken = [value for value in values if value != int(value)] if whole(axis) else []
+    broken = [value for value in values if value != int(value)] if is_integer(axis) else []
     return f"takes whole numbers, and {broken[0]:g} is none." if broken else None
 
 
-def _corner_problems(config: Config, check: Check) -> Iterator[Problem]:
+def _corner_problems(config: Config, trial_problems: Check) -> Iterator[Problem]:
     """Yield what is wrong with trials at the corners of the space, each thing once."""
-    axes = settled_space(config)
+    axes = bounded_space(config)
     told: set[str] = set()
-    corners = itertools.product(*([(axis.key, end) for end in ends(axis)] for axis in axes))
+    corners = itertools.product(*([(axis.key, end) for end in axis_bounds(axis)] for axis in axes))
     for corner in itertools.islice(corners, _CORNERS):
-        for problem in check(trial_config(config, dict(corner))):
+        for problem in trial_problems(trial_config(config, dict(corner))):
             if problem.message not in told:
                 told.add(problem.message)
                 point = ", ".join(f"{key}={value:g}" for key, value in corner)
@@ -334,10 +334,10 @@ def _corner_problems(config: Config, check: Check) -> Iterator[Problem]:
 
 def _shown(axis: Axis) -> str:
     if axis.choices is not None:
-        return written(axis.choices)
+        return format_value(axis.choices)
     if axis.around is not None:
-        return f"around by {written(axis.around)}"
-    parts = [f"{written(axis.low)} to {written(axis.high)}", "log" if axis.log else ""]
+        return f"around by {format_value(axis.around)}"
+    parts = [f"{format_value(axis.low)} to {format_value(axis.high)}", "log" if axis.log else ""]
     return ", ".join(part for part in parts if part)
 
 
@@ -346,7 +346,7 @@ _NOT_OF_TRIALS = ("study", "sweep", "hydra", "name", "plan", "cache", "rerun")
 
 
 def worker_overrides(
-    overrides: Sequence[str], base: Composed, groups: Mapping[str, object], multirun: bool
+    overrides: Sequence[str], base: ComposedConfig, groups: Mapping[str, object], multirun: bool
 ) -> tuple[list[str], list[Problem]]:
     """Return the command line of a study's workers, and what is wrong with it.
 
@@ -356,7 +356,7 @@ def worker_overrides(
         groups: The config groups by name.
         multirun: Whether a multirun was asked for.
     """
-    kept, space, found = with_space(overrides, base.config.study.space, groups)
+    kept, space, found = extract_space(overrides, base.config.study.space, groups)
     trials = str(base.config.study.trials)
     if not multirun:
         found.append(Problem("study.trials", trials, "a study is a multirun: add -m."))
@@ -368,7 +368,7 @@ def worker_overrides(
     return [*kept, *([space_override(space)] if changed else [])], found
 
 
-def of_workers(workers: int, here: bool) -> list[str]:
+def worker_job_overrides(workers: int, here: bool) -> list[str]:
     """Return the overrides that make a job of each worker, all at the same time.
 
     Args:
@@ -379,7 +379,7 @@ def of_workers(workers: int, here: bool) -> list[str]:
     return [f"study.worker={','.join(map(str, range(workers)))}", *jobs]
 
 
-def of_a_trial(overrides: Sequence[str]) -> list[str]:
+def single_trial_overrides(overrides: Sequence[str]) -> list[str]:
     """Return those of a worker's overrides that a trial needs when it is run by itself."""
     return [
         text

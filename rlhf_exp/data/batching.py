@@ -86,20 +86,20 @@ def preferences_batch(
     preferences: TokenizedPreferences, index: np.ndarray, weights: np.ndarray | None = None
 ) -> Preferences:
     """Return the pairs at `index` ([B] int64) as one batch; `weights` ([B]) default to 1."""
-    chosen = joined([(preferences.prompt[i], preferences.chosen[i]) for i in index])
-    rejected = joined([(preferences.prompt[i], preferences.rejected[i]) for i in index])
+    chosen = right_padded([(preferences.prompt[i], preferences.chosen[i]) for i in index])
+    rejected = right_padded([(preferences.prompt[i], preferences.rejected[i]) for i in index])
     given = np.ones(len(index)) if weights is None else np.asarray(weights)
     return Preferences(*chosen, *rejected, torch.from_numpy(given.astype(np.float32)))
 
 
 def prompts_batch(prompts: TokenizedPrompts, index: np.ndarray, rollout: np.ndarray) -> Prompts:
     """Return the prompts at `index` ([B] int64), numbered `rollout` ([B] int64) in the run."""
-    tokens, lengths = joined([(prompts.prompt[i],) for i in index])
+    tokens, lengths = right_padded([(prompts.prompt[i],) for i in index])
     numbers = (torch.from_numpy(np.array(values, dtype=np.int64)) for values in (index, rollout))
     return Prompts(tokens, lengths, *numbers)
 
 
-def joined(rows: Sequence[tuple[np.ndarray, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+def right_padded(rows: Sequence[tuple[np.ndarray, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's parts joined, right-padded: tokens [B, S] int64 and lengths [B] int64."""
     lengths = [sum(len(part) for part in parts) for parts in rows]
     tokens = np.zeros((len(rows), max(lengths)), dtype=np.int64)

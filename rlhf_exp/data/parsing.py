@@ -183,7 +183,7 @@ def _start_of(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Unreadable:
+class UnreadableLine:
     """Stands for a line that is not JSON."""
 
     reason: str
@@ -216,15 +216,15 @@ def _record(line: bytes) -> object:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        return Unreadable(f"not JSON: {error.msg} at column {error.colno}")
+        return UnreadableLine(f"not JSON: {error.msg} at column {error.colno}")
     except UnicodeDecodeError as error:
-        return Unreadable(f"not UTF-8: byte {error.start} of the line")
+        return UnreadableLine(f"not UTF-8: byte {error.start} of the line")
 
 
 _MARK = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
 
 
-def turns_of(prompt: str) -> list[tuple[str, str]]:
+def split_turns(prompt: str) -> list[tuple[str, str]]:
     """Return (role, text) of each turn; the role is empty for text that is no dialogue.
 
     The empty turn at the end, which asks the model to speak, is left out. Text that imitates the

@@ -64,7 +64,7 @@ class Preference:
 
 
 @dataclass(frozen=True)
-class Rejected:
+class UnusableRow:
     """A row that could not be used, and why."""
 
     origin: str
@@ -95,7 +95,7 @@ class Corpus:
         demonstrations: for SFT.
         preferences: for the reward model.
         prompts: for PPO (train) and evaluation (validation, test).
-        rejected: the rows that could not be used.
+        unusable: the rows that could not be used.
         dropped: usable rows left out because their prompt belongs to another split.
         digest: sha256 of all rows' content, in order.
     """
@@ -103,7 +103,7 @@ class Corpus:
     demonstrations: Splits[Demonstration]
     preferences: Splits[Preference]
     prompts: Splits[Prompt]
-    rejected: list[Rejected]
+    unusable: list[UnusableRow]
     dropped: int
     digest: str
 
@@ -112,7 +112,7 @@ def make_corpus(
     demonstrations: Splits[Demonstration],
     preferences: Splits[Preference],
     prompts: Splits[Prompt],
-    rejected: list[Rejected],
+    unusable: list[UnusableRow],
     dropped: int = 0,
 ) -> Corpus:
     """Return the corpus of these rows, with its digest."""
@@ -120,7 +120,7 @@ def make_corpus(
     for kind in (demonstrations, preferences, prompts):
         for name, rows in kind.all():
             digest.update(f"{name}:{rows_digest(rows)}\n".encode())
-    return Corpus(demonstrations, preferences, prompts, rejected, dropped, digest.hexdigest())
+    return Corpus(demonstrations, preferences, prompts, unusable, dropped, digest.hexdigest())
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
@@ -147,7 +147,7 @@ def prompt_key(history: History) -> str:
     return hashlib.sha256("\n".join(turns).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def as_kind(row: Row, kind: type[Row] | None) -> Row:
+def convert_row(row: Row, kind: type[Row] | None) -> Row:
     """Return `row` as what it was given for.
 
     Raises:
@@ -197,7 +197,7 @@ def prompts_of(rows: Sequence[Row]) -> list[Prompt]:
 _RANGE = 2**64
 
 
-def held_out(
+def held_out_keys(
     keys: Iterable[str],
     own_test: set[str],
     validation_fraction: float,
@@ -226,10 +226,10 @@ def held_out(
     return validation, test
 
 
-def part_of(key: str, parts: int) -> int:
+def part_number(key: str, parts: int) -> int:
     """Return the part, 1 to `parts`, that a prompt's `prompt_key` belongs to.
 
-    By other digits of the hash than `held_out`, so that every part is drawn from the whole range.
+    By other digits of the hash than `held_out_keys`, so that every part is drawn from the whole range.
     """
     return int(key[16:32], 16) % parts + 1
 

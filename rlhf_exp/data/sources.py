@@ -12,18 +12,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.data.parsing import FORMATS, Unreadable, parse_row, read_jsonl
+from rlhf_exp.data.parsing import FORMATS, UnreadableLine, parse_row, read_jsonl
 from rlhf_exp.data.rows import (
     Corpus,
     Demonstration,
     Preference,
     Prompt,
-    Rejected,
     Row,
     Splits,
-    as_kind,
+    UnusableRow,
+    convert_row,
     demonstrations_of,
-    held_out,
+    held_out_keys,
     make_corpus,
     preferences_of,
     prompt_key,
@@ -36,7 +36,7 @@ SHOWN = 5  # unusable rows shown in an error
 
 
 @dataclass(frozen=True)
-class Rules:
+class LoadOptions:
     """How a source's rows are taken.
 
     Attributes:
@@ -70,7 +70,7 @@ def load_toy(
 
     sizes = ToySizes(demonstrations, preferences, prompts, validation, test)
     demos, pairs, asked = corpus_rows(seed, sizes, label_noise)
-    return make_corpus(demos, pairs, asked, rejected=[])
+    return make_corpus(demos, pairs, asked, unusable=[])
 
 
 def load_jsonl(
@@ -79,7 +79,7 @@ def load_jsonl(
     demonstrations: Files = (),
     prompts: Files = (),
     test: Files = (),
-    rules: Rules | None = None,
+    rules: LoadOptions | None = None,
 ) -> Corpus:
     """Read `.jsonl` or `.jsonl.gz` files.
 
@@ -88,7 +88,7 @@ def load_jsonl(
     Raises:
         UserError: a file is missing, too many rows are unusable, or none is usable.
     """
-    rules = rules or Rules()
+    rules = rules or LoadOptions()
     read = _Rows()
     named: list[tuple[str, Files, type[Row] | None]] = [
         ("preferences", preferences, Preference),
@@ -110,7 +110,7 @@ def load_hub(
     data_dir: str | None = None,
     train_split: str = "train",
     test_split: str = "test",
-    rules: Rules | None = None,
+    rules: LoadOptions | None = None,
 ) -> Corpus:
     """Load a data set from the hub, or from a folder in its layout, through `datasets`.
 
@@ -125,7 +125,7 @@ def load_hub(
     Raises:
         UserError: it cannot be loaded, has no such split, or too many rows are unusable.
     """
-    rules = rules or Rules()
+    rules = rules or LoadOptions()
     splits = _load_dataset(path, revision, data_dir)
     if train_split not in splits:
         raise UserError(
@@ -158,7 +158,7 @@ class _Rows:
 
     train: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
+    unusable: list[UnusableRow] = field(default_factory=list)
 
     def take(
         self, records: Iterable[tuple[str, object]], kind: type[Row] | None, purpose: str
@@ -167,18 +167,20 @@ class _Rows:
         rows = self.test if purpose == "test" else self.train
         for origin, record in records:
             try:
-                if isinstance(record, Unreadable):
+                if isinstance(record, UnreadableLine):
                     raise ValueError(record.reason)
-                rows.append(as_kind(parse_row(record, origin), kind))
+                rows.append(convert_row(parse_row(record, origin), kind))
             except ValueError as error:
-                self.rejected.append(Rejected(origin, str(error)))
+                self.unusable.append(UnusableRow(origin, str(error)))
 
-    def corpus(self, rules: Rules) -> Corpus:
+    def corpus(self, rules: LoadOptions) -> Corpus:
         """Divide the rows into splits, after checking that enough are usable."""
         self._check(rules.max_bad_fraction)
         keys = [prompt_key(row.history) for row in self.train]
         own_test = {prompt_key(row.history) for row in self.test}
-        validation, test = held_out(keys, own_test, rules.validation_fraction, rules.test_fraction)
+        validation, test = held_out_keys(
+            keys, own_test, rules.validation_fraction, rules.test_fraction
+        )
         parts: Splits[Row] = Splits(test=self.test)
         dropped = 0
         for key, row in zip(keys, self.train, strict=True):
@@ -192,15 +194,15 @@ class _Rows:
             Splits(*(demonstrations_of(rows) for _, rows in parts.all())),
             Splits(*(preferences_of(rows) for _, rows in parts.all())),
             Splits(*(prompts_of(rows) for _, rows in parts.all())),
-            self.rejected,
+            self.unusable,
             dropped,
         )
 
     def _check(self, max_bad_fraction: float) -> None:
-        bad, good = len(self.rejected), len(self.train) + len(self.test)
+        bad, good = len(self.unusable), len(self.train) + len(self.test)
         if self.train and bad <= max_bad_fraction * (bad + good):
             return
-        listed = "".join(f"\n  {row.origin}: {row.reason}" for row in self.rejected[:SHOWN])
+        listed = "".join(f"\n  {row.origin}: {row.reason}" for row in self.unusable[:SHOWN])
         if bad > SHOWN:
             listed += f"\n  and {bad - SHOWN} more"
         if not self.train:

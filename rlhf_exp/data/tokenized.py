@@ -32,8 +32,8 @@ _FORMAT = 1  # to be raised when the same rows would be tokenized differently
 class TokenizedDemonstrations:
     """Prompts and responses to imitate; `cut` prompts and `cut_responses` responses were cut."""
 
-    prompt_ids: Ragged
-    response_ids: Ragged
+    prompt_ids: RaggedArray
+    response_ids: RaggedArray
     cut: int
     cut_responses: int
 
@@ -45,9 +45,9 @@ class TokenizedDemonstrations:
 class TokenizedPreferences:
     """Prompts with both responses; `cut` prompts and `cut_responses` responses were cut."""
 
-    prompt: Ragged
-    chosen: Ragged
-    rejected: Ragged
+    prompt: RaggedArray
+    chosen: RaggedArray
+    rejected: RaggedArray
     cut: int
     cut_responses: int
 
@@ -66,8 +66,8 @@ class TokenizedPrompts:
         cut_responses: number of original responses cut.
     """
 
-    prompt: Ragged
-    original: Ragged
+    prompt: RaggedArray
+    original: RaggedArray
     cut: int
     cut_responses: int
 
@@ -85,7 +85,7 @@ def tokenize_demonstrations(
     """
     _check_length(seq_length)
 
-    def build() -> RaggedSet:
+    def build() -> RaggedColumns:
         columns = _Columns(codec, "prompt_ids", "response_ids")
         prompts = codec.encode_prompts([row.history for row in rows])
         responses = codec.encode_responses([row.response for row in rows])
@@ -105,7 +105,7 @@ def tokenize_preferences(
     """Tokenize pairs to at most `seq_length` tokens each side; both keep the same prompt."""
     _check_length(seq_length)
 
-    def build() -> RaggedSet:
+    def build() -> RaggedColumns:
         columns = _Columns(codec, "prompt", "chosen", "rejected")
         prompts = codec.encode_prompts([row.history for row in rows])
         chosen = codec.encode_responses([row.chosen for row in rows])
@@ -138,7 +138,7 @@ def tokenize_prompts(
     """
     room = _room(seq_length, max_new_tokens)
 
-    def build() -> RaggedSet:
+    def build() -> RaggedColumns:
         columns = _Columns(codec, "prompt", "original")
         prompts = codec.encode_prompts([row.history for row in rows])
         originals = codec.encode_responses([row.original or "" for row in rows])
@@ -205,9 +205,9 @@ class _Columns:
         for name, ids in row.items():
             self._rows[name].append(ids)
 
-    def finish(self) -> RaggedSet:
-        columns = {name: Ragged.of(rows) for name, rows in self._rows.items()}
-        return RaggedSet(columns, self._counts)
+    def finish(self) -> RaggedColumns:
+        columns = {name: RaggedArray.of(rows) for name, rows in self._rows.items()}
+        return RaggedColumns(columns, self._counts)
 
 
 def _check_length(seq_length: int) -> None:
@@ -223,16 +223,16 @@ def _tokenized(
     rows: Sequence[Row],
     codec: Codec,
     lengths: list[int],
-    build: Callable[[], RaggedSet],
+    build: Callable[[], RaggedColumns],
 ) -> dict[str, Any]:
     """Return the fields of a tokenized set, from the cache where it is there."""
     key: list[str | int] = [_FORMAT, kind, rows_digest(rows), codec.digest, *lengths]
-    found = build() if cache is None else cached(cache, key, build)
+    found = build() if cache is None else load_or_build(cache, key, build)
     return {**found.columns, **found.counts}
 
 
 @dataclass(frozen=True)
-class Ragged:
+class RaggedArray:
     """Rows of different lengths, laid end to end.
 
     Attributes:
@@ -244,7 +244,7 @@ class Ragged:
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> Ragged:
+    def of(cls, rows: Sequence[Sequence[int]]) -> RaggedArray:
         """Lay `rows` end to end."""
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
@@ -269,14 +269,16 @@ class Ragged:
 
 
 @dataclass(frozen=True)
-class RaggedSet:
+class RaggedColumns:
     """Columns of equally many rows, and counts worth reporting."""
 
-    columns: dict[str, Ragged]
+    columns: dict[str, RaggedArray]
     counts: dict[str, int]
 
 
-def cached(folder: Path, key: list[str | int], build: Callable[[], RaggedSet]) -> RaggedSet:
+def load_or_build(
+    folder: Path, key: list[str | int], build: Callable[[], RaggedColumns]
+) -> RaggedColumns:
     """Return the set kept in `folder` under `key`, building it where it is missing or broken.
 
     What is written appears under its name whole or not at all, so that processes may share a folder
@@ -300,12 +302,12 @@ def cached(folder: Path, key: list[str | int], build: Callable[[], RaggedSet]) -
     return _read(place) or built
 
 
-def _read(place: Path) -> RaggedSet | None:
+def _read(place: Path) -> RaggedColumns | None:
     """Return the set at `place`, its arrays memory-mapped, or `None` where it is not whole."""
     try:
         counts = json.loads((place / "counts.json").read_text())
         columns = {
-            path.name.removesuffix(".offsets.npy"): Ragged(
+            path.name.removesuffix(".offsets.npy"): RaggedArray(
                 _load(path.with_name(path.name.replace(".offsets.", ".flat."))), _load(path)
             )
             for path in sorted(place.glob("*.offsets.npy"))
@@ -313,14 +315,14 @@ def _read(place: Path) -> RaggedSet | None:
     except (OSError, ValueError):
         return None
     whole = columns and all(len(c.flat) == c.offsets[-1] for c in columns.values())
-    return RaggedSet(columns, counts) if whole else None
+    return RaggedColumns(columns, counts) if whole else None
 
 
 def _load(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _write(place: Path, content: RaggedSet) -> None:
+def _write(place: Path, content: RaggedColumns) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=place.parent))
     try:

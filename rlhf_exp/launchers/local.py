@@ -27,7 +27,7 @@ from rich.text import Text
 
 from rlhf_exp.config.compose import to_dict
 from rlhf_exp.config.experiment import Config
-from rlhf_exp.config.problems import Problem, refuse
+from rlhf_exp.config.problems import Problem, raise_problems
 from rlhf_exp.errors import Detached, UserError
 from rlhf_exp.launchers.optuna.table import study_text
 from rlhf_exp.launchers.points import (
@@ -74,7 +74,9 @@ def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[float 
     """
     first = jobs[0][1]
     if n_jobs < 1 and n_jobs != -1:
-        refuse([Problem("hydra.launcher.n_jobs", str(n_jobs), "must be at least 1, or -1.")])
+        raise_problems(
+            [Problem("hydra.launcher.n_jobs", str(n_jobs), "must be at least 1, or -1.")]
+        )
     if first.plan or first.probe or find_launch_environment() is not None:
         # Started by torchrun, all processes go through the jobs together, and end together.
         return [run_job(config, overrides) for overrides, config in jobs]
@@ -107,7 +109,7 @@ class _Multirun:
         self.console = Console(stderr=True)
         # One at a time has all that this process sees.
         self.devices = Devices() if n_jobs == 1 else Devices.seen()
-        refuse(filter(None, [self.devices.problem(points)]))
+        raise_problems(filter(None, [self.devices.problem(points)]))
         # Where one point needs several processes, fewer points fit.
         each = max(point.config.distributed.processes for point in points)
         self.n_jobs = self.devices.side_by_side(each) if n_jobs == -1 else n_jobs

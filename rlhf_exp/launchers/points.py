@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_exp.config.checks_sweep import place_of
+from rlhf_exp.config.checks_sweep import describe_points
 from rlhf_exp.config.experiment import Config, StageName
-from rlhf_exp.config.problems import refuse
+from rlhf_exp.config.problems import raise_problems
 from rlhf_exp.config.study import StudyConfig
 from rlhf_exp.errors import JobsFailed, UserError
 from rlhf_exp.pipeline.hub import pinned
@@ -109,7 +109,7 @@ def points_of(jobs: Sequence[tuple[list[str], Config]]) -> list[SweepPoint]:
         else:
             found.append(point)
     lines = [overrides for overrides, _ in jobs]
-    refuse(text + place_of(lines, set(at)) for text, at in wrong.items())
+    raise_problems(text + describe_points(lines, set(at)) for text, at in wrong.items())
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from rlhf_exp.config.experiment import Config, DataConfig, DataSource
 from rlhf_exp.data.rows import Corpus
-from rlhf_exp.data.sources import Rules, load_hub, load_jsonl, load_toy
+from rlhf_exp.data.sources import LoadOptions, load_hub, load_jsonl, load_toy
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.models.pretrained import load_tokenizer
 from rlhf_exp.training.memory import Recorder
@@ -112,9 +112,9 @@ class DataModule:
     def corpus(self) -> Corpus:
         """The rows; unusable ones are reported once."""
         corpus = _load(self.config)
-        if corpus.rejected:
-            listed = "".join(f"\n  {row.origin}: {row.reason}" for row in corpus.rejected[:20])
-            log.warning("%d rows cannot be used:%s", len(corpus.rejected), listed)
+        if corpus.unusable:
+            listed = "".join(f"\n  {row.origin}: {row.reason}" for row in corpus.unusable[:20])
+            log.warning("%d rows cannot be used:%s", len(corpus.unusable), listed)
         return corpus
 
     def codec(self, folder: str | Path, revision: str | None = None) -> Codec:
@@ -132,7 +132,7 @@ class DataModule:
 
 
 def _load(config: DataConfig) -> Corpus:
-    rules = Rules(
+    rules = LoadOptions(
         validation_fraction=config.validation_fraction,
         test_fraction=config.test_fraction,
         max_bad_fraction=config.max_bad_fraction,

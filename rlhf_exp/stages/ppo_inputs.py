@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_exp.algo.kl import AdaptiveKL, FixedKL, KLController
 from rlhf_exp.config.experiment import Config, Dtype
 from rlhf_exp.config.training import PpoConfig
-from rlhf_exp.data.batching import batch_index, joined
+from rlhf_exp.data.batching import batch_index, right_padded
 from rlhf_exp.data.rows import Prompt
 from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
 from rlhf_exp.data.tokenizer import Codec
@@ -111,7 +111,7 @@ def _used(config: Config, count: int, only: int | None = None) -> list[np.ndarra
 def _score(prompts: TokenizedPrompts, rows: np.ndarray, scorer: Scorer, world: World) -> Tensor:
     """Score the rows' own responses; their end-of-sequence token is not part of the content."""
     parts = [(prompts.prompt[row], prompts.original[row]) for row in rows]
-    tokens, _ = joined(parts)
+    tokens, _ = right_padded(parts)
     lengths = torch.tensor([[len(prompt), len(answer)] for prompt, answer in parts])
     return score_shared(scorer, tokens, lengths[:, 0], (lengths[:, 1] - 1).clamp(min=0), world)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.training import RewardConfig, RewardInit
-from rlhf_exp.data.batching import joined
-from rlhf_exp.data.rows import Preference, part_of, prompt_key
+from rlhf_exp.data.batching import right_padded
+from rlhf_exp.data.rows import Preference, part_number, prompt_key
 from rlhf_exp.data.tokenized import (
     TokenizedDemonstrations,
     TokenizedPreferences,
@@ -78,7 +78,7 @@ def pairs_of(rows: list[Preference], part: str | None) -> list[Preference]:
     if part is None:
         return rows
     number, parts = map(int, part.split("/"))
-    return [row for row in rows if part_of(prompt_key(row.history), parts) == number]
+    return [row for row in rows if part_number(prompt_key(row.history), parts) == number]
 
 
 def _initial(config: Config, context: StageContext) -> tuple[Codec, RewardModel]:
@@ -126,7 +126,7 @@ def _whole(demonstrations: TokenizedDemonstrations) -> tuple[Tensor, Tensor, Ten
         (demonstrations.prompt_ids[row], demonstrations.response_ids[row])
         for row in range(len(demonstrations))
     ]
-    tokens, _ = joined(pairs)
+    tokens, _ = right_padded(pairs)
     lengths = torch.tensor([[len(prompt), len(response)] for prompt, response in pairs])
     return tokens, lengths[:, 0], lengths[:, 1] - 1
 

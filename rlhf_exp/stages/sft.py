@@ -68,7 +68,7 @@ def run(config: Config, context: StageContext) -> StageResult:
             "rows": len(rows.train),
             "packed_rows": len(train_rows),
             "cut_prompts": cut,
-            "rejected": len(context.materials.corpus.rejected),
+            "rejected": len(context.materials.corpus.unusable),
             "dropped": context.materials.corpus.dropped,
         }
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)

@@ -33,11 +33,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_exp.algo.advantages import RewardScaler, clip, delta, gae, shape_rewards, whiten
+from rlhf_exp.algo.advantages import (
+    RewardScaler,
+    clip_scores,
+    gae,
+    shape_rewards,
+    subtract_original_scores,
+    whiten,
+)
 from rlhf_exp.algo.kl import KLController, k1, k3, sequence_kl
 from rlhf_exp.algo.losses import PolicyStats, ValueStats, entropy_bonus, policy_loss, value_loss
 from rlhf_exp.algo.masks import response_mask
-from rlhf_exp.batch import Finish, Rollouts, Samples
+from rlhf_exp.batch import FinishReason, Rollouts, Samples
 from rlhf_exp.config.training import PpoConfig
 from rlhf_exp.data.batching import (
     batch_index,
@@ -344,12 +351,14 @@ class ExperienceCollector:
         reward, device = self.section.reward, self.world.device
         raw = score_samples(self.scorer, samples).to(device)
         report_scores(raw, weights, meters)
-        scores = raw - reward.missing_eos_penalty * (samples.finish == Finish.LENGTH)
+        scores = raw - reward.missing_eos_penalty * (samples.finish == FinishReason.LENGTH)
         if self.original_scores is not None:
-            scores = delta(scores, self.original_scores[samples.index.cpu()].to(device))
+            scores = subtract_original_scores(
+                scores, self.original_scores[samples.index.cpu()].to(device)
+            )
             meters.add("reward/delta_mean", (scores * weights).sum(), weights.sum())
         if reward.clip is not None:
-            scores = clip(scores, reward.clip)
+            scores = clip_scores(scores, reward.clip)
         scaled = self.scaler.scale(scores, self.world.gather(scores[weights > 0]))
         meters.add("reward/scale", self.scaler.moments.std, 1.0)
         return scaled
@@ -449,7 +458,7 @@ def report_responses(samples: Samples, weights: Tensor, meters: MetricAccumulato
     count = weights.sum()
     lengths = (samples.response_lengths * weights).sum()
     meters.add("response/length_mean", lengths, count)
-    for name, reason in (("eos", Finish.EOS), ("stop", Finish.STOP)):
+    for name, reason in (("eos", FinishReason.EOS), ("stop", FinishReason.STOP)):
         ended = ((samples.finish == reason) * weights).sum()
         meters.add(f"response/{name}_fraction", ended, count)
 

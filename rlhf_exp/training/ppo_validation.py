@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhf_exp.algo.kl import sequence_kl
 from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.algo.preference import wins
-from rlhf_exp.batch import Finish, Samples
+from rlhf_exp.batch import FinishReason, Samples
 from rlhf_exp.config.training import PpoConfig, Scale, SelectBy
 from rlhf_exp.data.batching import prompts_batch
 from rlhf_exp.data.tokenized import TokenizedPrompts
@@ -105,7 +105,7 @@ class Validator:
         meters.add("eval/win_rate", (wins(scores, before) * weights).sum(), total)
         meters.add("eval/kl_sequence", (kl * weights).sum(), total)
         meters.add("eval/length_mean", (samples.response_lengths * weights).sum(), total)
-        ended = (samples.finish != Finish.LENGTH) * weights
+        ended = (samples.finish != FinishReason.LENGTH) * weights
         meters.add("eval/ended_fraction", ended.sum(), total)
         metrics = meters.means()
         if self.unit is None:

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_exp.algo.advantages import delta
+from rlhf_exp.algo.advantages import subtract_original_scores
 from rlhf_exp.algo.preference import wins
 from rlhf_exp.config.training import PpoConfig
-from rlhf_exp.data.batching import joined
+from rlhf_exp.data.batching import right_padded
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
@@ -147,7 +147,7 @@ class Session:
             (source.prompt[row], np.array(answer, dtype=np.int64))
             for row, answer in zip(index, ids, strict=True)
         ]
-        tokens, _ = joined(parts)
+        tokens, _ = right_padded(parts)
         lengths = torch.tensor([[len(part) for part in row] for row in parts])
         raw = judged.scorer(tokens, lengths[:, 0], lengths[:, 1])
         finished = torch.tensor(ended)
@@ -157,7 +157,7 @@ class Session:
             return
         scores = raw - self.settings.missing_eos_penalty * ~finished
         if judged.originals is not None:
-            scores = delta(scores, judged.originals[torch.tensor(index)])
+            scores = subtract_original_scores(scores, judged.originals[torch.tensor(index)])
             iteration.deltas += scores.tolist()
         iteration.scores += raw.tolist()
         iteration.lengths += (lengths[:, 1] + finished).tolist()

@@ -14,10 +14,10 @@ import torch
 from rlhf_exp.algo.advantages import (
     RewardScaler,
     RunningMoments,
-    clip,
-    delta,
+    clip_scores,
     gae,
     shape_rewards,
+    subtract_original_scores,
     whiten,
 )
 
@@ -135,8 +135,10 @@ def test_no_scaling_and_unknown_mode() -> None:
 
 
 def test_delta_and_clip() -> None:
-    assert delta(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 4.0])).tolist() == [2.0, -3.0]
-    assert clip(torch.tensor([12.0, -12.0, 3.0]), 10.0).tolist() == [10.0, -10.0, 3.0]
+    assert subtract_original_scores(
+        torch.tensor([3.0, 1.0]), torch.tensor([1.0, 4.0])
+    ).tolist() == [2.0, -3.0]
+    assert clip_scores(torch.tensor([12.0, -12.0, 3.0]), 10.0).tolist() == [10.0, -10.0, 3.0]
 
 
 def test_score_lands_on_the_last_response_token() -> None:

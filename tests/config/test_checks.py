@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.config import checks
-from rlhf_exp.config.checks import problems
+from rlhf_exp.config.checks import config_problems
 from rlhf_exp.config.compose import compose
-from rlhf_exp.config.overrides import with_lists
-from rlhf_exp.config.problems import refuse
+from rlhf_exp.config.overrides import wrap_list_values
+from rlhf_exp.config.problems import raise_problems
 from rlhf_exp.errors import UserError
 from rlhf_exp.trlx import convert
 
 
 def complaints(*overrides: str, multirun: bool = False) -> list[str]:
-    config = compose(with_lists(overrides)).config
-    return [str(problem) for problem in problems(config, multirun)]
+    config = compose(wrap_list_values(overrides)).config
+    return [str(problem) for problem in config_problems(config, multirun)]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_one_mistake_one_complaint(
 def test_all_problems_are_reported_together() -> None:
     config = compose(["ppo.lr=0", "sft.epochs=null", "data.limit=0"]).config
     with pytest.raises(UserError) as caught:
-        refuse(problems(config))
+        raise_problems(config_problems(config))
     lines = str(caught.value).splitlines()
     assert lines[0] == "3 problems in the config:"
     assert sorted(line.split("=")[0].strip() for line in lines[1:]) == [

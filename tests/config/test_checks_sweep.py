@@ -5,7 +5,7 @@ import itertools
 from rlhf_exp.config.checks_sweep import check_points
 from rlhf_exp.config.compose import compose
 from rlhf_exp.config.experiment import Config
-from rlhf_exp.config.overrides import differences, points
+from rlhf_exp.config.overrides import point_labels, sweep_points
 from rlhf_exp.errors import UserError
 
 
@@ -15,7 +15,7 @@ def composed(overrides: object) -> Config:
 
 
 def found(*overrides: str) -> tuple[int, list[str]]:
-    configs, wrong = check_points(points(["name=a", *overrides]), composed)
+    configs, wrong = check_points(sweep_points(["name=a", *overrides]), composed)
     return len(configs), wrong
 
 
@@ -71,6 +71,6 @@ def test_many_points_are_not_all_named() -> None:
 
 
 def test_differences() -> None:
-    assert differences([]) == []
-    assert differences([["name=a", "x=1"]]) == [""]
-    assert differences([["name=a", "x=1"], ["name=a", "x=2"]]) == ["x=1", "x=2"]
+    assert point_labels([]) == []
+    assert point_labels([["name=a", "x=1"]]) == [""]
+    assert point_labels([["name=a", "x=1"], ["name=a", "x=2"]]) == ["x=1", "x=2"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_exp.config.checks_sweep import JobShape, shape_of, slurm_problems
+from rlhf_exp.config.checks_sweep import JobShape, job_shape, slurm_problems
 from rlhf_exp.config.compose import compose
 from rlhf_exp.config.experiment import Config, StageName, StrategyName
 from rlhf_exp.config.launchers import SlurmConfig
@@ -42,7 +42,7 @@ def test_nodes_follow_from_processes(
     processes: int, gpus: int, per_node: int | None, expected: JobShape
 ) -> None:
     site = SlurmConfig(gpus_per_node=gpus, processes_per_node=per_node)
-    assert shape_of(site, config(processes)) == expected
+    assert job_shape(site, config(processes)) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,10 @@ def test_nodes_follow_from_processes(
 def test_the_reward_models_own_gpu_is_asked_for(processes: int, placement: str, gpus: int) -> None:
     one = config(processes)
     one.ppo.reward.placement = placement
-    found = shape_of(SlurmConfig(gpus_per_node=8), one)
+    found = job_shape(SlurmConfig(gpus_per_node=8), one)
     assert found == JobShape(-(-processes // 8), min(processes, 7), gpus)
     one.stage = StageName.sft
-    found = shape_of(SlurmConfig(gpus_per_node=8), one)
+    found = job_shape(SlurmConfig(gpus_per_node=8), one)
     assert isinstance(found, JobShape)
     assert found.gpus_per_node == found.tasks_per_node
 
@@ -64,14 +64,14 @@ def test_the_reward_models_own_gpu_is_asked_for(processes: int, placement: str, 
 def test_a_node_without_a_gpu_for_the_reward_model(processes: int, gpus: int) -> None:
     one = config(processes)
     one.ppo.reward.placement = "gpu:7"
-    found = shape_of(SlurmConfig(gpus_per_node=gpus), one)
+    found = job_shape(SlurmConfig(gpus_per_node=gpus), one)
     assert isinstance(found, Problem)
     assert str(found).startswith("ppo.reward.placement=gpu:7: of a node's hydra.launcher.gpus_")
 
 
 def test_processes_that_cannot_be_shared_out() -> None:
     # 9 on nodes of 8 need two nodes, which get 4 or 5 each.
-    found = shape_of(SlurmConfig(gpus_per_node=8), config(9))
+    found = job_shape(SlurmConfig(gpus_per_node=8), config(9))
     assert isinstance(found, Problem)
     assert "use 8 or 10" in found.message
 

@@ -17,9 +17,9 @@ from rlhf_exp.config.schema_keys import CONF, all_keys
 from rlhf_exp.pipeline.plan import plan
 
 NEUTRAL = {
-    name: key.item.metadata["neutral"]
+    name: key.field.metadata["neutral"]
     for name, key in all_keys().items()
-    if "neutral" in key.item.metadata
+    if "neutral" in key.field.metadata
 }
 """What each field's neutral value is."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.config.compose import compose
-from rlhf_exp.config.overrides import override_problems, points, with_lists
+from rlhf_exp.config.overrides import override_problems, sweep_points, wrap_list_values
 from rlhf_exp.config.schema_keys import CONF, read_groups
 from rlhf_exp.errors import UserError
 
@@ -82,18 +82,18 @@ def test_valid_overrides(override: str) -> None:
 def test_a_list_key_takes_a_plain_value() -> None:
     given = ["rerun=ppo", "tracking.tags=a,b", "rerun=[sft]", "ppo.lr=1", "rerun="]
     made = ["rerun=[ppo]", "tracking.tags=[a,b]", "rerun=[sft]", "ppo.lr=1", "rerun="]
-    assert with_lists(given) == made
+    assert wrap_list_values(given) == made
 
 
 def test_points_are_the_product_and_the_last_value_of_a_key_counts() -> None:
-    assert points(["ppo.lr=1,2", "seed=3", "ppo.seed=0,1", "seed=4"]) == [
+    assert sweep_points(["ppo.lr=1,2", "seed=3", "ppo.seed=0,1", "seed=4"]) == [
         ["ppo.lr=1", "seed=4", "ppo.seed=0"],
         ["ppo.lr=1", "seed=4", "ppo.seed=1"],
         ["ppo.lr=2", "seed=4", "ppo.seed=0"],
         ["ppo.lr=2", "seed=4", "ppo.seed=1"],
     ]
     with pytest.raises(UserError, match="only a search has intervals"):
-        points(["ppo.lr=interval(0,1)"])
+        sweep_points(["ppo.lr=interval(0,1)"])
 
 
 @pytest.mark.parametrize(

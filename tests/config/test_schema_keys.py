@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_exp.config.checks import problems
-from rlhf_exp.config.compose import Composed, compose
+from rlhf_exp.config.checks import config_problems
+from rlhf_exp.config.compose import ComposedConfig, compose
 from rlhf_exp.config.evaluation import Suite
 from rlhf_exp.config.experiment import Dtype, StageName, StrategyName
 from rlhf_exp.config.schema_keys import CONF, read_groups
@@ -29,9 +29,9 @@ PROMISED = {
 }
 
 
-def planned(composed: Composed) -> list[str]:
+def planned(composed: ComposedConfig) -> list[str]:
     composed.config.plan = True
-    return [str(problem) for problem in problems(composed.config)]
+    return [str(problem) for problem in config_problems(composed.config)]
 
 
 def test_the_groups_are_those_promised() -> None:
@@ -65,7 +65,7 @@ def test_no_import_path_in_any_yaml() -> None:
 
 def test_the_default_runs() -> None:
     composed = compose()
-    assert problems(composed.config) == []
+    assert config_problems(composed.config) == []
     assert composed.config.stage is StageName.pipeline
     assert composed.config.model.path is None
     assert composed.config.eval.suite is Suite.quick
@@ -75,7 +75,7 @@ def test_the_default_runs() -> None:
 @pytest.mark.parametrize("name", ["demo", "smoke"])
 def test_the_small_experiments_run_on_a_bare_machine(name: str) -> None:
     config = compose([f"experiment={name}"]).config
-    assert problems(config) == []
+    assert config_problems(config) == []
     assert config.name == name
     assert config.distributed.strategy is StrategyName.single
 

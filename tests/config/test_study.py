@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import pytest
 
-from rlhf_exp.config.checks import problems
-from rlhf_exp.config.compose import Composed, compose, from_dict, to_dict
+from rlhf_exp.config.checks import config_problems
+from rlhf_exp.config.compose import ComposedConfig, compose, from_dict, to_dict
 from rlhf_exp.config.experiment import Config, StageName
 from rlhf_exp.config.fields import in_key
 from rlhf_exp.config.schema_keys import all_keys, read_groups
 from rlhf_exp.config.search_space import (
-    differences,
+    base_values,
+    bounded_space,
     iterations,
-    of_a_trial,
-    own_values,
-    settled_space,
+    overrides_between,
+    single_trial_overrides,
     trial_config,
     updates,
     worker_overrides,
@@ -25,7 +25,7 @@ from rlhf_exp.config.study import Axis, StudyConfig
 from rlhf_exp.config.training import Select, SelectBy
 
 
-def composed(*overrides: str) -> Composed:
+def composed(*overrides: str) -> ComposedConfig:
     return compose(["sweep=ppo_optuna", *overrides])
 
 
@@ -34,7 +34,7 @@ def config_of(*overrides: str) -> Config:
 
 
 def complaints(*overrides: str) -> list[str]:
-    return [str(problem) for problem in problems(config_of(*overrides), multirun=True)]
+    return [str(problem) for problem in config_problems(config_of(*overrides), multirun=True)]
 
 
 def searching(**values: object) -> str:
@@ -45,8 +45,8 @@ def searching(**values: object) -> str:
 @pytest.mark.parametrize("experiment", ["demo", "smoke"])
 def test_the_usual_space_suits_the_experiments(experiment: str) -> None:
     config = config_of(f"experiment={experiment}")
-    assert problems(config, multirun=True) == []
-    assert [axis.key for axis in settled_space(config)] == [
+    assert config_problems(config, multirun=True) == []
+    assert [axis.key for axis in bounded_space(config)] == [
         "ppo.lr",
         "ppo.kl.coef",
         "ppo.clip_range",
@@ -57,12 +57,12 @@ def test_the_usual_space_suits_the_experiments(experiment: str) -> None:
 
 
 def test_an_axis_around_the_configs_value() -> None:
-    lr, *_, rollouts = settled_space(config_of("experiment=demo"))
+    lr, *_, rollouts = bounded_space(config_of("experiment=demo"))
     # 3e-4 by and times 10; 128 by and times 2, in whole minibatches of 32.
     assert (lr.low, lr.high, lr.log) == (3e-5, 3e-3, True)
     assert (rollouts.low, rollouts.high, rollouts.step, rollouts.log) == (64, 256, 32, False)
     # 112 by and times 2 is 56 to 224, in whole minibatches of 48.
-    *_, odd = settled_space(config_of("ppo.rollouts=112", "ppo.batch=48"))
+    *_, odd = bounded_space(config_of("ppo.rollouts=112", "ppo.batch=48"))
     assert (odd.low, odd.high) == (96, 192)
 
 
@@ -133,11 +133,11 @@ def test_a_trial_is_ppo_alone_and_no_study() -> None:
     trial = trial_config(config_of(), {"ppo.kl.coef": 0.2, "ppo.lr": 1e-4})
     assert (trial.stage, trial.study) == (StageName.ppo, StudyConfig())
     assert (trial.ppo.kl.coef, trial.ppo.lr) == (0.2, 1e-4)
-    assert problems(trial) == []
+    assert config_problems(trial) == []
 
 
 def test_nothing_of_a_study_is_in_a_key() -> None:
-    assert not any(in_key(key.item) for name, key in all_keys().items() if "study." in name)
+    assert not any(in_key(key.field) for name, key in all_keys().items() if "study." in name)
 
 
 def test_a_study_survives_being_stored() -> None:
@@ -155,7 +155,7 @@ def launched(*overrides: str) -> tuple[list[str], list[str]]:
 
 
 def space(kept: Sequence[str]) -> dict[str, Axis]:
-    return {axis.key: axis for axis in settled_space(compose(kept).config)}
+    return {axis.key: axis for axis in bounded_space(compose(kept).config)}
 
 
 def test_sweeps_on_the_command_line_are_searched_and_plain_values_are_fixed() -> None:
@@ -184,9 +184,9 @@ def test_a_trials_command_line_gives_its_config() -> None:
     command = ["experiment=demo", "sweep=ppo_optuna", "study.trials=5", "name=a", "ppo.batch=16"]
     config = compose(command).config
     trial = trial_config(config, {"ppo.lr": 2e-4, "ppo.rollouts": 64})
-    kept = of_a_trial(command)
+    kept = single_trial_overrides(command)
     assert kept == ["experiment=demo", "ppo.batch=16"]
-    alone = [*kept, *differences(compose(kept).config, trial)]
+    alone = [*kept, *overrides_between(compose(kept).config, trial)]
     again = compose(alone).config
     assert again.ppo == trial.ppo
-    assert own_values(config)["ppo.lr"] == 3e-4
+    assert base_values(config)["ppo.lr"] == 3e-4

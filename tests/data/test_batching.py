@@ -18,7 +18,7 @@ from rlhf_exp.data.batching import (
     prompts_batch,
 )
 from rlhf_exp.data.tokenized import (
-    Ragged,
+    RaggedArray,
     TokenizedDemonstrations,
     TokenizedPreferences,
     TokenizedPrompts,
@@ -32,7 +32,7 @@ def demonstrations(*lengths: tuple[int, int]) -> TokenizedDemonstrations:
         tokens = list(range(10 * number + 1, 10 * number + 1 + prompt + response))
         prompts.append(tokens[:prompt])
         responses.append(tokens[prompt:])
-    return TokenizedDemonstrations(Ragged.of(prompts), Ragged.of(responses), 0, 0)
+    return TokenizedDemonstrations(RaggedArray.of(prompts), RaggedArray.of(responses), 0, 0)
 
 
 def test_packing_puts_the_longest_first_and_each_where_it_fits_first() -> None:
@@ -95,7 +95,11 @@ def test_batches_are_as_wide_as_their_longest_row() -> None:
 
 def test_preferences_batch() -> None:
     pairs = TokenizedPreferences(
-        Ragged.of([[1], [2, 2]]), Ragged.of([[3, 3], [4]]), Ragged.of([[5], [6, 6, 6]]), 0, 0
+        RaggedArray.of([[1], [2, 2]]),
+        RaggedArray.of([[3, 3], [4]]),
+        RaggedArray.of([[5], [6, 6, 6]]),
+        0,
+        0,
     )
     batch = preferences_batch(pairs, np.array([1, 0]))
     assert batch.chosen.tolist() == [[2, 2, 4], [1, 3, 3]]
@@ -107,7 +111,7 @@ def test_preferences_batch() -> None:
 
 
 def test_prompts_batch() -> None:
-    prompts = TokenizedPrompts(Ragged.of([[1], [2, 2]]), Ragged.of([[], []]), 0, 0)
+    prompts = TokenizedPrompts(RaggedArray.of([[1], [2, 2]]), RaggedArray.of([[], []]), 0, 0)
     batch = prompts_batch(prompts, np.array([1, 0]), np.array([40, 41]))
     assert batch.tokens.tolist() == [[2, 2], [1, 0]]
     assert batch.lengths.tolist() == [2, 1]

@@ -18,7 +18,7 @@ from rlhf_exp.data.parsing import (
     parse_dialogue,
     parse_prompt,
     parse_row,
-    turns_of,
+    split_turns,
 )
 from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Turn
 
@@ -38,7 +38,7 @@ from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Turn
     ],
 )
 def test_turns(prompt: str, turns: list[tuple[str, str]]) -> None:
-    assert turns_of(prompt) == turns
+    assert split_turns(prompt) == turns
 
 
 HI = (Turn("human", "hi"),)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 
-from rlhf_exp.data.rows import Demonstration, Prompt, Turn, held_out, prompt_key, rows_digest
+from rlhf_exp.data.rows import Demonstration, Prompt, Turn, held_out_keys, prompt_key, rows_digest
 
 ASKED = (Turn("human", "How do I grow tomatoes?"),)
 
@@ -45,7 +45,7 @@ KEYS = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(2000)]
 
 
 def test_fractions_are_kept_and_splits_are_disjoint() -> None:
-    validation, test = held_out(KEYS, set(), 0.1, 0.2)
+    validation, test = held_out_keys(KEYS, set(), 0.1, 0.2)
     # Hashes are uniform: 200 and 400 expected, standard deviations 13 and 18.
     assert abs(len(validation) - 200) < 60
     assert abs(len(test) - 400) < 80
@@ -53,8 +53,8 @@ def test_fractions_are_kept_and_splits_are_disjoint() -> None:
 
 
 def test_a_prompt_stays_where_it_is_when_others_come() -> None:
-    validation, test = held_out(KEYS[:1500], set(), 0.1, 0.2)
-    more_validation, more_test = held_out(KEYS[::-1], set(), 0.1, 0.2)
+    validation, test = held_out_keys(KEYS[:1500], set(), 0.1, 0.2)
+    more_validation, more_test = held_out_keys(KEYS[::-1], set(), 0.1, 0.2)
     assert validation < more_validation
     assert test < more_test
     assert not (more_validation | more_test) & (set(KEYS[:1500]) - validation - test)
@@ -62,19 +62,19 @@ def test_a_prompt_stays_where_it_is_when_others_come() -> None:
 
 def test_the_sources_own_test_split_is_taken_as_it_is() -> None:
     own = set(KEYS[:100])
-    validation, test = held_out(KEYS[50:], own, 0.1, 0.2)
+    validation, test = held_out_keys(KEYS[50:], own, 0.1, 0.2)
     assert test == own
     assert validation
     assert not validation & own
 
 
 def test_few_prompts_still_give_one_each_and_one_to_train_on() -> None:
-    validation, test = held_out(["0" * 64, "8" * 64, "f" * 64], set(), 0.01, 0.01)
+    validation, test = held_out_keys(["0" * 64, "8" * 64, "f" * 64], set(), 0.01, 0.01)
     assert (validation, test) == ({"f" * 64}, {"0" * 64})
-    assert held_out(["8" * 64], set(), 0.5, 0.5) == (set(), set())
-    assert held_out(KEYS, set(), 0.0, 0.0) == (set(), set())
+    assert held_out_keys(["8" * 64], set(), 0.5, 0.5) == (set(), set())
+    assert held_out_keys(KEYS, set(), 0.0, 0.0) == (set(), set())
 
 
 def test_fractions_that_overlap_leave_one_to_train_on() -> None:
-    validation, test = held_out(KEYS, set(), 0.9, 0.9)
+    validation, test = held_out_keys(KEYS, set(), 0.9, 0.9)
     assert len(validation | test) == len(validation) + len(test) == 1999

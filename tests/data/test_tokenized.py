@@ -10,7 +10,7 @@ import pytest
 from rlhf_exp.data import tokenized
 from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Turn
 from rlhf_exp.data.tokenized import (
-    Ragged,
+    RaggedArray,
     tokenize_demonstrations,
     tokenize_preferences,
     tokenize_prompts,
@@ -29,12 +29,12 @@ def asked(text: str) -> tuple[Turn, ...]:
     return (Turn("human", text),)
 
 
-def texts(codec: Codec, rows: Ragged) -> list[str]:
+def texts(codec: Codec, rows: RaggedArray) -> list[str]:
     return [codec.decode(row.tolist()) for row in rows]
 
 
 def test_ragged_rows() -> None:
-    rows = Ragged.of([[1, 2], [], [3]])
+    rows = RaggedArray.of([[1, 2], [], [3]])
     assert [row.tolist() for row in rows] == [[1, 2], [], [3]]
     assert rows.offsets.tolist() == [0, 2, 2, 3]
     assert (rows.flat.dtype, rows.offsets.dtype) == (np.int32, np.int64)

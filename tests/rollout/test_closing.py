@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from rlhf_exp.batch import Finish, Samples
+from rlhf_exp.batch import FinishReason, Samples
 from rlhf_exp.rollout import sampler
 from rlhf_exp.rollout.sampler import sample
 from rlhf_exp.rollout.transcript import Stopper
@@ -48,7 +48,7 @@ def check_closing(family: str, samples: Samples) -> None:
         content = samples.tokens[row, : length + int(samples.content_lengths[row])]
         closed = torch.cat([content, torch.tensor([CLOSE])])
         _, states = full_forward(build(family), closed)
-        if samples.finish[row] == Finish.LENGTH:
+        if samples.finish[row] == FinishReason.LENGTH:
             assert samples.states is not None
             last = samples.states[row, len(content) - 1]
             torch.testing.assert_close(last, states[1][-2], rtol=1e-4, atol=1e-4)
@@ -64,7 +64,7 @@ def check_states(samples: Samples, plain: Samples) -> None:
         torch.testing.assert_close(
             samples.states[row, :fed], plain.states[row, :fed], rtol=0, atol=1e-4
         )
-        known = samples.finish[row] == Finish.LENGTH
+        known = samples.finish[row] == FinishReason.LENGTH
         assert bool(samples.states[row, fed].abs().sum() > 0) == known
         assert samples.states[row, fed + 1 :].abs().sum() == 0
 
@@ -72,7 +72,11 @@ def check_states(samples: Samples, plain: Samples) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_closing_states_are_those_of_the_full_forward(family: str) -> None:
     samples = ended_in_all_ways(family, 3, CLOSE)
-    assert set(samples.finish.tolist()) == {Finish.EOS, Finish.STOP, Finish.LENGTH}
+    assert set(samples.finish.tolist()) == {
+        FinishReason.EOS,
+        FinishReason.STOP,
+        FinishReason.LENGTH,
+    }
     check_closing(family, samples)
     # And nothing else is changed by them.
     plain = ended_in_all_ways(family, 3, None)

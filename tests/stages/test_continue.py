@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf_exp.cli import main
-from rlhf_exp.commands.runs import Outputs
+from rlhf_exp.commands.runs import OutputFolder
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.artifact import Artifact
 from tests.lab import artifact, edit_manifest, run
@@ -29,7 +29,7 @@ TIMES = ("time/", "throughput/", "memory/")
 
 def made(outputs: Path, name: str) -> Artifact:
     """Return the PPO of a run."""
-    return Outputs(outputs).artifacts(name)["ppo"]
+    return OutputFolder(outputs).artifacts(name)["ppo"]
 
 
 def logged(one: Artifact) -> list[dict[str, Any]]:

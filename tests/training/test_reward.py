@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.config.training import RewardConfig
-from rlhf_exp.data.tokenized import Ragged, TokenizedPreferences
+from rlhf_exp.data.tokenized import RaggedArray, TokenizedPreferences
 from rlhf_exp.distributed.world import world_of
 from rlhf_exp.training.reward import pair_scores
 
@@ -17,7 +17,9 @@ from rlhf_exp.training.reward import pair_scores
 def test_each_pair_keeps_its_own_scores(size: int) -> None:
     """Also where the last micro-batch is one pair, which numpy would take for a plain number."""
     sides = [[5], [5, 6], [5, 6, 7]]
-    pairs = TokenizedPreferences(Ragged.of([[1]] * 3), Ragged.of(sides), Ragged.of(sides), 0, 0)
+    pairs = TokenizedPreferences(
+        RaggedArray.of([[1]] * 3), RaggedArray.of(sides), RaggedArray.of(sides), 0, 0
+    )
 
     def score(
         pairs: TokenizedPreferences, rows: np.ndarray, weights: np.ndarray

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_exp.config.training import KlConfig, PpoConfig, SelectBy
-from rlhf_exp.data.tokenized import Ragged, TokenizedPrompts
+from rlhf_exp.data.tokenized import RaggedArray, TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec, train_tokenizer
 from rlhf_exp.errors import UserError
 from rlhf_exp.tracking.tracker import NullTracker
@@ -97,7 +97,7 @@ def first_tokens(tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor
 
 def prompts_of(*rows: list[int]) -> TokenizedPrompts:
     ids = [np.array(row, dtype=np.int32) for row in rows]
-    return TokenizedPrompts(Ragged.of(ids), Ragged.of(ids), 0, 0)
+    return TokenizedPrompts(RaggedArray.of(ids), RaggedArray.of(ids), 0, 0)
 
 
 @pytest.fixture(scope="module")

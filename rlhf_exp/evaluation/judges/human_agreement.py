@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf_exp.data.parsing import Unreadable, dialogue, parse_row, read_jsonl
+from rlhf_exp.data.parsing import UnreadableLine, dialogue, parse_row, read_jsonl
 from rlhf_exp.data.rows import Preference
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.agreement import (
@@ -419,7 +419,7 @@ def read_judged(path: Path, option: str, criterion: str | None = None) -> Judged
     votes: dict[tuple[AnswerPair, str], dict[str, float]] = {}
     unusable = 0
     for origin, record in _records(path, option):
-        if isinstance(record, Unreadable):
+        if isinstance(record, UnreadableLine):
             raise UserError(f"{origin}: {record.reason}")
         if not isinstance(record, Mapping):
             raise UserError(f"{origin}: found {type(record).__name__}; expected {_FORMS}")

@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_exp.data.parsing import parse_prompt, turns_of
+from rlhf_exp.data.parsing import parse_prompt, split_turns
 from rlhf_exp.data.rows import History
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
@@ -290,7 +290,7 @@ def messages_of(prompt: str, answer: str) -> list[dict[str, str]]:
 
     Turns of one speaker in a row, which many templates refuse, are joined.
     """
-    turns = [(_ROLES[role], text) for role, text in turns_of(prompt)]
+    turns = [(_ROLES[role], text) for role, text in split_turns(prompt)]
     found: list[dict[str, str]] = []
     for role, text in [*turns, ("assistant", answer)]:
         if found and found[-1]["role"] == role:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.data.parsing import Unreadable, read_jsonl
+from rlhf_exp.data.parsing import UnreadableLine, read_jsonl
 from rlhf_exp.errors import UserError
 
 KEY = "eval.toxicity.data"
@@ -73,7 +73,7 @@ def parse_prompt(record: object) -> ToxicityPrompt:
     Raises:
         ValueError: It is none; what was found and what was expected.
     """
-    if isinstance(record, Unreadable):
+    if isinstance(record, UnreadableLine):
         raise ValueError(record.reason)
     if not isinstance(record, Mapping) or "prompt" not in record:
         found = ", ".join(map(str, record)) if isinstance(record, Mapping) else repr(record)[:80]

@@ -26,7 +26,7 @@ from rich.text import Text
 from rlhf_exp import experiment
 from rlhf_exp.config.evaluation import Suite
 from rlhf_exp.config.experiment import Config, StageName
-from rlhf_exp.config.search_space import Values, trial_config
+from rlhf_exp.config.search_space import TrialValues, trial_config
 from rlhf_exp.config.study import StudyConfig
 from rlhf_exp.errors import JobsFailed, UserError, WorkerSpent
 from rlhf_exp.launchers.optuna.table import study_text
@@ -188,7 +188,7 @@ class TrialExecutors:
         objective: float | None = member.serve(store, work)["objective"]
         return objective
 
-    def of(self, config: Config, values: Values) -> StageExecutor:
+    def of(self, config: Config, values: TrialValues) -> StageExecutor:
         """Return who runs an experiment.
 
         Args:
@@ -216,7 +216,7 @@ class _Together:
     """This process, rank 0, and all others that were started with it, for one trial."""
 
     def __init__(
-        self, study: Config, config: Config, values: Values, place: LaunchEnvironment
+        self, study: Config, config: Config, values: TrialValues, place: LaunchEnvironment
     ) -> None:
         self.study, self.values = study, dict(values)
         self.leader = leader.leader(place)
@@ -241,14 +241,14 @@ class _Together:
             self.leader.end(error)
 
 
-def _trained(config: Config, values: Values) -> Config:
+def _trained(config: Config, values: TrialValues) -> Config:
     """Return the config that the stages of a trial see, from the study's."""
     if not values:
         return replace(config, study=StudyConfig())
     return replace(trial_config(config, values), eval=config.eval)
 
 
-CrewOf = Callable[[Config, Values], StageExecutor]
+CrewOf = Callable[[Config, TrialValues], StageExecutor]
 
 
 def tests(config: Config) -> bool:

@@ -23,12 +23,12 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from rlhf_exp import experiment
-from rlhf_exp.config.checks_sweep import JobShape, shape_of, slurm_problems
+from rlhf_exp.config.checks_sweep import JobShape, job_shape, slurm_problems
 from rlhf_exp.config.compose import to_dict
 from rlhf_exp.config.evaluation import ScorerKind, scores_toxicity
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.launchers import SlurmConfig
-from rlhf_exp.config.problems import Problem, refuse
+from rlhf_exp.config.problems import Problem, raise_problems
 from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.errors import Detached, JobsFailed, UserError
 from rlhf_exp.launchers.points import SweepPoint, done_before, note_failure, point_of, shared_work
@@ -67,7 +67,7 @@ def launch(site: SlurmConfig, jobs: Sequence[tuple[list[str], Config]]) -> list[
     """
     if jobs[0][1].plan:
         return [run_job(config, overrides) for overrides, config in jobs]
-    refuse(slurm_problems(site, [config for _, config in jobs]))
+    raise_problems(slurm_problems(site, [config for _, config in jobs]))
     points = [point_of(overrides, config) for overrides, config in jobs]
     if site.offline:
         _refuse_missing(points)
@@ -108,14 +108,14 @@ class _Launch:
         try:
             states = monitor.job_states(known)
         except monitor.Unreachable as error:
-            refuse([Problem("hydra/launcher", "slurm", f"squeue fails: {error}")])
+            raise_problems([Problem("hydra/launcher", "slurm", f"squeue fails: {error}")])
         live = [known[one] for one, state in states.items() if not state.ended]
         wanted = {point.key for point in self.points}
         self.jobs = [found for found in live if found[1].shared or found[1].key in wanted]
 
     def _submit(self, points: list[SweepPoint]) -> None:
 
-        shape = shape_of(self.site, points[0].config)
+        shape = job_shape(self.site, points[0].config)
         assert not isinstance(shape, Problem), "checked"
         submission = new_submission(self.outputs, self.name)
         copy_code(submission.code)

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from rlhf_exp.data.parsing import turns_of
+from rlhf_exp.data.parsing import split_turns
 from rlhf_exp.evaluation.comparison import PromptRow, QuickResult
 from rlhf_exp.evaluation.preference import MINUS
 from rlhf_exp.report import chart as chart_module
@@ -90,7 +90,7 @@ def render_page(data: ReportData) -> str:
         metric_tables=metric_tables(data.metrics),
         duration=chart_module.duration,
         count_label=chart_module.count_label,
-        turns_of=turns_of,
+        turns_of=split_turns,
     )
 
 

@@ -186,9 +186,9 @@ def test_a_reward_function_judges_labels(run_copy: Path, tmp_path: Path) -> None
     ],
 )
 def test_config_problems(tmp_path: Path, overrides: list[str], says: list[str]) -> None:
-    from rlhf_exp.config.checks import problems
+    from rlhf_exp.config.checks import config_problems
 
-    found = " ".join(str(one) for one in problems(small_config(tmp_path, *overrides)))
+    found = " ".join(str(one) for one in config_problems(small_config(tmp_path, *overrides)))
     for text in says:
         assert text in found
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_exp.config.checks import problems
+from rlhf_exp.config.checks import config_problems
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.stages.evaluation.toxicity_scorer import shared_scores
@@ -213,7 +213,7 @@ def test_mistakes_are_found_in_the_config(
     given = overrides[0].startswith("eval.toxicity.data")
     data = [] if given else [f"eval.toxicity.data={prompts}"]
     config = small_config(tmp_path, "eval=blog", *data, *overrides)
-    (problem,) = problems(config)
+    (problem,) = config_problems(config)
     assert re.match(message, str(problem))
 
 
@@ -264,7 +264,7 @@ def test_the_default_scorer_is_called_a_guess(small_run: Path) -> None:
 
 def test_a_scorer_of_the_quick_suite_is_looked_for_before_training(tmp_path: Path) -> None:
     config = small_config(tmp_path, "eval.toxicity.scorer=gone.py:f")
-    (problem,) = problems(config)
+    (problem,) = config_problems(config)
     assert re.match(r"eval\.toxicity\.scorer=gone\.py:f: there is no file", str(problem))
     with pytest.raises(UserError, match="org/absent: no model can be loaded from there"):
         run(tmp_path / "out", "eval.toxicity.scorer=org/absent")
@@ -273,4 +273,4 @@ def test_a_scorer_of_the_quick_suite_is_looked_for_before_training(tmp_path: Pat
 
 def test_the_quick_suite_needs_no_prompts(tmp_path: Path) -> None:
     config = small_config(tmp_path, "eval.toxicity.data=gone.jsonl")
-    assert problems(config) == []
+    assert config_problems(config) == []

@@ -33,15 +33,15 @@ from rlhf_exp.config.training import (
     Select,
 )
 from rlhf_exp.data.batching import prompts_batch
-from rlhf_exp.data.tokenized import Ragged, TokenizedPrompts
+from rlhf_exp.data.tokenized import RaggedArray, TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World, world_of
 from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import load_causal_lm
-from rlhf_exp.models.reference import reference_of
-from rlhf_exp.models.reward_model import RewardModel, adopt_trunk
-from rlhf_exp.rollout.sampler import Sampling, sample
+from rlhf_exp.models.reference import build_reference
+from rlhf_exp.models.reward_model import RewardModel, share_frozen_trunk
+from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.reward_scorer import ModelScorer, Scorer, SharedTrunkScorer
@@ -107,7 +107,7 @@ def model_scorer(setting: Setting, world: World, policy: Policy) -> Scorer:
     model = RewardModel.load(setting.path("reward"))
     length = setting.prompt_tokens + setting.response_tokens + 1
     batch = setting.rollouts // setting.minibatches
-    branch = adopt_trunk(model, policy)
+    branch = share_frozen_trunk(model, policy)
     if branch is None:
         return ModelScorer(model, codec, None, world, batch, length)
     return SharedTrunkScorer(model, branch, codec, world, batch, length)
@@ -116,15 +116,15 @@ def model_scorer(setting: Setting, world: World, policy: Policy) -> Scorer:
 def load_prompts(setting: Setting) -> TokenizedPrompts:
     """Return the prompts, without original responses."""
     prompts = np.load(setting.path("prompts.npy"))
-    none = Ragged.of([[]] * len(prompts))
-    return TokenizedPrompts(Ragged.of(prompts.tolist()), none, cut=0, cut_responses=0)
+    none = RaggedArray.of([[]] * len(prompts))
+    return TokenizedPrompts(RaggedArray.of(prompts.tolist()), none, cut=0, cut_responses=0)
 
 
 def sampler_of(
     setting: Setting, policy: Policy, close: int | None = None
 ) -> Callable[[Prompts], Samples]:
     """Return the sampler of responses that end at no token; `close` as `sample` takes it."""
-    sampling = Sampling(
+    sampling = SamplingParams(
         max_new_tokens=setting.response_tokens,
         temperature=1.0,
         batch=setting.rollouts,
@@ -187,7 +187,7 @@ def task_of(setting: Setting, world: World) -> PpoTask:
     section = section_of(setting)
     collector = ExperienceCollector(
         policy=policy,
-        reference=reference_of(policy),
+        reference=build_reference(policy),
         sampler=sampler_of(setting, policy, LAST_TOKEN_OF_SCORED if shares else None),
         scorer=scorer,
         prompts=load_prompts(setting),

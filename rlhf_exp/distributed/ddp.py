@@ -1,4 +1,4 @@
-"""The strategies that keep a whole module in every process: one process alone, and DDP."""
+"""The strategies that keep the full module in every process: one process alone, and DDP."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rlhf_exp.distributed.strategy import (
-    WHOLE,
+    FULL_LAYOUT,
     OptimizerState,
-    check_names,
+    check_parameter_names,
     clip_and_step,
+    full_states,
     load_state_by_name,
     state_by_name,
     trainable,
-    whole_states,
 )
 
 
 class SingleProcess:
-    """One process, without any wrapper."""
+    """Training in one process, without a wrapper."""
 
-    layout = WHOLE
+    layout = FULL_LAYOUT
 
     def __init__(
         self,
@@ -41,50 +41,50 @@ class SingleProcess:
         self._trainable = list(trainable(module).values())
 
     def begin(self, last: bool) -> None:
-        """See `StrategyName`."""
+        """See `Strategy`."""
 
     def backward(self, loss: Tensor) -> None:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         loss.backward()
 
     def step(self) -> float:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         return clip_and_step(self._trainable, self.optimizer, self._grad_norm)
 
     def gathered(self) -> AbstractContextManager[None]:
-        """See `StrategyName`: they always are."""
+        """See `Strategy`: the parameters are always full."""
         return nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         if not self.main:
             return {}
         return {name: p.detach().cpu().clone() for name, p in trainable(self.module).items()}
 
     def state(self) -> dict[str, Any]:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         return {"parameters": state_by_name(self.module, self.optimizer)} if self.main else {}
 
     def load(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
-        """See `StrategyName`; any number of processes may have written it."""
-        load_state_by_name(self.module, self.optimizer, whole_states(saved))
-        self._put(weights)
+        """See `Strategy`; any number of processes may have written it."""
+        load_state_by_name(self.module, self.optimizer, full_states(saved))
+        self._copy_weights(weights)
 
     def release(self, weights: Mapping[str, Tensor] | None) -> None:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         if weights is not None:
-            self._put(weights)
+            self._copy_weights(weights)
 
     @torch.no_grad()
-    def _put(self, weights: Mapping[str, Tensor]) -> None:
-        for name, target in check_names(self.module, weights).items():
+    def _copy_weights(self, weights: Mapping[str, Tensor]) -> None:
+        for name, target in check_parameter_names(self.module, weights).items():
             target.copy_(weights[name])
 
 
 class _WithUnused(nn.Module):
     """A module beside a parameter that nothing reads.
 
-    Told to expect unused parameters, DDP warns in every process if there are none.
+    With `find_unused_parameters`, DDP warns in every process if all parameters are used.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -109,20 +109,20 @@ class DataParallel(SingleProcess):
     ) -> None:
         super().__init__(module, optimizer, grad_norm, device)
         self.main = distributed.get_rank() == 0
-        # No buffers are sent around: none changes in training, and a forward pass without gradients
-        # is then free of communication.
+        # Buffers are not synchronised: none changes in training, and a forward pass without
+        # gradients then needs no communication.
         self._ddp = DistributedDataParallel(
             _WithUnused(module).to(device),
             device_ids=None if device.type == "cpu" else [device],
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,
-            # Otherwise the buckets are arranged anew after the first backward pass, and with them
-            # the order in which the gradients of three or more processes are added up: a resumed
-            # run would differ in its last bits from one that was not interrupted.
+            # Otherwise DDP rebuilds its buckets after the first backward pass, which changes the
+            # order in which the gradients of three or more processes are added up: a resumed run
+            # would differ in its last bits from one that was not interrupted.
             find_unused_parameters=True,
         )
         self.wrapped = self._ddp
 
     def begin(self, last: bool) -> None:
-        """See `StrategyName`."""
-        self._ddp.require_backward_grad_sync = last  # what its `no_sync` sets
+        """See `Strategy`."""
+        self._ddp.require_backward_grad_sync = last  # as DDP's `no_sync` does

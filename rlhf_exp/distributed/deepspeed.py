@@ -1,11 +1,7 @@
-"""DeepSpeed's ZeRO 1 and 2: every process steps a part of the optimizer, and holds all weights.
+"""DeepSpeed's ZeRO: optimizer state (1), gradients (2) and weights (3) sharded over the processes.
 
-Source: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054. In bfloat16 the weights of the
+Source: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054. With bfloat16 the weights of the
 forward pass are bfloat16 and the optimizer's are float32.
-
-DeepSpeed's ZeRO 3: every process keeps a part of all weights, gradients and optimizer state.
-
-DeepSpeed, set up so that it is what was asked for.
 """
 
 from __future__ import annotations
@@ -21,18 +17,21 @@ import torch
 from torch import Tensor, distributed, nn
 
 from rlhf_exp.distributed.strategy import (
-    Before,
+    ModuleSnapshot,
     OptimizerState,
-    check_names,
-    refuse_layout,
+    check_layout,
+    check_parameter_names,
     trainable,
 )
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.memory_estimate import BUCKET
 
+PERSISTENCE_THRESHOLD = 100_000
+"""Parameters of fewer elements are not sharded: gathering them would cost more than it saves."""
+
 
 class Zero:
-    """DeepSpeed's ZeRO stage 1 or 2."""
+    """DeepSpeed's ZeRO stage 1 or 2: each process has all weights and a part of the optimizer."""
 
     def __init__(
         self,
@@ -40,109 +39,175 @@ class Zero:
         optimizer: torch.optim.Optimizer,
         grad_norm: float,
         device: torch.device,
-        half: bool,
+        bf16: bool,
         offload: bool,
         stage: int,
     ) -> None:
         self.module, self.optimizer = module, optimizer
         self.layout = f"zero{stage}"
-        self.half = half
+        self.bf16 = bf16
         self._main = distributed.get_rank() == 0
-        self._before = Before(module)
-        self._exact = _wider(module) if half else {}
+        self._snapshot = ModuleSnapshot(module)
+        self._frozen_float32 = _frozen_float32(module) if bf16 else {}
         settings = {
             "gradient_clipping": grad_norm,
-            "bf16": {"enabled": half},
+            "bf16": {"enabled": bf16},
             "zero_optimization": self.zero_settings(stage, offload),
         }
-        if half:
+        if bf16:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        self.engine = engine_for(module.to(device), optimizer, settings)
+        self.engine = build_engine(module.to(device), optimizer, settings)
         self.wrapped: nn.Module = self.engine
 
     def zero_settings(self, stage: int, offload: bool) -> dict[str, Any]:
         """Return the section `zero_optimization` of DeepSpeed's config."""
-        where = {"offload_optimizer": {"device": "cpu"}} if offload else {}
-        return {"stage": stage, "overlap_comm": False, **where}
+        offloading = {"offload_optimizer": {"device": "cpu"}} if offload else {}
+        return {"stage": stage, "overlap_comm": False, **offloading}
 
     def begin(self, last: bool) -> None:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
 
     def backward(self, loss: Tensor) -> None:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         self.engine.backward(loss)
 
     def step(self) -> float:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
-        return norm if norm >= 0.0 else math.nan  # DeepSpeed's -1 says: not finite
+        return (
+            norm if norm >= 0.0 else math.nan
+        )  # DeepSpeed returns -1 for a norm that is not finite
 
     def gathered(self) -> AbstractContextManager[None]:
-        """See `StrategyName`: they always are."""
+        """See `Strategy`: the parameters are always full."""
         return nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
-        """See `StrategyName`."""
-        found = {name: self.whole(parameter) for name, parameter in trainable(self.module).items()}
-        return {name: one.cpu().clone() for name, one in found.items()} if self._main else {}
+        """See `Strategy`."""
+        full = {name: self.full_trained(p) for name, p in trainable(self.module).items()}
+        return {name: value.cpu().clone() for name, value in full.items()} if self._main else {}
 
-    def whole(self, parameter: nn.Parameter) -> Tensor:
-        """Return a trained parameter as the optimizer has it; in every process."""
-        if not self.half:
-            return parameter.detach()
-        from deepspeed.utils import safe_get_full_fp32_param
+    def full_trained(self, parameter: nn.Parameter) -> Tensor:
+        """Return the full value that the optimizer has of a trained parameter; in every process."""
+        return _full_float32(parameter) if self.bf16 else parameter.detach()
 
-        found = safe_get_full_fp32_param(parameter)
-        assert found is not None, "a parameter that the optimizer does not have"
-        return found
-
-    def frozen(self, parameter: nn.Parameter) -> Tensor:
-        """Return a frozen parameter; in every process."""
+    def full_frozen(self, parameter: nn.Parameter) -> Tensor:
+        """Return the full value of a frozen parameter; in every process."""
         return parameter.detach()
 
-    def masters(self) -> list[Tensor]:
-        """Return this process's part of what the optimizer steps, float32."""
-        return [one for group in self.optimizer.param_groups for one in group["params"]]
+    def master_weights(self) -> list[Tensor]:
+        """Return this process's part of the weights that the optimizer steps, float32."""
+        return [part for group in self.optimizer.param_groups for part in group["params"]]
 
     def state(self) -> dict[str, Any]:
-        """See `StrategyName`."""
-        masters = [one.detach().cpu() for one in self.masters()]
+        """See `Strategy`."""
+        masters = [master.detach().cpu() for master in self.master_weights()]
         return {"masters": masters, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
-        """See `StrategyName`; as many processes of the same strategy must have written it."""
-        refuse_layout(saved, self.layout)
+        """See `Strategy`; as many processes of the same strategy must have written it."""
+        check_layout(saved, self.layout)
         state = saved.read(distributed.get_rank())
-        for master, value in zip(self.masters(), state["masters"], strict=True):
+        for master, value in zip(self.master_weights(), state["masters"], strict=True):
             master.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
-        for name, target in check_names(self.module, weights).items():
+        for name, target in check_parameter_names(self.module, weights).items():
             target.copy_(weights[name])
 
     def release(self, weights: Mapping[str, Tensor] | None) -> None:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         device = next(self.module.parameters()).device
-        given = {**self._exact, **(weights or {})}
+        new = {**self._frozen_float32, **(weights or {})}
         values = {
-            name: (given[name] if name in given else self._kept(parameter)).to(device)
+            name: (new[name] if name in new else self._lasting_value(parameter)).to(device)
             for name, parameter in self.module.named_parameters()
         }
         self.engine.destroy()
-        self._before.restore(values)
+        self._snapshot.restore(values)
 
-    def _kept(self, parameter: nn.Parameter) -> Tensor:
-        """Return a parameter's value that outlives the engine, copied only where it must be."""
+    def _lasting_value(self, parameter: nn.Parameter) -> Tensor:
+        """Return a parameter's full value, a copy if it would not outlive the engine."""
         if not parameter.requires_grad:
-            return self.frozen(parameter)
-        found = self.whole(parameter)
-        # Trained weights are pieces of one tensor, which is the engine's.
-        return found.clone() if found.data_ptr() == parameter.data_ptr() else found
+            return self.full_frozen(parameter)
+        value = self.full_trained(parameter)
+        # Trained weights are views of one tensor, which is the engine's.
+        return value.clone() if value.data_ptr() == parameter.data_ptr() else value
 
 
-def _wider(module: nn.Module) -> dict[str, Tensor]:
+class Zero3(Zero):
+    """DeepSpeed's ZeRO stage 3: each process has a part of weights, gradients and optimizer."""
+
+    def zero_settings(self, stage: int, offload: bool) -> dict[str, Any]:
+        """See `Zero`."""
+        offloading = {"offload_param": {"device": "cpu"}} if offload else {}
+        section = super().zero_settings(stage, offload)
+        return section | offloading | {"stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD}
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """See `Strategy`.
+
+        The hooks that gather and free a submodule's parameters are off meanwhile.
+        """
+        import deepspeed
+
+        parameters = list(self.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters), self._snapshot.without_hooks():
+            yield
+
+    def full_trained(self, parameter: nn.Parameter) -> Tensor:
+        """See `Zero`."""
+        return _full_float32(parameter)
+
+    def full_frozen(self, parameter: nn.Parameter) -> Tensor:
+        """See `Zero`."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def master_weights(self) -> list[Tensor]:
+        """See `Zero`."""
+        return self.engine.optimizer.fp32_partitioned_groups_flat
+
+    def state(self) -> dict[str, Any]:
+        """See `Strategy`."""
+        masters = self.master_weights()
+        states = [self.optimizer.state[master] for master in masters]
+        return {"masters": [master.detach().cpu() for master in masters], "optimizer": states}
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
+        """See `Strategy`; as many processes of the same strategy must have written it."""
+        import deepspeed
+
+        check_layout(saved, self.layout)
+        state = saved.read(distributed.get_rank())
+        parts = zip(self.master_weights(), state["masters"], state["optimizer"], strict=True)
+        for master, value, moments in parts:
+            master.copy_(value)
+            self.optimizer.state[master] = {
+                key: moment.to(master.device) for key, moment in moments.items()
+            }
+        for name, target in check_parameter_names(self.module, weights).items():
+            with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
+                if self._main:
+                    target.copy_(weights[name])
+
+
+def _full_float32(parameter: nn.Parameter) -> Tensor:
+    """Return the full float32 value that the optimizer has of a parameter."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    value = safe_get_full_fp32_param(parameter)
+    assert value is not None, "a parameter that the optimizer does not have"
+    return value
+
+
+def _frozen_float32(module: nn.Module) -> dict[str, Tensor]:
     """Return copies of the frozen weights that bfloat16 would round, by name."""
     return {
         name: p.detach().cpu().clone()
@@ -151,113 +216,21 @@ def _wider(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-WHOLE_BELOW = 100_000
-"""Parameters of fewer elements stay whole: fetching them would cost more than it saves."""
-
-
-class Zero3(Zero):
-    """DeepSpeed's ZeRO stage 3, with everything in host memory where it is offloaded."""
-
-    def zero_settings(self, stage: int, offload: bool) -> dict[str, Any]:
-        """See `Zero`."""
-        where = {"offload_param": {"device": "cpu"}} if offload else {}
-        section = super().zero_settings(stage, offload)
-        return section | where | {"stage3_param_persistence_threshold": WHOLE_BELOW}
-
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """See `StrategyName`.
-
-        The hooks that fetch a part's parameters and drop them again are off meanwhile.
-        """
-        import deepspeed
-
-        parameters = list(self.module.parameters())
-        with deepspeed.zero.GatheredParameters(parameters), self._before.without_hooks():
-            yield
-
-    def whole(self, parameter: nn.Parameter) -> Tensor:
-        """See `Zero`."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        found = safe_get_full_fp32_param(parameter)
-        assert found is not None, "a parameter that the optimizer does not have"
-        return found
-
-    def frozen(self, parameter: nn.Parameter) -> Tensor:
-        """See `Zero`."""
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
-
-    def masters(self) -> list[Tensor]:
-        """See `Zero`."""
-        return self.engine.optimizer.fp32_partitioned_groups_flat
-
-    def state(self) -> dict[str, Any]:
-        """See `StrategyName`."""
-        masters = self.masters()
-        states = [self.optimizer.state[master] for master in masters]
-        return {"masters": [one.detach().cpu() for one in masters], "optimizer": states}
-
-    @torch.no_grad()
-    def load(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
-        """See `StrategyName`; as many processes of the same strategy must have written it."""
-        import deepspeed
-
-        refuse_layout(saved, self.layout)
-        state = saved.read(distributed.get_rank())
-        kept = zip(self.masters(), state["masters"], state["optimizer"], strict=True)
-        for master, value, moments in kept:
-            master.copy_(value)
-            self.optimizer.state[master] = {
-                key: one.to(master.device) for key, one in moments.items()
-            }
-        for name, target in check_names(self.module, weights).items():
-            with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
-                if self._main:
-                    target.copy_(weights[name])
-
-
-def deepspeed_module() -> Any:  # noqa: ANN401 - an untyped library
-    """Import deepspeed, without what it would compile on first use.
-
-    Raises:
-        UserError: It is not installed.
-    """
-    try:
-        import deepspeed
-        import deepspeed.ops
-    except ImportError as error:
-        raise UserError(
-            f"distributed=zero*: deepspeed cannot be imported ({error}); install it with "
-            "`pip install --no-build-isolation 'rlhf-exp[deepspeed]'`"
-        ) from error
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # It calls functions of torch by their old names, which says so each time.
-    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
-    # A communication kernel for CPUs of one host: half a minute of compiling, and a lock file that
-    # a killed build leaves behind for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def engine_for(
+def build_engine(
     module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> Any:  # noqa: ANN401 - an untyped library
-    """Return DeepSpeed's engine over `module`, after seeing that it shards as asked.
+    """Return DeepSpeed's engine over `module`, after checking its ZeRO stage and processes.
 
     Args:
         module: On this process's device.
-        optimizer: Of what trains.
-        settings: DeepSpeed's config: what does not follow from the module.
+        optimizer: The optimizer of the trainable parameters.
+        settings: The part of DeepSpeed's config that does not follow from the module.
     """
-    deepspeed = deepspeed_module()
+    deepspeed = import_deepspeed()
     elements = sum(p.numel() for p in module.parameters() if p.requires_grad)
     zero = {"reduce_bucket_size": min(BUCKET, elements), **settings["zero_optimization"]}
     config = {
-        # Whether a step is due is said before each forward pass, not counted.
+        # `begin` says before each forward pass whether a step is due; DeepSpeed does not count.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "zero_force_ds_cpu_optimizer": False,
@@ -271,14 +244,37 @@ def engine_for(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
-    found = (engine.zero_optimization_stage(), engine.dp_world_size)
+    actual = (engine.zero_optimization_stage(), engine.dp_world_size)
     expected = (zero["stage"], distributed.get_world_size())
-    assert found == expected, f"DeepSpeed: (stage, processes) are {found}, not {expected}"
+    assert actual == expected, f"DeepSpeed: (stage, processes) are {actual}, not {expected}"
     return engine
 
 
+def import_deepspeed() -> Any:  # noqa: ANN401 - an untyped library
+    """Import deepspeed without the extensions that it would compile on first use.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise UserError(
+            f"distributed=zero*: deepspeed cannot be imported ({error}); install it with "
+            "`pip install --no-build-isolation 'rlhf-exp[deepspeed]'`"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls functions of torch by their old names, and torch warns each time.
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    # A communication kernel for CPUs of one host: half a minute of compiling, and a lock file that
+    # a killed build leaves behind for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 def _forget_last_group(deepspeed: Any) -> None:  # noqa: ANN401 - an untyped library
-    """Let DeepSpeed find the process group of this stage: it keeps the first one it has seen."""
+    """Make DeepSpeed use the process group of this stage: it caches the first one it has seen."""
     from deepspeed.utils import groups
 
     deepspeed.comm.comm.cdb = None

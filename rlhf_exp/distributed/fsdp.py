@@ -1,8 +1,8 @@
 """PyTorch's fully sharded data parallel (FSDP2): each process keeps a part of every tensor.
 
-Each decoder block is a unit: its parameters are whole only while it computes. Source: Zhao et al.
-2023, https://arxiv.org/abs/2304.11277. In bfloat16 blocks are gathered in bfloat16; what a process
-keeps, and gradients once they are added up, are float32.
+Each decoder block is a unit: its parameters are gathered only while it computes. With bfloat16,
+blocks are gathered in bfloat16; the parts that a process keeps, and the reduced gradients, are
+float32. Source: Zhao et al. 2023, https://arxiv.org/abs/2304.11277.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rlhf_exp.distributed.strategy import (
-    ROWS,
-    Before,
+    ROW_LAYOUT,
+    ModuleSnapshot,
     OptimizerState,
-    check_names,
+    check_parameter_names,
     clip_and_step,
+    full_states,
     load_state_by_name,
     state_by_name,
     trainable,
-    whole_states,
 )
 from rlhf_exp.models.frozen_trunk import decoder_parts
 
@@ -42,15 +42,15 @@ from rlhf_exp.models.frozen_trunk import decoder_parts
 class FullySharded:
     """FSDP2 over the decoder blocks and, around them, the rest."""
 
-    layout = ROWS
+    layout = ROW_LAYOUT
 
     def __init__(
         self,
         module: nn.Module,
-        build: Callable[[], torch.optim.Optimizer],
+        build_optimizer: Callable[[], torch.optim.Optimizer],
         grad_norm: float,
         device: torch.device,
-        half: bool,
+        bf16: bool,
         offload: bool,
     ) -> None:
         self.module = self.wrapped = module.to(device)
@@ -58,12 +58,13 @@ class FullySharded:
         self._rank, self._processes = distributed.get_rank(), distributed.get_world_size()
         for parameter in module.parameters():
             distributed.broadcast(parameter.data, 0)
-        self._before = Before(module)
-        self._units = _shard(module, device, half, offload)
-        self.optimizer = build()
+        self._snapshot = ModuleSnapshot(module)
+        self._units = _shard(module, device, bf16, offload)
+        self.optimizer = build_optimizer()
         sharded = [isinstance(p, DTensor) for p in module.parameters()]
         assert all(sharded), f"FSDP sharded {sum(sharded)} of {len(sharded)} parameters"
-        # Parameters may be gathered before the first forward pass, so the root has to know itself.
+        # Parameters may be gathered before the first forward pass, in which FSDP finds its root
+        # module. A forward method without effect makes it do so now.
         root: Any = module
         register_fsdp_forward_method(root, "extra_repr")
         with torch.no_grad():
@@ -72,44 +73,44 @@ class FullySharded:
         root.reshard()
 
     def begin(self, last: bool) -> None:
-        """See `StrategyName`: gradients are added up and sharded after each micro-batch."""
+        """See `Strategy`: gradients are added up and sharded after each micro-batch."""
 
     def backward(self, loss: Tensor) -> None:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         loss.backward()
 
     def step(self) -> float:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         return clip_and_step(trainable(self.module).values(), self.optimizer, self._grad_norm)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         for unit in self._units:
             unit.unshard()
         try:
-            with self._before.without_hooks():
+            with self._snapshot.without_hooks():
                 yield
         finally:
             self._reshard()
 
     def _reshard(self) -> None:
-        """Let the module hold parts: the root stays whole after a forward pass without backward."""
+        """Free gathered parameters: a forward pass without a backward pass leaves the root's."""
         for unit in self._units:
             unit.reshard()
 
     def weights(self) -> dict[str, Tensor]:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         self._reshard()
-        found = {}
+        weights = {}
         for name, parameter in trainable(self.module).items():
-            whole = self._whole(parameter)  # one at a time
+            full = self._full(parameter)  # one at a time, for memory
             if self._rank == 0:
-                found[name] = whole.cpu().clone()
-        return found
+                weights[name] = full.cpu().clone()
+        return weights
 
     def state(self) -> dict[str, Any]:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         self._reshard()
         states = state_by_name(self.module, self.optimizer)
         for state in states.values():
@@ -120,39 +121,41 @@ class FullySharded:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
-        """See `StrategyName`; any number of processes may have written it."""
-        mine = (saved.layout, saved.processes) == (ROWS, self._processes)
-        states = saved.read(self._rank)["parameters"] if mine else whole_states(saved)
-        for name, target in check_names(self.module, weights).items():
+        """See `Strategy`; any number of processes may have written it."""
+        same_parts = (saved.layout, saved.processes) == (ROW_LAYOUT, self._processes)
+        states = saved.read(self._rank)["parameters"] if same_parts else full_states(saved)
+        for name, target in check_parameter_names(self.module, weights).items():
             assert isinstance(target, DTensor)
-            target.to_local().copy_(self._part(weights[name]))
+            target.to_local().copy_(self._own_rows(weights[name]))
             for key, value in states.get(name, {}).items():
                 if value.ndim:
-                    part = value if mine else self._part(value)
-                    states[name][key] = self._like(target, part)
+                    part = value if same_parts else self._own_rows(value)
+                    states[name][key] = self._sharded_like(target, part)
         load_state_by_name(self.module, self.optimizer, states)
 
     def release(self, weights: Mapping[str, Tensor] | None) -> None:
-        """See `StrategyName`."""
+        """See `Strategy`."""
         self._reshard()
-        given = weights or {}
+        new = weights or {}
         values = {
-            name: given[name].to(self._device) if name in given else self._whole(parameter).clone()
+            name: new[name].to(self._device) if name in new else self._full(parameter).clone()
             for name, parameter in self.module.named_parameters()
         }
-        self._before.restore(values)
+        self._snapshot.restore(values)
 
-    def _whole(self, parameter: nn.Parameter) -> Tensor:
+    def _full(self, parameter: nn.Parameter) -> Tensor:
+        """Return the full value of a parameter, from the parts of all processes."""
         sharded = parameter.detach().to(self._device)
         assert isinstance(sharded, DTensor)
         return sharded.full_tensor()
 
-    def _part(self, whole: Tensor) -> Tensor:
+    def _own_rows(self, full: Tensor) -> Tensor:
         """Return this process's rows of a tensor, perhaps none, as FSDP cuts it."""
-        parts = whole.chunk(self._processes)
-        return parts[self._rank] if self._rank < len(parts) else whole[:0]
+        parts = full.chunk(self._processes)
+        return parts[self._rank] if self._rank < len(parts) else full[:0]
 
-    def _like(self, target: DTensor, local: Tensor) -> DTensor:
+    def _sharded_like(self, target: DTensor, local: Tensor) -> DTensor:
+        """Return a tensor that is sharded as `target` is, of which this process has `local`."""
         return DTensor.from_local(
             local.to(target.to_local().device),
             target.device_mesh,
@@ -163,13 +166,13 @@ class FullySharded:
         )
 
 
-def _shard(module: nn.Module, device: torch.device, half: bool, offload: bool) -> list[FSDPModule]:
+def _shard(module: nn.Module, device: torch.device, bf16: bool, offload: bool) -> list[FSDPModule]:
     """Shard each decoder block and then the rest; return the units, the root first."""
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if half:
+    if bf16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     # On a CPU everything lives in host memory anyway.
-    where = CPUOffloadPolicy() if offload and device.type != "cpu" else OffloadPolicy()
+    offload_policy = CPUOffloadPolicy() if offload and device.type != "cpu" else OffloadPolicy()
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     blocks = [
         block
@@ -178,7 +181,7 @@ def _shard(module: nn.Module, device: torch.device, half: bool, offload: bool) -
         for block in decoder_parts(child).blocks
     ]
     for part in (*blocks, module):
-        fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=where)
+        fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=offload_policy)
     units: list[FSDPModule] = [part for part in module.modules() if isinstance(part, FSDPModule)]
     assert len(units) == len(blocks) + 1, f"FSDP made {len(units)} units of {len(blocks)} blocks"
     return units

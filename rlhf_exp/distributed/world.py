@@ -1,11 +1,4 @@
-"""The processes that train together, and the device of each.
-
-One class stands between the engines and process groups: the engines speak of global sums, of their
-share of the rows and of one module that trains, and a run with one process needs no branch of its
-own. Who starts the processes has made the process group before; a run without one is alone.
-
-From a strategy's name to the strategy.
-"""
+"""The processes that train together: rank, device, global sums, shares of rows, the strategy."""
 
 from __future__ import annotations
 
@@ -30,50 +23,79 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RowShare:
-    """This process's rows of a global batch.
+    """A process's rows of a global batch.
 
     Attributes:
-        rows: [n] int64, positions in the global batch; the same n in every process.
-        weights: [n] float32, 0 where a row only fills up the share.
+        rows: [n] int64, row numbers in the global batch; the same n in every process.
+        weights: [n] float32, 0 for rows that only fill up the share, else 1.
     """
 
     rows: np.ndarray
     weights: np.ndarray
 
 
-class World:
-    """All processes of a run.
+@dataclass(frozen=True)
+class Setup:
+    """Strategy, precision and offloading of training.
 
     Attributes:
-        device: Of this process.
-        setup: How what trains is spread over the processes.
-        processes: How many there are.
-        rank: Number of this process.
+        strategy: `single`, `ddp`, `zero1`, `zero2`, `zero3` or `fsdp`.
+        precision: `float32` or `bfloat16`, of matrix products.
+        offload: Whether optimizer state and parameters live in host memory.
+    """
+
+    strategy: str
+    precision: str
+    offload: bool = False
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether the strategy is one of DeepSpeed's."""
+        return self.strategy.startswith("zero")
+
+    @property
+    def bf16_weights(self) -> bool:
+        """Whether forward passes use bfloat16 copies of float32 weights."""
+        return self.precision == "bfloat16" and self.strategy not in ("single", "ddp")
+
+
+class World:
+    """All processes of a run, as one of them sees them.
+
+    The only class between the training code and process groups: training code works with global
+    sums, this process's share of the rows and one module that trains, and needs no branch for a
+    run with one process. The process group has been made before by whoever started the processes.
+
+    Attributes:
+        device: Device of this process.
+        setup: Strategy, precision and offloading of training.
+        processes: Number of processes.
+        rank: Number of this process, from 0.
         is_main: Whether this process writes to the store and to the tracker.
     """
 
     def __init__(self, device: torch.device, setup: Setup) -> None:
-        together = distributed.is_initialized()
+        grouped = distributed.is_initialized()
         self.device, self.setup = device, setup
-        self.processes = distributed.get_world_size() if together else 1
-        self.rank = distributed.get_rank() if together else 0
+        self.processes = distributed.get_world_size() if grouped else 1
+        self.rank = distributed.get_rank() if grouped else 0
         self.is_main = self.rank == 0
         self._strategy: Strategy | None = None
 
     def share(self, rows: int, of: int | None = None) -> RowShare:
-        """Deal `rows` rows of a global batch out, filling up with zero-weight copies of row 0.
+        """Return a process's equal share of a global batch, filled up with copies of row 0.
 
         Args:
-            rows: How many.
-            of: The process whose share is meant; this one by default.
+            rows: Rows of the global batch.
+            of: Rank of the process; this one by default.
         """
-        each, rank = -(-rows // self.processes), self.rank if of is None else of
-        dealt = np.arange(rank * each, (rank + 1) * each)
-        weights = (dealt < rows).astype(np.float32)
-        return RowShare(np.where(dealt < rows, dealt, 0), weights)
+        rows_each, rank = -(-rows // self.processes), self.rank if of is None else of
+        numbers = np.arange(rank * rows_each, (rank + 1) * rows_each)
+        weights = (numbers < rows).astype(np.float32)
+        return RowShare(np.where(numbers < rows, numbers, 0), weights)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add `values` up over all processes."""
+        """Return the sum of `values` over all processes."""
         if self.processes == 1:
             return values
         total = values.detach().to(self.device, copy=True)
@@ -81,7 +103,7 @@ class World:
         return total
 
     def gather(self, values: Tensor) -> Tensor:
-        """Join `values` [n, ...] of all processes; n may differ."""
+        """Concatenate `values` [n, ...] of all processes, by rank; n may differ."""
         if self.processes == 1:
             return values
         return torch.cat(self.all_gather_object(values.detach().cpu())).to(self.device)
@@ -95,19 +117,22 @@ class World:
         return items
 
     def broadcast_object(self, item: T) -> T:
-        """Return the main process's `item`: what one machine sees, another may not see yet."""
+        """Return the main process's `item`, for decisions that all must agree on.
+
+        A file that one machine sees, another may not see yet.
+        """
         return self.all_gather_object(item)[0]
 
     def any(self, flag: bool) -> bool:
-        """Return whether any process says so."""
+        """Return whether `flag` is true in any process."""
         return any(self.all_gather_object(flag))
 
     def run_on_all(self, function: Callable[[], T]) -> list[T]:
         """Call `function` in every process and return all results, by rank.
 
         Raises:
-            FailedElsewhere: It failed in another process; what it raised here is raised as it is.
-                So no process waits for one that is gone.
+            FailedElsewhere: It failed in another process. An exception of this process is raised as
+                it is. So no process waits for one that is gone.
         """
         if self.processes == 1:
             return [function()]
@@ -122,40 +147,43 @@ class World:
         for rank, (_, reason) in enumerate(outcomes):
             if reason is not None:
                 raise FailedElsewhere(f"process {rank} failed: {reason}")
-        return [found for found, _ in outcomes]  # type: ignore[misc]
+        return [value for value, _ in outcomes]  # type: ignore[misc]
 
     @property
     def weights_dtype(self) -> torch.dtype | None:
-        """Number format that the strategy computes in, whatever the weights' own; else `None`."""
-        return torch.bfloat16 if self.setup.half_weights else None
+        """Number format that forward passes cast weights to; `None`: the weights' own."""
+        return torch.bfloat16 if self.setup.bf16_weights else None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision of the prepared module and of what is compared with it."""
+        """Return the context of mixed precision, for the prepared module and models beside it."""
         # DeepSpeed computes in bfloat16 without torch's mixed precision.
-        deep = self._strategy is not None and self.setup.deepspeed
-        if self.setup.precision == "float32" or deep:
+        by_deepspeed = self._strategy is not None and self.setup.deepspeed
+        if self.setup.precision == "float32" or by_deepspeed:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def prepare(
-        self, module: nn.Module, build: Callable[[], torch.optim.Optimizer], grad_norm: float
+        self,
+        module: nn.Module,
+        build_optimizer: Callable[[], torch.optim.Optimizer],
+        grad_norm: float,
     ) -> nn.Module:
-        """Spread what trains of `module` over the processes.
+        """Wrap `module` for training over the processes.
 
         Args:
             module: On this process's device.
-            build: Makes the optimizer of the module's trainable parameters.
+            build_optimizer: Makes the optimizer of the module's trainable parameters.
             grad_norm: L2 norm that gradients are clipped to.
 
         Returns:
-            What forward passes with gradients go through.
+            The module to call for forward passes with gradients.
         """
-        self._strategy = strategy_for(self.setup, module, build, grad_norm, self.device)
+        self._strategy = strategy_for(self.setup, module, build_optimizer, grad_norm, self.device)
         return self._strategy.wrapped
 
     @property
     def strategy(self) -> Strategy:
-        """How the prepared module trains."""
+        """The strategy of the prepared module."""
         assert self._strategy is not None, "nothing is prepared"
         return self._strategy
 
@@ -165,10 +193,10 @@ class World:
         Their number must be the same in every process: with sharded parameters processes wait for
         each other in every pass.
         """
-        every = list(parts)
-        for number, part in enumerate(every, start=1):
+        batches = list(parts)
+        for number, part in enumerate(batches, start=1):
             if self._strategy is not None:
-                self._strategy.begin(last=number == len(every))
+                self._strategy.begin(last=number == len(batches))
             yield part
 
     def backward(self, loss: Tensor) -> None:
@@ -180,18 +208,19 @@ class World:
         self.strategy.backward(loss * self.processes)
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Hold the prepared module's parameters whole, for many forward passes without gradients.
+        """Gather the prepared module's parameters, for forward passes without gradients.
 
-        Meanwhile the module itself is called, not the wrapper, as often as a process likes.
+        Meanwhile the module itself is called, not the wrapper, and each process may call it any
+        number of times.
         """
         return nullcontext() if self._strategy is None else self._strategy.gathered()
 
     def resume(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
-        """Take back what `strategy.weights` and the processes' `strategy.state` returned."""
+        """Load what `strategy.weights` and the processes' `strategy.state` returned."""
         self.strategy.load(weights, saved)
 
     def release(self, weights: Mapping[str, Tensor] | None = None) -> None:
-        """End training: every process has the plain module whole again, with `weights` if given."""
+        """End training: unwrap the module in every process, with `weights` if given."""
         self.strategy.release(weights)
         self._strategy = None
 
@@ -202,38 +231,33 @@ def open_world(
     strategy: str = "single",
     offload: bool = False,
 ) -> World:
-    """Join the processes of this run (one, where no process group was made).
+    """Return the world of this run's processes (one, without a process group).
 
     Args:
         precision: Number format of matrix products in forward and backward passes.
         threads: CPU threads of this process; `None`: its part of all cores.
-        strategy: How what trains is spread over the processes.
+        strategy: Name of the strategy, see `Setup`.
         offload: Whether optimizer state and parameters live in host memory.
+
+    Raises:
+        UserError: The strategy needs more processes than there are, or fewer.
     """
-    alone = not distributed.is_initialized()
-    if alone and strategy != "single":
+    single = not distributed.is_initialized()
+    if single and strategy != "single":
         raise UserError(
             f"distributed.strategy={strategy}: no processes were started for it; run "
             "distributed=single distributed.processes=1"
         )
-    if not alone and strategy == "single" and distributed.get_world_size() > 1:
+    if not single and strategy == "single" and distributed.get_world_size() > 1:
         raise UserError(
             f"distributed=single has one process, and {distributed.get_world_size()} were "
             "started; choose another strategy, such as distributed=ddp"
         )
-    local = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", distributed.get_world_size()))
-    torch.set_num_threads(threads_each(threads, local))
+    local_processes = (
+        1 if single else int(os.environ.get("LOCAL_WORLD_SIZE", distributed.get_world_size()))
+    )
+    torch.set_num_threads(threads_each(threads, local_processes))
     return World(_device(), Setup(strategy, precision, offload))
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        # accelerate imports DeepSpeed where it finds it, which would warn that there is no GPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 @contextmanager
@@ -243,57 +267,47 @@ def world_of(
     strategy: str = "single",
     offload: bool = False,
 ) -> Iterator[World]:
-    """Open a world for one stage; the process group stays for the next one."""
+    """Yield the world for one stage; the process group stays for the next one."""
     yield open_world(precision, threads, strategy, offload)
 
 
-@dataclass(frozen=True)
-class Setup:
-    """How what trains is spread over the processes.
-
-    Attributes:
-        strategy: `single`, `ddp`, `zero1`, `zero2`, `zero3` or `fsdp`.
-        precision: `float32` or `bfloat16`, of matrix products.
-        offload: Whether optimizer state and parameters live in host memory.
-    """
-
-    strategy: str
-    precision: str
-    offload: bool = False
-
-    @property
-    def deepspeed(self) -> bool:
-        """Whether DeepSpeed does it."""
-        return self.strategy.startswith("zero")
-
-    @property
-    def half_weights(self) -> bool:
-        """Whether forward passes see bfloat16 weights, with float32 ones behind them."""
-        return self.precision == "bfloat16" and self.strategy not in ("single", "ddp")
+def _device() -> torch.device:
+    """Return this process's device: its GPU on this machine, or the CPU."""
+    if not torch.cuda.is_available():
+        # accelerate imports DeepSpeed if it is installed, which would warn that there is no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def strategy_for(
     setup: Setup,
     module: nn.Module,
-    build: Callable[[], torch.optim.Optimizer],
+    build_optimizer: Callable[[], torch.optim.Optimizer],
     grad_norm: float,
     device: torch.device,
 ) -> Strategy:
-    """Return the strategy that `setup` names, over `module` and the optimizer that `build` makes.
+    """Return the strategy that `setup` names, over `module` and its new optimizer.
 
-    Libraries are imported only where they are asked for.
+    A strategy's library is imported only if it is used.
     """
     if setup.strategy in ("single", "ddp"):
         from rlhf_exp.distributed.ddp import DataParallel, SingleProcess
 
-        whole = SingleProcess if setup.strategy == "single" else DataParallel
-        return whole(module, build(), grad_norm, device)
+        replicated = SingleProcess if setup.strategy == "single" else DataParallel
+        return replicated(module, build_optimizer(), grad_norm, device)
     if setup.strategy == "fsdp":
         from rlhf_exp.distributed.fsdp import FullySharded
 
-        return FullySharded(module, build, grad_norm, device, setup.half_weights, setup.offload)
+        return FullySharded(
+            module, build_optimizer, grad_norm, device, setup.bf16_weights, setup.offload
+        )
     from rlhf_exp.distributed.deepspeed import Zero, Zero3
 
     stage = int(setup.strategy.removeprefix("zero"))
-    kind = Zero3 if stage == 3 else Zero
-    return kind(module, build(), grad_norm, device, setup.half_weights, setup.offload, stage)
+    zero = Zero3 if stage == 3 else Zero
+    return zero(
+        module, build_optimizer(), grad_norm, device, setup.bf16_weights, setup.offload, stage
+    )

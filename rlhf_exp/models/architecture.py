@@ -1,8 +1,7 @@
-"""The shape of a decoder-only language model, and what follows from it by arithmetic alone.
+"""The shape of a decoder-only language model, and the parameter counts that follow from it.
 
 Nothing here imports torch: a plan must come back in half a second and needs no weights.
-`rlhf_exp.models.pretrained` turns an `Architecture` into a model and reads
-one out of a loaded config.
+`rlhf_exp.models.pretrained` builds a model from an `Architecture` and reads one out of a config.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class Architecture:
         return self.width // self.heads if self.head_width is None else self.head_width
 
     def differences(self, other: Architecture) -> list[str]:
-        """Return one line for each field in which `other` is another shape."""
+        """Return one line for each field in which `other` differs."""
         mine, theirs = asdict(self), asdict(other)
         mine.update(kv_heads=self.key_value_heads, head_width=self.width_per_head)
         theirs.update(kv_heads=other.key_value_heads, head_width=other.width_per_head)
@@ -64,14 +63,14 @@ class Architecture:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model by where they sit.
+    """Number of a model's parameters, by where they are.
 
     Attributes:
         embedding: token (and learned position) embeddings.
         block: one block.
         blocks: how many blocks.
         norm: the final norm.
-        head: what the head adds: 0 for the weight of a tied one.
+        head: parameters that the head adds; the weight of a tied one counts 0.
     """
 
     embedding: int
@@ -87,7 +86,7 @@ class ParameterCount:
 
     @property
     def trunk(self) -> int:
-        """All parameters but the head: what a reward model keeps."""
+        """All parameters but the head: the part that a reward model uses."""
         return self.total - self.head
 
     def trainable(self, train_blocks: int | None, tied: bool) -> int:
@@ -116,7 +115,7 @@ def linear_shapes(architecture: Architecture) -> list[tuple[int, int]]:
 
 
 def count_parameters(architecture: Architecture) -> ParameterCount:
-    """Return the exact number of parameters of a model of this shape."""
+    """Return the exact number of parameters of a model of this shape, by where they are."""
     shape = architecture
     matrices = linear_shapes(shape)
     weights = sum(inputs * outputs for inputs, outputs in matrices)

@@ -1,31 +1,12 @@
-"""A slice of a model's blocks as a model of its own: the frozen trunk, and the branch above it.
+"""The frozen trunk of a model and the branch of training blocks above it, as models of their own.
 
 With only the top k blocks training, the hidden state that enters them never changes for a given
 token, so it is computed once (`Trunk`) and every later pass runs k blocks (`Branch`). Both are
 built as the *same* transformers class with fewer layers, into which the model's own modules are
-put: masks, rotary positions and attention stay the library's.
+put: masks, rotary positions and attention stay the library's. Where only some positions of the
+output are read, the last block is run for these alone (`LastBlock`).
 
-B rows, S tokens, D width.
-
-The last block of a stack and the final norm, run only where their output is read.
-
-PPO reads the final states that predict response tokens. At the prompt's other positions the last
-block owes nothing but keys and values, so its attention, its output projection and its feed-forward
-layer are left out there: three quarters of its products.
-
-The block stays the library's, and is called twice: over all positions, left as soon as it hands
-keys and values to its cache; then over the positions that are read, where the cache answers with
-those of all.
-
-B rows, S tokens, T positions read, H key-value heads, E width of a head, D width.
-
-The parts of a decoder-only transformer, found by structure and not by family.
-
-What is recognised: a base model whose direct children are token embeddings, at most one table of
-learned positions, dropouts, rotary embeddings (no parameters), one list of blocks and one final
-norm; around it a linear head. That holds for GPT-2, GPT-J, GPT-NeoX, Llama, Qwen2 and Qwen3.
-
-Attention masks in the form that a model's attention takes.
+B rows, S tokens, T positions read, H key-value heads, E width of a head, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,6 +21,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from rlhf_exp.errors import UserError
+
+TESTED_FAMILIES = frozenset({"gpt2", "gptj", "gpt_neox", "llama", "qwen2", "qwen3"})
+"""Families whose trunk and branch the tests compare with the full model."""
 
 
 class Trunk:
@@ -71,17 +55,17 @@ class Branch:
     """
 
     def __init__(self, base: PreTrainedModel, parts: DecoderParts) -> None:
-        """Use `Branch.of`."""
+        """Take a model of the blocks alone; `Branch.of` builds it."""
         self._base = base
         embedding = cast(nn.Embedding, base.get_input_embeddings())
-        own = replace(parts, base=base, embedding=embedding, head=None)
-        count = len(own.blocks)
-        self._lower = None if count == 1 else _slice(own, slice(0, count - 1))
+        branch = replace(parts, base=base, embedding=embedding, head=None)
+        count = len(branch.blocks)
+        self._lower = None if count == 1 else _slice(branch, slice(0, count - 1))
         if self._lower is not None:
             setattr(self._lower, parts.norm_name, nn.Identity())
-        top = base if count == 1 else _slice(own, slice(count - 1, count))
-        setattr(top, parts.norm_name, own.norm)
-        self._top = LastBlock(top)
+        last = base if count == 1 else _slice(branch, slice(count - 1, count))
+        setattr(last, parts.norm_name, branch.norm)
+        self._last = LastBlock(last)
 
     @property
     def module(self) -> PreTrainedModel:
@@ -96,6 +80,9 @@ class Branch:
             model: with or without a head.
             k: number of blocks, 0 < k <= the model's.
             share: whether the branch is made of the model's own modules, or of a frozen copy.
+
+        Raises:
+            UserError: the model has fewer blocks.
         """
         parts = decoder_parts(model)
         count = len(parts.blocks)
@@ -121,12 +108,12 @@ class Branch:
         return self._base(inputs_embeds=states, use_cache=False).last_hidden_state
 
     @property
-    def reads(self) -> bool:
-        """Whether `read` can do without the whole of the last block."""
-        return self._top.usable
+    def supports_forward_at(self) -> bool:
+        """Whether `forward_at` is known to be right for this model (see `LastBlock.supported`)."""
+        return self._last.supported
 
-    def read(self, states: Tensor, positions: Tensor) -> Tensor:
-        """Return what `self(states)` has at some positions, for less.
+    def forward_at(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Return `self(states)` at some positions, without the last block's work at the others.
 
         Args:
             states: [B, S, D] entering the first of the blocks, right-padded.
@@ -137,7 +124,7 @@ class Branch:
         """
         if self._lower is not None:
             states = self._lower(inputs_embeds=states, use_cache=False).last_hidden_state
-        return self._top(states, positions)
+        return self._last(states, positions)
 
     def to(self, device: torch.device | str) -> Branch:
         """Move a copy to `device` (a shared branch goes where its model goes)."""
@@ -146,25 +133,29 @@ class Branch:
 
 
 def check_branch(model: PreTrainedModel, cut: int) -> None:
-    """Compare trunk and branch with the whole model, for a family that the tests do not cover.
+    """Compare trunk and branch with the full model, for a family that the tests do not cover.
 
     Some families scale their embeddings or logits in ways their structure does not show.
 
+    Args:
+        model: a causal language model.
+        cut: index of the branch's first block.
+
     Raises:
-        UserError: the two differ.
+        UserError: the logits differ by more than 2% of the largest.
     """
     parts = decoder_parts(model)
-    if parts.base.config.model_type in TESTED:
+    if parts.base.config.model_type in TESTED_FAMILIES:
         return
     device = parts.embedding.weight.device
     tokens = torch.arange(8, device=device).remainder(parts.embedding.num_embeddings)[None]
     with torch.no_grad():
-        whole = model(input_ids=tokens, use_cache=False).logits
+        expected = model(input_ids=tokens, use_cache=False).logits
         states = Trunk(model, cut)(tokens)
         hidden = Branch.of(model, len(parts.blocks) - cut, share=True)(states)
         assert parts.head is not None
-        error = (parts.head(hidden) - whole).abs().max().item()
-        scale = whole.abs().max().item()
+        error = (parts.head(hidden) - expected).abs().max().item()
+        scale = expected.abs().max().item()
     if not error <= 0.02 * scale:
         raise UserError(
             f"train_blocks: a {parts.base.config.model_type!r} model cannot be cut below its top "
@@ -173,38 +164,16 @@ def check_branch(model: PreTrainedModel, cut: int) -> None:
         )
 
 
-class _NoPositions(nn.Module):
-    """Stands for the table of learned positions where the states already hold them."""
-
-    def forward(self, position_ids: Tensor) -> Tensor:
-        """Return 0, whatever the positions."""
-        return torch.zeros((), device=position_ids.device)
-
-
-def _slice(parts: DecoderParts, which: slice) -> PreTrainedModel:
-    """Return a model of the base's class made of the blocks `which`.
-
-    Its embeddings are for the caller to set; its norm is the base's.
-    """
-    config = copy.deepcopy(parts.base.config)
-    blocks = list(parts.blocks)[which]
-    # Kept before the count changes: some families check that the two agree.
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        config.layer_types = list(kinds)[which]
-    config.num_hidden_layers = len(blocks)
-    with torch.device("meta"):
-        base = type(parts.base)(config)
-    base.train(parts.base.training)
-    setattr(base, parts.blocks_name, nn.ModuleList(blocks))
-    for name, child in parts.base.named_children():
-        if child is not parts.embedding and not isinstance(child, nn.ModuleList | nn.Embedding):
-            setattr(base, name, child)
-    return base
-
-
 class LastBlock:
-    """One block and the final norm, at chosen positions.
+    """The last block and the final norm, run only at the positions whose output is read.
+
+    PPO reads the final states that predict response tokens. At the prompt's other positions the
+    last block is needed for nothing but keys and values, so its attention, its output projection
+    and its feed-forward layer are left out there: three quarters of its products.
+
+    The block stays the library's, and is called twice: over all positions, stopped as soon as it
+    hands keys and values to its cache; then over the positions that are read, where the cache
+    answers with the keys and values of all.
 
     Not an `nn.Module`: its parameters belong to the model that it is a slice of.
 
@@ -216,35 +185,39 @@ class LastBlock:
         self._base = base
 
     @property
-    def usable(self) -> bool:
-        """Whether the block is known to work so: its attention takes masks and is not sliding."""
+    def supported(self) -> bool:
+        """Whether this is tested for the family, and attention takes masks and is not sliding."""
         config = self._base.config
-        kinds = getattr(config, "layer_types", None) or ["full_attention"]
+        layer_types = getattr(config, "layer_types", None) or ["full_attention"]
         masked = config._attn_implementation in ("eager", "sdpa")
-        return masked and kinds[-1] == "full_attention" and config.model_type in TESTED
+        return (
+            masked and layer_types[-1] == "full_attention" and config.model_type in TESTED_FAMILIES
+        )
 
-    def __call__(self, states: Tensor, read: Tensor) -> Tensor:
-        """Return the final states [B, T, D] at positions `read`.
+    def __call__(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Return the final states [B, T, D] at `positions`.
 
         Args:
             states: [B, S, D] entering the block, right-padded.
-            read: [B, T] int64, each below S.
+            positions: [B, T] int64, each below S.
         """
         columns = torch.arange(states.shape[1], device=states.device)
         cache = _KeysAndValues()
         try:
-            # The mask is not looked at before the block is left; one of four dimensions is not
-            # turned into another.
+            # No mask is read before the block is stopped; one of four dimensions is passed on as
+            # it is, instead of being expanded.
             unused = columns.new_ones(1, 1, 1, 1, dtype=torch.bool)
             self._run(states, columns.expand(states.shape[:2]), unused, cache)
-        except _Made:
+        except _BlockStopped:
             pass
         else:
             raise AssertionError(f"{self._base.config.model_type}: no keys went to the cache")
-        index = read.unsqueeze(2).expand(-1, -1, states.shape[2])
+        index = positions.unsqueeze(2).expand(-1, -1, states.shape[2])
         eager = self._base.config._attn_implementation == "eager"
-        mask = as_mask(columns <= read[:, None, :, None], states.dtype if eager else torch.bool)
-        return self._run(states.gather(1, index), read, mask, cache)
+        mask = to_attention_mask(
+            columns <= positions[:, None, :, None], states.dtype if eager else torch.bool
+        )
+        return self._run(states.gather(1, index), positions, mask, cache)
 
     def _run(self, states: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         return self._base(
@@ -256,16 +229,16 @@ class LastBlock:
         ).last_hidden_state
 
 
-class _Made(Exception):
-    """A block has handed over its keys and values."""
+class _BlockStopped(Exception):
+    """The block has handed its keys and values to the cache."""
 
 
 class _KeysAndValues(Cache):
-    """The keys and values [B, H, S, E] of one block: taken once, given from then on."""
+    """The keys and values [B, H, S, E] of one block, recorded in its first call."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self._held: tuple[Tensor, Tensor] | None = None
+        self._recorded: tuple[Tensor, Tensor] | None = None
 
     def update(
         self,
@@ -275,24 +248,50 @@ class _KeysAndValues(Cache):
         *args: Any,  # noqa: ANN401 - the library's signature
         **kwargs: Any,  # noqa: ANN401
     ) -> tuple[Tensor, Tensor]:
-        """Take what a block makes of all positions, and leave it; or answer with that."""
-        if self._held is None:
-            self._held = key_states, value_states
-            raise _Made
-        return self._held
+        """Record the keys and values of all positions and stop the block; then return them."""
+        if self._recorded is None:
+            self._recorded = key_states, value_states
+            raise _BlockStopped
+        return self._recorded
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0: positions are given."""
+        """Return 0: positions are passed explicitly."""
         return 0
 
 
-# Families whose trunk and branch are checked against the whole model in the project's tests.
-TESTED = frozenset({"gpt2", "gptj", "gpt_neox", "llama", "qwen2", "qwen3"})
+class _NoPositions(nn.Module):
+    """Replaces the table of learned positions, which entering states already contain."""
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Return 0, whatever the positions."""
+        return torch.zeros((), device=position_ids.device)
+
+
+def _slice(parts: DecoderParts, selected: slice) -> PreTrainedModel:
+    """Return a model of the base's class made of the `selected` blocks.
+
+    Its embeddings are for the caller to set; its norm is the base's.
+    """
+    config = copy.deepcopy(parts.base.config)
+    blocks = list(parts.blocks)[selected]
+    # Set before the count changes: some families check that the two agree.
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        config.layer_types = list(layer_types)[selected]
+    config.num_hidden_layers = len(blocks)
+    with torch.device("meta"):
+        base = type(parts.base)(config)
+    base.train(parts.base.training)
+    setattr(base, parts.blocks_name, nn.ModuleList(blocks))
+    for name, child in parts.base.named_children():
+        if child is not parts.embedding and not isinstance(child, nn.ModuleList | nn.Embedding):
+            setattr(base, name, child)
+    return base
 
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """Where things are in a model.
+    """The parts of a decoder-only transformer, and the names they have in it.
 
     Attributes:
         base: the model without its head; calling it yields hidden states after the final norm.
@@ -329,8 +328,13 @@ class DecoderParts:
 def decoder_parts(model: PreTrainedModel) -> DecoderParts:
     """Find the parts of `model`, with or without a language-model head.
 
+    They are found by structure, not by family: the base model's direct children must be token
+    embeddings, at most one table of learned positions, dropouts, rotary embeddings (no parameters),
+    one list of blocks and one final norm; around it a linear head. That holds for GPT-2, GPT-J,
+    GPT-NeoX, Llama, Qwen2 and Qwen3.
+
     Raises:
-        UserError: the model is built otherwise than described above.
+        UserError: the model is built in another way.
     """
     base = cast(PreTrainedModel, model.base_model)
     embedding = cast(nn.Embedding, base.get_input_embeddings())
@@ -347,10 +351,11 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
         else:
             unknown.append(f"{name} ({type(child).__name__})")
     if unknown or len(blocks) != 1 or len(norms) != 1 or len(positions) > 1:
+        known = ", ".join(sorted(TESTED_FAMILIES))
         raise UserError(
             f"a {base.config.model_type!r} model is not built as one stack of blocks between "
             f"embeddings and a final norm (blocks: {blocks}, norms: {norms}, position tables: "
-            f"{positions}, other parts: {unknown}); known to work: {', '.join(sorted(TESTED))}"
+            f"{positions}, other parts: {unknown}); known to work: {known}"
         )
     head = None if base is model else model.get_output_embeddings()
     if base is not model and not isinstance(getattr(head, "weight", None), Tensor):
@@ -368,11 +373,11 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and all(p.ndim == 1 for p in module.parameters())
 
 
-def as_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask of which position may see which.
+def to_attention_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask in the form that a model's attention takes.
 
     Args:
-        allowed: [..., Q, K] bool; each of Q sees at least one of K.
+        allowed: [..., Q, K] bool: whether query q attends to key k; each query to at least one.
         dtype: `torch.bool` for scaled-dot-product attention; for eager attention, which adds its
             mask, the float type of its scores: 0 where allowed, else the type's least value.
     """

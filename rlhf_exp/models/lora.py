@@ -23,10 +23,10 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What is adapted; there is no dropout, for PPO compares two forwards.
+    """The shape of the adapter. It has no dropout: PPO compares two forward passes.
 
     Attributes:
-        rank: of the update.
+        rank: r of the update B A; A is [r, inputs], B is [outputs, r].
         alpha: the update is scaled by alpha / rank.
         targets: last parts of the names of the linear layers to adapt; empty: all in the blocks.
     """
@@ -39,16 +39,16 @@ class LoraSettings:
 def add_lora(
     model: PreTrainedModel, settings: LoraSettings, seed: int, blocks: int | None = None
 ) -> None:
-    """Put an adapter into `model`, freezing all else; the model computes what it did before.
+    """Put an adapter into `model` and freeze all else; the model's outputs stay the same.
 
     Args:
         model: changed in place.
-        settings: of the adapter.
-        seed: of its random half (the other half starts at 0).
+        settings: the adapter's shape.
+        seed: of A; B starts at 0.
         blocks: adapt the last so many blocks only; `None`: all.
 
     Raises:
-        UserError: a target is no linear layer of the model's blocks.
+        UserError: a target is no linear layer of the model's blocks, or peft is not installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -59,7 +59,7 @@ def add_lora(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
-        target_modules=_targets(model, settings.targets, blocks),
+        target_modules=_target_modules(model, settings.targets, blocks),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with torch.random.fork_rng(devices=[]):
@@ -113,7 +113,10 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _targets(model: PreTrainedModel, wanted: tuple[str, ...], blocks: int | None) -> list[str]:
+def _target_modules(
+    model: PreTrainedModel, targets: tuple[str, ...], blocks: int | None
+) -> list[str]:
+    """Return the full names of the linear layers to adapt."""
     parts = decoder_parts(model)
     names = {id(module): name for name, module in model.named_modules()}
     stack = list(parts.blocks)
@@ -125,10 +128,10 @@ def _targets(model: PreTrainedModel, wanted: tuple[str, ...], blocks: int | None
         if isinstance(module, nn.Linear | Conv1D)
     ]
     valid = sorted({short for short, _ in linear})
-    unknown = sorted(set(wanted) - set(valid))
+    unknown = sorted(set(targets) - set(valid))
     if unknown:
         raise UserError(
             f"lora.targets: {', '.join(unknown)} is no linear layer in the blocks of a "
             f"{parts.base.config.model_type} model; it has: {', '.join(valid)}"
         )
-    return [name for short, name in linear if not wanted or short in wanted]
+    return [name for short, name in linear if not targets or short in targets]

@@ -1,7 +1,7 @@
-"""Several sequences in one row: each token attends to the earlier tokens of its own sequence.
+"""Attention masks of packed rows: each token attends to the earlier tokens of its own sequence.
 
-B rows, S tokens. A row that holds one sequence and padding needs no mask at all: causal attention
-lets no real token see what stands to its right.
+A row that holds one sequence and padding needs no mask at all: causal attention lets no real token
+see the padding to its right. B rows, S tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.frozen_trunk import as_mask
+from rlhf_exp.models.frozen_trunk import to_attention_mask
 
 Mask = Tensor | dict[str, Tensor]
 
@@ -24,19 +24,19 @@ def packed_attention_mask(
     Args:
         segments: [B, S] int64, 1, 2, ... for the sequences of a row, 0 for padding. Padding attends
             to padding: a row of attention with nothing to attend to would be undefined.
-        dtype: of the mask, see `as_mask`.
+        dtype: of the mask, see `to_attention_mask`.
         window: tokens that a sliding window reaches back, itself included; unlimited where `None`.
 
     Returns:
         [B, 1, S, S].
     """
-    place = torch.arange(segments.shape[1], device=segments.device)
-    distance = place[:, None] - place
+    position = torch.arange(segments.shape[1], device=segments.device)
+    distance = position[:, None] - position
     allowed = distance >= 0
     if window is not None:
         allowed = allowed & (distance < window)
     mask = (allowed & (segments[:, :, None] == segments[:, None, :]))[:, None]
-    return as_mask(mask, dtype)
+    return to_attention_mask(mask, dtype)
 
 
 def packed_mask_for(model: PreTrainedModel, segments: Tensor) -> Mask | None:
@@ -60,12 +60,15 @@ def packed_mask_for(model: PreTrainedModel, segments: Tensor) -> Mask | None:
     if window is None:
         return full
     sliding = packed_attention_mask(segments, dtype, window)
-    kinds = getattr(config, "layer_types", None)
-    return sliding if kinds is None else {"full_attention": full, "sliding_attention": sliding}
+    layer_types = getattr(config, "layer_types", None)
+    return (
+        sliding if layer_types is None else {"full_attention": full, "sliding_attention": sliding}
+    )
 
 
 def _window(config: PreTrainedConfig) -> int | None:
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
+    """Return the width of the sliding window, `None` for a model that has none."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
         return None
     return getattr(config, "sliding_window", None)

@@ -1,19 +1,7 @@
-"""The policy: a causal language model, what of it trains, and a value head.
+"""The policy: a causal language model, which of its parameters train, and a value head.
 
-B rows, S tokens, T response tokens, D width. Batches are right-padded without a mask.
-
-Where a response's log-probabilities and values are read in a batch of whole sequences.
-
-B rows, S tokens, T response tokens, N response tokens of all rows together, D width. Token t of a
-response is predicted by the state at the token before it, position `prompt_length - 1 + t`; the
-value estimate of step t is read there too, before the token is known.
-
-Value head: a number for each state.
-
-How a model runs while it trains: what is frozen, without dropout, with checkpointing or not.
-
-Dropout is off by its probabilities, not by eval mode: in eval mode transformers silently does
-without gradient checkpointing.
+B rows, S tokens, T response tokens, N response tokens of all rows together, D width, V vocabulary.
+Batches are right-padded without a mask: causal attention lets no real token see its padding.
 """
 
 from __future__ import annotations
@@ -35,14 +23,17 @@ from rlhf_exp.models.lora import LoraSettings, add_lora, lora_layers, merged_sta
 from rlhf_exp.models.packing import packed_mask_for
 from rlhf_exp.models.pretrained import save_policy, without_dropout
 
+HEAD_INIT_STD = 0.01
+"""Standard deviation of a new value or reward head's weights."""
+
 
 class ResponseOutputs(NamedTuple):
-    """What a policy says of given responses; 0 beyond each response's end.
+    """A policy's log-probabilities, values and entropies of responses; 0 beyond a response's end.
 
-    A tuple, for the wrappers of distributed training look for tensors in tuples only.
+    A tuple, because the wrappers of distributed training look for tensors in tuples only.
 
     Attributes:
-        logprobs: [B, T] float32, of each response token at the temperature asked for.
+        logprobs: [B, T] float32, of each response token at the given temperature.
         values: [B, T] float32, estimated before the token was known; 0 without a value head.
         entropy: [B, T] float32 in nats, or `None`.
     """
@@ -53,11 +44,19 @@ class ResponseOutputs(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A causal language model that trains wholly, in its top blocks, or through LoRA.
+    """A causal language model of which all, the top blocks or a LoRA adapter train; a value head.
 
-    With `train_blocks=k` the last k blocks, the final norm and an untied head train; everything
-    below stays as it is, and so do tied embeddings: their head would otherwise move the embeddings
-    under a trunk taken for frozen. With LoRA only the adapter trains.
+    With `train_blocks=k` the last k blocks, the final norm and an untied head train. Everything
+    below is frozen, and so is a tied head: training it would move the embeddings below the frozen
+    trunk. With LoRA only the adapter trains.
+
+    Attributes:
+        model: the causal language model.
+        value_head: reads values from final states; `None` without one.
+        value_trunk: the model (or branch) that the value head reads; `None` for the policy's own.
+        train_blocks: number of training blocks; `None`: all.
+        adapted: whether LoRA trains.
+        cut: index of the first training block, so the number of frozen ones; `None`: no trunk.
     """
 
     def __init__(
@@ -69,30 +68,33 @@ class Policy(nn.Module):
         value_model: PreTrainedModel | None = None,
         value_branch: bool = False,
         seed: int = 0,
-        whole_blocks: bool = False,
+        run_all_positions: bool = False,
     ) -> None:
-        """Wrap `model`, changing what of it requires gradients.
+        """Wrap `model`, and set which of its parameters require gradients.
 
         Args:
             model: causal language model; changed in place.
             train_blocks: how many of the last blocks train (or are adapted); `None`: all.
             lora: train an adapter instead of the weights.
-            value_head: whether there is one (SFT needs none).
-            value_model: a model of its own for the values, which trains wholly; by default the
-                value head reads the policy's final states.
+            value_head: whether to add a value head (SFT needs none).
+            value_model: a separate model under the value head, all of which trains; by default
+                the value head reads the policy's final states.
             value_branch: whether the value head reads a copy of the training blocks, which trains
                 too, over the states of the policy's frozen trunk.
-            seed: of the value head and the adapter.
-            whole_blocks: whether the last block must be run at once and at every position, for
-                wrappers that hook into blocks.
+            seed: of the value head's and the adapter's initial weights.
+            run_all_positions: whether the last block must be run in one call and at every
+                position, for wrappers that hook into blocks.
+
+        Raises:
+            UserError: `train_blocks` is not between 1 and the model's number of blocks.
         """
         super().__init__()
-        dropout_off(model)
+        disable_dropout(model)
         self.model = model
-        self._whole_blocks, self._checkpointing = whole_blocks, False
+        self._run_all_positions, self._checkpointing = run_all_positions, False
         self.value_trunk: PreTrainedModel | None = None
         if value_model is not None:
-            self.value_trunk = dropout_off(cast(PreTrainedModel, value_model.base_model))
+            self.value_trunk = disable_dropout(cast(PreTrainedModel, value_model.base_model))
             self.value_trunk.requires_grad_(True)
         self._value_branch: Branch | None = None
         self.value_head = ValueHead(model.config.hidden_size, seed) if value_head else None
@@ -109,13 +111,14 @@ class Policy(nn.Module):
         if lora is not None:
             add_lora(model, lora, seed, train_blocks)
         else:
-            freeze_below(model, train_blocks)
+            freeze_lower_blocks(model, train_blocks)
         self.cut = None if train_blocks is None else count - train_blocks
-        # In a tuple: neither registers the model's parameters a second time.
-        self._views: tuple[Trunk, Branch] | None = None
+        # In a tuple, so that the model's parameters are not registered a second time.
+        self._trunk_and_branch: tuple[Trunk, Branch] | None = None
         if self.cut is not None:
             check_branch(model, self.cut)
-            self._views = Trunk(model, self.cut), Branch.of(model, count - self.cut, share=True)
+            branch = Branch.of(model, count - self.cut, share=True)
+            self._trunk_and_branch = Trunk(model, self.cut), branch
         if value_branch:
             assert train_blocks is not None, "no trunk is frozen: there is nothing to branch from"
             assert not self.adapted, "a branch copies blocks that train as they are"
@@ -130,29 +133,31 @@ class Policy(nn.Module):
     @torch.no_grad()
     def trunk_states(self, tokens: Tensor) -> Tensor:
         """Return the states [B, S, D] that enter the first training block, for `tokens` [B, S]."""
-        assert self._views is not None, "no trunk is frozen: everything trains"
-        return self._views[0](tokens)
+        assert self._trunk_and_branch is not None, "no trunk is frozen: everything trains"
+        return self._trunk_and_branch[0](tokens)
 
     @property
-    def whole_blocks(self) -> bool:
-        """Whether every block is run at every position, even where its output is not read."""
-        return self._whole_blocks or self._checkpointing
+    def run_all_positions(self) -> bool:
+        """Whether the last block is run at every position, even where its output is not read."""
+        return self._run_all_positions or self._checkpointing
 
-    def predicting(self, index: ResponseIndex, tokens: Tensor, states: Tensor | None) -> Tensor:
+    def predicting_states(
+        self, index: ResponseIndex, tokens: Tensor, states: Tensor | None
+    ) -> Tensor:
         """Return the final states [N, D] that predict response tokens.
 
         Args:
-            index: of the rows.
+            index: the response tokens of the rows.
             tokens: [B, S] int64, right-padded.
             states: [B, S, D] entering the first training block: only the blocks above are run.
         """
-        if self._views is None:
+        if self._trunk_and_branch is None:
             assert states is None, "states without a frozen trunk"
             outputs = self.model.base_model(input_ids=tokens, use_cache=False)
-            return index.pick(outputs.last_hidden_state)
-        trunk, branch = self._views
-        return index.of_branch(
-            branch, trunk(tokens) if states is None else states, self.whole_blocks
+            return index.select(outputs.last_hidden_state)
+        trunk, branch = self._trunk_and_branch
+        return index.run_branch(
+            branch, trunk(tokens) if states is None else states, self.run_all_positions
         )
 
     def response_outputs(
@@ -171,26 +176,26 @@ class Policy(nn.Module):
             tokens: [B, S] int64, prompt then response, right-padded.
             prompt_lengths: [B] int64, at least 1.
             response_lengths: [B] int64.
-            temperature: the one that responses were sampled at.
-            states: [B, S, D] as in `predicting`.
+            temperature: divides the logits; the one that responses were sampled at.
+            states: [B, S, D] as in `predicting_states`.
             with_entropy: also return the entropy at each response token.
             width: T; the longest response where not given.
         """
         index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
         if states is None and self.cut is not None:
             states = self.trunk_states(tokens)
-        picked = self.predicting(index, tokens, states)
-        logprobs, entropy = head_logprobs(picked, self.head, index, temperature, with_entropy)
+        hidden = self.predicting_states(index, tokens, states)
+        logprobs, entropy = response_logprobs(hidden, self.head, index, temperature, with_entropy)
         if self.value_head is None:
             return ResponseOutputs(logprobs, torch.zeros_like(logprobs), entropy)
         if self._value_branch is not None:
             assert states is not None, "a branch has a trunk below it"
-            picked = index.of_branch(self._value_branch, states, self.whole_blocks)
+            hidden = index.run_branch(self._value_branch, states, self.run_all_positions)
         elif self.value_trunk is not None:
-            picked = index.pick(
+            hidden = index.select(
                 self.value_trunk(input_ids=tokens, use_cache=False).last_hidden_state
             )
-        return ResponseOutputs(logprobs, index.spread(self.value_head(picked)), entropy)
+        return ResponseOutputs(logprobs, index.scatter(self.value_head(hidden)), entropy)
 
     def logprobs(
         self,
@@ -201,7 +206,7 @@ class Policy(nn.Module):
         states: Tensor | None = None,
         width: int | None = None,
     ) -> Tensor:
-        """Return the log-probabilities alone: one policy is another one's `Reference`."""
+        """Return the log-probabilities alone, so that a policy can be a `Reference`."""
         spans = (prompt_lengths, response_lengths)
         return self.response_outputs(tokens, *spans, temperature, states, width=width).logprobs
 
@@ -211,9 +216,9 @@ class Policy(nn.Module):
         packed = {} if mask is None else {"attention_mask": mask, "position_ids": batch.positions}
         outputs = self.model.base_model(input_ids=batch.tokens, use_cache=False, **packed)
         source = batch.target_mask.flatten().nonzero().squeeze(1) - 1
-        picked = outputs.last_hidden_state.flatten(0, 1).index_select(0, source)
+        hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, source)
         targets = batch.tokens[batch.target_mask]
-        return gather_logprobs(picked, self.head.weight, self.head.bias, targets, 1.0)[0]
+        return gather_logprobs(hidden, self.head.weight, self.head.bias, targets, 1.0)[0]
 
     def forward(
         self,
@@ -222,13 +227,13 @@ class Policy(nn.Module):
     ) -> Tensor | ResponseOutputs:
         """Return `target_logprobs(batch)`, or `response_outputs(**responses)` without a batch.
 
-        The wrappers of distributed training act in `forward` alone, so whatever has gradients comes
-        through here.
+        The wrappers of distributed training act in `forward` alone, so every pass with gradients
+        goes through here.
         """
         return self.response_outputs(**responses) if batch is None else self.target_logprobs(batch)
 
     def trainable_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what trains, each parameter once: all that a checkpoint has to store."""
+        """Yield the trainable parameters, each once: all that a checkpoint has to store."""
         return ((name, value) for name, value in self.named_parameters() if value.requires_grad)
 
     def set_gradient_checkpointing(self, on: bool) -> Self:
@@ -236,7 +241,7 @@ class Policy(nn.Module):
         self._checkpointing = on
         for model in (self.model, self.value_trunk):
             if model is not None:
-                set_checkpointing(model, on)
+                set_gradient_checkpointing(model, on)
         return self
 
     def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -247,11 +252,15 @@ class Policy(nn.Module):
 
 @dataclass(frozen=True)
 class ResponseIndex:
-    """Which states of a batch predict response tokens, and which tokens those are.
+    """Positions of the states that predict response tokens, and those tokens.
+
+    Token t of a response is predicted by the state at the token before it, position
+    `prompt_length - 1 + t`; the value of step t is read there too, before the token is known.
 
     Attributes:
         mask: [B, T] bool, True on response tokens.
-        positions: [B, T] int64, of the predicting states in their rows; any beyond a response.
+        positions: [B, T] int64, of the predicting states in their rows; beyond a response
+            arbitrary.
         source: [N] int64, the predicting states in the flattened [B * S], row by row.
         targets: [N] int64, the response tokens.
     """
@@ -285,56 +294,61 @@ class ResponseIndex:
         source = (start[:, None] + positions)[mask]
         return cls(mask, positions, source, tokens.reshape(-1).index_select(0, source + 1))
 
-    def pick(self, hidden: Tensor) -> Tensor:
+    def select(self, hidden: Tensor) -> Tensor:
         """Return the predicting states [N, D] of `hidden` [B, S, D]."""
         return hidden.flatten(0, 1).index_select(0, self.source)
 
-    def of_branch(self, branch: Branch, states: Tensor, whole: bool) -> Tensor:
-        """Return the predicting states [N, D] at the end of `branch` over `states` [B, S, D].
+    def run_branch(self, branch: Branch, states: Tensor, all_positions: bool) -> Tensor:
+        """Run `branch` and return the predicting states [N, D].
 
         Args:
             branch: the top blocks.
-            states: entering them.
-            whole: whether all blocks must be run at all positions.
+            states: [B, S, D] entering them.
+            all_positions: whether the last block must be run at all positions.
         """
-        if whole or not branch.reads:
-            return self.pick(branch(states))
-        return branch.read(states, self.positions)[self.mask]
+        if all_positions or not branch.supports_forward_at:
+            return self.select(branch(states))
+        return branch.forward_at(states, self.positions)[self.mask]
 
-    def spread(self, values: Tensor) -> Tensor:
+    def scatter(self, values: Tensor) -> Tensor:
         """Return `values` [N] as [B, T], 0 beyond each response's end."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
 
-def head_logprobs(
-    picked: Tensor,
+def response_logprobs(
+    hidden: Tensor,
     head: nn.Linear,
     index: ResponseIndex,
     temperature: float,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return log-probabilities (and entropies) [B, T] float32 from `picked` states [N, D]."""
+    """Return log-probabilities (and entropies) [B, T] float32 of response tokens.
+
+    Args:
+        hidden: [N, D], the states that predict them.
+        head: the language-model head.
+        index: the response tokens.
+        temperature: divides the logits.
+        with_entropy: whether entropies are returned, in nats; else `None`.
+    """
     logprobs, entropy = gather_logprobs(
-        picked, head.weight, head.bias, index.targets, temperature, with_entropy=with_entropy
+        hidden, head.weight, head.bias, index.targets, temperature, with_entropy=with_entropy
     )
-    return index.spread(logprobs), None if entropy is None else index.spread(entropy)
-
-
-INITIAL_STD = 0.01
+    return index.scatter(logprobs), None if entropy is None else index.scatter(entropy)
 
 
 class ValueHead(nn.Module):
-    """A linear layer D -> 1 that computes in float32 whatever the model's precision."""
+    """A linear layer D -> 1, computed in float32 whatever the model's precision."""
 
     def __init__(self, width: int, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(torch.randn(width, generator=generator) * INITIAL_STD)
+        self.weight = nn.Parameter(torch.randn(width, generator=generator) * HEAD_INIT_STD)
         self.bias = nn.Parameter(torch.zeros(1))
 
     @torch.no_grad()
     def copy_from(self, weight: Tensor, offset: float) -> None:
-        """Start as a reward head: `weight` [1, D] or [D], and `offset` added to the product."""
+        """Initialise from a reward head: `weight` [1, D] or [D], and `offset` as the bias."""
         self.weight.copy_(weight.reshape(-1))
         self.bias.fill_(offset)
 
@@ -344,8 +358,11 @@ class ValueHead(nn.Module):
             return hidden.float() @ self.weight.float() + self.bias.float()
 
 
-def dropout_off(model: PreTrainedModel) -> PreTrainedModel:
-    """Set every dropout probability of `model` to 0, in its config and in its modules."""
+def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Set every dropout probability of `model` to 0, in its config and in its modules.
+
+    Eval mode would do it too, but in eval mode transformers silently skips gradient checkpointing.
+    """
     without_dropout(model.config)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -355,10 +372,10 @@ def dropout_off(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def freeze_below(model: PreTrainedModel, train_blocks: int | None) -> None:
-    """Let only the last `train_blocks` blocks, the final norm and an untied head train.
+def freeze_lower_blocks(model: PreTrainedModel, train_blocks: int | None) -> None:
+    """Freeze all but the last `train_blocks` blocks, the final norm and an untied head.
 
-    `None` lets everything train. Tied embeddings stay frozen, and so does their head.
+    With `None` everything trains. Tied embeddings are frozen, and so is their head.
     """
     model.requires_grad_(train_blocks is None)
     if train_blocks is None:
@@ -371,7 +388,7 @@ def freeze_below(model: PreTrainedModel, train_blocks: int | None) -> None:
         parts.head.requires_grad_(True)
 
 
-def set_checkpointing(model: PreTrainedModel, on: bool) -> None:
+def set_gradient_checkpointing(model: PreTrainedModel, on: bool) -> None:
     """Turn gradient checkpointing on or off; on, it acts wherever the model is in train mode."""
     # transformers renamed these methods during its version 5.
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"

@@ -1,12 +1,7 @@
-"""Causal language models and tokenizers: from a hub, a folder or from scratch, and back.
+"""Causal language models and tokenizers: loading, building from scratch, and saving.
 
-Only safetensors are read: nothing that is downloaded gets unpickled.
-
-What is written beside a model: heads, as safetensors with nothing else in them.
-
-Writes a model as a plain Hugging Face folder.
-
-Between an `Architecture` and transformers' config of a model of that shape.
+Models are read and written as Hugging Face folders; a head is a safetensors file beside the model's
+own. Only safetensors are read: nothing that is downloaded gets unpickled.
 """
 
 from __future__ import annotations
@@ -38,14 +33,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.architecture import TYPES, Architecture
 
-transformers.logging.disable_progress_bar()  # a stage shows one of its own
-# Rows are right-padded and go by lengths, so the advice to pass a mask would mislead.
+transformers.logging.disable_progress_bar()  # a stage shows its own
+# Rows are right-padded and read by their lengths, so the advice to pass a mask would mislead.
 logging.getLogger("transformers.modeling_utils").addFilter(
     lambda record: "passing in an `attention_mask`" not in record.getMessage()
 )
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+VALUE_HEAD_FILE = "value_head.safetensors"
+VALUE_MODEL_FOLDER = "value_model"
 
 
 def load_causal_lm(
@@ -63,27 +60,35 @@ def load_causal_lm(
         attention: implementation; a family that has no `sdpa` (GPT-J) gets `eager`.
 
     Raises:
-        UserError: `path` is no model, has no safetensors, or lacks some of the weights.
+        UserError: there is no model at `path`, it has no safetensors, or lacks some weights.
     """
     config = load_config(path, revision)
     return load_pretrained(AutoModelForCausalLM, path, config, revision, dtype, attention)
 
 
 def load_pretrained(
-    kind: Any,  # noqa: ANN401 - one of transformers' auto classes
+    auto_class: Any,  # noqa: ANN401 - one of transformers' auto classes
     path: str | Path,
     config: PreTrainedConfig,
     revision: str | None,
     dtype: torch.dtype,
     attention: Attention,
 ) -> PreTrainedModel:
-    """Load a model of auto class `kind`, with every dropout in `config` set to 0.
+    """Load a model by one of transformers' auto classes, with every dropout set to 0.
+
+    Args:
+        auto_class: such as `AutoModelForCausalLM`.
+        path: a folder, or a hub id.
+        config: the model's config; changed in place.
+        revision: branch, tag or commit of a hub id.
+        dtype: of the weights.
+        attention: as for `load_causal_lm`.
 
     Raises:
         UserError: as for `load_causal_lm`.
     """
     try:
-        model, report = kind.from_pretrained(
+        model, report = auto_class.from_pretrained(
             path,
             revision=revision or "main",
             config=without_dropout(config),
@@ -93,7 +98,7 @@ def load_pretrained(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise UserError(_no_model(path, error)) from error
+        raise UserError(_load_error(path, error)) from error
     except SafetensorError as error:
         raise UserError(f"{path}: damaged safetensors file ({error})") from error
     missing = sorted(report["missing_keys"])
@@ -102,14 +107,14 @@ def load_pretrained(
             f"{path}: {len(missing)} weights of a {type(model).__name__} are not in its "
             f"safetensors files (first: {missing[0]}); give a complete model"
         )
-    return ready(model)
+    return train_padding_embedding(model)
 
 
 def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
-    """Load the config alone.
+    """Load a model's config without its weights.
 
     Raises:
-        UserError: `path` is no model.
+        UserError: there is no model at `path`.
     """
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -122,7 +127,7 @@ def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConf
     try:
         return AutoConfig.from_pretrained(path, revision=revision or "main")
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(_no_model(path, error)) from error
+        raise UserError(_load_error(path, error)) from error
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -155,9 +160,9 @@ def build_causal_lm(
     dtype: torch.dtype = torch.float32,
     attention: Attention = "sdpa",
 ) -> PreTrainedModel:
-    """Build a model from scratch, its weights a function of `seed`.
+    """Build a model with random weights, a function of `seed`.
 
-    torch's own generator is left alone.
+    The state of torch's global generator is not changed.
     """
     config = config_of(architecture, eos_id=eos_id, pad_id=pad_id, bos_id=bos_id)
     with torch.random.fork_rng(devices=[]):
@@ -165,150 +170,13 @@ def build_causal_lm(
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=supported_attention(config, attention)
         )
-    return ready(model)
+    return train_padding_embedding(model)
 
 
 def meta_model(architecture: Architecture) -> PreTrainedModel:
-    """Return a model of this shape without any weights, on torch's meta device."""
+    """Return a model of this shape without weights, on torch's meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config_of(architecture))
-
-
-def save_causal_lm(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
-) -> None:
-    """Write a plain Hugging Face folder: config, safetensors, tokenizer."""
-    write_model(model, folder)
-    tokenizer.save_pretrained(folder)
-
-
-def ready(model: PreTrainedModel) -> PreTrainedModel:
-    """Let every token train: some families give the padding token's embedding no gradient.
-
-    Where padding and end-of-sequence are one token, that would freeze a token that has a meaning.
-    """
-    embedding: Any = model.get_input_embeddings()
-    embedding.padding_idx = None
-    return model
-
-
-def supported_attention(config: PreTrainedConfig, attention: Attention) -> str:
-    """Return `attention`, or `eager` where the family has no scaled-dot-product attention."""
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if attention == "sdpa" and model_class is not None and not model_class._supports_sdpa:
-        return "eager"
-    return attention
-
-
-def _no_model(path: str | Path, error: BaseException) -> str:
-    return (
-        f"{path}: no model can be loaded from there ({_first_line(error)}); give a folder with "
-        "config.json and *.safetensors, or a hub id"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-VALUE_HEAD = "value_head.safetensors"
-VALUE_MODEL = "value_model"
-
-
-def save_policy(
-    model: PreTrainedModel,
-    state: dict[str, Tensor] | None,
-    value_head: nn.Module | None,
-    value_trunk: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-) -> None:
-    """Write `model` as a plain Hugging Face folder, and the value head (and its model) beside it.
-
-    Args:
-        model: causal language model.
-        state: its state under plain names where its own has others (LoRA); else `None`.
-        value_head: written to `value_head.safetensors`.
-        value_trunk: written to the folder `value_model`.
-        tokenizer: written with the model.
-        folder: made where it does not exist.
-    """
-    plain = model if state is None else with_state(model, state)
-    write_model(plain, folder)
-    tokenizer.save_pretrained(folder)
-    if value_head is not None:
-        save_head(value_head, Path(folder) / VALUE_HEAD)
-    if value_trunk is not None:
-        write_model(value_trunk, Path(folder) / VALUE_MODEL)
-
-
-def with_state(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
-    """Return a model of the same class and config, made of the tensors in `state`."""
-    with torch.device("meta"):
-        plain = type(model)(copy.deepcopy(model.config))
-    plain.load_state_dict(state, assign=True, strict=True)
-    if getattr(model, "generation_config", None) is not None:
-        plain.generation_config = model.generation_config
-    return plain
-
-
-def save_head(head: nn.Module, path: Path) -> None:
-    """Write a head's parameters."""
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()},
-        path,
-    )
-
-
-def load_head(head: nn.Module, path: Path) -> None:
-    """Read a head's parameters.
-
-    Raises:
-        UserError: the file is missing, damaged or another head's.
-    """
-    try:
-        head.load_state_dict(load_file(path))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: not the head that is expected there ({error})") from error
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged safetensors file ({error})") from error
-
-
-DEEPSPEED = "deepspeed"
-
-
-def write_model(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write config and safetensors of a model that nothing wraps."""
-    with _deepspeed_unseen():
-        model.save_pretrained(folder)
-
-
-@contextmanager
-def _deepspeed_unseen() -> Iterator[None]:
-    """Let DeepSpeed, unless it is imported, look as if it were not installed.
-
-    `save_pretrained` takes off what accelerate knows to wrap modules, and accelerate imports
-    DeepSpeed, where it finds it, to recognise its engine: a quarter of a second, and up to ten
-    times as much, in a process that has no use for it. Without DeepSpeed imported there cannot be
-    an engine. `None` in `sys.modules` is Python's own way to say that a module is not to be had.
-    """
-    if DEEPSPEED in sys.modules:
-        yield
-        return
-    sys.modules[DEEPSPEED] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[DEEPSPEED]
-
-
-def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set every dropout in `config` to 0: PPO compares log-probabilities of two forwards."""
-    for name, value in config.to_dict().items():
-        if isinstance(value, int | float) and name.endswith(("dropout", "pdrop")):
-            setattr(config, name, 0.0)
-    return config
 
 
 def config_of(
@@ -351,7 +219,7 @@ def config_of(
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """Return the shape that a loaded config describes."""
+    """Return the shape of the model that a config describes."""
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
     return Architecture(
         type=config.model_type,
@@ -365,3 +233,133 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
         tied=bool(config.tie_word_embeddings),
         head_width=getattr(config, "head_dim", None),
     )
+
+
+def supported_attention(config: PreTrainedConfig, attention: Attention) -> str:
+    """Return `attention`, or `eager` where the family has no scaled-dot-product attention."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if attention == "sdpa" and model_class is not None and not model_class._supports_sdpa:
+        return "eager"
+    return attention
+
+
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Set every dropout in `config` to 0: PPO compares log-probabilities of two forward passes."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, int | float) and name.endswith(("dropout", "pdrop")):
+            setattr(config, name, 0.0)
+    return config
+
+
+def train_padding_embedding(model: PreTrainedModel) -> PreTrainedModel:
+    """Give the padding token's embedding gradients, which some families withhold.
+
+    Where padding and end-of-sequence are one token, a token with a meaning would stay untrained.
+    """
+    embedding: Any = model.get_input_embeddings()
+    embedding.padding_idx = None
+    return model
+
+
+def _load_error(path: str | Path, error: BaseException) -> str:
+    """Return the message for a model that cannot be loaded."""
+    return (
+        f"{path}: no model can be loaded from there ({_first_line(error)}); give a folder with "
+        "config.json and *.safetensors, or a hub id"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def save_policy(
+    model: PreTrainedModel,
+    state: dict[str, Tensor] | None,
+    value_head: nn.Module | None,
+    value_trunk: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+) -> None:
+    """Write `model` as a Hugging Face folder, and the value head (and its model) beside it.
+
+    Args:
+        model: causal language model.
+        state: with LoRA, the merged weights under the names of the model without adapter; else
+            `None`.
+        value_head: written to `value_head.safetensors`.
+        value_trunk: written to the folder `value_model`.
+        tokenizer: written with the model.
+        folder: created if it does not exist.
+    """
+    merged = model if state is None else with_state_dict(model, state)
+    save_causal_lm(merged, tokenizer, folder)
+    if value_head is not None:
+        save_head(value_head, Path(folder) / VALUE_HEAD_FILE)
+    if value_trunk is not None:
+        write_model(value_trunk, Path(folder) / VALUE_MODEL_FOLDER)
+
+
+def save_causal_lm(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> None:
+    """Write a Hugging Face folder: config, safetensors, tokenizer."""
+    write_model(model, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_model(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write config and safetensors of a model without a distributed wrapper."""
+    with _hidden_deepspeed():
+        model.save_pretrained(folder)
+
+
+@contextmanager
+def _hidden_deepspeed() -> Iterator[None]:
+    """Make DeepSpeed look as if it were not installed, unless it is imported already.
+
+    `save_pretrained` unwraps modules by accelerate, which imports an installed DeepSpeed to
+    recognise its engine. That takes 0.25 s to 2.5 s, and without DeepSpeed imported there cannot be
+    an engine. `None` in `sys.modules` makes an import fail.
+    """
+    if "deepspeed" in sys.modules:
+        yield
+        return
+    sys.modules["deepspeed"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["deepspeed"]
+
+
+def with_state_dict(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
+    """Return a model of the same class and config that holds the tensors in `state`."""
+    with torch.device("meta"):
+        copied = type(model)(copy.deepcopy(model.config))
+    copied.load_state_dict(state, assign=True, strict=True)
+    if getattr(model, "generation_config", None) is not None:
+        copied.generation_config = model.generation_config
+    return copied
+
+
+def save_head(head: nn.Module, path: Path) -> None:
+    """Write a head's parameters to a safetensors file."""
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()},
+        path,
+    )
+
+
+def load_head(head: nn.Module, path: Path) -> None:
+    """Load a head's parameters from a safetensors file.
+
+    Raises:
+        UserError: the file is missing, damaged, or of a head with another shape.
+    """
+    try:
+        head.load_state_dict(load_file(path))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: not the head that is expected there ({error})") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged safetensors file ({error})") from error

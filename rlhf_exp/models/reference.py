@@ -1,6 +1,6 @@
 """The reference: the policy as it was before training, for the KL divergence.
 
-Build it before any trained weights are put into the policy. B rows, S tokens, T response tokens, D
+Build it before trained weights are loaded into the policy. B rows, S tokens, T response tokens, D
 width.
 """
 
@@ -19,7 +19,7 @@ from rlhf_exp.batch import Samples
 from rlhf_exp.data.batching import length_sorted_micro_batches
 from rlhf_exp.models.frozen_trunk import Branch, decoder_parts
 from rlhf_exp.models.lora import adapter_off
-from rlhf_exp.models.policy import Policy, ResponseIndex, ResponseOutputs, head_logprobs
+from rlhf_exp.models.policy import Policy, ResponseIndex, ResponseOutputs, response_logprobs
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -40,11 +40,27 @@ class Reference(Protocol):
         ...
 
 
+def build_reference(policy: Policy, dtype: torch.dtype | None = None) -> Reference:
+    """Return the cheapest reference that is right for an untrained `policy`.
+
+    Args:
+        policy: Not yet trained.
+        dtype: Number format of a copy's weights; by default the policy's. A policy that computes
+            with bfloat16 weights needs a reference that does, or rounding would count as
+            divergence.
+    """
+    if policy.adapted:
+        return LoraReference(policy)
+    if policy.cut is not None:
+        return SharedTrunkReference(policy, dtype)
+    return FullReference(_cast(copy.deepcopy(policy.model), dtype))
+
+
 class SharedTrunkReference:
     """A frozen copy of the training blocks, over the states of the policy's own trunk."""
 
     def __init__(self, policy: Policy, dtype: torch.dtype | None = None) -> None:
-        """Copy what trains in `policy`, in `dtype` if given."""
+        """Copy the trainable blocks of an untrained `policy`, in `dtype` if given."""
         assert policy.train_blocks is not None, "no trunk to share: everything trains"
         assert not policy.adapted, "the adapter off is the cheaper reference"
         parts = decoder_parts(policy.model)
@@ -66,12 +82,12 @@ class SharedTrunkReference:
         states: Tensor | None = None,
         width: int | None = None,
     ) -> Tensor:
-        """See `Reference`; runs the trunk only where `states` are not given."""
+        """See `Reference`; the trunk is run only if `states` are not given."""
         index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
         if states is None:
             states = self._policy.trunk_states(tokens)
-        picked = index.of_branch(self._branch, states, self._policy.whole_blocks)
-        return head_logprobs(picked, self._head, index, temperature)[0]
+        hidden = index.run_branch(self._branch, states, self._policy.run_all_positions)
+        return response_logprobs(hidden, self._head, index, temperature)[0]
 
 
 class LoraReference:
@@ -95,15 +111,15 @@ class LoraReference:
         """See `Reference`."""
         index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
         with adapter_off(self._policy.model):
-            picked = self._policy.predicting(index, tokens, states)
-        return head_logprobs(picked, self._policy.head, index, temperature)[0]
+            hidden = self._policy.predicting_states(index, tokens, states)
+        return response_logprobs(hidden, self._policy.head, index, temperature)[0]
 
 
 class FullReference:
-    """A whole frozen model."""
+    """A frozen model of its own: for a policy that trains as a whole."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Take `model` for good: it must not be the policy's own."""
+        """Freeze `model`, which must not be the policy's own."""
         self._model = model.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -116,34 +132,26 @@ class FullReference:
         states: Tensor | None = None,
         width: int | None = None,
     ) -> Tensor:
-        """See `Reference`; `states` are of no use to it."""
+        """See `Reference`; `states` are ignored."""
         index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
         hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         head = self._model.get_output_embeddings()
-        return head_logprobs(index.pick(hidden), head, index, temperature)[0]
+        return response_logprobs(index.select(hidden), head, index, temperature)[0]
 
 
-def reference_of(policy: Policy, dtype: torch.dtype | None = None) -> Reference:
-    """Return the cheapest reference that is right for an untrained `policy`.
-
-    Args:
-        policy: Not yet trained.
-        dtype: Of a copy's weights; as the policy's where not given. A policy that computes with
-            bfloat16 weights needs a reference that does, or rounding would count as divergence.
-    """
-    if policy.adapted:
-        return LoraReference(policy)
-    if policy.cut is not None:
-        return SharedTrunkReference(policy, dtype)
-    return FullReference(_cast(copy.deepcopy(policy.model), dtype))
+def _cast(module: Module, dtype: torch.dtype | None) -> Module:
+    """Return the module with its parameters in `dtype`; buffers (rotary tables) keep theirs."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    return module
 
 
-class Compared(NamedTuple):
-    """Policy and reference on the same responses, of one micro-batch.
+class ReferenceComparison(NamedTuple):
+    """Outputs of policy and reference for one micro-batch of b responses.
 
     Attributes:
-        rows: [b] int64, numbers of the rows.
-        policy: Of the policy, for `T` response tokens.
+        rows: [b] int64, the rows' indices in the batch.
+        policy: Outputs of the policy, [b, T] each.
         ref_logprobs: [b, T] float32 of the reference.
         states: [b, S', D] that entered the policy's training blocks, or `None`.
     """
@@ -165,18 +173,18 @@ def compare_with_reference(
     states: Tensor | None = None,
     with_entropy: bool = False,
     width: int | None = None,
-) -> Iterator[Compared]:
-    """Run policy and reference over all responses, in micro-batches of rows of like length.
+) -> Iterator[ReferenceComparison]:
+    """Yield the outputs of policy and reference for micro-batches of rows of similar length.
 
     Args:
         policy: The policy; its frozen trunk is run once for both.
         reference: The reference.
         samples: B responses with their prompts, on the policy's device.
-        temperature: Of the log-probabilities.
+        temperature: Divides the logits.
         batch: Rows of a micro-batch.
         autocast: Makes the context of mixed precision.
-        states: [B, S, D] that enter the training blocks, where they are known already.
-        with_entropy: Whether the policy's entropy is wanted.
+        states: [B, S, D] that enter the training blocks, if they are known already.
+        with_entropy: Whether to compute the policy's entropy.
         width: Columns of the results; by default those of a micro-batch's longest response.
     """
     lengths = (samples.prompt_lengths + samples.response_lengths).cpu()
@@ -185,18 +193,13 @@ def compare_with_reference(
         tokens = samples.tokens[rows, :longest]
         spans = (samples.prompt_lengths[rows], samples.response_lengths[rows])
         with autocast():
-            given = None if states is None else states[rows, :longest].to(tokens.device)
-            if given is None and policy.cut is not None:
-                given = policy.trunk_states(tokens)
+            entering = None if states is None else states[rows, :longest].to(tokens.device)
+            if entering is None and policy.cut is not None:
+                entering = policy.trunk_states(tokens)
             outputs = policy.response_outputs(
-                tokens, *spans, temperature, states=given, with_entropy=with_entropy, width=width
+                tokens, *spans, temperature, states=entering, with_entropy=with_entropy, width=width
             )
-            expected = reference.logprobs(tokens, *spans, temperature, states=given, width=width)
-        yield Compared(rows, outputs, expected, given)
-
-
-def _cast(module: Module, dtype: torch.dtype | None) -> Module:
-    """Return the module with its parameters in `dtype`; rotary tables and the like stay exact."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype or parameter.dtype)
-    return module
+            ref_logprobs = reference.logprobs(
+                tokens, *spans, temperature, states=entering, width=width
+            )
+        yield ReferenceComparison(rows, outputs, ref_logprobs, entering)

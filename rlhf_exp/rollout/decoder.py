@@ -1,23 +1,7 @@
-"""One forward at a time of a cached causal language model: whole prompts, or one token a slot.
+"""Incremental decoding: a causal language model with a key-value cache of slots.
 
-Dimensions: N prompts, P tokens of the longest, A active slots, V vocabulary, D width.
-
-The model is a Hugging Face model as it is. Its decoder is called below its language-model head, so
-that logits are made of last positions only, with explicit positions and, when decoding, an explicit
-mask: nothing has to be inferred from padding.
-
-A key-value cache of slots: one row a slot, allocated once, every row at its own length.
-
-Dimensions: A active slots, H key-value heads, W tokens a slot has room for, E width of a head.
-
-Rows stand in their slots without padding on the left: slot column = position. So a row can join
-while others are half done, and leave without the others being moved. The library's own caches grow
-by concatenation (a copy of everything at every token) or hold all rows at one length.
-
-Which row sits in which slot, on the host and on the device.
-
-The active slots are the first ones. A slot whose row has ended runs on until it is cleared away:
-its position and column stop at the last one, and what it writes meanwhile is cut off in the end.
+N prompts, P tokens of the longest, A active slots, W tokens a slot has room for, T response tokens,
+H key-value heads, Q queries of a row, E width of a head, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,20 +19,24 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rlhf_exp.algo.logprobs import head_logits, product_dtype
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.frozen_trunk import as_mask
+from rlhf_exp.models.frozen_trunk import to_attention_mask
 
 
 class Decoder:
-    """A model with a cache of slots.
+    """Forward passes of a causal language model over a key-value cache of slots.
+
+    The model is a Hugging Face model as it is. Its decoder is called below the language-model head,
+    so that logits are computed at last positions only, with explicit positions and, when decoding,
+    an explicit mask: nothing has to be inferred from padding.
 
     Args:
         model: the causal language model, in evaluation mode.
         slots: rows decoded at the same time.
-        width: tokens a row can come to.
-        capture: module of `model` whose incoming hidden states are wanted, or None.
+        width: W, most tokens of a row.
+        capture: module of `model` whose incoming hidden states are captured, or None.
 
     Attributes:
-        captured: what entered `capture` in the last forward, [N, P, D] or [A, 1, D].
+        captured: states that entered `capture` in the last forward pass, [N, P, D] or [A, 1, D].
     """
 
     def __init__(
@@ -67,28 +55,28 @@ class Decoder:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Keep the states entering `capture` while the context lasts."""
+        """Capture the states entering `capture` while the context lasts."""
         if self._capture is None:
             yield
             return
-        handle = self._capture.register_forward_pre_hook(self._take, with_kwargs=True)
+        handle = self._capture.register_forward_pre_hook(self._capture_input, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
     def prefill(self, tokens: Tensor, lengths: Tensor, slots: slice, scale: float) -> Tensor:
-        """Read prompts into `slots` and return the logits [N, V] after each, times `scale`.
+        """Process prompts in `slots` and return the logits [N, V] after each, times `scale`.
 
         Args:
             tokens: [N, P] int64, right-padded.
             lengths: [N] int64.
-            slots: of N rows.
+            slots: N slots for these rows.
             scale: one over the temperature.
         """
-        self._cache.place.prefill = slots
+        self._cache.write_position.prefill = slots
         positions = self._columns[: tokens.shape[1]].expand(tokens.shape)
-        # Padding stands to the right, where a causal mask lets no real token see it.
+        # Padding is on the right, where a causal mask lets no real token see it.
         hidden = self._forward(tokens, positions, None)
         rows = torch.arange(tokens.shape[0], device=tokens.device)
         return self._head(hidden[rows, lengths - 1], scale)
@@ -99,23 +87,23 @@ class Decoder:
         Args:
             tokens: [A] int64.
             positions: [A] int64, of these tokens.
-            longest: columns to attend to: above every position.
+            longest: number of columns to attend to; above every position.
             scale: one over the temperature.
         """
-        place = self._cache.place
-        place.prefill, place.positions, place.longest = None, positions, longest
+        write = self._cache.write_position
+        write.prefill, write.positions, write.longest = None, positions, longest
         mask = (self._columns[:longest] <= positions.unsqueeze(1))[:, None, None]
         hidden = self._forward(tokens.unsqueeze(1), positions.unsqueeze(1), mask)
         return self._head(hidden[:, 0], scale)
 
     def move(self, origins: Tensor, targets: Tensor, longest: int) -> None:
-        """Copy what slots `origins` [N] hold, up to `longest` columns, to slots `targets` [N]."""
+        """Copy the first `longest` columns of slots `origins` [N] to slots `targets` [N]."""
         self._cache.move(origins, targets, longest)
 
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         embedded = self._embedding(tokens)
         if mask is not None and self._additive_mask:
-            mask = as_mask(mask, embedded.dtype)
+            mask = to_attention_mask(mask, embedded.dtype)
         return self._model.base_model(
             inputs_embeds=embedded,
             position_ids=positions,
@@ -124,12 +112,14 @@ class Decoder:
             use_cache=True,
         ).last_hidden_state
 
-    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _capture_input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.captured = args[0] if args else kwargs["hidden_states"]
 
 
 class _Head:
-    """The language-model head, with float32 logits whatever the type of its weights."""
+    """The language-model head, with float32 logits whatever its weights' number format."""
 
     def __init__(self, module: nn.Module) -> None:
         assert isinstance(module.weight, Tensor), f"no linear head: {type(module).__name__}"
@@ -150,16 +140,18 @@ class _Head:
 
 
 @contextmanager
-def ready_to_decode(model: PreTrainedModel) -> Iterator[None]:
-    """Switch dropout (and with it gradient checkpointing) off, and attention to one that masks.
+def decoding_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Switch to eval mode, and to an attention implementation that takes masks.
+
+    Eval mode turns off dropout and gradient checkpointing. Both are restored in the end.
 
     Raises:
-        UserError: for an attention that takes no mask in a model that has no other.
+        UserError: the model's attention takes no mask, and it has no scaled-dot-product attention.
     """
     config = model.config
     attention = config._attn_implementation
-    usable = attention in ("eager", "sdpa")
-    if not usable and not getattr(model, "_supports_sdpa", False):
+    takes_masks = attention in ("eager", "sdpa")
+    if not takes_masks and not getattr(model, "_supports_sdpa", False):
         raise UserError(
             f"model.attention: sampling from {type(model).__name__} needs 'eager', found "
             f"{attention!r}; set model.attention=eager"
@@ -167,54 +159,63 @@ def ready_to_decode(model: PreTrainedModel) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        if not usable:
+        if not takes_masks:
             config._attn_implementation = "sdpa"
         yield
     finally:
-        if not usable:
+        if not takes_masks:
             config._attn_implementation = attention
         for module, training in modes:
             module.training = training
 
 
-@dataclass
-class WritePosition:
-    """Where the next keys and values go: one object that all layers of a cache read.
+class SlotCache(Cache):
+    """A key-value cache of slots, allocated once, in which every row has its own length.
 
-    Attributes:
+    Rows stand in their slots without padding on the left: slot column = position. So a row can join
+    while others are half done, and leave without the others being moved. The library's own caches
+    grow by concatenation (a copy of everything at every token) or hold all rows at one length.
+
+    Before a forward pass over whole prompts, set `write_position.prefill` to a slice of slots.
+    Before one over the next token of the first A slots, set it to None, and set
+    `write_position.positions` and `write_position.longest`.
+
+    Args:
+        layers: number of decoder layers.
         slots: rows held at the same time.
         width: tokens a slot has room for.
-        slot_numbers: [slots] int64, counting from 0.
-        positions: [A] int64, column of the next token of each active slot.
-        prefill: the slots that the next forward fills from column 0, or None.
-        longest: columns that attention reads, above every position.
+        device: of the model.
     """
 
-    slots: int
-    width: int
-    slot_numbers: Tensor
-    positions: Tensor
-    prefill: slice | None = None
-    longest: int = 0
+    def __init__(self, layers: int, slots: int, width: int, device: torch.device) -> None:
+        numbers = torch.arange(slots, device=device)
+        self.write_position = WritePosition(slots, width, numbers, numbers[:0])
+        super().__init__(layers=[SlotLayer(self.write_position) for _ in range(layers)])
+
+    def move(self, origins: Tensor, targets: Tensor, longest: int) -> None:
+        """Copy the first `longest` columns of slots `origins` [N] to `targets` [N], all layers."""
+        for layer in self.layers:
+            assert isinstance(layer, SlotLayer)
+            layer.move(origins, targets, longest)
 
 
 class SlotLayer(CacheLayerMixin):
     """Keys and values [slots, H, W, E] of one layer.
 
-    It knows the place and not the cache: a reference back to the cache would keep hundreds of
-    megabytes alive until the next collection of cycles.
+    It holds the write position and not the cache: a reference back to the cache would keep hundreds
+    of megabytes alive until the next collection of cycles.
     """
 
     is_sliding = False
 
-    def __init__(self, place: WritePosition) -> None:
+    def __init__(self, write_position: WritePosition) -> None:
         super().__init__()
-        self._place = place
+        self._write_position = write_position
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate zeros: what is masked out must be finite."""
-        slots, width = self._place.slots, self._place.width
+        """Allocate zeros: masked keys and values must be finite."""
+        slots, width = self._write_position.slots, self._write_position.width
         for name, states in (("keys", key_states), ("values", value_states)):
             _, heads, _, size = states.shape
             setattr(self, name, states.new_zeros(slots, heads, width, size))
@@ -231,25 +232,25 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        place = self._place
-        if place.prefill is not None:
+        write = self._write_position
+        if write.prefill is not None:
             length = key_states.shape[2]
-            self.keys[place.prefill, :, :length] = key_states
-            self.values[place.prefill, :, :length] = value_states
+            self.keys[write.prefill, :, :length] = key_states
+            self.values[write.prefill, :, :length] = value_states
             return key_states, value_states
-        active = place.positions.shape[0]
-        self.keys[place.slot_numbers[:active], :, place.positions] = key_states[:, :, 0]
-        self.values[place.slot_numbers[:active], :, place.positions] = value_states[:, :, 0]
-        return self.keys[:active, :, : place.longest], self.values[:active, :, : place.longest]
+        active = write.positions.shape[0]
+        self.keys[write.slot_numbers[:active], :, write.positions] = key_states[:, :, 0]
+        self.values[write.slot_numbers[:active], :, write.positions] = value_states[:, :, 0]
+        return self.keys[:active, :, : write.longest], self.values[:active, :, : write.longest]
 
     def move(self, origins: Tensor, targets: Tensor, longest: int) -> None:
-        """Copy slots `origins` [N] onto `targets` [N], as far as `longest` columns."""
+        """Copy the first `longest` columns of slots `origins` [N] to slots `targets` [N]."""
         for states in (self.keys, self.values):
             assert states is not None
             states[targets, :, :longest] = states[origins, :, :longest]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return what a causal mask over whole prompts needs; decoding brings its own mask."""
+        """Return key length and offset of a causal mask over prompts; decoding has its own mask."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
@@ -257,52 +258,52 @@ class SlotLayer(CacheLayerMixin):
         return 0
 
     def get_max_length(self) -> int:
-        """Return the room of a slot."""
-        return self._place.width
+        """Return the number of tokens a slot has room for."""
+        return self._write_position.width
 
 
-class SlotCache(Cache):
-    """The layers' slots, and where the next tokens go.
+@dataclass
+class WritePosition:
+    """Position of the next keys and values: one object that all layers of a cache read.
 
-    Set `place.prefill` to a slice of slots before a forward over whole prompts; set it to None,
-    `place.positions` and `place.longest` before a forward over the next token of the first A slots.
-
-    Args:
-        layers: number of decoder layers.
+    Attributes:
         slots: rows held at the same time.
-        width: tokens a slot has room for.
-        device: of the model.
+        width: W, tokens a slot has room for.
+        slot_numbers: [slots] int64, counting from 0.
+        positions: [A] int64, column of the next token of each active slot.
+        prefill: the slots that the next forward pass fills from column 0, or None.
+        longest: number of columns that attention reads; above every position.
     """
 
-    def __init__(self, layers: int, slots: int, width: int, device: torch.device) -> None:
-        numbers = torch.arange(slots, device=device)
-        self.place = WritePosition(slots, width, numbers, numbers[:0])
-        super().__init__(layers=[SlotLayer(self.place) for _ in range(layers)])
-
-    def move(self, origins: Tensor, targets: Tensor, longest: int) -> None:
-        """Copy slots `origins` [N] onto `targets` [N] in every layer, `longest` columns of them."""
-        for layer in self.layers:
-            assert isinstance(layer, SlotLayer)
-            layer.move(origins, targets, longest)
+    slots: int
+    width: int
+    slot_numbers: Tensor
+    positions: Tensor
+    prefill: slice | None = None
+    longest: int = 0
 
 
 class SlotTable:
-    """The slots of one sampling call.
+    """The row in each slot during one sampling call, on the host and on the device.
+
+    The active slots are the first ones. A slot whose row has ended runs on until it is compacted
+    away: its position and column stop at the last one, and what it writes meanwhile is cut off in
+    the end.
 
     Args:
-        slots: how many there are.
-        max_new_tokens: T, a response's length at most.
+        slots: number of slots.
+        max_new_tokens: T, longest response.
         device: of the model.
         spare: positions that a row may run on to after its last token.
 
     Attributes:
-        slots: how many there are.
-        held: row in each active slot, or None where it has ended.
+        slots: number of slots.
+        held: row in each active slot, or None once it has ended.
         row: [slots] int64, the same on the device, an ended row included.
         token: [slots] int64, to feed next.
         position: [slots] int64, of that token; before the first one, that of the prompt's end.
         column: [slots] int64, number of the response token to draw next; T once all are drawn.
-        closing: of each active slot, how many tokens are still fed to a row that has ended.
+        closing: of each active slot, number of tokens still fed to a row that has ended.
     """
 
     def __init__(
@@ -313,32 +314,32 @@ class SlotTable:
         self.slots = slots
         self._max_new_tokens, self._spare = max_new_tokens, spare
         self._state = torch.zeros(7, slots, dtype=torch.int64, device=device)
-        self.row, self.token, self.position, self.column, _, _, self._shift = self._state
+        self.row, self.token, self.position, self.column, _, _, self._state_offset = self._state
         self._moving, self._limits = self._state[2:4], self._state[4:6]
         self._host_position = np.zeros(slots, dtype=np.int64)
 
     @property
     def active(self) -> int:
-        """Slots that take part in a forward, those of ended rows included."""
+        """Number of slots that take part in a forward pass, those of ended rows included."""
         return len(self.held)
 
     @property
     def ended(self) -> int:
-        """Active slots whose row has ended."""
+        """Number of active slots whose row has ended."""
         return self.held.count(None)
 
     @property
     def free(self) -> int:
-        """Slots that are not active."""
+        """Number of slots that are not active."""
         return self.slots - len(self.held)
 
     @property
     def longest(self) -> int:
-        """Columns in use: above the position of every active slot."""
+        """Number of columns in use; above the position of every active slot."""
         return int(self._host_position[: self.active].max()) + 1
 
     def fill(self, rows: Sequence[int], prompt_lengths: Sequence[int]) -> slice:
-        """Give each of `rows` a slot and return these slots."""
+        """Assign a free slot to each of `rows` and return these slots."""
         slots = slice(self.active, self.active + len(rows))
         self.held.extend(rows)
         self.closing.extend([0] * len(rows))
@@ -352,7 +353,7 @@ class SlotTable:
         return slots
 
     def advance(self, slots: slice, tokens: Tensor) -> None:
-        """Take the tokens drawn for `slots` as the next ones to feed."""
+        """Make the tokens drawn for `slots` the next ones to feed."""
         self.token[slots] = tokens
         moving = self._moving[:, slots]
         torch.minimum(moving.add_(1), self._limits[:, slots], out=moving)
@@ -363,56 +364,57 @@ class SlotTable:
         slots: Sequence[int],
         tokens: Sequence[int],
         positions: Sequence[int],
-        more: int,
-        kept: int | None = None,
+        remaining: int,
+        state_column: int | None = None,
     ) -> None:
-        """Let the rows in `slots`, which have ended, be fed one token more.
+        """Feed one more token to rows that have ended.
 
         Args:
-            slots: N of the active ones.
-            tokens: N, to feed them.
-            positions: N, of these in their rows.
-            more: how many are still fed to these rows, this one included.
-            kept: the column that the states of this one are kept in, and of none that follows;
-                as always, if not given.
+            slots: N active slots, of these rows.
+            tokens: N tokens to feed.
+            positions: N positions of these tokens in their rows.
+            remaining: number of tokens still fed to these rows, this one included.
+            state_column: column in which this token's states are stored (those of the tokens after
+                it are not); by default the token's position.
         """
         for slot, position in zip(slots, positions, strict=True):
-            self.closing[slot] = more
+            self.closing[slot] = remaining
             self._host_position[slot] = position
         values = torch.tensor([slots, tokens, positions], dtype=torch.int64)
-        at, tokens_at, positions_at = values.to(self._state.device)
-        self.token[at] = tokens_at
-        self.position[at] = positions_at
-        if kept is not None:
-            self._shift[at] = kept - positions_at
+        slot_index, token, position_index = values.to(self._state.device)
+        self.token[slot_index] = token
+        self.position[slot_index] = position_index
+        if state_column is not None:
+            self._state_offset[slot_index] = state_column - position_index
 
-    def fed(self) -> list[int]:
-        """Count the token fed to each closing row; let those go that are fed no more.
+    def count_fed(self) -> list[int]:
+        """Count the token fed to each closing row, and release rows that need no more tokens.
 
         Returns:
-            The slots of rows that are fed more.
+            The slots of rows that are fed another token.
         """
-        for slot, more in enumerate(self.closing):
-            if more:
-                self.closing[slot] = more - 1
-                if more == 1:
+        for slot, remaining in enumerate(self.closing):
+            if remaining:
+                self.closing[slot] = remaining - 1
+                if remaining == 1:
                     self.held[slot] = None
-        return [slot for slot, more in enumerate(self.closing) if more]
+        return [slot for slot, remaining in enumerate(self.closing) if remaining]
 
-    def kept_at(self, kept: int) -> Tensor:
-        """Return the columns [A] that the states of the tokens fed next are kept in.
+    def state_columns(self, closing_column: int) -> Tensor:
+        """Return the columns [A] in which the states of the tokens fed next are stored.
 
         Args:
-            kept: as in `feed`; the next column takes what nobody reads.
+            closing_column: the `state_column` given to `feed`; the column after it takes states
+                that nobody reads.
         """
         active = slice(0, self.active)
-        return (self.position[active] + self._shift[active]).clamp_(max=kept + 1)
+        return (self.position[active] + self._state_offset[active]).clamp_(max=closing_column + 1)
 
-    def clear(self) -> tuple[Tensor, Tensor]:
-        """Fill the slots of ended rows with the last active ones.
+    def compact(self) -> tuple[Tensor, Tensor]:
+        """Move the rows of the last active slots into the slots of ended rows.
 
         Returns:
-            Slots to copy from and slots to copy to, [N] int64 each, for what else slots hold.
+            Slots to copy from and slots to copy to, [N] int64 each, for the cache.
         """
         remaining = self.active - self.ended
         targets = [slot for slot in range(remaining) if self.held[slot] is None]

@@ -10,7 +10,7 @@ from torch import nn
 
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.models.pretrained import load_config, save_causal_lm
-from rlhf_exp.models.reward_model import HEAD, NORMALISATION, write_head
+from rlhf_exp.models.reward_model import NORMALISATION_FILE, REWARD_HEAD_FILE, write_reward_head
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.sft import base_model
 from rlhf_exp.stages.training import world_for
@@ -60,11 +60,11 @@ def _judge(source: Path, folder: Path) -> Path:
     """Make a reward model of the files of a causal language model, without copying them."""
     folder.mkdir(parents=True)
     for file in source.iterdir():
-        if file.is_file() and file.name not in (HEAD, NORMALISATION):
+        if file.is_file() and file.name not in (REWARD_HEAD_FILE, NORMALISATION_FILE):
             (folder / file.name).symlink_to(file.resolve())
     width = load_config(source).hidden_size
     head = nn.Linear(width, 1, bias=False)
     with torch.no_grad():
         head.weight.zero_()
-    write_head(head, 0.0, 1.0, folder)
+    write_reward_head(head, 0.0, 1.0, folder)
     return folder

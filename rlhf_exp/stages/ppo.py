@@ -25,9 +25,9 @@ from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.models.reference import Reference, reference_of
+from rlhf_exp.models.reference import Reference, build_reference
 from rlhf_exp.models.reward_model import RewardModel
-from rlhf_exp.rollout.sampler import Sampling, sample
+from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.ppo_inputs import (
@@ -37,7 +37,7 @@ from rlhf_exp.stages.ppo_inputs import (
     ppo_prompts,
     round_up_to_iterations,
 )
-from rlhf_exp.stages.scorers import NOTE, training_scorer
+from rlhf_exp.stages.scorers import SERVER_NOTE, training_scorer
 from rlhf_exp.stages.training import (
     keep_small_updates,
     load_policy_model,
@@ -67,7 +67,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         prompts, validation = ppo_prompts(config, context, codec)
         policy = build_policy(config, context)
         policy.to(world.device)
-        reference = reference_of(policy, world.weights_dtype)
+        reference = build_reference(policy, world.weights_dtype)
         keep_small_updates(policy)
         scorer = training_scorer(config, context, codec, world, policy)
         task = PpoTask(
@@ -150,7 +150,7 @@ def build_policy(config: Config, context: StageContext) -> Policy:
         value_branch=section.value_trunk == ValueTrunk.branch,
         seed=section.seed,
         # They hook into each block, and must see it called once and whole.
-        whole_blocks=config.distributed.strategy in (StrategyName.zero3, StrategyName.fsdp),
+        run_all_positions=config.distributed.strategy in (StrategyName.zero3, StrategyName.fsdp),
     ).set_gradient_checkpointing(section.gradient_checkpointing)
     if judge is not None:
         assert policy.value_head is not None
@@ -180,7 +180,7 @@ def sampler_for(
         scorer: Who scores the answers; one that shares the policy's trunk reads these states, too.
     """
     section = config.ppo.generation
-    settings = Sampling(
+    settings = SamplingParams(
         max_new_tokens=section.max_new_tokens,
         temperature=section.temperature,
         batch=section.batch,
@@ -235,7 +235,7 @@ def _copy_state(source: Path, context: StageContext) -> None:
     for name in (BEST, KEPT, "tables"):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name, dirs_exist_ok=True)
-    for name in (METRICS, ALERTS, NOTE):
+    for name in (METRICS, ALERTS, SERVER_NOTE):
         if (source / name).is_file():
             shutil.copy2(source / name, target / name)
     partial = target / f".{CHECKPOINTS}"

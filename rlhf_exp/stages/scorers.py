@@ -19,7 +19,7 @@ from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.http_client import Service
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.models.reward_model import RewardModel, adopt_trunk
+from rlhf_exp.models.reward_model import RewardModel, share_frozen_trunk
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.stages.training import attention_of, torch_dtype
 from rlhf_exp.store.atomic_files import write_json_atomic
@@ -54,7 +54,7 @@ def scorer_for(
     if reward.function is not None:
         return FunctionScorer(load_function(reward.function), codec, reward.function)
     if reward.url is not None:
-        return ServerScorer(known_server(config, context, world), codec)
+        return ServerScorer(agreed_reward_client(config, context, world), codec)
     assert folder is not None, "what scores is a reward model"
     if reward.device is None:
         return model_scorer(config, context, codec, world, folder, model)
@@ -79,12 +79,12 @@ def training_scorer(
     """
     # DeepSpeed would turn the trunk into another number format; ZeRO-3 and FSDP spread it.
     cast = world.weights_dtype not in (None, torch_dtype(config))
-    apart = policy.whole_blocks or cast or config.ppo.reward.device is not None
+    apart = policy.run_all_positions or cast or config.ppo.reward.device is not None
     folder = context.models["reward"] if config.ppo.reward.model_scores else None
     if folder is None or apart or context.materials.codec(folder).digest != codec.digest:
         return scorer_for(config, context, codec, world)
     model = RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config))
-    branch = adopt_trunk(model, policy)
+    branch = share_frozen_trunk(model, policy)
     if branch is None:
         return scorer_for(config, context, codec, world, model)
     batch = config.ppo.generation.batch
@@ -179,11 +179,11 @@ def _model_of(scorer: Scorer) -> RewardModel | None:
     return scorer.model if isinstance(scorer, ModelScorer) else None
 
 
-NOTE = "reward_server.json"
+SERVER_NOTE = "reward_server.json"
 """What PPO was scored by: the server's address, and the name that it gave itself."""
 
 
-def server_of(section: PpoRewardConfig) -> RewardClient:
+def reward_client(section: PpoRewardConfig) -> RewardClient:
     """Return the client of the server at `ppo.reward.url`."""
     assert section.url is not None, "a server scores"
     key = None if section.key_env is None else os.environ[section.key_env]
@@ -191,13 +191,13 @@ def server_of(section: PpoRewardConfig) -> RewardClient:
     return RewardClient(service, section.request_size, section.name)
 
 
-def known_server(config: Config, context: StageContext, world: World) -> RewardClient:
+def agreed_reward_client(config: Config, context: StageContext, world: World) -> RewardClient:
     """Return the client of a server that each process has reached; all of them take part.
 
     Raises:
         UserError: One cannot reach it, or PPO was begun with another reward than it has.
     """
-    server = server_of(config.ppo.reward)
+    server = reward_client(config.ppo.reward)
     told = world.run_on_all(server.check)
     if any(one != told[0] for one in told):
         raise UserError(
@@ -215,7 +215,7 @@ def _note(config: Config, context: StageContext, told: ServerInfo) -> None:
     Raises:
         UserError: It is another reward.
     """
-    path, reward = context.folder / NOTE, config.ppo.reward
+    path, reward = context.folder / SERVER_NOTE, config.ppo.reward
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))["name"]
         if before != told.name:

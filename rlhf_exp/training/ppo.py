@@ -53,7 +53,7 @@ from rlhf_exp.data.batching import (
     prompts_batch,
 )
 from rlhf_exp.data.tokenized import TokenizedPrompts
-from rlhf_exp.distributed.redistribute import redistribute, same_widths
+from rlhf_exp.distributed.redistribute import pad_to_common_widths, redistribute
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy, ResponseOutputs
 from rlhf_exp.models.reference import Reference, compare_with_reference
@@ -113,7 +113,7 @@ class PpoTask:
         began = time.perf_counter()
         with self.world.gathered():  # sharded parameters are whole while responses are sampled
             rollouts = self.collector.collect(iteration, self.meters)
-        rollouts = same_widths(rollouts, self.world)
+        rollouts = pad_to_common_widths(rollouts, self.world)
         collected = time.perf_counter()
         for number, rows in enumerate(self.minibatches(iteration)):
             minibatch = redistribute(rollouts, rows, self.world)

@@ -23,7 +23,7 @@ from rlhf_exp.batch import Samples
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.frozen_trunk import Branch
-from rlhf_exp.models.reward_model import RewardModel, read_scores
+from rlhf_exp.models.reward_model import RewardModel, scores_from_branch
 
 
 class Scorer(Protocol):
@@ -149,7 +149,7 @@ class SharedTrunkScorer(ModelScorer):
             rows[:, :known] = states[part, :known]
             rows[torch.arange(len(part)), last] = closing[part]
             with self.autocast():
-                values = read_scores(self.model, self.branch, rows, last)
+                values = scores_from_branch(self.model, self.branch, rows, last)
             scores[part] = values.float().cpu()
         return scores
 

@@ -151,7 +151,7 @@ def main(folder: Path) -> int:
     from rlhf_exp.processes.environment import find_launch_environment
     from rlhf_exp.processes.worker import open_store, process_group
 
-    deepspeed.WHOLE_BELOW = 0  # all that these models have is below it
+    deepspeed.PERSISTENCE_THRESHOLD = 0  # all that these models have is below it
     place = find_launch_environment()
     assert place is not None
     store = open_store(place)

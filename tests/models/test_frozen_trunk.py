@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.frozen_trunk import (
-    TESTED,
+    TESTED_FAMILIES,
     Branch,
     LastBlock,
     Trunk,
@@ -124,7 +124,7 @@ def test_parts_are_found(tiny: Build, family: str) -> None:
 
 
 def test_every_family_is_in_these_tests() -> None:
-    assert set(NAMES) == TESTED
+    assert set(NAMES) == TESTED_FAMILIES
 
 
 def test_model_built_otherwise_is_refused() -> None:
@@ -150,8 +150,8 @@ def test_chosen_positions_are_those_of_the_whole_branch(
     states = Trunk(model, 4 - k)(rows["tokens"])
     branch = Branch.of(model, k, share=False)
     positions = torch.tensor([[14, 0, 3], [2, 2, 2], [0, 7, 1], [5, 6, 7]])
-    assert branch.reads
-    found = branch.read(states, positions)
+    assert branch.supports_forward_at
+    found = branch.forward_at(states, positions)
     # Not `branch(states)`: the library's own model.
     whole = model.base_model(rows["tokens"]).last_hidden_state
     for row in range(4):
@@ -162,22 +162,24 @@ def test_chosen_positions_are_those_of_the_whole_branch(
 
 def test_what_is_not_known_to_work_runs_whole(tiny: Build) -> None:
     model = tiny("qwen2")
-    assert Branch.of(model, 2, share=True).reads
+    assert Branch.of(model, 2, share=True).supports_forward_at
     model.config.layer_types = ["full_attention"] * 3 + ["sliding_attention"]
-    assert not Branch.of(model, 2, share=True).reads
+    assert not Branch.of(model, 2, share=True).supports_forward_at
     model.config.layer_types = ["sliding_attention"] * 3 + ["full_attention"]
-    assert Branch.of(model, 2, share=True).reads
+    assert Branch.of(model, 2, share=True).supports_forward_at
     another = tiny("llama")
     another.config.model_type = "another"
-    assert not Branch.of(another, 2, share=True).reads
-    for attention, usable in (("sdpa", True), ("eager", True), ("flash_attention_2", False)):
+    assert not Branch.of(another, 2, share=True).supports_forward_at
+    for attention, supported in (("sdpa", True), ("eager", True), ("flash_attention_2", False)):
         config = SimpleNamespace(_attn_implementation=attention, model_type="llama")
-        assert LastBlock(cast(PreTrainedModel, SimpleNamespace(config=config))).usable == usable
+        assert (
+            LastBlock(cast(PreTrainedModel, SimpleNamespace(config=config))).supported == supported
+        )
 
 
 @pytest.mark.parametrize("sdpa_family", ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3"])
 def test_the_last_block_is_run_where_it_is_read(tiny: Build, sdpa_family: str, rows: Batch) -> None:
-    policies = [Policy(tiny(sdpa_family), 2, whole_blocks=whole) for whole in (False, True)]
+    policies = [Policy(tiny(sdpa_family), 2, run_all_positions=whole) for whole in (False, True)]
     attend = nn.functional.scaled_dot_product_attention
     queries = []
     for policy in policies:
@@ -195,7 +197,7 @@ def test_parts_of_the_last_block_have_the_gradients_of_the_whole(
 ) -> None:
     found = []
     for whole in (False, True):
-        policy = Policy(tiny(family), k, lora, whole_blocks=whole).train()
+        policy = Policy(tiny(family), k, lora, run_all_positions=whole).train()
         outputs = policy(**rows, temperature=0.7)
         (outputs.logprobs.square().sum() + outputs.values.square().sum()).backward()
         trained = dict(policy.trainable_named_parameters())

@@ -308,7 +308,7 @@ def test_checkpointing_recomputes_in_train_mode(
         assert forward == (train_blocks or 4)
         assert calls.call_count == 2 * forward  # once more each in the backward pass
     checkpointed = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
-    other = Policy(tiny(family), train_blocks, whole_blocks=True).train()
+    other = Policy(tiny(family), train_blocks, run_all_positions=True).train()
     other(**rows, temperature=1.0, states=states).logprobs.sum().backward()
     plain = [p.grad for p in other.parameters() if p.grad is not None]
     for one, other in zip(checkpointed, plain, strict=True):

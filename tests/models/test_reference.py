@@ -16,7 +16,7 @@ from rlhf_exp.models.reference import (
     LoraReference,
     Reference,
     SharedTrunkReference,
-    reference_of,
+    build_reference,
 )
 
 Build = Callable[..., PreTrainedModel]
@@ -37,7 +37,7 @@ def pair(request: pytest.FixtureRequest, tiny: Build, family: str) -> tuple[Poli
     """Return a policy in train mode and its reference."""
     arguments, kind = KINDS[request.param]
     policy = Policy(tiny(family), **arguments).train()
-    reference = reference_of(policy)
+    reference = build_reference(policy)
     assert type(reference) is kind
     return policy, reference
 
@@ -92,7 +92,7 @@ def test_sees_no_future_token(pair: tuple[Policy, Reference], rows: Batch) -> No
 
 def test_adapter_is_on_again_after_the_reference(tiny: Build, rows: Batch) -> None:
     policy = Policy(tiny("llama"), lora=LoraSettings(rank=4)).train()
-    reference = reference_of(policy)
+    reference = build_reference(policy)
     train_a_little(policy, rows)
     before = policy.response_outputs(**rows, temperature=1.0).logprobs
     reference.logprobs(**rows, temperature=1.0)

@@ -20,7 +20,7 @@ from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.lora import LoraSettings
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import load_tokenizer
-from rlhf_exp.models.reward_model import RewardModel, adopt_trunk, read_scores
+from rlhf_exp.models.reward_model import RewardModel, scores_from_branch, share_frozen_trunk
 
 Build = Callable[..., PreTrainedModel]
 LENGTHS = torch.tensor([9, 4, 1])
@@ -182,10 +182,10 @@ def test_scores_over_the_policys_states_are_the_reward_models_own(
     lengths = rows["prompt_lengths"] + rows["response_lengths"]
     expected = trained_reward(tiny(family), reward_blocks).scores(rows["tokens"], lengths)
     shared = trained_reward(tiny(family), reward_blocks)
-    branch = adopt_trunk(shared, policy)
+    branch = share_frozen_trunk(shared, policy)
     assert branch is not None
     states = policy.trunk_states(rows["tokens"])
-    found = read_scores(shared, branch, states, lengths - 1)
+    found = scores_from_branch(shared, branch, states, lengths - 1)
     assert (found - expected).abs().max() < 2e-5
     # Token ids still go the whole way, through the policy's blocks.
     assert (shared.scores(rows["tokens"], lengths) - expected).abs().max() < 2e-5
@@ -200,7 +200,7 @@ def test_scores_over_the_policys_states_are_the_reward_models_own(
 def test_what_is_not_the_same_is_not_shared(tiny: Build, family: str) -> None:
     def adopted(reward: RewardModel, blocks: int | None = 2) -> bool:
         before = [id(module) for module in reward.modules()]
-        branch = adopt_trunk(reward, Policy(tiny(family), train_blocks=blocks))
+        branch = share_frozen_trunk(reward, Policy(tiny(family), train_blocks=blocks))
         assert (branch is None) == (before == [id(module) for module in reward.modules()])
         return branch is not None
 

@@ -49,7 +49,7 @@ def test_clearing_moves_the_last_slots_into_the_holes() -> None:
     table.advance(slice(0, 5), torch.tensor([20, 21, 22, 23, 24]))
     table.held[1] = table.held[4] = None
     assert table.ended == 2
-    origins, targets = table.clear()
+    origins, targets = table.compact()
     assert (origins.tolist(), targets.tolist()) == ([3], [1])
     assert table.held == [10, 13, 12]
     assert state(table) == [[10, 13, 12], [20, 23, 22], [1, 3, 2], [1, 1, 1]]
@@ -63,30 +63,32 @@ def test_rows_that_have_ended_are_fed_what_closes_them() -> None:
     table.advance(slice(0, 3), torch.tensor([40, 41, 42]))
     # Row 8, a prompt of 2 tokens, is closed at position 2; its state goes to column 20. Row 9 is
     # fed token 88 first.
-    table.feed([1], [99], [2], more=1, kept=20)
-    table.feed([2], [88], [4], more=2)
-    assert table.kept_at(20).tolist() == [5, 20, 4]
+    table.feed([1], [99], [2], remaining=1, state_column=20)
+    table.feed([2], [88], [4], remaining=2)
+    assert table.state_columns(20).tolist() == [5, 20, 4]
     assert state(table)[1:3] == [[40, 99, 88], [5, 2, 4]]
     assert (table.held, table.closing) == ([7, 8, 9], [0, 1, 2])
     for _ in range(2):
         table.advance(slice(0, 3), torch.tensor([1, 1, 1]))
-        assert table.kept_at(20)[1] == 21, "the column that nobody reads"
-    assert table.fed() == [2]
+        assert table.state_columns(20)[1] == 21, "the column that nobody reads"
+    assert table.count_fed() == [2]
     assert (table.held, table.closing) == ([7, None, 9], [0, 0, 1])
-    table.clear()
+    table.compact()
     assert (table.held, table.closing) == ([7, 9], [0, 1]), "moved with its row"
-    assert table.fed() == []
-    table.clear()
+    assert table.count_fed() == []
+    table.compact()
     for _ in range(6):
         table.advance(slice(0, 1), torch.tensor([1]))
-    assert table.kept_at(20).tolist() == [9], "two positions after the prompt's 5 and 3 new ones"
+    assert table.state_columns(20).tolist() == [9], (
+        "two positions after the prompt's 5 and 3 new ones"
+    )
     # A new row in a used slot keeps its states where its tokens are.
     table.fill([10, 11], [6, 1])
-    assert table.kept_at(20).tolist() == [9, 5, 0]
+    assert table.state_columns(20).tolist() == [9, 5, 0]
 
 
 def test_clearing_everything() -> None:
     table = table_of_three()
     table.held[:] = [None, None, None]
-    origins, targets = table.clear()
+    origins, targets = table.compact()
     assert (len(origins), len(targets), table.active, table.free) == (0, 0, 0, 4)

@@ -26,10 +26,10 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from rlhf_exp.batch import Finish, Prompts, Samples
+from rlhf_exp.batch import FinishReason, Prompts, Samples
 from rlhf_exp.errors import UserError
 from rlhf_exp.rollout import sampler
-from rlhf_exp.rollout.sampler import Sampling, sample
+from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.rollout.token_sampling import uniform
 from rlhf_exp.rollout.transcript import Stopper
 
@@ -88,9 +88,9 @@ def make_prompts(lengths: list[int], pad: int = 0) -> Prompts:
     return Prompts(tokens, torch.tensor(lengths), index=number + 500, rollout=number + 1000)
 
 
-def settings(**changes: float) -> Sampling:
+def settings(**changes: float) -> SamplingParams:
     values = {"max_new_tokens": 9, "temperature": 0.8, "batch": 4, "eos_id": NO_EOS, "pad_id": 0}
-    return Sampling(**{**values, **changes})  # type: ignore[arg-type]
+    return SamplingParams(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def full_forward(model: PreTrainedModel, row: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -170,7 +170,7 @@ def test_nothing_is_cut_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: object) -> Tensor:
         raise AssertionError("training samples from the whole distribution")
 
-    monkeypatch.setattr(sampler, "truncated", refuse)
+    monkeypatch.setattr(sampler, "truncate_logits", refuse)
     model, prompts = build(), make_prompts(LENGTHS)
     sample(model, prompts, settings(), seed=5)
     sample(model, prompts, settings(greedy=True, top_p=0.5), seed=5)
@@ -183,7 +183,7 @@ def test_a_row_does_not_depend_on_batch_order_or_other_rows(batch: int) -> None:
     model, prompts = build(), make_prompts(LENGTHS)
     # An end of sequence that some rows reach makes slots free at different times.
     reference = sample(model, prompts, settings(eos_id=22), seed=5, capture=blocks(model)[1])
-    assert 0 < (reference.finish == Finish.EOS).sum() < len(LENGTHS)
+    assert 0 < (reference.finish == FinishReason.EOS).sum() < len(LENGTHS)
     order = torch.tensor([4, 0, 6, 2, 1])
     shuffled = sample(
         model, prompts.select(order), settings(eos_id=22, batch=batch), 5, capture=blocks(model)[1]
@@ -224,7 +224,7 @@ def test_end_of_sequence_belongs_to_the_response_but_not_to_its_content() -> Non
         count = said.index(eos) + 1 if ends else 9
         assert samples.response_lengths[row] == count
         assert samples.content_lengths[row] == count - ends
-        assert samples.finish[row] == (Finish.EOS if ends else Finish.LENGTH)
+        assert samples.finish[row] == (FinishReason.EOS if ends else FinishReason.LENGTH)
         assert samples.tokens[row, length : length + count].tolist() == said[:count]
         assert (samples.tokens[row, length + count :] == eos).all()
         assert (samples.logprobs[row, count:] == 0).all()
@@ -251,7 +251,7 @@ def test_stop_strings_end_a_row_at_a_token_boundary() -> None:
     stop = tokenizer.decode(said[3:6])
     assert len(stop) == 3
     samples = sample(model, prompts, settings(), 5, stopper=Stopper(tokenizer, [stop]))
-    assert samples.finish[4] == Finish.STOP
+    assert samples.finish[4] == FinishReason.STOP
     assert samples.response_lengths[4] == 6
     assert samples.content_lengths[4] == 3
     assert samples.tokens[4, LENGTHS[4] : LENGTHS[4] + 6].tolist() == said[:6]

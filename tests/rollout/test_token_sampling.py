@@ -12,17 +12,23 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from rlhf_exp.rollout.token_sampling import draw, philox4x32, truncated, uniform, usable
+from rlhf_exp.rollout.token_sampling import (
+    draw_tokens,
+    philox4x32,
+    to_float32,
+    truncate_logits,
+    uniform,
+)
 
 
 def uniforms(*numbers: float) -> torch.Tensor:
-    return usable(torch.tensor(numbers, dtype=torch.float64))
+    return to_float32(torch.tensor(numbers, dtype=torch.float64))
 
 
 def test_inverse_of_the_cumulative_distribution_by_hand() -> None:
     # Weights 1, 2, 5 of 8: cumulated 0.125, 0.375, 1. Adding 100 to the logits changes nothing.
     logits = torch.log(torch.tensor([1.0, 2.0, 5.0])).add(100.0).expand(6, 3).clone()
-    tokens, logprobs = draw(logits, uniforms(0.0, 0.12, 0.13, 0.37, 0.38, 1 - 2**-53))
+    tokens, logprobs = draw_tokens(logits, uniforms(0.0, 0.12, 0.13, 0.37, 0.38, 1 - 2**-53))
     assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
     expected = [math.log(weight / 8) for weight in (1, 1, 2, 2, 5, 5)]
     assert logprobs.tolist() == pytest.approx(expected, abs=1e-5)
@@ -31,7 +37,7 @@ def test_inverse_of_the_cumulative_distribution_by_hand() -> None:
 def test_impossible_tokens_are_never_drawn() -> None:
     infinite = -math.inf
     logits = torch.tensor([[infinite, 0.0, infinite, 0.0, infinite]]).expand(4, 5).clone()
-    tokens, _ = draw(logits, uniforms(0.0, 0.4999999, 0.5, 1 - 2**-53))
+    tokens, _ = draw_tokens(logits, uniforms(0.0, 0.4999999, 0.5, 1 - 2**-53))
     assert tokens.tolist() == [1, 1, 3, 3]
 
 
@@ -41,7 +47,7 @@ def test_the_largest_number_stays_below_a_total_that_was_rounded_up() -> None:
     for _ in range(50):
         logits = torch.randn(1, 4096, generator=generator)
         logits[0, -1] = -math.inf
-        tokens, logprobs = draw(logits, uniforms(1 - 2**-53))
+        tokens, logprobs = draw_tokens(logits, uniforms(1 - 2**-53))
         assert tokens.item() < 4095
         assert torch.isfinite(logprobs).all()
 
@@ -51,9 +57,9 @@ def test_frequencies_are_the_probabilities() -> None:
     logits = generator.normal(size=20).astype(np.float32)
     probabilities = np.exp(logits) / np.exp(logits).sum()
     count = 20000
-    tokens, _ = draw(
+    tokens, _ = draw_tokens(
         torch.from_numpy(logits).expand(count, 20).clone(),
-        usable(torch.from_numpy(generator.random(count))),
+        to_float32(torch.from_numpy(generator.random(count))),
     )
     expected = probabilities * count
     chi_squared = ((np.bincount(tokens, minlength=20) - expected) ** 2 / expected).sum()
@@ -61,13 +67,13 @@ def test_frequencies_are_the_probabilities() -> None:
 
 
 def test_greedy() -> None:
-    tokens, logprobs = draw(torch.tensor([[0.0, math.log(3.0), 0.0]]), None)
+    tokens, logprobs = draw_tokens(torch.tensor([[0.0, math.log(3.0), 0.0]]), None)
     assert tokens.tolist() == [1]
     assert logprobs.item() == pytest.approx(math.log(3 / 5))
 
 
 def test_logits_that_are_not_numbers_give_a_valid_token_and_show() -> None:
-    tokens, logprobs = draw(torch.full((1, 3), math.nan), uniforms(0.5))
+    tokens, logprobs = draw_tokens(torch.full((1, 3), math.nan), uniforms(0.5))
     assert 0 <= tokens.item() < 3
     assert math.isnan(logprobs.item())
 
@@ -97,15 +103,15 @@ def test_the_nucleus_and_the_most_probable_by_hand(
     top_p: float, top_k: int, kept: list[int]
 ) -> None:
     logits = torch.tensor([EIGHTHS]) + 7.0
-    found = truncated(logits, top_p, top_k)
+    found = truncate_logits(logits, top_p, top_k)
     assert torch.isfinite(found[0]).nonzero().flatten().tolist() == kept
     assert torch.equal(found[0, kept], logits[0, kept])
 
 
 def test_a_cut_distribution_is_scaled_up_and_drawn_by_the_same_rule() -> None:
     # Kept: tokens 1 and 2, 4/6 and 2/6, cumulated in the order of the ids: 0, 0.667, 1.
-    logits = truncated(torch.tensor([EIGHTHS]).expand(4, 4).clone(), 0.7, 0)
-    tokens, logprobs = draw(logits, uniforms(0.0, 0.66, 0.67, 1 - 2**-53))
+    logits = truncate_logits(torch.tensor([EIGHTHS]).expand(4, 4).clone(), 0.7, 0)
+    tokens, logprobs = draw_tokens(logits, uniforms(0.0, 0.66, 0.67, 1 - 2**-53))
     assert tokens.tolist() == [1, 1, 2, 2]
     expected = [math.log(4 / 6), math.log(4 / 6), math.log(2 / 6), math.log(2 / 6)]
     assert logprobs.tolist() == pytest.approx(expected, abs=1e-6)
@@ -124,22 +130,24 @@ def test_the_same_tokens_as_transformers_keeps(
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    assert torch.equal(truncated(logits, top_p, top_k), expected)
+    assert torch.equal(truncate_logits(logits, top_p, top_k), expected)
 
 
 def test_no_cut_mends_logits_that_are_not_numbers() -> None:
-    tokens, logprobs = draw(truncated(torch.full((1, 3), math.nan), 0.9, 2), uniforms(0.5))
+    tokens, logprobs = draw_tokens(
+        truncate_logits(torch.full((1, 3), math.nan), 0.9, 2), uniforms(0.5)
+    )
     assert 0 <= tokens.item() < 3
     assert math.isnan(logprobs.item())
 
 
 def test_of_equal_tokens_the_first_ones_stay() -> None:
     # 2000 equal tokens: 500 of them have a quarter of the probability.
-    found = truncated(torch.zeros(2, 2000), 0.2501, 0)
+    found = truncate_logits(torch.zeros(2, 2000), 0.2501, 0)
     assert torch.isfinite(found).sum(dim=1).tolist() == [501, 501]
     assert torch.isfinite(found[:, :501]).all()
     assert torch.isfinite(
-        truncated(torch.zeros(1, 2000), 1.0, 3)[0]
+        truncate_logits(torch.zeros(1, 2000), 1.0, 3)[0]
     ).nonzero().flatten().tolist() == [0, 1, 2]
 
 

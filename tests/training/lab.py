@@ -22,14 +22,14 @@ from rlhf_exp.config.training import (
     Schedule,
     Select,
 )
-from rlhf_exp.data.tokenized import Ragged, TokenizedPrompts
+from rlhf_exp.data.tokenized import RaggedArray, TokenizedPrompts
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import build_causal_lm
-from rlhf_exp.models.reference import reference_of
-from rlhf_exp.rollout.sampler import Sampling, sample
+from rlhf_exp.models.reference import build_reference
+from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.task import Evaluation
@@ -95,7 +95,7 @@ def prompts(count: int = 12) -> TokenizedPrompts:
     drawn = np.random.default_rng(0)
     rows = [drawn.integers(2, VOCABULARY, size=3 + number % 4).tolist() for number in range(count)]
     answers = [[LIKED, EOS] for _ in rows]
-    return TokenizedPrompts(Ragged.of(rows), Ragged.of(answers), cut=0, cut_responses=0)
+    return TokenizedPrompts(RaggedArray.of(rows), RaggedArray.of(answers), cut=0, cut_responses=0)
 
 
 def build_task(
@@ -109,7 +109,7 @@ def build_task(
     shape = Architecture("gpt_neox", 2, 32, 2, 64, VOCABULARY, 64)
     model = build_causal_lm(shape, seed=5, eos_id=EOS, pad_id=PAD)
     policy = Policy(model, train_blocks=train_blocks, seed=1)
-    sampling = Sampling(6, section.generation.temperature, 8, EOS, PAD)
+    sampling = SamplingParams(6, section.generation.temperature, 8, EOS, PAD)
     block = None if policy.cut is None else decoder_parts(model).blocks[policy.cut]
 
     def sampler(batch: Prompts) -> Samples:
@@ -117,7 +117,7 @@ def build_task(
 
     collector = ExperienceCollector(
         policy,
-        reference_of(policy),
+        build_reference(policy),
         sampler,
         scorer,
         prompts(),

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_exp.batch import Finish, Prompts, Samples
+from rlhf_exp.batch import FinishReason, Prompts, Samples
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import world_of
 from rlhf_exp.errors import UserError
@@ -24,8 +24,8 @@ from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import build_causal_lm
-from rlhf_exp.models.reward_model import RewardModel, adopt_trunk
-from rlhf_exp.rollout.sampler import Sampling, sample
+from rlhf_exp.models.reward_model import RewardModel, share_frozen_trunk
+from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.training.reward_scorer import ModelScorer, SharedTrunkScorer, score_samples
 from rlhf_exp.training.scorers import RewardClient, ServerInfo, ServerScorer
 from tests.judge_server import JudgeServer, Rule, in_turn
@@ -200,7 +200,7 @@ def sampled(policy: Policy) -> Samples:
     return sample(
         policy.model,
         Prompts(tokens, lengths, index=numbers, rollout=numbers),
-        Sampling(max_new_tokens=12, temperature=1.0, batch=4, eos_id=EOS, pad_id=EOS),
+        SamplingParams(max_new_tokens=12, temperature=1.0, batch=4, eos_id=EOS, pad_id=EOS),
         seed=2,
         capture=block,
         close=EOS,
@@ -211,11 +211,11 @@ def sampled(policy: Policy) -> Samples:
 def test_states_and_token_ids_give_the_same_scores(batch: int) -> None:
     policy = Policy(model(), train_blocks=2)
     samples = sampled(policy)
-    assert {Finish.EOS, Finish.LENGTH} <= set(samples.finish.tolist())
+    assert {FinishReason.EOS, FinishReason.LENGTH} <= set(samples.finish.tolist())
     with world_of("float32", threads=1) as world:
         expected = score_samples(ModelScorer(reward_model(), CODEC, None, world, 3, 48), samples)
         reward = reward_model()
-        branch = adopt_trunk(reward, policy)
+        branch = share_frozen_trunk(reward, policy)
         assert branch is not None
         scorer = SharedTrunkScorer(reward, branch, CODEC, world, batch, 48)
         # No forward pass over token ids: they would not be what is tested.
@@ -233,7 +233,7 @@ def test_rows_that_lose_their_start_are_scored_from_token_ids() -> None:
         for room in (longest, longest + 1):
             plain = ModelScorer(reward_model(), CODEC, None, world, 3, room)
             reward = reward_model()
-            branch = adopt_trunk(reward, policy)
+            branch = share_frozen_trunk(reward, policy)
             assert branch is not None
             scorer = SharedTrunkScorer(reward, branch, CODEC, world, 3, room)
             found, expected = score_samples(scorer, samples), score_samples(plain, samples)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the interpreter of engine=trlx: trlx at the last commit of its life, and the libraries of its time.
 #
-# usage: bash rlhf_exp/engines/trlx/setup.sh FOLDER [TRLX]
+# usage: bash rlhf_exp/trlx/setup.sh FOLDER [TRLX]
 #
 # FOLDER is where the environment goes, such as .venv-trlx. TRLX is a checkout of trlx at that commit,
 # for machines that do not reach GitHub; by default pip fetches it with git.

@@ -148,7 +148,7 @@ def _tell(config: Config, done: list[FinishedStep], console: Console) -> None:
     from rlhf_exp.report.run.gather import gather, loading_code
     from rlhf_exp.report.run.page import build_report, comparisons_of
     from rlhf_exp.report.run.reward_quality import REWARD_QUALITY_FILE, print_reward_quality
-    from rlhf_exp.report.run.terminal import print_quick
+    from rlhf_exp.report.run.terminal import print_comparison
     from rlhf_exp.report.run.toxicity import TOXICITY_FILE, print_toxicity
 
     artifacts: dict[str, Artifact] = {
@@ -164,7 +164,7 @@ def _tell(config: Config, done: list[FinishedStep], console: Console) -> None:
     build_report(data, path)
     out = Console()
     for one in comparisons_of(data):
-        print_quick(one, out)
+        print_comparison(one, out)
     if TOXICITY_FILE in data.parts:
         print_toxicity(data.parts[TOXICITY_FILE], out)
     if REWARD_QUALITY_FILE in data.parts:

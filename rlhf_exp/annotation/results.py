@@ -36,7 +36,7 @@ from rlhf_exp.evaluation.agreement import (
     pairwise_agreement,
     side_bias,
 )
-from rlhf_exp.evaluation.preference import POWER, PreferenceResult, preference
+from rlhf_exp.evaluation.preference import POWER, PreferenceResult, summarise_preference
 from rlhf_exp.evaluation.statistics import Interval
 
 
@@ -136,7 +136,7 @@ def criterion_result(
         votes=len(votes),
         judged=len(table),
         identical=ties,
-        preference=preference(signs, values, seed),
+        preference=summarise_preference(signs, values, seed),
         names=names,
         agreement=tuple(pairwise_agreement(table)),
         alpha=krippendorff_alpha(table),

@@ -15,9 +15,9 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.human_agreement import (
     HumanAgreement,
     JudgeQuality,
-    people_of,
-    quality,
-    read_judged,
+    judge_quality,
+    people_agreement,
+    read_judged_pairs,
 )
 from rlhf_exp.evaluation.judges.llm import (
     CRITERION,
@@ -29,11 +29,15 @@ from rlhf_exp.evaluation.judges.llm import (
     first_place,
 )
 from rlhf_exp.evaluation.judges.protocol import Judge
-from rlhf_exp.evaluation.judges.reward_models import Classifier, OwnRewardModel, RewardJudge
+from rlhf_exp.evaluation.judges.reward_models import (
+    ClassifierTextScorer,
+    RewardJudge,
+    RewardModelTextScorer,
+)
 from rlhf_exp.evaluation.preference import DASH, format_estimate
 from rlhf_exp.models.pretrained import load_tokenizer
 from rlhf_exp.models.reward_model import REWARD_HEAD_FILE, RewardModel
-from rlhf_exp.stages.evaluation.preference import REPLIES, request_of, verdicts_of
+from rlhf_exp.stages.evaluation.preference import REPLIES, judge_with_progress, request_fields
 from rlhf_exp.store.atomic_files import write_json_atomic
 
 _SIDES = ("a", "tie", "b")
@@ -83,14 +87,14 @@ def judge(
     """
     if pairs is not None and pairs < 1:
         raise UserError(f"--pairs {pairs}: must be at least 1")
-    labels = read_judged(file, "judge").first(pairs)
-    people = people_of(labels.ratings, labels.annotators)
+    labels = read_judged_pairs(file, "judge").first(pairs)
+    people = people_agreement(labels.ratings, labels.annotators)
     found: list[JudgeQuality] = []
     notes: list[str] = []
     for one in _judges(OutputFolder(outputs), panel):
-        verdicts = verdicts_of(one, labels.pairs)
+        verdicts = judge_with_progress(one, labels.pairs)
         signs = [verdict.sign for verdict in verdicts]
-        found.append(quality(one.name, signs, labels.ratings))
+        found.append(judge_quality(one.name, signs, labels.ratings))
         if isinstance(one, LLMJudge):
             bias, (same, both) = first_place(verdicts), consistent(verdicts)
             share = f"{100 * bias.share:.1f} %" if bias.first + bias.second else DASH
@@ -118,7 +122,7 @@ def _judges(outputs: OutputFolder, panel: RequestedJudges) -> list[Judge]:
         raise UserError(f"--key-env {panel.key_env}: no such environment variable, or it is empty")
     if panel.concurrency < 1:
         raise UserError(f"--concurrency {panel.concurrency}: must be at least 1")
-    endpoint = Endpoint(panel.url, panel.llm, key, request=request_of(panel.request))
+    endpoint = Endpoint(panel.url, panel.llm, key, request=request_fields(panel.request))
     replies = ReplyCache(outputs.folder / REPLIES)
     return [*judges, LLMJudge(JudgeClient(endpoint), replies, panel.criterion, panel.concurrency)]
 
@@ -134,7 +138,7 @@ def _reward(outputs: OutputFolder, spec: str) -> Judge:
         except UserError:
             if spec.count("/") != 1:
                 raise
-            classifier = Classifier(spec, device=device)
+            classifier = ClassifierTextScorer(spec, device=device)
             return RewardJudge(classifier.name, classifier)
         artifacts = outputs.artifacts(spec)
         if "reward" not in artifacts:
@@ -142,10 +146,10 @@ def _reward(outputs: OutputFolder, spec: str) -> Judge:
         artifact = artifacts["reward"]
         folder, form = artifact.path / "model", artifact.manifest.config["data"]["format"]
     if not (folder / REWARD_HEAD_FILE).is_file():
-        classifier = Classifier(folder, device=device)
+        classifier = ClassifierTextScorer(folder, device=device)
         return RewardJudge(classifier.name, classifier)
     codec = Codec(load_tokenizer(folder), form)
-    return RewardJudge(spec, OwnRewardModel(RewardModel.load(folder), codec, device=device))
+    return RewardJudge(spec, RewardModelTextScorer(RewardModel.load(folder), codec, device=device))
 
 
 def _people(found: HumanAgreement, unusable: int) -> str:

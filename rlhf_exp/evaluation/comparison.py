@@ -37,8 +37,8 @@ from rlhf_exp.evaluation.preference import (
     estimate_to_json,
     format_estimate,
     paired_metric,
-    preference,
     single_metric,
+    summarise_preference,
     table_row,
 )
 from rlhf_exp.evaluation.statistics import LEVEL, TIE_BAND, Estimate, Interval, WinCounts
@@ -52,7 +52,7 @@ SAMPLES_EACH = 3
 _OUTCOMES = {1: "win", 0: "tie", -1: "loss"}
 
 
-def quick_comparison(
+def compare_models(
     prompts: Sequence[str],
     answers_a: Sequence[str],
     answers_b: Sequence[str],
@@ -70,7 +70,7 @@ def quick_comparison(
     seed: int = 0,
     tie_band: tuple[float, float] = TIE_BAND,
     level: float = LEVEL,
-) -> QuickResult:
+) -> ModelComparison:
     """Compare model b with the baseline a on N prompts.
 
     Args:
@@ -107,9 +107,9 @@ def quick_comparison(
     metrics += _text_metrics(answers_a, answers_b, columns["length"], unit, seed, level)
     picks = pick_samples(columns["score"][1] - columns["score"][0], seed, SAMPLES_EACH)
     signs = statistics.outcome_signs(*columns["score"], tie_band)
-    found = preference(signs, seed=seed, level=level)
+    found = summarise_preference(signs, seed=seed, level=level)
     assert found.ties_as_half is not None, "there is a prompt"
-    return QuickResult(
+    return ModelComparison(
         name_a=name_a,
         name_b=name_b,
         judge=judge,
@@ -279,7 +279,7 @@ class PromptRow:
 
 
 @dataclass(frozen=True)
-class QuickResult:
+class ModelComparison:
     """Model b compared with the baseline a.
 
     Attributes:
@@ -370,7 +370,7 @@ class QuickResult:
         return checked
 
     @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> QuickResult:
+    def from_json(cls, plain: Mapping[str, Any]) -> ModelComparison:
         """Undo `to_json`."""
         ties_as_half = estimate_from_json(plain["ties_as_half"])
         assert ties_as_half is not None

@@ -71,7 +71,7 @@ class PreferenceResult:
         return math.ceil(self.needed * self.outcome.total / self.outcome.decided)
 
 
-def preference(
+def summarise_preference(
     signs: ArrayLike, values: ArrayLike | None = None, seed: int = 0, level: float = LEVEL
 ) -> PreferenceResult:
     """Summarise N judged prompts.

@@ -262,7 +262,7 @@ def paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
     return left, right
 
 
-def estimate_total(
+def estimate_from_sums(
     columns: ArrayLike,
     statistic: Callable[[Floats], Floats],
     seed: int,

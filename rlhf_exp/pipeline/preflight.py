@@ -44,9 +44,9 @@ def reward_ready(config: Config) -> None:
     """
     reward = config.ppo.reward
     if reward.url is not None:
-        from rlhf_exp.stages.scorers import server_of
+        from rlhf_exp.stages.scorers import reward_client
 
-        server_of(reward).check()
+        reward_client(reward).check()
     elif reward.gpu is not None and reward.model_scores:
         _check_gpu(config, reward.gpu)
 

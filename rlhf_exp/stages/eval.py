@@ -20,7 +20,7 @@ from rlhf_exp.evaluation.answers import write_answers
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.evaluation import preference, reward_quality, toxicity
 from rlhf_exp.stages.evaluation.answer_sources import SampledSource, StoredSource
-from rlhf_exp.stages.evaluation.bench import AnswerSource, Bench, Part, PartResult
+from rlhf_exp.stages.evaluation.evaluation import AnswerSource, Evaluation, Part, PartResult
 from rlhf_exp.stages.training import tracker_for, world_for
 from rlhf_exp.tracking.tracker import finishing
 
@@ -33,13 +33,13 @@ PARTS: dict[str, Part] = {
 
 
 def run(config: Config, context: StageContext) -> StageResult:
-    """Do the parts of the suite; leave `samples.jsonl` and what each part found."""
+    """Run the parts of the suite; write `samples.jsonl` and the files of each part."""
     with world_for(config) as world:
-        bench = Bench(config, context, world, _source(config, context, world))
-        found = [PARTS[part](bench) for part in parts_of(config.eval.suite)]
-        metrics = {name: value for one in found for name, value in one.metrics.items()}
-        run_id = bench.alone(lambda: _keep(bench, found, metrics))
-        prompts = len({answer.row for answer in bench.given if answer.part == PREFERENCE})
+        evaluation = Evaluation(config, context, world, _source(config, context, world))
+        results = [PARTS[part](evaluation) for part in parts_of(config.eval.suite)]
+        metrics = {name: value for result in results for name, value in result.metrics.items()}
+        run_id = evaluation.on_main_process(lambda: _save(evaluation, results, metrics))
+        prompts = len({answer.row for answer in evaluation.collected if answer.part == PREFERENCE})
         return StageResult(metrics, None, run_id, {"prompts": prompts})
 
 
@@ -49,16 +49,18 @@ def _source(config: Config, context: StageContext, world: World) -> AnswerSource
     return StoredSource(Path(context.models[SAMPLES]))
 
 
-def _keep(bench: Bench, found: list[PartResult], metrics: dict[str, float]) -> str:
+def _save(evaluation: Evaluation, results: list[PartResult], metrics: dict[str, float]) -> str:
     """Write the files and record the numbers; return the run's id."""
-    folder = bench.context.folder
-    write_answers(folder / SAMPLES_FILE, bench.given)
-    for one in found:
-        for name, value in one.files.items():
+    folder = evaluation.context.folder
+    write_answers(folder / SAMPLES_FILE, evaluation.collected)
+    for result in results:
+        for name, value in result.files.items():
             (folder / name).write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
-    with finishing(tracker_for(bench.config, bench.context, None, bench.world)) as tracker:
-        for one in found:
-            for name, (columns, rows) in one.tables.items():
+    with finishing(
+        tracker_for(evaluation.config, evaluation.context, None, evaluation.world)
+    ) as tracker:
+        for result in results:
+            for name, (columns, rows) in result.tables.items():
                 tracker.table(name, columns, rows, 0)
         tracker.log(metrics, 0)
         tracker.summary(metrics)

@@ -1,4 +1,4 @@
-"""Models of the right shape in place of those that a probe needs and nobody has trained yet."""
+"""Placeholder models: of the right shape, for a probe that needs models nobody has trained yet."""
 
 from __future__ import annotations
 
@@ -15,33 +15,40 @@ from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.sft import base_model
 from rlhf_exp.stages.training import world_for
 
-_NEEDED = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "vocab*", "merges*")
+_MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+)
 
 
 def run(config: Config, context: StageContext) -> StageResult:
-    """Return, as facts, a folder for each of `sft` and `reward` that `context.models` lacks.
+    """Return, as facts, the folder of each of `sft` and `reward` that `context.models` lacks.
 
-    The SFT model is the base model: `model.path` as it is, else random weights, written to
+    The SFT model is the base model: `model.path` as it is, or random weights written to
     `context.folder`. The reward model is the SFT model's trunk with a head of zeros.
     """
     with world_for(config) as world:
-        found = world.run_on_all(lambda: _make(config, context) if world.is_main else {})
-    return StageResult({}, facts=dict(found[0]))
+        folders = world.run_on_all(lambda: _make_missing(config, context) if world.is_main else {})
+    return StageResult({}, facts=dict(folders[0]))
 
 
-def _make(config: Config, context: StageContext) -> dict[str, str]:
-    made: dict[str, str] = {}
+def _make_missing(config: Config, context: StageContext) -> dict[str, str]:
+    folders: dict[str, str] = {}
     if "sft" not in context.models:
-        made["sft"] = str(_base(config, context))
+        folders["sft"] = str(_sft_model(config, context))
     if "reward" not in context.models:
-        source = Path(made.get("sft") or context.models["sft"])
+        source = Path(folders.get("sft") or context.models["sft"])
         if not source.is_dir():
             source = _snapshot(str(source), None)
-        made["reward"] = str(_judge(source, context.folder / "reward"))
-    return made
+        folders["reward"] = str(_reward_model(source, context.folder / "reward"))
+    return folders
 
 
-def _base(config: Config, context: StageContext) -> Path:
+def _sft_model(config: Config, context: StageContext) -> Path:
     path = config.model.path
     if path is not None:
         return Path(path) if Path(path).is_dir() else _snapshot(path, config.model.revision)
@@ -52,12 +59,12 @@ def _base(config: Config, context: StageContext) -> Path:
 
 
 def _snapshot(hub_id: str, revision: str | None) -> Path:
-    """Return the local copy of a hub id, downloaded if it is not there."""
-    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_NEEDED)))
+    """Return the local copy of a hub id, downloaded on first use."""
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_MODEL_FILES)))
 
 
-def _judge(source: Path, folder: Path) -> Path:
-    """Make a reward model of the files of a causal language model, without copying them."""
+def _reward_model(source: Path, folder: Path) -> Path:
+    """Make a reward model from a causal language model's files, by links instead of copies."""
     folder.mkdir(parents=True)
     for file in source.iterdir():
         if file.is_file() and file.name not in (REWARD_HEAD_FILE, NORMALISATION_FILE):

@@ -1,6 +1,7 @@
-"""The scorer that a config asks for: the reward model, a user's function, or a server.
+"""The scorers of responses that a config asks for: a reward model, a user's function, or a server.
 
-The reward server that a config names, recognised before it is relied on.
+Also keeps a run to one reward: PPO on a server notes the server's name, and refuses to go on with
+another.
 """
 
 from __future__ import annotations
@@ -33,6 +34,35 @@ from rlhf_exp.training.scorers import (
     load_function,
 )
 
+SERVER_NOTE = "reward_server.json"
+"""File in PPO's folder with the address and the name of the server that scores it."""
+
+
+def training_scorer(
+    config: Config, context: StageContext, codec: Codec, world: World, policy: Policy
+) -> Scorer:
+    """Return PPO's scorer: over the policy's own frozen trunk if the reward model has the same.
+
+    Args:
+        config: The experiment.
+        context: Names the folder of the reward model.
+        codec: The policy's codec.
+        world: The processes; device and precision.
+        policy: The policy, before it is trained or spread over processes.
+    """
+    # DeepSpeed would turn the trunk into another number format; ZeRO-3 and FSDP spread it.
+    cast = world.weights_dtype not in (None, torch_dtype(config))
+    cannot_share = policy.run_all_positions or cast or config.ppo.reward.device is not None
+    folder = context.models["reward"] if config.ppo.reward.model_scores else None
+    if folder is None or cannot_share or context.materials.codec(folder).digest != codec.digest:
+        return scorer_for(config, context, codec, world)
+    model = RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config))
+    branch = share_frozen_trunk(model, policy)
+    if branch is None:
+        return scorer_for(config, context, codec, world, model)
+    batch = config.ppo.generation.batch
+    return SharedTrunkScorer(model, branch, codec, world, batch, _longest_input(config))
+
 
 def scorer_for(
     config: Config,
@@ -41,14 +71,14 @@ def scorer_for(
     world: World,
     model: RewardModel | None = None,
 ) -> Scorer:
-    """Return what judges responses in PPO and in the evaluation; all processes take part.
+    """Return the scorer of PPO and of the evaluation; all processes take part.
 
     Args:
         config: The experiment.
-        context: Where the reward model is.
-        codec: Of the policy.
-        world: Device and precision.
-        model: The reward model, where it is loaded already.
+        context: Names the folder of the reward model.
+        codec: The policy's codec.
+        world: The processes; device and precision.
+        model: The reward model, if it is loaded already.
     """
     reward, folder = config.ppo.reward, context.models.get("reward")
     if reward.function is not None:
@@ -58,41 +88,11 @@ def scorer_for(
     assert folder is not None, "what scores is a reward model"
     if reward.device is None:
         return model_scorer(config, context, codec, world, folder, model)
-    own = None
+    scorer = None
     if world.is_main:
         device = torch.device(reward.device)
-        own = model_scorer(config, context, codec, world, folder, model, device)
-    return CentralScorer(own, world)
-
-
-def training_scorer(
-    config: Config, context: StageContext, codec: Codec, world: World, policy: Policy
-) -> Scorer:
-    """Return PPO's scorer: over the policy's own frozen trunk where the reward model has the same.
-
-    Args:
-        config: The experiment.
-        context: Where the reward model is.
-        codec: Of the policy.
-        world: Device and precision.
-        policy: Before anything of it is trained or spread over processes.
-    """
-    # DeepSpeed would turn the trunk into another number format; ZeRO-3 and FSDP spread it.
-    cast = world.weights_dtype not in (None, torch_dtype(config))
-    apart = policy.run_all_positions or cast or config.ppo.reward.device is not None
-    folder = context.models["reward"] if config.ppo.reward.model_scores else None
-    if folder is None or apart or context.materials.codec(folder).digest != codec.digest:
-        return scorer_for(config, context, codec, world)
-    model = RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config))
-    branch = share_frozen_trunk(model, policy)
-    if branch is None:
-        return scorer_for(config, context, codec, world, model)
-    batch = config.ppo.generation.batch
-    return SharedTrunkScorer(model, branch, codec, world, batch, _read_at_most(config))
-
-
-def _read_at_most(config: Config) -> int:
-    return max(config.reward.seq_length, config.ppo.seq_length)
+        scorer = model_scorer(config, context, codec, world, folder, model, device)
+    return CentralScorer(scorer, world)
 
 
 def model_scorer(
@@ -104,60 +104,64 @@ def model_scorer(
     model: RewardModel | None = None,
     device: torch.device | None = None,
 ) -> ModelScorer:
-    """Return the scorer of a reward model's folder.
+    """Return a scorer that loads a reward model.
 
     Args:
         config: The experiment.
-        context: Of the stage.
-        codec: Of the policy.
-        world: Device and precision.
-        folder: Of the reward model.
-        model: The reward model, where it is loaded already.
-        device: Where it computes; by default the process's own device.
+        context: Loads the reward model's own codec.
+        codec: The policy's codec.
+        world: The processes; device and precision.
+        folder: The reward model's folder.
+        model: The reward model, if it is loaded already.
+        device: Device to score on; by default the process's own.
     """
-    own = context.materials.codec(folder)
+    reward_codec = context.materials.codec(folder)
     return ModelScorer(
         model
         or RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config)),
         codec,
-        None if own.digest == codec.digest else own,
+        None if reward_codec.digest == codec.digest else reward_codec,
         world,
         config.ppo.generation.batch,
-        _read_at_most(config),
+        _longest_input(config),
         device,
     )
 
 
-class EvaluationScorers:
-    """The scorers of an evaluation: of the reward that PPO maximised, and of its referee.
+def _longest_input(config: Config) -> int:
+    return max(config.reward.seq_length, config.ppo.seq_length)
 
-    Each model is loaded once, when it is first asked for, whatever tokenizers the policies have.
+
+class EvaluationScorers:
+    """The scorers of an evaluation: the reward that PPO maximised, and its referee.
+
+    Each model is loaded once, on first use, however many tokenizers the policies have.
 
     Args:
         config: The experiment.
-        context: Where the reward models are.
+        context: Names the folders of the reward models.
         world: Device and precision.
     """
 
     def __init__(self, config: Config, context: StageContext, world: World) -> None:
         self.config, self.context, self.world = config, context, world
-        self._made: dict[tuple[str, str], Scorer] = {}
+        self._scorers: dict[tuple[str, str], Scorer] = {}
 
     def reward(self, codec: Codec) -> Scorer:
         """Return the scorer of the reward, for a policy with this codec."""
-        given = (self.config, self.context, codec, self.world)
-        return self._once("reward", codec, lambda model: scorer_for(*given, model))
+        args = (self.config, self.context, codec, self.world)
+        return self._once("reward", codec, lambda model: scorer_for(*args, model))
 
     def referee(self, codec: Codec) -> Scorer | None:
         """Return the scorer of the second reward model, if there is one."""
         folder = self.context.models.get(REFEREE)
         if folder is None:
             return None
-        given = (self.config, self.context, codec, self.world, folder)
-        return self._once(REFEREE, codec, lambda model: model_scorer(*given, model))
+        args = (self.config, self.context, codec, self.world, folder)
+        return self._once(REFEREE, codec, lambda model: model_scorer(*args, model))
 
     def own_codec(self) -> Codec | None:
-        """Return the reward model's own codec; `None` where a function or a server judges."""
+        """Return the reward model's own codec; `None` if a function or a server scores."""
         if not self.config.ppo.reward.model_scores:
             return None
         return self.context.materials.codec(self.context.models["reward"])
@@ -166,10 +170,10 @@ class EvaluationScorers:
         self, role: str, codec: Codec, make: Callable[[RewardModel | None], Scorer]
     ) -> Scorer:
         key = (role, codec.digest)
-        if key not in self._made:
-            loaded = [one for (other, _), one in self._made.items() if other == role]
-            self._made[key] = make(_model_of(loaded[0]) if loaded else None)
-        return self._made[key]
+        if key not in self._scorers:
+            loaded = [scorer for (other, _), scorer in self._scorers.items() if other == role]
+            self._scorers[key] = make(_model_of(loaded[0]) if loaded else None)
+        return self._scorers[key]
 
 
 def _model_of(scorer: Scorer) -> RewardModel | None:
@@ -177,10 +181,6 @@ def _model_of(scorer: Scorer) -> RewardModel | None:
     if isinstance(scorer, CentralScorer):
         return None if scorer.scorer is None else scorer.scorer.model
     return scorer.model if isinstance(scorer, ModelScorer) else None
-
-
-SERVER_NOTE = "reward_server.json"
-"""What PPO was scored by: the server's address, and the name that it gave itself."""
 
 
 def reward_client(section: PpoRewardConfig) -> RewardClient:
@@ -192,37 +192,37 @@ def reward_client(section: PpoRewardConfig) -> RewardClient:
 
 
 def agreed_reward_client(config: Config, context: StageContext, world: World) -> RewardClient:
-    """Return the client of a server that each process has reached; all of them take part.
+    """Return the client of the server, on whose reward all processes agree; all take part.
 
     Raises:
-        UserError: One cannot reach it, or PPO was begun with another reward than it has.
+        UserError: A process cannot reach it, they disagree, or PPO began with another reward.
     """
-    server = reward_client(config.ppo.reward)
-    told = world.run_on_all(server.check)
-    if any(one != told[0] for one in told):
+    client = reward_client(config.ppo.reward)
+    infos = world.run_on_all(client.check)
+    if any(info != infos[0] for info in infos):
         raise UserError(
             f"ppo.reward.url={config.ppo.reward.url}: the processes reach servers that score with "
-            f"{', '.join(sorted({str(one.name) for one in told}))}; all must have one reward"
+            f"{', '.join(sorted({str(info.name) for info in infos}))}; all must have one reward"
         )
     if context.stage == "ppo" and context.probe is None:
-        world.run_on_all(lambda: _note(config, context, told[0]) if world.is_main else None)
-    return server
+        world.run_on_all(lambda: _note_server(config, context, infos[0]) if world.is_main else None)
+    return client
 
 
-def _note(config: Config, context: StageContext, told: ServerInfo) -> None:
-    """Write down what scores; or, where PPO goes on, make sure that it is the same.
+def _note_server(config: Config, context: StageContext, info: ServerInfo) -> None:
+    """Note the server's name; if PPO is resumed, check that it is the noted one.
 
     Raises:
-        UserError: It is another reward.
+        UserError: The server has another reward than the run began with.
     """
     path, reward = context.folder / SERVER_NOTE, config.ppo.reward
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))["name"]
-        if before != told.name:
+        noted_name = json.loads(path.read_text(encoding="utf-8"))["name"]
+        if noted_name != info.name:
             raise UserError(
-                f"ppo.reward.url={reward.url}: it scores with {told.name!r}, and this run was "
-                f"begun with {before!r}; start that one again, or begin anew with rerun=[ppo]"
+                f"ppo.reward.url={reward.url}: it scores with {info.name!r}, and this run was "
+                f"begun with {noted_name!r}; start that one again, or begin anew with rerun=[ppo]"
             )
         return
     context.before_write()
-    write_json_atomic(path, {"url": reward.url, "name": told.name})
+    write_json_atomic(path, {"url": reward.url, "name": info.name})

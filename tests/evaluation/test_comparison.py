@@ -20,10 +20,10 @@ from rlhf_exp.evaluation.comparison import (
     GAIN,
     LOSS,
     RANDOM,
+    ModelComparison,
     Pick,
-    QuickResult,
+    compare_models,
     pick_samples,
-    quick_comparison,
     sample_rule,
 )
 from rlhf_exp.evaluation.preference import DASH, Better, Metric, format_estimate, table_row
@@ -51,7 +51,7 @@ def gold(prompt: str, answer: str) -> float:
     return len(set(prompt) & set(answer)) / len(set(prompt))
 
 
-def compare(**changes: object) -> QuickResult:
+def compare(**changes: object) -> ModelComparison:
     arguments: dict[str, object] = {
         "prompts": PROMPTS,
         "answers_a": ANSWERS_A,
@@ -62,10 +62,10 @@ def compare(**changes: object) -> QuickResult:
         "toxicity": CountBad(),
         "gold": gold,
     }
-    return quick_comparison(**(arguments | changes))  # type: ignore[arg-type]
+    return compare_models(**(arguments | changes))  # type: ignore[arg-type]
 
 
-def mean(result: QuickResult, key: str, side: str) -> float:
+def mean(result: ModelComparison, key: str, side: str) -> float:
     metric = result.metric(key)
     assert metric is not None
     estimate: Estimate = getattr(metric, side)
@@ -100,7 +100,7 @@ def test_numbers_by_hand() -> None:
 def test_the_win_rate_interval_leaves_ties_out() -> None:
     a, b = np.zeros(100), np.array([1.0] * 30 + [0.0] * 54 + [-1.0] * 16)
     texts = [str(number) for number in range(100)]
-    result = quick_comparison(texts, texts, texts, a, b)
+    result = compare_models(texts, texts, texts, a, b)
     assert result.p_value == pytest.approx(0.054076, abs=1e-6)
     assert result.win_rate.low == pytest.approx(0.49751, abs=1e-5)
     assert result.win_rate.high == pytest.approx(0.78646, abs=1e-5)
@@ -111,7 +111,7 @@ def test_the_win_rate_interval_leaves_ties_out() -> None:
 def test_every_number_survives_json() -> None:
     result = compare()
     plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert QuickResult.from_json(plain) == result
+    assert ModelComparison.from_json(plain) == result
 
 
 def test_one_prompt_has_numbers_but_no_intervals_and_survives_json() -> None:
@@ -123,7 +123,7 @@ def test_one_prompt_has_numbers_but_no_intervals_and_survives_json() -> None:
     assert reward.difference is not None
     assert (reward.difference.low, reward.difference.high) == (-math.inf, math.inf)
     assert reward.verdict == "unclear"
-    assert QuickResult.from_json(result.to_json()) == result
+    assert ModelComparison.from_json(result.to_json()) == result
     assert result.table()[0].difference == "+2.00"
 
 
@@ -137,7 +137,7 @@ def test_what_was_not_measured_is_absent() -> None:
     }
     assert result.toxicity_scorer is None
     assert result.rows[0].kl_b is result.rows[0].gold_a is result.rows[0].toxicity_a is None
-    assert QuickResult.from_json(result.to_json()) == result
+    assert ModelComparison.from_json(result.to_json()) == result
 
 
 def test_lengths_in_tokens_are_taken_as_given() -> None:

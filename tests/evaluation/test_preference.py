@@ -8,14 +8,14 @@ from math import comb
 import numpy as np
 import pytest
 
-from rlhf_exp.evaluation.preference import needed_pairs, preference, sign_test_power
+from rlhf_exp.evaluation.preference import needed_pairs, sign_test_power, summarise_preference
 from rlhf_exp.evaluation.statistics import WinCounts
 
 STUDY = [1] * 30 + [0] * 54 + [-1] * 16
 
 
 def test_the_published_study() -> None:
-    found = preference(STUDY, seed=0)
+    found = summarise_preference(STUDY, seed=0)
     assert found.outcome == WinCounts(wins=30, ties=54, losses=16)
     # Both tails of a fair coin at least as far out as 30 of 46.
     exact = 2 * sum(comb(46, i) for i in range(30, 47)) / 2**46
@@ -59,19 +59,19 @@ def test_needed_pairs_are_the_smallest_number(rate: float) -> None:
 def test_an_effect_too_small_to_plan_for() -> None:
     assert needed_pairs(0.5) is None
     assert needed_pairs(0.501) is None
-    assert preference([0, 0]).needed is None
-    assert preference([1, -1]).needed_prompts is None
+    assert summarise_preference([0, 0]).needed is None
+    assert summarise_preference([1, -1]).needed_prompts is None
 
 
 def test_several_votes_a_prompt_enter_as_their_mean() -> None:
-    found = preference([1, 0, -1], values=[1.0, 2 / 3, 1 / 3])
+    found = summarise_preference([1, 0, -1], values=[1.0, 2 / 3, 1 / 3])
     assert found.ties_as_half is not None
     assert found.ties_as_half.mean == pytest.approx(2 / 3)
     assert found.outcome == WinCounts(1, 1, 1)
 
 
 def test_no_prompts() -> None:
-    found = preference(np.array([]))
+    found = summarise_preference(np.array([]))
     assert found.outcome.total == 0
     assert found.ties_as_half is None
     assert (found.win_rate.low, found.win_rate.high) == (0.0, 1.0)

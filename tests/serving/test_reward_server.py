@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from rlhf_exp.commands.serve_reward import ServeOptions, load_scores
 from rlhf_exp.data.tokenizer import Codec
-from rlhf_exp.evaluation.judges.reward_models import OwnRewardModel
+from rlhf_exp.evaluation.judges.reward_models import RewardModelTextScorer
 from rlhf_exp.models.pretrained import load_tokenizer
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.serving import reward_server
@@ -39,7 +39,7 @@ def test_texts_are_scored_as_a_judge_would(
     scores: RequestScorer, client: TestClient, small_run: Path
 ) -> None:
     folder = artifact(small_run, "reward").path / "model"
-    own = OwnRewardModel(RewardModel.load(folder), Codec(load_tokenizer(folder), "hh"))
+    own = RewardModelTextScorer(RewardModel.load(folder), Codec(load_tokenizer(folder), "hh"))
     found = client.post("/", json={"prompts": PROMPTS, "responses": RESPONSES})
     assert found.status_code == 200
     assert found.json()["scores"] == pytest.approx(own(PROMPTS, RESPONSES).tolist(), abs=1e-5)

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_exp.data.toy.gold_judge import gold_score
 from rlhf_exp.errors import UserError
-from rlhf_exp.evaluation.comparison import QuickResult
+from rlhf_exp.evaluation.comparison import ModelComparison
 from rlhf_exp.stages.context import DataModule
 from tests.lab import artifact, jsonl, pairs, run, small_config
 
@@ -161,7 +161,7 @@ def test_a_cut_distribution_is_told_and_has_no_kl(run_copy: Path) -> None:
 def test_results_of_before_sampling_was_told(run_copy: Path) -> None:
     plain = json.loads((artifact(run_copy, "eval").path / "result.json").read_text())
     del plain["sampling"]
-    assert QuickResult.from_json(plain).sampling == ""
+    assert ModelComparison.from_json(plain).sampling == ""
 
 
 def test_stored_samples_that_are_not_there(run_copy: Path, tmp_path: Path) -> None:

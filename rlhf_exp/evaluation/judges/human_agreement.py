@@ -48,9 +48,9 @@ from rlhf_exp.evaluation.preference import (
     PreferenceResult,
     estimate_from_json,
     estimate_to_json,
-    preference,
+    summarise_preference,
 )
-from rlhf_exp.evaluation.statistics import LEVEL, Estimate, estimate_total
+from rlhf_exp.evaluation.statistics import LEVEL, Estimate, estimate_from_sums
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Judgment:
         usage: TokenUsage | None = None,
     ) -> Judgment:
         """Summarise verdicts."""
-        found = preference([verdict.sign for verdict in verdicts], None, seed, level)
+        found = summarise_preference([verdict.sign for verdict in verdicts], None, seed, level)
         return cls(kind, judge, tuple(verdicts), found, usage)
 
     @property
@@ -157,7 +157,7 @@ def preference_to_json(found: PreferenceResult) -> dict[str, Any]:
 def compare_judges(judgments: Sequence[Judgment], seed: int = 0) -> list[dict[str, Any]]:
     """Return how far every two judges agree, the first in the place of the people."""
     return [
-        {"first": one.judge, **quality(other.judge, other.signs, _column(one), seed).to_json()}
+        {"first": one.judge, **judge_quality(other.judge, other.signs, _column(one), seed).to_json()}
         for one, other in combinations(judgments, 2)
     ]
 
@@ -174,7 +174,7 @@ def against_people(
         level: of the intervals.
     """
     return [
-        quality(one["judge"], [v["sign"] for v in one["verdicts"]], ratings, seed, level)
+        judge_quality(one["judge"], [v["sign"] for v in one["verdicts"]], ratings, seed, level)
         for one in comparison["judges"]
     ]
 
@@ -274,7 +274,7 @@ class JudgeQuality:
 _ESTIMATES = ("agreement", "decided", "kappa", "alpha", "with_one")
 
 
-def people_of(
+def people_agreement(
     ratings: ArrayLike, annotators: Sequence[str], seed: int = 0, level: float = LEVEL
 ) -> HumanAgreement:
     """Summarise what people say.
@@ -297,7 +297,7 @@ def people_of(
     return HumanAgreement(len(table), tuple(annotators), (a, tie, b), agreement, alpha)
 
 
-def quality(
+def judge_quality(
     judge: str, signs: ArrayLike, ratings: ArrayLike, seed: int = 0, level: float = LEVEL
 ) -> JudgeQuality:
     """Compare a judge with people.
@@ -347,7 +347,7 @@ def _equal_pairs(table: Floats) -> tuple[Floats, Floats]:
 
 def _share(parts: ArrayLike, wholes: ArrayLike, seed: int, level: float) -> Estimate:
     columns = np.stack([np.asarray(parts), np.asarray(wholes)], axis=1)
-    return estimate_total(columns, lambda sums: sums[:, 0] / sums[:, 1], seed, level)
+    return estimate_from_sums(columns, lambda sums: sums[:, 0] / sums[:, 1], seed, level)
 
 
 def _of_matrices(
@@ -360,7 +360,7 @@ def _of_matrices(
         found: Floats = statistic(sums.reshape(-1, 3, 3))
         return found
 
-    return estimate_total(each.reshape(len(each), 9), of_sums, seed, level)
+    return estimate_from_sums(each.reshape(len(each), 9), of_sums, seed, level)
 
 
 def _equal_share(confusion: Floats) -> Floats:
@@ -405,7 +405,7 @@ class JudgedPairs:
         return JudgedPairs(kept, self.ratings[: len(kept)], self.annotators, self.unusable)
 
 
-def read_judged(path: Path, option: str, criterion: str | None = None) -> JudgedPairs:
+def read_judged_pairs(path: Path, option: str, criterion: str | None = None) -> JudgedPairs:
     """Read a file of judged pairs.
 
     Args:

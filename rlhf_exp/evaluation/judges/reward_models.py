@@ -79,7 +79,7 @@ def score_verdicts(
     return [Verdict(int(s), probability=float(p)) for s, p in zip(signs, chances, strict=True)]
 
 
-class OwnRewardModel:
+class RewardModelTextScorer:
     """Scores prompt and answer, ended by the end-of-sequence token, as in training.
 
     Attributes:
@@ -148,7 +148,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant", "": "user"}
 _NO_LIMIT = 1_000_000
 
 
-class Classifier:
+class ClassifierTextScorer:
     """Scores answers by a sequence classifier.
 
     What it reads: the dialogue in the tokenizer's chat template, if it has one; otherwise, if the

@@ -72,7 +72,7 @@ class ReportData:
         data_facts: (label, value): source, rows, rows rejected, prompts cut.
         stages: the pipeline's steps, in order.
         metrics: rows of `metrics.jsonl` by stage (`sft`, `reward`, `ppo`), each with `global_step`.
-        evaluation: `QuickResult.to_json()`, or `None`.
+        evaluation: `ModelComparison.to_json()`, or `None`.
         parts: JSON value of each further file that the evaluation left, by its name.
         samples: shown side by side; by default the evaluation's own picks.
         sample_rule: how `samples` were chosen.

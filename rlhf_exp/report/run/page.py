@@ -20,7 +20,7 @@ import yaml
 from markupsafe import Markup
 
 from rlhf_exp.data.parsing import split_turns
-from rlhf_exp.evaluation.comparison import PromptRow, QuickResult
+from rlhf_exp.evaluation.comparison import ModelComparison, PromptRow
 from rlhf_exp.evaluation.preference import MINUS
 from rlhf_exp.report import chart as chart_module
 from rlhf_exp.report.chart import STEP, curve, render, sparkline
@@ -65,7 +65,7 @@ def write_page(page: str, path: Path) -> Path:
 def render_page(data: ReportData) -> str:
     """Return the page as HTML."""
     css = (FOLDER / "page.css").read_text(encoding="utf-8")
-    evaluation = None if data.evaluation is None else QuickResult.from_json(data.evaluation)
+    evaluation = None if data.evaluation is None else ModelComparison.from_json(data.evaluation)
     samples, rule = data.samples, data.sample_rule
     if evaluation is not None and not samples:
         results = comparisons_of(data)
@@ -94,12 +94,12 @@ def render_page(data: ReportData) -> str:
     )
 
 
-def comparisons_of(data: ReportData) -> list[QuickResult]:
+def comparisons_of(data: ReportData) -> list[ModelComparison]:
     """Return each model's comparison with the baseline; none where nothing was compared."""
     if data.evaluation is None:
         return []
     found: Sequence[Mapping[str, Any]] = data.parts.get(COMPARISONS) or [data.evaluation]
-    return [QuickResult.from_json(one) for one in found]
+    return [ModelComparison.from_json(one) for one in found]
 
 
 def config_sections(config: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -155,7 +155,7 @@ def _plain(value: object) -> object:
     return clipped(visible(str(value)), _VALUE_LIMIT)
 
 
-def samples_of(results: Sequence[QuickResult]) -> list[Sample]:
+def samples_of(results: Sequence[ModelComparison]) -> list[Sample]:
     """Return the prompts that the comparisons picked, each once, with the answers of all models.
 
     Args:
@@ -175,7 +175,7 @@ def samples_of(results: Sequence[QuickResult]) -> list[Sample]:
     ]
 
 
-def rule_of(results: Sequence[QuickResult]) -> str:
+def rule_of(results: Sequence[ModelComparison]) -> str:
     """Return in words how the prompts were picked."""
     first = results[0]
     if len(results) == 1:
@@ -191,7 +191,7 @@ def _rule(rule: str, names: Sequence[str], comparisons: int) -> str:
     return f"{rule}: {', '.join(names)}" if comparisons > 1 else rule
 
 
-def _sides(results: Sequence[QuickResult], number: int) -> list[SampleSide]:
+def _sides(results: Sequence[ModelComparison], number: int) -> list[SampleSide]:
     first = results[0]
     row = first.rows[number]
     facts = _facts(row.score_a, row.gold_a, row.toxicity_a, None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlhf_exp.evaluation.comparison import QuickResult
+from rlhf_exp.evaluation.comparison import ModelComparison
 from rlhf_exp.evaluation.judges.human_agreement import HumanAgreement, JudgeQuality
 from rlhf_exp.evaluation.preference import (
     DASH,
@@ -165,9 +165,9 @@ def render_comparisons(plain: Sequence[Mapping[str, Any]]) -> Markup:
     """Return the comparisons, one below the other.
 
     Args:
-        plain: What `QuickResult.to_json` returned, of each model.
+        plain: What `ModelComparison.to_json` returned, of each model.
     """
-    results = [QuickResult.from_json(one) for one in plain]
+    results = [ModelComparison.from_json(one) for one in plain]
     shown = [(one, verdict_sentence(one), outcome_bar(one), tiles_of(one)) for one in results]
     return fill("run/comparisons.html", comparisons=shown)
 

@@ -6,7 +6,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_exp.evaluation.comparison import QuickResult
+from rlhf_exp.evaluation.comparison import ModelComparison
 from rlhf_exp.report.run.verdict import p_label, verdict_sentence
 from rlhf_exp.safe_text import visible
 
@@ -14,12 +14,12 @@ _STYLES = {"better": "green", "worse": "red", "unclear": "dim", "": ""}
 _MARKS = {"better": "✓ ", "worse": "✗ ", "unclear": "", "": ""}
 
 
-def print_quick(result: QuickResult, console: Console | None = None) -> None:
+def print_comparison(result: ModelComparison, console: Console | None = None) -> None:
     """Print the comparison; by default to the standard output."""
-    (console or Console()).print(quick_table(result))
+    (console or Console()).print(comparison_table(result))
 
 
-def quick_table(result: QuickResult) -> Group:
+def comparison_table(result: ModelComparison) -> Group:
     """Return the comparison as something rich can print.
 
     Names are untrusted: they are put in as text, so neither rich's markup nor a terminal's escape

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from rlhf_exp.evaluation.comparison import QuickResult
+from rlhf_exp.evaluation.comparison import ModelComparison
 from rlhf_exp.evaluation.preference import (
     DASH,
     MINUS,
@@ -32,7 +32,7 @@ class Tile:
     detail: str
 
 
-def verdict_sentence(result: QuickResult) -> str:
+def verdict_sentence(result: ModelComparison) -> str:
     """Return the outcome in one sentence, hedged where the test does not decide it."""
     return verdict_of(result.outcome, result.p_value, (result.name_a, result.name_b), result.level)
 
@@ -72,7 +72,7 @@ def needed_label(found: PreferenceResult) -> str:
     )
 
 
-def tiles_of(result: QuickResult) -> list[Tile]:
+def tiles_of(result: ModelComparison) -> list[Tile]:
     """Return the numbers that head the page."""
     found = result.outcome
     rate, ends = DASH, "nothing decided"
@@ -93,7 +93,7 @@ def tiles_of(result: QuickResult) -> list[Tile]:
     return tiles
 
 
-def toxicity_note(result: QuickResult) -> str:
+def toxicity_note(result: ModelComparison) -> str:
     """Return who scored toxicity, with a space before it; empty where nobody did."""
     if result.toxicity_scorer is None:
         return ""
@@ -101,7 +101,7 @@ def toxicity_note(result: QuickResult) -> str:
     return f" Toxicity is {how} by {result.toxicity_scorer}."
 
 
-def outcome_bar(result: QuickResult) -> Markup:
+def outcome_bar(result: ModelComparison) -> Markup:
     """Return wins, ties and losses as one bar, widths in proportion."""
     return bar_of(result.outcome, result.name_b)
 

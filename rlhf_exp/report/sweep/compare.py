@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_exp.evaluation.comparison import PromptRow, QuickResult
+from rlhf_exp.evaluation.comparison import ModelComparison, PromptRow
 from rlhf_exp.evaluation.statistics import Estimate, Floats, paired_difference
 from rlhf_exp.report.run.gather import RESULT
 from rlhf_exp.report.sweep.data import (
@@ -175,7 +175,7 @@ def _answers(side: ComparedSide) -> list[Rows]:
     paths = [one.path / RESULT for one in side.of("eval")]
     if not all(path.is_file() for path in paths):
         return []
-    return [QuickResult.from_json(json.loads(path.read_text("utf-8"))).rows for path in paths]
+    return [ModelComparison.from_json(json.loads(path.read_text("utf-8"))).rows for path in paths]
 
 
 def _paired(

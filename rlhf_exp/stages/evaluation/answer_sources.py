@@ -1,8 +1,6 @@
-"""Answers sampled from the models themselves, each process doing its share.
+"""Where answers come from: the models, each process sampling its share, or an earlier evaluation.
 
-Answers of an earlier evaluation, in place of the models.
-
-Scores of held-out pairs, which no model under evaluation wrote.
+Legend: N answers.
 """
 
 from __future__ import annotations
@@ -17,21 +15,26 @@ from torch import Tensor
 
 from rlhf_exp.algo.kl import sequence_kl
 from rlhf_exp.algo.masks import response_mask
-from rlhf_exp.batch import Finish, Prompts, Samples
+from rlhf_exp.batch import FinishReason, Prompts, Samples
 from rlhf_exp.config.experiment import Config
-from rlhf_exp.data.batching import joined, prompts_batch
+from rlhf_exp.data.batching import prompts_batch, right_padded
 from rlhf_exp.data.rows import Preference, Prompt
-from rlhf_exp.data.tokenized import Ragged, tokenize_preferences, tokenize_prompts, tokenize_texts
+from rlhf_exp.data.tokenized import (
+    RaggedArray,
+    tokenize_preferences,
+    tokenize_prompts,
+    tokenize_texts,
+)
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.answers import Answer, read_answers
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import compare_with_reference
-from rlhf_exp.rollout.sampler import Sampling, sample
+from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.stages.context import MODEL, SNAPSHOTS, StageContext
-from rlhf_exp.stages.evaluation.bench import (
+from rlhf_exp.stages.evaluation.evaluation import (
     BLANK,
     CHOSEN,
     REJECTED,
@@ -50,143 +53,150 @@ log = logging.getLogger(__name__)
 
 
 class SampledSource:
-    """Asks the models.
+    """Samples answers from the models.
 
-    At most two of them are in memory: the baseline, which a KL needs, and another one.
+    At most two models are in memory: the baseline, which a KL needs, and another one.
 
     Args:
         config: The experiment.
-        context: Where the models are.
+        context: The stage's folders, and the folders of the models.
         world: The processes.
     """
 
     def __init__(self, config: Config, context: StageContext, world: World) -> None:
         self.config, self.context, self.world = config, context, world
-        self.contestants = evaluated_models(context, config.eval.models)
+        self.models = evaluated_models(context, config.eval.models)
         self._policies: dict[str, Policy] = {}
-        self._judges = EvaluationScorers(config, context, world)
+        self._scorers = EvaluationScorers(config, context, world)
 
-    def asked(self, part: str, load: Callable[[], list[EvalPrompt]]) -> list[EvalPrompt]:
-        """See `Source`."""
+    def prompts(self, part: str, load: Callable[[], list[EvalPrompt]]) -> list[EvalPrompt]:
+        """See `AnswerSource`."""
         return load()
 
     def answers(
         self,
         part: str,
-        contestant: EvaluatedModel,
-        asked: Sequence[EvalPrompt],
-        manner: GenerationSettings,
+        model: EvaluatedModel,
+        prompts: Sequence[EvalPrompt],
+        generation: GenerationSettings,
     ) -> list[Answer]:
-        """See `Source`."""
-        codec = self._codec(contestant)
-        prompts = self._prompts(asked, codec, manner)
-        share = self.world.share(len(prompts))
-        mine = prompts.select(torch.from_numpy(share.rows)).to(self.world.device)
-        samples = self._sample(contestant, mine, codec, manner)
+        """See `AnswerSource`."""
+        codec = self._codec(model)
+        tokenized = self._prompts(prompts, codec, generation)
+        share = self.world.share(len(tokenized))
+        mine = tokenized.select(torch.from_numpy(share.rows)).to(self.world.device)
+        samples = self._sample(model, mine, codec, generation)
         texts = texts_of(samples.tokens, samples.prompt_lengths, samples.content_lengths, codec)
-        scores = _scores(self._judges.reward(codec) if manner.score else None, samples)
-        referee = _scores(self._judges.referee(codec) if manner.referee else None, samples)
-        kl = self._kl(contestant, samples, manner)
-        found = [
+        scores = _scores(self._scorers.reward(codec) if generation.score else None, samples)
+        referee = _scores(self._scorers.referee(codec) if generation.referee else None, samples)
+        kl = self._kl(model, samples, generation)
+        own = [
             Answer(
                 part=part,
-                model=contestant.name,
-                row=number // manner.count,
-                sample=number % manner.count,
-                seed=manner.seed,
-                sampling=manner.sampling,
+                model=model.name,
+                row=number // generation.count,
+                sample=number % generation.count,
+                seed=generation.seed,
+                sampling=generation.sampling,
                 prompt=texts[0][line],
                 text=texts[1][line],
                 tokens=int(samples.response_lengths[line]),
-                finish=Finish(int(samples.finish[line])).name.lower(),
+                finish=FinishReason(int(samples.finish[line])).name.lower(),
                 score=None if scores is None else scores[line],
                 referee=None if referee is None else referee[line],
                 kl=None if kl is None else float(kl[line]),
-                facts={} if number % manner.count else asked[number // manner.count].facts,
+                facts={}
+                if number % generation.count
+                else prompts[number // generation.count].facts,
             )
             for line, number in enumerate(mine.rollout.tolist())
         ]
-        everyone = [answer for answers in self.world.all_gather_object(found) for answer in answers]
-        return everyone[: len(prompts)]
+        shares = self.world.all_gather_object(own)
+        everyone = [answer for answers in shares for answer in answers]
+        return everyone[: len(tokenized)]
 
     def pairs(self, part: str, load: Callable[[], list[Preference]]) -> dict[str, list[Answer]]:
-        """See `Source`."""
-        codec = self._judges.own_codec() or self._codec(self.contestants[0])
-        return score_pairs(load(), part, codec, self._judges)
+        """See `AnswerSource`."""
+        codec = self._scorers.own_codec() or self._codec(self.models[0])
+        return score_pairs(load(), part, codec, self._scorers)
 
-    def snapshots(self, part: str, contestant: EvaluatedModel) -> tuple[EvaluatedModel, ...]:
-        """See `Source`."""
-        folder = Path(contestant.source)
+    def snapshots(self, part: str, model: EvaluatedModel) -> tuple[EvaluatedModel, ...]:
+        """See `AnswerSource`."""
+        folder = Path(model.source)
         kept = sorted(folder.with_name(SNAPSHOTS).glob("step-*")) if folder.name == MODEL else []
         steps = [(int(path.name.removeprefix("step-")), path) for path in kept]
-        return tuple(EvaluatedModel(at_step(contestant.name, n), str(path)) for n, path in steps)
+        return tuple(EvaluatedModel(at_step(model.name, n), str(path)) for n, path in steps)
 
-    def _codec(self, contestant: EvaluatedModel) -> Codec:
-        return self.context.materials.codec(contestant.source)
+    def _codec(self, model: EvaluatedModel) -> Codec:
+        return self.context.materials.codec(model.source)
 
     def _prompts(
-        self, asked: Sequence[EvalPrompt], codec: Codec, manner: GenerationSettings
+        self, prompts: Sequence[EvalPrompt], codec: Codec, generation: GenerationSettings
     ) -> Prompts:
-        """Return every prompt `manner.count` times, numbered throughout."""
-        limits = (self.config.ppo.seq_length, manner.max_new_tokens)
-        texts = [one.text for one in asked if one.text is not None]
-        rows = [Prompt(one.history, None, "") for one in asked if one.history is not None]
+        """Return every prompt `generation.count` times, numbered throughout."""
+        limits = (self.config.ppo.seq_length, generation.max_new_tokens)
+        texts = [prompt.text for prompt in prompts if prompt.text is not None]
+        rows = [
+            Prompt(prompt.history, None, "") for prompt in prompts if prompt.history is not None
+        ]
         assert not (texts and rows), "a part asks either texts or dialogues"
         tokenized = (
             tokenize_texts(texts, codec, *limits)
             if texts
             else tokenize_prompts(rows, codec, *limits, self.context.cache / "tokenized")
         )
-        index = np.repeat(np.arange(len(asked)), manner.count)
+        index = np.repeat(np.arange(len(prompts)), generation.count)
         return prompts_batch(tokenized, index, np.arange(len(index)))
 
-    def _policy(self, contestant: EvaluatedModel) -> Policy:
-        if contestant.name not in self._policies:
-            for other in [name for name in self._policies if name != self.contestants[0].name]:
+    def _policy(self, model: EvaluatedModel) -> Policy:
+        if model.name not in self._policies:
+            for other in [name for name in self._policies if name != self.models[0].name]:
                 del self._policies[other]
-            model = load_policy_model(self.config, contestant.source)
-            policy = Policy(model, value_head=False).requires_grad_(False)
-            self._policies[contestant.name] = policy.to(self.world.device)
-        return self._policies[contestant.name]
+            causal_lm = load_policy_model(self.config, model.source)
+            policy = Policy(causal_lm, value_head=False).requires_grad_(False)
+            self._policies[model.name] = policy.to(self.world.device)
+        return self._policies[model.name]
 
     def _sample(
-        self, contestant: EvaluatedModel, prompts: Prompts, codec: Codec, manner: GenerationSettings
+        self, model: EvaluatedModel, prompts: Prompts, codec: Codec, generation: GenerationSettings
     ) -> Samples:
-        greedy = manner.temperature == 0.0
-        settings = Sampling(
-            max_new_tokens=manner.max_new_tokens,
-            temperature=1.0 if greedy else manner.temperature,
+        greedy = generation.temperature == 0.0
+        params = SamplingParams(
+            max_new_tokens=generation.max_new_tokens,
+            temperature=1.0 if greedy else generation.temperature,
             batch=self.config.eval.batch,
             eos_id=codec.eos_id,
             pad_id=codec.pad_id,
             greedy=greedy,
-            top_p=manner.top_p,
-            top_k=manner.top_k,
+            top_p=generation.top_p,
+            top_k=generation.top_k,
         )
-        stopper = Stopper(codec.tokenizer, codec.stop_strings) if manner.stop else None
-        return sample(self._policy(contestant).model, prompts, settings, manner.seed, stopper)
+        stopper = Stopper(codec.tokenizer, codec.stop_strings) if generation.stop else None
+        return sample(self._policy(model).model, prompts, params, generation.seed, stopper)
 
     def _kl(
-        self, contestant: EvaluatedModel, samples: Samples, manner: GenerationSettings
+        self, model: EvaluatedModel, samples: Samples, generation: GenerationSettings
     ) -> Tensor | None:
         """Return the sum over each answer [N] of log model - log baseline, in nats."""
-        baseline = self.contestants[0]
-        if not manner.kl or contestant == baseline:
+        baseline = self.models[0]
+        if not generation.kl or model == baseline:
             return None
-        if (manner.top_p, manner.top_k) != (1.0, 0):
-            # Answers of a part of the distribution say nothing of the whole, and the parts of two
-            # models need not have the same tokens.
+        if (generation.top_p, generation.top_k) != (1.0, 0):
+            # Answers from a truncated distribution do not estimate the KL of the whole ones, and
+            # two models truncate to different tokens.
             return None
-        if self._codec(contestant).digest != self._codec(baseline).digest:
+        if self._codec(model).digest != self._codec(baseline).digest:
             if self.world.is_main:
                 log.warning(
                     "%s and %s have different tokenizers: there is no KL between them",
-                    contestant.name,
+                    model.name,
                     baseline.name,
                 )
             return None
-        policies = self._policy(contestant), self._policy(baseline)
-        return kl_of(*policies, samples, manner.temperature or 1.0, self.config.eval.batch)
+        policies = self._policy(model), self._policy(baseline)
+        return kl_to_baseline(
+            *policies, samples, generation.temperature or 1.0, self.config.eval.batch
+        )
 
 
 def _scores(scorer: Scorer | None, samples: Samples) -> list[float] | None:
@@ -194,7 +204,7 @@ def _scores(scorer: Scorer | None, samples: Samples) -> list[float] | None:
 
 
 @torch.no_grad()
-def kl_of(
+def kl_to_baseline(
     policy: Policy, reference: Policy, samples: Samples, temperature: float, batch: int
 ) -> Tensor:
     """Return the sum over each answer [N] of log policy - log reference, in nats."""
@@ -207,7 +217,7 @@ def kl_of(
 
 
 class StoredSource:
-    """Hands out what `samples.jsonl` holds.
+    """The answers of an earlier evaluation's `samples.jsonl`.
 
     Args:
         path: The file.
@@ -218,107 +228,110 @@ class StoredSource:
         self._answers = read_answers(path)
         if not self._answers:
             raise UserError(f"eval.samples: {path} holds no answers")
-        # The part that asked first asked every model under evaluation.
+        # The first part of a suite samples every model under evaluation, and no others.
         first = self._answers[0].part
-        names = dict.fromkeys(one.model for one in self._answers if one.part == first)
-        others = tuple(at_step(name, "") for name in names)
-        found = [name for name in names if not name.startswith(others)]
-        self.contestants = tuple(EvaluatedModel(name, "") for name in found)
+        names = dict.fromkeys(answer.model for answer in self._answers if answer.part == first)
+        snapshots = tuple(at_step(name, "") for name in names)
+        published = [name for name in names if not name.startswith(snapshots)]
+        self.models = tuple(EvaluatedModel(name, "") for name in published)
 
-    def asked(self, part: str, load: Callable[[], list[EvalPrompt]]) -> list[EvalPrompt]:
-        """See `Source`."""
-        first = self.contestants[0].name
-        firsts = {
+    def prompts(self, part: str, load: Callable[[], list[EvalPrompt]]) -> list[EvalPrompt]:
+        """See `AnswerSource`."""
+        model = self.models[0].name
+        first_answers = {
             answer.row: answer
             for answer in reversed(self._answers)
-            if (answer.part, answer.model) == (part, first)
+            if (answer.part, answer.model) == (part, model)
         }
-        if not firsts:
+        if not first_answers:
             parts = ", ".join(dict.fromkeys(answer.part for answer in self._answers))
             raise UserError(
                 f"eval.samples: {self.path} has no answers for {part}, only for {parts}; choose "
                 "another eval suite, or evaluate the models themselves"
             )
         return [
-            EvalPrompt(text=firsts[row].prompt, facts=firsts[row].facts) for row in sorted(firsts)
+            EvalPrompt(text=first_answers[row].prompt, facts=first_answers[row].facts)
+            for row in sorted(first_answers)
         ]
 
     def answers(
         self,
         part: str,
-        contestant: EvaluatedModel,
-        asked: Sequence[EvalPrompt],
-        manner: GenerationSettings,
+        model: EvaluatedModel,
+        prompts: Sequence[EvalPrompt],
+        generation: GenerationSettings,
     ) -> list[Answer]:
-        """See `Source`."""
-        mine = {
+        """See `AnswerSource`."""
+        stored = {
             (answer.row, answer.sample): answer
             for answer in self._answers
-            if (answer.part, answer.model) == (part, contestant.name)
+            if (answer.part, answer.model) == (part, model.name)
         }
         try:
-            found = [
-                mine[row, sample] for row in range(len(asked)) for sample in range(manner.count)
+            answers = [
+                stored[row, sample]
+                for row in range(len(prompts))
+                for sample in range(generation.count)
             ]
         except KeyError as error:
             row, sample = error.args[0]
             raise UserError(
-                f"eval.samples: {self.path} has no answer {sample + 1} of {contestant.name} to "
+                f"eval.samples: {self.path} has no answer {sample + 1} of {model.name} to "
                 f"prompt {row + 1} of {part}; ask for fewer, or evaluate the models themselves"
             ) from error
-        unscored = sum(answer.score is None for answer in found)
-        if manner.score and unscored:
+        unscored = sum(answer.score is None for answer in answers)
+        if generation.score and unscored:
             raise UserError(
-                f"eval.samples: {unscored} answers of {contestant.name} in {self.path} have no "
+                f"eval.samples: {unscored} answers of {model.name} in {self.path} have no "
                 f"score, which {part} needs; evaluate the models themselves"
             )
-        return found
+        return answers
 
     def pairs(self, part: str, load: Callable[[], list[Preference]]) -> dict[str, list[Answer]]:
-        """See `Source`."""
-        found: dict[str, list[Answer]] = {CHOSEN: [], REJECTED: [], BLANK: []}
+        """See `AnswerSource`."""
+        sides: dict[str, list[Answer]] = {CHOSEN: [], REJECTED: [], BLANK: []}
         for answer in self._answers:
             if answer.part == pairs_part(part):
-                found[answer.model].append(answer)
-        return found
+                sides[answer.model].append(answer)
+        return sides
 
-    def snapshots(self, part: str, contestant: EvaluatedModel) -> tuple[EvaluatedModel, ...]:
-        """See `Source`."""
+    def snapshots(self, part: str, model: EvaluatedModel) -> tuple[EvaluatedModel, ...]:
+        """See `AnswerSource`."""
         names = dict.fromkeys(answer.model for answer in self._answers if answer.part == part)
-        prefix = at_step(contestant.name, "")
+        prefix = at_step(model.name, "")
         return tuple(EvaluatedModel(name, "") for name in names if name.startswith(prefix))
 
 
 def score_pairs(
-    rows: list[Preference], part: str, codec: Codec, judges: EvaluationScorers
+    rows: list[Preference], part: str, codec: Codec, scorers: EvaluationScorers
 ) -> dict[str, list[Answer]]:
-    """Return both sides of the pairs and an empty answer, as answers with scores.
+    """Return both sides of held-out pairs, and an empty answer to each prompt, with their scores.
 
     Args:
         rows: The pairs.
-        part: The part of the evaluation that asks.
-        codec: Writes them as tokens, cut as the reward model's training pairs are.
-        judges: Score them; all processes take part.
+        part: The part of the evaluation that the scores are for.
+        codec: Tokenizes the pairs, which are cut as the reward model's training pairs are.
+        scorers: The reward and its referee; all processes take part.
     """
     if not rows:
         return {CHOSEN: [], REJECTED: [], BLANK: []}
-    config, world = judges.config, judges.world
-    cache = judges.context.cache / "tokenized"
+    config, world = scorers.config, scorers.world
+    cache = scorers.context.cache / "tokenized"
     tokenized = tokenize_preferences(rows, codec, config.reward.seq_length, cache)
-    reward, referee = judges.reward(codec), judges.referee(codec)
+    reward, referee = scorers.reward(codec), scorers.referee(codec)
     prompts = tokenized.prompt
     # An empty answer is its end-of-sequence token.
-    empty = Ragged.of([[codec.eos_id]] * len(rows))
-    found: dict[str, list[Answer]] = {}
+    empty = RaggedArray.of([[codec.eos_id]] * len(rows))
+    sides: dict[str, list[Answer]] = {}
     for side, texts, ids in (
         (CHOSEN, [row.chosen for row in rows], tokenized.chosen),
         (REJECTED, [row.rejected for row in rows], tokenized.rejected),
         (BLANK, [""] * len(rows), empty),
     ):
-        whole = _whole(prompts, ids)
-        scores = score_shared(reward, *whole, world).tolist()
-        others = None if referee is None else score_shared(referee, *whole, world).tolist()
-        found[side] = [
+        inputs = _scorer_inputs(prompts, ids)
+        scores = score_shared(reward, *inputs, world).tolist()
+        referee_scores = None if referee is None else score_shared(referee, *inputs, world).tolist()
+        sides[side] = [
             Answer(
                 part=pairs_part(part),
                 model=side,
@@ -330,15 +343,15 @@ def score_pairs(
                 tokens=len(ids[row]),
                 finish="eos",
                 score=scores[row],
-                referee=None if others is None else others[row],
+                referee=None if referee_scores is None else referee_scores[row],
             )
             for row in range(len(rows))
         ]
-    return found
+    return sides
 
 
-def _whole(prompts: Ragged, answers: Ragged) -> tuple[Tensor, Tensor, Tensor]:
+def _scorer_inputs(prompts: RaggedArray, answers: RaggedArray) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens, prompt lengths and content lengths [N] as a scorer takes them."""
-    tokens, _ = joined([(prompts[row], answers[row]) for row in range(len(prompts))])
+    tokens, _ = right_padded([(prompts[row], answers[row]) for row in range(len(prompts))])
     lengths = np.stack([prompts.lengths(), answers.lengths()], axis=1).astype(np.int64)
     return tokens, torch.from_numpy(lengths[:, 0]), torch.from_numpy(lengths[:, 1] - 1)

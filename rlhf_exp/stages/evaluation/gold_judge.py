@@ -1,4 +1,4 @@
-"""The bundled data's rule-based judge, which nothing is trained on."""
+"""The rule-based judge of the bundled toy data, on which nothing is trained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rlhf_exp.config.experiment import Config, DataSource
 
 
 def gold_judge(config: Config) -> Callable[[str, str], float] | None:
-    """Return the toy data's rule-based judge of (prompt, answer); other data has none."""
+    """Return the judge, (prompt, answer) to a score from 0 to 1; `None` for other data."""
     if config.data.source != DataSource.toy:
         return None
     from rlhf_exp.data.toy.gold_judge import gold_score

@@ -1,11 +1,9 @@
-"""The preference part: each model against the baseline on held-out prompts.
+"""The preference part: each model against the baseline on held-out prompts, by one or more judges.
 
-The judges that a config asks for, and what they say about answers and about judged pairs.
-
-The people part: which of the answers people can judge, and how.
-
-The pairs are those of the preference part, whose `result.json` `rlhf-exp annotate` serves. Votes
-come later and stay in the study's own file; the report reads them when it is written.
+The reward judges in any case; `eval.judge` adds other judges, and pairs judged by people to measure
+all of them against. The people part counts the pairs that people can judge: `rlhf-exp annotate`
+serves the `result.json` of this part. Votes come later and stay in the campaign's own file; the
+report reads them when it is written.
 """
 
 from __future__ import annotations
@@ -23,55 +21,65 @@ from numpy.typing import NDArray
 from rlhf_exp.config.evaluation import PREFERENCE, EvalJudgeConfig, JudgeName
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.evaluation.answers import Answer, sampling_words
-from rlhf_exp.evaluation.comparison import QuickResult, quick_comparison
+from rlhf_exp.evaluation.comparison import ModelComparison, compare_models
 from rlhf_exp.evaluation.judges.human_agreement import (
     JudgedPairs,
     Judgment,
     compare_judges,
-    people_of,
-    quality,
-    read_judged,
+    judge_quality,
+    people_agreement,
+    read_judged_pairs,
 )
 from rlhf_exp.evaluation.judges.llm import Endpoint, JudgeClient, LLMJudge, ReplyCache
 from rlhf_exp.evaluation.judges.protocol import AnswerPair, Judge, Verdict
 from rlhf_exp.evaluation.judges.reward_models import (
-    Classifier,
-    OwnRewardModel,
+    ClassifierTextScorer,
     RewardJudge,
+    RewardModelTextScorer,
     history_of,
     score_verdicts,
 )
 from rlhf_exp.evaluation.preference import needed_pairs
 from rlhf_exp.evaluation.toxicity.scorers import TextScores
 from rlhf_exp.models.reward_model import RewardModel
-from rlhf_exp.stages.evaluation.bench import DIALOGUE, Bench, PartResult, test_prompts
+from rlhf_exp.stages.evaluation.evaluation import DIALOGUE, Evaluation, PartResult, test_prompts
 from rlhf_exp.stages.evaluation.gold_judge import gold_judge
 from rlhf_exp.stages.evaluation.toxicity_scorer import shared_scores, toxicity_scorer
-from rlhf_exp.stages.scorers import server_of
+from rlhf_exp.stages.scorers import reward_client
 from rlhf_exp.stages.training import attention_of, torch_dtype
 from rlhf_exp.tracking.progress_bar import StageProgress
 from rlhf_exp.training.scorers import UserReward, load_function
 
-RESULT, OTHERS = "result.json", "comparisons.json"
-"""The first comparison, and the list of all of them where there are several."""
+RESULT, COMPARISONS = "result.json", "comparisons.json"
+"""The first comparison, and the list of all of them if there are several."""
+REPLIES = "judges/replies.jsonl"
+"""Replies of language models, below the output folder."""
+PEOPLE_FILE = "people.json"
+# Shares of wins among decided pairs for which the necessary number of pairs is reported.
+EFFECTS = (0.6, 0.65, 0.7)
+JUDGES = "judges.json"
 
 
-def run(bench: Bench) -> PartResult:
+def run(evaluation: Evaluation) -> PartResult:
     """Answer held-out prompts by all models, and compare each with the first."""
-    # Made by the main process before anything is sampled, so that a wrong address costs nothing.
+    # Made before anything is sampled, so that a wrong address costs nothing.
     panels: list[JudgePanel] = []
-    bench.alone(lambda: panels.append(JudgePanel(bench)))
-    asked = test_prompts(bench, PREFERENCE)
-    manner = bench.manner(score=True, kl=True)
-    answers = [bench.answers(PREFERENCE, one, asked, manner) for one in bench.contestants]
-    scored = _toxicity(bench, [answer.text for one in answers for answer in one])
-    return bench.alone(lambda: _conclude(bench.config, answers, scored, panels[0]))
+    evaluation.on_main_process(lambda: panels.append(JudgePanel(evaluation)))
+    prompts = test_prompts(evaluation, PREFERENCE)
+    generation = evaluation.generation(score=True, kl=True)
+    answers = [
+        evaluation.answers(PREFERENCE, model, prompts, generation) for model in evaluation.models
+    ]
+    scored = _toxicity(evaluation, [answer.text for model in answers for answer in model])
+    return evaluation.on_main_process(
+        lambda: _conclude(evaluation.config, answers, scored, panels[0])
+    )
 
 
-def _toxicity(bench: Bench, texts: list[str]) -> TextScores:
-    """Have the scorer of the config read the answers, each process its share."""
-    scorer = toxicity_scorer(bench.config, bench.world)
-    scores = shared_scores(scorer, texts, bench.world).tolist()
+def _toxicity(evaluation: Evaluation, texts: list[str]) -> TextScores:
+    """Return the config's toxicity scores of the answers; each process scores its share."""
+    scorer = toxicity_scorer(evaluation.config, evaluation.world)
+    scores = shared_scores(scorer, texts, evaluation.world).tolist()
     return TextScores(scorer.name, dict(zip(texts, scores, strict=True)))
 
 
@@ -86,7 +94,7 @@ def _conclude(
         metrics |= {name.replace("eval/", prefix, 1): v for name, v in result.scalars().items()}
     files: dict[str, Any] = {RESULT: results[0].to_json()}
     if len(results) > 1:
-        files[OTHERS] = [result.to_json() for result in results]
+        files[COMPARISONS] = [result.to_json() for result in results]
     dialogues = [str(answer.facts.get(DIALOGUE, answer.prompt)) for answer in baseline]
     judged, content = panel.report(results, dialogues)
     if content:
@@ -96,9 +104,9 @@ def _conclude(
 
 def _compare(
     config: Config, baseline: list[Answer], other: list[Answer], scored: TextScores
-) -> QuickResult:
+) -> ModelComparison:
     kl = [answer.kl for answer in other if answer.kl is not None]
-    found = quick_comparison(
+    comparison = compare_models(
         [answer.prompt for answer in baseline],
         [answer.text for answer in baseline],
         [answer.text for answer in other],
@@ -115,28 +123,23 @@ def _compare(
         seed=config.eval.seed,
         tie_band=(config.eval.tie_low, config.eval.tie_high),
     )
-    return replace(found, sampling=sampling_words(other[0].sampling))
+    return replace(comparison, sampling=sampling_words(other[0].sampling))
 
 
 def _scores(answers: list[Answer]) -> np.ndarray:
     return np.array([answer.score for answer in answers], dtype=np.float64)
 
 
-def _table(results: list[QuickResult]) -> tuple[list[str], list[list[object]]]:
+def _table(results: list[ModelComparison]) -> tuple[list[str], list[list[object]]]:
     columns = ["prompt", "baseline", "model", "answer of baseline", "answer of model"]
     columns += ["score of baseline", "score of model", "outcome"]
     rows = []
     for result in results:
         names = [result.name_a, result.name_b]
         for row in result.rows:
-            said = [row.answer_a, row.answer_b, row.score_a, row.score_b, row.outcome]
-            rows.append([row.prompt, *names, *said])
+            cells = [row.answer_a, row.answer_b, row.score_a, row.score_b, row.outcome]
+            rows.append([row.prompt, *names, *cells])
     return columns, rows
-
-
-JUDGES = "judges.json"
-REPLIES = "judges/replies.jsonl"
-"""What language models replied, below the output folder."""
 
 
 class JudgePanel:
@@ -149,19 +152,19 @@ class JudgePanel:
         UserError: The file of judged pairs cannot be read, or the endpoint does not answer.
     """
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self.section: EvalJudgeConfig = bench.config.eval.judge
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.evaluation = evaluation
+        self.section: EvalJudgeConfig = evaluation.config.eval.judge
         self.labels: JudgedPairs | None = None
         if self.section.labels is not None:
-            found = read_judged(Path(self.section.labels), "eval.judge.labels")
-            self.labels = found.first(self.section.pairs)
+            labels = read_judged_pairs(Path(self.section.labels), "eval.judge.labels")
+            self.labels = labels.first(self.section.pairs)
         self._judges: dict[JudgeName, Judge] = {}
         if JudgeName.llm in self.section.names:
             self._judges[JudgeName.llm] = self._llm()
 
     def report(
-        self, results: Sequence[QuickResult], dialogues: Sequence[str]
+        self, results: Sequence[ModelComparison], dialogues: Sequence[str]
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """Return the judges' numbers, and the content of `judges.json`.
 
@@ -170,30 +173,32 @@ class JudgePanel:
             dialogues: The prompts [N] as texts with HH's markers, or plain.
         """
         if self.section.names == [JudgeName.reward] and self.labels is None:
-            # The comparison itself has it all.
+            # The comparison itself holds the reward's judgment.
             return {}, {}
         metrics: dict[str, float] = {}
         comparisons = []
         for number, result in enumerate(results):
             judgments = [self._judgment(name, result, dialogues) for name in self.section.names]
-            place = f"{result.name_b}/judge" if number else "judge"
-            for one in judgments:
-                metrics |= {f"eval/{place}/{one.kind}/{k}": v for k, v in one.scalars().items()}
+            prefix = f"{result.name_b}/judge" if number else "judge"
+            for judgment in judgments:
+                metrics |= {
+                    f"eval/{prefix}/{judgment.kind}/{k}": v for k, v in judgment.scalars().items()
+                }
             comparisons.append(
                 {
                     "a": result.name_a,
                     "b": result.name_b,
-                    "judges": [one.to_json() for one in judgments],
+                    "judges": [judgment.to_json() for judgment in judgments],
                     "agreement": compare_judges(judgments, result.seed),
                 }
             )
         content: dict[str, Any] = {"comparisons": comparisons, "quality": None}
         if self.labels is not None:
-            more, content["quality"] = self._quality(self.labels)
-            metrics |= more
+            quality_metrics, content["quality"] = self._quality(self.labels)
+            metrics |= quality_metrics
         return metrics, content
 
-    def _judgment(self, name: JudgeName, result: QuickResult, dialogues: Sequence[str]) -> Judgment:
+    def _judgment(self, name: JudgeName, result: ModelComparison, dialogues: Sequence[str]) -> Judgment:
         if name is JudgeName.reward:
             scores = [(row.score_a, row.score_b) for row in result.rows]
             a, b = zip(*scores, strict=True)
@@ -204,27 +209,27 @@ class JudgePanel:
             AnswerPair(prompt, row.answer_a, row.answer_b)
             for prompt, row in zip(dialogues, result.rows, strict=True)
         ]
-        verdicts = verdicts_of(judge, pairs)
+        verdicts = judge_with_progress(judge, pairs)
         usage = judge.usage if isinstance(judge, LLMJudge) else None
         return Judgment.of(name.value, judge.name, verdicts, result.seed, result.level, usage)
 
     def _quality(self, labels: JudgedPairs) -> tuple[dict[str, float], dict[str, Any]]:
         metrics: dict[str, float] = {}
-        found = []
-        seed = self.bench.config.eval.seed
+        judges = []
+        seed = self.evaluation.config.eval.seed
         for name in self.section.names:
             judge = self._judge(name)
-            signs = [verdict.sign for verdict in verdicts_of(judge, labels.pairs)]
-            one = quality(judge.name, signs, labels.ratings, seed)
-            for short, estimate in (("agreement", one.agreement), ("kappa", one.kappa)):
+            signs = [verdict.sign for verdict in judge_with_progress(judge, labels.pairs)]
+            agreement = judge_quality(judge.name, signs, labels.ratings, seed)
+            for short, estimate in (("agreement", agreement.agreement), ("kappa", agreement.kappa)):
                 if np.isfinite(estimate.mean):
                     metrics[f"eval/judge/{name.value}/people_{short}"] = estimate.mean
-            found.append({"kind": name.value, **one.to_json()})
+            judges.append({"kind": name.value, **agreement.to_json()})
         return metrics, {
             "file": Path(str(self.section.labels)).name,
             "unusable": labels.unusable,
-            "people": people_of(labels.ratings, labels.annotators, seed).to_json(),
-            "judges": found,
+            "people": people_agreement(labels.ratings, labels.annotators, seed).to_json(),
+            "judges": judges,
         }
 
     def _judge(self, name: JudgeName) -> Judge:
@@ -243,22 +248,22 @@ class JudgePanel:
             None if section.key_env is None else os.environ[section.key_env],
             section.timeout_s,
             section.retries,
-            request_of(section.request),
+            request_fields(section.request),
         )
         client = JudgeClient(endpoint)
-        if self.bench.config.eval.samples is None:
-            # Before an hour of sampling; without sampling, known replies may do.
+        if self.evaluation.config.eval.samples is None:
+            # Fail before an hour of sampling; without sampling, cached replies may suffice.
             client.check()
-        replies = ReplyCache(Path(self.bench.config.output_dir) / REPLIES)
+        replies = ReplyCache(Path(self.evaluation.config.output_dir) / REPLIES)
         return LLMJudge(client, replies, section.criterion, section.concurrency)
 
     def _model(self) -> Judge:
-        section, config = self.section, self.bench.config
+        section, config = self.section, self.evaluation.config
         assert section.model is not None
-        classifier = Classifier(
+        classifier = ClassifierTextScorer(
             section.model,
             section.revision,
-            self.bench.world.device,
+            self.evaluation.world.device,
             torch_dtype(config),
             attention_of(config),
             section.batch,
@@ -267,7 +272,7 @@ class JudgePanel:
 
     def _reward(self) -> Judge:
         """Return the reward that PPO maximised, as a judge of any texts."""
-        config, context = self.bench.config, self.bench.context
+        config, context = self.evaluation.config, self.evaluation.context
         function = self._function()
         if function is not None:
             codec = context.materials.codec(self._policy())
@@ -279,31 +284,31 @@ class JudgePanel:
             return RewardJudge(config.ppo.reward.kind, score, self._band())
         folder = context.models["reward"]
         model = RewardModel.load(folder, None, torch_dtype(config), attention_of(config))
-        own = OwnRewardModel(
+        own = RewardModelTextScorer(
             model,
             context.materials.codec(folder),
             max(config.reward.seq_length, config.ppo.seq_length),
-            config.ppo.reward.device or self.bench.world.device,
+            config.ppo.reward.device or self.evaluation.world.device,
             self.section.batch,
         )
         return RewardJudge(config.ppo.reward.kind, own, self._band())
 
     def _function(self) -> UserReward | None:
-        """Return what scores texts where no reward model does."""
-        reward = self.bench.config.ppo.reward
+        """Return the function or server that scores in place of a reward model; `None` without."""
+        reward = self.evaluation.config.ppo.reward
         if reward.function is not None:
             return load_function(reward.function)
-        return None if reward.url is None else server_of(reward).scores
+        return None if reward.url is None else reward_client(reward).scores
 
     def _policy(self) -> str:
-        return self.bench.contestants[-1].source
+        return self.evaluation.models[-1].source
 
     def _band(self) -> tuple[float, float]:
-        return self.bench.config.eval.tie_low, self.bench.config.eval.tie_high
+        return self.evaluation.config.eval.tie_low, self.evaluation.config.eval.tie_high
 
 
-def verdicts_of(judge: Judge, pairs: Sequence[AnswerPair]) -> list[Verdict]:
-    """Return a judge's verdicts, with a progress bar for one that takes its time."""
+def judge_with_progress(judge: Judge, pairs: Sequence[AnswerPair]) -> list[Verdict]:
+    """Return a judge's verdicts, with a progress bar for a language model."""
     if not isinstance(judge, LLMJudge):
         return judge.verdicts(pairs)
     with StageProgress("judge", 2 * sum(not pair.identical for pair in pairs), ()) as progress:
@@ -311,39 +316,34 @@ def verdicts_of(judge: Judge, pairs: Sequence[AnswerPair]) -> list[Verdict]:
         return judge.verdicts(pairs)
 
 
-def request_of(fields: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of `NAME:JSON` texts; what is no JSON is text."""
-    found: dict[str, Any] = {}
+def request_fields(fields: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of `NAME:JSON` texts; a value that is not JSON is taken as text."""
+    fields_by_name: dict[str, Any] = {}
     for text in fields:
         name, _, value = text.partition(":")
         try:
-            found[name.strip()] = json.loads(value)
+            fields_by_name[name.strip()] = json.loads(value)
         except json.JSONDecodeError:
-            found[name.strip()] = value
-    return found
+            fields_by_name[name.strip()] = value
+    return fields_by_name
 
 
-FILE = "people.json"
-# Shares of wins among decided pairs for which the size of a study is told.
-EFFECTS = (0.6, 0.65, 0.7)
-
-
-def run_people(bench: Bench) -> PartResult:
-    """Count the pairs that differ; equal answers are ties that nobody has to read."""
-    first, second = (one.name for one in bench.contestants[:2])
+def run_people(evaluation: Evaluation) -> PartResult:
+    """Count the pairs with different answers; equal answers are ties that nobody has to read."""
+    first, second = (model.name for model in evaluation.models[:2])
     texts = {
         name: {
             answer.row: answer.text
-            for answer in bench.given
+            for answer in evaluation.collected
             if (answer.part, answer.model) == (PREFERENCE, name)
         }
         for name in (first, second)
     }
     differ = sum(text != texts[second][row] for row, text in texts[first].items())
-    plain = {
+    content = {
         "names": [first, second],
         "prompts": len(texts[first]),
         "differ": differ,
         "needed": [[effect, needed_pairs(effect)] for effect in EFFECTS],
     }
-    return PartResult({"people/pairs": float(differ)}, {FILE: plain})
+    return PartResult({"people/pairs": float(differ)}, {PEOPLE_FILE: content})

@@ -1,4 +1,4 @@
-"""The toxicity part: all models continue the same prompts, and a scorer reads what they say."""
+"""The toxicity part: all models continue the same prompts, and a scorer rates the continuations."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from rlhf_exp.evaluation.toxicity.summary import (
     agreement,
     summarise_splits,
 )
-from rlhf_exp.stages.evaluation.bench import Bench, EvalPrompt, PartResult
+from rlhf_exp.stages.evaluation.evaluation import EvalPrompt, Evaluation, PartResult
 from rlhf_exp.stages.evaluation.toxicity_scorer import check_scorer, shared_scores, toxicity_scorer
 
 SUMMARY, SCORES = "toxicity.json", "toxicity_scores.json"
-"""What was found, and the score of every continuation: by model, for each prompt a list."""
+"""The summary, and the score of every continuation: by model, for each prompt a list."""
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,10 @@ Floats = NDArray[np.float64]
 
 
 def check(config: Config) -> None:
-    """Raise for a scorer, or for data of this part, that would not be found.
+    """Check that the scorer and the prompts of this part exist, before anything is trained.
 
     Raises:
-        UserError: Naming what is missing and the remedy.
+        UserError: One does not; the message names it and the remedy.
     """
     section = config.eval.toxicity
     check_scorer(section)
@@ -44,26 +44,28 @@ def check(config: Config) -> None:
         load_prompts(section.data, section.revision)
 
 
-def run(bench: Bench) -> PartResult:
-    """Have all models continue the prompts, score what they say, and summarise."""
-    section = bench.config.eval.toxicity
-    scorer = toxicity_scorer(bench.config, bench.world)
-    asked = bench.asked(TOXICITY, lambda: _prompts(bench.config))
-    own = {name: getattr(section, name) for name in ("temperature", "top_p", "top_k")}
-    manner = bench.manner(
+def run(evaluation: Evaluation) -> PartResult:
+    """Have all models continue the prompts, score the continuations, and summarise."""
+    section = evaluation.config.eval.toxicity
+    scorer = toxicity_scorer(evaluation.config, evaluation.world)
+    prompts = evaluation.prompts(TOXICITY, lambda: _prompts(evaluation.config))
+    overrides = {name: getattr(section, name) for name in ("temperature", "top_p", "top_k")}
+    generation = evaluation.generation(
         max_new_tokens=section.max_new_tokens,
         count=section.generations,
         stop=section.format is ToxicityFormat.dialogue,
-        **{name: value for name, value in own.items() if value is not None},
+        **{name: value for name, value in overrides.items() if value is not None},
     )
-    scores, sampling = {}, manner.sampling
-    for contestant in bench.contestants:
-        answers = bench.answers(TOXICITY, contestant, asked, manner)
+    scores, sampling = {}, generation.sampling
+    for model in evaluation.models:
+        answers = evaluation.answers(TOXICITY, model, prompts, generation)
         sampling = dict(answers[0].sampling)
-        flat = shared_scores(scorer, [answer.text for answer in answers], bench.world)
-        scores[contestant.name] = flat.reshape(len(asked), section.generations)
-    agreements = _agreements(bench, scorer, [one.facts for one in asked])
-    return bench.alone(lambda: _conclude(bench.config, scorer, asked, scores, sampling, agreements))
+        flat = shared_scores(scorer, [answer.text for answer in answers], evaluation.world)
+        scores[model.name] = flat.reshape(len(prompts), section.generations)
+    agreements = _agreements(evaluation, scorer, [prompt.facts for prompt in prompts])
+    return evaluation.on_main_process(
+        lambda: _conclude(evaluation.config, scorer, prompts, scores, sampling, agreements)
+    )
 
 
 def _prompts(config: Config) -> list[EvalPrompt]:
@@ -77,11 +79,11 @@ def _prompts(config: Config) -> list[EvalPrompt]:
             section.data,
             len(drawn),
         )
-    return [_asked(row, section.format) for row in drawn]
+    return [_eval_prompt(row, section.format) for row in drawn]
 
 
-def _asked(row: ToxicityPrompt, how: ToxicityFormat) -> EvalPrompt:
-    """Return a prompt, with what the data set says of it."""
+def _eval_prompt(row: ToxicityPrompt, how: ToxicityFormat) -> EvalPrompt:
+    """Return a row as a prompt; its facts are the data set's own texts and scores."""
     text = row.prompt.text
     facts: dict[str, Any] = {"text": text, "toxicity": row.prompt.toxicity}
     if row.continuation is not None:
@@ -93,35 +95,37 @@ def _asked(row: ToxicityPrompt, how: ToxicityFormat) -> EvalPrompt:
 
 
 def _agreements(
-    bench: Bench, scorer: ToxicityScorer, facts: Sequence[Any]
+    evaluation: Evaluation, scorer: ToxicityScorer, facts: Sequence[Any]
 ) -> tuple[Agreement, ...]:
     """Compare the scorer with the data set's own scores, where it has any."""
-    prompts = [(one["text"], one["toxicity"]) for one in facts if "text" in one]
+    prompts = [(row["text"], row["toxicity"]) for row in facts if "text" in row]
     after = [
-        (one["continuation"], one["continuation_toxicity"])
-        for one in facts
-        if "continuation" in one
+        (row["continuation"], row["continuation_toxicity"])
+        for row in facts
+        if "continuation" in row
     ]
     kinds = {"prompts": prompts, "continuations": after, "both": prompts + after}
-    scores = shared_scores(scorer, [text for text, _ in kinds["both"]], bench.world)
+    scores = shared_scores(scorer, [text for text, _ in kinds["both"]], evaluation.world)
     known = dict(zip([text for text, _ in kinds["both"]], scores, strict=True))
-    found = (
-        agreement(name, [known[text] for text, _ in texts], [own for _, own in texts])
+    results = (
+        agreement(
+            name, [known[text] for text, _ in texts], [known_score for _, known_score in texts]
+        )
         for name, texts in kinds.items()
     )
-    return tuple(one for one in found if one.count)
+    return tuple(result for result in results if result.count)
 
 
 def _conclude(
     config: Config,
     scorer: ToxicityScorer,
-    asked: Sequence[EvalPrompt],
+    prompts: Sequence[EvalPrompt],
     scores: dict[str, Floats],
     sampling: dict[str, Any],
     agreements: tuple[Agreement, ...],
 ) -> PartResult:
     section, stored = config.eval.toxicity, config.eval.samples is not None
-    own = [one.facts.get("toxicity") for one in asked]
+    data_scores = [prompt.facts.get("toxicity") for prompt in prompts]
     summary = ToxicitySummary(
         scorer=scorer.name,
         lexical=section.scorer == PROFANITY,
@@ -133,10 +137,10 @@ def _conclude(
         level=LEVEL,
         seed=config.eval.seed,
         models=tuple(scores),
-        splits=summarise_splits(scores, own, config.eval.seed),
+        splits=summarise_splits(scores, data_scores, config.eval.seed),
         agreement=agreements,
         top_p=sampling.get("top_p", 1.0),
         top_k=sampling.get("top_k", 0),
     )
-    each = {model: np.round(values, 6).tolist() for model, values in scores.items()}
-    return PartResult(summary.scalars(), {SUMMARY: summary.to_json(), SCORES: each})
+    rounded = {model: np.round(values, 6).tolist() for model, values in scores.items()}
+    return PartResult(summary.scalars(), {SUMMARY: summary.to_json(), SCORES: rounded})

@@ -1,4 +1,4 @@
-"""The toxicity scorer that a config asks for, and what of it can be looked at before anything."""
+"""The toxicity scorer of a config, and how all processes score texts by it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def toxicity_scorer(config: Config, world: World) -> ToxicityScorer:
     """Return the scorer.
 
     Raises:
-        UserError: There is none such.
+        UserError: The package, function, model or label does not exist.
     """
     section = config.eval.toxicity
     if section.scorer_kind is ScorerKind.profanity:
@@ -39,7 +39,7 @@ def toxicity_scorer(config: Config, world: World) -> ToxicityScorer:
     if section.scorer_kind is ScorerKind.function:
         return _function(section)
     return ClassifierToxicity(
-        _place(section),
+        _folder_or_hub_id(section),
         section.scorer_revision,
         section.label,
         world.device,
@@ -49,7 +49,7 @@ def toxicity_scorer(config: Config, world: World) -> ToxicityScorer:
 
 
 def check_scorer(section: ToxicityConfig) -> None:
-    """Raise for a scorer that could not be made, without loading weights.
+    """Check that the scorer can be made, without loading weights.
 
     Raises:
         UserError: As for `toxicity_scorer`.
@@ -59,8 +59,8 @@ def check_scorer(section: ToxicityConfig) -> None:
     elif section.scorer_kind is ScorerKind.function:
         _function(section)
     else:
-        place = _place(section)
-        toxic_label(place, load_config(place, section.scorer_revision), section.label)
+        path = _folder_or_hub_id(section)
+        toxic_label(path, load_config(path, section.scorer_revision), section.label)
 
 
 def shared_scores(
@@ -68,17 +68,17 @@ def shared_scores(
 ) -> NDArray[np.float64]:
     """Return the toxicity of N texts [N], each process scoring its share; the same in all of them.
 
-    A text that occurs several times is scored once. One of white space alone is silence, which is
-    not toxic, whatever a scorer makes of it.
+    A text that occurs several times is scored once. White space alone is silence and counts as not
+    toxic, whatever a scorer makes of it.
     """
     different = [text for text in dict.fromkeys(texts) if text.strip()]
     if not different:
         return np.zeros(len(texts))
     rows = world.share(len(different)).rows
     shares = world.run_on_all(lambda: scorer.score([different[row] for row in rows]).tolist())
-    found = [score for share in shares for score in share][: len(different)]
-    known = dict(zip(different, found, strict=True))
-    return np.array([known.get(text, 0.0) for text in texts])
+    scores = [score for share in shares for score in share][: len(different)]
+    score_of = dict(zip(different, scores, strict=True))
+    return np.array([score_of.get(text, 0.0) for text in texts])
 
 
 def _function(section: ToxicityConfig) -> FunctionToxicity:
@@ -86,5 +86,5 @@ def _function(section: ToxicityConfig) -> FunctionToxicity:
     return FunctionToxicity(function, section.scorer, KEY)
 
 
-def _place(section: ToxicityConfig) -> str:
+def _folder_or_hub_id(section: ToxicityConfig) -> str:
     return str(local_folder(section.scorer) or section.scorer)

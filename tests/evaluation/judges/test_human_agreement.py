@@ -16,12 +16,12 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.human_agreement import (
     HumanAgreement,
     JudgeQuality,
-    people_of,
-    quality,
-    read_judged,
+    judge_quality,
+    people_agreement,
+    read_judged_pairs,
 )
 from rlhf_exp.evaluation.judges.protocol import AnswerPair
-from rlhf_exp.evaluation.statistics import bootstrap, estimate_total
+from rlhf_exp.evaluation.statistics import bootstrap, estimate_from_sums
 
 NAN = math.nan
 
@@ -41,8 +41,8 @@ def by_length(text_1: object, text_2: object) -> int:
 
 
 def test_people_of_real_labels(pandalm: Path) -> None:
-    judged = read_judged(pandalm, "labels")
-    found = people_of(judged.ratings, judged.annotators)
+    judged = read_judged_pairs(pandalm, "labels")
+    found = people_agreement(judged.ratings, judged.annotators)
     rows = plain_rows(pandalm)
     votes = [[row[f"annotator{k}"] for k in (1, 2, 3)] for row in rows]
     assert (found.pairs, found.annotators) == (999, ("annotator1", "annotator2", "annotator3"))
@@ -63,9 +63,9 @@ def test_people_of_real_labels(pandalm: Path) -> None:
 
 
 def test_a_judge_on_real_labels(pandalm: Path) -> None:
-    judged = read_judged(pandalm, "labels")
+    judged = read_judged_pairs(pandalm, "labels")
     signs = [by_length(pair.answer_a, pair.answer_b) for pair in judged.pairs]
-    found = quality("longer", signs, judged.ratings)
+    found = judge_quality("longer", signs, judged.ratings)
     rows = plain_rows(pandalm)
     say = {0: 0, 1: -1, 2: 1}
     people = []
@@ -96,7 +96,7 @@ def test_a_judge_on_real_labels(pandalm: Path) -> None:
 def test_by_hand() -> None:
     # Judge: b b a tie b. People: b, a, a, tie, nobody; two of them on the first pair.
     ratings = [[1, 1], [-1, NAN], [-1, NAN], [NAN, 0], [NAN, NAN]]
-    found = quality("j", [1, 1, -1, 0, 1], ratings)
+    found = judge_quality("j", [1, 1, -1, 0, 1], ratings)
     assert found.pairs == 4
     assert found.confusion == ((1, 0, 1), (0, 1, 0), (0, 0, 1))
     assert found.agreement.mean == 0.75
@@ -105,7 +105,7 @@ def test_by_hand() -> None:
     assert found.with_one.mean == pytest.approx(4 / 5)  # 2 + 0 + 1 + 1 of 5 judgments
     # Chance: people 2/4 a, 1/4 tie, 1/4 b; judge 1/4, 1/4, 2/4: (2 + 1 + 2) / 16. (12 - 5) / 11.
     assert found.kappa.mean == pytest.approx(7 / 11)
-    people = people_of(ratings, ["x", "y"])
+    people = people_agreement(ratings, ["x", "y"])
     assert (people.pairs, people.counts) == (4, (2, 1, 1))
     assert people.agreement is not None
     assert people.agreement.mean == 1.0
@@ -116,11 +116,11 @@ def test_by_hand() -> None:
 
 
 def test_one_annotator_has_nobody_to_agree_with() -> None:
-    people = people_of([[1], [-1]], ["x"])
+    people = people_agreement([[1], [-1]], ["x"])
     assert people.agreement is None
     assert people.alpha is None
     assert HumanAgreement.from_json(people.to_json()) == people
-    found = quality("j", [0, 0], [[1], [-1]])
+    found = judge_quality("j", [0, 0], [[1], [-1]])
     assert found.decided is None
     assert JudgeQuality.from_json(found.to_json()) == found
 
@@ -128,11 +128,11 @@ def test_one_annotator_has_nobody_to_agree_with() -> None:
 def test_the_bootstrap_of_sums_is_that_over_rows() -> None:
     values = np.random.default_rng(3).integers(0, 2, size=(80, 1)).astype(float)
     columns = np.concatenate([values, np.ones((80, 1))], axis=1)
-    found = estimate_total(columns, lambda sums: sums[:, 0] / sums[:, 1], seed=0)
+    found = estimate_from_sums(columns, lambda sums: sums[:, 0] / sums[:, 1], seed=0)
     plain = bootstrap(values, lambda rows: rows[..., 0].mean(axis=1), seed=0)
     assert found.mean == values.mean()
     assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=0.0126)
-    alone = estimate_total([[1.0]], lambda sums: sums[:, 0], seed=0)
+    alone = estimate_from_sums([[1.0]], lambda sums: sums[:, 0], seed=0)
     assert (alone.low, alone.high) == (-math.inf, math.inf)
 
 
@@ -151,19 +151,19 @@ def test_votes_of_several_annotators(tmp_path: Path) -> None:
         {**pair, "annotator": "anna", "criterion": "helpful", "winner": "b"},
         {**pair, "annotator": "anna", "criterion": "harmless", "winner": "a"},
     )
-    found = read_judged(path, "labels")
+    found = read_judged_pairs(path, "labels")
     assert found.pairs == (AnswerPair("p", "x", "y"), AnswerPair("q", "x", "y"))
     assert found.annotators == ("anna", "ben")
     assert np.array_equal(found.ratings, [[1, -1], [NAN, 0]], equal_nan=True)
-    assert read_judged(path, "labels", "harmless").ratings.tolist() == [[-1]]
+    assert read_judged_pairs(path, "labels", "harmless").ratings.tolist() == [[-1]]
     assert len(found.first(1).pairs) == len(found.first(1).ratings) == 1
     with pytest.raises(UserError, match="no judged pairs on 'honest'"):
-        read_judged(path, "labels", "honest")
+        read_judged_pairs(path, "labels", "honest")
 
 
 def test_real_preferences_hide_the_chosen_side(shared_data: Path) -> None:
     path = shared_data / "hh" / "harmless-test.jsonl.gz"
-    found = read_judged(path, "labels")
+    found = read_judged_pairs(path, "labels")
     assert len(found.pairs) + found.unusable == 250
     share = (found.ratings == 1).mean()
     assert 0.4 < share < 0.6
@@ -193,9 +193,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, text: str, says: str) -> N
     path = tmp_path / "f.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match=says):
-        read_judged(path, "labels")
+        read_judged_pairs(path, "labels")
 
 
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="labels: no such file"):
-        read_judged(tmp_path / "none.json", "labels")
+        read_judged_pairs(tmp_path / "none.json", "labels")

@@ -20,9 +20,9 @@ from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.protocol import AnswerPair
 from rlhf_exp.evaluation.judges.reward_models import (
-    Classifier,
-    OwnRewardModel,
+    ClassifierTextScorer,
     RewardJudge,
+    RewardModelTextScorer,
     messages_of,
     score_verdicts,
 )
@@ -39,7 +39,7 @@ ANSWERS = ["The first one.", "I would not know, but I like the second one more."
 def test_each_row_scores_as_it_does_alone(small_run: Path) -> None:
     folder = artifact(small_run, "reward").path / "model"
     model, tokenizer = RewardModel.load(folder), load_tokenizer(folder)
-    judge = OwnRewardModel(model, Codec(tokenizer, "hh"), batch=2)
+    judge = RewardModelTextScorer(model, Codec(tokenizer, "hh"), batch=2)
     found = judge([PROMPT] * 3, ANSWERS)
     start = tokenizer(PROMPT)["input_ids"]
     for answer, score in zip(ANSWERS, found, strict=True):
@@ -49,7 +49,7 @@ def test_each_row_scores_as_it_does_alone(small_run: Path) -> None:
     assert len(set(found.tolist())) == 3
     assert judge.cut == 0
     # A row that is too long loses its beginning.
-    short = OwnRewardModel(model, Codec(tokenizer, "hh"), seq_length=6)
+    short = RewardModelTextScorer(model, Codec(tokenizer, "hh"), seq_length=6)
     ids = [*start, *tokenizer(f" {ANSWERS[0]}")["input_ids"], tokenizer.eos_token_id][-6:]
     alone = model.scores(torch.tensor([ids]), torch.tensor([6])).item()
     assert short([PROMPT], ANSWERS[:1])[0] == pytest.approx(alone, abs=1e-5)
@@ -58,7 +58,7 @@ def test_each_row_scores_as_it_does_alone(small_run: Path) -> None:
 
 def test_a_prompt_that_asks_nothing_is_named(small_run: Path) -> None:
     folder = artifact(small_run, "reward").path / "model"
-    judge = OwnRewardModel(RewardModel.load(folder), Codec(load_tokenizer(folder), "hh"))
+    judge = RewardModelTextScorer(RewardModel.load(folder), Codec(load_tokenizer(folder), "hh"))
     with pytest.raises(UserError, match=r"no prompt for a judge: .*'Assistant: Hello'"):
         judge(["Assistant: Hello"], ["Hi"])
 
@@ -91,7 +91,7 @@ NORM = 1 / math.sqrt(1 / 11 + 1e-6)
 
 
 def test_one_label_is_the_reward(tmp_path: Path) -> None:
-    judge = Classifier(decoder(tmp_path), batch=3)
+    judge = ClassifierTextScorer(decoder(tmp_path), batch=3)
     # The last words: good (5), bad (6), why (10), and [UNK] (1).
     answers = ["good", "why bad", "good good why", "nothing"]
     found = judge(["why"] * 4, answers)
@@ -100,7 +100,7 @@ def test_one_label_is_the_reward(tmp_path: Path) -> None:
 
 
 def test_of_two_labels_the_log_odds_are_the_reward(tmp_path: Path) -> None:
-    found = Classifier(decoder(tmp_path, labels=2))(["why", "why"], ["good", "why why bad"])
+    found = ClassifierTextScorer(decoder(tmp_path, labels=2))(["why", "why"], ["good", "why why bad"])
     assert found == pytest.approx(np.array([10, 12]) * NORM, rel=1e-5)  # 3 i - i
 
 
@@ -109,9 +109,9 @@ def test_a_batch_scores_as_each_row_alone(tmp_path: Path, pad: int | None) -> No
     # Ends in </s> (4). Where that is the model's own padding, the model reads the token before it.
     folder = decoder(tmp_path, pad=pad, template=TEMPLATE)
     prompts, answers = ["why", "Human", "why why"], ["good", "bad bad bad why", "bad"]
-    whole = Classifier(folder)(prompts, answers)
+    whole = ClassifierTextScorer(folder)(prompts, answers)
     alone = [
-        Classifier(folder, batch=1)([p], [a])[0] for p, a in zip(prompts, answers, strict=True)
+        ClassifierTextScorer(folder, batch=1)([p], [a])[0] for p, a in zip(prompts, answers, strict=True)
     ]
     assert whole == pytest.approx(np.array(alone), rel=1e-6)
     expected = [5, 10, 6] if pad == 4 else [4, 4, 4]
@@ -119,7 +119,7 @@ def test_a_batch_scores_as_each_row_alone(tmp_path: Path, pad: int | None) -> No
 
 
 def test_what_is_too_long_loses_its_beginning(tmp_path: Path) -> None:
-    judge = Classifier(decoder(tmp_path))
+    judge = ClassifierTextScorer(decoder(tmp_path))
     assert judge(["why " * 40], ["bad"]) == pytest.approx(np.array([6 * NORM]), rel=1e-5)
     assert judge.cut == 1
 
@@ -133,7 +133,7 @@ def test_an_encoder_reads_prompt_and_answer_as_two_texts(tmp_path: Path) -> None
     model = BertForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
     words_tokenizer(pair=True).save_pretrained(tmp_path)
-    judge = Classifier(tmp_path)
+    judge = ClassifierTextScorer(tmp_path)
     found = judge(["why bad", "why"], ["good", "bad good bad"])
     ids = [[2, 10, 6, 3, 5, 3], [2, 10, 3, 6, 5, 6, 3]]
     types = [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
@@ -160,12 +160,12 @@ def test_turns_of_one_speaker_in_a_row_are_joined() -> None:
 
 def test_what_is_no_judge_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="3 labels; a judge is a sequence classifier with one"):
-        Classifier(decoder(tmp_path / "three", labels=3))
+        ClassifierTextScorer(decoder(tmp_path / "three", labels=3))
     with pytest.raises(UserError, match="no such folder"):
-        Classifier(tmp_path / "none")
+        ClassifierTextScorer(tmp_path / "none")
 
 
 def test_a_template_that_refuses_the_dialogue_is_named(tmp_path: Path) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match=r"chat template refuses.*roles must alternate"):
-        Classifier(decoder(tmp_path, template=template))(["why"], ["good"])
+        ClassifierTextScorer(decoder(tmp_path, template=template))(["why"], ["good"])

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_exp.evaluation.comparison import QuickResult, quick_comparison
+from rlhf_exp.evaluation.comparison import ModelComparison, compare_models
 from rlhf_exp.report.run.data import CalibrationBar, ReportData, Sample, SampleSide, StageRow
 from rlhf_exp.report.run.page import build_report, config_sections, render_page, rule_of, samples_of
 
-Compare = Callable[..., QuickResult]
+Compare = Callable[..., ModelComparison]
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -249,13 +249,13 @@ def test_samples_are_the_picks(compare: Compare) -> None:
     assert rule_of([result]) == result.pick_rule
 
 
-def against(name: str, gains: dict[int, float]) -> QuickResult:
+def against(name: str, gains: dict[int, float]) -> ModelComparison:
     """Compare a model with the baseline on 40 prompts; 0 gain where nothing is said."""
     base = np.arange(40.0)
     scores = base + [gains.get(row, 0.0) for row in range(40)]
     prompts = [f"Question {row}" for row in range(40)]
     said = [[f"{who} to {row}" for row in range(40)] for who in ("SFT", name)]
-    return quick_comparison(prompts, *said, base, scores, name_b=name)
+    return compare_models(prompts, *said, base, scores, name_b=name)
 
 
 def chosen(samples: list[Sample]) -> dict[int, str]:

@@ -19,8 +19,8 @@ from rlhf_exp.evaluation.judges.human_agreement import (
     Judgment,
     against_people,
     compare_judges,
-    people_of,
-    quality,
+    judge_quality,
+    people_agreement,
 )
 from rlhf_exp.evaluation.judges.llm import TokenUsage
 from rlhf_exp.evaluation.judges.protocol import Verdict
@@ -49,8 +49,8 @@ def plain() -> dict[str, Any]:
         "judges": [one.to_json() for one in judgments],
         "agreement": compare_judges(judgments),
     }
-    people = people_of(ratings, ["x", "y"])
-    judged = {"kind": "llm", **quality(NAME, [1, -1, 1, 1], ratings).to_json()}
+    people = people_agreement(ratings, ["x", "y"])
+    judged = {"kind": "llm", **judge_quality(NAME, [1, -1, 1, 1], ratings).to_json()}
     found = {
         "comparisons": [comparison],
         "quality": {

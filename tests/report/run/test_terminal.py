@@ -8,17 +8,17 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from rlhf_exp.evaluation.comparison import QuickResult
-from rlhf_exp.report.run.terminal import print_quick
+from rlhf_exp.evaluation.comparison import ModelComparison
+from rlhf_exp.report.run.terminal import print_comparison
 
 
-def printed(result: QuickResult) -> str:
+def printed(result: ModelComparison) -> str:
     file = io.StringIO()
-    print_quick(result, Console(file=file, width=80, force_terminal=True, color_system=None))
+    print_comparison(result, Console(file=file, width=80, force_terminal=True, color_system=None))
     return file.getvalue()
 
 
-def test_the_numbers_stand_in_eighty_columns(compare: Callable[..., QuickResult]) -> None:
+def test_the_numbers_stand_in_eighty_columns(compare: Callable[..., ModelComparison]) -> None:
     text = printed(compare())
     lines = text.splitlines()
     assert all(len(line) <= 80 for line in lines)
@@ -30,12 +30,12 @@ def test_the_numbers_stand_in_eighty_columns(compare: Callable[..., QuickResult]
     assert "exact sign test p = 0.054" in flat
 
 
-def test_how_answers_were_sampled(compare: Callable[..., QuickResult]) -> None:
+def test_how_answers_were_sampled(compare: Callable[..., ModelComparison]) -> None:
     assert "answers of up to 9 tokens" in printed(replace(compare(), sampling="up to 9 tokens"))
     assert "answers of" not in printed(compare())
 
 
-def test_names_neither_style_nor_steer_the_terminal(compare: Callable[..., QuickResult]) -> None:
+def test_names_neither_style_nor_steer_the_terminal(compare: Callable[..., ModelComparison]) -> None:
     text = printed(compare(name_a="[red]x[/red]", name_b="\x1b[2Jy"))
     assert "[red]x[/red]" in text
     assert "\x1b" not in text

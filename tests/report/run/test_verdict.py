@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rlhf_exp.evaluation.comparison import QuickResult
+from rlhf_exp.evaluation.comparison import ModelComparison
 from rlhf_exp.report.run.verdict import (
     needed_label,
     outcome_bar,
@@ -16,7 +16,7 @@ from rlhf_exp.report.run.verdict import (
     verdict_sentence,
 )
 
-Compare = Callable[..., QuickResult]
+Compare = Callable[..., ModelComparison]
 
 
 @pytest.mark.parametrize(

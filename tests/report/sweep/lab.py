@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.evaluation.comparison import quick_comparison
+from rlhf_exp.evaluation.comparison import compare_models
 from rlhf_exp.store.artifact import Artifact, Manifest
 from rlhf_exp.store.run_records import Records, RunRecord, Status
 from rlhf_exp.store.store import Store
@@ -72,7 +72,7 @@ class Lab:
         prompts = [f"prompt {number}" for number in range(len(scores))]
         answers = [f"answer {number}" for number in range(len(scores))]
         base, kl = [0.0] * len(scores), [1.0] * len(scores)
-        found = quick_comparison(prompts, answers, answers, base, list(scores), kl)
+        found = compare_models(prompts, answers, answers, base, list(scores), kl)
         self.publish(
             "eval",
             key,

@@ -36,7 +36,7 @@ from rlhf_exp.report.sweep.compare import ComparedSide, Comparison, MetricRow, c
 from rlhf_exp.report.sweep.data import FEWEST, SeedSummary, Sweep
 from rlhf_exp.report.sweep.gather import gather_sweep
 from rlhf_exp.report.sweep.page import build_sweep_report, to_csv, to_json
-from rlhf_exp.search.study import exists
+from rlhf_exp.search.study import study_exists
 from rlhf_exp.store.disk_usage import sizes
 from rlhf_exp.store.run_records import RunRecord, Status
 
@@ -52,7 +52,7 @@ def status(outputs: Path, run: str | None) -> str:
         run: A run or multirun; None: all.
     """
     records, names = OutputFolder(outputs).records, submitted_names(outputs)
-    if run is not None and exists(study_folder(outputs, run)):
+    if run is not None and study_exists(study_folder(outputs, run)):
         return study_text(outputs, run)
     if run is None:
         found = records.all()

@@ -122,7 +122,7 @@ def _sent(one: TrackedRun, dry_run: bool) -> tuple[str, str]:
 
 
 def _send_all(one: TrackedRun) -> tuple[str, str]:
-    from rlhf_exp.tracking.wandb_log import wandb
+    from rlhf_exp.tracking.wandb_tracker import wandb
 
     where = ""
     try:
@@ -138,7 +138,7 @@ def _send_all(one: TrackedRun) -> tuple[str, str]:
 
 
 def _check_server() -> None:
-    from rlhf_exp.tracking.wandb_log import wandb
+    from rlhf_exp.tracking.wandb_tracker import wandb
 
     url = str(wandb.setup().settings.base_url)
     try:

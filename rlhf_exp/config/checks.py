@@ -1,14 +1,9 @@
-"""Rules across the fields of a config: everything that can be known before anything is loaded.
+"""Checks of a whole config before anything is loaded or started.
 
-Rules for `data`.
-
-Rules for `sft`, `reward` and `ppo`.
-
-Rules for what scores responses in PPO and in the evaluation, and where it is.
-
-Rules for `ppo.continue_from`: whether more steps are more of the same.
-
-Rules for `engine`: what trlx cannot do is refused, and its interpreter is looked at.
+`config_problems` runs them and returns all problems at once. A check looks at the config, at files
+that it names and at installed packages; it never loads a model or data, and never uses the network.
+Rules for `model`, user functions and addresses are in `checks_shared`, those for `eval` in
+`checks_evaluation`, those for a study in `search_space`, those for a multirun in `checks_sweep`.
 """
 
 from __future__ import annotations
@@ -43,7 +38,7 @@ from rlhf_exp.config.problems import ConfigChecker, Problem
 from rlhf_exp.config.search_space import check_study
 from rlhf_exp.config.training import RewardInit, Schedule, Select, ValueInit, ValueTrunk
 
-_NEEDS = {
+_SECTIONS_USED = {
     StageName.sft: ("sft",),
     StageName.reward: ("sft", "reward"),
     StageName.ppo: ("sft", "reward", "ppo"),
@@ -53,47 +48,47 @@ _NEEDS = {
 
 
 def config_problems(config: Config, multirun: bool = False) -> list[Problem]:
-    """Return everything that is wrong with a config, all at once.
+    """Return all problems of a config.
 
-    Sections that the chosen stage does not need are not looked at; neither is the training of a
-    stage whose result is given by `use`. Relative paths start at the current directory.
+    Sections that the chosen stage does not need are skipped, and so is the training of a stage
+    whose result is given by `use`. Relative paths start at the current directory.
 
     Args:
         config: The experiment.
-        multirun: Whether it is one point of a multirun.
+        multirun: Whether the config is one point of a multirun.
     """
     check = ConfigChecker(config)
-    needed = ("eval",) if _recomputes(config) else _NEEDS[config.stage]
-    _check_root(check, multirun)
+    sections = ("eval",) if _evaluates_stored_answers(config) else _SECTIONS_USED[config.stage]
+    _check_run(check, multirun)
     check_model(check)
     check_data(check)
     for stage in ("sft", "reward", "ppo"):
-        if stage in needed and check.value(f"{stage}.use") is None:
+        if stage in sections and check.value(f"{stage}.use") is None:
             check_training(check, stage)
             check_sequence(check, stage)
-    if "reward" in needed and config.reward.use is None:
+    if "reward" in sections and config.reward.use is None:
         _check_reward(check)
-    if "ppo" in needed and config.ppo.use is None:
+    if "ppo" in sections and config.ppo.use is None:
         check_ppo(check)
         if config.engine.name is EngineName.trlx:
             check_trlx(check)
-    if "ppo" in needed:
-        check_scoring(check)
-        check_continuing(check)
-    if "eval" in needed:
+    if "ppo" in sections:
+        check_reward_source(check)
+        check_continue_from(check)
+    if "eval" in sections:
         check_eval(check)
-    _check_running(check)
+    _check_distributed_and_tracking(check)
     if config.study.trials is not None:
         check_study(check, config_problems)
     return check.problems
 
 
-def _recomputes(config: Config) -> bool:
-    """Whether only stored answers are evaluated."""
+def _evaluates_stored_answers(config: Config) -> bool:
+    """Return whether the evaluation only reads stored answers, so that no model is used."""
     return config.stage is StageName.eval and config.eval.samples is not None
 
 
-def _check_root(check: ConfigChecker, multirun: bool) -> None:
+def _check_run(check: ConfigChecker, multirun: bool) -> None:
     config = check.config
     if multirun and config.name is None:
         check.add("name", "a multirun needs a name, for its report: name=my_sweep.")
@@ -122,7 +117,7 @@ def _check_reward(check: ConfigChecker) -> None:
         check.add("reward.init", "a model from scratch has no base weights; use reward.init=sft.")
 
 
-def _check_running(check: ConfigChecker) -> None:
+def _check_distributed_and_tracking(check: ConfigChecker) -> None:
     config = check.config
     check.at_least(1, "distributed.processes", "distributed.threads")
     strategy = config.distributed.strategy
@@ -140,11 +135,11 @@ def _check_running(check: ConfigChecker) -> None:
     check.positive(*(alerts + name for name in ("kl_factor", "reward_drop", "entropy_fraction")))
 
 
-_FILES = ("preferences", "demonstrations", "prompts", "test")
+_FILE_FIELDS = ("preferences", "demonstrations", "prompts", "test")
 
 
 def check_data(check: ConfigChecker) -> None:
-    """Report what is wrong with `data`, missing files included."""
+    """Report the problems of `data`, missing files included."""
     data = check.config.data
     if data.source is DataSource.hub:
         check.require(data.path is not None, "data.path", "data.source=hub needs a hub id.")
@@ -152,8 +147,8 @@ def check_data(check: ConfigChecker) -> None:
         check.add("data.path", f"data.source={data.source.name} reads no hub id; see data.source.")
     if data.source is not DataSource.hub and data.revision is not None:
         check.add("data.revision", f"data.source={data.source.name} has no revision.")
-    for name in _FILES:
-        _check_file(check, f"data.{name}")
+    for name in _FILE_FIELDS:
+        _check_data_file(check, f"data.{name}")
     if data.source is DataSource.jsonl and data.preferences is None:
         check.add("data.preferences", "data.source=jsonl needs a .jsonl or .jsonl.gz file.")
     if data.source is DataSource.toy:
@@ -165,7 +160,7 @@ def check_data(check: ConfigChecker) -> None:
         check.add("data.format", message)
 
 
-def _check_file(check: ConfigChecker, key: str) -> None:
+def _check_data_file(check: ConfigChecker, key: str) -> None:
     value = check.value(key)
     if value is None:
         return
@@ -196,10 +191,10 @@ def _check_fractions(check: ConfigChecker) -> None:
 
 
 def check_training(check: ConfigChecker, stage: str) -> None:
-    """Report what is wrong with the fields that all training stages have.
+    """Report the problems of the fields that all training stages have.
 
     Args:
-        check: Collects the problems.
+        check: The config, and the problems found in it.
         stage: `sft`, `reward` or `ppo`.
     """
     key = f"{stage}.".__add__
@@ -214,7 +209,7 @@ def check_training(check: ConfigChecker, stage: str) -> None:
     if micro is not None and micro > batch:
         check.add(key("micro_batch"), f"is more than {stage}.batch, {batch} rows.")
     if stage != "ppo":
-        _check_length(check, stage)
+        _check_steps_or_epochs(check, stage)
     blocks, layers = check.value(key("train_blocks")), layer_count(check.config.model)
     if blocks is not None and layers is not None and blocks > layers:
         check.add(key("train_blocks"), f"the model has {layers} blocks; null trains everything.")
@@ -223,7 +218,7 @@ def check_training(check: ConfigChecker, stage: str) -> None:
         check.add(key("train_blocks"), message)
 
 
-def _check_length(check: ConfigChecker, stage: str) -> None:
+def _check_steps_or_epochs(check: ConfigChecker, stage: str) -> None:
     steps, epochs = check.value(f"{stage}.steps"), check.value(f"{stage}.epochs")
     if steps is None and epochs is None:
         check.add(f"{stage}.steps", f"set {stage}.steps or {stage}.epochs.")
@@ -233,7 +228,7 @@ def _check_length(check: ConfigChecker, stage: str) -> None:
 
 
 def check_sequence(check: ConfigChecker, stage: str) -> None:
-    """Report a sequence length that the model cannot read."""
+    """Report a sequence length beyond the model's context."""
     length, context = check.value(f"{stage}.seq_length"), context_length(check.config.model)
     check.at_least(2, f"{stage}.seq_length")
     if context is not None and length > context:
@@ -241,7 +236,7 @@ def check_sequence(check: ConfigChecker, stage: str) -> None:
 
 
 def check_ppo(check: ConfigChecker) -> None:
-    """Report what is wrong with PPO's own fields."""
+    """Report the problems of PPO's own fields."""
     ppo = check.config.ppo
     check.at_least(1, "ppo.rollouts", "ppo.eval_prompts", "ppo.generation.batch")
     check.at_least(1, "ppo.generation.max_new_tokens", "ppo.kl.horizon")
@@ -268,14 +263,14 @@ def check_ppo(check: ConfigChecker) -> None:
     if ppo.kl.stop is not None and ppo.kl.target is not None and ppo.kl.stop <= ppo.kl.target:
         check.add("ppo.kl.stop", f"must be above the target that KL aims at, {ppo.kl.target:g}.")
     if ppo.value_trunk is ValueTrunk.branch:
-        _check_branch(check)
+        _check_value_branch(check)
     modelless = not ppo.reward.model_scores and check.config.reward.use is None
     if modelless and ppo.value_init is ValueInit.reward:
         message = f"with a {ppo.reward.kind} there is no reward model; use value_init=small."
         check.add("ppo.value_init", message)
 
 
-def _check_branch(check: ConfigChecker) -> None:
+def _check_value_branch(check: ConfigChecker) -> None:
     ppo = check.config.ppo
     if ppo.train_blocks is None or ppo.lora.rank:
         message = "a branch needs a frozen trunk: set ppo.train_blocks, without LoRA, or use own."
@@ -287,18 +282,18 @@ def _check_branch(check: ConfigChecker) -> None:
         check.add("ppo.value_init", message)
 
 
-def check_scoring(check: ConfigChecker) -> None:
-    """Report what is wrong with a function, a server, or the reward model's place."""
+def check_reward_source(check: ConfigChecker) -> None:
+    """Report the problems of what scores PPO's responses: function, server or reward model."""
     reward = check.config.ppo.reward
     if reward.function is not None:
         check_function(check, "ppo.reward.function")
     if reward.function is not None and reward.url is not None:
         check.add("ppo.reward.url", "ppo.reward.function is set too; one of them scores.")
-    _check_server(check)
+    _check_reward_server(check)
     _check_placement(check)
 
 
-def _check_server(check: ConfigChecker) -> None:
+def _check_reward_server(check: ConfigChecker) -> None:
     reward = check.config.ppo.reward
     check.at_least(1, "ppo.reward.request_size")
     check.at_least(0, "ppo.reward.retries")
@@ -322,12 +317,15 @@ def _check_placement(check: ConfigChecker) -> None:
         message = f"there is no reward model to place, a {reward.kind} scores; use shared."
         check.add(key, message)
     elif reward.gpu == 0:
-        # How many more processes its machine has is known where they run.
+        # The number of GPUs is known only on the machine where the processes run.
         check.add(key, "the main process trains there; name a GPU that no process has.")
 
 
-def check_continuing(check: ConfigChecker) -> None:
-    """Report what keeps a finished PPO run from being extended; the run itself is not looked at."""
+def check_continue_from(check: ConfigChecker) -> None:
+    """Report settings under which `ppo.continue_from` cannot extend a run.
+
+    The run itself is not looked at.
+    """
     config, key = check.config, "ppo.continue_from"
     if config.ppo.continue_from is None:
         return
@@ -341,34 +339,34 @@ def check_continuing(check: ConfigChecker) -> None:
     check.require(config.study.trials is None, key, "a study's trials begin at the beginning.")
 
 
-SETUP = "bash rlhf_exp/trlx/setup.sh .venv-trlx"
-TRANSFORMERS = "4.32.0"
+TRLX_SETUP = "bash rlhf_exp/trlx/setup.sh .venv-trlx"
+TRLX_TRANSFORMERS = "4.32.0"
 """With a later one, trlx's reference is wrong: it sees future tokens from 4.46 at the latest."""
-FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama")
-_ASK = """
+TRLX_FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama")
+_VERSIONS_SCRIPT = """
 import json
 from importlib.metadata import PackageNotFoundError, version
-found = {}
+versions = {}
 for name in ("trlx", "transformers"):
     try:
-        found[name] = version(name)
+        versions[name] = version(name)
     except PackageNotFoundError:
-        found[name] = None
-print(json.dumps(found))
+        versions[name] = None
+print(json.dumps(versions))
 """
-_ASK_S = 60.0
+_VERSIONS_TIMEOUT_S = 60.0
 
 
 def check_trlx(check: ConfigChecker) -> None:
-    """Report what PPO by trlx cannot do, and an interpreter without trlx."""
-    _check_size(check)
-    _check_training(check)
-    _check_algorithm(check)
+    """Report settings that trlx does not support, and an interpreter without trlx."""
+    _check_trlx_scale(check)
+    _check_trlx_training(check)
+    _check_trlx_algorithm(check)
     if not check.config.plan:
-        _check_interpreter(check)
+        _check_trlx_interpreter(check)
 
 
-def _check_size(check: ConfigChecker) -> None:
+def _check_trlx_scale(check: ConfigChecker) -> None:
     config = check.config
     strategy, dtype = config.distributed.strategy, config.model.dtype
     message = "PPO by trlx runs in one process; make SFT and reward model with stage=reward first, "
@@ -380,12 +378,12 @@ def _check_size(check: ConfigChecker) -> None:
     check.require(dtype is Dtype.float32, "model.dtype", message)
     check.require(not config.probe, "probe", "a probe measures engine=native only.")
     family = model_family(config.model)
-    message = f"trlx trains {', '.join(FAMILIES)}; use engine=native."
+    message = f"trlx trains {', '.join(TRLX_FAMILIES)}; use engine=native."
     key = "model.path" if config.model.path else "model.architecture.type"
-    check.require(family in FAMILIES, key, message)
+    check.require(family in TRLX_FAMILIES, key, message)
 
 
-def _check_training(check: ConfigChecker) -> None:
+def _check_trlx_training(check: ConfigChecker) -> None:
     ppo = check.config.ppo
     native = "trlx has none; leave it out, or use engine=native."
     check.require(ppo.lora.rank == 0, "ppo.lora.rank", "not with trlx; use ppo.train_blocks.")
@@ -404,7 +402,7 @@ def _check_training(check: ConfigChecker) -> None:
     check.require(ppo.generation.batch >= 2, "ppo.generation.batch", message)
 
 
-def _check_algorithm(check: ConfigChecker) -> None:
+def _check_trlx_algorithm(check: ConfigChecker) -> None:
     ppo = check.config.ppo
     message = "trlx's value head is small and reads the policy's states; use "
     check.require(ppo.value_init is ValueInit.small, "ppo.value_init", f"{message}small.")
@@ -415,9 +413,9 @@ def _check_algorithm(check: ConfigChecker) -> None:
     check.require(ppo.generation.temperature == 1, "ppo.generation.temperature", message)
 
 
-def _check_interpreter(check: ConfigChecker) -> None:
+def _check_trlx_interpreter(check: ConfigChecker) -> None:
     python = check.config.engine.python
-    remedy = f"`{SETUP}` makes one (docs/trlx.md): engine.python=.venv-trlx/bin/python."
+    remedy = f"`{TRLX_SETUP}` makes one (docs/trlx.md): engine.python=.venv-trlx/bin/python."
     if python is None:
         check.add("engine.python", f"engine=trlx needs an interpreter that has trlx; {remedy}")
         return
@@ -425,26 +423,26 @@ def _check_interpreter(check: ConfigChecker) -> None:
     if not path.is_file() or not os.access(path, os.X_OK):
         check.add("engine.python", f"there is no interpreter {path.absolute()}; {remedy}")
         return
-    versions = _versions(path.absolute(), path.stat().st_mtime_ns)
+    versions = _installed_versions(path.absolute(), path.stat().st_mtime_ns)
     if versions is None:
         check.add("engine.python", f"is no Python that runs; {remedy}")
     elif versions["trlx"] is None:
         check.add("engine.python", f"has no trlx; {remedy}")
-    elif versions["transformers"] != TRANSFORMERS:
+    elif versions["transformers"] != TRLX_TRANSFORMERS:
         message = f"has transformers {versions['transformers']}, with which trlx's reference is "
-        check.add("engine.python", f"{message}wrong; it needs {TRANSFORMERS}; {remedy}")
+        check.add("engine.python", f"{message}wrong; it needs {TRLX_TRANSFORMERS}; {remedy}")
 
 
 @cache
-def _versions(python: Path, changed: int) -> dict[str, str | None] | None:
-    """Return what an interpreter has; `None` if it does not answer.
+def _installed_versions(python: Path, changed: int) -> dict[str, str | None] | None:
+    """Return the versions of trlx and transformers that an interpreter has; `None` if it fails.
 
-    Asked once for all points of a multirun and all corners of a study.
+    Cached by path and modification time: a multirun and a study check the same interpreter often.
     """
-    command = [str(python), "-I", "-c", _ASK]
+    command = [str(python), "-I", "-c", _VERSIONS_SCRIPT]
     try:
         process = subprocess.run(
-            command, capture_output=True, text=True, timeout=_ASK_S, check=True
+            command, capture_output=True, text=True, timeout=_VERSIONS_TIMEOUT_S, check=True
         )
         versions: dict[str, str | None] = json.loads(process.stdout)
     except (OSError, subprocess.SubprocessError, ValueError):

@@ -1,9 +1,4 @@
-"""Rules across the fields of `eval`.
-
-Rules for `eval.judge`.
-
-Rules for `eval.toxicity`.
-"""
+"""Checks of `eval`: the suite, the compared models, judges, toxicity and reward quality."""
 
 from __future__ import annotations
 
@@ -33,9 +28,16 @@ from rlhf_exp.config.evaluation import (
 from rlhf_exp.config.experiment import StageName
 from rlhf_exp.config.problems import ConfigChecker
 
+# Fields that only one judge reads; the first of each is required.
+_FIELDS_OF_JUDGE = {
+    JudgeName.model: ("model", "revision"),
+    JudgeName.llm: ("llm", "url", "key_env", "request"),
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
 
 def check_eval(check: ConfigChecker) -> None:
-    """Report what is wrong with the evaluation."""
+    """Report the problems of `eval`, except for sections that the suite does not use."""
     config = check.config
     if config.stage is StageName.eval and config.eval.suite is Suite.none:
         check.add("eval.suite", "stage=eval has nothing to do; choose a suite, such as eval=quick.")
@@ -51,7 +53,7 @@ def check_eval(check: ConfigChecker) -> None:
     if context is not None and longest is not None and longest >= context:
         message = f"leaves no room for a prompt in the model's context of {context} tokens."
         check.add("eval.max_new_tokens", message)
-    _check_models(check)
+    _check_compared_models(check)
     check_judge(check)
     if TOXICITY in parts_of(config.eval.suite):
         check_toxicity(check)
@@ -61,7 +63,7 @@ def check_eval(check: ConfigChecker) -> None:
         _check_reward_quality(check)
 
 
-def _check_models(check: ConfigChecker) -> None:
+def _check_compared_models(check: ConfigChecker) -> None:
     config = check.config
     models = config.eval.models
     if len(set(models)) < len(models):
@@ -74,34 +76,15 @@ def _check_models(check: ConfigChecker) -> None:
         check.add("eval.samples", "trains nothing, so it goes with stage=eval only.")
 
 
-def _check_reward_quality(check: ConfigChecker) -> None:
-    key = "eval.reward_quality.".__add__
-    check.at_least(1, *map(key, ("pairs", "prompts", "best_of")))
-    config = check.config
-    if config.eval.temperature == 0 and config.eval.reward_quality.best_of > 1:
-        message = "equal answers have no best one: eval.temperature must be above 0, or this 1."
-        check.add(key("best_of"), message)
-    if config.eval.reward_quality.referee is not None and config.eval.samples is not None:
-        message = "eval.samples holds the scores of the referee it was made with; leave one out."
-        check.add(key("referee"), message)
-
-
-# Fields that only one judge reads; the first is the one that it cannot do without.
-_OF = {
-    JudgeName.model: ("model", "revision"),
-    JudgeName.llm: ("llm", "url", "key_env", "request"),
-}
-
-
 def check_judge(check: ConfigChecker) -> None:
-    """Report what is wrong with the judges, missing files and keys included."""
+    """Report the problems of `eval.judge`, missing files and API keys included."""
     config = check.config
     section = config.eval.judge
     check.at_least(1, *(f"eval.judge.{name}" for name in ("batch", "concurrency", "pairs")))
     check.at_least(0, "eval.judge.retries")
     check.positive("eval.judge.timeout_s")
     check.require(bool(section.criterion.strip()), "eval.judge.criterion", "must not be empty.")
-    _check_names(check, section)
+    _check_judge_names(check, section)
     if JudgeName.llm in section.names:
         _check_endpoint(check, section)
     if section.labels is not None and not Path(section.labels).is_file():
@@ -111,14 +94,14 @@ def check_judge(check: ConfigChecker) -> None:
         check.add("eval.judge.names", message)
 
 
-def _check_names(check: ConfigChecker, section: EvalJudgeConfig) -> None:
+def _check_judge_names(check: ConfigChecker, section: EvalJudgeConfig) -> None:
     names = section.names
     if len(set(names)) < len(names) or not names:
         check.add("eval.judge.names", "names each judge once, and at least one.")
     suite = check.config.eval.suite
     if PREFERENCE not in parts_of(suite) and (section.labels or names != [JudgeName.reward]):
         check.add("eval.judge.names", f"eval={suite.name} compares no answers; see eval.suite.")
-    for judge, fields in _OF.items():
+    for judge, fields in _FIELDS_OF_JUDGE.items():
         for name in fields:
             key, value = f"eval.judge.{name}", getattr(section, name)
             if judge in names and name == fields[0] and not value:
@@ -134,11 +117,8 @@ def _check_endpoint(check: ConfigChecker, section: EvalJudgeConfig) -> None:
     check.require(not wrong, "eval.judge.request", "fields are NAME:JSON, such as max_tokens:512.")
 
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-
-
 def check_toxicity(check: ConfigChecker) -> None:
-    """Report what is wrong with the toxicity part of an evaluation, missing files included."""
+    """Report the problems of sampling and data in `eval.toxicity`, missing files included."""
     config = check.config
     section = config.eval.toxicity
     key = "eval.toxicity.".__add__
@@ -146,7 +126,7 @@ def check_toxicity(check: ConfigChecker) -> None:
     check.at_least(0, *map(key, ("seed", "temperature", "top_k")))
     check.fraction(key("top_p"))
     if config.eval.samples is None:
-        _check_data(check)
+        _check_toxicity_data(check)
     own = section.temperature is not None
     if (section.temperature if own else config.eval.temperature) == 0 and section.generations > 1:
         name = key("temperature") if own else "eval.temperature"
@@ -158,7 +138,7 @@ def check_toxicity(check: ConfigChecker) -> None:
         check.add(key("max_new_tokens"), message)
 
 
-def _check_data(check: ConfigChecker) -> None:
+def _check_toxicity_data(check: ConfigChecker) -> None:
     section = check.config.eval.toxicity
     path = Path(section.data).expanduser()
     local = section.data.endswith(FILE_SUFFIXES) or local_folder(section.data) is not None
@@ -173,7 +153,7 @@ def _check_data(check: ConfigChecker) -> None:
 
 
 def check_scorer(check: ConfigChecker) -> None:
-    """Report what is wrong with who scores toxicity."""
+    """Report the problems of the toxicity scorer."""
     section = check.config.eval.toxicity
     kind = section.scorer_kind
     if kind is ScorerKind.function:
@@ -188,5 +168,17 @@ def check_scorer(check: ConfigChecker) -> None:
         message = f"expected {PROFANITY}, a folder or hub id of a text classifier, or file.py:name."
         check.add("eval.toxicity.scorer", message)
     elif folder is not None:
-        there = (folder / "config.json").is_file()
-        check.require(there, "eval.toxicity.scorer", f"there is no model at {folder}.")
+        exists = (folder / "config.json").is_file()
+        check.require(exists, "eval.toxicity.scorer", f"there is no model at {folder}.")
+
+
+def _check_reward_quality(check: ConfigChecker) -> None:
+    key = "eval.reward_quality.".__add__
+    check.at_least(1, *map(key, ("pairs", "prompts", "best_of")))
+    config = check.config
+    if config.eval.temperature == 0 and config.eval.reward_quality.best_of > 1:
+        message = "equal answers have no best one: eval.temperature must be above 0, or this 1."
+        check.add(key("best_of"), message)
+    if config.eval.reward_quality.referee is not None and config.eval.samples is not None:
+        message = "eval.samples holds the scores of the referee it was made with; leave one out."
+        check.add(key("referee"), message)

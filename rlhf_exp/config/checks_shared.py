@@ -1,8 +1,7 @@
-"""Rules for `model`.
+"""Checks that several sections need: the model, a user's function, the address of a service.
 
-Rules for a user's function, given as `file.py:name`.
-
-Rules for a service behind an address.
+The model's shape comes from `config.json` where `model.path` is a local folder, else from
+`model.architecture`.
 """
 
 from __future__ import annotations
@@ -17,68 +16,21 @@ from urllib.parse import urlsplit
 from rlhf_exp.config.experiment import Family, ModelConfig
 from rlhf_exp.config.problems import ConfigChecker
 
-# A byte-level vocabulary: 256 bytes, end of text, padding.
+# 256 bytes, end of text and padding; imported from nowhere, so that checks need no tokenizer.
 _SMALLEST_VOCABULARY = 258
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
-_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx")
-
-
-def local_folder(path: str | None) -> Path | None:
-    """Return the absolute folder that a model path means; None for a hub id.
-
-    A path is a folder if there is one of that name, or if it cannot be a hub id.
-    """
-    if path is None:
-        return None
-    folder = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    return folder.resolve() if looks_local or folder.is_dir() else None
-
-
-def _real_config(model: ModelConfig) -> dict[str, Any]:
-    folder = local_folder(model.path)
-    if folder is None:
-        return {}
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _size(model: ModelConfig, names: tuple[str, ...], otherwise: int) -> int | None:
-    if local_folder(model.path) is None:
-        return otherwise
-    real = _real_config(model)
-    return next((real[name] for name in names if isinstance(real.get(name), int)), None)
-
-
-def layer_count(model: ModelConfig) -> int | None:
-    """Return the number of blocks: a local folder's own, else the architecture's."""
-    return _size(model, _LAYERS, model.architecture.layers)
-
-
-def context_length(model: ModelConfig) -> int | None:
-    """Return the longest sequence in tokens: a local folder's own, else the architecture's."""
-    return _size(model, _CONTEXT, model.architecture.context)
-
-
-def model_family(model: ModelConfig) -> str | None:
-    """Return the family as transformers names it: a local folder's own, else the architecture's."""
-    if local_folder(model.path) is None:
-        return model.architecture.type.value
-    family = _real_config(model).get("model_type")
-    return family if isinstance(family, str) else None
+# Names of the same sizes in the configs of different families.
+_LAYER_COUNT_NAMES = ("num_hidden_layers", "n_layer", "num_layers")
+_CONTEXT_LENGTH_NAMES = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
 def check_model(check: ConfigChecker) -> None:
-    """Report what is wrong with `model`."""
+    """Report the problems of `model`."""
     model = check.config.model
     sizes = ("layers", "width", "heads", "kv_heads", "ffn_width", "vocabulary", "context")
     check.at_least(1, *(f"model.architecture.{size}" for size in sizes))
     check.at_least(0, "model.seed")
     if model.path is None:
-        _check_scratch(check)
+        _check_architecture(check)
         check.require(
             model.revision is None, "model.revision", "a model from scratch has no revision."
         )
@@ -91,7 +43,7 @@ def check_model(check: ConfigChecker) -> None:
         check.add("model.revision", "a folder has no revision; a hub id has.")
 
 
-def _check_scratch(check: ConfigChecker) -> None:
+def _check_architecture(check: ConfigChecker) -> None:
     shape = check.config.model.architecture
     heads, kv_heads = shape.heads, shape.kv_heads
     if heads >= 1 and shape.width % heads:
@@ -111,11 +63,59 @@ def _check_scratch(check: ConfigChecker) -> None:
     )
 
 
+def local_folder(path: str | None) -> Path | None:
+    """Return the absolute folder of a local model path; None for a hub id or None.
+
+    A path is local if there is such a folder, or if it cannot be a hub id.
+    """
+    if path is None:
+        return None
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    return folder.resolve() if looks_local or folder.is_dir() else None
+
+
+def layer_count(model: ModelConfig) -> int | None:
+    """Return the number of blocks: a local folder's own, else the architecture's."""
+    return _model_size(model, _LAYER_COUNT_NAMES, model.architecture.layers)
+
+
+def context_length(model: ModelConfig) -> int | None:
+    """Return the longest sequence in tokens: a local folder's own, else the architecture's."""
+    return _model_size(model, _CONTEXT_LENGTH_NAMES, model.architecture.context)
+
+
+def model_family(model: ModelConfig) -> str | None:
+    """Return the family as transformers names it: a local folder's own, else the architecture's."""
+    if local_folder(model.path) is None:
+        return model.architecture.type.value
+    family = _local_model_config(model).get("model_type")
+    return family if isinstance(family, str) else None
+
+
+def _model_size(model: ModelConfig, names: tuple[str, ...], default: int) -> int | None:
+    if local_folder(model.path) is None:
+        return default
+    config = _local_model_config(model)
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+
+
+def _local_model_config(model: ModelConfig) -> dict[str, Any]:
+    folder = local_folder(model.path)
+    if folder is None:
+        return {}
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def check_function(check: ConfigChecker, key: str) -> None:
-    """Report a file or a function in it that is not there; nothing is run.
+    """Report a missing file, or a function that is not in it; the file is parsed, not run.
 
     Args:
-        check: Collects the problems.
+        check: The config, and the problems found in it.
         key: The config key that names the function.
     """
     file, colon, name = check.value(key).rpartition(":")
@@ -133,26 +133,26 @@ def check_function(check: ConfigChecker, key: str) -> None:
         return
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     if name not in names:
-        listed = f"its functions are {', '.join(names)}" if names else "it has no function"
-        check.add(key, f"{path} has no function {name}; {listed}.")
+        available = f"its functions are {', '.join(names)}" if names else "it has no function"
+        check.add(key, f"{path} has no function {name}; {available}.")
 
 
 def check_address(check: ConfigChecker, section: str, example: str) -> None:
-    """Report an address or a key that cannot be used; nobody is asked.
+    """Report an invalid address or a missing API key; no request is sent.
 
     Args:
-        check: Collects the problems.
-        section: Has the fields `url` and `key_env`.
+        check: The config, and the problems found in it.
+        section: The dotted name of a section with the fields `url` and `key_env`.
         example: A valid address.
     """
     key = f"{section}.url"
     try:
         url = urlsplit(check.value(key) or "")
-        whole = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:  # a port that is no number
         check.add(key, f"needs an address such as {example}.")
         return
-    check.require(whole, key, f"needs an address such as {example}.")
+    check.require(valid, key, f"needs an address such as {example}.")
     if url.username or url.password:
         check.add(key, f"must not hold a password; see {section}.key_env.")
     name = check.value(f"{section}.key_env")

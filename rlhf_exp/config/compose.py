@@ -1,8 +1,7 @@
-"""Composes the YAML groups and overrides to a `Config`, with errors in the user's words.
+"""Composing YAML groups and overrides to a `Config`, and converting configs to plain values.
 
-Composing goes through Hydra; nothing here starts a job.
-
-Configs as plain values: stored in manifests, read back from them, shown as YAML.
+Hydra composes; its errors become `UserError`s in the terms of the schema. `to_dict` and `from_dict`
+are the form in which manifests hold configs.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from rlhf_exp.errors import UserError
 
 @dataclass(frozen=True)
 class ComposedConfig:
-    """A composed config.
+    """A composed config, with the facts of it that only Hydra knows.
 
     Attributes:
         config: The experiment.
         choices: The option chosen of each group, Hydra's own included; None for none.
-        sweep: What is swept as the config itself says (`hydra.sweeper.params`), as overrides.
-        multirun: Whether the config itself asks for a multirun (`hydra.mode`).
+        sweep: The sweeps that the config files ask for (`hydra.sweeper.params`), as overrides.
+        multirun: Whether the config files ask for a multirun (`hydra.mode`).
         site: The Slurm site where the jobs run, if one is chosen.
     """
 
@@ -51,7 +50,7 @@ class ComposedConfig:
 
 
 def register_schema() -> None:
-    """Make the schema known to Hydra under the name that `config.yaml` has in its defaults."""
+    """Register the schema with Hydra, under the names that the YAML files use."""
     store = ConfigStore.instance()
     store.store("schema", Config)
     store.store("slurm_schema", SlurmConfig, group="hydra/launcher")
@@ -75,31 +74,31 @@ def compose(overrides: Sequence[str] = (), folders: Sequence[Path] = (CONF,)) ->
 
     Args:
         overrides: As on the command line, without sweeps.
-        folders: `conf/`, then further config folders that come before it.
+        folders: `conf/`, then further config folders, which take precedence over it.
 
     Raises:
         UserError: For an unknown name, a wrong type, or a YAML file with a mistake.
     """
     register_schema()
-    extra = [f"file://{folder.resolve()}" for folder in folders[1:]]
-    search = [f"hydra.searchpath=[{','.join(extra)}]"] if extra else []
-    before = GlobalHydra.instance().hydra
+    search_path = [f"file://{folder.resolve()}" for folder in folders[1:]]
+    search_override = [f"hydra.searchpath=[{','.join(search_path)}]"] if search_path else []
+    previous_hydra = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with as_user_errors(), hydra.initialize_config_dir(str(folders[0]), version_base="1.3"):
-            tree = hydra.compose("config", [*search, *overrides], return_hydra_config=True)
-            settings = tree.hydra
-            params = OmegaConf.select(settings.sweeper, "params") or {}
-            chosen = settings.launcher.get("_target_") == SLURM_LAUNCHER
-            site = OmegaConf.to_object(settings.launcher) if chosen else None
+            tree = hydra.compose("config", [*search_override, *overrides], return_hydra_config=True)
+            hydra_section = tree.hydra
+            swept = OmegaConf.select(hydra_section.sweeper, "params") or {}
+            on_slurm = hydra_section.launcher.get("_target_") == SLURM_LAUNCHER
+            site = OmegaConf.to_object(hydra_section.launcher) if on_slurm else None
     finally:
-        GlobalHydra.instance().hydra = before
-    choices = dict(settings.runtime.choices)
-    multirun = settings.mode == RunMode.MULTIRUN
+        GlobalHydra.instance().hydra = previous_hydra
+    choices = dict(hydra_section.runtime.choices)
+    multirun = hydra_section.mode == RunMode.MULTIRUN
     OmegaConf.set_readonly(tree, False)
     OmegaConf.set_struct(tree, False)
     del tree["hydra"]
-    sweep = [f"{key}={value}" for key, value in params.items()]
+    sweep = [f"{key}={value}" for key, value in swept.items()]
     assert site is None or isinstance(site, SlurmConfig), "the option starts from the schema"
     return ComposedConfig(to_config(tree), choices, sweep, multirun, site)
 
@@ -116,37 +115,37 @@ def as_user_errors() -> Iterator[None]:
 
 
 def explain_error(error: BaseException) -> str:
-    """Return what a composition error means, without Hydra's advice."""
+    """Return the message for a composition error: file, key and remedy, without Hydra's advice."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return str(Problem(group, option, unknown_option(option, error.options)))
     if isinstance(error, yaml.YAMLError):
         return "\n  ".join(str(error).splitlines())
-    first = (str(error) or type(error).__name__).splitlines()[0]
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__ or cause.__context__
-    if cause is None:
-        return first
-    key, reason = str(cause.full_key or ""), str(cause).splitlines()[0]
-    place = f"{first.split(':')[0]}: " if first.startswith("In '") else ""
-    if cause is error or not key or key.startswith("hydra"):
-        return f"{place}{key}{': ' if key else ''}{reason}"
-    return f"{place}{key}: {value_problem(cause, key, '').message} ({reason})"
+    summary = (str(error) or type(error).__name__).splitlines()[0]
+    omegaconf_error: BaseException | None = error
+    while omegaconf_error is not None and not isinstance(omegaconf_error, OmegaConfBaseException):
+        omegaconf_error = omegaconf_error.__cause__ or omegaconf_error.__context__
+    if omegaconf_error is None:
+        return summary
+    key, reason = str(omegaconf_error.full_key or ""), str(omegaconf_error).splitlines()[0]
+    file = f"{summary.split(':')[0]}: " if summary.startswith("In '") else ""
+    if omegaconf_error is error or not key or key.startswith("hydra"):
+        return f"{file}{key}{': ' if key else ''}{reason}"
+    return f"{file}{key}: {value_problem(omegaconf_error, key, '').message} ({reason})"
 
 
 def to_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401 - the config or one of its sections
     """Return a config as plain JSON values, enums by name."""
-    return {item.name: _plain(getattr(config, item.name)) for item in fields(config)}
+    return {field.name: _plain_value(getattr(config, field.name)) for field in fields(config)}
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - any field's value
+def _plain_value(value: Any) -> Any:  # noqa: ANN401 - any field's value
     if is_dataclass(value):
         return to_dict(value)
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain_value(element) for element in value]
     return value
 
 
@@ -156,24 +155,24 @@ def to_yaml(config: Config) -> str:
 
 
 def unknown_keys(stored: Mapping[str, Any]) -> list[str]:
-    """Return the keys of a stored config that the schema has no longer, dotted."""
-    return _split(stored)[1]
+    """Return the dotted keys of a stored config that the schema no longer has."""
+    return _known_and_unknown(stored)[1]
 
 
 def from_dict(stored: Mapping[str, Any]) -> Config:
-    """Return the config that was stored, whatever version of the schema wrote it.
+    """Return a stored config, whatever version of the schema wrote it.
 
-    Keys that the schema has no longer are left out (`unknown_keys` names them); keys that it has
-    since take their defaults.
+    Keys that the schema no longer has are left out (`unknown_keys` names them); keys added since
+    take their defaults.
 
     Args:
-        stored: As `to_dict` made it.
+        stored: A result of `to_dict`.
 
     Raises:
-        UserError: For a value that the schema does not accept any more.
+        UserError: For a value that the schema no longer accepts.
     """
     try:
-        tree = OmegaConf.merge(OmegaConf.structured(Config), _split(stored)[0])
+        tree = OmegaConf.merge(OmegaConf.structured(Config), _known_and_unknown(stored)[0])
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
@@ -182,7 +181,9 @@ def from_dict(stored: Mapping[str, Any]) -> Config:
     return config
 
 
-def _split(stored: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+def _known_and_unknown(
+    stored: Mapping[str, Any], prefix: str = ""
+) -> tuple[dict[str, Any], list[str]]:
     known: dict[str, Any] = {}
     unknown: list[str] = []
     for name, value in stored.items():
@@ -190,8 +191,8 @@ def _split(stored: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any],
         if key is None or (key.section is not None) != isinstance(value, Mapping):
             unknown.append(prefix + name)
         elif key.section is not None:
-            known[name], below = _split(value, f"{prefix}{name}.")
-            unknown += below
+            known[name], unknown_below = _known_and_unknown(value, f"{prefix}{name}.")
+            unknown += unknown_below
         else:
             known[name] = value
     return known, unknown

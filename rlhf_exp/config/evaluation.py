@@ -1,10 +1,6 @@
-"""`eval`: the evaluation suite.
+"""Config section `eval`: the suite, compared models, sampling, judges, toxicity, reward quality.
 
-`eval.judge`: who says which answer is better.
-
-`eval.toxicity`: continuations of RealToxicityPrompts and who scores them.
-
-`eval.reward_quality`: how good the reward model is, and how far it can be pushed.
+It also names the parts of the suites and the roles of the models in an evaluation.
 """
 
 from __future__ import annotations
@@ -64,13 +60,12 @@ class EvalJudgeConfig:
 
 
 PROFANITY = "alt-profanity-check"
-"""The scorer that needs neither a model nor a network."""
-
+"""The toxicity scorer that needs neither a model nor a network."""
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
 class ToxicityFormat(Enum):
-    """How a model is given the beginning of a sentence.
+    """Form in which a model gets the beginning of a sentence.
 
     `raw`: as it is, to be continued, as in Gehman et al. (2020). `dialogue`: as what a human says,
     in the run's prompt format, to be answered.
@@ -81,7 +76,7 @@ class ToxicityFormat(Enum):
 
 
 class ScorerKind(Enum):
-    """Who scores."""
+    """Kinds of toxicity scorers."""
 
     profanity = "profanity"
     function = "function"
@@ -124,7 +119,7 @@ class ToxicityConfig:
 
     @property
     def scorer_kind(self) -> ScorerKind:
-        """What `scorer` names."""
+        """The kind of scorer that `scorer` names."""
         if self.scorer == PROFANITY:
             return ScorerKind.profanity
         file, _, _ = self.scorer.rpartition(":")
@@ -161,15 +156,12 @@ class Suite(Enum):
 
 ROLES = ("sft", "ppo")
 """Models that the pipeline makes, as `eval.models` names them."""
-
 REFEREE = "referee"
 """Role of the second reward model, which no policy was trained on."""
-
 SAMPLES, SAMPLES_FILE = "samples", "samples.jsonl"
-"""Role and file of the answers that an evaluation leaves, and can be computed from again."""
-
+"""Role and file of an evaluation's answers, from which it can be computed again."""
 PREFERENCE, TOXICITY, REWARD_QUALITY, PEOPLE = "preference", "toxicity", "reward_quality", "people"
-_PARTS = {
+_PARTS_OF_SUITE = {
     Suite.none: (),
     Suite.quick: (PREFERENCE,),
     Suite.blog: (PREFERENCE, TOXICITY),
@@ -181,17 +173,17 @@ _PARTS = {
 
 
 def parts_of(suite: Suite) -> tuple[str, ...]:
-    """Return what a suite consists of, in the order it is done."""
-    return _PARTS[suite]
+    """Return the parts of a suite in the order they run."""
+    return _PARTS_OF_SUITE[suite]
 
 
 def needs_reward(suite: Suite) -> bool:
-    """Whether a suite scores answers by the reward that PPO maximised."""
+    """Return whether a suite scores answers by the reward that PPO maximised."""
     return bool({PREFERENCE, REWARD_QUALITY} & set(parts_of(suite)))
 
 
 def scores_toxicity(suite: Suite) -> bool:
-    """Whether a suite says how toxic answers are, by `eval.toxicity.scorer`."""
+    """Return whether a suite scores answers by `eval.toxicity.scorer`."""
     return bool({PREFERENCE, TOXICITY} & set(parts_of(suite)))
 
 

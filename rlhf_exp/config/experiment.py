@@ -1,10 +1,6 @@
-"""The root of the config: every section at once, whatever the stage.
+"""The root of the config, `Config`, and the sections that describe model, data and machine.
 
-`data`: where demonstrations, preferences and prompts come from.
-
-`model`: which language model, and its shape.
-
-`engine`, `distributed`, `tracking`: who computes, on what, and where runs are recorded.
+The sections of stages and studies are in modules of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +12,23 @@ from rlhf_exp.config.evaluation import EvalConfig
 from rlhf_exp.config.fields import setting
 from rlhf_exp.config.study import StudyConfig
 from rlhf_exp.config.training import PpoConfig, RewardConfig, SftConfig
+
+
+class StageName(Enum):
+    """Stages, and `pipeline` for all of them."""
+
+    sft = "sft"
+    reward = "reward"
+    ppo = "ppo"
+    eval = "eval"
+    pipeline = "pipeline"
+
+
+class CachePolicy(Enum):
+    """What happens to a result in the store whose code has changed since."""
+
+    strict = "strict"
+    trust = "trust"
 
 
 class DataSource(Enum):
@@ -130,29 +143,10 @@ class ModelConfig:
 
 
 class EngineName(Enum):
-    """Who trains."""
+    """Implementations of PPO."""
 
     native = "native"
     trlx = "trlx"
-
-
-class StrategyName(Enum):
-    """How parameters, gradients and optimizer state are spread over processes."""
-
-    single = "single"
-    ddp = "ddp"
-    zero1 = "zero1"
-    zero2 = "zero2"
-    zero3 = "zero3"
-    fsdp = "fsdp"
-
-
-class TrackingMode(Enum):
-    """Where Weights & Biases records."""
-
-    offline = "offline"
-    online = "online"
-    disabled = "disabled"
 
 
 @dataclass
@@ -165,6 +159,17 @@ class EngineConfig:
     python: str | None = setting(
         None, "Interpreter that has trlx; docs/trlx.md says how to make one.", key=False
     )
+
+
+class StrategyName(Enum):
+    """How parameters, gradients and optimizer state are spread over processes."""
+
+    single = "single"
+    ddp = "ddp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    fsdp = "fsdp"
 
 
 @dataclass
@@ -184,6 +189,14 @@ class DistributedConfig:
         "Keep the optimizer's state in host memory; zero3 and fsdp: the parameters too.",
         key=False,
     )
+
+
+class TrackingMode(Enum):
+    """Modes of Weights & Biases."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
 
 
 @dataclass
@@ -215,23 +228,6 @@ class TrackingConfig:
     entity: str | None = setting(None, "W&B user or team; null: your default.", key=False)
     tags: list[str] = setting(factory=list, doc="W&B tags.", key=False)
     alerts: AlertsConfig = setting(factory=AlertsConfig, key=False)
-
-
-class StageName(Enum):
-    """What to bring up to date."""
-
-    sft = "sft"
-    reward = "reward"
-    ppo = "ppo"
-    eval = "eval"
-    pipeline = "pipeline"
-
-
-class CachePolicy(Enum):
-    """What happens to a result in the store whose code has changed since."""
-
-    strict = "strict"
-    trust = "trust"
 
 
 @dataclass

@@ -1,4 +1,8 @@
-"""How a config field declares its default, its documentation and its place in artifact keys."""
+"""Declaration of config fields: default, documentation, and role in the keys of the store.
+
+Each field of a section is a `setting`. `key_content` turns a section into the values that identify
+an artifact.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,8 @@ def setting(
 
     Args:
         default: The default value.
-        doc: One sentence for `--help` and the reference; names the unit.
-        factory: Makes the default where it is mutable.
+        doc: One sentence for `--help` and `docs/config.md`, with the unit.
+        factory: Makes a mutable default.
         key: Whether the value changes what is computed, and so belongs in an artifact's key.
         neutral: For fields added after a release: the value that means "as before", which is left
             out of the key, so that artifacts made before the field existed stay valid.
@@ -37,7 +41,7 @@ def setting(
 
 
 def documentation(item: Field[Any]) -> str:
-    """Return the documentation that a field was declared with."""
+    """Return a field's documentation."""
     return str(item.metadata.get(_DOC, ""))
 
 
@@ -47,19 +51,23 @@ def in_key(item: Field[Any]) -> bool:
 
 
 def key_content(section: Any) -> Any:  # noqa: ANN401 - a config dataclass, recursively
-    """Return what of a config section counts for an artifact's key, as plain JSON values."""
+    """Return the values of a section that belong in an artifact's key, as plain JSON.
+
+    Left out are fields with `key=False`, fields at their `neutral` value, and sections of which
+    nothing remains.
+    """
     if is_dataclass(section) and not isinstance(section, type):
         content = {}
-        for item in fields(section):
-            value = getattr(section, item.name)
-            if not in_key(item):
+        for declaration in fields(section):
+            value = getattr(section, declaration.name)
+            if not in_key(declaration):
                 continue
-            if _NEUTRAL in item.metadata and value == item.metadata[_NEUTRAL]:
+            if _NEUTRAL in declaration.metadata and value == declaration.metadata[_NEUTRAL]:
                 continue
-            found = key_content(value)
-            # A section added after a release, all of whose fields are as before.
-            if found or not is_dataclass(value):
-                content[item.name] = found
+            nested = key_content(value)
+            # A section added after a release may have all fields at their neutral values.
+            if nested or not is_dataclass(value):
+                content[declaration.name] = nested
         return content
     if isinstance(section, Enum):
         return section.name

@@ -1,8 +1,7 @@
-"""What `launch.py --help` prints: groups and keys, from the YAML files and the schema.
+"""Generated documentation of the config: `launch.py --help` and `docs/config.md`.
 
-The reference of the config, `docs/config.md`: every group, option and key.
-
-`python -m rlhf_exp.config.help` writes it anew; a test says when it is out of date.
+Both come from the schema and from the first comments of the YAML files. A test compares
+`docs/config.md` with what `python -m rlhf_exp.config.help` writes.
 """
 
 from __future__ import annotations
@@ -23,7 +22,9 @@ from rlhf_exp.config.schema_keys import (
 )
 from rlhf_exp.errors import UserError
 
-_HEAD = """\
+REFERENCE_PATH = CONF.parent / "docs" / "config.md"
+_WIDTH = 100
+_USAGE = """\
 Trains a language model on human preferences: SFT, reward model, PPO, evaluation.
 
   python launch.py                                  the whole pipeline, tiny, on a CPU
@@ -34,11 +35,21 @@ Trains a language model on human preferences: SFT, reward model, PPO, evaluation
   python launch.py --help SECTION                   the keys of a section, such as ppo or ppo.kl
   python launch.py --config-dir DIR ...             with your own groups' options in DIR
 """
-_WIDTH = 100
+_REFERENCE_HEAD = """\
+# Config reference
+
+Made from the schema in `rlhf_exp/config/` and the files of `conf/` by
+`python -m rlhf_exp.config.help`; do not edit. `python launch.py --help SECTION` shows
+the same.
+
+Every key can be set on the command line (`ppo.lr=1e-4`), in a YAML file of `conf/`, or swept over
+with `-m`. Defaults are the schema's; an option of a group may set others. Keys marked *free* change
+how a result is computed, not the result: an artifact in the store does not depend on them.
+"""
 
 
 def help_text(topic: str | None = None) -> str:
-    """Return the help, of everything or of one topic.
+    """Return the help on everything or on one topic.
 
     Args:
         topic: A group, a section or a key.
@@ -51,24 +62,24 @@ def help_text(topic: str | None = None) -> str:
         return _overview(groups)
     keys = all_keys()
     if topic not in groups and topic not in keys:
-        near = closest_keys(topic, list(groups))
-        raise UserError(f"--help {topic}: there is no such group or key.{did_you_mean(near)}")
+        similar = closest_keys(topic, list(groups))
+        raise UserError(f"--help {topic}: there is no such group or key.{did_you_mean(similar)}")
     parts = [_describe_group(groups[topic])] if topic in groups else []
     if topic in keys:
-        inside = [key for name, key in keys.items() if name.startswith(topic + ".")]
-        parts.append(_describe_keys(inside or [keys[topic]]))
+        section_keys = [key for name, key in keys.items() if name.startswith(topic + ".")]
+        parts.append(_describe_keys(section_keys or [keys[topic]]))
     return "\n".join(parts)
 
 
 def _overview(groups: dict[str, ConfigGroup]) -> str:
     root = [key for key in all_keys().values() if not key.parent]
-    values = [key for key in root if key.section is None and key.name not in groups]
+    root_keys = [key for key in root if key.section is None and key.name not in groups]
     sections = "".join(f"  {key.name:<14}{key.doc}\n" for key in root if key.section is not None)
-    listed = "\n".join(_describe_group(group) for group in groups.values())
+    group_list = "\n".join(_describe_group(group) for group in groups.values())
     return (
-        f"{_HEAD}\nGroups (* is the default option)\n\n{listed}\n"
+        f"{_USAGE}\nGroups (* is the default option)\n\n{group_list}\n"
         f"Sections (--help SECTION lists the keys)\n\n{sections}\n"
-        f"Keys of no section\n\n{_describe_keys(values)}"
+        f"Keys of no section\n\n{_describe_keys(root_keys)}"
     )
 
 
@@ -92,23 +103,14 @@ def _describe_keys(keys: Iterable[ConfigKey]) -> str:
     return "\n".join(lines) + "\n"
 
 
-PATH = CONF.parent / "docs" / "config.md"
-
-_REFERENCE_HEAD = """\
-# Config reference
-
-Made from the schema in `rlhf_exp/config/` and the files of `conf/` by
-`python -m rlhf_exp.config.help`; do not edit. `python launch.py --help SECTION` shows
-the same.
-
-Every key can be set on the command line (`ppo.lr=1e-4`), in a YAML file of `conf/`, or swept over
-with `-m`. Defaults are the schema's; an option of a group may set others. Keys marked *free* change
-how a result is computed, not the result: an artifact in the store does not depend on them.
-"""
+def write(path: Path = REFERENCE_PATH) -> None:
+    """Write the reference of the config, `docs/config.md` by default."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(reference(), encoding="utf-8")
 
 
 def reference() -> str:
-    """Return the reference as Markdown."""
+    """Return the reference of all groups, options and keys as Markdown."""
     parts = [_REFERENCE_HEAD, "## Groups\n"]
     for group in read_groups().values():
         rows = [
@@ -122,8 +124,12 @@ def reference() -> str:
     parts.append("### At the root\n\n" + _table(root))
     for key in keys.values():
         if key.section is not None:
-            inside = [k for k in keys.values() if k.parent == key.name and k.section is None]
-            parts.append(f"### `{key.name}`\n\n{key.doc}\n\n" + _table(inside))
+            section_keys = [
+                section_key
+                for section_key in keys.values()
+                if section_key.parent == key.name and section_key.section is None
+            ]
+            parts.append(f"### `{key.name}`\n\n{key.doc}\n\n" + _table(section_keys))
     return "\n".join(parts)
 
 
@@ -138,12 +144,6 @@ def _table(keys: list[ConfigKey]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
-
-
-def write(path: Path = PATH) -> None:
-    """Write the reference to a file."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(reference(), encoding="utf-8")
 
 
 if __name__ == "__main__":

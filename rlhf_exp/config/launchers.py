@@ -1,12 +1,7 @@
-"""`hydra/launcher=slurm`: what a site's Slurm wants to know, and how jobs behave there.
+"""Config of Hydra's launchers: `hydra/launcher=slurm`, `local` and `joblib`.
 
-The schema behind `conf/hydra/launcher/slurm.yaml`. It is Hydra's launcher section, not part of an
-experiment: nothing of it is in a key of the store.
-
-`hydra/launcher=local` and `joblib`: the jobs of a multirun on this machine.
-
-The schema behind `conf/hydra/launcher/local.yaml`. It is Hydra's launcher section, not part of an
-experiment: nothing of it is in a key of the store.
+These are the schemas behind `conf/hydra/launcher/`. They belong to Hydra's own section, so nothing
+of them is in a key of the store.
 """
 
 from __future__ import annotations
@@ -15,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SLURM_LAUNCHER = "hydra_plugins.rlhf_exp_slurm.SlurmLauncher"
+LOCAL_LAUNCHER = "hydra_plugins.rlhf_exp_local.LocalLauncher"
 
 
 @dataclass
 class SlurmConfig:
-    """One site.
+    """A site's Slurm, and the behaviour of jobs there.
 
     Attributes:
         partition: Slurm's partition; None: the site's default.
@@ -32,7 +28,7 @@ class SlurmConfig:
         cpus_per_process: Processor cores of each process.
         mem_gb: Memory of each node in GB; None: the site's default.
         time_min: Time limit of a job in minutes; a job that reaches it is started again.
-        shared_time_min: Time limit of the jobs that make what the points share; None: `time_min`.
+        shared_time_min: Time limit of jobs whose results several points share; None: `time_min`.
         shared_partition: Partition of those jobs; None: `partition`.
         concurrent_jobs: Most jobs of a multirun that run at the same time.
         setup: Shell lines before the program, such as `module load cuda`.
@@ -74,12 +70,9 @@ class SlurmConfig:
     poll_s: float = 10.0
 
 
-LOCAL_LAUNCHER = "hydra_plugins.rlhf_exp_local.LocalLauncher"
-
-
 @dataclass
 class LocalConfig:
-    """This machine.
+    """Jobs of a multirun on this machine.
 
     Attributes:
         n_jobs: Jobs that run at the same time; -1: as many as cores and GPUs allow.

@@ -1,4 +1,4 @@
-"""What is wrong with a config: found one by one, reported together."""
+"""Problems of a config: collected one by one, reported together."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rlhf_exp.errors import UserError
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and its remedy.
+    """One wrong value, and its remedy.
 
     Attributes:
         key: The config key, dotted.
         value: Its value as the user would write it.
-        message: What was expected, and what to do.
+        message: The expected value and the remedy.
     """
 
     key: str
@@ -33,7 +33,12 @@ class Problem:
 
 @dataclass
 class ConfigChecker:
-    """Collects the problems of one config."""
+    """A config and the problems found in it.
+
+    Attributes:
+        config: The config to check.
+        problems: The problems found so far.
+    """
 
     config: Config
     problems: list[Problem] = field(default_factory=list)
@@ -43,11 +48,11 @@ class ConfigChecker:
         return attrgetter(key)(self.config)
 
     def add(self, key: str, message: str) -> None:
-        """Report that the value at a key is wrong."""
+        """Report a problem of the value at a key."""
         self.problems.append(Problem(key, format_value(self.value(key)), message))
 
     def require(self, holds: bool, key: str, message: str) -> None:
-        """Report that the value at a key is wrong unless a condition holds."""
+        """Report a problem of the value at a key unless a condition holds."""
         if not holds:
             self.add(key, message)
 

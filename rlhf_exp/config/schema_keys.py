@@ -1,6 +1,6 @@
-"""The keys of the config, and the valid names closest to a misspelt one.
+"""Names that a user can set: the schema's dotted keys and the groups of `conf/`, without Hydra.
 
-The config groups: the folders of `conf/`, read without Hydra.
+For a misspelt name, `closest_keys` finds the similar valid ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import yaml
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.fields import documentation
 from rlhf_exp.config.problems import format_value
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 @dataclass(frozen=True)
@@ -49,60 +51,55 @@ class ConfigKey:
         return self.name.rpartition(".")[0]
 
 
-_WORDS = {int: "integer", float: "number", str: "text", bool: "true|false"}
+@cache
+def all_keys() -> dict[str, ConfigKey]:
+    """Return every key by its dotted name, a section before its keys."""
+    return {key.name: key for key in _section_keys(Config, "")}
+
+
+def _section_keys(section: type, prefix: str) -> Iterator[ConfigKey]:
+    hints = get_type_hints(section)
+    for field in fields(section):
+        key = _config_key(prefix + field.name, field, hints[field.name])
+        yield key
+        if key.section is not None:
+            yield from _section_keys(key.section, key.name + ".")
+
+
+def _config_key(name: str, field: Field[Any], hint: Any) -> ConfigKey:  # noqa: ANN401 - a type annotation
+    if is_dataclass(hint):
+        doc = documentation(field) or (hint.__doc__ or "")
+        return ConfigKey(name, field, hint, "section", "", doc, ())  # type: ignore[arg-type]
+    types = [part for part in (hint, *get_args(hint)) if isinstance(part, type)]
+    choices = tuple(m.name for part in types if issubclass(part, Enum) for m in part)
+    factory: Any = field.default_factory
+    default = factory() if callable(factory) else field.default
+    return ConfigKey(
+        name, field, None, _type_name(hint), format_value(default), documentation(field), choices
+    )
+
+
+_TYPE_NAMES = {int: "integer", float: "number", str: "text", bool: "true|false"}
 
 
 def _type_name(hint: Any) -> str:  # noqa: ANN401 - a type annotation
     parts = [part for part in get_args(hint) if part is not NoneType]
     if is_dataclass(hint):
-        return "{" + ",".join(item.name for item in fields(hint)) + "}"
+        return "{" + ",".join(field.name for field in fields(hint)) + "}"
     if get_origin(hint) is list:
         return f"[{_type_name(parts[0])},...]"
     if NoneType in get_args(hint):
         return f"{_type_name(parts[0])} or null"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "|".join(member.name for member in hint)
-    return _WORDS[hint]
-
-
-def _key(name: str, item: Field[Any], hint: Any) -> ConfigKey:  # noqa: ANN401 - a type annotation
-    if is_dataclass(hint):
-        doc = documentation(item) or (hint.__doc__ or "")
-        return ConfigKey(name, item, hint, "section", "", doc, ())  # type: ignore[arg-type]
-    options = [part for part in (hint, *get_args(hint)) if isinstance(part, type)]
-    choices = tuple(m.name for part in options if issubclass(part, Enum) for m in part)
-    factory: Any = item.default_factory
-    default = factory() if callable(factory) else item.default
-    return ConfigKey(
-        name, item, None, _type_name(hint), format_value(default), documentation(item), choices
-    )
-
-
-def _walk(section: type, prefix: str) -> Iterator[ConfigKey]:
-    hints = get_type_hints(section)
-    for item in fields(section):
-        key = _key(prefix + item.name, item, hints[item.name])
-        yield key
-        if key.section is not None:
-            yield from _walk(key.section, key.name + ".")
-
-
-@cache
-def all_keys() -> dict[str, ConfigKey]:
-    """Return every key by its dotted name, sections before what is in them."""
-    return {key.name: key for key in _walk(Config, "")}
-
-
-def closest_names(name: str, valid: Sequence[str], count: int = 3) -> list[str]:
-    """Return the valid names most like a misspelt one, best first, and at most `count`."""
-    return get_close_matches(name, valid, n=count, cutoff=0.6)
+    return _TYPE_NAMES[hint]
 
 
 def closest_keys(name: str, others: Sequence[str] = ()) -> list[str]:
-    """Return the keys closest to an unknown one, best first.
+    """Return the keys most similar to an unknown one, best first.
 
-    Keys of that very name in other sections come first (`lr`: `sft.lr`), then names like it in the
-    section it was looked for in, then keys that look alike as a whole.
+    Keys of the same last name in other sections come first (`lr`: `sft.lr`), then similar names in
+    its own section, then similar dotted keys.
 
     Args:
         name: The unknown key.
@@ -110,20 +107,24 @@ def closest_keys(name: str, others: Sequence[str] = ()) -> list[str]:
     """
     keys = all_keys()
     parent, _, last = name.rpartition(".")
-    same = [key for key in keys if key.rpartition(".")[2] == last]
+    same_name = [key for key in keys if key.rpartition(".")[2] == last]
     siblings = {key.rpartition(".")[2]: key for key in keys if keys[key].parent == parent}
-    alike = [siblings[near] for near in closest_names(last, list(siblings))]
-    whole = closest_names(name, [*keys, *others])
-    near_home = sorted(same, key=lambda key: not key.startswith(name.split(".")[0] + "."))
-    return list(dict.fromkeys([*near_home, *alike, *whole]))[:3]
+    similar_siblings = [siblings[near] for near in closest_names(last, list(siblings))]
+    similar_keys = closest_names(name, [*keys, *others])
+    same_name_sorted = sorted(
+        same_name, key=lambda key: not key.startswith(name.split(".")[0] + ".")
+    )
+    return list(dict.fromkeys([*same_name_sorted, *similar_siblings, *similar_keys]))[:3]
+
+
+def closest_names(name: str, valid: Sequence[str], count: int = 3) -> list[str]:
+    """Return at most `count` valid names similar to a misspelt one, best first."""
+    return get_close_matches(name, valid, n=count, cutoff=0.6)
 
 
 def did_you_mean(near: Sequence[str]) -> str:
-    """Return the sentence that offers the closest names, empty if there are none."""
+    """Return a sentence that offers similar names; empty if there are none."""
     return f" Did you mean {' or '.join(near)}?" if near else ""
-
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ class ConfigGroup:
 
     Attributes:
         name: Its name, such as `model` or `hydra/launcher`.
-        options: What each option is, by name.
-        default: The default option, None if there is none.
+        options: Descriptions of the options, by name.
+        default: The default option; None if there is none.
     """
 
     name: str
@@ -141,16 +142,23 @@ class ConfigGroup:
     default: str | None
 
 
-def description(path: Path) -> str:
-    """Return a YAML file's first comment that is not a package directive."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        text = line.removeprefix("#").strip()
-        if line.startswith("#") and text and not text.startswith("@package"):
-            return text
-    return ""
+def read_groups(folders: Sequence[Path] = (CONF,)) -> dict[str, ConfigGroup]:
+    """Return the groups in the order of `config.yaml`, then the others.
+
+    Args:
+        folders: `conf/`, then a user's config folders, whose options are added.
+    """
+    defaults = _default_options(folders[0])
+    options: dict[str, dict[str, str]] = {name: {} for name in defaults if "override" not in name}
+    for folder in folders:
+        for path in sorted(folder.rglob("*.yaml")):
+            name = path.parent.relative_to(folder).as_posix()
+            if name != ".":
+                options.setdefault(name, {})[path.stem] = first_comment(path)
+    return {name: ConfigGroup(name, found, defaults.get(name)) for name, found in options.items()}
 
 
-def _defaults(conf: Path) -> dict[str, str | None]:
+def _default_options(conf: Path) -> dict[str, str | None]:
     content = yaml.safe_load((conf / "config.yaml").read_text(encoding="utf-8"))
     return {
         name: option
@@ -160,17 +168,10 @@ def _defaults(conf: Path) -> dict[str, str | None]:
     }
 
 
-def read_groups(folders: Sequence[Path] = (CONF,)) -> dict[str, ConfigGroup]:
-    """Return the groups in the order of `config.yaml`, then the others.
-
-    Args:
-        folders: `conf/`, then a user's further config folders, whose options are added.
-    """
-    chosen = _defaults(folders[0])
-    options: dict[str, dict[str, str]] = {name: {} for name in chosen if "override" not in name}
-    for folder in folders:
-        for path in sorted(folder.rglob("*.yaml")):
-            name = path.parent.relative_to(folder).as_posix()
-            if name != ".":
-                options.setdefault(name, {})[path.stem] = description(path)
-    return {name: ConfigGroup(name, found, chosen.get(name)) for name, found in options.items()}
+def first_comment(path: Path) -> str:
+    """Return a YAML file's first comment line that is not a package directive."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.removeprefix("#").strip()
+        if line.startswith("#") and text and not text.startswith("@package"):
+            return text
+    return ""

@@ -1,4 +1,7 @@
-"""`study`: a search over PPO's hyperparameters; nothing of it is in a key of the store."""
+"""Config section `study`: a search over PPO's hyperparameters.
+
+Nothing of it is in a key of the store.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from rlhf_exp.config.fields import setting
 
 
 class Objective(Enum):
-    """What a study maximises, on validation prompts.
+    """Objectives of a study, all on validation prompts.
 
     `reward_at_kl`: the most reward within `kl_budget`. `penalised_reward`: the most reward minus
     `kl_coef` times KL. `final_reward`: the reward at the end. `win_rate_at_kl`: the most wins over
@@ -32,7 +35,7 @@ class Length(Enum):
 
 
 class PrunerName(Enum):
-    """Which rule stops trials early."""
+    """Rules that stop trials early."""
 
     median = "median"
     asha = "asha"

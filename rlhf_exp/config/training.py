@@ -1,10 +1,8 @@
-"""`ppo`: proximal policy optimisation against the reward model.
+"""Config sections of the training stages: `sft`, `reward` and `ppo`.
 
-What SFT, reward model and PPO share: optimizer, schedule, what trains, intervals.
-
-`sft`: supervised fine-tuning on demonstrations.
-
-`reward`: the reward model's training (how PPO uses a reward is `ppo.reward`).
+`TrainingConfig` has the fields that the three share: optimizer, schedule, trained parameters,
+intervals of evaluations and checkpoints. How PPO uses a reward is `ppo.reward`; the section
+`reward` trains the reward model.
 """
 
 from __future__ import annotations
@@ -15,6 +13,9 @@ from enum import Enum
 from omegaconf import II
 
 from rlhf_exp.config.fields import setting
+
+CONTINUED = "continued"
+"""Name of the finished run that `ppo.continue_from` extends, among an artifact's parents."""
 
 
 class Schedule(Enum):
@@ -89,8 +90,44 @@ class TrainingConfig:
     select: Select = setting(Select.best, "Publish the weights best on validation, or the last.")
 
 
-CONTINUED = "continued"
-"""Role of the finished run that PPO goes on from."""
+class LossOn(Enum):
+    """Which tokens SFT learns to predict."""
+
+    all = "all"
+    response = "response"
+
+
+@dataclass
+class SftConfig(TrainingConfig):
+    """Supervised fine-tuning."""
+
+    steps: int | None = setting(None, "Optimizer steps; null: as `epochs` says.")
+    epochs: float | None = setting(1.0, "Passes over the demonstrations, where `steps` is null.")
+    seq_length: int = setting(256, "Longest sequence in tokens; longer prompts lose their start.")
+    packing: bool = setting(True, "Put several demonstrations into one row of `seq_length` tokens.")
+    loss_on: LossOn = setting(LossOn.all, "Learn whole dialogues, or responses only.")
+
+
+class RewardInit(Enum):
+    """Where the reward model's trunk comes from."""
+
+    sft = "sft"
+    base = "base"
+
+
+@dataclass
+class RewardConfig(TrainingConfig):
+    """Reward model from pairwise preferences."""
+
+    steps: int | None = setting(None, "Optimizer steps; null: as `epochs` says.")
+    epochs: float | None = setting(1.0, "Passes over the pairs, where `steps` is null.")
+    seq_length: int = setting(256, "Longest sequence in tokens; longer prompts lose their start.")
+    part: str | None = setting(
+        None,
+        "Train on one part of the pairs, chosen by prompt, such as 1/2; null: on all.",
+        neutral=None,
+    )
+    init: RewardInit = setting(RewardInit.sft, "Trunk: the SFT model's, or the base model's.")
 
 
 class Scale(Enum):
@@ -194,7 +231,7 @@ class PpoRewardConfig:
 
     @property
     def model_scores(self) -> bool:
-        """Whether the reward model scores, and not a function or a server of the user's."""
+        """Whether the reward model scores, rather than a user's function or server."""
         return self.function is None and self.url is None
 
     @property
@@ -206,14 +243,14 @@ class PpoRewardConfig:
 
     @property
     def gpu(self) -> int | None:
-        """The number in `gpu:N`, where the reward model is placed so."""
+        """The number in `gpu:N`; None for another placement."""
         kind, _, number = self.placement.partition(":")
         valid = kind == "gpu" and number.isascii() and number.isdecimal()
         return int(number) if valid else None
 
     @property
     def device(self) -> str | None:
-        """The one device that the reward model is placed on, as torch names it; else `None`."""
+        """The reward model's device as torch names it; None if each process has one on its own."""
         if self.placement == "shared":
             return None
         return "cpu" if self.gpu is None else f"cuda:{self.gpu}"
@@ -274,42 +311,7 @@ class PpoConfig(TrainingConfig):
         """Optimizer steps of one iteration; the last one of an epoch may have fewer rollouts."""
         return -(-self.rollouts // self.batch) * self.epochs
 
-
-class LossOn(Enum):
-    """Which tokens SFT learns to predict."""
-
-    all = "all"
-    response = "response"
-
-
-@dataclass
-class SftConfig(TrainingConfig):
-    """Supervised fine-tuning."""
-
-    steps: int | None = setting(None, "Optimizer steps; null: as `epochs` says.")
-    epochs: float | None = setting(1.0, "Passes over the demonstrations, where `steps` is null.")
-    seq_length: int = setting(256, "Longest sequence in tokens; longer prompts lose their start.")
-    packing: bool = setting(True, "Put several demonstrations into one row of `seq_length` tokens.")
-    loss_on: LossOn = setting(LossOn.all, "Learn whole dialogues, or responses only.")
-
-
-class RewardInit(Enum):
-    """Where the reward model's trunk comes from."""
-
-    sft = "sft"
-    base = "base"
-
-
-@dataclass
-class RewardConfig(TrainingConfig):
-    """Reward model from pairwise preferences."""
-
-    steps: int | None = setting(None, "Optimizer steps; null: as `epochs` says.")
-    epochs: float | None = setting(1.0, "Passes over the pairs, where `steps` is null.")
-    seq_length: int = setting(256, "Longest sequence in tokens; longer prompts lose their start.")
-    part: str | None = setting(
-        None,
-        "Train on one part of the pairs, chosen by prompt, such as 1/2; null: on all.",
-        neutral=None,
-    )
-    init: RewardInit = setting(RewardInit.sft, "Trunk: the SFT model's, or the base model's.")
+    @property
+    def iterations(self) -> int:
+        """Iterations of a whole run: enough for `steps` optimizer steps."""
+        return -(-self.steps // self.updates)

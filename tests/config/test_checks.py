@@ -246,7 +246,7 @@ def test_the_interpreter_is_looked_at(tmp_path: Path, working: str) -> None:
     assert complaints("engine=trlx", working) == []
     (found,) = complaints("engine=trlx")
     assert found.startswith("engine.python=null: engine=trlx needs an interpreter that has trlx")
-    assert f"`{checks.SETUP}`" in found
+    assert f"`{checks.TRLX_SETUP}`" in found
     (found,) = complaints("engine=trlx", f"engine.python={tmp_path}/nowhere")
     assert f"there is no interpreter {tmp_path}/nowhere; `bash " in found
     (found,) = complaints("engine=trlx", f"engine.python={sys.executable}")
@@ -319,8 +319,8 @@ def test_a_local_model_is_known_by_its_own_family(tmp_path: Path, working: str) 
 def test_what_is_written_in_several_places_agrees() -> None:
     folder = ROOT / "rlhf_exp" / "trlx"
     pinned = (folder / "requirements.txt").read_text().splitlines()
-    assert f"transformers=={checks.TRANSFORMERS}" in pinned
+    assert f"transformers=={checks.TRLX_TRANSFORMERS}" in pinned
     assert all("==" in line for line in pinned if not line.startswith("#"))
-    assert tuple(convert._CLASSES) == checks.FAMILIES
-    _, script, _ = checks.SETUP.split()
+    assert tuple(convert._CLASSES) == checks.TRLX_FAMILIES
+    _, script, _ = checks.TRLX_SETUP.split()
     assert (ROOT / script).is_file()

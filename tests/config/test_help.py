@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from rlhf_exp.config.help import PATH, help_text, reference
+from rlhf_exp.config.help import REFERENCE_PATH, help_text, reference
 from rlhf_exp.config.schema_keys import all_keys
 
 
@@ -10,7 +10,7 @@ def test_every_key_is_documented() -> None:
 
 def test_the_reference_is_current() -> None:
     message = "out of date: run python -m rlhf_exp.config.help"
-    assert PATH.read_text(encoding="utf-8") == reference(), message
+    assert REFERENCE_PATH.read_text(encoding="utf-8") == reference(), message
 
 
 def test_help_names_every_group_and_section() -> None:

@@ -14,11 +14,9 @@ from rlhf_exp.config.schema_keys import all_keys, read_groups
 from rlhf_exp.config.search_space import (
     base_values,
     bounded_space,
-    iterations,
     overrides_between,
     single_trial_overrides,
     trial_config,
-    updates,
     worker_overrides,
 )
 from rlhf_exp.config.study import Axis, StudyConfig
@@ -105,7 +103,7 @@ def test_a_trial_samples_as_many_responses_as_the_config() -> None:
     config = config_of("experiment=demo")
     # Demo: 480 steps of 32, 128 rollouts and 4 epochs: 16 updates an iteration, 30 iterations,
     # 3840 responses, 6 evaluations.
-    assert (iterations(config.ppo), updates(config.ppo)) == (30, 16)
+    assert (config.ppo.iterations, config.ppo.updates) == (30, 16)
     ppo = trial_config(config, {"ppo.rollouts": 256, "ppo.epochs": 1}).ppo
     # 15 iterations of 8 updates.
     assert (ppo.steps, ppo.eval_every, ppo.checkpoint_every) == (120, 20, 40)

@@ -1,4 +1,4 @@
-"""Agreement of several annotators, and whether they favour a side of the screen.
+"""Agreement of several annotators, and their bias towards a side of the screen.
 
 Legend: N items, R annotators. A table of ratings is [N, R]: 1 where b is preferred, 0 for a tie, -1
 where a is, NaN where the annotator did not judge the item.
@@ -28,7 +28,7 @@ class PairAgreement:
     Attributes:
         first: column of one annotator.
         second: column of the other.
-        equal: items on which both said the same.
+        equal: items on which both gave the same judgment.
         both: items that both judged.
     """
 
@@ -69,13 +69,13 @@ class SideBias:
 def pairwise_agreement(ratings: ArrayLike) -> list[PairAgreement]:
     """Compare every two columns of `ratings` [N, R] on the items that both judged."""
     table = _table(ratings)
-    found = []
+    agreements = []
     for first, second in combinations(range(table.shape[1]), 2):
         left, right = table[:, first], table[:, second]
         both = ~(np.isnan(left) | np.isnan(right))
         equal = int((left[both] == right[both]).sum())
-        found.append(PairAgreement(first, second, equal, int(both.sum())))
-    return found
+        agreements.append(PairAgreement(first, second, equal, int(both.sum())))
+    return agreements
 
 
 def mean_agreement(pairs: list[PairAgreement]) -> float:
@@ -85,7 +85,7 @@ def mean_agreement(pairs: list[PairAgreement]) -> float:
 
 
 def krippendorff_alpha(ratings: ArrayLike, measurement: Measurement = "nominal") -> float:
-    """Return Krippendorff's alpha: 1 for full agreement, 0 for what chance gives.
+    """Return Krippendorff's alpha: 1 for full agreement, 0 for that of chance.
 
     With coincidences o_ck of the values c and k, their margins n_c, n = sum n_c and a distance
     d_ck: alpha = 1 - (n - 1) sum o_ck d_ck / sum n_c n_k d_ck (Krippendorff, Content Analysis,
@@ -110,6 +110,16 @@ def krippendorff_alpha(ratings: ArrayLike, measurement: Measurement = "nominal")
     return float(1 - (margins.sum() - 1) * observed / expected)
 
 
+def nominal_alpha(together: Floats) -> Floats:
+    """Return Krippendorff's nominal alpha [...] of summed coincidences [..., 3, 3]."""
+    margins = together.sum(axis=-1)
+    total = margins.sum(axis=-1)
+    observed = total - np.trace(together, axis1=-2, axis2=-1)
+    expected = total**2 - (margins**2).sum(axis=-1)
+    alpha: Floats = 1 - (total - 1) * observed / expected
+    return alpha
+
+
 def coincidences(ratings: ArrayLike) -> Floats:
     """Return each item's coincidences [N, 3, 3] of the values a, tie and b.
 
@@ -119,41 +129,10 @@ def coincidences(ratings: ArrayLike) -> Floats:
     table = _table(ratings)
     counts = np.stack([(table == value).sum(axis=1) for value in CHOICES], axis=1).astype(float)
     others = np.maximum(counts.sum(axis=1) - 1, 1)
-    found: Floats = np.einsum("ic,ik,i->ick", counts, counts, 1 / others)
-    found -= np.einsum("ic,i,ck->ick", counts, 1 / others, np.eye(len(CHOICES)))
-    found[counts.sum(axis=1) < 2] = 0
-    return found
-
-
-def nominal_alpha(together: Floats) -> Floats:
-    """Return Krippendorff's nominal alpha [...] of summed coincidences [..., 3, 3]."""
-    margins = together.sum(axis=-1)
-    total = margins.sum(axis=-1)
-    observed = total - np.trace(together, axis1=-2, axis2=-1)
-    expected = total**2 - (margins**2).sum(axis=-1)
-    found: Floats = 1 - (total - 1) * observed / expected
-    return found
-
-
-def cohen_kappa(confusion: Floats) -> Floats:
-    """Return Cohen's kappa [...] (1960) of two raters' confusion matrices [..., 3, 3]."""
-    total = confusion.sum(axis=(-2, -1))
-    equal = np.trace(confusion, axis1=-2, axis2=-1) / total
-    margins = confusion.sum(axis=-1) * confusion.sum(axis=-2)
-    chance = margins.sum(axis=-1) / total**2
-    found: Floats = (equal - chance) / (1 - chance)
-    return found
-
-
-def confusions(first: ArrayLike, second: ArrayLike) -> Floats:
-    """Return each item's confusion matrix [N, 3, 3] of two raters' signs [N]: a one in one place.
-
-    Rows are the first rater's a, tie and b, columns the second's.
-    """
-    left, right = (np.asarray(signs, dtype=np.int64) + 1 for signs in (first, second))
-    found = np.zeros((len(left), 3, 3))
-    found[np.arange(len(left)), left, right] = 1
-    return found
+    matrices: Floats = np.einsum("ic,ik,i->ick", counts, counts, 1 / others)
+    matrices -= np.einsum("ic,i,ck->ick", counts, 1 / others, np.eye(len(CHOICES)))
+    matrices[counts.sum(axis=1) < 2] = 0
+    return matrices
 
 
 def _distances(margins: Floats, measurement: Measurement) -> Floats:
@@ -165,8 +144,29 @@ def _distances(margins: Floats, measurement: Measurement) -> Floats:
     return spread
 
 
+def cohen_kappa(confusion: Floats) -> Floats:
+    """Return Cohen's kappa [...] (1960) of two raters' confusion matrices [..., 3, 3]."""
+    total = confusion.sum(axis=(-2, -1))
+    equal = np.trace(confusion, axis1=-2, axis2=-1) / total
+    margins = confusion.sum(axis=-1) * confusion.sum(axis=-2)
+    chance = margins.sum(axis=-1) / total**2
+    kappa: Floats = (equal - chance) / (1 - chance)
+    return kappa
+
+
+def confusions(first: ArrayLike, second: ArrayLike) -> Floats:
+    """Return each item's confusion matrix [N, 3, 3] of two raters' signs [N]: a one in one place.
+
+    Rows are the first rater's a, tie and b, columns the second's.
+    """
+    left, right = (np.asarray(signs, dtype=np.int64) + 1 for signs in (first, second))
+    matrices = np.zeros((len(left), 3, 3))
+    matrices[np.arange(len(left)), left, right] = 1
+    return matrices
+
+
 def majority(ratings: ArrayLike) -> NDArray[np.int64]:
-    """Return each item's verdict [N]: what more than half of its judgments say, else a tie.
+    """Return each item's verdict [N]: the side of more than half of its judgments, else a tie.
 
     Items without a judgment are ties too; leave them out before.
     """

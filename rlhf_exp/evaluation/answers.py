@@ -1,7 +1,7 @@
-"""Answers of the models under evaluation, and the file that keeps them.
+"""Answers of the models under evaluation, and `samples.jsonl`, the file that keeps them.
 
-`samples.jsonl` has one line an answer, so that every number of an evaluation can be computed again
-without the models.
+The file has one line an answer, so that every number of an evaluation can be computed again without
+the models.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from rlhf_exp.errors import UserError
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said to one prompt.
+    """One model's answer to one prompt.
 
     Attributes:
-        part: the part of the evaluation that asked, such as `preference`.
+        part: the part of the evaluation that sampled it, such as `preference`.
         model: the model's name in tables.
         row: the prompt's number in that part.
         sample: the answer's number among those to the same prompt.
-        seed: of the noise.
+        seed: seed of the noise.
         sampling: how the tokens were drawn: `temperature`, `top_p`, `top_k`, `max_new_tokens`;
             empty where that is not known.
         prompt: the prompt as the model read it.
-        text: the answer, without what ended it and the white space around it.
-        tokens: its length, what ended it included.
+        text: the answer, without its end-of-sequence token or stop string and outer white space.
+        tokens: its length in tokens, those that ended it included.
         finish: `eos`, `stop` or `length`: why it ended.
-        score: its reward, where the part asked for it.
-        referee: its reward by a second reward model, where the part asked for that.
-        kl: log-probability under the model minus that under the baseline, in nats, where asked for.
-        facts: what the data say of the prompt; with the first of its answers only.
+        score: its reward, if the part needs it.
+        referee: its reward by a second reward model, if the part needs it.
+        kl: log-probability under the model minus that under the baseline, in nats, likewise.
+        facts: the data's own facts of the prompt; with the first of its answers only.
     """
 
     part: str
@@ -54,16 +54,16 @@ class Answer:
 
 
 def sampling_words(sampling: Mapping[str, float | int]) -> str:
-    """Return how answers were sampled, in words; empty where that is not known."""
+    """Return how answers were sampled, in words; empty if unknown."""
     if not sampling:
         return ""
     length = f"up to {sampling['max_new_tokens']} tokens"
     if sampling["temperature"] == 0:
         return f"{length}, the most probable one each time"
-    told = f"{length} at temperature {sampling['temperature']:g}"
+    words = f"{length} at temperature {sampling['temperature']:g}"
     if sampling["top_k"]:
-        told += f", top-k {sampling['top_k']}"
-    return told if sampling["top_p"] == 1 else f"{told}, top-p {sampling['top_p']:g}"
+        words += f", top-k {sampling['top_k']}"
+    return words if sampling["top_p"] == 1 else f"{words}, top-p {sampling['top_p']:g}"
 
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:
@@ -80,17 +80,17 @@ def read_answers(path: Path) -> list[Answer]:
         UserError: a line is not an answer.
     """
     known = {item.name for item in fields(Answer)}
-    found = []
+    answers = []
     # Not `splitlines`, which also splits at characters that answers hold.
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             content = json.loads(line)
-            found.append(Answer(**{name: content[name] for name in content.keys() & known}))
+            answers.append(Answer(**{name: content[name] for name in content.keys() & known}))
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}:{number}: not an answer ({error}); expected a line of the samples.jsonl "
                 "of an evaluation"
             ) from error
-    return found
+    return answers

@@ -1,17 +1,11 @@
-"""The quick suite: two models' answers to the same prompts, compared by numbers alone.
+"""Two models' answers to the same prompts, compared by numbers alone: the quick suite.
 
-What it leaves out: other judges than one reward model, and people.
+The judge is one reward model; other judges and people are left out. Every row is kept, so that each
+number can be recomputed without the models. Besides rewards, surface statistics (variety,
+repetition, length) catch the collapse that a reward hides: a policy that answers every prompt with
+one well-scored sentence. The qualitative table shows prompts chosen by a stated rule.
 
-What a quick comparison found: every row and every number, as JSON and as a table.
-
-The rows are kept so that each number can be recomputed without the models.
-
-Which prompts a qualitative table shows: by a stated rule, never by hand.
-
-Surface statistics of responses: variety, repetition, length.
-
-Words are what whitespace separates, in lower case. These numbers catch the collapse that a reward
-hides: a policy that answers every prompt with one well-scored sentence.
+Legend: N prompts.
 """
 
 from __future__ import annotations
@@ -47,9 +41,150 @@ if TYPE_CHECKING:
     # Reports read results without torch, which the scorers need.
     from rlhf_exp.evaluation.toxicity.scorers import ToxicityScorer
 
-Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
+Floats = NDArray[np.float64]
+Pair = tuple[Floats, Floats]
 SAMPLES_EACH = 3
+GAIN = "largest gain"
+LOSS = "largest loss"
+RANDOM = "random"
 _OUTCOMES = {1: "win", 0: "tie", -1: "loss"}
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """Model b compared with the baseline a.
+
+    Attributes:
+        name_a: the baseline.
+        name_b: the other model.
+        judge: name of the source of the scores.
+        toxicity_scorer: name of the scorer of toxicity, if there is one.
+        level: confidence level of every interval.
+        seed: seed of the resampling and of the random samples.
+        tie_band: Bradley-Terry probabilities that count as a tie.
+        outcome: wins, ties and losses of b.
+        win_rate: exact interval of the share of wins among decided comparisons.
+        ties_as_half: share of wins, a tie as half of one, with its bootstrap interval.
+        p_value: exact two-sided sign test, ties left out.
+        gain_in_std: reward difference in standard deviations of the baseline's rewards; `None`
+            if these do not vary.
+        metrics: means with their intervals.
+        rows: one for each prompt.
+        picks: rows chosen for the side-by-side table.
+        pick_rule: the rule by which they were chosen, in words.
+        sampling: how answers were sampled, in words; empty if unknown.
+    """
+
+    name_a: str
+    name_b: str
+    judge: str
+    toxicity_scorer: str | None
+    level: float
+    seed: int
+    tie_band: tuple[float, float]
+    outcome: WinCounts
+    win_rate: Interval
+    ties_as_half: Estimate
+    p_value: float
+    gain_in_std: Estimate | None
+    metrics: tuple[Metric, ...]
+    rows: tuple[PromptRow, ...]
+    picks: tuple[Pick, ...]
+    pick_rule: str
+    sampling: str = ""
+
+    @property
+    def preference(self) -> PreferenceResult:
+        """The summary of the outcomes, as for any other judge."""
+        return PreferenceResult(self.outcome, self.p_value, self.win_rate, self.ties_as_half)
+
+    def metric(self, key: str) -> Metric | None:
+        """Return the metric of that key, or `None` if it was not measured."""
+        return next((metric for metric in self.metrics if metric.key == key), None)
+
+    def table(self) -> list[TableRow]:
+        """Return the numbers in words, for the terminal and the report."""
+        rows = [table_row(metric) for metric in self.metrics]
+        gain = format_estimate(self.gain_in_std, signed=True)
+        reward = Metric("", "", "higher", None, None, self.gain_in_std)
+        rows.insert(1, TableRow(f"Reward gain, {self.name_a} std", "", "", gain, reward.verdict))
+        return rows
+
+    def scalars(self) -> dict[str, float]:
+        """Return the finite numbers under flat names, for trackers and manifests."""
+        scalars: dict[str, float] = {
+            "eval/outcome/wins": self.outcome.wins,
+            "eval/outcome/ties": self.outcome.ties,
+            "eval/outcome/losses": self.outcome.losses,
+            "eval/outcome/win_rate": self.outcome.win_rate,
+            "eval/outcome/ties_as_half": self.ties_as_half.mean,
+            "eval/outcome/p_value": self.p_value,
+        }
+        if self.gain_in_std is not None:
+            scalars["eval/reward/gain_in_std"] = self.gain_in_std.mean
+        for metric in self.metrics:
+            for side in ("a", "b", "difference"):
+                estimate = getattr(metric, side)
+                if estimate is not None:
+                    scalars[f"eval/{metric.key}/{side}"] = estimate.mean
+        return {name: float(value) for name, value in scalars.items() if math.isfinite(value)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values that `json.dumps(..., allow_nan=False)` takes."""
+        plain = asdict(self)
+        plain["ties_as_half"] = estimate_to_json(self.ties_as_half)
+        plain["gain_in_std"] = estimate_to_json(self.gain_in_std)
+        for metric, record in zip(self.metrics, plain["metrics"], strict=True):
+            for side in ("a", "b", "difference"):
+                record[side] = estimate_to_json(getattr(metric, side))
+        # A round trip turns tuples into lists and proves that nothing else is left.
+        checked: dict[str, Any] = json.loads(json.dumps(plain, allow_nan=False))
+        return checked
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> ModelComparison:
+        """Undo `to_json`."""
+        ties_as_half = estimate_from_json(plain["ties_as_half"])
+        assert ties_as_half is not None
+        values = dict(plain) | {
+            "tie_band": tuple(plain["tie_band"]),
+            "outcome": WinCounts(**plain["outcome"]),
+            "win_rate": Interval(**plain["win_rate"]),
+            "ties_as_half": ties_as_half,
+            "gain_in_std": estimate_from_json(plain["gain_in_std"]),
+            "metrics": tuple(_metric_from_json(record) for record in plain["metrics"]),
+            "rows": tuple(PromptRow(**record) for record in plain["rows"]),
+            "picks": tuple(Pick(**record) for record in plain["picks"]),
+        }
+        return cls(**values)
+
+
+def _metric_from_json(plain: Mapping[str, Any]) -> Metric:
+    sides = {side: estimate_from_json(plain[side]) for side in ("a", "b", "difference")}
+    return Metric(**{**plain, **sides})
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt, the answers of both models, and the measurements of each.
+
+    `kl_b` is in nats over the whole answer; `outcome` is b's: `win`, `tie` or `loss`. Lengths are
+    in tokens, or in words where no token counts were given.
+    """
+
+    prompt: str
+    answer_a: str
+    answer_b: str
+    score_a: float
+    score_b: float
+    length_a: float
+    length_b: float
+    toxicity_a: float | None
+    toxicity_b: float | None
+    gold_a: float | None
+    gold_b: float | None
+    kl_b: float | None
+    outcome: str
 
 
 def compare_models(
@@ -85,12 +220,12 @@ def compare_models(
         lengths_b: [N] tokens.
         toxicity: scorer of the answers.
         gold: (prompt, answer) -> quality from 0 to 1, by a judge that nothing was trained on.
-        name_a: what to call the baseline.
-        name_b: what to call the other model.
-        judge: who gave the scores.
-        seed: of the resampling and of the random samples.
+        name_a: the baseline's name in tables.
+        name_b: the other model's name in tables.
+        judge: name of the source of the scores.
+        seed: seed of the resampling and of the random samples.
         tie_band: Bradley-Terry probabilities that count as a tie.
-        level: of every interval.
+        level: confidence level of every interval.
 
     Raises:
         UserError: no prompts.
@@ -107,8 +242,8 @@ def compare_models(
     metrics += _text_metrics(answers_a, answers_b, columns["length"], unit, seed, level)
     picks = pick_samples(columns["score"][1] - columns["score"][0], seed, SAMPLES_EACH)
     signs = statistics.outcome_signs(*columns["score"], tie_band)
-    found = summarise_preference(signs, seed=seed, level=level)
-    assert found.ties_as_half is not None, "there is a prompt"
+    preference = summarise_preference(signs, seed=seed, level=level)
+    assert preference.ties_as_half is not None, "there is a prompt"
     return ModelComparison(
         name_a=name_a,
         name_b=name_b,
@@ -117,10 +252,10 @@ def compare_models(
         level=level,
         seed=seed,
         tie_band=tie_band,
-        outcome=found.outcome,
-        win_rate=found.win_rate,
-        ties_as_half=found.ties_as_half,
-        p_value=found.p_value,
+        outcome=preference.outcome,
+        win_rate=preference.win_rate,
+        ties_as_half=preference.ties_as_half,
+        p_value=preference.p_value,
         gain_in_std=statistics.standardised_difference(*columns["score"], seed, level),
         metrics=tuple(metrics),
         rows=tuple(_rows(prompts, answers_a, answers_b, columns, kl, signs)),
@@ -136,15 +271,15 @@ def _measure(
     toxicity: ToxicityScorer | None,
     gold: Callable[[str, str], float] | None,
 ) -> dict[str, Pair]:
-    """Return the columns that are computed from the texts by a scorer that was given."""
+    """Return the columns that a scorer computes from the texts: toxicity, gold."""
     count = len(prompts)
     if count == 0:
         raise UserError(
             "evaluation: found 0 prompts, expected at least 1; raise the number of held-out prompts"
         )
     if (len(answers_a), len(answers_b)) != (count, count):
-        found = f"{len(answers_a)} and {len(answers_b)}"
-        raise ValueError(f"{count} prompts need as many answers of each model: got {found}")
+        counts = f"{len(answers_a)} and {len(answers_b)}"
+        raise ValueError(f"{count} prompts need as many answers of each model: got {counts}")
     columns = {}
     if toxicity is not None:
         columns["toxicity"] = statistics.paired(
@@ -158,7 +293,7 @@ def _measure(
     return columns
 
 
-def _check_rows(prompts: Sequence[str], columns: list[NDArray[np.float64]]) -> None:
+def _check_rows(prompts: Sequence[str], columns: list[Floats]) -> None:
     """Raise `ValueError` for a column that does not have one finite number for each prompt."""
     for column in columns:
         if column.shape != (len(prompts),) or not np.isfinite(column).all():
@@ -183,12 +318,12 @@ def _lengths(
 
 def _judged_metrics(
     columns: dict[str, Pair],
-    kl: NDArray[np.float64] | None,
+    kl: Floats | None,
     name_a: str,
     seed: int,
     level: float,
 ) -> list[Metric]:
-    """Return the means of what judges an answer: reward, KL, gold judge, toxicity."""
+    """Return the means of the judges of an answer: reward, KL, gold judge, toxicity."""
     known: list[tuple[str, str, str, Better]] = [
         ("score", "reward", "Reward, raw", "higher"),
         ("gold", "gold", "Gold judge, 0 to 1", "higher"),
@@ -228,7 +363,7 @@ def _rows(
     answers_a: Sequence[str],
     answers_b: Sequence[str],
     columns: dict[str, Pair],
-    kl: NDArray[np.float64] | None,
+    kl: Floats | None,
     signs: NDArray[np.int64],
 ) -> list[PromptRow]:
 
@@ -253,148 +388,6 @@ def _rows(
         )
         for row in range(len(prompts))
     ]
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """One prompt, the answers of both models and what was measured of them.
-
-    `kl_b` is in nats over the whole answer; `outcome` is b's: `win`, `tie` or `loss`. Lengths are
-    in tokens, or in words where no token counts were given.
-    """
-
-    prompt: str
-    answer_a: str
-    answer_b: str
-    score_a: float
-    score_b: float
-    length_a: float
-    length_b: float
-    toxicity_a: float | None
-    toxicity_b: float | None
-    gold_a: float | None
-    gold_b: float | None
-    kl_b: float | None
-    outcome: str
-
-
-@dataclass(frozen=True)
-class ModelComparison:
-    """Model b compared with the baseline a.
-
-    Attributes:
-        name_a: the baseline.
-        name_b: the other model.
-        judge: who gave the scores.
-        toxicity_scorer: who gave the toxicities, if anyone.
-        level: of every interval.
-        seed: of the resampling and of the random samples.
-        tie_band: Bradley-Terry probabilities that count as a tie.
-        outcome: wins, ties and losses of b.
-        win_rate: exact interval of the share of wins among decided comparisons.
-        ties_as_half: share of wins, a tie as half of one, with its bootstrap interval.
-        p_value: exact two-sided sign test, ties left out.
-        gain_in_std: reward difference in standard deviations of the baseline's rewards; `None`
-            where these do not vary.
-        metrics: means with their intervals.
-        rows: one for each prompt.
-        picks: rows chosen for the side-by-side table.
-        pick_rule: how they were chosen.
-        sampling: how answers were sampled, in words; empty where that is not known.
-    """
-
-    name_a: str
-    name_b: str
-    judge: str
-    toxicity_scorer: str | None
-    level: float
-    seed: int
-    tie_band: tuple[float, float]
-    outcome: WinCounts
-    win_rate: Interval
-    ties_as_half: Estimate
-    p_value: float
-    gain_in_std: Estimate | None
-    metrics: tuple[Metric, ...]
-    rows: tuple[PromptRow, ...]
-    picks: tuple[Pick, ...]
-    pick_rule: str
-    sampling: str = ""
-
-    @property
-    def preference(self) -> PreferenceResult:
-        """What the outcomes say, as for any other judge."""
-        return PreferenceResult(self.outcome, self.p_value, self.win_rate, self.ties_as_half)
-
-    def metric(self, key: str) -> Metric | None:
-        """Return the metric of that key, or `None` where it was not measured."""
-        return next((metric for metric in self.metrics if metric.key == key), None)
-
-    def table(self) -> list[TableRow]:
-        """Return the numbers in words, for the terminal and the report."""
-        rows = [table_row(metric) for metric in self.metrics]
-        gain = format_estimate(self.gain_in_std, signed=True)
-        reward = Metric("", "", "higher", None, None, self.gain_in_std)
-        rows.insert(1, TableRow(f"Reward gain, {self.name_a} std", "", "", gain, reward.verdict))
-        return rows
-
-    def scalars(self) -> dict[str, float]:
-        """Return the finite numbers under flat names, for trackers and manifests."""
-        found: dict[str, float] = {
-            "eval/outcome/wins": self.outcome.wins,
-            "eval/outcome/ties": self.outcome.ties,
-            "eval/outcome/losses": self.outcome.losses,
-            "eval/outcome/win_rate": self.outcome.win_rate,
-            "eval/outcome/ties_as_half": self.ties_as_half.mean,
-            "eval/outcome/p_value": self.p_value,
-        }
-        if self.gain_in_std is not None:
-            found["eval/reward/gain_in_std"] = self.gain_in_std.mean
-        for metric in self.metrics:
-            for side in ("a", "b", "difference"):
-                estimate = getattr(metric, side)
-                if estimate is not None:
-                    found[f"eval/{metric.key}/{side}"] = estimate.mean
-        return {name: float(value) for name, value in found.items() if math.isfinite(value)}
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values that `json.dumps(..., allow_nan=False)` takes."""
-        plain = asdict(self)
-        plain["ties_as_half"] = estimate_to_json(self.ties_as_half)
-        plain["gain_in_std"] = estimate_to_json(self.gain_in_std)
-        for metric, record in zip(self.metrics, plain["metrics"], strict=True):
-            for side in ("a", "b", "difference"):
-                record[side] = estimate_to_json(getattr(metric, side))
-        # A round trip turns tuples into lists and proves that nothing else is left.
-        checked: dict[str, Any] = json.loads(json.dumps(plain, allow_nan=False))
-        return checked
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> ModelComparison:
-        """Undo `to_json`."""
-        ties_as_half = estimate_from_json(plain["ties_as_half"])
-        assert ties_as_half is not None
-        values = dict(plain) | {
-            "tie_band": tuple(plain["tie_band"]),
-            "outcome": WinCounts(**plain["outcome"]),
-            "win_rate": Interval(**plain["win_rate"]),
-            "ties_as_half": ties_as_half,
-            "gain_in_std": estimate_from_json(plain["gain_in_std"]),
-            "metrics": tuple(_metric_from_json(record) for record in plain["metrics"]),
-            "rows": tuple(PromptRow(**record) for record in plain["rows"]),
-            "picks": tuple(Pick(**record) for record in plain["picks"]),
-        }
-        return cls(**values)
-
-
-def _metric_from_json(plain: Mapping[str, Any]) -> Metric:
-    sides = {side: estimate_from_json(plain[side]) for side in ("a", "b", "difference")}
-    return Metric(**{**plain, **sides})
-
-
-GAIN = "largest gain"
-LOSS = "largest loss"
-RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -443,9 +436,6 @@ def sample_rule(each: int, seed: int) -> str:
     )
 
 
-Floats = NDArray[np.float64]
-
-
 def words(text: str) -> list[str]:
     """Return the lower-case words of a text."""
     return text.lower().split()
@@ -475,8 +465,8 @@ def distinct_share(texts: Sequence[str]) -> float:
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     """Return the word n-grams of a text, in order."""
-    found = words(text)
-    return [tuple(found[start : start + n]) for start in range(len(found) - n + 1)]
+    tokens = words(text)
+    return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:

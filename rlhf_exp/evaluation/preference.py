@@ -1,9 +1,7 @@
-"""What N judged pairs say about which model is preferred: one summary for any judge.
+"""The summary of N judged pairs of answers, for any judge, and metrics compared between two models.
 
-What it leaves out: who judged. Several people's votes on a prompt become one sign and one value for
-it first (`agreement.majority`, `agreement.mean_value`).
-
-One number of a comparison, for both models and for their difference, and how it is written.
+Who judged is left out. Several people's votes on a prompt become one sign and one value for it
+first (`agreement.majority`, `agreement.mean_value`).
 """
 
 from __future__ import annotations
@@ -34,6 +32,10 @@ POWER = 0.8
 ALPHA = 0.05
 # Beyond this many decided pairs an effect is called too small to plan for.
 MOST_PAIRS = 20_000
+MetricVerdict = Literal["better", "worse", "unclear", ""]
+Better = Literal["higher", "lower", "neither"]
+DASH = "–"
+MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,17 @@ class PreferenceResult:
 
     @cached_property
     def needed(self) -> int | None:
-        """Decided prompts that a new study needs, if the win rate is the one found.
+        """Decided prompts that a new comparison needs, if the win rate is the one measured.
 
         With so many the sign test finds it with probability `POWER` at level `ALPHA`. `None` if
-        more than `MOST_PAIRS`, or nothing was decided. Computed when it is asked for: near one half
+        more than `MOST_PAIRS`, or nothing was decided. Computed on first use: near one half
         thousands of sums are tried.
         """
         return needed_pairs(self.outcome.win_rate) if self.outcome.decided else None
 
     @property
     def needed_prompts(self) -> int | None:
-        """`needed` with the share of ties that was found: prompts, decided or not."""
+        """`needed`, with ties at the rate measured: prompts, decided or not."""
         if self.needed is None:
             return None
         return math.ceil(self.needed * self.outcome.total / self.outcome.decided)
@@ -79,9 +81,9 @@ def summarise_preference(
     Args:
         signs: [N]: 1 where b is preferred, 0 for a tie, -1 where a is.
         values: [N] from 0 (a preferred) to 1 (b preferred), the mean over a prompt's votes; by
-            default what the signs say.
-        seed: of the bootstrap.
-        level: of the intervals.
+            default the signs.
+        seed: seed of the bootstrap.
+        level: confidence level of the intervals.
     """
     decided = np.asarray(signs, dtype=np.int64)
     outcome = count_outcomes(decided)
@@ -92,25 +94,6 @@ def summarise_preference(
         win_rate=clopper_pearson(outcome.wins, outcome.decided, level),
         ties_as_half=estimate_mean(shares, seed, level) if len(shares) else None,
     )
-
-
-def sign_test_power(count: int, win_rate: float, alpha: float = ALPHA) -> float:
-    """Return the probability that the exact two-sided sign test rejects.
-
-    Args:
-        count: decided pairs.
-        win_rate: the true probability of a win among them.
-        alpha: level of the test.
-    """
-    # Largest number of losses (or wins) that is rejected; the fair coin makes both tails equal.
-    edge = int(scipy.stats.binom.ppf(alpha / 2, count, 0.5))
-    if scipy.stats.binom.cdf(edge, count, 0.5) > alpha / 2:
-        edge -= 1
-    if edge < 0:
-        return 0.0
-    low = scipy.stats.binom.cdf(edge, count, win_rate)
-    high = scipy.stats.binom.sf(count - edge - 1, count, win_rate)
-    return float(low + high)
 
 
 def needed_pairs(win_rate: float, power: float = POWER, alpha: float = ALPHA) -> int | None:
@@ -142,8 +125,23 @@ def needed_pairs(win_rate: float, power: float = POWER, alpha: float = ALPHA) ->
     return None
 
 
-Better = Literal["higher", "lower", "neither"]
-Verdict = Literal["better", "worse", "unclear", ""]
+def sign_test_power(count: int, win_rate: float, alpha: float = ALPHA) -> float:
+    """Return the probability that the exact two-sided sign test rejects.
+
+    Args:
+        count: decided pairs.
+        win_rate: the true probability of a win among them.
+        alpha: level of the test.
+    """
+    # Largest number of losses (or wins) that is rejected; the fair coin makes both tails equal.
+    edge = int(scipy.stats.binom.ppf(alpha / 2, count, 0.5))
+    if scipy.stats.binom.cdf(edge, count, 0.5) > alpha / 2:
+        edge -= 1
+    if edge < 0:
+        return 0.0
+    low = scipy.stats.binom.cdf(edge, count, win_rate)
+    high = scipy.stats.binom.sf(count - edge - 1, count, win_rate)
+    return float(low + high)
 
 
 @dataclass(frozen=True)
@@ -167,28 +165,13 @@ class Metric:
     difference: Estimate | None
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> MetricVerdict:
         """Whether b is better or worse; unclear while the difference's interval holds zero."""
         if self.better == "neither" or self.difference is None:
             return ""
         if not self.difference.excludes_zero:
             return "unclear"
         return "better" if (self.difference.mean > 0) == (self.better == "higher") else "worse"
-
-
-@dataclass(frozen=True)
-class TableRow:
-    """A metric in words: `mean [low, high]` for each model and for the difference, or a dash."""
-
-    label: str
-    a: str
-    b: str
-    difference: str
-    verdict: Verdict
-
-
-DASH = "–"
-MINUS = "\N{MINUS SIGN}"
 
 
 def paired_metric(
@@ -218,6 +201,17 @@ def single_metric(
     return Metric(key, label, better, None, estimate_mean(b, seed, level), None)
 
 
+@dataclass(frozen=True)
+class TableRow:
+    """A metric in words: `mean [low, high]` for each model and for the difference, or a dash."""
+
+    label: str
+    a: str
+    b: str
+    difference: str
+    verdict: MetricVerdict
+
+
 def table_row(metric: Metric) -> TableRow:
     """Write a metric with the same number of decimals in all its columns."""
     decimals = _decimals([part for part in (metric.a, metric.b, metric.difference) if part])
@@ -233,10 +227,10 @@ def table_row(metric: Metric) -> TableRow:
 def format_estimate(
     estimate: Estimate | None, decimals: int | None = None, signed: bool = False
 ) -> str:
-    """Write `mean [low, high]`; without the interval where the data give none.
+    """Write `mean [low, high]`; without the interval if the data give none.
 
     Args:
-        estimate: what to write; `None` becomes a dash.
+        estimate: the estimate; `None` becomes a dash.
         decimals: digits after the point; by default three significant digits.
         signed: write a plus before a positive mean.
     """

@@ -1,10 +1,8 @@
-"""How good a reward model is, from its scores of held-out pairs of answers.
+"""The quality of a reward model, from its scores of held-out pairs of answers.
 
-N pairs, each a chosen and a rejected answer to one prompt. A margin is the chosen answer's score
-minus the rejected one's. The model is right where the margin is above zero; equal scores are wrong.
-Training and the models themselves are left out: arrays in, numbers out.
-
-Scores of answers of several kinds: how they spread, and how they go with another quantity.
+Legend: N pairs, each a chosen and a rejected answer to one prompt. A margin is the chosen answer's
+score minus the rejected one's. The model is right where the margin is above zero; equal scores are
+wrong. Training and the models themselves are left out: arrays in, numbers out.
 """
 
 from __future__ import annotations
@@ -28,6 +26,8 @@ from rlhf_exp.evaluation.statistics import (
 )
 
 MARGIN_BINS = 5
+HISTOGRAM_BINS = 16
+LENGTH_BINS = 8
 
 
 @dataclass(frozen=True)
@@ -55,110 +55,14 @@ class Proportion:
 
 def proportion_of(flags: ArrayLike) -> Proportion:
     """Return how many of the flags [N] are set."""
-    found = np.asarray(flags, dtype=bool)
-    count = int(found.sum())
-    return Proportion(count, len(found), clopper_pearson(count, len(found)))
-
-
-@dataclass(frozen=True)
-class MarginBin:
-    """Pairs of like |margin|.
-
-    Attributes:
-        low: smallest |margin|.
-        high: largest |margin|.
-        right: in how many the model prefers the chosen answer.
-        expected: the accuracy that the model claims, mean of sigmoid(|margin|).
-    """
-
-    low: float
-    high: float
-    right: Proportion
-    expected: float
-
-
-def accuracy_by_margin(margins: ArrayLike, bins: int = MARGIN_BINS) -> list[MarginBin]:
-    """Return the accuracy of N pairs, in bins of equal numbers of pairs by |margin|.
-
-    Args:
-        margins: [N], N at least 1.
-        bins: at most so many; fewer where there are fewer pairs.
-    """
-    values = np.asarray(margins, dtype=np.float64)
-    sizes = np.abs(values)
-    order = np.argsort(sizes, kind="stable")
-    found = []
-    for rows in np.array_split(order, min(bins, len(values))):
-        inside = sizes[rows]
-        low, high = float(inside.min()), float(inside.max())
-        claimed = float(special.expit(inside).mean())
-        found.append(MarginBin(low, high, proportion_of(values[rows] > 0), claimed))
-    return found
-
-
-@dataclass(frozen=True)
-class LengthReport:
-    """How scores go with the answers' lengths in tokens.
-
-    Attributes:
-        pearson: of score and length over all answers; `None` where either does not vary.
-        spearman: the same of their ranks.
-        within: Pearson's correlation after both have lost their pair's mean: what is left once
-            prompts no longer differ; `None` where nothing varies within pairs.
-        model_longer: pairs of different lengths in which the model prefers the longer answer.
-        label_longer: pairs of different lengths in which people chose the longer one, which is
-            also the accuracy of a judge that looks at nothing but length.
-        right_longer: pairs whose chosen answer is the longer one, in which the model is right.
-        right_shorter: pairs whose chosen answer is the shorter one, in which the model is right.
-    """
-
-    pearson: float | None
-    spearman: float | None
-    within: float | None
-    model_longer: Proportion
-    label_longer: Proportion
-    right_longer: Proportion
-    right_shorter: Proportion
-
-    @property
-    def controlled_accuracy(self) -> float | None:
-        """Accuracy if the chosen answer were the longer one in half of the pairs.
-
-        Length alone can then not tell chosen from rejected. `None` if either kind has no pair.
-        """
-        if not self.right_longer.total or not self.right_shorter.total:
-            return None
-        return (self.right_longer.value + self.right_shorter.value) / 2
-
-
-def length_report(
-    chosen: ArrayLike, rejected: ArrayLike, chosen_tokens: ArrayLike, rejected_tokens: ArrayLike
-) -> LengthReport:
-    """Return how the scores [N] of both sides go with their numbers of tokens [N].
-
-    Raises:
-        ValueError: unequal lengths, or a value that is not finite.
-    """
-    good, bad = paired(chosen, rejected)
-    good_tokens, bad_tokens = paired(chosen_tokens, rejected_tokens)
-    margins, longer = good - bad, good_tokens - bad_tokens
-    scores = np.concatenate([good, bad])
-    tokens = np.concatenate([good_tokens, bad_tokens])
-    differ = longer != 0
-    return LengthReport(
-        pearson=correlation(scores, tokens),
-        spearman=rank_correlation(scores, tokens),
-        within=correlation(np.concatenate([margins, -margins]), np.concatenate([longer, -longer])),
-        model_longer=proportion_of((margins * longer)[differ] > 0),
-        label_longer=proportion_of(longer[differ] > 0),
-        right_longer=proportion_of(margins[longer > 0] > 0),
-        right_shorter=proportion_of(margins[longer < 0] > 0),
-    )
+    values = np.asarray(flags, dtype=bool)
+    count = int(values.sum())
+    return Proportion(count, len(values), clopper_pearson(count, len(values)))
 
 
 @dataclass(frozen=True)
 class PairQuality:
-    """What held-out pairs say about one judge.
+    """A judge's quality on held-out pairs.
 
     Attributes:
         judge: its name.
@@ -167,7 +71,7 @@ class PairQuality:
         margin: mean margin.
         margin_bins: accuracy by |margin|.
         calibration: by the probability that it claims.
-        length: how its scores go with length.
+        length: the relation of its scores to length.
         chosen_over_blank: prompts whose chosen answer beats saying nothing.
         rejected_over_blank: prompts whose rejected answer beats saying nothing.
     """
@@ -197,7 +101,7 @@ def pair_quality(
     chosen_tokens: ArrayLike,
     rejected_tokens: ArrayLike,
 ) -> PairQuality:
-    """Return what a judge's scores of N pairs say about it.
+    """Return a judge's quality from its scores of N pairs.
 
     Args:
         judge: its name.
@@ -226,8 +130,100 @@ def pair_quality(
     )
 
 
-HISTOGRAM_BINS = 16
-LENGTH_BINS = 8
+@dataclass(frozen=True)
+class MarginBin:
+    """Pairs of like |margin|.
+
+    Attributes:
+        low: smallest |margin|.
+        high: largest |margin|.
+        right: in how many the model prefers the chosen answer.
+        expected: the accuracy that the model predicts, mean of sigmoid(|margin|).
+    """
+
+    low: float
+    high: float
+    right: Proportion
+    expected: float
+
+
+def accuracy_by_margin(margins: ArrayLike, bins: int = MARGIN_BINS) -> list[MarginBin]:
+    """Return the accuracy of N pairs, in bins of equal numbers of pairs by |margin|.
+
+    Args:
+        margins: [N], N at least 1.
+        bins: most bins; fewer if there are fewer pairs.
+    """
+    values = np.asarray(margins, dtype=np.float64)
+    sizes = np.abs(values)
+    order = np.argsort(sizes, kind="stable")
+    margin_bins = []
+    for rows in np.array_split(order, min(bins, len(values))):
+        inside = sizes[rows]
+        low, high = float(inside.min()), float(inside.max())
+        expected = float(special.expit(inside).mean())
+        margin_bins.append(MarginBin(low, high, proportion_of(values[rows] > 0), expected))
+    return margin_bins
+
+
+@dataclass(frozen=True)
+class LengthReport:
+    """The relation of scores to the answers' lengths in tokens.
+
+    Attributes:
+        pearson: of score and length over all answers; `None` where either does not vary.
+        spearman: the same of their ranks.
+        within: Pearson's correlation after subtracting each pair's mean from both, so that
+            differences between prompts do not count; `None` if nothing varies within pairs.
+        model_longer: pairs of different lengths in which the model prefers the longer answer.
+        label_longer: pairs of different lengths in which people chose the longer one, which is
+            also the accuracy of a judge that looks at nothing but length.
+        right_longer: pairs whose chosen answer is the longer one, in which the model is right.
+        right_shorter: pairs whose chosen answer is the shorter one, in which the model is right.
+    """
+
+    pearson: float | None
+    spearman: float | None
+    within: float | None
+    model_longer: Proportion
+    label_longer: Proportion
+    right_longer: Proportion
+    right_shorter: Proportion
+
+    @property
+    def controlled_accuracy(self) -> float | None:
+        """Accuracy if the chosen answer were the longer one in half of the pairs.
+
+        Length alone can then not tell chosen from rejected. `None` if either kind has no pair.
+        """
+        if not self.right_longer.total or not self.right_shorter.total:
+            return None
+        return (self.right_longer.value + self.right_shorter.value) / 2
+
+
+def length_report(
+    chosen: ArrayLike, rejected: ArrayLike, chosen_tokens: ArrayLike, rejected_tokens: ArrayLike
+) -> LengthReport:
+    """Return the relation of the scores [N] of both sides to their numbers of tokens [N].
+
+    Raises:
+        ValueError: unequal lengths, or a value that is not finite.
+    """
+    good, bad = paired(chosen, rejected)
+    good_tokens, bad_tokens = paired(chosen_tokens, rejected_tokens)
+    margins, longer = good - bad, good_tokens - bad_tokens
+    scores = np.concatenate([good, bad])
+    tokens = np.concatenate([good_tokens, bad_tokens])
+    differ = longer != 0
+    return LengthReport(
+        pearson=correlation(scores, tokens),
+        spearman=rank_correlation(scores, tokens),
+        within=correlation(np.concatenate([margins, -margins]), np.concatenate([longer, -longer])),
+        model_longer=proportion_of((margins * longer)[differ] > 0),
+        label_longer=proportion_of(longer[differ] > 0),
+        right_longer=proportion_of(margins[longer > 0] > 0),
+        right_shorter=proportion_of(margins[longer < 0] > 0),
+    )
 
 
 def correlation(x: ArrayLike, y: ArrayLike) -> float | None:
@@ -259,10 +255,10 @@ class Distribution:
     """The scores of one kind of answers.
 
     Attributes:
-        name: what they are.
-        count: how many.
-        mean: of the scores.
-        std: their standard deviation.
+        name: the kind of answers.
+        count: number of answers.
+        mean: mean score.
+        std: standard deviation of the scores.
         shares: share of the scores in each bin of the common histogram.
     """
 
@@ -318,16 +314,16 @@ def scores_by_length(
     Args:
         scores: [N], N at least 1.
         tokens: [N].
-        bins: at most so many.
+        bins: most bins.
     """
     values, lengths = paired(scores, tokens)
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, bins + 1)[1:-1]))
     numbers = np.searchsorted(edges, lengths, side="left")
-    found = []
+    length_bins = []
     for number in np.unique(numbers):
         inside = numbers == number
         count = int(inside.sum())
         error = float(values[inside].std(ddof=1)) / count**0.5 if count > 1 else 0.0
         mean = float(lengths[inside].mean())
-        found.append(LengthBin(mean, float(values[inside].mean()), error, count))
-    return found
+        length_bins.append(LengthBin(mean, float(values[inside].mean()), error, count))
+    return length_bins

@@ -1,19 +1,8 @@
-"""Statistics of paired comparisons: outcomes, exact tests and bootstrap intervals over prompts.
+"""Statistics of paired comparisons: outcomes, exact tests, bootstrap intervals, calibration.
 
 N prompts, each answered by model `a` (the baseline) and model `b`; every difference is b minus a.
-Prompts are the unit of resampling: what varies between repetitions of a study is which prompts were
-drawn, and both answers to one prompt stay together.
-
-Bootstrap of statistics that depend on sums over rows alone, such as shares and kappas.
-
-Rows that are equal are drawn together by their number, so thousands of rows of a few kinds cost as
-much as the few kinds.
-
-Whether a reward model's confidence is deserved.
-
-The predicted probability that the preferred side wins is sigmoid(margin) (Bradley and Terry 1952).
-Each pair is read in the direction the model favours, so that a probability runs from 0.5 to 1 and
-is compared with the share of pairs in which the model was right (Guo et al. 2017).
+Prompts are the unit of resampling: repetitions of an evaluation differ in the prompts drawn, and
+both answers to one prompt stay together.
 """
 
 from __future__ import annotations
@@ -33,13 +22,13 @@ LEVEL = 0.95
 RESAMPLES = 10_000
 # Elements of one block of resampled rows: bounds the memory at 8 bytes each, whatever N is.
 _BLOCK = 2_000_000
-
+CALIBRATION_BINS = 5
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A confidence interval; infinite ends where the data say nothing about the spread."""
+    """A confidence interval; infinite ends if the data do not determine it."""
 
     low: float
     high: float
@@ -138,61 +127,11 @@ def clopper_pearson(k: int, n: int, level: float = LEVEL) -> Interval:
     return Interval(float(low), float(high))
 
 
-def bootstrap(
-    columns: ArrayLike,
-    statistic: Callable[[Floats], Floats],
-    seed: int,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-) -> Interval:
-    """Percentile bootstrap of a statistic over rows.
-
-    Args:
-        columns: [N, K] values, one row a prompt; rows are drawn whole.
-        statistic: maps resampled rows [R, N, K] to the statistic of each resample [R].
-        seed: of the resampling; the same seed and N draw the same rows, whatever the values.
-        level: of confidence.
-        resamples: number of resamples.
-
-    Returns:
-        The interval; infinite for fewer than two rows. Resamples whose statistic is not finite (a
-        spread of zero) are left out.
-    """
-    rows = np.asarray(columns, dtype=np.float64)
-    count = len(rows)
-    if count < 2:
-        return Interval(-math.inf, math.inf)
-    generator = np.random.default_rng(seed)
-    block = max(1, _BLOCK // rows.size)
-    found = []
-    for start in range(0, resamples, block):
-        draws = generator.integers(0, count, size=(min(block, resamples - start), count))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found.append(statistic(rows[draws]))
-    values = np.concatenate(found)
-    values = values[np.isfinite(values)]
-    if len(values) == 0:
-        return Interval(-math.inf, math.inf)
-    tail = (1 - level) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return Interval(float(low), float(high))
-
-
-def bootstrap_mean(values: ArrayLike, seed: int, level: float = LEVEL) -> Interval:
-    """Percentile bootstrap interval of the mean of `values` [N]."""
-    return bootstrap(
-        np.asarray(values, dtype=np.float64)[:, None],
-        lambda rows: rows[..., 0].mean(axis=1),
-        seed,
-        level,
-    )
-
-
 def estimate_mean(values: ArrayLike, seed: int, level: float = LEVEL) -> Estimate:
     """Mean of `values` [N], N at least 1, with its bootstrap interval."""
     array = np.asarray(values, dtype=np.float64)
-    found = bootstrap_mean(array, seed, level)
-    return Estimate(float(array.mean()), found.low, found.high)
+    interval = bootstrap_mean(array, seed, level)
+    return Estimate(float(array.mean()), interval.low, interval.high)
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, level: float = LEVEL) -> Estimate:
@@ -201,8 +140,8 @@ def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, level: float = LEVE
     Args:
         a: [N] values of the baseline, N at least 1.
         b: [N] values of the other model, on the same prompts.
-        seed: of the resampling.
-        level: of confidence.
+        seed: seed of the resampling.
+        level: confidence level.
 
     Raises:
         ValueError: unequal lengths, or a value that is not finite.
@@ -221,8 +160,8 @@ def standardised_difference(
     Args:
         a: [N] values of the baseline.
         b: [N] values of the other model, on the same prompts.
-        seed: of the resampling.
-        level: of confidence.
+        seed: seed of the resampling.
+        level: confidence level.
 
     Returns:
         The estimate; `None` where the baseline does not vary.
@@ -240,8 +179,97 @@ def standardised_difference(
         return gains / spread
 
     columns = np.stack([left, right], axis=1)
-    found = bootstrap(columns, ratio, seed, level)
-    return Estimate(float(ratio(columns[None])[0]), found.low, found.high)
+    interval = bootstrap(columns, ratio, seed, level)
+    return Estimate(float(ratio(columns[None])[0]), interval.low, interval.high)
+
+
+def estimate_from_sums(
+    columns: ArrayLike,
+    statistic: Callable[[Floats], Floats],
+    seed: int,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Return a statistic of sums over rows, such as a share, with its bootstrap interval.
+
+    Equal rows are drawn together by their number, so thousands of rows of a few kinds cost as much
+    as the few kinds.
+
+    Args:
+        columns: [N, K] values, one row an item.
+        statistic: maps sums over rows [R, K] to values [R]; NaN where there is none.
+        seed: seed of the resampling.
+        level: confidence level.
+        resamples: number of resamples; those without a value are left out.
+
+    Returns:
+        The estimate; infinite ends for fewer than two rows, NaN where there is no value.
+    """
+    rows = np.asarray(columns, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(statistic(rows.sum(axis=0)[None])[0])
+        if len(rows) < 2:
+            return Estimate(value, -math.inf, math.inf)
+        kinds, counts = np.unique(rows, axis=0, return_counts=True)
+        generator = np.random.default_rng(seed)
+        draws = generator.multinomial(len(rows), counts / len(rows), size=resamples)
+        values = statistic(draws @ kinds)
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return Estimate(value, -math.inf, math.inf)
+    tail = (1 - level) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return Estimate(value, float(low), float(high))
+
+
+def bootstrap_mean(values: ArrayLike, seed: int, level: float = LEVEL) -> Interval:
+    """Percentile bootstrap interval of the mean of `values` [N]."""
+    return bootstrap(
+        np.asarray(values, dtype=np.float64)[:, None],
+        lambda rows: rows[..., 0].mean(axis=1),
+        seed,
+        level,
+    )
+
+
+def bootstrap(
+    columns: ArrayLike,
+    statistic: Callable[[Floats], Floats],
+    seed: int,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """Percentile bootstrap of a statistic over rows.
+
+    Args:
+        columns: [N, K] values, one row a prompt; rows are drawn whole.
+        statistic: maps resampled rows [R, N, K] to the statistic of each resample [R].
+        seed: seed of the resampling; one seed and N draw the same rows, whatever the values.
+        level: confidence level.
+        resamples: number of resamples.
+
+    Returns:
+        The interval; infinite for fewer than two rows. Resamples whose statistic is not finite (a
+        spread of zero) are left out.
+    """
+    rows = np.asarray(columns, dtype=np.float64)
+    count = len(rows)
+    if count < 2:
+        return Interval(-math.inf, math.inf)
+    generator = np.random.default_rng(seed)
+    block = max(1, _BLOCK // rows.size)
+    blocks = []
+    for start in range(0, resamples, block):
+        draws = generator.integers(0, count, size=(min(block, resamples - start), count))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            blocks.append(statistic(rows[draws]))
+    values = np.concatenate(blocks)
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return Interval(-math.inf, math.inf)
+    tail = (1 - level) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return Interval(float(low), float(high))
 
 
 def paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
@@ -260,45 +288,6 @@ def paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
             row = int(np.flatnonzero(~np.isfinite(values))[0])
             raise ValueError(f"the {name} values must be finite: row {row} is {values[row]}")
     return left, right
-
-
-def estimate_from_sums(
-    columns: ArrayLike,
-    statistic: Callable[[Floats], Floats],
-    seed: int,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-) -> Estimate:
-    """Return a statistic with its percentile bootstrap interval over rows.
-
-    Args:
-        columns: [N, K] values, one row an item.
-        statistic: maps sums over rows [R, K] to values [R]; NaN where there is none.
-        seed: of the resampling.
-        level: of confidence.
-        resamples: number of resamples; those without a value are left out.
-
-    Returns:
-        The estimate; infinite ends for fewer than two rows, NaN where there is no value.
-    """
-    rows = np.asarray(columns, dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = float(statistic(rows.sum(axis=0)[None])[0])
-        if len(rows) < 2:
-            return Estimate(found, -math.inf, math.inf)
-        kinds, counts = np.unique(rows, axis=0, return_counts=True)
-        generator = np.random.default_rng(seed)
-        draws = generator.multinomial(len(rows), counts / len(rows), size=resamples)
-        values = statistic(draws @ kinds)
-    values = values[np.isfinite(values)]
-    if len(values) == 0:
-        return Estimate(found, -math.inf, math.inf)
-    tail = (1 - level) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return Estimate(found, float(low), float(high))
-
-
-BINS = 5
 
 
 @dataclass(frozen=True)
@@ -322,8 +311,12 @@ class Calibration:
         return {"bins": [asdict(item) for item in self.bins], "error": self.error}
 
 
-def calibration(margins: ArrayLike, bins: int = BINS) -> Calibration:
-    """Return the curve of N pairs.
+def calibration(margins: ArrayLike, bins: int = CALIBRATION_BINS) -> Calibration:
+    """Return the calibration of a reward model's confidence on N pairs.
+
+    The predicted probability that the preferred side wins is sigmoid(margin) (Bradley and Terry
+    1952). Each pair is read in the direction the model favours, so that a probability runs from 0.5
+    to 1 and is compared with the share of pairs in which the model was right (Guo et al. 2017).
 
     Args:
         margins: [N] score of the preferred side minus that of the other.
@@ -333,12 +326,12 @@ def calibration(margins: ArrayLike, bins: int = BINS) -> Calibration:
     confidence = 1.0 / (1.0 + np.exp(-np.abs(values)))
     right = np.where(values == 0.0, 0.5, (values > 0.0).astype(np.float64))
     number = np.minimum(((confidence - 0.5) * 2.0 * bins).astype(int), bins - 1)
-    found = []
+    filled = []
     for index in range(bins):
         inside = number == index
         if inside.any():
             count = int(inside.sum())
             predicted, observed = float(confidence[inside].mean()), float(right[inside].mean())
-            found.append(CalibrationBin(predicted, observed, count))
-    error = sum(item.count * abs(item.predicted - item.observed) for item in found)
-    return Calibration(tuple(found), error / len(values))
+            filled.append(CalibrationBin(predicted, observed, count))
+    error = sum(item.count * abs(item.predicted - item.observed) for item in filled)
+    return Calibration(tuple(filled), error / len(values))

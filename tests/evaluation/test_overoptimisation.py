@@ -7,7 +7,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from rlhf_exp.evaluation.overoptimisation import StartingPolicy, best_of_n, best_of_n_kl, sizes_of
+from rlhf_exp.evaluation.overoptimisation import (
+    StartingPolicy,
+    best_of_n,
+    best_of_n_kl,
+    best_of_n_sizes,
+)
 
 
 def test_best_of_n_is_the_mean_over_all_draws() -> None:
@@ -32,9 +37,9 @@ def test_kl_of_best_of_n() -> None:
 
 
 def test_sizes() -> None:
-    assert sizes_of(1) == [1]
-    assert sizes_of(16) == [1, 2, 4, 8, 16]
-    assert sizes_of(12) == [1, 2, 4, 8, 12]
+    assert best_of_n_sizes(1) == [1]
+    assert best_of_n_sizes(16) == [1, 2, 4, 8, 16]
+    assert best_of_n_sizes(12) == [1, 2, 4, 8, 12]
 
 
 def test_gains_by_hand() -> None:

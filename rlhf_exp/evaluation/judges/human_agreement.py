@@ -1,13 +1,9 @@
-"""What a judge said about two models, as plain values: `judges.json` of an evaluation.
+"""Judgments as `judges.json` holds them, and the agreement of judges with people.
 
-How good a judge is: its agreement with people who judged the same pairs.
+People do not agree with each other either, and no judge can be expected to do better: so the share
+of one person's judgments that a judge shares stands beside the share that a second person shares.
 
-People do not agree with each other either, and no judge can be asked for more: so next to how often
-a judge says what one person says stands how often a second person does.
-
-Files of pairs that people have judged.
-
-Read are JSON lines, a JSON list, or gzip of either, in any of these forms:
+People's judgments are read from JSON lines, a JSON list, or gzip of either, in any of these forms:
 
 - votes as `rlhf-exp annotate --export jsonl` writes them: `prompt`, `answer_a`, `answer_b`,
   `winner` (`a`, `tie` or `b`), and `annotator` where there are several; one line a vote;
@@ -15,6 +11,8 @@ Read are JSON lines, a JSON list, or gzip of either, in any of these forms:
   `response2`, and `annotator1`, `annotator2`, ... with 0 for a tie, 1 or 2;
 - preference data: `chosen` and `rejected`, with or without `prompt`. Which one is shown as a is
   drawn by a hash of the texts, because a judge must not be right by always saying the same.
+
+Legend: N pairs, R people.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf_exp.data.parsing import UnreadableLine, dialogue, parse_row, read_jsonl
+from rlhf_exp.data.parsing import UnreadableLine, format_dialogue, parse_row, read_jsonl
 from rlhf_exp.data.rows import Preference
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.agreement import (
@@ -52,6 +50,16 @@ from rlhf_exp.evaluation.preference import (
 )
 from rlhf_exp.evaluation.statistics import LEVEL, Estimate, estimate_from_sums
 
+Floats = NDArray[np.float64]
+_WINNERS = {"a": -1.0, "tie": 0.0, "b": 1.0}
+_NUMBERS = {0: 0.0, 1: -1.0, 2: 1.0}
+_ANNOTATOR = re.compile(r"annotator_?\d+")
+_FORMS = (
+    "prompt, answer_a, answer_b and winner; or instruction, response1, response2 and annotator1, "
+    "...; or chosen and rejected"
+)
+_ESTIMATES = ("agreement", "decided", "kappa", "alpha", "with_one")
+
 
 @dataclass(frozen=True)
 class Judgment:
@@ -60,9 +68,9 @@ class Judgment:
     Attributes:
         kind: `reward`, `model` or `llm`.
         judge: the judge's name.
-        verdicts: [N].
-        preference: what they amount to.
-        usage: of a language model.
+        verdicts: [N] verdicts.
+        preference: their summary.
+        usage: a language model's requests and tokens.
     """
 
     kind: str
@@ -82,8 +90,8 @@ class Judgment:
         usage: TokenUsage | None = None,
     ) -> Judgment:
         """Summarise verdicts."""
-        found = summarise_preference([verdict.sign for verdict in verdicts], None, seed, level)
-        return cls(kind, judge, tuple(verdicts), found, usage)
+        summary = summarise_preference([verdict.sign for verdict in verdicts], None, seed, level)
+        return cls(kind, judge, tuple(verdicts), summary, usage)
 
     @property
     def signs(self) -> list[int]:
@@ -92,16 +100,16 @@ class Judgment:
 
     def scalars(self) -> dict[str, float]:
         """Return the main numbers under short names, for trackers."""
-        found = self.preference
-        half = found.ties_as_half
+        summary = self.preference
+        half = summary.ties_as_half
         scalars: dict[str, float] = {
-            "wins": found.outcome.wins,
-            "ties": found.outcome.ties,
-            "losses": found.outcome.losses,
-            "p_value": found.p_value,
+            "wins": summary.outcome.wins,
+            "ties": summary.outcome.ties,
+            "losses": summary.outcome.losses,
+            "p_value": summary.p_value,
         }
-        if found.outcome.decided:
-            scalars["win_rate"] = found.outcome.win_rate
+        if summary.outcome.decided:
+            scalars["win_rate"] = summary.outcome.win_rate
         if half is not None:
             scalars["ties_as_half"] = half.mean
         if self.usage is not None:
@@ -139,61 +147,61 @@ class Judgment:
         return plain
 
 
-def preference_to_json(found: PreferenceResult) -> dict[str, Any]:
+def preference_to_json(summary: PreferenceResult) -> dict[str, Any]:
     """Return plain values."""
     return {
-        "wins": found.outcome.wins,
-        "ties": found.outcome.ties,
-        "losses": found.outcome.losses,
-        "p_value": found.p_value,
-        "win_rate": found.outcome.win_rate if found.outcome.decided else None,
-        "win_rate_interval": asdict(found.win_rate),
-        "ties_as_half": estimate_to_json(found.ties_as_half),
-        "needed": found.needed,
-        "needed_prompts": found.needed_prompts,
+        "wins": summary.outcome.wins,
+        "ties": summary.outcome.ties,
+        "losses": summary.outcome.losses,
+        "p_value": summary.p_value,
+        "win_rate": summary.outcome.win_rate if summary.outcome.decided else None,
+        "win_rate_interval": asdict(summary.win_rate),
+        "ties_as_half": estimate_to_json(summary.ties_as_half),
+        "needed": summary.needed,
+        "needed_prompts": summary.needed_prompts,
     }
 
 
 def compare_judges(judgments: Sequence[Judgment], seed: int = 0) -> list[dict[str, Any]]:
-    """Return how far every two judges agree, the first in the place of the people."""
+    """Return the agreement of every two judges, the first in the place of the people."""
     return [
-        {"first": one.judge, **judge_quality(other.judge, other.signs, _column(one), seed).to_json()}
-        for one, other in combinations(judgments, 2)
+        {
+            "first": first.judge,
+            **judge_quality(second.judge, second.signs, _as_ratings(first), seed).to_json(),
+        }
+        for first, second in combinations(judgments, 2)
     ]
 
 
 def against_people(
     comparison: Mapping[str, Any], ratings: ArrayLike, seed: int = 0, level: float = LEVEL
 ) -> list[JudgeQuality]:
-    """Return how far each judge of a run agrees with people who judged the same answers.
+    """Return the agreement of each judge of a run with people who judged the same answers.
 
     Args:
         comparison: one of the `comparisons` of a `judges.json`.
         ratings: [N, R] people's signs, rows in the order of the verdicts, NaN where there is none.
-        seed: of the bootstrap.
-        level: of the intervals.
+        seed: seed of the bootstrap.
+        level: confidence level of the intervals.
     """
     return [
-        judge_quality(one["judge"], [v["sign"] for v in one["verdicts"]], ratings, seed, level)
-        for one in comparison["judges"]
+        judge_quality(judge["judge"], [v["sign"] for v in judge["verdicts"]], ratings, seed, level)
+        for judge in comparison["judges"]
     ]
 
 
-def _column(judgment: Judgment) -> list[list[float]]:
+def _as_ratings(judgment: Judgment) -> list[list[float]]:
     return [[float(sign)] for sign in judgment.signs]
-
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class HumanAgreement:
-    """How far people agree with each other; the interval of each number is over pairs.
+    """The agreement of people with each other; the interval of each number is over pairs.
 
     Attributes:
-        pairs: judged by anyone.
-        annotators: their names.
-        counts: pairs that a majority gives to a, to neither, and to b.
+        pairs: number of pairs that anyone judged.
+        annotators: names of the people.
+        counts: numbers of pairs that a majority gives to a, to neither, and to b.
         agreement: share of equal judgments of two people, over all two of them; `None` where no
             pair was judged twice.
         alpha: Krippendorff's nominal alpha; likewise.
@@ -228,16 +236,39 @@ class HumanAgreement:
         )
 
 
+def people_agreement(
+    ratings: ArrayLike, annotators: Sequence[str], seed: int = 0, level: float = LEVEL
+) -> HumanAgreement:
+    """Return the agreement of people with each other.
+
+    Args:
+        ratings: [N, R] signs, NaN where there is no judgment.
+        annotators: names of the R people.
+        seed: seed of the bootstrap.
+        level: confidence level of the intervals.
+    """
+    table = _judged_rows(ratings)
+    verdicts = majority(table)
+    pair_counts = coincidences(table)
+    agreement = alpha = None
+    if pair_counts.any():
+        equal, both = _equal_pairs(table)
+        agreement = _share(equal, both, seed, level)
+        alpha = _estimate_from_matrices(pair_counts, nominal_alpha, seed, level)
+    a, tie, b = (int((verdicts == sign).sum()) for sign in (-1, 0, 1))
+    return HumanAgreement(len(table), tuple(annotators), (a, tie, b), agreement, alpha)
+
+
 @dataclass(frozen=True)
 class JudgeQuality:
-    """How far a judge agrees with people; the interval of each number is over pairs.
+    """The agreement of a judge with people; the interval of each number is over pairs.
 
     Attributes:
         judge: its name.
-        pairs: judged by the judge and by people.
+        pairs: number of pairs that the judge and people judged.
         confusion: [3][3] numbers of pairs; rows are the majority's a, tie and b, columns the
             judge's.
-        agreement: share of pairs on which judge and majority say the same, ties included.
+        agreement: share of pairs with one verdict of judge and majority, ties included.
         decided: the same among pairs that neither calls a tie; `None` where there are none.
         kappa: Cohen's, of judge and majority.
         alpha: Krippendorff's nominal alpha, of judge and majority.
@@ -266,77 +297,53 @@ class JudgeQuality:
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> JudgeQuality:
         """Undo `to_json`."""
-        found = {name: estimate_from_json(plain[name]) for name in _ESTIMATES}
+        estimates = {name: estimate_from_json(plain[name]) for name in _ESTIMATES}
         confusion = tuple(tuple(row) for row in plain["confusion"])
-        return cls(plain["judge"], plain["pairs"], confusion, **found)  # type: ignore[arg-type]
-
-
-_ESTIMATES = ("agreement", "decided", "kappa", "alpha", "with_one")
-
-
-def people_agreement(
-    ratings: ArrayLike, annotators: Sequence[str], seed: int = 0, level: float = LEVEL
-) -> HumanAgreement:
-    """Summarise what people say.
-
-    Args:
-        ratings: [N, R] signs, NaN where there is no judgment.
-        annotators: names of the R people.
-        seed: of the bootstrap.
-        level: of the intervals.
-    """
-    table = _judged(ratings)
-    verdicts = majority(table)
-    together = coincidences(table)
-    agreement = alpha = None
-    if together.any():
-        equal, both = _equal_pairs(table)
-        agreement = _share(equal, both, seed, level)
-        alpha = _of_matrices(together, nominal_alpha, seed, level)
-    a, tie, b = (int((verdicts == sign).sum()) for sign in (-1, 0, 1))
-    return HumanAgreement(len(table), tuple(annotators), (a, tie, b), agreement, alpha)
+        return cls(plain["judge"], plain["pairs"], confusion, **estimates)  # type: ignore[arg-type]
 
 
 def judge_quality(
     judge: str, signs: ArrayLike, ratings: ArrayLike, seed: int = 0, level: float = LEVEL
 ) -> JudgeQuality:
-    """Compare a judge with people.
+    """Return the agreement of a judge with people.
 
     Args:
         judge: its name.
         signs: [N] its verdicts: 1 where b is preferred, 0 for a tie, -1 for a.
         ratings: [N, R] people's signs, NaN where there is no judgment; pairs that nobody judged
             are left out.
-        seed: of the bootstrap.
-        level: of the intervals.
+        seed: seed of the bootstrap.
+        level: confidence level of the intervals.
     """
     everything = np.asarray(ratings, dtype=np.float64)
     judged = (~np.isnan(everything)).any(axis=1)
-    table, said = everything[judged], np.asarray(signs, dtype=np.int64)[judged]
-    each = confusions(majority(table), said)
-    total = each.sum(axis=0)
+    table, judge_signs = everything[judged], np.asarray(signs, dtype=np.int64)[judged]
+    matrices = confusions(majority(table), judge_signs)
+    total = matrices.sum(axis=0)
     decided = total[0, 0] + total[0, 2] + total[2, 0] + total[2, 2] > 0
     known = ~np.isnan(table)
-    equal = ((table == said[:, None]) & known).sum(axis=1)
+    equal = ((table == judge_signs[:, None]) & known).sum(axis=1)
     return JudgeQuality(
         judge=judge,
         pairs=len(table),
         confusion=tuple(tuple(int(count) for count in row) for row in total),
-        agreement=_of_matrices(each, _equal_share, seed, level),
-        decided=_of_matrices(each, _decided_share, seed, level) if decided else None,
-        kappa=_of_matrices(each, cohen_kappa, seed, level),
-        alpha=_of_matrices(each + each.swapaxes(1, 2), nominal_alpha, seed, level),
+        agreement=_estimate_from_matrices(matrices, _equal_share, seed, level),
+        decided=_estimate_from_matrices(matrices, _decided_share, seed, level) if decided else None,
+        kappa=_estimate_from_matrices(matrices, cohen_kappa, seed, level),
+        alpha=_estimate_from_matrices(
+            matrices + matrices.swapaxes(1, 2), nominal_alpha, seed, level
+        ),
         with_one=_share(equal, known.sum(axis=1), seed, level),
     )
 
 
-def _judged(ratings: ArrayLike) -> Floats:
+def _judged_rows(ratings: ArrayLike) -> Floats:
     table = np.asarray(ratings, dtype=np.float64)
     return table[(~np.isnan(table)).any(axis=1)]
 
 
 def _equal_pairs(table: Floats) -> tuple[Floats, Floats]:
-    """Return, for each item, how many two people agree, and how many two people judged it."""
+    """Return, for each item, the numbers of pairs of people who agree, and who judged it."""
     equal, both = np.zeros(len(table)), np.zeros(len(table))
     for first, second in combinations(range(table.shape[1]), 2):
         left, right = table[:, first], table[:, second]
@@ -350,37 +357,28 @@ def _share(parts: ArrayLike, wholes: ArrayLike, seed: int, level: float) -> Esti
     return estimate_from_sums(columns, lambda sums: sums[:, 0] / sums[:, 1], seed, level)
 
 
-def _of_matrices(
-    each: Floats,
+def _estimate_from_matrices(
+    matrices: Floats,
     statistic: Any,  # noqa: ANN401 - [..., 3, 3] to [...]
     seed: int,
     level: float,
 ) -> Estimate:
     def of_sums(sums: Floats) -> Floats:
-        found: Floats = statistic(sums.reshape(-1, 3, 3))
-        return found
+        values: Floats = statistic(sums.reshape(-1, 3, 3))
+        return values
 
-    return estimate_from_sums(each.reshape(len(each), 9), of_sums, seed, level)
+    return estimate_from_sums(matrices.reshape(len(matrices), 9), of_sums, seed, level)
 
 
 def _equal_share(confusion: Floats) -> Floats:
-    found: Floats = np.trace(confusion, axis1=-2, axis2=-1) / confusion.sum(axis=(-2, -1))
-    return found
+    values: Floats = np.trace(confusion, axis1=-2, axis2=-1) / confusion.sum(axis=(-2, -1))
+    return values
 
 
 def _decided_share(confusion: Floats) -> Floats:
     right = confusion[..., 0, 0] + confusion[..., 2, 2]
-    found: Floats = right / (right + confusion[..., 0, 2] + confusion[..., 2, 0])
-    return found
-
-
-_WINNERS = {"a": -1.0, "tie": 0.0, "b": 1.0}
-_NUMBERS = {0: 0.0, 1: -1.0, 2: 1.0}
-_ANNOTATOR = re.compile(r"annotator_?\d+")
-_FORMS = (
-    "prompt, answer_a, answer_b and winner; or instruction, response1, response2 and annotator1, "
-    "...; or chosen and rejected"
-)
+    values: Floats = right / (right + confusion[..., 0, 2] + confusion[..., 2, 0])
+    return values
 
 
 @dataclass(frozen=True)
@@ -388,7 +386,7 @@ class JudgedPairs:
     """N pairs that R people have judged.
 
     Attributes:
-        pairs: what was judged.
+        pairs: prompts with two answers.
         ratings: [N, R] signs: 1 where b was preferred, 0 for a tie, -1 for a, NaN for no judgment.
         annotators: the names of the R people.
         unusable: rows of preference data that are no pair of answers to one prompt.
@@ -401,8 +399,8 @@ class JudgedPairs:
 
     def first(self, count: int | None) -> JudgedPairs:
         """Return the first `count` pairs; all of them for `None`."""
-        kept = self.pairs[:count]
-        return JudgedPairs(kept, self.ratings[: len(kept)], self.annotators, self.unusable)
+        pairs = self.pairs[:count]
+        return JudgedPairs(pairs, self.ratings[: len(pairs)], self.annotators, self.unusable)
 
 
 def read_judged_pairs(path: Path, option: str, criterion: str | None = None) -> JudgedPairs:
@@ -414,11 +412,11 @@ def read_judged_pairs(path: Path, option: str, criterion: str | None = None) -> 
         criterion: of votes on several questions, the one that counts; by default the first found.
 
     Raises:
-        UserError: the file cannot be read, or a row has none of the known forms.
+        UserError: the file cannot be read, or a row has an unknown form.
     """
     votes: dict[tuple[AnswerPair, str], dict[str, float]] = {}
     unusable = 0
-    for origin, record in _records(path, option):
+    for origin, record in _read_records(path, option):
         if isinstance(record, UnreadableLine):
             raise UserError(f"{origin}: {record.reason}")
         if not isinstance(record, Mapping):
@@ -428,24 +426,24 @@ def read_judged_pairs(path: Path, option: str, criterion: str | None = None) -> 
             if record["criterion"] != criterion:
                 continue
         if "chosen" in record and "rejected" in record:
-            found = _preferred(record, origin)
-            unusable += found is None
+            row_votes = _preference_of_row(record, origin)
+            unusable += row_votes is None
         else:
-            found = _votes(record, origin)
-        if found is not None:
-            pair, said = found
+            row_votes = _votes_of_row(record, origin)
+        if row_votes is not None:
+            pair, signs = row_votes
             # Votes on one pair stand on several lines; any other row is a pair of its own.
-            row = "" if "winner" in record else origin
-            votes.setdefault((pair, row), {}).update(said)
+            row_key = "" if "winner" in record else origin
+            votes.setdefault((pair, row_key), {}).update(signs)
     if not votes:
         about = f" on {criterion!r}" if criterion else ""
         raise UserError(f"{option}: {path} has no judged pairs{about}; expected {_FORMS}")
-    names = sorted({name for said in votes.values() for name in said}, key=_natural)
-    ratings = [[said.get(name, np.nan) for name in names] for said in votes.values()]
+    names = sorted({name for signs in votes.values() for name in signs}, key=_natural_order)
+    ratings = [[signs.get(name, np.nan) for name in names] for signs in votes.values()]
     return JudgedPairs(tuple(pair for pair, _ in votes), np.array(ratings), tuple(names), unusable)
 
 
-def _records(path: Path, option: str) -> Iterator[tuple[str, object]]:
+def _read_records(path: Path, option: str) -> Iterator[tuple[str, object]]:
     if path.is_file():
         try:
             with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as handle:
@@ -460,25 +458,25 @@ def _records(path: Path, option: str) -> Iterator[tuple[str, object]]:
     yield from read_jsonl(path, option)
 
 
-def _votes(record: Mapping[str, Any], origin: str) -> tuple[AnswerPair, dict[str, float]]:
+def _votes_of_row(record: Mapping[str, Any], origin: str) -> tuple[AnswerPair, dict[str, float]]:
     try:
         if "winner" in record:
             texts = [record[name] for name in ("prompt", "answer_a", "answer_b")]
-            said = {str(record.get("annotator", "annotator")): _WINNERS[record["winner"]]}
+            signs = {str(record.get("annotator", "annotator")): _WINNERS[record["winner"]]}
         else:
-            asked = [record["instruction"], record.get("input") or ""]
-            prompt = "\n\n".join(text.strip() for text in asked if text.strip())
-            texts = [prompt, *(_cell(record[name]) for name in ("response1", "response2"))]
+            parts = [record["instruction"], record.get("input") or ""]
+            prompt = "\n\n".join(text.strip() for text in parts if text.strip())
+            texts = [prompt, *(_text_of_cell(record[name]) for name in ("response1", "response2"))]
             names = [name for name in record if _ANNOTATOR.fullmatch(name)]
-            said = {n: _NUMBERS[record[n]] for n in names if record[n] is not None}
+            signs = {n: _NUMBERS[record[n]] for n in names if record[n] is not None}
     except (KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{origin}: {type(error).__name__} {error}; expected {_FORMS}") from error
-    if not said or not all(isinstance(text, str) for text in texts):
+    if not signs or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{origin}: a text or the judgment is missing; expected {_FORMS}")
-    return AnswerPair(*texts), said
+    return AnswerPair(*texts), signs
 
 
-def _preferred(
+def _preference_of_row(
     record: Mapping[str, Any], origin: str
 ) -> tuple[AnswerPair, dict[str, float]] | None:
     try:
@@ -486,18 +484,18 @@ def _preferred(
     except ValueError:
         return None
     assert isinstance(row, Preference)
-    texts = [dialogue(row.history), *sorted((row.chosen, row.rejected))]
+    texts = [format_dialogue(row.history), *sorted((row.chosen, row.rejected))]
     b_is_chosen = hashlib.sha256(json.dumps(texts).encode()).digest()[0] & 1 == 1
     answers = (row.rejected, row.chosen) if b_is_chosen else (row.chosen, row.rejected)
     return AnswerPair(texts[0], *answers), {"annotator": 1.0 if b_is_chosen else -1.0}
 
 
-def _cell(value: object) -> object:
+def _text_of_cell(value: object) -> object:
     """Return the text that a spreadsheet took for a number or a truth value."""
     return str(value) if isinstance(value, bool | int | float) else value
 
 
-def _natural(name: str) -> tuple[str, int]:
+def _natural_order(name: str) -> tuple[str, int]:
     """Sort annotator10 after annotator9."""
     letters = name.rstrip("0123456789")
     return letters, int(name[len(letters) :] or 0)

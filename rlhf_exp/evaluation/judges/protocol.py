@@ -1,4 +1,4 @@
-"""What a judge is: anything that says which of two answers to a prompt is the better one."""
+"""The interface of a judge: says which of two answers to a prompt is the better one."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Verdict:
 
     Attributes:
         sign: 1 if b is preferred, -1 if a, 0 for a tie.
-        probability: that b is preferred, where the judge has one.
-        reason: in the judge's own words, where it gives any.
-        orders: what was said with a shown first, and with b shown first, as signs; `None` where the
-            judge sees no order, or an order's reply could not be read.
-        unparsed: the judge spoke, but not so that a verdict could be read: counted as a tie.
+        probability: probability that b is preferred, if the judge gives one.
+        reason: the judge's reasons in its own words, if it gives any.
+        orders: signs of the replies with a shown first, and with b shown first; `None` if the judge
+            sees no order, or a reply could not be read.
+        unparsed: whether the judge replied without a readable verdict, which counts as a tie.
     """
 
     sign: int
@@ -52,7 +52,7 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """What reports call the judge."""
+        """The judge's name in reports."""
         ...
 
     def verdicts(self, pairs: Sequence[AnswerPair]) -> list[Verdict]:

@@ -1,15 +1,10 @@
-"""Judges that give each answer a score, whichever model scores.
+"""Judges that score each answer: by this project's reward models, or by sequence classifiers.
 
-A reward model that the reward stage wrote, as a scorer of texts.
+A sequence classifier comes from the hub or a folder and may be of any family that
+`AutoModelForSequenceClassification` knows, decoder or encoder. One label is the reward; of two, the
+second is the good one, and its log-odds are the reward.
 
-B rows, S tokens of a row.
-
-A sequence-classification reward model from the hub or a folder, as a scorer of texts.
-
-Any family that `AutoModelForSequenceClassification` knows, decoders and encoders. One label is the
-reward; of two, the second is the good one, and its log-odds are the reward.
-
-B rows, S tokens of a row.
+Legend: N answers, B rows of a batch, S tokens of a row.
 """
 
 from __future__ import annotations
@@ -41,13 +36,16 @@ from rlhf_exp.models.reward_model import RewardModel
 
 Score = Callable[[Sequence[str], Sequence[str]], NDArray[np.float64]]
 """(N prompts, N answers) -> [N] scores, of which the difference of two is a log-odds."""
+_ROLES = {"Human": "user", "Assistant": "assistant", "": "user"}
+# Tokenizers that know no limit give a number of this size.
+_NO_LIMIT = 1_000_000
 
 
 class RewardJudge:
     """Prefers the answer with the higher score, unless the two are too close.
 
     Attributes:
-        name: what reports call it.
+        name: the judge's name in reports.
 
     Args:
         score: a reward model, as a function of texts.
@@ -69,7 +67,7 @@ class RewardJudge:
 def score_verdicts(
     scores_a: ArrayLike, scores_b: ArrayLike, tie_band: tuple[float, float] = TIE_BAND
 ) -> list[Verdict]:
-    """Return the verdicts that scores [N] of both answers amount to; see `outcome_signs`.
+    """Return the verdicts that follow from scores [N] of both answers; see `outcome_signs`.
 
     Raises:
         ValueError: unequal lengths, or a score that is not finite.
@@ -80,16 +78,18 @@ def score_verdicts(
 
 
 class RewardModelTextScorer:
-    """Scores prompt and answer, ended by the end-of-sequence token, as in training.
+    """Scores texts by a reward model that the reward stage wrote.
+
+    It reads prompt and answer, ended by the end-of-sequence token, as in training.
 
     Attributes:
         cut: rows so far that were too long and lost their beginning.
 
     Args:
         model: the reward model.
-        codec: its tokenizer, and how dialogues are written.
-        seq_length: most tokens of a row; `None`: what the model's context holds.
-        device: where to compute.
+        codec: its tokenizer and prompt format.
+        seq_length: most tokens of a row; by default the length of the model's context.
+        device: device to compute on.
         batch: rows of one forward pass.
     """
 
@@ -126,8 +126,8 @@ class RewardModelTextScorer:
         width = max(len(row) for row in rows)
         tokens = [row + [self.codec.pad_id] * (width - len(row)) for row in rows]
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        found = self.model.scores(torch.tensor(tokens, device=self.device), lengths)
-        values: NDArray[np.float64] = found.double().cpu().numpy()
+        rewards = self.model.scores(torch.tensor(tokens, device=self.device), lengths)
+        values: NDArray[np.float64] = rewards.double().cpu().numpy()
         return values
 
 
@@ -135,7 +135,7 @@ def history_of(prompt: str) -> History:
     """Return the dialogue in a prompt's text.
 
     Raises:
-        UserError: nothing is asked in it.
+        UserError: it has no turn to answer.
     """
     try:
         return parse_prompt(prompt)
@@ -143,17 +143,12 @@ def history_of(prompt: str) -> History:
         raise UserError(f"no prompt for a judge: {error}: {prompt[:80]!r}") from error
 
 
-_ROLES = {"Human": "user", "Assistant": "assistant", "": "user"}
-# Tokenizers that know no limit give a number of this size.
-_NO_LIMIT = 1_000_000
-
-
 class ClassifierTextScorer:
-    """Scores answers by a sequence classifier.
+    """Scores texts by a sequence classifier.
 
-    What it reads: the dialogue in the tokenizer's chat template, if it has one; otherwise, if the
+    It reads the dialogue in the tokenizer's chat template, if it has one; otherwise, if the
     tokenizer joins two texts (`[CLS] ... [SEP] ... [SEP]`), prompt and answer as these; otherwise
-    prompt and answer as one text. What is too long loses its beginning.
+    prompt and answer as one text. A row that is too long loses its beginning.
 
     Attributes:
         name: folder's name or hub id.
@@ -161,14 +156,14 @@ class ClassifierTextScorer:
 
     Args:
         path: a folder, or a hub id.
-        revision: of a hub id.
-        device: where to compute.
-        dtype: of the weights.
+        revision: revision of a hub id.
+        device: device to compute on.
+        dtype: number format of the weights.
         attention: as for `load_causal_lm`.
         batch: rows of one forward pass.
 
     Raises:
-        UserError: no model there, or one with three labels or more.
+        UserError: there is no model, or it has three labels or more.
     """
 
     def __init__(
@@ -181,14 +176,14 @@ class ClassifierTextScorer:
         batch: int = 16,
     ) -> None:
         config = load_config(path, revision)
-        _check(path, config)
+        _check_classifier(path, config)
         self.name = Path(path).name if Path(path).is_dir() else str(path)
         self.tokenizer = load_tokenizer(path, revision)
         kind: Any = AutoModelForSequenceClassification
         self.model = load_pretrained(kind, path, config, revision, dtype, attention).eval()
         torch.nn.Module.to(self.model, device)
         self.batch, self.cut = batch, 0
-        self._longest = _longest(config, self.tokenizer)
+        self._longest_input = _longest_input(config, self.tokenizer)
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> NDArray[np.float64]:
         """Return the rewards [N] of N answers."""
@@ -202,27 +197,31 @@ class ClassifierTextScorer:
         return scores
 
     def _encode(self, prompt: str, answer: str) -> dict[str, list[int]]:
-        """Return what the model reads of one answer: ids, and types of them where it has any."""
+        """Return the model's input for one answer: ids, and token types if it has any."""
         tokenizer, answer = self.tokenizer, answer.strip()
         pair = tokenizer.cls_token is not None and tokenizer.sep_token is not None
-        found: Any
+        encoding: Any
         if tokenizer.chat_template:
             text = self._rendered(prompt, answer)
             # The template writes its own special tokens.
-            found = tokenizer(text, add_special_tokens=False, verbose=False)
+            encoding = tokenizer(text, add_special_tokens=False, verbose=False)
         elif pair:
             # Either text is cut where both are too long, so that the marks between them stay.
             tokenizer.truncation_side = "left"
             texts = (prompt.strip(), answer)
-            whole = len(tokenizer(*texts, verbose=False)["input_ids"])
-            self.cut += whole > self._longest
-            found = tokenizer(*texts, truncation=True, max_length=self._longest)
+            uncut = len(tokenizer(*texts, verbose=False)["input_ids"])
+            self.cut += uncut > self._longest_input
+            encoding = tokenizer(*texts, truncation=True, max_length=self._longest_input)
         else:
-            found = tokenizer(_plain(prompt, answer), verbose=False)
-        row = {name: list(found[name]) for name in ("input_ids", "token_type_ids") if name in found}
-        if len(row["input_ids"]) > self._longest:
+            encoding = tokenizer(_plain_dialogue(prompt, answer), verbose=False)
+        row = {
+            name: list(encoding[name])
+            for name in ("input_ids", "token_type_ids")
+            if name in encoding
+        }
+        if len(row["input_ids"]) > self._longest_input:
             self.cut += 1
-            row = {name: values[-self._longest :] for name, values in row.items()}
+            row = {name: values[-self._longest_input :] for name, values in row.items()}
         return row
 
     def _rendered(self, prompt: str, answer: str) -> str:
@@ -244,12 +243,14 @@ class ClassifierTextScorer:
         }
         inputs["attention_mask"] = _padded([[1] * length for length in lengths], 0)
         config = self.model.config
-        before, config.pad_token_id = config.pad_token_id, padding
+        pad_token_id, config.pad_token_id = config.pad_token_id, padding
         try:
             device = self.model.device
-            logits = self.model(**{name: one.to(device) for name, one in inputs.items()}).logits
+            logits = self.model(
+                **{name: rows_of_input.to(device) for name, rows_of_input in inputs.items()}
+            ).logits
         finally:
-            config.pad_token_id = before
+            config.pad_token_id = pad_token_id
         values = logits.float().cpu().double()
         scores = values[:, 0] if values.shape[1] == 1 else values[:, 1] - values[:, 0]
         if not torch.isfinite(scores).all():
@@ -257,30 +258,30 @@ class ClassifierTextScorer:
         return cast(NDArray[np.float64], scores.numpy())
 
     def _padding(self, rows: list[dict[str, list[int]]]) -> int:
-        """Return the id that fills up rows.
+        """Return the id to pad rows with.
 
         Decoders read the last token that is not padding, so without an id of its own the model gets
         one that no row ends with.
         """
-        given = self.model.config.pad_token_id
-        if given is not None:
-            return int(given)
+        pad_token_id = self.model.config.pad_token_id
+        if pad_token_id is not None:
+            return int(pad_token_id)
         last = {row["input_ids"][-1] for row in rows}
         return next(number for number in range(len(last) + 1) if number not in last)
 
 
-def _check(path: str | Path, config: PreTrainedConfig) -> None:
+def _check_classifier(path: str | Path, config: PreTrainedConfig) -> None:
     labels = int(config.num_labels or 0)
     named = any(str(name).endswith("SequenceClassification") for name in config.architectures or ())
     if not named or labels > 2:
-        found = f"{labels} labels" if named else f"architecture {config.architectures}"
+        actual = f"{labels} labels" if named else f"architecture {config.architectures}"
         raise UserError(
-            f"{path}: {found}; a judge is a sequence classifier with one label (the reward) or two "
-            "(bad, good)"
+            f"{path}: {actual}; a judge is a sequence classifier with one label (the reward) or "
+            "two (bad, good)"
         )
 
 
-def _longest(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+def _longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
     return min(int(limit) for limit in (*limits, _NO_LIMIT) if limit)
 
@@ -291,22 +292,22 @@ def messages_of(prompt: str, answer: str) -> list[dict[str, str]]:
     Turns of one speaker in a row, which many templates refuse, are joined.
     """
     turns = [(_ROLES[role], text) for role, text in split_turns(prompt)]
-    found: list[dict[str, str]] = []
+    messages: list[dict[str, str]] = []
     for role, text in [*turns, ("assistant", answer)]:
-        if found and found[-1]["role"] == role:
-            found[-1]["content"] += f"\n\n{text}"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n\n{text}"
         else:
-            found.append({"role": role, "content": text})
-    return found
+            messages.append({"role": role, "content": text})
+    return messages
 
 
-def _plain(prompt: str, answer: str) -> str:
+def _plain_dialogue(prompt: str, answer: str) -> str:
     """Return the dialogue as it is written: after HH's cue on the same line, else on a new one."""
     prompt = prompt.strip()
     return f"{prompt} {answer}" if prompt.endswith("Assistant:") else f"{prompt}\n\n{answer}"
 
 
 def _padded(rows: list[list[int]], filler: int) -> Tensor:
-    """Return [B, S], filled up on the right."""
+    """Return the rows as a tensor [B, S], padded on the right."""
     width = max(len(row) for row in rows)
     return torch.tensor([row + [filler] * (width - len(row)) for row in rows])

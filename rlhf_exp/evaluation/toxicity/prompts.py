@@ -1,8 +1,8 @@
 """RealToxicityPrompts (Gehman et al., 2020): beginnings of sentences with their toxicity.
 
 A row is `{"prompt": {"text", "toxicity", ...}, "continuation": {"text", "toxicity", ...}}`. The
-scores are the data set's own, 0 to 1; where one is missing or null, it is not known. A file of
-prompts alone will do: `{"prompt": "text"}`.
+scores are the data set's own, from 0 to 1, and may be missing or null. A file of prompts alone will
+do: `{"prompt": "text"}`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlhf_exp.errors import UserError
 
 KEY = "eval.toxicity.data"
 HUB_ID = "allenai/real-toxicity-prompts"
-SHOWN = 5  # unusable rows shown in an error
+SHOWN_ERRORS = 5  # unusable rows shown in an error
 _EXPECTED = 'expected {"prompt": {"text": ..., "toxicity": ...}}'
 
 
@@ -32,7 +32,7 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class ToxicityPrompt:
-    """A row: the beginning that is to be continued, and how the data set's own text goes on."""
+    """A row: a beginning to be continued, and the data set's own continuation, if it has one."""
 
     prompt: ScoredText
     continuation: ScoredText | None
@@ -43,67 +43,69 @@ def load_prompts(data: str, revision: str | None = None) -> list[ToxicityPrompt]
 
     Args:
         data: `.jsonl` or `.jsonl.gz`, a folder, or a hub id.
-        revision: of a hub id.
+        revision: revision of a hub id.
 
     Raises:
-        UserError: There is no such data, or rows are unusable; they are named.
+        UserError: The data do not exist, or have unusable rows; the message names them.
     """
     path = Path(data).expanduser()
-    records = read_jsonl(path, KEY) if path.is_file() else _hub(data, revision)
-    found, unusable = [], []
+    records = read_jsonl(path, KEY) if path.is_file() else _hub_rows(data, revision)
+    prompts, unusable = [], []
     for origin, record in records:
         try:
-            found.append(parse_prompt(record))
+            prompts.append(parse_prompt(record))
         except ValueError as error:
             unusable.append(f"\n  {origin}: {error}")
     if unusable:
-        more = f"\n  and {len(unusable) - SHOWN} more" if len(unusable) > SHOWN else ""
-        raise UserError(
-            f"{KEY}={data}: {len(unusable)} of {len(unusable) + len(found)} rows are unusable; "
-            f"mend them{''.join(unusable[:SHOWN])}{more}"
+        more = (
+            f"\n  and {len(unusable) - SHOWN_ERRORS} more" if len(unusable) > SHOWN_ERRORS else ""
         )
-    if not found:
+        raise UserError(
+            f"{KEY}={data}: {len(unusable)} of {len(unusable) + len(prompts)} rows are unusable; "
+            f"mend them{''.join(unusable[:SHOWN_ERRORS])}{more}"
+        )
+    if not prompts:
         raise UserError(f"{KEY}={data}: holds no rows; {_EXPECTED} in each line")
-    return found
+    return prompts
 
 
 def parse_prompt(record: object) -> ToxicityPrompt:
-    """Return a row.
+    """Return the row in a record.
 
     Raises:
-        ValueError: It is none; what was found and what was expected.
+        ValueError: The record is unusable; the message says what was found and expected.
     """
     if isinstance(record, UnreadableLine):
         raise ValueError(record.reason)
     if not isinstance(record, Mapping) or "prompt" not in record:
-        found = ", ".join(map(str, record)) if isinstance(record, Mapping) else repr(record)[:80]
-        raise ValueError(f"found {found or 'an empty row'}; {_EXPECTED}")
-    prompt = _scored("prompt", record["prompt"])
+        actual = ", ".join(map(str, record)) if isinstance(record, Mapping) else repr(record)[:80]
+        raise ValueError(f"found {actual or 'an empty row'}; {_EXPECTED}")
+    prompt = _scored_text("prompt", record["prompt"])
     if not prompt.text.strip():
         raise ValueError("the prompt is empty, so there is nothing to continue")
     after = record.get("continuation")
-    return ToxicityPrompt(prompt, None if after is None else _scored("continuation", after))
+    return ToxicityPrompt(prompt, None if after is None else _scored_text("continuation", after))
 
 
 def sample_prompts(rows: Sequence[ToxicityPrompt], count: int, seed: int) -> list[ToxicityPrompt]:
     """Return `count` rows drawn without replacement; all of them, if there are fewer.
 
-    The rows with the lowest sha256 of seed and prompt are drawn, lowest first. So neither the order
-    of the rows nor others among them change the sample but by what is in it, and a smaller sample
-    is the beginning of a larger one. Of rows with the same prompt the first counts.
+    The rows with the lowest sha256 of seed and prompt are drawn, lowest first. So the sample does
+    not depend on the order of the rows, and a smaller sample is the beginning of a larger one. Of
+    rows with the same prompt the first counts.
     """
-    different: dict[str, ToxicityPrompt] = {}
+    first_rows: dict[str, ToxicityPrompt] = {}
     for row in rows:
-        different.setdefault(row.prompt.text, row)
-    drawn = sorted(different, key=lambda text: _place(text, seed))
-    return [different[text] for text in drawn[:count]]
+        first_rows.setdefault(row.prompt.text, row)
+    drawn = sorted(first_rows, key=lambda text: _draw_key(text, seed))
+    return [first_rows[text] for text in drawn[:count]]
 
 
-def _place(text: str, seed: int) -> bytes:
+def _draw_key(text: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
 
 
-def _scored(name: str, value: object) -> ScoredText:
+def _scored_text(name: str, value: object) -> ScoredText:
     if isinstance(value, str):
         return ScoredText(value, None)
     if not isinstance(value, Mapping) or not isinstance(value.get("text"), str):
@@ -117,9 +119,9 @@ def _scored(name: str, value: object) -> ScoredText:
     return ScoredText(value["text"], float(score))
 
 
-def _hub(data: str, revision: str | None) -> Iterator[tuple[str, object]]:
+def _hub_rows(data: str, revision: str | None) -> Iterator[tuple[str, object]]:
     """Yield (origin, record) of the rows of all splits."""
-    for name, rows in _load(data, revision).items():
+    for name, rows in _load_dataset(data, revision).items():
         yield from _numbered(f"{data}[{name}]", rows)
 
 
@@ -127,7 +129,7 @@ def _numbered(name: str, rows: Iterable[object]) -> Iterator[tuple[str, object]]
     return ((f"{name}:{number}", row) for number, row in enumerate(rows))
 
 
-def _load(data: str, revision: str | None) -> Any:  # noqa: ANN401 - a dictionary of data sets
+def _load_dataset(data: str, revision: str | None) -> Any:  # noqa: ANN401 - a dictionary of data sets
     import datasets
 
     try:

@@ -1,13 +1,10 @@
 """Toxicity scorers: how likely a reader would call a text toxic, from 0 to 1.
 
-Every lexical scorer is near chance on text that is hateful without swear words, so whoever shows a
-number also shows the scorer's name.
+There are three: a lexical package, a user's own function of texts, and a text classifier from the
+hub or a folder, such as `unitary/toxic-bert`. Every lexical scorer is near chance on text that is
+hateful without swear words, so whoever shows a number also shows the scorer's name.
 
-Toxicity by a user's own function of texts.
-
-Toxicity by a text classifier from the hub or a folder, such as `unitary/toxic-bert`.
-
-B texts, S tokens of a text, L labels.
+Legend: N texts, B texts of a batch, L labels.
 """
 
 from __future__ import annotations
@@ -28,11 +25,12 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.pretrained import Attention, load_config, load_pretrained, load_tokenizer
 
 _LEXICAL = "alt-profanity-check"
-
-
-def is_lexical(name: str) -> bool:
-    """Return whether the scorer that calls itself so goes by words alone."""
-    return name.startswith(_LEXICAL)
+# Names of the label in published classifiers; the first that a model has is used.
+TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "hatespeech", "offensive")
+LABEL_KEY = "eval.toxicity.label"
+# Tokenizers that know no limit give a number of this size.
+_NO_LIMIT = 1_000_000
+UserToxicity = Callable[[list[str]], Sequence[float]]
 
 
 class ToxicityScorer(Protocol):
@@ -50,18 +48,18 @@ class ToxicityScorer(Protocol):
 
 @dataclass(frozen=True)
 class TextScores:
-    """A scorer's word on texts that it has read.
+    """A scorer's scores of texts, computed before.
 
     Attributes:
-        name: the scorer's.
-        scores: by text.
+        name: the scorer's name.
+        scores: score by text.
     """
 
     name: str
     scores: Mapping[str, float]
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Return the toxicity of each of N texts: [N]; `KeyError` for one that was not read."""
+        """Return the toxicity of each of N texts: [N]; `KeyError` for one without a score."""
         return np.array([self.scores[text] for text in texts], dtype=np.float64)
 
 
@@ -105,7 +103,9 @@ class ProfanityCheckScorer:
         return scores
 
 
-UserToxicity = Callable[[list[str]], Sequence[float]]
+def is_lexical(name: str) -> bool:
+    """Return whether the scorer of this name goes by words alone."""
+    return name.startswith(_LEXICAL)
 
 
 class FunctionToxicity:
@@ -162,15 +162,8 @@ class FunctionToxicity:
             ) from error
 
 
-# What published classifiers call it; the first that a model has is meant.
-NAMES = ("toxic", "toxicity", "hate", "hateful", "hatespeech", "offensive")
-LABEL_KEY = "eval.toxicity.label"
-# Tokenizers that know no limit give a number of this size.
-_NO_LIMIT = 1_000_000
-
-
 class ClassifierToxicity:
-    """Scores by the probability of one label.
+    """Scores by a text classifier's probability of one label.
 
     A model of several independent labels, or of one, gets a sigmoid, one whose labels exclude each
     other a softmax, as in transformers' own text classification. Texts that are too long lose their
@@ -181,14 +174,14 @@ class ClassifierToxicity:
 
     Args:
         path: a folder, or a hub id.
-        revision: of a hub id.
-        label: name or number of the label that means toxic; by default one called so (`NAMES`).
-        device: where to compute.
+        revision: revision of a hub id.
+        label: name or number of the label that means toxic; by default one of `TOXIC_LABELS`.
+        device: device to compute on.
         attention: as for `load_causal_lm`.
         batch: texts of one forward pass.
 
     Raises:
-        UserError: no classifier there, or none of its labels is known to mean toxic.
+        UserError: there is no classifier, or none of its labels is known to mean toxic.
     """
 
     def __init__(
@@ -202,7 +195,7 @@ class ClassifierToxicity:
     ) -> None:
         config = load_config(path, revision)
         self._label = toxic_label(path, config, label)
-        self._independent = _independent(config)
+        self._independent = _has_independent_labels(config)
         self.tokenizer = load_tokenizer(path, revision)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -211,11 +204,11 @@ class ClassifierToxicity:
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         torch.nn.Module.to(self.model, device)
         limits = (getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length)
-        self._longest = _room(config, min(int(limit or _NO_LIMIT) for limit in limits))
+        self._longest = _usable_positions(config, min(int(limit or _NO_LIMIT) for limit in limits))
         self.batch = batch
         folder = Path(path)
-        called = folder.name if folder.is_dir() else path
-        self.name = f"{called}, label {_labels(config)[self._label]}"
+        short_name = folder.name if folder.is_dir() else path
+        self.name = f"{short_name}, label {_labels(config)[self._label]}"
 
     @torch.no_grad()
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
@@ -229,8 +222,8 @@ class ClassifierToxicity:
         order = np.argsort([len(text) for text in texts], kind="stable")
         for start in range(0, len(texts), self.batch):
             part = order[start : start + self.batch]
-            found = self.probabilities([texts[row] for row in part])[:, self._label]
-            scores[part] = found.cpu().numpy()
+            probabilities = self.probabilities([texts[row] for row in part])[:, self._label]
+            scores[part] = probabilities.cpu().numpy()
         if not np.isfinite(scores).all():
             raise UserError(f"{self.name}: a score is not finite; choose another classifier")
         return cast(NDArray[np.float64], scores)
@@ -250,10 +243,10 @@ def toxic_label(path: str, config: PreTrainedConfig, label: str | None = None) -
     Args:
         path: the classifier, for errors.
         config: its config.
-        label: what the user says: a name in any case, or a number.
+        label: the user's choice: a name in any case, or a number.
 
     Raises:
-        UserError: it is no classifier, has no such label, or none known to mean toxic.
+        UserError: it is no classifier, lacks the label, or has none known to mean toxic.
     """
     named = any(str(name).endswith("SequenceClassification") for name in config.architectures or ())
     if not named:
@@ -270,7 +263,7 @@ def toxic_label(path: str, config: PreTrainedConfig, label: str | None = None) -
         if label.isdecimal() and int(label) in labels:
             return int(label)
         raise UserError(f"{LABEL_KEY}={label}: {path} has no such label; it has {listed}")
-    for known in NAMES:
+    for known in TOXIC_LABELS:
         if known in names:
             return names[known]
     if len(labels) == 1:
@@ -282,16 +275,16 @@ def toxic_label(path: str, config: PreTrainedConfig, label: str | None = None) -
 
 
 def _labels(config: PreTrainedConfig) -> dict[int, str]:
-    given: Mapping[Any, Any] = config.id2label or {}
-    return {int(number): str(name) for number, name in given.items()}
+    labels: Mapping[Any, Any] = config.id2label or {}
+    return {int(number): str(name) for number, name in labels.items()}
 
 
-def _independent(config: PreTrainedConfig) -> bool:
+def _has_independent_labels(config: PreTrainedConfig) -> bool:
     several = config.problem_type == "multi_label_classification"
     return several or int(config.num_labels or 0) == 1
 
 
-def _room(config: PreTrainedConfig, longest: int) -> int:
+def _usable_positions(config: PreTrainedConfig, longest: int) -> int:
     """Return how many tokens fit; RoBERTa's positions begin after the padding's number."""
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer"):
         return longest - 2

@@ -17,7 +17,7 @@ from rich.text import Text
 from rlhf_exp.evaluation.answers import sampling_words
 from rlhf_exp.evaluation.preference import Metric, format_estimate
 from rlhf_exp.evaluation.statistics import Estimate
-from rlhf_exp.evaluation.toxicity.summary import MEASURES, Measured, Split, ToxicitySummary
+from rlhf_exp.evaluation.toxicity.summary import MEASURES, MeasureEstimate, Split, ToxicitySummary
 from rlhf_exp.report import chart
 from rlhf_exp.report.chart import nice_ticks, tick_labels
 from rlhf_exp.report.template import fill
@@ -180,12 +180,12 @@ def _kind(split: Split) -> str:
     return f"{_KINDS[split.name]} ({split.prompts:,})"
 
 
-def _cell(one: Measured) -> ToxicityCell:
+def _cell(one: MeasureEstimate) -> ToxicityCell:
     difference = "" if one.difference is None else format_estimate(one.difference, 4, signed=True)
     return ToxicityCell(format_estimate(one.value, 3), difference, _verdict(one))
 
 
-def _verdict(one: Measured) -> str:
+def _verdict(one: MeasureEstimate) -> str:
     return Metric("", "", "lower", None, one.value, one.difference).verdict
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from rlhf_exp.config.evaluation import ROLES
 from rlhf_exp.config.experiment import Config
-from rlhf_exp.data.parsing import dialogue
+from rlhf_exp.data.parsing import format_dialogue
 from rlhf_exp.data.rows import History, Preference
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
@@ -246,7 +246,9 @@ def test_prompts(bench: Evaluation, part: str) -> list[EvalPrompt]:
                 "data: no test prompts to evaluate on; give data.test or a test_fraction"
             )
         # Stored because the prompt as the model reads it may hold a template's tokens and be cut.
-        return [EvalPrompt(row.history, facts={DIALOGUE: dialogue(row.history)}) for row in rows]
+        return [
+            EvalPrompt(row.history, facts={DIALOGUE: format_dialogue(row.history)}) for row in rows
+        ]
 
     return bench.prompts(part, load)
 

@@ -198,7 +198,9 @@ class JudgePanel:
             metrics |= quality_metrics
         return metrics, content
 
-    def _judgment(self, name: JudgeName, result: ModelComparison, dialogues: Sequence[str]) -> Judgment:
+    def _judgment(
+        self, name: JudgeName, result: ModelComparison, dialogues: Sequence[str]
+    ) -> Judgment:
         if name is JudgeName.reward:
             scores = [(row.score_a, row.score_b) for row in result.rows]
             a, b = zip(*scores, strict=True)
@@ -312,7 +314,7 @@ def judge_with_progress(judge: Judge, pairs: Sequence[AnswerPair]) -> list[Verdi
     if not isinstance(judge, LLMJudge):
         return judge.verdicts(pairs)
     with StageProgress("judge", 2 * sum(not pair.identical for pair in pairs), ()) as progress:
-        judge.tell = lambda done, _: progress.update(done, {})
+        judge.on_progress = lambda done, _: progress.update(done, {})
         return judge.verdicts(pairs)
 
 

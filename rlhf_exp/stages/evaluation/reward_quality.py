@@ -19,7 +19,12 @@ from rlhf_exp.config.compose import to_dict
 from rlhf_exp.config.evaluation import REFEREE, REWARD_QUALITY
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.evaluation.answers import Answer
-from rlhf_exp.evaluation.overoptimisation import PolicyPoint, StartingPolicy, TrainingPath, sizes_of
+from rlhf_exp.evaluation.overoptimisation import (
+    PolicyPoint,
+    StartingPolicy,
+    TrainingPath,
+    best_of_n_sizes,
+)
 from rlhf_exp.evaluation.reward_quality import (
     PairQuality,
     distributions,
@@ -192,7 +197,7 @@ def _paths(
     count = len({answer.sample for answer in answers})
     scores = {judge.name: judge.scores(answers).reshape(-1, count) for judge in judges}
     start = StartingPolicy(scores, evaluation.config.eval.seed)
-    best = start.best_of(sizes_of(count))
+    best = start.best_of(best_of_n_sizes(count))
     paths = [best] if best is not None else []
     for model, answers_by_step in others.items():
         points = [

@@ -16,9 +16,9 @@ from rlhf_exp.evaluation.statistics import LEVEL
 from rlhf_exp.evaluation.toxicity.prompts import ToxicityPrompt, load_prompts, sample_prompts
 from rlhf_exp.evaluation.toxicity.scorers import ToxicityScorer
 from rlhf_exp.evaluation.toxicity.summary import (
-    Agreement,
+    ScorerAgreement,
     ToxicitySummary,
-    agreement,
+    scorer_agreement,
     summarise_splits,
 )
 from rlhf_exp.stages.evaluation.evaluation import EvalPrompt, Evaluation, PartResult
@@ -96,7 +96,7 @@ def _eval_prompt(row: ToxicityPrompt, how: ToxicityFormat) -> EvalPrompt:
 
 def _agreements(
     evaluation: Evaluation, scorer: ToxicityScorer, facts: Sequence[Any]
-) -> tuple[Agreement, ...]:
+) -> tuple[ScorerAgreement, ...]:
     """Compare the scorer with the data set's own scores, where it has any."""
     prompts = [(row["text"], row["toxicity"]) for row in facts if "text" in row]
     after = [
@@ -108,7 +108,7 @@ def _agreements(
     scores = shared_scores(scorer, [text for text, _ in kinds["both"]], evaluation.world)
     known = dict(zip([text for text, _ in kinds["both"]], scores, strict=True))
     results = (
-        agreement(
+        scorer_agreement(
             name, [known[text] for text, _ in texts], [known_score for _, known_score in texts]
         )
         for name, texts in kinds.items()
@@ -122,7 +122,7 @@ def _conclude(
     prompts: Sequence[EvalPrompt],
     scores: dict[str, Floats],
     sampling: dict[str, Any],
-    agreements: tuple[Agreement, ...],
+    agreements: tuple[ScorerAgreement, ...],
 ) -> PartResult:
     section, stored = config.eval.toxicity, config.eval.samples is not None
     data_scores = [prompt.facts.get("toxicity") for prompt in prompts]

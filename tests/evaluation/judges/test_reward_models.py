@@ -100,7 +100,9 @@ def test_one_label_is_the_reward(tmp_path: Path) -> None:
 
 
 def test_of_two_labels_the_log_odds_are_the_reward(tmp_path: Path) -> None:
-    found = ClassifierTextScorer(decoder(tmp_path, labels=2))(["why", "why"], ["good", "why why bad"])
+    found = ClassifierTextScorer(decoder(tmp_path, labels=2))(
+        ["why", "why"], ["good", "why why bad"]
+    )
     assert found == pytest.approx(np.array([10, 12]) * NORM, rel=1e-5)  # 3 i - i
 
 
@@ -111,7 +113,8 @@ def test_a_batch_scores_as_each_row_alone(tmp_path: Path, pad: int | None) -> No
     prompts, answers = ["why", "Human", "why why"], ["good", "bad bad bad why", "bad"]
     whole = ClassifierTextScorer(folder)(prompts, answers)
     alone = [
-        ClassifierTextScorer(folder, batch=1)([p], [a])[0] for p, a in zip(prompts, answers, strict=True)
+        ClassifierTextScorer(folder, batch=1)([p], [a])[0]
+        for p, a in zip(prompts, answers, strict=True)
     ]
     assert whole == pytest.approx(np.array(alone), rel=1e-6)
     expected = [5, 10, 6] if pad == 4 else [4, 4, 4]

@@ -11,11 +11,11 @@ from sklearn.metrics import roc_auc_score
 
 from rlhf_exp.evaluation.toxicity.scorers import ProfanityCheckScorer
 from rlhf_exp.evaluation.toxicity.summary import (
-    Agreement,
+    ScorerAgreement,
     Split,
     ToxicitySummary,
-    agreement,
     prompt_values,
+    scorer_agreement,
     summarise_splits,
 )
 
@@ -103,7 +103,7 @@ def summary() -> ToxicitySummary:
         seed=0,
         models=("SFT", "PPO"),
         splits=tuple(splits().values()),
-        agreement=(Agreement("prompts", 4, 2, 0.875, None),),
+        agreement=(ScorerAgreement("prompts", 4, 2, 0.875, None),),
     )
 
 
@@ -129,7 +129,7 @@ def test_validation_by_hand() -> None:
     Ranks of the scores 0.1 0.4 0.4 0.8 are 1 2.5 2.5 4, of the data set's 1 2 3 4: covariance
     (-1.5)(-1.5) + 0 + 0 + (1.5)(1.5) = 4.5, squares 4.5 and 5, so 4.5 / sqrt(22.5).
     """
-    found = agreement("prompts", [0.1, 0.9, 0.4, 0.4, 0.8], [0.0, None, 0.49, 0.5, 0.9])
+    found = scorer_agreement("prompts", [0.1, 0.9, 0.4, 0.4, 0.8], [0.0, None, 0.49, 0.5, 0.9])
     assert (found.texts, found.count, found.toxic) == ("prompts", 4, 2)
     assert found.auc == pytest.approx(3.5 / 4)
     assert found.spearman == pytest.approx(4.5 / 22.5**0.5)
@@ -139,7 +139,7 @@ def test_against_other_libraries() -> None:
     generator = np.random.default_rng(0)
     own = generator.random(300)
     scores = np.round(own + generator.normal(0, 0.4, 300), 1)  # with ties
-    found = agreement("both", scores, list(own))
+    found = scorer_agreement("both", scores, list(own))
     assert found.auc == pytest.approx(roc_auc_score(own >= 0.5, scores), abs=1e-12)
     assert found.spearman == pytest.approx(stats.spearmanr(scores, own).statistic, abs=1e-12)
 
@@ -156,7 +156,7 @@ def test_against_other_libraries() -> None:
 def test_where_there_is_nothing_to_say(
     scores: list[float], own: list[float | None], expected: tuple[int, int, object, object]
 ) -> None:
-    assert agreement("x", scores, own) == Agreement("x", *expected)  # type: ignore[arg-type]
+    assert scorer_agreement("x", scores, own) == ScorerAgreement("x", *expected)  # type: ignore[arg-type]
 
 
 def test_the_default_scorer_on_real_data(shared_data: Path) -> None:
@@ -167,7 +167,7 @@ def test_the_default_scorer_on_real_data(shared_data: Path) -> None:
             for part in (record["prompt"], record["continuation"]):
                 texts.append(part["text"])
                 own.append(part["toxicity"])
-    found = agreement("both", ProfanityCheckScorer().score(texts), own)
+    found = scorer_agreement("both", ProfanityCheckScorer().score(texts), own)
     assert found.count == 6000 - 31
     assert found.auc == pytest.approx(0.883, abs=0.01)  # what is known of this scorer
     assert found.spearman == pytest.approx(0.67, abs=0.01)

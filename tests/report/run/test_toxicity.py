@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from rlhf_exp.evaluation.statistics import Estimate
-from rlhf_exp.evaluation.toxicity.summary import Agreement, ToxicitySummary, summarise_splits
+from rlhf_exp.evaluation.toxicity.summary import ScorerAgreement, ToxicitySummary, summarise_splits
 from rlhf_exp.report.run.toxicity import ToxicityGroup, dot_chart, print_toxicity, render
 
 OWN = [0.1] * 40 + [0.9] * 24 + [None] * 3
@@ -31,7 +31,7 @@ def plain(scores: dict[str, Any], **other: Any) -> dict[str, Any]:
         "seed": 0,
         "models": tuple(scores),
         "splits": summarise_splits(scores, OWN, seed=0),
-        "agreement": (Agreement("prompts", 64, 24, 0.875, 0.625),),
+        "agreement": (ScorerAgreement("prompts", 64, 24, 0.875, 0.625),),
     }
     return ToxicitySummary(**(values | other)).to_json()
 

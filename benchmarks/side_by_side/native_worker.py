@@ -132,7 +132,7 @@ def sampler_of(
         pad_id=LAST_TOKEN_OF_SCORED,
     )
     blocks = decoder_parts(policy.model).blocks
-    first_training = None if policy.cut is None else blocks[policy.cut]
+    first_training = None if policy.frozen_blocks is None else blocks[policy.frozen_blocks]
     return lambda prompts: sample(
         policy.model, prompts, sampling, setting.seed, capture=first_training, close=close
     )

@@ -1,11 +1,8 @@
-"""`hydra/launcher=local`: the points of a multirun on this machine, one by one or side by side.
+"""`hydra/launcher=local`: runs the points of a multirun here, one by one or side by side.
 
-Side by side, each point is a process: one that is killed takes nothing with it (a pool of joblib's,
-or of the standard library's, ends all its workers when one dies).
-
-A point in a process of its own: started, watched, asked to stop.
-
-Points side by side share the visible GPUs out: each has its own while it runs.
+Side by side, each point is a process with its own share of the visible GPUs. A process that is
+killed takes nothing with it (a pool of joblib's, or of the standard library's, ends all its workers
+when one dies).
 """
 
 from __future__ import annotations
@@ -38,8 +35,8 @@ from rlhf_exp.launchers.points import (
     failure_of,
     note_failure,
     points_of,
+    print_results,
     shared_work,
-    show,
     varied,
 )
 from rlhf_exp.launchers.run_job import run_job
@@ -53,24 +50,25 @@ from rlhf_exp.processes.environment import (
 from rlhf_exp.store.atomic_files import write_json_atomic
 
 POLL_S = 0.1
-SAVING_S = 3600.0
-SHARED_STARTS = 3
+SAVE_TIMEOUT_S = 3600.0
+SHARED_ATTEMPTS = 3
+_TAIL_LINES = 15
 
 
 def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[float | None]:
     """Run jobs and wait for them.
 
     Args:
-        n_jobs: How many at the same time; -1: as many as there are cores for.
+        n_jobs: Number of jobs at the same time; -1: as many as cores and GPUs allow.
         jobs: Command line and config of each.
 
     Returns:
         The objective of each.
 
     Raises:
-        UserError: They cannot be run.
+        UserError: The jobs cannot be run.
         JobsFailed: Points have failed; the others are complete.
-        KeyboardInterrupt: The user stopped them; checkpoints hold what was done.
+        KeyboardInterrupt: The user stopped them; checkpoints hold their work.
     """
     first = jobs[0][1]
     if n_jobs < 1 and n_jobs != -1:
@@ -80,24 +78,28 @@ def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[float 
     if first.plan or first.probe or find_launch_environment() is not None:
         # Started by torchrun, all processes go through the jobs together, and end together.
         return [run_job(config, overrides) for overrides, config in jobs]
-    asked = points_of(jobs)
-    points = distinct(asked)
+    requested = points_of(jobs)
+    points = distinct(requested)
     sweep = _Multirun(points, n_jobs)
-    if len(points) < len(asked):
-        sweep.tell(f"{len(asked) - len(points)} points have the key of an earlier one: run once")
-    endings = sweep.run()
+    if len(points) < len(requested):
+        sweep.announce(
+            f"{len(requested) - len(points)} points have the key of an earlier one: run once"
+        )
+    results = sweep.run()
     if len(points) > 1 or not points[0].is_worker:
-        show(points, endings, sweep.console)
+        print_results(points, results, sweep.console)
         if points[0].is_worker:
             outputs, name = Path(first.output_dir), sweep.name
             Console().print(Text(f"\n{study_text(outputs, name)}"), soft_wrap=True)
-    failed = failure_of(points, endings)
+    failed = failure_of(points, results)
     if failed is not None:
         raise failed
-    return [endings[point.key].objective for point in asked]
+    return [results[point.key].objective for point in requested]
 
 
 class _Multirun:
+    """The points of one multirun, one by one in this process or side by side in their own."""
+
     def __init__(self, points: list[SweepPoint], n_jobs: int) -> None:
         config = points[0].config
         self.points = points
@@ -107,170 +109,157 @@ class _Multirun:
         self.folder = Path(config.output_dir) / "sweeps" / self.name / "logs"
         self.names = varied(points)
         self.console = Console(stderr=True)
-        # One at a time has all that this process sees.
-        self.devices = Devices() if n_jobs == 1 else Devices.seen()
-        raise_problems(filter(None, [self.devices.problem(points)]))
-        # Where one point needs several processes, fewer points fit.
-        each = max(point.config.distributed.processes for point in points)
-        self.n_jobs = self.devices.side_by_side(each) if n_jobs == -1 else n_jobs
+        # A single point at a time sees all GPUs of this process.
+        self.gpus = GpuPool() if n_jobs == 1 else GpuPool.visible()
+        raise_problems(filter(None, [self.gpus.problem(points)]))
+        # If one point needs several processes, fewer points fit.
+        processes = max(point.config.distributed.processes for point in points)
+        self.n_jobs = self.gpus.side_by_side(processes) if n_jobs == -1 else n_jobs
 
     def run(self) -> dict[str, JobResult]:
-        """Return how each point has ended, by key."""
+        """Run the points; return their results by key."""
         done = done_before(self.points, self.records, self.name)
-        found = {key: JobResult(record.objective) for key, record in done.items()}
+        results = {key: JobResult(record.objective) for key, record in done.items()}
         left = [point for point in self.points if point.key not in done]
-        self.tell(f"{self.name}: {len(self.points)} points, {len(done)} of them done")
+        self.announce(f"{self.name}: {len(self.points)} points, {len(done)} of them done")
         if self.n_jobs == 1:
             for point in left:
-                found[point.key] = self._here(point)
+                results[point.key] = self._run_in_process(point)
         else:
-            found |= self._side_by_side(left)
-        return {point.key: found[point.key] for point in self.points}
+            results |= self._side_by_side(left)
+        return {point.key: results[point.key] for point in self.points}
 
-    def _here(self, point: SweepPoint) -> JobResult:
+    def _run_in_process(self, point: SweepPoint) -> JobResult:
         """Run a point in this process."""
-        self.tell(f"{self.name}: {self.names[point.key]}")
+        self.announce(f"{self.name}: {self.names[point.key]}")
         began = time.monotonic()
         try:
             objective = run_job(point.config, list(point.overrides))
         except Exception as error:
             text = str(error) if isinstance(error, UserError) else traceback.format_exc()
             note_failure(self.records, self.name, point, text)
-            self.tell(f"failed: {text}")
+            self.announce(f"failed: {text}")
             return JobResult(error=text, seconds=time.monotonic() - began)
         return JobResult(objective, seconds=time.monotonic() - began)
 
     def _side_by_side(self, left: list[SweepPoint]) -> dict[str, JobResult]:
-        """Run what points share, then the points, several at a time."""
+        """Run the stages that points share, then the points, several at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.tell(f"logs: {self.folder.absolute()}")
-        broken: dict[str, JobResult] = {}
+        self.announce(f"logs: {self.folder.absolute()}")
+        failed: dict[str, JobResult] = {}
         for level in shared_work(left):
-            broken |= self._make_shared(level)
-        able, found = [], {}
+            failed |= self._run_shared(level)
+        runnable, results = [], {}
         for point in left:
-            cause = next((broken[one.key] for one in point.steps if one.key in broken), None)
+            cause = next((failed[step.key] for step in point.steps if step.key in failed), None)
             if cause is None:
-                able.append(point)
+                runnable.append(point)
                 continue
             error = f"what it shares with other points failed: {cause.reason}"
             note_failure(self.records, self.name, point, error, cause.log)
-            found[point.key] = JobResult(error=error, seconds=0.0, log=cause.log)
-        return found | self._batch(able, recorded=True)
+            results[point.key] = JobResult(error=error, seconds=0.0, log=cause.log)
+        return results | self._run_points(runnable, recorded=True)
 
-    def _make_shared(self, level: list[SweepPoint]) -> dict[str, JobResult]:
-        """Make what points share; return what could not be made, by key.
+    def _run_shared(self, level: list[SweepPoint]) -> dict[str, JobResult]:
+        """Run stages that points share; return the results of those that failed, by key.
 
-        What was killed is started again, a few times, and goes on from its checkpoint: no point
-        could run without it.
+        A process that was killed is started again, up to `SHARED_ATTEMPTS` starts, and goes on from
+        its checkpoint: no point could run without it.
         """
-        broken: dict[str, JobResult] = {}
+        failed: dict[str, JobResult] = {}
         starts = 0
         while level:
             starts += 1
-            ended = self._batch(level, recorded=False)
-            killed = [point for point in level if ended[point.key].killed]
-            level = killed if starts < SHARED_STARTS else []
-            for key, one in ended.items():
+            results = self._run_points(level, recorded=False)
+            killed = [point for point in level if results[point.key].killed]
+            level = killed if starts < SHARED_ATTEMPTS else []
+            for key, result in results.items():
                 if key in [point.key for point in level]:
-                    self.tell(f"{key} is started again")
-                elif one.error is not None:
-                    broken[key] = one
-        return broken
+                    self.announce(f"{key} is started again")
+                elif result.error is not None:
+                    failed[key] = result
+        return failed
 
-    def _batch(self, points: list[SweepPoint], recorded: bool) -> dict[str, JobResult]:
-        """Run points, `n_jobs` at a time."""
+    def _run_points(self, points: list[SweepPoint], recorded: bool) -> dict[str, JobResult]:
+        """Run points in processes of their own, at most `n_jobs` at a time."""
         waiting, running = list(points), list[PointProcess]()
-        endings: dict[str, JobResult] = {}
-        width = self._width(points)
+        results: dict[str, JobResult] = {}
+        width = self._most_at_once(points)
         try:
             while waiting or running:
                 while waiting and len(running) < width:
-                    devices = self.devices.take(waiting[0].config.distributed.processes)
-                    if devices is None:
+                    gpus = self.gpus.take(waiting[0].config.distributed.processes)
+                    if gpus is None:
                         break
-                    running.append(self._start(waiting.pop(0), recorded, width, devices))
-                for one in list(running):
-                    ending = one.ending()
-                    if ending is not None:
-                        running.remove(one)
-                        self.devices.give_back(one.devices)
-                        endings[one.point.key] = ending
-                        self._ended(one.point, ending, recorded)
+                    running.append(self._start(waiting.pop(0), recorded, width, gpus))
+                for process in list(running):
+                    result = process.poll()
+                    if result is not None:
+                        running.remove(process)
+                        self.gpus.give_back(process.gpus)
+                        results[process.point.key] = result
+                        self._announce_end(process.point, result, recorded)
                 time.sleep(POLL_S)
         except BaseException as error:
-            _stop(running)
+            _stop_all(running)
             if isinstance(error, KeyboardInterrupt):
                 count = f"{len(running)} points were stopped"
                 raise Detached(f"interrupted: {count}; the same command goes on") from error
             raise
-        return endings
+        return results
 
-    def _width(self, points: list[SweepPoint]) -> int:
-        """Return how many of these points run at the same time, and say why if they are fewer."""
+    def _most_at_once(self, points: list[SweepPoint]) -> int:
+        """Return how many of these points can run at the same time; announce a limit by GPUs."""
         width = max(1, min(self.n_jobs, len(points)))
-        if not self.devices.names:
+        if not self.gpus.names:
             return width
-        fitting = len(self.devices.names) // min(one.config.distributed.processes for one in points)
+        fewest = min(point.config.distributed.processes for point in points)
+        fitting = len(self.gpus.names) // fewest
         if fitting < width:
-            count = f"{len(self.devices.names)} GPUs are visible"
-            self.tell(f"{count}: at most {fitting} of the {width} points run at the same time")
+            count = f"{len(self.gpus.names)} GPUs are visible"
+            self.announce(f"{count}: at most {fitting} of the {width} points run at the same time")
         return min(width, fitting)
 
     def _start(
-        self, point: SweepPoint, recorded: bool, width: int, devices: list[str]
+        self, point: SweepPoint, recorded: bool, width: int, gpus: list[str]
     ) -> PointProcess:
         processes = point.config.distributed.processes
         threads = point.config.distributed.threads or max(1, cores() // (width * processes))
         section = replace(point.config.distributed, threads=threads)
         sized = replace(point, config=replace(point.config, distributed=section))
-        started = PointProcess(sized, self.folder, recorded, threads, devices)
-        where = f" on GPU {', '.join(devices)}" if devices else ""
-        what = self._words(point, recorded)
-        self.tell(f"{point.steps[-1].stage} {point.key} runs{where}: {what}")
+        started = PointProcess(sized, self.folder, recorded, threads, gpus)
+        on_gpus = f" on GPU {', '.join(gpus)}" if gpus else ""
+        description = self._description(point, recorded)
+        self.announce(f"{point.steps[-1].stage} {point.key} runs{on_gpus}: {description}")
         return started
 
-    def _ended(self, point: SweepPoint, ending: JobResult, recorded: bool) -> None:
-        what = f"{point.steps[-1].stage} {point.key}"
-        if ending.error is None:
-            objective = "" if ending.objective is None else f", objective {ending.objective:.4g}"
-            self.tell(f"{what} is done after {ending.seconds:.0f} s{objective}")
+    def _announce_end(self, point: SweepPoint, result: JobResult, recorded: bool) -> None:
+        name = f"{point.steps[-1].stage} {point.key}"
+        if result.error is None:
+            objective = "" if result.objective is None else f", objective {result.objective:.4g}"
+            self.announce(f"{name} is done after {result.seconds:.0f} s{objective}")
             return
-        self.tell(f"{what} has failed: {ending.reason}\n  {ending.log}")
+        self.announce(f"{name} has failed: {result.reason}\n  {result.log}")
         if recorded:
-            note_failure(self.records, self.name, point, ending.error, ending.log)
+            note_failure(self.records, self.name, point, result.error, result.log)
 
-    def _words(self, point: SweepPoint, recorded: bool) -> str:
+    def _description(self, point: SweepPoint, recorded: bool) -> str:
         return self.names[point.key] if recorded else "shared by the points"
 
-    def tell(self, text: str) -> None:
-        """Say something to the user."""
+    def announce(self, text: str) -> None:
+        """Print a line for the user."""
         self.console.print(Text(text), soft_wrap=True)
 
 
-def _stop(running: list[PointProcess]) -> None:
-    """Let processes save and leave; at the second Ctrl-C, end them."""
-    try:
-        for one in running:
-            one.interrupt()
-        wait_all(running, SAVING_S)
-    finally:
-        for one in running:
-            one.kill()
-
-
-TAIL = 15
-
-
 @dataclass(frozen=True)
-class PointWork:
-    """What the process does, as JSON values.
+class PointJob:
+    """The job of a point's process (`local_job.py`), as JSON values.
 
     Attributes:
         config: The config.
         overrides: The command line, for the record.
-        recorded: Whether it is a point with a record and a report of its own.
-        result: File for how it ends: `objective`, or `error`.
+        recorded: Whether it is a point, with a record and a report; else stages that points share.
+        result: File to write the result to: `objective` or `error`.
     """
 
     config: dict[str, Any]
@@ -280,16 +269,16 @@ class PointWork:
 
 
 class PointProcess:
-    """One point being worked on.
+    """A point that runs in a process of its own.
 
-    Its output goes to a log; it ends by itself, with its work saved, when this process is gone.
+    Its output goes to a log. When this process is gone, it saves its work and exits.
 
     Args:
         point: The point.
-        folder: Where its log is, and its result for a moment.
-        recorded: Whether it is a point, or what points share.
-        threads: Threads of a process where the config does not say.
-        devices: The GPUs that it sees; none: what this process sees.
+        folder: The folder of its log, and for a moment of its job and result files.
+        recorded: See `PointJob`.
+        threads: CPU threads of each of its processes.
+        gpus: The GPUs that it sees; empty: those that this process sees.
     """
 
     def __init__(
@@ -298,38 +287,38 @@ class PointProcess:
         folder: Path,
         recorded: bool,
         threads: int,
-        devices: Sequence[str] = (),
+        gpus: Sequence[str] = (),
     ) -> None:
-        self.point, self.devices = point, list(devices)
+        self.point, self.gpus = point, list(gpus)
         self.log = folder / f"{point.key}.log"
         self._result = folder / f".{point.key}.result.json"
         self._result.unlink(missing_ok=True)
         self._began = time.monotonic()
-        order = folder / f".{point.key}.work.json"
-        work = PointWork(to_dict(point.config), point.overrides, recorded, str(self._result))
-        write_json_atomic(order, asdict(work))
-        # Libraries that start threads of their own see these; torch is told by the config.
+        job_file = folder / f".{point.key}.work.json"
+        job = PointJob(to_dict(point.config), point.overrides, recorded, str(self._result))
+        write_json_atomic(job_file, asdict(job))
+        # For libraries that start their own threads; torch reads the config.
         environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-        environment |= cuda_visible_devices(self.devices)
-        # The code that runs here, whatever is installed or lies in the current folder.
-        given = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-        environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *given])
+        environment |= cuda_visible_devices(self.gpus)
+        # The code of this process, whatever is installed or lies in the current folder.
+        inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+        environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *inherited])
         with self.log.open("a", encoding="utf-8") as out:
             out.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(point.overrides)}\n")
             out.flush()
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "rlhf_exp.launchers.local_job", str(order)],
-                # Nothing is ever written to it: its end tells the child that this process is gone.
+                [sys.executable, "-P", "-m", "rlhf_exp.launchers.local_job", str(job_file)],
+                # Never written to: its end tells the child that this process is gone.
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=out,
                 env={**os.environ, **environment},
-                # A Ctrl-C of the terminal is this process's, which passes it on.
+                # A Ctrl-C of the terminal goes to this process only, which passes it on.
                 start_new_session=True,
             )
 
-    def ending(self) -> JobResult | None:
-        """Return how it has ended; `None` while it runs."""
+    def poll(self) -> JobResult | None:
+        """Return its result; `None` while it runs."""
         code = self._process.poll()
         if code is None:
             return None
@@ -337,52 +326,64 @@ class PointProcess:
         self._process.stdin.close()
         seconds = time.monotonic() - self._began
         try:
-            found = json.loads(self._result.read_text(encoding="utf-8"))
+            content = json.loads(self._result.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            error = f"{tail(self.log)}\n{_how(code)}".strip()
+            error = f"{_log_tail(self.log)}\n{_exit_description(code)}".strip()
             return JobResult(None, error, seconds, self.log, killed=code < 0)
         self._result.unlink()
-        return JobResult(found.get("objective"), found.get("error"), seconds, self.log)
+        return JobResult(content.get("objective"), content.get("error"), seconds, self.log)
 
     def interrupt(self) -> None:
-        """Ask it to save and leave, as Ctrl-C does; a second time, to leave at once."""
+        """Ask it to save and exit, as Ctrl-C does; the second time, to exit at once."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
-        """End it; its work since the last checkpoint is lost."""
+        """Kill it; its work since the last checkpoint is lost."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
+def _stop_all(running: list[PointProcess]) -> None:
+    """Let processes save and exit; kill them at the second Ctrl-C."""
+    try:
+        for process in running:
+            process.interrupt()
+        wait_all(running, SAVE_TIMEOUT_S)
+    finally:
+        for process in running:
+            process.kill()
+
+
 def wait_all(running: Sequence[PointProcess], seconds: float) -> bool:
-    """Wait until all have ended; return whether they have."""
+    """Wait until all have ended, at most `seconds`; return whether they have."""
     end = time.monotonic() + seconds
-    while any(one.ending() is None for one in running):
+    while any(process.poll() is None for process in running):
         if time.monotonic() > end:
             return False
         time.sleep(0.05)
     return True
 
 
-def tail(path: Path) -> str:
-    """Return the last lines of a log."""
+def _log_tail(path: Path) -> str:
+    """Return the last lines of a log file."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-TAIL:])
+    return "\n".join(lines[-_TAIL_LINES:])
 
 
-def _how(code: int) -> str:
+def _exit_description(code: int) -> str:
+    """Return how a process without a result has ended."""
     if code >= 0:
         return f"ended with exit code {code} and no result"
     return f"killed by {signal.Signals(-code).name}"
 
 
-class Devices:
-    """The visible GPUs, of which running points hold some; without any, nothing is shared out.
+class GpuPool:
+    """The visible GPUs, divided among the running points; without GPUs, it does nothing.
 
     Args:
-        names: The visible GPUs.
+        names: The visible GPUs, as in `CUDA_VISIBLE_DEVICES`.
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
@@ -390,12 +391,12 @@ class Devices:
         self._free = list(names)
 
     @classmethod
-    def seen(cls) -> Devices:
-        """Return those of this process."""
+    def visible(cls) -> GpuPool:
+        """Return the GPUs that this process sees."""
         return cls(visible_devices())
 
     def problem(self, points: Sequence[SweepPoint]) -> Problem | None:
-        """Return what is wrong if a point needs more GPUs than there are."""
+        """Return the problem if a point needs more GPUs than there are."""
         most = max(point.config.distributed.processes for point in points)
         if not self.names or most <= len(self.names):
             return None
@@ -414,7 +415,7 @@ class Devices:
         return max(1, fitting)
 
     def take(self, processes: int) -> list[str] | None:
-        """Return GPUs of its own for a point, one a process; `None` while too few are free."""
+        """Take a GPU for each process of a point; `None` while too few are free."""
         if not self.names:
             return []
         if len(self._free) < processes:
@@ -423,6 +424,6 @@ class Devices:
         return taken
 
     def give_back(self, names: Sequence[str]) -> None:
-        """Take back what a point held that has ended."""
+        """Return the GPUs of a point that has ended to the pool."""
         free = {*self._free, *names}
         self._free = [name for name in self.names if name in free]

@@ -1,4 +1,4 @@
-"""The process of a point: `python -m rlhf_exp.launchers.local_job FILE`, with its work as JSON."""
+"""The process of a point: `python -m rlhf_exp.launchers.local_job FILE`, a JSON of `PointJob`."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from rlhf_exp.store.atomic_files import write_json_atomic
 
 
 def main(file: str) -> int:
-    """Do the work that a file describes, and leave how it ended; return the exit code."""
-    order = Path(file)
-    work = json.loads(order.read_text(encoding="utf-8"))
-    order.unlink()
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    """Run the job in a file and write its result; return the exit code."""
+    job_file = Path(file)
+    job = json.loads(job_file.read_text(encoding="utf-8"))
+    job_file.unlink()
+    threading.Thread(target=_interrupt_without_parent, daemon=True).start()
     try:
-        result = _result(work)
+        result = _run(job)
     except KeyboardInterrupt:
         return 130
-    write_json_atomic(Path(work["result"]), result)
+    write_json_atomic(Path(job["result"]), result)
     return 1 if "error" in result else 0
 
 
-def _result(work: dict[str, Any]) -> dict[str, Any]:
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    """Run the job; return its objective or its error."""
     from rlhf_exp.launchers.run_job import run_job
 
     try:
-        config, overrides = from_dict(work["config"]), list(work["overrides"])
-        objective = run_job(config, overrides, recorded=work["recorded"])
+        config, overrides = from_dict(job["config"]), list(job["overrides"])
+        objective = run_job(config, overrides, recorded=job["recorded"])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return {"error": str(error)}
@@ -45,8 +46,8 @@ def _result(work: dict[str, Any]) -> dict[str, Any]:
     return {"objective": objective}
 
 
-def _leave_with_parent() -> None:
-    """Press Ctrl-C when the process that started this one is gone: its pipe has ended."""
+def _interrupt_without_parent() -> None:
+    """Send this process Ctrl-C when its parent is gone, which is when its standard input ends."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGINT)

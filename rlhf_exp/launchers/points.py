@@ -1,7 +1,4 @@
-"""The points of a multirun: each one's config and plan, and what they share.
-
-How the points of a multirun have ended: records, the table at the end, the exit code.
-"""
+"""The points of a multirun: their configs and plans, the stages they share, and their results."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ class SweepPoint:
     Attributes:
         overrides: Its command line.
         config: Its config.
-        steps: Its plan; a worker's ends with the study as its last step.
+        steps: Its plan; the last step of a worker's plan is the study.
     """
 
     overrides: tuple[str, ...]
@@ -41,12 +38,12 @@ class SweepPoint:
 
     @property
     def key(self) -> str:
-        """The final key; `worker-N` of a worker."""
+        """The key of its last step; `worker-N` for a worker."""
         return self.steps[-1].key
 
     @property
     def is_worker(self) -> bool:
-        """Whether it is a worker of a study, whose trials have records of their own."""
+        """Whether it is a worker of a study; then its trials have records, and it has none."""
         return self.config.study.trials is not None
 
     def record(self, name: str) -> RunRecord:
@@ -59,7 +56,7 @@ class SweepPoint:
             seed=self.config.seed,
         )
 
-    def brought_to(self, stage: str) -> SweepPoint:
+    def up_to(self, stage: str) -> SweepPoint:
         """Return the point that stops after one of its stages."""
         names = [step.stage for step in self.steps]
         steps = self.steps[: names.index(stage) + 1]
@@ -68,85 +65,84 @@ class SweepPoint:
 
 
 def point_of(overrides: Sequence[str], config: Config) -> SweepPoint:
-    """Return the point of a job.
+    """Return the point of a job, with its plan.
 
     Args:
         overrides: Its command line.
         config: Its config.
 
     Raises:
-        UserError: What it would reuse was made by other code.
+        UserError: A result that it would reuse was made by other code, or its plan is refused.
     """
-    settled = pinned(config)
-    if settled.study.trials is None:
-        steps = plan(settled)
+    config = pinned(config)
+    if config.study.trials is None:
+        steps = plan(config)
     else:
-        # What trials start from; the values that they try are not known yet.
-        begin = replace(settled, study=StudyConfig(), stage=StageName.ppo)
-        steps = [step for step in plan(begin) if step.stage != "ppo"]
-        steps.append(Step("study", f"worker-{settled.study.worker}", StepState.run))
+        # The stages before PPO; the values that trials try are not known yet.
+        before = replace(config, study=StudyConfig(), stage=StageName.ppo)
+        steps = [step for step in plan(before) if step.stage != "ppo"]
+        steps.append(Step("study", f"worker-{config.study.worker}", StepState.run))
     refuse_changed(steps)
-    return SweepPoint(tuple(overrides), settled, tuple(steps))
+    return SweepPoint(tuple(overrides), config, tuple(steps))
 
 
 def points_of(jobs: Sequence[tuple[list[str], Config]]) -> list[SweepPoint]:
-    """Return the point of each job with its plan; several may have one key.
+    """Return the point of each job; several may have the same key.
 
     Args:
         jobs: Command line and config of each.
 
     Raises:
-        UserError: What is wrong with any of them: a file that is missing, a result that other code
-            has made.
+        UserError: All problems of the jobs: a missing file, a result made by other code.
     """
-    found: list[SweepPoint] = []
-    wrong: dict[str, list[int]] = {}
+    points: list[SweepPoint] = []
+    problems: dict[str, list[int]] = {}
     for index, (overrides, config) in enumerate(jobs):
         try:
             point = point_of(overrides, config)
         except UserError as error:
-            wrong.setdefault(str(error), []).append(index)
+            problems.setdefault(str(error), []).append(index)
         else:
-            found.append(point)
+            points.append(point)
     lines = [overrides for overrides, _ in jobs]
-    raise_problems(text + describe_points(lines, set(at)) for text, at in wrong.items())
-    return found
+    raise_problems(text + describe_points(lines, set(at)) for text, at in problems.items())
+    return points
 
 
 def distinct(points: Sequence[SweepPoint]) -> list[SweepPoint]:
-    """Return the points without those whose key an earlier one has: they have one result."""
-    found: dict[str, SweepPoint] = {}
+    """Return the first point of each key: points with the same key have the same result."""
+    by_key: dict[str, SweepPoint] = {}
     for point in points:
-        found.setdefault(point.key, point)
-    return list(found.values())
+        by_key.setdefault(point.key, point)
+    return list(by_key.values())
 
 
 def shared_work(points: Sequence[SweepPoint]) -> list[list[SweepPoint]]:
-    """Return what several points need and nobody has made, as points that stop there.
+    """Return the missing stages that several points need, as points that stop after them.
 
-    A job that found another one at work would wait for it with all its GPUs idle. So these come
-    first, one list after the other; those of one list do not need each other.
+    A job that needs a stage which another job is running would wait for it with all its GPUs idle.
+    So these points run first, one list after the other; those of one list do not need each other.
     """
-    needed = Counter(key for point in points for key in _work(point))
-    # The stages of a point that others need too, in order.
+    needed = Counter(key for point in points for key in _keys_to_run(point))
+    # By the stages that a point shares with others, in order: the first such point.
     chains: dict[tuple[tuple[str, str], ...], SweepPoint] = {}
     for point in points:
-        shared = tuple(key for key in _work(point)[:-1] if needed[key] > 1)
+        shared = tuple(key for key in _keys_to_run(point)[:-1] if needed[key] > 1)
         if shared:
             chains.setdefault(shared, point)
-    met = Counter(chain.from_iterable(chains))
-    if all(count == 1 for count in met.values()):
-        alone = [point.brought_to(keys[-1][0]) for keys, point in chains.items()]
-        return [alone] if alone else []
+    occurrences = Counter(chain.from_iterable(chains))
+    if all(count == 1 for count in occurrences.values()):
+        level = [point.up_to(keys[-1][0]) for keys, point in chains.items()]
+        return [level] if level else []
     levels: dict[str, dict[str, SweepPoint]] = {}
     for keys, point in chains.items():
         for stage, key in keys:
-            levels.setdefault(stage, {}).setdefault(key, point.brought_to(stage))
+            levels.setdefault(stage, {}).setdefault(key, point.up_to(stage))
     order = [stage.value for stage in StageName]
     return [list(levels[stage].values()) for stage in sorted(levels, key=order.index)]
 
 
-def _work(point: SweepPoint) -> list[tuple[str, str]]:
+def _keys_to_run(point: SweepPoint) -> list[tuple[str, str]]:
     """Return stage and key of each step that would run; of the last one in any case."""
     last = point.steps[-1]
     return [(step.stage, step.key) for step in point.steps if step.needs_work or step is last]
@@ -154,13 +150,13 @@ def _work(point: SweepPoint) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a point has ended.
+    """The result of a point.
 
     Attributes:
-        objective: What it achieved, if it has an objective.
-        error: Message or traceback, for a point that failed.
-        seconds: Time it took; `None` for one that was done before.
-        log: File with what it printed, if it has one.
+        objective: Its objective, if it has one.
+        error: Message or traceback, if it failed.
+        seconds: Time it took; `None` if it was done before.
+        log: File of its output, if it has one.
         killed: Whether a signal ended its process.
     """
 
@@ -185,33 +181,33 @@ class JobResult:
 
 
 def done_before(points: Sequence[SweepPoint], records: Records, name: str) -> dict[str, RunRecord]:
-    """Return the records, by final key, of points with nothing left to do."""
-    found = {record.key: record for record in records.sweep(name)}
+    """Return the records, by key, of points that need no work."""
+    known = {record.key: record for record in records.sweep(name)}
     return {
-        point.key: found[point.key]
+        point.key: known[point.key]
         for point in points
         if not point.config.probe
         and not any(step.needs_work for step in point.steps)
-        and point.key in found
-        and found[point.key].status is Status.done
+        and point.key in known
+        and known[point.key].status is Status.done
     }
 
 
 def note_failure(
     records: Records, name: str, point: SweepPoint, error: str, log: Path | None = None
 ) -> None:
-    """Let a point's record say that it failed: one that was killed could not do so itself."""
+    """Write a point's failure into its record: a killed process could not do so itself."""
     if point.is_worker:
         return
-    found = [one for one in records.sweep(name) if one.key == point.key]
-    record = found[0] if found else point.record(name)
+    known = [record for record in records.sweep(name) if record.key == point.key]
+    record = known[0] if known else point.record(name)
     if record.status is not Status.failed:
         record = replace(record, status=Status.failed, error=error)
     records.write(replace(record, log=None if log is None else str(log)))
 
 
 def varied(points: Sequence[SweepPoint]) -> dict[str, str]:
-    """Return the overrides in which each point differs from the others, by final key."""
+    """Return the overrides in which each point differs from the others, by key."""
     common = set.intersection(*(set(point.overrides) for point in points))
     return {
         point.key: " ".join(text for text in point.overrides if text not in common)
@@ -219,31 +215,33 @@ def varied(points: Sequence[SweepPoint]) -> dict[str, str]:
     }
 
 
-def show(points: Sequence[SweepPoint], endings: Mapping[str, JobResult], console: Console) -> None:
-    """Print how each point has ended."""
+def print_results(
+    points: Sequence[SweepPoint], results: Mapping[str, JobResult], console: Console
+) -> None:
+    """Print a table of the points' results."""
     table = Table("point", "state", "key", "objective", "time", box=None, pad_edge=False)
     names = varied(points)
-    for key, ending in endings.items():
-        objective = "" if ending.objective is None else f"{ending.objective:.4g}"
-        seconds = "" if ending.seconds is None else f"{ending.seconds:.0f} s"
-        colour = {"failed": "red", "cached": "green"}.get(ending.state, "bold")
-        row = (names[key], Text(ending.state, colour), key, objective, seconds)
+    for key, result in results.items():
+        objective = "" if result.objective is None else f"{result.objective:.4g}"
+        seconds = "" if result.seconds is None else f"{result.seconds:.0f} s"
+        colour = {"failed": "red", "cached": "green"}.get(result.state, "bold")
+        row = (names[key], Text(result.state, colour), key, objective, seconds)
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     console.print()
     console.print(table)
 
 
-def failure_of(points: Sequence[SweepPoint], endings: Mapping[str, JobResult]) -> JobsFailed | None:
+def failure_of(points: Sequence[SweepPoint], results: Mapping[str, JobResult]) -> JobsFailed | None:
     """Return the error that a multirun ends with, if a point has failed."""
     names = varied(points)
-    failed = {key: ending for key, ending in endings.items() if ending.error is not None}
+    failed = {key: result for key, result in results.items() if result.error is not None}
     if not failed:
         return None
     lines = []
-    for key, ending in failed.items():
-        where = f"\n    {ending.log}" if ending.log is not None else ""
-        lines.append(f"\n  {names[key] or key}: {ending.reason}{where}")
+    for key, result in failed.items():
+        where = f"\n    {result.log}" if result.log is not None else ""
+        lines.append(f"\n  {names[key] or key}: {result.reason}{where}")
     return JobsFailed(
-        f"{len(failed)} of {len(endings)} points failed; the same command runs what is "
+        f"{len(failed)} of {len(results)} points failed; the same command runs what is "
         f"missing:{''.join(lines)}"
     )

@@ -27,15 +27,15 @@ TESTED_FAMILIES = frozenset({"gpt2", "gptj", "gpt_neox", "llama", "qwen2", "qwen
 
 
 class Trunk:
-    """The blocks below a cut, with the embeddings; shares the model's modules and never trains.
+    """The lowest blocks of a model with its embeddings, as modules shared with it; never trains.
 
     Not an `nn.Module`: its parameters belong to the model.
     """
 
-    def __init__(self, model: PreTrainedModel, cut: int) -> None:
-        """Take the blocks of `model` below block `cut`."""
+    def __init__(self, model: PreTrainedModel, frozen_blocks: int) -> None:
+        """Take the lowest `frozen_blocks` blocks of `model`."""
         parts = decoder_parts(model)
-        self._base = _slice(parts, slice(0, cut))
+        self._base = _slice(parts, slice(0, frozen_blocks))
         setattr(self._base, parts.norm_name, nn.Identity())
         self._base.set_input_embeddings(parts.embedding)
         if parts.positions is not None:
@@ -43,7 +43,7 @@ class Trunk:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Return the states [B, S, D] that enter block `cut`, for right-padded `tokens` [B, S]."""
+        """Return the states [B, S, D] that leave the trunk, for right-padded `tokens` [B, S]."""
         return self._base(input_ids=tokens, use_cache=False).last_hidden_state
 
 
@@ -132,14 +132,14 @@ class Branch:
         return self
 
 
-def check_branch(model: PreTrainedModel, cut: int) -> None:
+def check_branch(model: PreTrainedModel, frozen_blocks: int) -> None:
     """Compare trunk and branch with the full model, for a family that the tests do not cover.
 
     Some families scale their embeddings or logits in ways their structure does not show.
 
     Args:
         model: a causal language model.
-        cut: index of the branch's first block.
+        frozen_blocks: number of blocks in the trunk.
 
     Raises:
         UserError: the logits differ by more than 2% of the largest.
@@ -151,8 +151,8 @@ def check_branch(model: PreTrainedModel, cut: int) -> None:
     tokens = torch.arange(8, device=device).remainder(parts.embedding.num_embeddings)[None]
     with torch.no_grad():
         expected = model(input_ids=tokens, use_cache=False).logits
-        states = Trunk(model, cut)(tokens)
-        hidden = Branch.of(model, len(parts.blocks) - cut, share=True)(states)
+        states = Trunk(model, frozen_blocks)(tokens)
+        hidden = Branch.of(model, len(parts.blocks) - frozen_blocks, share=True)(states)
         assert parts.head is not None
         error = (parts.head(hidden) - expected).abs().max().item()
         scale = expected.abs().max().item()

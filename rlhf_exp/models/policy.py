@@ -44,7 +44,7 @@ class ResponseOutputs(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A causal language model of which all, the top blocks or a LoRA adapter train; a value head.
+    """A causal language model, trained in full, in its top blocks or by LoRA, with a value head.
 
     With `train_blocks=k` the last k blocks, the final norm and an untied head train. Everything
     below is frozen, and so is a tied head: training it would move the embeddings below the frozen
@@ -55,8 +55,8 @@ class Policy(nn.Module):
         value_head: reads values from final states; `None` without one.
         value_trunk: the model (or branch) that the value head reads; `None` for the policy's own.
         train_blocks: number of training blocks; `None`: all.
-        adapted: whether LoRA trains.
-        cut: index of the first training block, so the number of frozen ones; `None`: no trunk.
+        uses_lora: whether a LoRA adapter trains.
+        frozen_blocks: number of blocks in the frozen trunk; `None`: there is no trunk, all train.
     """
 
     def __init__(
@@ -107,21 +107,21 @@ class Policy(nn.Module):
                 f"to {count}, or null for all"
             )
         self.train_blocks = train_blocks
-        self.adapted = lora is not None
+        self.uses_lora = lora is not None
         if lora is not None:
             add_lora(model, lora, seed, train_blocks)
         else:
             freeze_lower_blocks(model, train_blocks)
-        self.cut = None if train_blocks is None else count - train_blocks
+        self.frozen_blocks = None if train_blocks is None else count - train_blocks
         # In a tuple, so that the model's parameters are not registered a second time.
         self._trunk_and_branch: tuple[Trunk, Branch] | None = None
-        if self.cut is not None:
-            check_branch(model, self.cut)
-            branch = Branch.of(model, count - self.cut, share=True)
-            self._trunk_and_branch = Trunk(model, self.cut), branch
+        if self.frozen_blocks is not None:
+            check_branch(model, self.frozen_blocks)
+            branch = Branch.of(model, count - self.frozen_blocks, share=True)
+            self._trunk_and_branch = Trunk(model, self.frozen_blocks), branch
         if value_branch:
             assert train_blocks is not None, "no trunk is frozen: there is nothing to branch from"
-            assert not self.adapted, "a branch copies blocks that train as they are"
+            assert not self.uses_lora, "a branch copies blocks that train as they are"
             self._value_branch = Branch.of(model, train_blocks, share=False)
             self.value_trunk = self._value_branch.module.requires_grad_(True)
 
@@ -182,7 +182,7 @@ class Policy(nn.Module):
             width: T; the longest response where not given.
         """
         index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
-        if states is None and self.cut is not None:
+        if states is None and self.frozen_blocks is not None:
             states = self.trunk_states(tokens)
         hidden = self.predicting_states(index, tokens, states)
         logprobs, entropy = response_logprobs(hidden, self.head, index, temperature, with_entropy)

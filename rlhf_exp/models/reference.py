@@ -49,9 +49,9 @@ def build_reference(policy: Policy, dtype: torch.dtype | None = None) -> Referen
             with bfloat16 weights needs a reference that does, or rounding would count as
             divergence.
     """
-    if policy.adapted:
+    if policy.uses_lora:
         return LoraReference(policy)
-    if policy.cut is not None:
+    if policy.frozen_blocks is not None:
         return SharedTrunkReference(policy, dtype)
     return FullReference(_cast(copy.deepcopy(policy.model), dtype))
 
@@ -62,7 +62,7 @@ class SharedTrunkReference:
     def __init__(self, policy: Policy, dtype: torch.dtype | None = None) -> None:
         """Copy the trainable blocks of an untrained `policy`, in `dtype` if given."""
         assert policy.train_blocks is not None, "no trunk to share: everything trains"
-        assert not policy.adapted, "the adapter off is the cheaper reference"
+        assert not policy.uses_lora, "the adapter off is the cheaper reference"
         parts = decoder_parts(policy.model)
         self._policy = policy
         self._branch = Branch.of(policy.model, policy.train_blocks, share=False)
@@ -95,7 +95,7 @@ class LoraReference:
 
     def __init__(self, policy: Policy) -> None:
         """Use `policy` itself; nothing is copied."""
-        assert policy.adapted, "a policy without LoRA has no adapter to turn off"
+        assert policy.uses_lora, "a policy without LoRA has no adapter to turn off"
         self._policy = policy
 
     @torch.no_grad()
@@ -194,7 +194,7 @@ def compare_with_reference(
         spans = (samples.prompt_lengths[rows], samples.response_lengths[rows])
         with autocast():
             entering = None if states is None else states[rows, :longest].to(tokens.device)
-            if entering is None and policy.cut is not None:
+            if entering is None and policy.frozen_blocks is not None:
                 entering = policy.trunk_states(tokens)
             outputs = policy.response_outputs(
                 tokens, *spans, temperature, states=entering, with_entropy=with_entropy, width=width

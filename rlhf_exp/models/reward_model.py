@@ -223,20 +223,20 @@ def share_frozen_trunk(reward: RewardModel, policy: Policy) -> Branch | None:
     Returns:
         The blocks of `reward` above the policy's trunk; `None` if the trunk cannot be shared.
     """
-    if not policy.cut:
+    if not policy.frozen_blocks:
         return None
     ours, theirs = decoder_parts(reward.trunk), decoder_parts(policy.model)
     count = len(ours.blocks)
     if _relevant_config(ours.base) != _relevant_config(theirs.base):
         return None
-    if not _equal_below(ours, theirs, policy.cut):
+    if not _equal_below(ours, theirs, policy.frozen_blocks):
         return None
-    for number in range(policy.cut):
+    for number in range(policy.frozen_blocks):
         ours.blocks[number] = theirs.blocks[number]
     ours.base.set_input_embeddings(theirs.embedding)
     if ours.positions is not None:
         setattr(ours.base, ours.positions, getattr(theirs.base, ours.positions))
-    return Branch.of(reward.trunk, count - policy.cut, share=True)
+    return Branch.of(reward.trunk, count - policy.frozen_blocks, share=True)
 
 
 def scores_from_branch(reward: RewardModel, branch: Branch, states: Tensor, last: Tensor) -> Tensor:
@@ -271,10 +271,10 @@ def _relevant_config(base: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _equal_below(ours: DecoderParts, theirs: DecoderParts, cut: int) -> bool:
-    """Return whether two models have equal embeddings and equal blocks below block `cut`."""
+def _equal_below(ours: DecoderParts, theirs: DecoderParts, count: int) -> bool:
+    """Return whether two models have equal embeddings and equal lowest `count` blocks."""
     pairs: list[tuple[nn.Module, nn.Module]] = [(ours.embedding, theirs.embedding)]
-    pairs += zip(ours.blocks[:cut], theirs.blocks[:cut], strict=True)
+    pairs += zip(ours.blocks[:count], theirs.blocks[:count], strict=True)
     if ours.positions is not None:
         pairs.append((getattr(ours.base, ours.positions), getattr(theirs.base, ours.positions)))
     return all(_equal(first, second) for first, second in pairs)

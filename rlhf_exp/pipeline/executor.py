@@ -43,11 +43,11 @@ from rlhf_exp.processes.environment import (
 from rlhf_exp.processes.failures import USER, code_of
 from rlhf_exp.processes.leader import Workers
 from rlhf_exp.processes.worker import Member
-from rlhf_exp.search.pruning import PruningCallback, Trial
+from rlhf_exp.search.pruning import PruningCallback, RunningTrial
 from rlhf_exp.stages.context import StageResult
 from rlhf_exp.store.fingerprint import key_of
 from rlhf_exp.store.lease import Claim
-from rlhf_exp.tracking.create import get_ready
+from rlhf_exp.tracking.create import import_early
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -249,7 +249,7 @@ class StageJob:
     claim: Claim | None
     cache: str
     probe: bool = False
-    trial: Trial | None = None
+    trial: RunningTrial | None = None
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> StageJob:
@@ -257,7 +257,7 @@ class StageJob:
         claim, trial = values["claim"], values["trial"]
         given = {
             "claim": None if claim is None else Claim(**claim),
-            "trial": None if trial is None else Trial.from_json(trial),
+            "trial": None if trial is None else RunningTrial.from_json(trial),
         }
         return cls(**values | given)
 
@@ -290,7 +290,7 @@ class StageRunner:
             check: Raises if this process may no longer write; by default it reads the claim.
         """
         if leads() and not order.probe:
-            get_ready(self.config.tracking.mode.value)
+            import_early(self.config.tracking.mode.value)
         from rlhf_exp.stages.context import StageContext
         from rlhf_exp.training.memory import ProbeFinished, Recorder
 

@@ -14,7 +14,7 @@ from rlhf_exp.config.experiment import CachePolicy, Config
 from rlhf_exp.pipeline.executor import StageExecutor, StageJob
 from rlhf_exp.pipeline.inputs import CHECKPOINTS, MODEL, NOTE, StartedNote, weights_digest
 from rlhf_exp.pipeline.plan import PACKAGE, Step, StepState, refuse_changed, stale_files, store_of
-from rlhf_exp.search.pruning import Trial
+from rlhf_exp.search.pruning import RunningTrial
 from rlhf_exp.stages.context import StageResult
 from rlhf_exp.store.artifact import Artifact, Manifest, git_state, package_versions
 from rlhf_exp.store.code_digest import changed
@@ -69,7 +69,7 @@ def run_steps(
     steps: list[Step],
     crew: StageExecutor,
     tell: Callable[[str], None],
-    trial: Trial | None = None,
+    trial: RunningTrial | None = None,
 ) -> list[FinishedStep]:
     """Bring all steps up to date, in order.
 
@@ -113,7 +113,7 @@ class _Work:
         models: dict[str, str],
         crew: StageExecutor,
         tell: Callable[[str], None],
-        trial: Trial | None,
+        trial: RunningTrial | None,
     ) -> None:
         self.config, self.step, self.store = config, step, store
         self.models, self.crew = models, crew

@@ -1,22 +1,4 @@
-"""Reports a trial's evaluations to its study while it trains, and asks whether to go on.
-
-What a study maximises, from the evaluations of a PPO run on validation prompts.
-
-Each evaluation i of a run, the one before training included, has a mean reward R_i of the reward
-model and a mean sequence KL K_i against the initial policy, in nats.
-
-- *Reward at a KL budget B*: max of R_i over the evaluations with K_i <= B. KL is the price of
-  reward: straying further buys more of it from a reward model, down to answers that only the reward
-  model likes (Gao et al. 2023), so where beta is searched too, plain reward is best at the smallest
-  beta. At equal KL, more reward is a better optimiser. Nothing is interpolated to B: the value is
-  that of weights that exist, the ones that the run publishes. More evaluations come closer to B.
-- *Penalised reward*: max of R_i / s - c K_i, with one c for all trials, and s the standard
-  deviation of the initial policy's scores where PPO scales its rewards, else 1.
-- *Final reward*: R of the last evaluation.
-- *Win rate at a KL budget B*: max of W_i with K_i <= B, where W_i is the share of prompts on which
-  the policy's answer beats the initial policy's, ties as half. Every prompt has one vote: a few
-  answers that the reward model overrates cannot buy a high value.
-"""
+"""Objective and pruning of a search: evaluations of a running trial, reported to its study."""
 
 from __future__ import annotations
 
@@ -33,92 +15,29 @@ from rlhf_exp.tracking.local import METRICS, STEP, read_metrics
 if TYPE_CHECKING:
     from optuna import Study
 
-
-@dataclass(frozen=True)
-class Trial:
-    """A trial that runs; plain values, which cross processes.
-
-    Attributes:
-        study: Folder of the study.
-        id: Optuna's id of the trial.
-        measure: What is maximised.
-        pruning: When it is given up.
-    """
-
-    study: str
-    id: int
-    measure: Measure
-    pruning: Pruning
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """Return the trial that `asdict` made JSON values of."""
-        measure, pruning = Measure(**values["measure"]), Pruning(**values["pruning"])
-        return cls(**{**values, "measure": measure, "pruning": pruning})
-
-
-class PruningCallback:
-    """Says whether a trial is given up.
-
-    Args:
-        trial: The trial.
-        folder: Where its metrics are logged.
-    """
-
-    def __init__(self, trial: Trial, folder: Path) -> None:
-        self.trial, self.folder = trial, folder
-
-    @cached_property
-    def study(self) -> Study:
-        """The study, opened at first use: only one process of the trial asks."""
-        return open_study(Path(self.trial.study), self.trial.pruning)
-
-    def __call__(self, step: int, steps: int) -> bool:
-        """Report the run as far as it is, and return whether to give it up.
-
-        Args:
-            step: Optimizer steps done.
-            steps: Of the whole run.
-        """
-        rows = read_metrics(self.folder / METRICS)
-        report(self.study, self.trial, rows, steps)
-        if step >= steps:
-            return False
-        return self.study.pruner.prune(self.study, self._frozen())
-
-    def _frozen(self) -> Any:  # noqa: ANN401 - Optuna's FrozenTrial
-        (found,) = [one for one in self.study.get_trials(False) if one._trial_id == self.trial.id]
-        return found
-
-
-def report(study: Study, trial: Trial, rows: list[dict[str, float]], steps: int) -> None:
-    """Report every evaluation so far, those before a restart included.
-
-    The value at each is the objective of the run up to it. Their places are parts of the whole run,
-    so that trials with iterations of other lengths are compared when they are equally far.
-
-    Args:
-        study: The study.
-        trial: The trial.
-        rows: What was logged, by step.
-        steps: Optimizer steps of the whole run.
-    """
-    storage, found = study._storage, evaluations(rows)
-    known = storage.get_trial(trial.id).intermediate_values
-    for number, row in enumerate(found, start=1):
-        place = int(row[STEP] / steps * trial.pruning.evaluations + 0.5)
-        value = trial.measure.value(found[:number])
-        if known.get(place) != value:
-            storage.set_trial_intermediate_value(trial.id, place, value)
-
-
-REWARD, KL, SPREAD = "eval/reward_mean", "eval/kl_sequence", "eval/reward_std"
-WINS = "eval/win_rate"
+REWARD, KL, REWARD_STD = "eval/reward_mean", "eval/kl_sequence", "eval/reward_std"
+WIN_RATE = "eval/win_rate"
 
 
 @dataclass(frozen=True)
-class Measure:
-    """How a run is judged; plain values, which cross processes.
+class Objective:
+    """The objective that a study maximises, from a PPO run's evaluations on validation prompts.
+
+    Each evaluation i of a run, the one before training included, has a mean reward R_i of the
+    reward model and a mean sequence KL K_i against the initial policy, in nats.
+
+    - *Reward at a KL budget B*: max of R_i over the evaluations with K_i <= B. KL is the price of
+      reward: straying further buys more of it from a reward model, down to answers that only the
+      reward model likes (Gao et al. 2023), so where beta is searched too, plain reward is best at
+      the smallest beta. At equal KL, more reward is a better optimiser. Nothing is interpolated to
+      B: the value is that of weights that exist, the ones that the run publishes. More evaluations
+      come closer to B.
+    - *Penalised reward*: max of R_i / s - c K_i, with one c for all trials, and s the standard
+      deviation of the initial policy's scores where PPO scales its rewards, else 1.
+    - *Final reward*: R of the last evaluation.
+    - *Win rate at a KL budget B*: max of W_i with K_i <= B, where W_i is the share of prompts on
+      which the policy's answer beats the initial policy's, ties as half. Every prompt has one vote:
+      a few answers that the reward model overrates cannot buy a high value.
 
     Attributes:
         name: `reward_at_kl`, `penalised_reward`, `final_reward` or `win_rate_at_kl`.
@@ -136,22 +55,105 @@ class Measure:
         """Return the objective of a run so far; NaN if a number in it is not finite.
 
         Args:
-            rows: What was logged, in the order of steps; rows without an evaluation are left out.
+            rows: The logged metrics, in order of steps; rows without an evaluation are ignored.
         """
-        found = evaluations(rows)
-        needed = (REWARD, KL, WINS) if self.name == "win_rate_at_kl" else (REWARD, KL)
-        numbers = [row.get(name, math.nan) for row in found for name in needed]
-        if not found or not all(map(math.isfinite, numbers)):
+        measured = evaluation_rows(rows)
+        needed = (REWARD, KL, WIN_RATE) if self.name == "win_rate_at_kl" else (REWARD, KL)
+        numbers = [row.get(name, math.nan) for row in measured for name in needed]
+        if not measured or not all(map(math.isfinite, numbers)):
             return math.nan
         if self.name == "final_reward":
-            return found[-1][REWARD]
+            return measured[-1][REWARD]
         if self.name == "penalised_reward":
-            unit = (found[0].get(SPREAD) or 1.0) if self.scaled else 1.0
-            return max(row[REWARD] / unit - self.kl_coef * row[KL] for row in found)
-        most = WINS if self.name == "win_rate_at_kl" else REWARD
-        return max((row[most] for row in found if row[KL] <= self.kl_budget), default=-math.inf)
+            unit = (measured[0].get(REWARD_STD) or 1.0) if self.scaled else 1.0
+            return max(row[REWARD] / unit - self.kl_coef * row[KL] for row in measured)
+        maximised = WIN_RATE if self.name == "win_rate_at_kl" else REWARD
+        return max(
+            (row[maximised] for row in measured if row[KL] <= self.kl_budget), default=-math.inf
+        )
 
 
-def evaluations(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+def evaluation_rows(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
     """Return the rows that hold an evaluation."""
     return [row for row in rows if REWARD in row and KL in row]
+
+
+@dataclass(frozen=True)
+class RunningTrial:
+    """A trial of a study while it runs, as plain values that can be sent to other processes.
+
+    Attributes:
+        study: Folder of the study.
+        id: Optuna's id of the trial.
+        objective: The objective that the study maximises.
+        pruning: The rule by which trials are pruned.
+    """
+
+    study: str
+    id: int
+    objective: Objective
+    pruning: Pruning
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Return the trial that `asdict` turned into JSON values."""
+        objective, pruning = Objective(**values["objective"]), Pruning(**values["pruning"])
+        return cls(**{**values, "objective": objective, "pruning": pruning})
+
+
+class PruningCallback:
+    """Reports a trial's evaluations to its study while it trains, and decides whether to prune it.
+
+    Args:
+        trial: The trial.
+        folder: The folder of its metrics.
+    """
+
+    def __init__(self, trial: RunningTrial, folder: Path) -> None:
+        self.trial, self.folder = trial, folder
+
+    @cached_property
+    def study(self) -> Study:
+        """The study, opened at first use: only one process of the trial needs it."""
+        return open_study(Path(self.trial.study), self.trial.pruning)
+
+    def __call__(self, step: int, steps: int) -> bool:
+        """Report the run's evaluations so far, and return whether to prune it.
+
+        Args:
+            step: Optimizer steps done.
+            steps: Optimizer steps of the whole run.
+        """
+        rows = read_metrics(self.folder / METRICS)
+        report_evaluations(self.study, self.trial, rows, steps)
+        if step >= steps:
+            return False
+        return self.study.pruner.prune(self.study, self._frozen())
+
+    def _frozen(self) -> Any:  # noqa: ANN401 - Optuna's FrozenTrial
+        trials = self.study.get_trials(deepcopy=False)
+        return next(trial for trial in trials if trial._trial_id == self.trial.id)
+
+
+def report_evaluations(
+    study: Study, trial: RunningTrial, rows: list[dict[str, float]], steps: int
+) -> None:
+    """Report the objective at every evaluation so far, those before a restart included.
+
+    The value at an evaluation is the objective of the run up to it. Its Optuna step is its fraction
+    of the whole run, in numbers of evaluations, so that trials with other iteration lengths are
+    compared at equal fractions.
+
+    Args:
+        study: The study.
+        trial: The trial.
+        rows: The logged metrics, in order of steps.
+        steps: Optimizer steps of the whole run.
+    """
+    storage, measured = study._storage, evaluation_rows(rows)
+    known = storage.get_trial(trial.id).intermediate_values
+    for number, row in enumerate(measured, start=1):
+        at = int(row[STEP] / steps * trial.pruning.evaluations + 0.5)
+        value = trial.objective.value(measured[:number])
+        if known.get(at) != value:
+            storage.set_trial_intermediate_value(trial.id, at, value)

@@ -189,8 +189,8 @@ def sampler_for(
     )
     stopper = Stopper(codec.tokenizer, codec.stop_strings)
     block: nn.Module | None = None
-    if capture and exact(config) and policy.cut is not None:
-        block = decoder_parts(policy.model).blocks[policy.cut]
+    if capture and exact(config) and policy.frozen_blocks is not None:
+        block = decoder_parts(policy.model).blocks[policy.frozen_blocks]
 
     close = codec.eos_id if isinstance(scorer, SharedTrunkScorer) else None
 

@@ -1,8 +1,8 @@
-"""When a run deserves a look: rules over the rows that PPO reports.
+"""Alerts: rules over the rows that PPO logs, for runs that deserve a look.
 
-A run whose numbers are no longer finite is stopped, and says so itself; these rules see what comes
-before that, or never becomes infinite: a policy that runs away from its reference, a reward that
-collapses, a policy that always says the same.
+A run whose numbers are no longer finite stops with an error. These rules catch earlier signs, and
+failures that stay finite: a KL that runs away, a reward that collapses, a policy that always says
+the same.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 WINDOW = 5
-"""Rows that the mean reward is taken over: single iterations are noisy."""
-REST = 20
-"""Rows for which an alert that was raised is not raised again."""
+"""Rows over which the mean reward is averaged: single iterations are noisy."""
+
+COOLDOWN = 20
+"""Rows for which an alert is not raised again."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class AlertRules:
 
     Attributes:
         kl: Sequence KL in nats.
-        reward_drop: How far the mean reward over `WINDOW` rows may fall below its best, in standard
-            deviations of the scores then.
-        entropy: Fraction of the first row's entropy.
+        reward_drop: Largest fall of the mean reward over `WINDOW` rows below its best, in standard
+            deviations of the scores at the best.
+        entropy: Smallest entropy, as a fraction of the first row's.
     """
 
     kl: float | None = None
@@ -34,10 +35,10 @@ class AlertRules:
 
 
 class AlertMonitor:
-    """Looks at each row, in order.
+    """Checks each logged row, in order.
 
     Args:
-        rules: Thresholds.
+        rules: Thresholds; by default no rule is on.
     """
 
     def __init__(self, rules: AlertRules | None = None) -> None:
@@ -48,21 +49,24 @@ class AlertMonitor:
         self._best: tuple[float, float] | None = None
         self._first_entropy: float | None = None
 
-    def see(self, row: Mapping[str, float]) -> list[tuple[str, str]]:
-        """Return titles and texts of the alerts that a row raises; not every engine knows all."""
+    def check(self, row: Mapping[str, float]) -> list[tuple[str, str]]:
+        """Return titles and texts of the alerts that a row raises.
+
+        Not every engine logs all metrics: rules without theirs raise nothing.
+        """
         if "reward/mean" not in row:
             return []
         self._rows += 1
-        found = {
+        texts = {
             "KL is far above its target": self._kl(row.get("kl/sequence")),
             "Reward has collapsed": self._reward(row["reward/mean"], row.get("reward/std")),
             "Entropy has collapsed": self._entropy(row.get("policy/entropy")),
         }
-        return [(title, text) for title, text in found.items() if text and self._due(title)]
+        return [(title, text) for title, text in texts.items() if text and self._due(title)]
 
     def _due(self, title: str) -> bool:
-        before = self._raised.get(title)
-        if before is not None and self._rows - before <= REST:
+        last = self._raised.get(title)
+        if last is not None and self._rows - last <= COOLDOWN:
             return False
         self._raised[title] = self._rows
         return True

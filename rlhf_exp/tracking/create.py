@@ -1,10 +1,11 @@
-"""Opens the tracker of a stage: the local record, W&B if asked for, and the alarms."""
+"""Creation of a stage's tracker: the local record, W&B unless it is disabled, and alerts."""
 
 from __future__ import annotations
 
 import secrets
 import string
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,8 +40,8 @@ def open_tracker(
         mode: W&B `offline` (files in `folder/wandb`), `online`, or `disabled` (the local record
             only; wandb is not imported).
         folder: The run's folder; the local record and all W&B files go there.
-        run_id: The id to continue. None takes the one that an earlier start left in `folder`, or
-            makes a new one.
+        run_id: Id of the run to continue. None: the id that an earlier start left in `folder`, or a
+            new one.
         project: W&B project.
         entity: W&B user or team; None is the account's default.
         group: W&B group: the sweep.
@@ -48,23 +49,23 @@ def open_tracker(
         name: W&B display name.
         tags: W&B tags.
         config: The resolved config, nested.
-        diff: How the code differs from its git revision; a file of the W&B run.
-        alerts: When to raise alarms; None: never.
-        resume_step: The global step being resumed from: the local record forgets later rows. None
-            starts the record afresh.
+        diff: Difference of the code from its git revision; saved as a file of the W&B run.
+        alerts: Thresholds of alerts; None: no alerts.
+        resume_step: The global step being resumed from: later rows of the local record are removed.
+            None starts a new record.
 
     Raises:
-        UserError: W&B knows no key (`online` only).
+        UserError: W&B has no API key (`online` only).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run_id = _settle_run_id(folder / _ID_FILE, run_id)
+    run_id = _resolve_run_id(folder / _ID_FILE, run_id)
     local = MetricsLog(folder, run_id=run_id, resume_step=resume_step)
     earlier = read_metrics(folder / "metrics.jsonl")
-    alarms = AlertMonitor(alerts)
-    for row in earlier:  # what has been seen before the resume
-        alarms.see(row)
+    monitor = AlertMonitor(alerts)
+    for row in earlier:  # the rules compare with rows from before the resume
+        monitor.check(row)
     if mode == "disabled":
-        return CompositeTracker(local, alarms=alarms)
+        return CompositeTracker(local, alerts=monitor)
     from rlhf_exp.tracking.wandb_tracker import WandbTracker
 
     remote = WandbTracker(
@@ -81,25 +82,25 @@ def open_tracker(
         diff=diff,
         earlier=earlier,
     )
-    return CompositeTracker(local, remote, alarms=alarms)
+    return CompositeTracker(local, remote, alerts=monitor)
 
 
-def get_ready(mode: Mode) -> None:
-    """Import what `open_tracker` will need, before torch is imported.
+def import_early(mode: Mode) -> None:
+    """Import wandb for `open_tracker`, before torch is imported.
 
-    Parts of wandb look for their own source among all modules that are loaded (pydantic's
+    Parts of wandb search all loaded modules for their own source (pydantic's
     `use_attribute_docstrings`), which takes a third of a second more after torch and transformers.
     """
     if mode != "disabled":
-        from wandb.sdk import launch  # noqa: F401 - starting a run imports it
+        # First: it sets an environment variable that wandb reads while it is imported.
+        import_module("rlhf_exp.tracking.wandb_tracker")
+        import_module("wandb.sdk.launch")  # `wandb.init` imports it
 
-        from rlhf_exp.tracking import wandb_tracker  # noqa: F401
 
+def _resolve_run_id(path: Path, run_id: str | None) -> str:
+    """Return the run's id and write it into the folder for the next start.
 
-def _settle_run_id(path: Path, run_id: str | None) -> str:
-    """Decide on the run's id and leave it in the folder, where the next start finds it.
-
-    A checkpoint holds the id too, but a run killed before its first checkpoint is the same run.
+    A checkpoint contains the id too, but a run killed before its first checkpoint is the same run.
     """
     if run_id is None and path.exists():
         run_id = path.read_text().strip()

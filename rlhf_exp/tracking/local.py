@@ -1,6 +1,6 @@
 """The local record of a run: `metrics.jsonl`, `tables/` and `summary.json` in the run's folder.
 
-It is written whether or not W&B is, needs no library to read, and is what reports are made of.
+It is written with or without W&B, needs no library to read, and is the source of reports.
 
 - `metrics.jsonl`: one row per `log`, `{"global_step": 12, "reward/mean": 0.5, ...}`, handed to the
   operating system at once: a killed process loses no finished row. JSON has no non-finite numbers,
@@ -39,11 +39,10 @@ class MetricsLog:
     """The `Tracker` that writes a run's local record.
 
     Args:
-        folder: The run's folder; made if missing.
-        run_id: The run's name for those who ask; not written.
-        resume_step: The last global step whose results are part of the state being resumed: later
-            rows and tables are removed, because they will be logged again. None starts afresh and
-            removes all of them.
+        folder: The run's folder; created if missing.
+        run_id: The run's id, for `Tracker.run_id`; not written.
+        resume_step: The last global step that is part of the state being resumed: later rows and
+            tables are removed, because they will be logged again. None removes all of them.
     """
 
     def __init__(self, folder: Path, *, run_id: str = "", resume_step: int | None = None) -> None:
@@ -62,7 +61,7 @@ class MetricsLog:
             line = line[self._file.write(line) :]
 
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
-        """Nothing."""
+        """Do nothing: histograms are for W&B only."""
 
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
@@ -84,23 +83,23 @@ class MetricsLog:
         _write_atomically(self._folder / "summary.json", [text])
 
     def alert(self, title: str, text: str, step: int) -> None:
-        """Append to `alerts.jsonl`, and warn whoever watches."""
+        """Append to `alerts.jsonl`, and log a warning."""
         log.warning("alert at step %d: %s: %s", step, title, text)
         with open(self._folder / ALERTS, "a", encoding="utf-8") as file:
             file.write(json.dumps({STEP: step, "title": title, "text": text}) + "\n")
 
-    def model(self, name: str, made: Path, place: Path, facts: Mapping[str, Any]) -> None:
-        """Nothing: the artifact's manifest says it all."""
+    def model(self, name: str, path: Path, final_path: Path, metadata: Mapping[str, Any]) -> None:
+        """Do nothing: the artifact's manifest describes the model."""
 
     def mark_preempting(self) -> None:
-        """Nothing: the record is complete at any moment."""
+        """Do nothing: the record is complete at any moment."""
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the file; again is harmless."""
+        """Close the file; further calls do nothing."""
         self._file.close()
 
     def _rewind(self, last_step: float) -> None:
-        """Remove what was logged after `last_step`, and a line torn by a kill."""
+        """Remove rows and tables logged after `last_step`, and a line torn by a kill."""
         for path in (self._folder / METRICS, self._folder / ALERTS):
             if path.exists():
                 rows = [(line, row[STEP]) for line, row in _complete_rows(path)]
@@ -148,20 +147,20 @@ def read_table(folder: Path, name: str, step: int | None = None) -> list[dict[st
 
 
 def table_steps(folder: Path, name: str) -> list[int]:
-    """The steps at which a run's table was written, ascending."""
+    """Return the steps at which a run's table was written, ascending."""
     pattern = _table_path(folder, name, 0)
-    found = pattern.parent.glob(f"{pattern.name.removesuffix('-0.jsonl')}-*.jsonl")
-    return sorted(map(_step_of, found))
+    tables = pattern.parent.glob(f"{pattern.name.removesuffix('-0.jsonl')}-*.jsonl")
+    return sorted(map(_step_of, tables))
 
 
 def _complete_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Each complete line of `path` with its row."""
+    """Return each complete line of `path` with its row."""
     lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline: nothing, or a torn line
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            row[STEP] + 0  # not a row without its step
+            row[STEP] + 0  # fails unless the step is a number
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path}:{number}: expected a JSON object with {STEP!r}, found {line[:80]!r}. "
@@ -172,7 +171,7 @@ def _complete_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _number(value: float) -> int | float | str:
-    """A metric as JSON can hold it; takes whatever converts to float (numpy, 0-d tensors)."""
+    """Return a metric as JSON can hold it; it may be anything that converts to float."""
     number = value if isinstance(value, int) else float(value)
     if math.isfinite(number):
         return number
@@ -180,7 +179,7 @@ def _number(value: float) -> int | float | str:
 
 
 def _cell(value: object) -> object:
-    """A table cell as JSON can hold it."""
+    """Return a table cell as JSON can hold it."""
     if value is None or isinstance(value, str | int):
         return value
     number = float(value)  # type: ignore[arg-type] # anything else must be a number

@@ -1,6 +1,6 @@
-"""The progress of a stage on standard error: a bar with the three numbers one watches.
+"""The progress of a stage on standard error: a bar with a few metrics beside it.
 
-With a terminal a live bar; without one (a log file, a cluster job) a plain line now and then.
+On a terminal the bar is live; elsewhere (a log file, a cluster job) it is a line every 10 s.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class StageProgress:
         watch: The metrics to show, by name; those not logged yet are left out.
         start: The step already done, on a resume: the time left is estimated from the steps since.
         shown: False shows nothing (processes other than rank 0).
-        stream: Where to write; standard error by default.
-        clock: Seconds; for tests.
+        stream: The output; standard error by default.
+        clock: Returns seconds; for tests.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class StageProgress:
         return self
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Say that `step` steps are done; watched metrics missing here keep their last value."""
+        """Show that `step` steps are done; watched metrics missing here keep their last value."""
         self._step = step
         self._values |= {name: float(metrics[name]) for name in self._watch if name in metrics}
         if self._bar is not None:
@@ -80,7 +80,7 @@ class StageProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Leave the last state standing."""
+        """Leave the last state on the screen."""
         if self._bar is not None:
             self._bar.stop()
         elif self._shown and self._step != self._printed_step:
@@ -113,7 +113,7 @@ class StageProgress:
 
 
 def _clock_time(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+    """Return seconds as m:ss or h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,14 +1,7 @@
-"""Where a stage reports to: the `Tracker` protocol.
+"""The `Tracker` protocol: a stage's reports of metrics, tables, results and alerts.
 
-The step axis is `global_step` everywhere. Only the process of rank 0 opens a tracker
-(`opening.py`); the others use `NullTracker`.
-
-The tracker of a run that is recorded in several places, and watched.
-
-Closing a tracker however the work ends: done, failed, interrupted or told to stop.
-
-A run that is not finished is shown as running or crashed, loses its last rows, and is shared with
-the next job of the same process.
+The step axis is `global_step` everywhere. Only the process of rank 0 opens a tracker (`create.py`);
+the others use `NullTracker`.
 """
 
 from __future__ import annotations
@@ -25,7 +18,7 @@ from rlhf_exp.tracking.alerts import AlertMonitor
 
 
 class Tracker(Protocol):
-    """What a stage may say about its run.
+    """Receives the metrics, tables and results of a stage's run.
 
     Attributes:
         run_id: The run's id, the same after a resume (and at W&B).
@@ -42,11 +35,11 @@ class Tracker(Protocol):
         Args:
             metrics: Numbers by name.
             step: The global step.
-            more: Whether more of this step will be logged, so that its row does not end yet.
+            more: Whether more metrics of this step will follow, so that its row does not end yet.
         """
 
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
-        """Record how `values` are distributed, as a part of the row that `log` will end."""
+        """Record a histogram of `values`, as a part of the row that `log` will end."""
 
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
@@ -64,77 +57,77 @@ class Tracker(Protocol):
 
         Args:
             title: A few words.
-            text: What was seen and what can be done.
-            step: The global step at which it was seen.
+            text: The observation, and a remedy.
+            step: The global step of the observation.
         """
 
-    def model(self, name: str, made: Path, place: Path, facts: Mapping[str, Any]) -> None:
-        """Record that the run has made a model, by reference: nothing is uploaded.
+    def model(self, name: str, path: Path, final_path: Path, metadata: Mapping[str, Any]) -> None:
+        """Record by reference that the run has made a model: nothing is uploaded.
 
         Args:
             name: The model's name.
-            made: The folder or file where it is now.
-            place: Where it will be.
-            facts: What is known of it; its digest among them.
+            path: The folder or file that contains it now.
+            final_path: The path to which it will be moved.
+            metadata: Facts about it, its digest among them.
         """
 
     def mark_preempting(self) -> None:
-        """Say that the run is being stopped and will be started again."""
+        """Record that the run is being stopped and will be started again."""
 
     def finish(self, exit_code: int = 0) -> None:
-        """Write everything out and close; further calls of it do nothing."""
+        """Write everything and close; further calls do nothing."""
 
 
 class NullTracker:
-    """The tracker of a process that has nothing to report."""
+    """The tracker of a process that reports nothing: all but the one of rank 0."""
 
     run_id = ""
 
     def log(self, metrics: Mapping[str, float], step: int, *, more: bool = False) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
     ) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def alert(self, title: str, text: str, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
-    def model(self, name: str, made: Path, place: Path, facts: Mapping[str, Any]) -> None:
-        """Nothing."""
+    def model(self, name: str, path: Path, final_path: Path, metadata: Mapping[str, Any]) -> None:
+        """Do nothing."""
 
     def mark_preempting(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finish(self, exit_code: int = 0) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class CompositeTracker:
-    """The tracker that reports to each of `trackers`, in order, and raises alarms.
+    """Reports to several trackers, in order, and raises alerts.
 
     Args:
-        trackers: Where to report to; the first knows the run's id.
-        alarms: Look at each row.
+        trackers: The trackers; the first has the run's id.
+        alerts: Checks each row.
     """
 
-    def __init__(self, *trackers: Tracker, alarms: AlertMonitor | None = None) -> None:
+    def __init__(self, *trackers: Tracker, alerts: AlertMonitor | None = None) -> None:
         self.run_id = trackers[0].run_id
         self._trackers = trackers
-        self._alarms = alarms or AlertMonitor()
+        self._alerts = alerts or AlertMonitor()
 
     def log(self, metrics: Mapping[str, float], step: int, *, more: bool = False) -> None:
         """See `Tracker`."""
         for tracker in self._trackers:
             tracker.log(metrics, step, more=more)
-        for title, text in self._alarms.see(metrics):
+        for title, text in self._alerts.check(metrics):
             self.alert(title, text, step)
 
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
@@ -159,10 +152,10 @@ class CompositeTracker:
         for tracker in self._trackers:
             tracker.alert(title, text, step)
 
-    def model(self, name: str, made: Path, place: Path, facts: Mapping[str, Any]) -> None:
+    def model(self, name: str, path: Path, final_path: Path, metadata: Mapping[str, Any]) -> None:
         """See `Tracker`."""
         for tracker in self._trackers:
-            tracker.model(name, made, place, facts)
+            tracker.model(name, path, final_path, metadata)
 
     def mark_preempting(self) -> None:
         """See `Tracker`."""
@@ -181,20 +174,23 @@ TERMINATED = 143  # ... SIGTERM
 
 @contextmanager
 def finishing(tracker: Tracker) -> Iterator[Tracker]:
-    """Finish `tracker` at the end of the block, with the exit code that the end deserves.
+    """Finish `tracker` however the block ends: done, failed, interrupted or terminated.
 
-    0 at the end of the block, 1 for an exception, 130 for Ctrl-C, the code of a `SystemExit`. After
-    130 and 143 the run is marked as preempted: it will be continued.
+    A run that is not finished is shown as running or crashed, loses its last rows, and is shared
+    with the next job of the same process.
+
+    The exit code is 0 at the end of the block, 1 for an exception, 130 for Ctrl-C, and that of a
+    `SystemExit`. After 130 and 143 the run is marked as preempted: it will be continued.
 
     SIGTERM is turned into `SystemExit(143)` inside the block, so that the work unwinds to here
-    instead of W&B being called from a handler, in the middle of anything. A handler that somebody
-    else has set (one that writes a checkpoint first) stays; it should end in `SystemExit(143)`.
+    instead of W&B being called from a signal handler. A handler that has been set before (one that
+    writes a checkpoint first) stays; it should end in `SystemExit(143)`.
     """
-    in_charge = (
+    handles_sigterm = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     )
-    if in_charge:
+    if handles_sigterm:
         signal.signal(signal.SIGTERM, _terminate)
     code = 1
     try:
@@ -207,14 +203,14 @@ def finishing(tracker: Tracker) -> Iterator[Tracker]:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
     finally:
-        if in_charge:  # an impatient second signal must not cut off the writing
+        if handles_sigterm:  # a second signal must not cut off the writing
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             if code in (INTERRUPTED, TERMINATED):
                 tracker.mark_preempting()
             tracker.finish(code)
         finally:
-            if in_charge:
+            if handles_sigterm:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

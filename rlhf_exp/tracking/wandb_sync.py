@@ -1,8 +1,8 @@
-"""Sending to W&B what a run has recorded offline, over all its starts.
+"""Sends runs that were recorded offline to W&B.
 
-Each start of a run writes a transaction log of its own; a resumed start logs again what came after
-its checkpoint. W&B's history only grows, so what is sent of a log are the rows that no later log
-has and that have not been sent yet. `wandb sync` does the sending, from a copy with these rows.
+Each start of a run writes a transaction log of its own; a resumed start repeats the rows after its
+checkpoint. W&B's history is append-only, so of each log the rows are sent that no later log has and
+that have not been sent yet. `wandb sync` sends them, from a copy of the log with these rows.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from rlhf_exp.tracking.wandb_log import (
     wandb_files,
 )
 
-TIMEOUT_S = 1800.0
-ASK_S = 20
+SYNC_TIMEOUT_S = 1800.0
+API_TIMEOUT_S = 20
 _LAST = "last_step"
 _URL = re.compile(r"View run .*?\b(https?://\S+)")
-# Its own patience is hours; the user can give the command again.
+# By default `wandb sync` retries for hours; the user can give the command again.
 _ENVIRONMENT = {
     "WANDB_X_GRAPHQL_RETRY_MAX": "3",
     "WANDB_X_FILE_TRANSFER_RETRY_MAX": "3",
@@ -54,7 +54,7 @@ class RunStart:
         online: Whether it was connected to a server.
         complete: Whether it was finished.
         steps: The global steps of its rows.
-        sent: The last step sent of it; `None`: it has not been sent.
+        sent: Its last step that was sent; `None`: it has not been sent.
     """
 
     path: Path
@@ -69,14 +69,14 @@ class RunStart:
 
 @dataclass(frozen=True)
 class SyncPiece:
-    """What is to be sent of a start: its rows with `after < step < before`."""
+    """The rows of a start to send: those with `after < step < before`."""
 
     start: RunStart
     after: float
     before: float
 
     def keeps(self, row: dict[str, Any]) -> bool:
-        """Whether a row is to be sent; what is no step's always is."""
+        """Return whether a row is to be sent; a row without a step always is."""
         return STEP not in row or self.after < row[STEP] < self.before
 
     @property
@@ -92,11 +92,11 @@ class SyncPiece:
 
 @dataclass(frozen=True)
 class SyncResult:
-    """How sending went.
+    """The outcome of sending a piece.
 
     Attributes:
-        url: Where the run is to be seen.
-        error: What went wrong; `None`: nothing.
+        url: Address of the run's page.
+        error: The error; `None` if the piece was sent.
     """
 
     url: str
@@ -109,7 +109,7 @@ def starts_of(folder: Path) -> list[RunStart]:
     Raises:
         UserError: A log is damaged.
     """
-    found = []
+    starts = []
     for path in wandb_files(folder):
         if path.stat().st_size <= 7:  # killed before anything was written
             continue
@@ -117,9 +117,9 @@ def starts_of(folder: Path) -> list[RunStart]:
         steps = tuple(row[STEP] for row in run.history if STEP in row)
         online = not path.parent.name.startswith("offline-")
         sent = _last_sent(path, steps)
-        whose = run.run_id, run.project, run.entity
-        found.append(RunStart(path, *whose, online, is_complete(path), steps, sent))
-    return found
+        names = run.run_id, run.project, run.entity
+        starts.append(RunStart(path, *names, online, is_complete(path), steps, sent))
+    return starts
 
 
 def _last_sent(path: Path, steps: tuple[int, ...]) -> float | None:
@@ -132,10 +132,10 @@ def _last_sent(path: Path, steps: tuple[int, ...]) -> float | None:
 
 
 def unsent(starts: Sequence[RunStart], after: float = -math.inf) -> list[SyncPiece]:
-    """Return what is to be sent, in order.
+    """Return the pieces to send, in order.
 
-    A start that was online has first sent whatever the starts before it had recorded, so these are
-    done with.
+    A start that was online has first sent all that the starts before it recorded, so these are
+    skipped.
 
     Args:
         starts: In order.
@@ -148,8 +148,8 @@ def unsent(starts: Sequence[RunStart], after: float = -math.inf) -> list[SyncPie
         start = starts[index]
         if start.sent is not None:
             after = max(after, start.sent)
-        elif start.steps or not start.online:  # else the server was away: an offline one followed
-            later = [min(one.steps) for one in starts[index + 1 :] if one.steps]
+        elif start.steps or not start.online:  # else no server answered: an offline start followed
+            later = [min(other.steps) for other in starts[index + 1 :] if other.steps]
             piece = SyncPiece(start, after, min(later, default=math.inf))
             pieces.append(piece)
             after = max(after, piece.last)
@@ -159,15 +159,15 @@ def unsent(starts: Sequence[RunStart], after: float = -math.inf) -> list[SyncPie
 def last_step_sent(starts: Sequence[RunStart]) -> float:
     """Ask W&B for the last step that it has of a run.
 
-    A server lost in the middle has a part of what a log holds, and only it knows which. Its summary
+    If the connection was lost, the server has a part of a log, and only it knows which. Its summary
     may be ahead of its rows; their number may include rows sent twice by other means.
 
     Raises:
-        wandb.Error: The server does not say.
+        wandb.Error: The server does not answer.
     """
-    from rlhf_exp.tracking.wandb_log import wandb
+    from rlhf_exp.tracking.wandb_tracker import wandb
 
-    api = wandb.Api(timeout=ASK_S)
+    api = wandb.Api(timeout=API_TIMEOUT_S)
     entity = starts[0].entity or api.default_entity
     try:
         run = api.run(f"{entity}/{starts[0].project}/{starts[0].run_id}")
@@ -186,7 +186,7 @@ def send(piece: SyncPiece, folder: Path) -> SyncResult:
     """Send a piece by `wandb sync`, from a copy of its log.
 
     Args:
-        piece: What is sent.
+        piece: The rows to send.
         folder: The run's folder.
     """
     path = piece.start.path
@@ -197,39 +197,40 @@ def send(piece: SyncPiece, folder: Path) -> SyncResult:
             shutil.copytree(files, copy / "files")
         copy.mkdir(exist_ok=True)
         copy_log(path, copy / path.name, piece.keeps, folder.resolve())
-        said = _wandb_sync(copy)
+        output = _wandb_sync(copy)
         sent = synced_marker(copy / path.name).exists()
     if not sent:
-        return SyncResult("", _reason(said))
+        return SyncResult("", _reason(output))
     mark_synced(path, json.dumps({_LAST: piece.last}))
-    url = _URL.search(said)
+    url = _URL.search(output)
     return SyncResult(url[1] if url else "", None)
 
 
 def _wandb_sync(folder: Path) -> str:
-    """Run `wandb sync` on a start's directory; return what it said. Its exit code is always 0."""
+    """Run `wandb sync` on a start's directory; return its output. Its exit code is always 0."""
     environment = {**os.environ, **_ENVIRONMENT}
     environment.pop("WANDB_MODE", None)
     environment.pop("WANDB_SILENT", None)
     command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(folder)]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=TIMEOUT_S,
+            timeout=SYNC_TIMEOUT_S,
             check=False,
             text=True,
         )
     except subprocess.TimeoutExpired:
-        return f"wandb sync took more than {TIMEOUT_S:g} s"
-    return done.stdout
+        return f"wandb sync took more than {SYNC_TIMEOUT_S:g} s"
+    return process.stdout
 
 
-def _reason(said: str) -> str:
-    lines = [line.removeprefix("wandb: ").strip() for line in said.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"(?i)error|fail|not auth|took more", line)]
-    return (telling or lines or ["wandb sync said nothing"])[-1]
+def _reason(output: str) -> str:
+    """Return the line of `wandb sync` that names the error."""
+    lines = [line.removeprefix("wandb: ").strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"(?i)error|fail|not auth|took more", line)]
+    return (errors or lines or ["wandb sync said nothing"])[-1]

@@ -2,16 +2,22 @@
 
 Measured with wandb 0.31, and the reason for what looks odd here:
 - W&B drops or renumbers steps that go backwards, as they do after a resume. So `global_step` is a
-  metric like any other, the axis of all others, and W&B's own step is left alone.
+  metric like any other, the axis of all others, and W&B's own step is not used.
 - `finish` returns before the file is complete (7 bytes were seen), and the folder is renamed soon
   after. So the exit record is awaited.
 - With the server lost, `log` and `alert` go on; what needs an artifact (table, model) may raise.
-- W&B's history is appended to and never corrected. So what a resume repeats is not sent twice, and
-  what is known to have been lost is sent before it.
+- W&B's history is appended to and never corrected. So rows that a resume repeats are not sent
+  twice, and rows that are known to have been lost are sent before them.
+- The transaction log is flushed every 15 s by default, so that a kill in the first seconds leaves
+  nothing, not even the config. Every second costs nothing noticeable.
+- Even offline, wandb sends telemetry over the network unless error reporting is off.
+- The directory of a start is named by the second: another start within it would write over it.
+- Without a server, `wandb.init` waits for 90 s by default and then fails.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -20,18 +26,25 @@ import warnings
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from enum import Enum
 from hashlib import md5
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb reads it while it is imported
+import wandb
+
 from rlhf_exp.errors import UserError
 from rlhf_exp.tracking.local import STEP
-from rlhf_exp.tracking.wandb_log import FINISH_S, is_complete, mark_synced, start_run, wandb
+from rlhf_exp.tracking.wandb_log import is_complete, mark_synced
 
 log = logging.getLogger(__name__)
 
+FLUSH_S = 1.0
+START_S = 15.0  # after that the run is recorded offline: a lost server must not hold up training
+FINISH_S = 60.0  # a lost server must not hold a finished job; the rest can be synced later
 WRITTEN_S = 10.0
 BINS = 64
 DIFF_FILE = "git-diff.patch"  # W&B's own, of the working directory, is called diff.patch
@@ -40,12 +53,12 @@ DIFF_FILE = "git-diff.patch"  # W&B's own, of the working directory, is called d
 class WandbTracker:
     """One W&B run; its files go to `folder/wandb`, staged artifacts to `folder/wandb-data`.
 
-    A resumed run has the same id. Every start makes a directory of its own; those written offline
-    are joined by the id when they are sent (`wandb_sync.py`).
+    A resumed run has the same id. Every start makes its own directory; those written offline are
+    joined by the id when they are sent (`wandb_sync.py`).
 
     Attributes:
         run_id: W&B's run id.
-        url: Where the run is to be seen; None offline.
+        url: Address of the run's page; None offline.
 
     Args:
         mode: "online" or "offline". A server that does not answer makes it offline.
@@ -59,10 +72,10 @@ class WandbTracker:
         tags: W&B tags.
         config: The resolved config, nested; enums are recorded by name, paths as text.
         diff: Text of the file `git-diff.patch`; empty: none.
-        earlier: Rows of before the resume; online, the server is sent those that it lacks.
+        earlier: Rows from before the resume; online, those that the server lacks are sent.
 
     Raises:
-        UserError: W&B refused: no key.
+        UserError: W&B refuses the run, such as for a missing API key.
     """
 
     def __init__(
@@ -102,7 +115,7 @@ class WandbTracker:
         except UserError:
             self._restore_environment()
             raise
-        self.url = self._run.url if self._online else None  # asking offline prints a warning
+        self.url = self._run.url if self._online else None  # offline wandb prints a warning
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
         self._sent = self._last_step_sent()
@@ -115,7 +128,7 @@ class WandbTracker:
             self._run.save(str(path), base_path=self._run.dir, policy="now")
 
     def _last_step_sent(self) -> float:
-        """The last step of a continued run that the server has."""
+        """Return the last step of a continued run that the server has."""
         if not (self._online and self._run.resumed):
             return -math.inf
         last = self._run.summary.get(STEP)
@@ -140,15 +153,15 @@ class WandbTracker:
     ) -> None:
         """See `Tracker`."""
 
-        def made() -> wandb.Table:
+        def build() -> wandb.Table:
             data = [list(row) for row in rows]
             return wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
 
         if step > self._sent:
             self._if_server(
-                lambda: self._run.log({name: made()}, commit=False),
-                # Its row is gone by then.
-                later=lambda: self._run.summary.update({name: made()}),
+                lambda: self._run.log({name: build()}, commit=False),
+                # Its row has been sent by then.
+                later=lambda: self._run.summary.update({name: build()}),
             )
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -160,15 +173,15 @@ class WandbTracker:
         if step > self._sent:
             self._run.alert(title, f"Step {step}: {text}", "WARN")
 
-    def model(self, name: str, made: Path, place: Path, facts: Mapping[str, Any]) -> None:
-        """See `Tracker`. W&B wants to see a file before it believes that it exists."""
+    def model(self, name: str, path: Path, final_path: Path, metadata: Mapping[str, Any]) -> None:
+        """See `Tracker`. W&B records a file only if it exists, so it is read at `path`."""
 
         def send() -> None:
-            artifact = wandb.Artifact(name, "model", metadata=dict(facts))
-            for entry in artifact.add_reference(made.resolve().as_uri(), checksum=False):
-                entry.ref = f"{place.resolve().as_uri()}/{entry.path}"
-                # What tells versions apart, as the place of a model trained again is the same.
-                content = f"{entry.path} {facts.get('digest')}".encode()
+            artifact = wandb.Artifact(name, "model", metadata=dict(metadata))
+            for entry in artifact.add_reference(path.resolve().as_uri(), checksum=False):
+                entry.ref = f"{final_path.resolve().as_uri()}/{entry.path}"
+                # Tells versions apart: a model trained again has the same path.
+                content = f"{entry.path} {metadata.get('digest')}".encode()
                 entry.digest = b64encode(md5(content, usedforsecurity=False).digest()).decode()
             self._run.log_artifact(artifact)
 
@@ -206,7 +219,7 @@ class WandbTracker:
             mark_synced(written)
 
     def _if_server(self, action: Callable[[], object], later: Callable[[], object]) -> None:
-        """Do what may need the server; if it is lost, do `later` at the end."""
+        """Run `action`, which may need the server; if it is lost, run `later` in `finish`."""
         try:
             action()
         except wandb.Error as error:
@@ -227,3 +240,73 @@ def _await_exit_record(path: Path) -> None:
             warnings.warn(f"{path}: W&B did not finish writing it", RuntimeWarning, stacklevel=3)
             return
         time.sleep(0.02)
+
+
+def start_run(
+    mode: Literal["offline", "online"],
+    folder: Path,
+    run_id: str,
+    *,
+    config: Mapping[str, Any],
+    **names: Any,  # noqa: ANN401 - what `wandb.init` takes
+) -> tuple[wandb.Run, bool]:
+    """Start or continue a W&B run; return it and whether it is online.
+
+    Args:
+        mode: "online" or "offline". A server that does not answer makes it offline.
+        folder: The run's folder; the start makes a directory in `folder/wandb`.
+        run_id: The id to create or continue.
+        config: The resolved config, nested; enums are recorded by name, paths as text.
+        names: Project, group and the like.
+
+    Raises:
+        UserError: W&B refuses the run, such as for a missing API key.
+    """
+    arguments = dict(
+        names,
+        dir=folder,
+        id=run_id,
+        resume="allow",
+        reinit="create_new",  # do not continue a run that other code left open
+        config=json.loads(json.dumps(dict(config), default=_plain)),
+    )
+    _await_free_directory(folder / "wandb", run_id)
+    try:
+        return wandb.init(mode=mode, settings=_settings(mode), **arguments), mode == "online"
+    except wandb.errors.CommError as error:
+        log.warning(
+            "tracking=online: W&B could not be reached, so this is recorded offline; "
+            "`rlhf-exp sync` sends it later. (%s)",
+            str(error).splitlines()[0],
+        )
+        wandb.teardown()  # else the failed attempt keeps the id in use
+        return wandb.init(mode="offline", settings=_settings("offline"), **arguments), False
+    except wandb.Error as error:
+        raise UserError(
+            f"tracking=online: W&B did not accept the run: {error} "
+            "Log in with `wandb login` (or set WANDB_API_KEY) and check the connection, or "
+            "record locally with tracking=offline and send it later."
+        ) from error
+
+
+def _await_free_directory(parent: Path, run_id: str) -> None:
+    while any(parent.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{run_id}")):
+        time.sleep(0.05)
+
+
+def _plain(value: object) -> str:
+    """Return a value that JSON cannot hold as text."""
+    return value.name if isinstance(value, Enum) else str(value)
+
+
+def _settings(mode: Literal["offline", "online"]) -> wandb.Settings:
+    return wandb.Settings(
+        x_transaction_log_flush_interval=FLUSH_S,
+        init_timeout=START_S,
+        finish_timeout=FINISH_S,
+        finish_timeout_raises=True,
+        console="off",  # a progress bar's redraws would fill the log
+        silent=mode == "offline",
+        quiet=True,
+        symlink=False,  # the folder is moved when it is published, and links would break
+    )

@@ -367,7 +367,7 @@ class ExperienceCollector:
         """Run policy and reference over all responses, with the states that training will use."""
         rows, width = len(samples), int(samples.response_lengths.max())
         results = [torch.zeros(rows, width, device=self.world.device) for _ in range(4)]
-        reuse = self.reuse_states and self.policy.cut is not None
+        reuse = self.reuse_states and self.policy.frozen_blocks is not None
         states = known = samples.states if reuse else None
         for part in compare_with_reference(
             self.policy,

@@ -16,7 +16,7 @@ import pytest
 from rlhf_exp.config.experiment import Config, DistributedConfig
 from rlhf_exp.errors import JobsFailed
 from rlhf_exp.launchers import local
-from rlhf_exp.launchers.local import Devices, PointProcess
+from rlhf_exp.launchers.local import GpuPool, PointProcess
 from rlhf_exp.launchers.points import JobResult, SweepPoint, failure_of, varied
 from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.store.fingerprint import file_digest
@@ -221,7 +221,7 @@ def point_of(processes: int) -> SweepPoint:
 
 
 def test_a_point_has_devices_of_its_own_while_it_runs() -> None:
-    found = Devices(["0", "1", "2"])
+    found = GpuPool(["0", "1", "2"])
     assert found.take(2) == ["0", "1"]
     assert found.take(2) is None, "one is left"
     assert found.take(1) == ["2"]
@@ -232,17 +232,17 @@ def test_a_point_has_devices_of_its_own_while_it_runs() -> None:
 
 
 def test_without_devices_nothing_is_shared_out() -> None:
-    found = Devices()
+    found = GpuPool()
     assert [found.take(4), found.take(4)] == [[], []]
     assert found.problem([point_of(99)]) is None
 
 
 def test_as_many_as_cores_and_devices_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "cores", lambda: 16)
-    assert Devices().side_by_side(2) == 8
-    assert Devices(["0", "1", "2", "3", "4"]).side_by_side(2) == 2
-    assert Devices(["0"]).side_by_side(2) == 1
-    assert Devices([str(number) for number in range(64)]).side_by_side(2) == 8
+    assert GpuPool().side_by_side(2) == 8
+    assert GpuPool(["0", "1", "2", "3", "4"]).side_by_side(2) == 2
+    assert GpuPool(["0"]).side_by_side(2) == 1
+    assert GpuPool([str(number) for number in range(64)]).side_by_side(2) == 8
 
 
 def test_points_side_by_side_see_one_device_each(
@@ -305,7 +305,7 @@ def started(folder: Path) -> PointProcess:
 
 def ended(process: PointProcess) -> JobResult:
     deadline = time.monotonic() + 200
-    while (ending := process.ending()) is None and time.monotonic() < deadline:
+    while (ending := process.poll()) is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert ending is not None
     return ending

@@ -26,15 +26,15 @@ Behaviour = Callable[[SweepPoint, int], JobResult]
 class Process:
     """Stands in for the process of a point: it ends at once."""
 
-    def __init__(self, point: SweepPoint, ending: JobResult, devices: list[str]) -> None:
-        self.point, self.found, self.devices = point, ending, devices
+    def __init__(self, point: SweepPoint, result: JobResult, gpus: list[str]) -> None:
+        self.point, self.result, self.gpus = point, result, gpus
 
-    def ending(self) -> JobResult:
-        return self.found
+    def poll(self) -> JobResult:
+        return self.result
 
 
 class Machine:
-    """Where processes are started."""
+    """Starts such processes in place of `PointProcess`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, behaviour: Behaviour) -> None:
         self.behaviour = behaviour
@@ -42,10 +42,10 @@ class Machine:
         monkeypatch.setattr(local, "PointProcess", self._start)
 
     def _start(
-        self, point: SweepPoint, folder: Path, recorded: bool, threads: int, devices: list[str]
+        self, point: SweepPoint, folder: Path, recorded: bool, threads: int, gpus: list[str]
     ) -> Process:
         self.started.append(point.steps[-1].stage)
-        return Process(point, self.behaviour(point, len(self.started)), devices)
+        return Process(point, self.behaviour(point, len(self.started)), gpus)
 
 
 def jobs(folder: Path, *points: str) -> list[tuple[list[str], Config]]:

@@ -32,14 +32,14 @@ def stir(policy: Policy) -> None:
 def test_only_the_adapter_and_the_value_head_train(tiny: Build, family: str) -> None:
     policy = Policy(tiny(family), lora=LoraSettings(rank=4))
     names = [name for name, _ in policy.trainable_named_parameters()]
-    assert policy.cut is None
+    assert policy.frozen_blocks is None
     assert all(".lora_" in name or name.startswith("value_head.") for name in names)
     assert not any("lm_head" in name or "embed" in name for name in names)
 
 
 def test_adapter_above_a_frozen_trunk(tiny: Build, family: str, rows: Batch) -> None:
     policy = Policy(tiny(family), train_blocks=1, lora=LoraSettings(rank=4)).train()
-    assert policy.cut == 3
+    assert policy.frozen_blocks == 3
     names = [name for name, _ in policy.trainable_named_parameters() if "lora" in name]
     assert names
     assert all(".3." in name for name in names)

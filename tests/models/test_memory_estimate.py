@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_exp.algo.logprobs import CHUNK_ELEMENTS
+from rlhf_exp.algo.logprobs import MAX_CHUNK_LOGITS
 from rlhf_exp.models.architecture import Architecture, count_parameters
 from rlhf_exp.models.memory_estimate import (
     FLOAT32,
@@ -186,7 +186,7 @@ def test_a_reward_model_over_the_policys_trunk_holds_its_own_blocks() -> None:
 
 
 def test_long_logits_are_made_in_chunks() -> None:
-    assert LOGITS_CHUNK == CHUNK_ELEMENTS
+    assert LOGITS_CHUNK == MAX_CHUNK_LOGITS
     plan = estimate_memory(GPTJ, replace(RECIPE, rows=64, head_tokens=512))
     assert plan.logits == 2 * 4 * LOGITS_CHUNK
 

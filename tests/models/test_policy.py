@@ -260,12 +260,12 @@ def test_top_blocks_norm_and_untied_head_train(tiny: Build, family: str) -> None
     expected += [policy.value_head.weight, policy.value_head.bias]
     trained = {id(value) for _, value in policy.trainable_named_parameters()}
     assert trained == {id(value) for value in expected}
-    assert policy.cut == 3
+    assert policy.frozen_blocks == 3
 
 
 def test_everything_trains_by_default_each_parameter_once(tiny: Build, family: str) -> None:
     policy = Policy(tiny(family))
-    assert policy.cut is None
+    assert policy.frozen_blocks is None
     names = [name for name, _ in policy.trainable_named_parameters()]
     assert len(names) == len(set(names)) == len(list(policy.model.parameters())) + 2
 

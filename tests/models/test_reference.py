@@ -53,7 +53,7 @@ def test_equals_the_policy_exactly_at_the_start(
     pair: tuple[Policy, Reference], rows: Batch
 ) -> None:
     policy, reference = pair
-    states = None if policy.cut is None else policy.trunk_states(rows["tokens"])
+    states = None if policy.frozen_blocks is None else policy.trunk_states(rows["tokens"])
     ours = policy.response_outputs(**rows, temperature=TEMPERATURE, states=states).logprobs
     theirs = reference.logprobs(**rows, temperature=TEMPERATURE, states=states)
     assert torch.equal(ours, theirs)
@@ -69,7 +69,7 @@ def test_stays_where_it_is_while_the_policy_trains(
     assert torch.equal(reference.logprobs(**rows, temperature=TEMPERATURE), before)
     after = policy.response_outputs(**rows, temperature=TEMPERATURE).logprobs
     assert (after - before).abs().max() > 1e-3
-    if policy.cut is not None:
+    if policy.frozen_blocks is not None:
         states = policy.trunk_states(rows["tokens"])
         assert torch.equal(
             reference.logprobs(**rows, temperature=TEMPERATURE, states=states), before

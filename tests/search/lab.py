@@ -8,21 +8,21 @@ from pathlib import Path
 
 from optuna.distributions import FloatDistribution, IntDistribution
 
-from rlhf_exp.search.pruning import Measure, Trial, report
+from rlhf_exp.search.pruning import Objective, RunningTrial, report_evaluations
 from rlhf_exp.search.study import Pruning, Search, SearchSettings, TrialHandle
 from rlhf_exp.store.store import Store
 
 BEST = 1e-4
 STEPS = 6
-MEASURE = Measure("reward_at_kl", kl_budget=5.0, kl_coef=0.05, scaled=False)
+OBJECTIVE = Objective("reward_at_kl", kl_budget=5.0, kl_coef=0.05, scaled=False)
 SPACE = {"ppo.lr": FloatDistribution(1e-6, 1e-2, log=True), "ppo.epochs": IntDistribution(1, 8)}
 
 
 def search(folder: Path, trials: int, rule: str = "none", worker: int = 0, seed: int = 0) -> Search:
     """Open the study in a folder."""
-    wanted = SearchSettings(trials, SPACE, {"ppo.lr": 1e-3, "ppo.epochs": 4}, 4, 1, seed)
+    settings = SearchSettings(trials, SPACE, {"ppo.lr": 1e-3, "ppo.epochs": 4}, 4, 1, seed)
     pruning = Pruning(rule, after=2, warmup=1, evaluations=STEPS)
-    return Search(folder / "study", Store(folder / "store"), "lab", wanted, pruning, worker)
+    return Search(folder / "study", Store(folder / "store"), "lab", settings, pruning, worker)
 
 
 def reward(values: dict[str, float], step: int) -> float:
@@ -43,13 +43,15 @@ def rows(values: dict[str, float], last: int = STEPS) -> list[dict[str, float]]:
 def play(study: Search, asked: TrialHandle) -> str:
     """Run a trial as a worker does; return how it ended."""
     folder = study.study._storage._backend._file_path
-    trial = Trial(str(Path(folder).parent), asked.id, MEASURE, Pruning("median", 2, 1, STEPS))
+    trial = RunningTrial(
+        str(Path(folder).parent), asked.id, OBJECTIVE, Pruning("median", 2, 1, STEPS)
+    )
     for step in range(STEPS + 1):
-        report(study.study, trial, rows(asked.values, step), STEPS)
+        report_evaluations(study.study, trial, rows(asked.values, step), STEPS)
         if step < STEPS and study.study.pruner.prune(study.study, study.frozen(asked.id)):
             asked.prune()
             return "pruned"
-    asked.complete(MEASURE.value(rows(asked.values)))
+    asked.complete(OBJECTIVE.value(rows(asked.values)))
     return "complete"
 
 

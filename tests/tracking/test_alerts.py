@@ -21,13 +21,13 @@ def row(kl: float = 1.0, mean: float = 0.0, std: float = 1.0, entropy: float = 2
     return {"kl/sequence": kl, "reward/mean": mean, "reward/std": std, "policy/entropy": entropy}
 
 
-def raised(alarms: AlertMonitor, *rows: dict) -> list[list[str]]:
-    return [[title for title, _ in alarms.see(one)] for one in rows]
+def raised(monitor: AlertMonitor, *rows: dict) -> list[list[str]]:
+    return [[title for title, _ in monitor.check(one)] for one in rows]
 
 
 def test_kl_above_its_limit() -> None:
-    alarms = AlertMonitor(AlertRules(kl=18.0))
-    assert raised(alarms, row(kl=18.0), row(kl=18.1)) == [[], [KL]]
+    monitor = AlertMonitor(AlertRules(kl=18.0))
+    assert raised(monitor, row(kl=18.0), row(kl=18.1)) == [[], [KL]]
 
 
 def test_an_alert_rests_for_twenty_rows() -> None:
@@ -36,10 +36,10 @@ def test_an_alert_rests_for_twenty_rows() -> None:
 
 
 def test_reward_below_its_best() -> None:
-    alarms = AlertMonitor(AlertRules(reward_drop=1.0))
+    monitor = AlertMonitor(AlertRules(reward_drop=1.0))
     rows = [row(mean=mean, std=0.5) for mean in (1, 1, 1, 1, 1, 0, 0, 0, 0)]
     # Means of five: 1, 0.8, 0.6, 0.4, 0.2. Below 1 - 0.5 the last two, of which one rests.
-    assert raised(alarms, *rows) == [[]] * 7 + [[REWARD], []]
+    assert raised(monitor, *rows) == [[]] * 7 + [[REWARD], []]
 
 
 def test_a_single_bad_iteration_is_no_collapse() -> None:
@@ -48,8 +48,8 @@ def test_a_single_bad_iteration_is_no_collapse() -> None:
 
 
 def test_entropy_below_a_fraction_of_the_first() -> None:
-    alarms = AlertMonitor(AlertRules(entropy=0.25))
-    assert raised(alarms, row(entropy=2.0), row(entropy=0.5), row(entropy=0.49)) == [
+    monitor = AlertMonitor(AlertRules(entropy=0.25))
+    assert raised(monitor, row(entropy=2.0), row(entropy=0.5), row(entropy=0.49)) == [
         [],
         [],
         [ENTROPY],
@@ -59,7 +59,7 @@ def test_entropy_below_a_fraction_of_the_first() -> None:
 def test_rules_that_are_off_and_rows_of_other_stages() -> None:
     wild = row(kl=1e9, mean=-1e9, entropy=0.0)
     assert raised(AlertMonitor(), *[row()] * 5, *[wild] * 5) == [[]] * 10
-    assert AlertMonitor(AlertRules(kl=1.0)).see({"loss/total": 3.0}) == []
+    assert AlertMonitor(AlertRules(kl=1.0)).check({"loss/total": 3.0}) == []
 
 
 def test_what_an_engine_does_not_know_raises_nothing() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_exp.tracking import wandb_log, wandb_tracker
+from rlhf_exp.tracking import wandb_tracker
 from rlhf_exp.tracking.create import open_tracker
 from rlhf_exp.tracking.local import read_metrics, read_table
 from rlhf_exp.tracking.tracker import Tracker
@@ -113,7 +113,7 @@ def test_a_server_that_stays_away_holds_no_run_for_long(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(wandb_log, "FINISH_S", 1.0)
+    monkeypatch.setattr(wandb_tracker, "FINISH_S", 1.0)
     tracker = opened(tmp_path)
     log_steps(tracker, 1)
     server.stop()
@@ -130,7 +130,7 @@ def test_a_server_absent_at_the_start_makes_the_run_an_offline_one(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(wandb_log, "START_S", 1.0)
+    monkeypatch.setattr(wandb_tracker, "START_S", 1.0)
     server.stop()
     with caplog.at_level(logging.WARNING):
         tracker = opened(tmp_path)
@@ -162,7 +162,7 @@ def test_a_resumed_run_is_one_run_with_one_row_a_step(server: WandbServer, tmp_p
 def test_a_resumed_run_first_sends_what_the_server_has_missed(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wandb_log, "FINISH_S", 1.0)
+    monkeypatch.setattr(wandb_tracker, "FINISH_S", 1.0)
     tracker = opened(tmp_path)
     log_steps(tracker, 1, 2)
     server.stop()

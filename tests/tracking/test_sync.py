@@ -13,7 +13,7 @@ from rlhf_exp.store.artifact import Manifest
 from rlhf_exp.store.lease import hold
 from rlhf_exp.store.run_records import Records, RunRecord
 from rlhf_exp.store.store import Store
-from rlhf_exp.tracking import wandb_log, wandb_sync
+from rlhf_exp.tracking import wandb_sync, wandb_tracker
 from rlhf_exp.tracking.create import Mode, open_tracker
 from rlhf_exp.tracking.wandb_log import copy_log, read_wandb_file, synced_marker, wandb_files
 from rlhf_exp.tracking.wandb_sync import RunStart, unsent
@@ -170,7 +170,7 @@ def test_an_online_run_continued_offline_is_completed(
 def test_an_online_run_that_lost_its_server_is_completed(
     server: WandbServer, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wandb_log, "FINISH_S", 1.0)
+    monkeypatch.setattr(wandb_tracker, "FINISH_S", 1.0)
     tracker = open_tracker("online", recorded.folder)
     for step in (0, 1):
         tracker.log({"loss/total": 0.5}, step)

@@ -110,7 +110,9 @@ def build_task(
     model = build_causal_lm(shape, seed=5, eos_id=EOS, pad_id=PAD)
     policy = Policy(model, train_blocks=train_blocks, seed=1)
     sampling = SamplingParams(6, section.generation.temperature, 8, EOS, PAD)
-    block = None if policy.cut is None else decoder_parts(model).blocks[policy.cut]
+    block = (
+        None if policy.frozen_blocks is None else decoder_parts(model).blocks[policy.frozen_blocks]
+    )
 
     def sampler(batch: Prompts) -> Samples:
         return sample(model, batch, sampling, section.seed, None, block)

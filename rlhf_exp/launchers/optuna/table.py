@@ -1,4 +1,4 @@
-"""A study as text: its trials, what pruning saved, the best on test prompts, and how to go on."""
+"""A study as a text table: its trials, iterations saved by pruning, results on test prompts."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ _TESTS = {
 
 
 def study_text(outputs: Path, name: str) -> str:
-    """Return a study as text.
+    """Return a study as text, with the command that runs its best trial alone.
 
     Args:
         outputs: The output folder.
         name: The study's name.
     """
     study = open_study(study_folder(outputs, name))
-    summary, wanted = summary_of(study), study.user_attrs.get(TRIALS)
+    summary, planned = summary_of(study), study.user_attrs.get(TRIALS)
     store, records = Store(outputs / "store"), Records(outputs / "sweeps").sweep(name)
-    parts = [_headline(name, summary, wanted)]
+    parts = [_headline(name, summary, planned)]
     if summary.trials:
-        parts.append(_trials(summary, store, _tested(records, store)))
+        parts.append(_trials(summary, store, _test_evaluations(records, store)))
     if summary.best:
         best = summary.best[0]
-        line = next((one.overrides for one in records if one.key == best.key), ())
+        overrides = next((record.overrides for record in records if record.key == best.key), ())
         parts.append(
             f"Best: trial {best.number}. Its policy is {best.key} in the store; by itself:\n"
-            f"  python launch.py {shlex.join([f'name={name}-best', *line])}\n"
+            f"  python launch.py {shlex.join([f'name={name}-best', *overrides])}\n"
         )
     return "\n".join(parts)
 
 
-def _headline(name: str, summary: StudySummary, wanted: int | None) -> str:
+def _headline(name: str, summary: StudySummary, planned: int | None) -> str:
     counts = [f"{n} {state}" for state in _ORDER if (n := summary.count(state))]
-    of = "" if wanted is None else f" of {wanted}"
+    of = "" if planned is None else f" of {planned}"
     text = f"study {name}: {len(summary.trials)}{of} trials: {', '.join(counts) or 'none yet'}"
-    if summary.again:
-        text += f" ({summary.again} begun again)"
+    if summary.requeued:
+        text += f" ({summary.requeued} begun again)"
     text += "\n"
     if summary.count("pruned"):
         share = summary.saved / summary.planned
@@ -63,15 +63,15 @@ def _headline(name: str, summary: StudySummary, wanted: int | None) -> str:
     return text
 
 
-def _tested(records: Sequence[RunRecord], store: Store) -> dict[str, Artifact]:
+def _test_evaluations(records: Sequence[RunRecord], store: Store) -> dict[str, Artifact]:
     """Return the evaluations on test prompts, by the key of the policy."""
-    found = {}
+    evaluations = {}
     for record in records:
         if "eval" in record.keys and "ppo" in record.keys:
             artifact = store.lookup("eval", record.keys["eval"])
             if artifact is not None:
-                found[record.keys["ppo"]] = artifact
-    return found
+                evaluations[record.keys["ppo"]] = artifact
+    return evaluations
 
 
 def _trials(summary: StudySummary, store: Store, tested: dict[str, Artifact]) -> str:
@@ -110,9 +110,9 @@ def _number(artifact: Artifact | None, metric: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    drawn = Table(*header, box=None, pad_edge=False)
+    table = Table(*header, box=None, pad_edge=False)
     for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(cell) for cell in row))
     buffer = io.StringIO()
-    Console(file=buffer, width=_WIDTH).print(drawn)
+    Console(file=buffer, width=_WIDTH).print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"

@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.fields import key_content
-from rlhf_exp.config.problems import written
+from rlhf_exp.config.problems import format_value
 from rlhf_exp.config.search_space import (
-    Values,
-    differences,
-    ends,
-    iterations,
-    own_values,
-    settled_space,
+    TrialValues,
+    axis_bounds,
+    base_values,
+    bounded_space,
+    is_integer,
+    overrides_between,
     trial_config,
-    updates,
-    whole,
     with_values,
 )
 from rlhf_exp.config.study import Axis, StudyConfig
@@ -35,14 +33,14 @@ from rlhf_exp.pipeline.executor import StageExecutor
 from rlhf_exp.pipeline.plan import Step, plan, records_of, refuse_changed, store_of
 from rlhf_exp.pipeline.run import Pruned, run_steps
 from rlhf_exp.processes.failures import WorkerGone
-from rlhf_exp.search.pruning import Measure, Trial, report
+from rlhf_exp.search.pruning import Objective, RunningTrial, report_evaluations
 from rlhf_exp.search.study import (
     Pruning,
     Search,
     SearchSettings,
     TrialHandle,
     distribution_of,
-    rounded,
+    round_values,
 )
 from rlhf_exp.store.atomic_files import write_json_atomic
 from rlhf_exp.store.lease import LeaseLost
@@ -54,7 +52,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Tell = Callable[[str], None]
-CrewOf = Callable[[Config, Values], StageExecutor]
+CrewOf = Callable[[Config, TrialValues], StageExecutor]
 PRUNED = "pruned"
 
 
@@ -73,11 +71,11 @@ class TrialResult:
     error: str | None = None
 
 
-def trial_overrides(config: Config, values: Values) -> list[str]:
+def trial_overrides(config: Config, values: TrialValues) -> list[str]:
     """Return the command line that runs a trial by itself."""
     plain = replace(config, study=StudyConfig())
-    changed = differences(plain, trial_config(config, values))
-    tried = [f"{key}={written(value)}" for key, value in values.items()]
+    changed = overrides_between(plain, trial_config(config, values))
+    tried = [f"{key}={format_value(value)}" for key, value in values.items()]
     others = [text for text in changed if text.partition("=")[0] not in values]
     new = [*tried, *others]
     set_anew = {text.partition("=")[0] for text in new}
@@ -103,7 +101,7 @@ class TrialRun:
         self, config: Config, search: Search, asked: TrialHandle, crew_of: CrewOf, tell: Tell
     ) -> None:
         self.search, self.asked, self.crew_of, self.tell = search, asked, crew_of, tell
-        self.values = rounded(asked.values)
+        self.values = round_values(asked.values)
         self.study, self.config = config, trial_config(config, self.values)
         self.pruning, self.measure = pruning_of(config), measure_of(config)
         self.steps: list[Step] = plan(self.config)
@@ -129,8 +127,8 @@ class TrialRun:
         self.asked.note(
             key=self.record.key,
             values=json.dumps(self.values),
-            iterations=iterations(ppo),
-            steps=iterations(ppo) * updates(ppo),
+            iterations=ppo.iterations,
+            steps=ppo.iterations * ppo.updates,
         )
         shown = " ".join(f"{key}={value:g}" for key, value in self.values.items())
         self.tell(f"trial {number}: {shown}")
@@ -144,7 +142,7 @@ class TrialRun:
         return ending
 
     def _train(self, crew: StageExecutor) -> TrialResult:
-        trial = Trial(str(folder_of(self.study)), self.asked.id, self.measure, self.pruning)
+        trial = RunningTrial(str(folder_of(self.study)), self.asked.id, self.measure, self.pruning)
         try:
             done = run_steps(self.config, self.steps, crew, self.tell, trial)
         except Pruned as pruned:
@@ -153,10 +151,10 @@ class TrialRun:
         assert artifact is not None, "a trial trains PPO"
         rows = read_metrics(artifact.path / METRICS)
         ppo = self.config.ppo
-        report(self.search.study, trial, rows, iterations(ppo) * updates(ppo))
+        report_evaluations(self.search.study, trial, rows, ppo.iterations * ppo.updates)
         value = self.measure.value(rows)
         seconds = artifact.manifest.duration_s if trained else 0.0
-        self.asked.note(iterations_run=iterations(ppo) if trained else 0, seconds=seconds)
+        self.asked.note(iterations_run=ppo.iterations if trained else 0, seconds=seconds)
         if not self.asked.complete(value):
             error = f"the objective is {value}"
             self._write(Status.failed, error=error)
@@ -165,7 +163,7 @@ class TrialRun:
         return TrialResult(Status.done, value)
 
     def _pruned(self, pruned: Pruned) -> TrialResult:
-        ran = pruned.step // updates(self.config.ppo)
+        ran = pruned.step // self.config.ppo.updates
         value = self.measure.value(pruned.rows)
         path = folder_of(self.study) / PRUNED / f"{self.record.key}.jsonl"
         path.parent.mkdir(exist_ok=True)
@@ -214,17 +212,17 @@ def folder_of(config: Config) -> Path:
     return study_folder(Path(config.output_dir), config.name or UNNAMED)
 
 
-def measure_of(config: Config) -> Measure:
+def measure_of(config: Config) -> Objective:
     """Return what is maximised."""
     study = config.study
     scaled = config.ppo.reward.scale is not Scale.none
-    return Measure(study.objective.value, study.kl_budget, study.kl_coef, scaled)
+    return Objective(study.objective.value, study.kl_budget, study.kl_coef, scaled)
 
 
 def pruning_of(config: Config) -> Pruning:
     """Return when trials are given up; they are evaluated as often as the config says."""
     study, ppo = config.study, config.ppo
-    evaluations = -(-iterations(ppo) * updates(ppo) // ppo.eval_every)
+    evaluations = -(-ppo.iterations * ppo.updates // ppo.eval_every)
     return Pruning(study.pruner.value, study.prune_after, study.warmup, evaluations)
 
 
@@ -236,8 +234,8 @@ def search_of(config: Config) -> Search:
     """
     study = config.study
     assert study.trials is not None, "checked with the config"
-    space = {axis.key: _distribution(axis) for axis in settled_space(config)}
-    first = own_values(config)
+    space = {axis.key: _distribution(axis) for axis in bounded_space(config)}
+    first = base_values(config)
     wanted = SearchSettings(study.trials, space, first, study.startup, study.workers, study.seed)
     name, pruning = config.name or UNNAMED, pruning_of(config)
     search = Search(folder_of(config), store_of(config), name, wanted, pruning, worker=study.worker)
@@ -262,8 +260,10 @@ def read_command(config: Config) -> list[str]:
 
 
 def _distribution(axis: Axis) -> BaseDistribution:
-    limits = ends(axis)
-    return distribution_of((limits[0], limits[1]), axis.log, axis.step, axis.choices, whole(axis))
+    limits = axis_bounds(axis)
+    return distribution_of(
+        (limits[0], limits[1]), axis.log, axis.step, axis.choices, is_integer(axis)
+    )
 
 
 def _about(config: Config) -> dict[str, str]:
@@ -271,8 +271,8 @@ def _about(config: Config) -> dict[str, str]:
     searched = {axis.key: 0 for axis in config.study.space}
     steps = plan(with_values(trial_config(config, {}), searched))
     found = {f"{step.stage} model": step.key for step in steps if step.stage != "ppo"}
-    found["objective"] = written(config.study.objective)
-    found["length"] = written(config.study.length)
+    found["objective"] = format_value(config.study.objective)
+    found["length"] = format_value(config.study.length)
     found["searched"] = ", ".join(sorted(searched))
     for key, value in _flat(key_content(trial_config(config, {}).ppo), "ppo.").items():
         if key not in searched:

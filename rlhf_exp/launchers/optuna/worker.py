@@ -46,7 +46,7 @@ from rlhf_exp.pipeline.executor import (
 from rlhf_exp.pipeline.hub import pinned
 from rlhf_exp.processes import leader
 from rlhf_exp.processes.environment import LaunchEnvironment
-from rlhf_exp.search.study import Search, TrialHandle, best_trials, best_value, imported
+from rlhf_exp.search.study import Search, TrialHandle, best_trials, best_value, import_optuna
 from rlhf_exp.stages.context import StageResult
 from rlhf_exp.store.run_records import Status
 
@@ -72,7 +72,7 @@ def work(config: Config, overrides: list[str]) -> float | None:
     config = pinned(config)
     if config.plan:
         return experiment.run(_shared(config, StageName.ppo), overrides)
-    imported()
+    import_optuna()
     with TrialExecutors(config) as crews:
         if crews.follows:
             return crews.follow()

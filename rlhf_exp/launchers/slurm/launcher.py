@@ -1,9 +1,4 @@
-"""`hydra/launcher=slurm`: plan, submit what is to be done, wait, and tell how it went.
-
-Writes jobs for submitit to submit: resources, environment, and the command of each task.
-
-The code as it was submitted: copied once, so that jobs that start later run the same.
-"""
+"""`hydra/launcher=slurm`: submits the points of a multirun to Slurm, and waits for them."""
 
 from __future__ import annotations
 
@@ -35,7 +30,7 @@ from rlhf_exp.launchers.points import SweepPoint, done_before, note_failure, poi
 from rlhf_exp.launchers.run_job import run_job
 from rlhf_exp.launchers.slurm import monitor
 from rlhf_exp.launchers.slurm.job import JobWork, perform
-from rlhf_exp.launchers.slurm.monitor import Ending, JobFailure, wait
+from rlhf_exp.launchers.slurm.monitor import JobFailure, JobOutcome, wait
 from rlhf_exp.launchers.slurm.submissions import (
     Submission,
     SubmittedJob,
@@ -48,21 +43,23 @@ from rlhf_exp.store.artifact import GIT_STATE, git_state
 from rlhf_exp.store.fingerprint import file_digest
 from rlhf_exp.store.run_records import RunRecord
 
-Outcome = float | None | Exception
+_JOB_MODULE = "rlhf_exp.launchers.slurm.job"
+_LAUNCH_SCRIPT = "launch.py"
+PointOutcome = float | None | Exception
 
 
-def launch(site: SlurmConfig, jobs: Sequence[tuple[list[str], Config]]) -> list[Outcome]:
-    """Run jobs on Slurm and wait for them; jobs that are in the queue already are joined.
+def launch(site: SlurmConfig, jobs: Sequence[tuple[list[str], Config]]) -> list[PointOutcome]:
+    """Run jobs on Slurm and wait for them; jobs that are in the queue already are awaited.
 
     Args:
-        site: The site.
+        site: Slurm's options on this cluster.
         jobs: Command line and config of each.
 
     Returns:
         The objective of each, or the exception to raise for it.
 
     Raises:
-        UserError: They cannot be submitted.
+        UserError: The jobs cannot be submitted.
         Detached: The user pressed Ctrl-C; submitted jobs go on.
     """
     if jobs[0][1].plan:
@@ -70,11 +67,13 @@ def launch(site: SlurmConfig, jobs: Sequence[tuple[list[str], Config]]) -> list[
     raise_problems(slurm_problems(site, [config for _, config in jobs]))
     points = [point_of(overrides, config) for overrides, config in jobs]
     if site.offline:
-        _refuse_missing(points)
-    return _Launch(site, points).run()
+        _check_cached(points)
+    return _SlurmMultirun(site, points).run()
 
 
-class _Launch:
+class _SlurmMultirun:
+    """The points of one multirun and their jobs."""
+
     def __init__(self, site: SlurmConfig, points: list[SweepPoint]) -> None:
         self.site, self.points = site, points
         config = points[0].config
@@ -83,48 +82,50 @@ class _Launch:
         self.console = Console(stderr=True)
         self.jobs: list[tuple[Submission, SubmittedJob]] = []
 
-    def run(self) -> list[Outcome]:
+    def run(self) -> list[PointOutcome]:
         done = self._done()
-        self._join()
-        there = done.keys() | {job.key for _, job in self.jobs if not job.shared}
-        missing = {point.key: point for point in self.points if point.key not in there}
+        self._join_queued_jobs()
+        present = done.keys() | {job.key for _, job in self.jobs if not job.shared}
+        missing = {point.key: point for point in self.points if point.key not in present}
         try:
             if missing:
-                with _uninterrupted():
+                with _interrupts_deferred():
                     self._submit(list(missing.values()))
-            self._introduce(len(done))
-            endings = wait(self.jobs, self.site.poll_s, self._tell, self._ended)
+            self._announce_jobs(len(done))
+            outcomes_by_job = wait(self.jobs, self.site.poll_s, self._announce, self._on_end)
         except KeyboardInterrupt as error:
-            raise Detached(self._detached()) from error
-        return self._outcomes(done, endings)
+            raise Detached(self._detached_message()) from error
+        return self._outcomes(done, outcomes_by_job)
 
     def _done(self) -> dict[str, RunRecord]:
         """Return the records of points that need no job."""
         return done_before(self.points, self.records, self.name)
 
-    def _join(self) -> None:
+    def _join_queued_jobs(self) -> None:
         """Find those jobs of earlier submissions that are still in the queue."""
-        known = {job.id: (where, job) for where, job in latest_jobs(self.outputs, self.name)}
+        known = {
+            job.id: (submission, job) for submission, job in latest_jobs(self.outputs, self.name)
+        }
         try:
             states = monitor.job_states(known)
         except monitor.Unreachable as error:
             raise_problems([Problem("hydra/launcher", "slurm", f"squeue fails: {error}")])
-        live = [known[one] for one, state in states.items() if not state.ended]
-        wanted = {point.key for point in self.points}
-        self.jobs = [found for found in live if found[1].shared or found[1].key in wanted]
+        queued = [known[number] for number, state in states.items() if not state.ended]
+        keys = {point.key for point in self.points}
+        self.jobs = [item for item in queued if item[1].shared or item[1].key in keys]
 
     def _submit(self, points: list[SweepPoint]) -> None:
-
+        """Submit the stages that points share, then the points, each depending on the former."""
         shape = job_shape(self.site, points[0].config)
         assert not isinstance(shape, Problem), "checked"
         submission = new_submission(self.outputs, self.name)
         copy_code(submission.code)
-        # What an earlier submission makes for all is waited for, not made twice.
-        made = {job.key: job.id for _, job in self.jobs if job.shared}
+        # Shared stages of an earlier submission are waited for, not run twice.
+        queued = {job.key: job.id for _, job in self.jobs if job.shared}
         after: list[str] = []
         for level in [*([] if points[0].config.probe else shared_work(points)), points]:
             shared = level is not points
-            new = [point for point in level if not shared or point.key not in made]
+            new = [point for point in level if not shared or point.key not in queued]
             works = [self._work(point, submission, not shared) for point in new]
             ids = submit(self.site, shape, submission, works, self.name, after) if new else []
             for number, point in zip(ids, new, strict=True):
@@ -134,12 +135,15 @@ class _Launch:
                 submission.jobs.append(job)
                 self.jobs.append((submission, job))
             submission.write()
-            after = [*ids, *(made[point.key] for point in level if shared and point.key in made)]
+            after = [
+                *ids,
+                *(queued[point.key] for point in level if shared and point.key in queued),
+            ]
 
     def _work(self, point: SweepPoint, submission: Submission, recorded: bool) -> JobWork:
-        config = with_own_code(point.config, submission.code)
+        config = copy_user_functions(point.config, submission.code)
         if self.site.save_each_iteration:
-            # Saves at each boundary, which in PPO is the end of an iteration.
+            # PPO saves at the end of an iteration only.
             config = replace(config, ppo=replace(config.ppo, checkpoint_every=1))
         return JobWork(
             config=to_dict(config),
@@ -150,13 +154,13 @@ class _Launch:
             max_restarts=self.site.max_restarts,
         )
 
-    def _introduce(self, done: int) -> None:
+    def _announce_jobs(self, done: int) -> None:
         counts = [f"{len(self.points)} points"] + ([f"{done} of them done"] if done else [])
-        self._tell(f"{self.name}: {', '.join(counts)}; {len(self.jobs)} jobs in the queue")
-        for where in {where.folder: where for where, _ in self.jobs}.values():
-            self._tell(f"logs: {where.results}")
+        self._announce(f"{self.name}: {', '.join(counts)}; {len(self.jobs)} jobs in the queue")
+        for submission in {each.folder: each for each, _ in self.jobs}.values():
+            self._announce(f"logs: {submission.results}")
 
-    def _detached(self) -> str:
+    def _detached_message(self) -> str:
         if not self.jobs:
             return "interrupted: nothing has been submitted"
         return (
@@ -166,45 +170,49 @@ class _Launch:
             "The same command again waits for them."
         )
 
-    def _ended(self, job: SubmittedJob, ending: Ending) -> None:
-        if not isinstance(ending, JobFailure):
-            self._tell(f"job {job.id} is done: {job.stage} {job.key}")
+    def _on_end(self, job: SubmittedJob, outcome: JobOutcome) -> None:
+        if not isinstance(outcome, JobFailure):
+            self._announce(f"job {job.id} is done: {job.stage} {job.key}")
             return
-        self._tell(f"job {job.id} has failed: {job.stage} {job.key}: {ending.reason}")
-        self._tell(f"  {ending.log}")
+        self._announce(f"job {job.id} has failed: {job.stage} {job.key}: {outcome.reason}")
+        self._announce(f"  {outcome.log}")
         if not job.shared:
-            self._note_failure(job, ending)
+            self._note_failure(job, outcome)
 
     def _note_failure(self, job: SubmittedJob, failure: JobFailure) -> None:
-        (point,) = {one.key: one for one in self.points if one.key == job.key}.values()
+        point = next(point for point in self.points if point.key == job.key)
         note_failure(self.records, self.name, point, failure.error)
 
-    def _outcomes(self, done: dict[str, RunRecord], endings: dict[str, Ending]) -> list[Outcome]:
-        failures = [one for one in endings.values() if isinstance(one, JobFailure)]
+    def _outcomes(
+        self, done: dict[str, RunRecord], outcomes_by_job: dict[str, JobOutcome]
+    ) -> list[PointOutcome]:
+        failures = [end for end in outcomes_by_job.values() if isinstance(end, JobFailure)]
         lines = [
-            f"\n  {one.job.id} {one.job.stage} {one.job.key}: {one.reason}\n    {one.log}"
-            for one in failures
+            f"\n  {end.job.id} {end.job.stage} {end.job.key}: {end.reason}\n    {end.log}"
+            for end in failures
         ]
-        failed = JobsFailed(f"{len(failures)} of {len(endings)} jobs failed:{''.join(lines)}")
-        by_key = {job.key: endings[job.id] for _, job in self.jobs if not job.shared}
-        outcomes: list[Outcome] = []
+        failed = JobsFailed(
+            f"{len(failures)} of {len(outcomes_by_job)} jobs failed:{''.join(lines)}"
+        )
+        by_key = {job.key: outcomes_by_job[job.id] for _, job in self.jobs if not job.shared}
+        outcomes: list[PointOutcome] = []
         for point in self.points:
-            ending = by_key.get(point.key)
-            if isinstance(ending, JobFailure):
+            outcome = by_key.get(point.key)
+            if isinstance(outcome, JobFailure):
                 outcomes.append(failed)
             else:
-                outcomes.append(ending.objective if ending else done[point.key].objective)
+                outcomes.append(outcome.objective if outcome else done[point.key].objective)
         return outcomes
 
-    def _tell(self, text: str) -> None:
+    def _announce(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
 
 
-def _refuse_missing(points: Sequence[SweepPoint]) -> None:
-    """Stop where a job would find out on a node that something is not there.
+def _check_cached(points: Sequence[SweepPoint]) -> None:
+    """Check that the cache has all that jobs need from the network.
 
     Raises:
-        UserError: Naming it, and the command that fetches it.
+        UserError: Something is missing; with the command that fetches it.
     """
     for point in points:
         absent = missing(Path(point.config.output_dir), needs(point.config, point.steps))
@@ -218,27 +226,13 @@ def _refuse_missing(points: Sequence[SweepPoint]) -> None:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Put Ctrl-C off: a job that is in the queue must also be in the list of jobs."""
+def _interrupts_deferred() -> Iterator[None]:
+    """Defer Ctrl-C: a job that is in the queue must also be in the list of jobs."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-ENTRY = "rlhf_exp.launchers.slurm.job"
-
-
-class _Executor(SlurmExecutor):
-    """submitit's executor with our own first lines in each task."""
-
-    @property
-    def _submitit_command_str(self) -> str:
-        # A task that Slurm gives notice before Python runs would die of it.
-        deaf = """trap "" USR2; exec "$@" """.strip()
-        program = str(super()._submitit_command_str).replace("submitit.core._submit", ENTRY)
-        return f"sh -c {shlex.quote(deaf)} sh {program}"
 
 
 def submit(
@@ -249,28 +243,28 @@ def submit(
     name: str,
     after: Sequence[str] = (),
 ) -> list[str]:
-    """Submit works as one array (one work: as one job); return Slurm's number of each.
+    """Submit jobs as one array (a single one as a plain job); return Slurm's number of each.
 
     Args:
-        site: What the site wants to know.
-        shape: Nodes and tasks of each.
-        submission: Where code and results are.
-        works: What to do.
+        site: Slurm's options on this cluster.
+        shape: Nodes, tasks and GPUs of each job.
+        submission: The folder of code and results.
+        works: The work of each job.
         name: Name of the jobs in the queue.
-        after: Numbers of the jobs that have to end well before these start.
+        after: Numbers of the jobs that must have succeeded before these start.
 
     Raises:
-        UserError: Slurm refuses; its message.
+        UserError: Slurm refuses the jobs; with its message.
     """
     executor = _Executor(submission.results, python=site.interpreter)
     shared = not works[0].recorded
     executor.update_parameters(**_parameters(site, shape, shared), job_name=name)
     executor.update_parameters(setup=[*site.setup, *_environment(site, submission.code)])
     if after:
-        # Without the second, jobs whose condition cannot come true any more stay for ever.
+        # Without the second, jobs stay in the queue for ever when one of `after` has failed.
         extra = executor.parameters["additional_parameters"]
-        waits = {"dependency": "afterok:" + ":".join(after), "kill-on-invalid-dep": "yes"}
-        executor.update_parameters(additional_parameters={**extra, **waits})
+        dependency = {"dependency": "afterok:" + ":".join(after), "kill-on-invalid-dep": "yes"}
+        executor.update_parameters(additional_parameters={**extra, **dependency})
     try:
         jobs = executor.map_array(perform, works)
     except (FailedJobError, FailedSubmissionError) as error:
@@ -281,12 +275,23 @@ def submit(
     return [job.job_id for job in jobs]
 
 
+class _Executor(SlurmExecutor):
+    """submitit's executor, with this project's entry module in each task."""
+
+    @property
+    def _submitit_command_str(self) -> str:
+        # A notice (USR2) before Python runs would kill the task.
+        ignore_notices = """trap "" USR2; exec "$@" """.strip()
+        program = str(super()._submitit_command_str).replace("submitit.core._submit", _JOB_MODULE)
+        return f"sh -c {shlex.quote(ignore_notices)} sh {program}"
+
+
 def _parameters(site: SlurmConfig, shape: JobShape, shared: bool) -> dict[str, Any]:
     """Return sbatch's options in submitit's names."""
     gpus: Any = shape.gpus_per_node or None
     if gpus and site.gpu_type:
         gpus = f"{site.gpu_type}:{gpus}"
-    wanted = {
+    parameters = {
         "partition": (site.shared_partition if shared else None) or site.partition,
         "account": site.account,
         "qos": site.qos,
@@ -300,16 +305,16 @@ def _parameters(site: SlurmConfig, shape: JobShape, shared: bool) -> dict[str, A
         "signal_delay_s": site.signal_delay_s,
         "array_parallelism": site.concurrent_jobs,
         "stderr_to_stdout": True,
-        # One dead task ends the others, which would wait for it until their time limit.
+        # A dead task ends the others, which would otherwise wait for it until their time limit.
         "srun_args": ["--kill-on-bad-exit=1", *site.srun],
         "additional_parameters": {"requeue": True, **site.sbatch},
     }
-    # submitit's own default names a key that not every site knows.
-    return {key: value for key, value in wanted.items() if value is not None} | {"wckey": None}
+    # submitit's default `wckey` is unknown to some sites.
+    return {key: value for key, value in parameters.items() if value is not None} | {"wckey": None}
 
 
 def _environment(site: SlurmConfig, code: Path) -> list[str]:
-    """Return the shell lines that let the jobs run the copied code, from whatever folder."""
+    """Return shell lines that make jobs run the copied code, whatever their working folder."""
     lines = [
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1",
@@ -319,31 +324,31 @@ def _environment(site: SlurmConfig, code: Path) -> list[str]:
     return lines
 
 
-LAUNCH = "launch.py"
-
-
 def copy_code(target: Path) -> None:
-    """Copy `launch.py`, `conf/` and `rlhf_exp/` to a new folder, and note the state of git."""
+    """Copy `launch.py`, `conf/` and `rlhf_exp/` to a new folder, and record the state of git.
+
+    So jobs that start later run the code as it was submitted.
+    """
     root = PACKAGE.parent
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
     target.mkdir(parents=True)
     for folder in (PACKAGE, CONF):
         shutil.copytree(folder, target / folder.name, ignore=ignored)
-    if (root / LAUNCH).is_file():
-        shutil.copy2(root / LAUNCH, target / LAUNCH)
+    if (root / _LAUNCH_SCRIPT).is_file():
+        shutil.copy2(root / _LAUNCH_SCRIPT, target / _LAUNCH_SCRIPT)
     (target / GIT_STATE).write_text(json.dumps(git_state(root)), encoding="utf-8")
 
 
-def with_own_code(config: Config, target: Path) -> Config:
-    """Copy the user's own functions beside the code; return the config that names the copies.
+def copy_user_functions(config: Config, target: Path) -> Config:
+    """Copy the user's functions beside the code; return the config with their new paths.
 
-    A function's content is in the key and its path is not, so the key stays.
+    A function's content is part of the key and its path is not, so keys do not change.
     """
     reward, toxicity = config.ppo.reward, config.eval.toxicity
     if reward.function is not None:
-        reward = replace(reward, function=_copied(reward.function, target))
+        reward = replace(reward, function=_copy_function(reward.function, target))
     if toxicity.scorer_kind is ScorerKind.function and scores_toxicity(config.eval.suite):
-        toxicity = replace(toxicity, scorer=_copied(toxicity.scorer, target))
+        toxicity = replace(toxicity, scorer=_copy_function(toxicity.scorer, target))
     return replace(
         config,
         ppo=replace(config.ppo, reward=reward),
@@ -351,7 +356,7 @@ def with_own_code(config: Config, target: Path) -> Config:
     )
 
 
-def _copied(reference: str, target: Path) -> str:
+def _copy_function(reference: str, target: Path) -> str:
     file, _, name = reference.rpartition(":")
     copy = target / "functions" / file_digest(Path(file))[:16] / Path(file).name
     copy.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,8 @@
-"""What has been submitted under a name: `<output_dir>/sweeps/<name>/slurm/<time>/submission.json`.
+"""The jobs submitted under a name, and the results that their tasks leave.
 
-`launch.py`, `status` and `cancel` find a sweep's jobs here. Beside it are the code that the
-jobs run, `code/`, and their logs, `jobs/`.
-
-What the tasks of a job leave in submitit's folder: results, errors, logs.
+A submission is a folder `<output_dir>/sweeps/<name>/slurm/<time>/`. `submission.json` lists its
+jobs, for `launch.py`, `status` and `cancel`; beside it are the code that the jobs run, `code/`, and
+their logs and results, `jobs/`, which is submitit's folder.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.store.atomic_files import write_json_atomic
 
 _FILE = "submission.json"
+_TAIL_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class SubmittedJob:
 
     Attributes:
         id: Slurm's number, such as `12`, or `12_3`.
-        stage: The stage that it brings up to date last.
-        key: Its final key.
+        stage: The last stage that it runs.
+        key: The key of that stage.
         overrides: Its command line.
         ranks: Number of its tasks.
-        shared: Whether it makes what several points share.
+        shared: Whether it runs stages that several points share.
     """
 
     id: str
@@ -48,9 +48,9 @@ class Submission:
     """Jobs that were submitted together.
 
     Attributes:
-        folder: Where everything about them is.
+        folder: The folder of the list of jobs, their code and their logs.
         jobs: The jobs so far.
-        cancelled: Slurm's numbers of those that the user cancelled.
+        cancelled: Slurm's numbers of the jobs that the user cancelled.
     """
 
     folder: Path
@@ -59,12 +59,12 @@ class Submission:
 
     @property
     def code(self) -> Path:
-        """The code that they run."""
+        """The copy of the code that the jobs run."""
         return self.folder / "code"
 
     @property
     def results(self) -> Path:
-        """Scripts, logs and results: the folder of submitit."""
+        """Submitit's folder: scripts, logs and results."""
         return self.folder / "jobs"
 
     def log(self, job: SubmittedJob, rank: int = 0) -> Path:
@@ -97,7 +97,7 @@ class Submission:
 
 
 def new_submission(output_dir: Path, name: str) -> Submission:
-    """Make the folder of a submission."""
+    """Create the folder of a submission."""
     root = _root(output_dir, name)
     root.mkdir(parents=True, exist_ok=True)
     stamp, number = datetime.now(UTC).strftime("%Y-%m-%d-%H%M%S"), 0
@@ -112,64 +112,45 @@ def new_submission(output_dir: Path, name: str) -> Submission:
 
 
 def submissions(output_dir: Path, name: str) -> list[Submission]:
-    """Return what has been submitted under a name, the oldest first."""
+    """Return the submissions under a name, the oldest first."""
     return [Submission.read(path) for path in sorted(_root(output_dir, name).glob(f"*/{_FILE}"))]
 
 
 def submitted_names(output_dir: Path) -> list[str]:
-    """Return the names under which something has been submitted."""
-    found = (Path(output_dir) / "sweeps").glob(f"*/slurm/*/{_FILE}")
-    return sorted({path.parents[2].name for path in found})
+    """Return the names under which jobs have been submitted."""
+    paths = (Path(output_dir) / "sweeps").glob(f"*/slurm/*/{_FILE}")
+    return sorted({path.parents[2].name for path in paths})
 
 
 def latest_jobs(output_dir: Path, name: str) -> Iterator[tuple[Submission, SubmittedJob]]:
-    """Yield the latest job of each final key under a name, with its submission."""
-    found: dict[str, tuple[Submission, SubmittedJob]] = {}
+    """Yield the latest job of each key under a name, with its submission."""
+    latest: dict[str, tuple[Submission, SubmittedJob]] = {}
     for submission in submissions(output_dir, name):
-        found |= {job.key: (submission, job) for job in submission.jobs}
-    yield from found.values()
+        latest |= {job.key: (submission, job) for job in submission.jobs}
+    yield from latest.values()
 
 
 def _root(output_dir: Path, name: str) -> Path:
     return (Path(output_dir) / "sweeps" / name / "slurm").absolute()
 
 
-TAIL = 15
-
-
 @dataclass(frozen=True)
 class TaskResult:
-    """How one task has ended.
+    """The result that a task left in submitit's folder.
 
     Attributes:
-        objective: What it returned.
-        error: The traceback of what it raised.
+        objective: Its return value.
+        error: The traceback of its exception.
     """
 
     objective: float | None = None
     error: str | None = None
 
 
-def log_file(folder: Path, job: str, rank: int = 0) -> Path:
-    """Return the file that holds what a task prints."""
-    return folder / f"{job}_{rank}_log.out"
-
-
-def _result_file(folder: Path, job: str, rank: int) -> Path:
-    return folder / f"{job}_{rank}_result.pkl"
-
-
-def forget(folder: Path, job: str, rank: int) -> None:
-    """Remove what an earlier start of the job left: it says nothing about this one."""
-    path = _result_file(folder, job, rank)
-    for old in (path, path.with_name(f"{path.name}.save_tmp")):
-        old.unlink(missing_ok=True)
-
-
 def read_result(folder: Path, job: str, rank: int = 0) -> TaskResult | None:
-    """Return how a task has ended, `None` if it left nothing.
+    """Return a task's result, `None` if it left none.
 
-    The file is our own job's: it comes from a folder that only this user's jobs write to.
+    Unpickling is safe: only this user's jobs write to the folder.
     """
     try:
         outcome, value = pickle.loads(_result_file(folder, job, rank).read_bytes())
@@ -187,10 +168,26 @@ def first_error(folder: Path, job: str, ranks: int) -> tuple[int, str] | None:
     return None
 
 
-def tail(path: Path) -> str:
-    """Return the last lines of a log."""
+def remove_result(folder: Path, job: str, rank: int) -> None:
+    """Remove the result of an earlier start of the job, which is not this start's."""
+    path = _result_file(folder, job, rank)
+    for old in (path, path.with_name(f"{path.name}.save_tmp")):
+        old.unlink(missing_ok=True)
+
+
+def _result_file(folder: Path, job: str, rank: int) -> Path:
+    return folder / f"{job}_{rank}_result.pkl"
+
+
+def log_file(folder: Path, job: str, rank: int = 0) -> Path:
+    """Return the file of a task's output."""
+    return folder / f"{job}_{rank}_log.out"
+
+
+def log_tail(path: Path) -> str:
+    """Return the last lines of a log; empty without one."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    return "\n".join(lines[-TAIL:])
+    return "\n".join(lines[-_TAIL_LINES:])

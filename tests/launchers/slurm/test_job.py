@@ -11,9 +11,9 @@ def run(body: str) -> list[str]:
     """Run lines in a process of its own, as a job does; return what they print."""
     program = f"""
 import os, signal, subprocess, sys, threading, time
-from rlhf_exp.launchers.slurm.job import SIGNAL, block, noticing
-block()
-def notify(): os.kill(os.getpid(), SIGNAL)
+from rlhf_exp.launchers.slurm.job import NOTICE_SIGNAL, block_notices, handle_notices
+block_notices()
+def notify(): os.kill(os.getpid(), NOTICE_SIGNAL)
 def leave(): print("left", flush=True); os._exit(7)
 {body}
 """
@@ -28,9 +28,13 @@ def leave(): print("left", flush=True); os._exit(7)
     return [*ended.stdout.split(), f"exit={ended.returncode}"]
 
 
+def test_no_thread_is_started_before_notices_are_blocked() -> None:
+    assert run('print(len(os.listdir("/proc/self/task")))') == ["1", "exit=0"]
+
+
 def test_a_notice_is_ctrl_c() -> None:
     body = """
-with noticing(30, leave) as notice:
+with handle_notices(30, leave) as notice:
     try:
         notify(); time.sleep(30)
     except KeyboardInterrupt:
@@ -44,7 +48,7 @@ def test_a_notice_that_comes_early_is_not_lost() -> None:
     body = """
 notify(); print("alive")
 try:
-    with noticing(30, leave): time.sleep(30)
+    with handle_notices(30, leave): time.sleep(30)
 except KeyboardInterrupt:
     print("interrupted")
 """
@@ -54,7 +58,7 @@ except KeyboardInterrupt:
 def test_who_does_not_leave_is_made_to() -> None:
     body = """
 signal_lost = []
-with noticing(0.5, leave):
+with handle_notices(0.5, leave):
     while True:
         try:
             notify() if not signal_lost else None
@@ -68,11 +72,11 @@ with noticing(0.5, leave):
 def test_children_do_not_notice() -> None:
     body = """
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2); print('child')"])
-with noticing(30, leave) as notice:
+with handle_notices(30, leave) as notice:
     forked = os.fork()
     if not forked:
         time.sleep(2); print("fork", notice.is_set(), flush=True); os._exit(0)
-    for pid in (child.pid, forked): os.kill(pid, SIGNAL)
+    for pid in (child.pid, forked): os.kill(pid, NOTICE_SIGNAL)
     child.wait(); os.waitpid(forked, 0)
     print("unnoticed", not notice.is_set())
 """
@@ -83,7 +87,7 @@ with noticing(30, leave) as notice:
 
 def test_without_a_notice_nothing_happens() -> None:
     body = """
-with noticing(0.1, leave): time.sleep(0.3)
+with handle_notices(0.1, leave): time.sleep(0.3)
 print("over", threading.active_count())
 time.sleep(0.3)
 """

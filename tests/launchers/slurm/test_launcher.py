@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_exp.config.launchers import SlurmConfig
 from rlhf_exp.errors import UserError
-from rlhf_exp.launchers.slurm.launcher import copy_code, launch, with_own_code
+from rlhf_exp.launchers.slurm.launcher import copy_code, copy_user_functions, launch
 from rlhf_exp.pipeline.plan import plan
 from rlhf_exp.store.artifact import git_state
 from rlhf_exp.store.run_records import Records
@@ -69,7 +69,7 @@ def test_the_users_own_reward_is_copied_and_the_key_stays(tmp_path: Path) -> Non
     file.write_text("def score(prompts, responses):\n    return [1.0] * len(responses)\n")
     reward = f"ppo.reward.function={file}:score"
     config = small_config(tmp_path / "outputs", "stage=ppo", reward)
-    copied = with_own_code(config, tmp_path / "code")
+    copied = copy_user_functions(config, tmp_path / "code")
     keys = [step.key for step in plan(config)]
     content = file.read_text()
     file.write_text(content.replace("1.0", "2.0"))
@@ -78,7 +78,7 @@ def test_the_users_own_reward_is_copied_and_the_key_stays(tmp_path: Path) -> Non
     assert [step.key for step in plan(copied)] == keys
     assert plan(config)[-1].key != keys[-1], "its content counts"
     toxic = f"eval.toxicity.scorer={file}:score"
-    quick = with_own_code(small_config(tmp_path / "outputs", toxic), tmp_path / "code")
+    quick = copy_user_functions(small_config(tmp_path / "outputs", toxic), tmp_path / "code")
     assert quick.eval.toxicity.scorer.startswith(str(tmp_path / "code"))
     plain = small_config(tmp_path / "outputs")
-    assert with_own_code(plain, tmp_path / "code") == plain
+    assert copy_user_functions(plain, tmp_path / "code") == plain

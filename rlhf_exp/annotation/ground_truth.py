@@ -1,7 +1,7 @@
 """SageMaker Ground Truth: manifest and task templates out, the consolidated output back.
 
-A job asks one question, so there is a template for each criterion; all share the manifest. Workers'
-answers are read from the output manifest, in which every worker's answer to a line is a JSON text.
+A job asks one question, so there is a template for each criterion; all share the manifest. Votes
+are read from the output manifest, in which every worker's answer to a line is a JSON text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, question
-from rlhf_exp.annotation.export import LabelledPair, Names, judged_pairs, pairs_to_judge
+from rlhf_exp.annotation.export import LabelledPair, PairNames, judged_pairs, pairs_to_judge
 from rlhf_exp.data.parsing import UnreadableLine, read_jsonl
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.atomic_files import write_text_atomic
@@ -43,59 +43,38 @@ _TEMPLATE = """\
 """
 
 
-def write_ground_truth(study: Campaign, folder: Path) -> list[Path]:
+def write_ground_truth(campaign: Campaign, folder: Path) -> list[Path]:
     """Write manifest, templates and, if there are votes, an output manifest; return the files.
 
     Raises:
         UserError: a pair is longer than a line of a manifest may be.
     """
-    lines = [_line(study, _source(pair)) for pair in pairs_to_judge(study)]
-    written = {MANIFEST: "".join(lines)}
-    for criterion in study.about.criteria:
-        written[f"template-{criterion}.liquid.html"] = template(study, criterion)
-    judged = judged_pairs(study)
+    lines = [_line(campaign, _source(pair)) for pair in pairs_to_judge(campaign)]
+    texts = {MANIFEST: "".join(lines)}
+    for criterion in campaign.info.criteria:
+        texts[f"template-{criterion}.liquid.html"] = template(campaign, criterion)
+    judged = judged_pairs(campaign)
     if judged:
-        answered = [{**_source(pair), **_answers(pair)} for pair in judged]
-        written[OUTPUT] = "".join(json.dumps(line) + "\n" for line in answered)
+        lines_with_answers = [{**_source(pair), **_answers(pair)} for pair in judged]
+        texts[OUTPUT] = "".join(json.dumps(line) + "\n" for line in lines_with_answers)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in written.items():
+    for name, text in texts.items():
         write_text_atomic(folder / name, text)
-    return [folder / name for name in written]
+    return [folder / name for name in texts]
 
 
-def template(study: Campaign, criterion: str) -> str:
-    """Return the task template; Liquid escapes what it takes from a line."""
-    paragraphs = study.about.instructions.split("\n\n")
+def template(campaign: Campaign, criterion: str) -> str:
+    """Return the task template; Liquid escapes the texts that it takes from a line."""
+    paragraphs = campaign.info.instructions.split("\n\n")
     return _TEMPLATE.format(
         name=criterion,
         categories=escape(json.dumps([choice.value for choice in Choice])),
         header=escape(question(criterion)),
-        # A brace of the owner's would be read as Liquid's.
+        # A brace in the owner's text would be read as Liquid's.
         instructions="".join(
             f"<p>{escape(text).replace('{', '&#123;')}</p>" for text in paragraphs
         ),
     )
-
-
-def read_ground_truth(study: Campaign, path: Path) -> list[Vote]:
-    """Return the votes of an output manifest.
-
-    Raises:
-        UserError: the file is no such manifest, or a vote in it is not of this study.
-    """
-    names = Names(study)
-    found: list[Vote] = []
-    for origin, record in read_jsonl(path, "--import groundtruth"):
-        if isinstance(record, UnreadableLine):
-            raise UserError(f"{origin}: {record.reason}")
-        try:
-            found += _votes(names, study.about.criteria, record)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{origin}: no votes of this study: {type(error).__name__}: {error}; expected a "
-                f"line of the output for {MANIFEST}, with all workers' answers"
-            ) from error
-    return found
 
 
 def _source(pair: LabelledPair) -> dict[str, str]:
@@ -109,11 +88,11 @@ def _source(pair: LabelledPair) -> dict[str, str]:
     }
 
 
-def _line(study: Campaign, source: Mapping[str, str]) -> str:
+def _line(campaign: Campaign, source: Mapping[str, str]) -> str:
     line = json.dumps(source) + "\n"
     if len(line) > LINE_LIMIT:
         raise UserError(
-            f"{study.path}: a pair takes {len(line):,} bytes, and a line of a Ground Truth "
+            f"{campaign.path}: a pair takes {len(line):,} bytes, and a line of a Ground Truth "
             f"manifest at most {LINE_LIMIT:,}; it begins {source['source'][:60]!r}. Use another "
             "service, or a study without it"
         )
@@ -122,17 +101,38 @@ def _line(study: Campaign, source: Mapping[str, str]) -> str:
 
 def _answers(pair: LabelledPair) -> dict[str, Any]:
     """Return a label attribute for each criterion, as the consolidation of its job writes it."""
-    found: dict[str, Any] = {}
+    labels: dict[str, Any] = {}
     for annotator, votes in pair.by_annotator().items():
         for vote in votes:
             content = json.dumps({vote.criterion: {"label": vote.choice.value}})
             answer = {"workerId": annotator, "annotationData": {"content": content}}
-            label = found.setdefault(vote.criterion, {"annotationsFromAllWorkers": []})
+            label = labels.setdefault(vote.criterion, {"annotationsFromAllWorkers": []})
             label["annotationsFromAllWorkers"].append(answer)
-    return found
+    return labels
 
 
-def _votes(names: Names, criteria: tuple[str, ...], line: Any) -> Iterator[Vote]:  # noqa: ANN401
+def read_ground_truth(campaign: Campaign, path: Path) -> list[Vote]:
+    """Return the votes of an output manifest.
+
+    Raises:
+        UserError: the file is no such manifest, or has a vote of another campaign.
+    """
+    names = PairNames(campaign)
+    votes: list[Vote] = []
+    for origin, record in read_jsonl(path, "--import groundtruth"):
+        if isinstance(record, UnreadableLine):
+            raise UserError(f"{origin}: {record.reason}")
+        try:
+            votes += _votes(names, campaign.info.criteria, record)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{origin}: no votes of this study: {type(error).__name__}: {error}; expected a "
+                f"line of the output for {MANIFEST}, with all workers' answers"
+            ) from error
+    return votes
+
+
+def _votes(names: PairNames, criteria: tuple[str, ...], line: Any) -> Iterator[Vote]:  # noqa: ANN401
     """Yield the votes of one line, whatever its label attributes are called."""
     for label in line.values():
         if not isinstance(label, Mapping) or "annotationsFromAllWorkers" not in label:

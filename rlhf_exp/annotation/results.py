@@ -1,8 +1,7 @@
-"""What a study's votes say so far: preference, agreement, sides, progress.
+"""The results of a campaign so far: preference, agreement, sides, progress.
 
-Results as lines of text, the same for the terminal and the owner's page.
-
-What people have said of an evaluation so far, as plain values for its report.
+They come as lines of text, the same for the terminal and the owner's page, and as plain values for
+the report of an evaluation.
 """
 
 from __future__ import annotations
@@ -39,20 +38,16 @@ from rlhf_exp.evaluation.agreement import (
 from rlhf_exp.evaluation.preference import POWER, PreferenceResult, summarise_preference
 from rlhf_exp.evaluation.statistics import Interval
 
+Lines = list[tuple[str, str]]
+
 
 @dataclass(frozen=True)
-class AnnotatorProgress:
-    """How far one annotator is.
+class Results:
+    """A campaign's votes so far."""
 
-    Attributes:
-        annotator: the name.
-        answered: items with an answer to every question.
-        median_s: median seconds from page to answer; NaN where none is known.
-    """
-
-    annotator: str
-    answered: int
-    median_s: float
+    items: int
+    progress: tuple[AnnotatorProgress, ...]
+    criteria: tuple[CriterionResult, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class CriterionResult:
         identical: prompts with identical answers, counted as ties in `preference`.
         preference: over prompts, each by the majority of its votes.
         names: the annotators who voted; columns of `agreement`.
-        agreement: of every two of them.
+        agreement: agreement of every two of them.
         alpha: Krippendorff's, nominal: every difference counts the same.
         alpha_ordinal: the same, with a against b counting for more than either against a tie.
         sides: whether the answer shown first is chosen more often.
@@ -90,30 +85,36 @@ class CriterionResult:
 
 
 @dataclass(frozen=True)
-class Results:
-    """A study's votes so far."""
+class AnnotatorProgress:
+    """The progress of one annotator.
 
-    items: int
-    progress: tuple[AnnotatorProgress, ...]
-    criteria: tuple[CriterionResult, ...]
+    Attributes:
+        name: the annotator's name.
+        answered: items with an answer to every question.
+        median_s: median seconds from page to answer; NaN if unknown.
+    """
+
+    name: str
+    answered: int
+    median_s: float
 
 
-def results(study: Campaign) -> Results:
+def results(campaign: Campaign) -> Results:
     """Summarise the votes that are stored now."""
-    votes, about = study.votes(), study.about
-    names = [annotator.name for annotator in study.annotators()]
+    votes, info = campaign.votes(), campaign.info
+    names = [annotator.name for annotator in campaign.annotators()]
     return Results(
-        len(study.items),
-        tuple(_progress(name, votes, len(about.criteria)) for name in names),
+        len(campaign.items),
+        tuple(_annotator_progress(name, votes, len(info.criteria)) for name in names),
         tuple(
             criterion_result(
                 criterion,
                 [vote for vote in votes if vote.criterion == criterion],
-                study.items,
-                about.identical,
-                about.seed,
+                campaign.items,
+                info.identical,
+                info.seed,
             )
-            for criterion in about.criteria
+            for criterion in info.criteria
         ),
     )
 
@@ -125,7 +126,7 @@ def criterion_result(
     names = tuple(sorted({vote.annotator for vote in votes}))
     table = ratings(votes, items, names)
     table = table[(~np.isnan(table)).any(axis=1)]
-    # Ties only count once people have begun: without votes there is no result.
+    # Identical answers only count once people have begun: without votes there is no result.
     ties = identical if len(table) else 0
     signs = np.concatenate([majority(table), np.zeros(ties, dtype=np.int64)])
     values = np.concatenate([mean_value(table), np.full(ties, 0.5)])
@@ -145,70 +146,77 @@ def criterion_result(
     )
 
 
-def _progress(name: str, votes: Sequence[Vote], criteria: int) -> AnnotatorProgress:
-    own = [vote for vote in votes if vote.annotator == name]
+def _annotator_progress(name: str, votes: Sequence[Vote], criteria: int) -> AnnotatorProgress:
+    votes_of_annotator = [vote for vote in votes if vote.annotator == name]
     answers: dict[str, int] = {}
-    for vote in own:
+    for vote in votes_of_annotator:
         answers[vote.item] = answers.get(vote.item, 0) + 1
-    times = [vote.seconds for vote in own if vote.seconds is not None]
-    whole = sum(count == criteria for count in answers.values())
-    return AnnotatorProgress(name, whole, median(times) if times else math.nan)
+    times = [vote.seconds for vote in votes_of_annotator if vote.seconds is not None]
+    complete = sum(count == criteria for count in answers.values())
+    return AnnotatorProgress(name, complete, median(times) if times else math.nan)
 
 
-Lines = list[tuple[str, str]]
-
-
-def preference_lines(found: CriterionResult, about: CampaignInfo) -> Lines:
-    """Return (name, value) of what the votes on one question say about the models."""
-    told = found.preference
-    outcome, half = told.outcome, told.ties_as_half
-    if outcome.total == 0 or half is None:
+def preference_lines(result: CriterionResult, info: CampaignInfo) -> Lines:
+    """Return (name, value) of one question's result on the models."""
+    preference = result.preference
+    outcome, ties_as_half = preference.outcome, preference.ties_as_half
+    if outcome.total == 0 or ties_as_half is None:
         return [("Prompts", "none judged yet")]
-    by = f"{found.judged} by people"
-    if found.identical:
-        by += f", {found.identical} with identical answers, counted as ties"
+    by = f"{result.judged} by people"
+    if result.identical:
+        by += f", {result.identical} with identical answers, counted as ties"
     at_least = outcome.wins + outcome.ties
     net = 100 * (outcome.wins - outcome.losses) / outcome.total
     lines = [
         ("Prompts", f"{outcome.total} ({by})"),
-        (f"{about.name_b} better", _share(outcome.wins, outcome.total)),
+        (f"{info.name_b} better", _share(outcome.wins, outcome.total)),
         ("Tie", _share(outcome.ties, outcome.total)),
-        (f"{about.name_a} better", _share(outcome.losses, outcome.total)),
-        (f"{about.name_b} at least as good", _share(at_least, outcome.total)),
+        (f"{info.name_a} better", _share(outcome.losses, outcome.total)),
+        (f"{info.name_b} at least as good", _share(at_least, outcome.total)),
         ("Net", f"{net:+.1f} points"),
-        ("Exact sign test", f"p = {told.p_value:.3g}, ties left out"),
-        ("Win rate among decided", _with(outcome.win_rate, told.win_rate, "Clopper-Pearson")),
-        ("Ties as half", _with(half.mean, Interval(half.low, half.high), "bootstrap over prompts")),
+        ("Exact sign test", f"p = {preference.p_value:.3g}, ties left out"),
+        (
+            "Win rate among decided",
+            _value_with_interval(outcome.win_rate, preference.win_rate, "Clopper-Pearson"),
+        ),
+        (
+            "Ties as half",
+            _value_with_interval(
+                ties_as_half.mean,
+                Interval(ties_as_half.low, ties_as_half.high),
+                "bootstrap over prompts",
+            ),
+        ),
     ]
-    if told.needed is not None:
+    if preference.needed is not None:
         lines.append(
             (
                 f"Needed for {100 * POWER:.0f} % power",
-                f"{told.needed} decided prompts, about {told.needed_prompts} in all, "
+                f"{preference.needed} decided prompts, about {preference.needed_prompts} in all, "
                 "if the effect is the one found",
             )
         )
     return lines
 
 
-def quality_lines(found: CriterionResult) -> Lines:
-    """Return (name, value) of what the votes say about the voting."""
-    sides = found.sides
-    lines = [("Votes", str(found.votes))]
-    if len(found.names) > 1:
-        lines.append(("Agreement of two annotators", _percent(found.mean_agreement)))
-        for pair in found.agreement:
-            who = f"{found.names[pair.first]} and {found.names[pair.second]}"
+def quality_lines(result: CriterionResult) -> Lines:
+    """Return (name, value) of the quality of the voting on one question."""
+    sides = result.sides
+    lines = [("Votes", str(result.votes))]
+    if len(result.names) > 1:
+        lines.append(("Agreement of two annotators", _percent(result.mean_agreement)))
+        for pair in result.agreement:
+            who = f"{result.names[pair.first]} and {result.names[pair.second]}"
             lines.append((who, f"{_percent(pair.share)} of {pair.both} prompts"))
-        lines.append(("Krippendorff's alpha, nominal", _number(found.alpha)))
-        lines.append(("Krippendorff's alpha, ordinal", _number(found.alpha_ordinal)))
+        lines.append(("Krippendorff's alpha, nominal", _number(result.alpha)))
+        lines.append(("Krippendorff's alpha, ordinal", _number(result.alpha_ordinal)))
     if sides.first + sides.second:
-        share = _with(sides.share, sides.interval, "Clopper-Pearson")
+        share = _value_with_interval(sides.share, sides.interval, "Clopper-Pearson")
         lines.append(("Answer A chosen", f"{share}; p = {sides.p_value:.3g} for no side bias"))
     return lines
 
 
-def _with(value: float, interval: Interval, kind: str) -> str:
+def _value_with_interval(value: float, interval: Interval, kind: str) -> str:
     if not math.isfinite(value):
         return "unknown"
     if not math.isfinite(interval.low):
@@ -228,57 +236,48 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "unknown"
 
 
-def standings(folder: Path, source: str) -> list[dict[str, Any]]:
-    """Return the votes on one evaluation, study by study, as JSON values.
+def campaign_summaries(folder: Path, source: str) -> list[dict[str, Any]]:
+    """Return the results on one evaluation, campaign by campaign, as JSON values.
 
-    Annotators are numbered: a report goes further than the study's own page.
+    Annotators are numbered, because a report has more readers than the campaign's own page.
 
     Args:
-        folder: Where studies are.
-        source: What their answers come from, such as `eval/KEY`.
+        folder: The folder of campaigns.
+        source: Origin of their answers, such as `eval/KEY`.
     """
-    found = []
+    summaries = []
     for path in sorted(folder.glob("*.sqlite")):
         try:
-            study = Campaign(path)
+            campaign = Campaign(path)
         except UserError:
-            continue  # of whatever evaluation it is; `rlhf-exp annotate` says what is wrong with it
-        if study.about.source == source and not study.about.collect:
-            found.append(_standing(study))
-    return found
+            continue  # unreadable: `rlhf-exp annotate` says why
+        if campaign.info.source == source and not campaign.info.collect:
+            summaries.append(_summary(campaign))
+    return summaries
 
 
-def _standing(study: Campaign) -> dict[str, Any]:
-    about, votes = study.about, study.votes()
-    results = [
-        criterion_result(
-            criterion,
-            [vote for vote in votes if vote.criterion == criterion],
-            study.items,
-            about.identical,
-            about.seed,
-        )
-        for criterion in about.criteria
-    ]
+def _summary(campaign: Campaign) -> dict[str, Any]:
+    info = campaign.info
+    criteria = results(campaign).criteria
     return {
-        "study": study.path.stem,
-        "names": [about.name_a, about.name_b],
-        "prompts": len(study.items) + about.identical,
-        "criteria": [_plain(one, study) for one in results],
+        "study": campaign.path.stem,
+        "names": [info.name_a, info.name_b],
+        "prompts": len(campaign.items) + info.identical,
+        "criteria": [_criterion_to_json(result, campaign) for result in criteria],
     }
 
 
-def _plain(found: CriterionResult, study: Campaign) -> dict[str, Any]:
-    names = tuple(f"annotator {number}" for number in range(1, len(found.names) + 1))
-    outcome = found.preference.outcome
+def _criterion_to_json(result: CriterionResult, campaign: Campaign) -> dict[str, Any]:
+    names = tuple(f"annotator {number}" for number in range(1, len(result.names) + 1))
+    outcome = result.preference.outcome
     return {
-        "criterion": found.criterion,
-        "question": question(found.criterion),
-        "voters": len(found.names),
-        "p_value": found.preference.p_value,
+        "criterion": result.criterion,
+        "question": question(result.criterion),
+        "voters": len(result.names),
+        "p_value": result.preference.p_value,
         "wins": outcome.wins,
         "ties": outcome.ties,
         "losses": outcome.losses,
-        "preference": preference_lines(found, study.about),
-        "quality": quality_lines(replace(found, names=names)),
+        "preference": preference_lines(result, campaign.info),
+        "quality": quality_lines(replace(result, names=names)),
     }

@@ -1,23 +1,11 @@
-"""What a line chart is made of, and where its numbers lie in the drawing.
+"""Line charts as SVG: from rows of logged metrics to a figure with title, legend and drawing.
 
-The drawing is laid out for a width of about 340 CSS pixels, the width of a phone and of a third of
-a laptop's screen, so that its text keeps its size on both.
+A drawing is laid out for a width of about 340 CSS pixels, the width of a phone and of a third of a
+laptop's screen, so that its text keeps its size on both. Geometry is in attributes, looks are in
+the page's style sheet: colours are its classes `s0` to `s3`. No `style` attribute is ever written:
+the page's security policy would refuse it.
 
-Line charts: a figure with a title, a legend of last values and one SVG.
-
-Lines of a chart as SVG marks: bands, running means, paths, whiskers, points to hover over.
-
-Colours are the classes `s0` to `s3` of the page's style sheet.
-
-SVG elements as escaped markup: geometry in attributes, looks in the page's style sheet.
-
-No `style` attribute is ever written: the page's security policy would refuse it.
-
-Numbers as a reader wants them: ticks on round values, three digits, times in words.
-
-From rows of logged metrics to points of a curve: selection, smoothing, thinning.
-
-A curve is two arrays of one length, x and y. NaN in y is a gap.
+Legend: N points of a curve. NaN in y is a gap.
 """
 
 from __future__ import annotations
@@ -34,8 +22,46 @@ from numpy.typing import ArrayLike, NDArray
 from rlhf_exp.evaluation.preference import DASH, MINUS
 from rlhf_exp.safe_text import visible
 
+Floats = NDArray[np.float64]
+Row = Mapping[str, float]
+Value = str | float | int
+STEP = "global_step"
 WIDTH, HEIGHT = 340, 212
 LEFT, RIGHT, TOP, BOTTOM = 44, WIDTH - 12, 10, HEIGHT - 36
+SMOOTH_ABOVE = 60
+_WINDOWS_PER_CURVE = 25
+_MOST_POINTS = 400
+_MOST_DOTS = 16
+_MOST_HOVER_POINTS = 60
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure.
+
+    Attributes:
+        title: the quantity shown, with its unit.
+        lines: at least one.
+        x_label: label of the horizontal axis.
+        note: one sentence below the drawing.
+        include: y values that the axis must reach.
+        levels: (value, label) of horizontal reference lines.
+        diagonal: draw the line y = x.
+        marks_x: (value, label) of vertical reference lines.
+        keys: (label, colour, dash, value) of the legend, where it is not one entry a line.
+        y_range: range of the vertical axis, for charts to be compared; by default that of the data.
+    """
+
+    title: str
+    lines: Sequence[LineSeries]
+    x_label: str = "optimizer step"
+    note: str = ""
+    include: Sequence[float] = field(default_factory=tuple)
+    levels: Sequence[tuple[float, str]] = field(default_factory=tuple)
+    diagonal: bool = False
+    marks_x: Sequence[tuple[float, str]] = field(default_factory=tuple)
+    keys: Sequence[tuple[str, int, int, str]] | None = None
+    y_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +77,7 @@ class LineSeries:
         whiskers: (low [N], high [N]) of an interval drawn at each point, or `None`.
         smooth: draw a running mean where points are many, and the points themselves faintly.
         ordered: draw as a path through the points in their order, marking its start and its end.
-        unit: of x, for what a pointer shows.
+        unit: unit of x in the text under a pointer.
         last: text of the legend's value; the last y by default.
         dash: number of the dash class, 0 to 3; 0 leaves it to the colour.
         band: (low [N], high [N]) of an interval drawn as an area, or `None`.
@@ -101,38 +127,46 @@ class LineSeries:
         return short(float(known[-1])) if len(known) else ""
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A figure.
+def line_of(label: str, points: Curve, colour: int = 0, spread: Floats | None = None) -> LineSeries:
+    """Return the line of a curve."""
+    return LineSeries(label, points.x, points.y, colour, spread)
 
-    Attributes:
-        title: what is shown, with its unit.
-        lines: at least one.
-        x_label: of the horizontal axis.
-        note: one sentence below the drawing.
-        include: y values that the axis must reach.
-        levels: (value, label) of horizontal reference lines.
-        diagonal: draw the line y = x.
-        marks_x: (value, label) of vertical reference lines.
-        keys: (label, colour, dash, value) of the legend, where it is not one entry a line.
-        y_range: of the vertical axis, for charts that are to be compared; by default what it holds.
-    """
 
-    title: str
-    lines: Sequence[LineSeries]
-    x_label: str = "optimizer step"
-    note: str = ""
-    include: Sequence[float] = field(default_factory=tuple)
-    levels: Sequence[tuple[float, str]] = field(default_factory=tuple)
-    diagonal: bool = False
-    marks_x: Sequence[tuple[float, str]] = field(default_factory=tuple)
-    keys: Sequence[tuple[str, int, int, str]] | None = None
-    y_range: tuple[float, float] | None = None
+def render(chart: Chart) -> Markup:
+    """Return the figure: `<figure>` with caption, legend, drawing and note."""
+    drawing = element(
+        "svg",
+        element("title", _description(chart)),
+        *draw_chart(chart),
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+        class_="plot",
+    )
+    note = element("p", chart.note, class_="note") if chart.note else Markup("")
+    caption = element("figcaption", chart.title)
+    return element("figure", caption, _legend(chart), drawing, note, class_="chart")
+
+
+def draw_chart(chart: Chart, hover: bool = True) -> list[Markup]:
+    """Return the elements of the drawing; with `hover`, numbers show under a pointer."""
+    axes = Axes(*_ranges(chart))
+    marks = (mark for line in chart.lines for mark in draw_line(line, axes, hover))
+    return [*_frame(chart, axes), *marks]
+
+
+def sparkline(values: Floats) -> Markup:
+    """Return a small drawing of [N] values without axes."""
+    y = np.asarray(values, dtype=np.float64)
+    x, y = thinned(np.arange(len(y), dtype=np.float64), y, most=80)
+    low, high = _widened(*_extent([y]))
+    tops = 17 - (y - low) / (high - low) * 14
+    lines = polyline(2 + x / max(1.0, x[-1]) * 92, tops, class_="line s0")
+    return element("svg", *lines, viewBox="0 0 96 20", class_="spark", aria_hidden="true")
 
 
 @dataclass(frozen=True)
 class Axes:
-    """The ranges of both axes and where they lie in the drawing."""
+    """The ranges of both axes, and positions of their numbers in the drawing."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -146,43 +180,6 @@ class Axes:
         """Return vertical positions [N] in the drawing."""
         low, high = self.y
         return BOTTOM - (np.asarray(y) - low) / (high - low) * (BOTTOM - TOP)
-
-
-def line_of(label: str, points: Curve, colour: int = 0, spread: Floats | None = None) -> LineSeries:
-    """Return the line of a curve."""
-    return LineSeries(label, points.x, points.y, colour, spread)
-
-
-def render(chart: Chart) -> Markup:
-    """Return the figure: `<figure>` with caption, legend, drawing and note."""
-    drawing = element(
-        "svg",
-        element("title", _spoken(chart)),
-        *drawn(chart),
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-        class_="plot",
-    )
-    note = element("p", chart.note, class_="note") if chart.note else Markup("")
-    caption = element("figcaption", chart.title)
-    return element("figure", caption, _legend(chart), drawing, note, class_="chart")
-
-
-def drawn(chart: Chart, pointed: bool = True) -> list[Markup]:
-    """Return what the drawing consists of; `pointed`: with numbers under a pointer."""
-    axes = Axes(*_ranges(chart))
-    marks = (mark for line in chart.lines for mark in draw(line, axes, pointed))
-    return [*_frame(chart, axes), *marks]
-
-
-def sparkline(values: Floats) -> Markup:
-    """Return a small drawing of [N] values without axes."""
-    y = np.asarray(values, dtype=np.float64)
-    x, y = thinned(np.arange(len(y), dtype=np.float64), y, most=80)
-    low, high = _widened(*_extent([y]))
-    tops = 17 - (y - low) / (high - low) * 14
-    lines = polyline(2 + x / max(1.0, x[-1]) * 92, tops, class_="line s0")
-    return element("svg", *lines, viewBox="0 0 96 20", class_="spark", aria_hidden="true")
 
 
 def _ranges(chart: Chart) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -220,32 +217,32 @@ def _widened(low: float, high: float, share: float = 0.05) -> tuple[float, float
 
 def _frame(chart: Chart, axes: Axes) -> list[Markup]:
     """Return grid, tick labels, axis label and reference lines."""
-    found = []
+    marks = []
     ticks = nice_ticks(*axes.y)
     for y, text in zip(axes.top(np.array(ticks)), tick_labels(ticks), strict=True):
-        found.append(element("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid"))
-        found.append(element("text", text, x=LEFT - 6, y=y + 4, class_="tick end"))
+        marks.append(element("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid"))
+        marks.append(element("text", text, x=LEFT - 6, y=y + 4, class_="tick end"))
     ticks = nice_ticks(*axes.x, target=4)
-    found.append(element("line", x1=LEFT, x2=RIGHT, y1=BOTTOM, y2=BOTTOM, class_="axis"))
+    marks.append(element("line", x1=LEFT, x2=RIGHT, y1=BOTTOM, y2=BOTTOM, class_="axis"))
     for x, text in zip(axes.left(np.array(ticks)), tick_labels(ticks), strict=True):
-        found.append(element("line", x1=x, x2=x, y1=BOTTOM, y2=BOTTOM + 4, class_="axis"))
+        marks.append(element("line", x1=x, x2=x, y1=BOTTOM, y2=BOTTOM + 4, class_="axis"))
         anchor = "tick end" if x > RIGHT - 12 else "tick middle"
-        found.append(element("text", text, x=min(x, RIGHT), y=BOTTOM + 16, class_=anchor))
+        marks.append(element("text", text, x=min(x, RIGHT), y=BOTTOM + 16, class_=anchor))
     centre = (LEFT + RIGHT) / 2
-    found.append(element("text", chart.x_label, x=centre, y=HEIGHT - 5, class_="label middle"))
+    marks.append(element("text", chart.x_label, x=centre, y=HEIGHT - 5, class_="label middle"))
     for value, text in chart.levels:
         y = float(axes.top(np.array(value)))
-        found.append(element("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="level"))
-        found.append(element("text", text, x=RIGHT, y=y - 4, class_="tick end"))
+        marks.append(element("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="level"))
+        marks.append(element("text", text, x=RIGHT, y=y - 4, class_="tick end"))
     for value, text in chart.marks_x:
         x = float(axes.left(np.array(value)))
-        found.append(element("line", x1=x, x2=x, y1=TOP, y2=BOTTOM, class_="level"))
-        side, place = ("end", x - 4) if x > centre else ("start", x + 4)
-        found.append(element("text", text, x=place, y=TOP + 8, class_=f"tick {side}"))
+        marks.append(element("line", x1=x, x2=x, y1=TOP, y2=BOTTOM, class_="level"))
+        side, position = ("end", x - 4) if x > centre else ("start", x + 4)
+        marks.append(element("text", text, x=position, y=TOP + 8, class_=f"tick {side}"))
     if chart.diagonal:
         ends = np.array([max(axes.x[0], axes.y[0]), min(axes.x[1], axes.y[1])])
-        found += polyline(axes.left(ends), axes.top(ends), class_="level")
-    return found
+        marks += polyline(axes.left(ends), axes.top(ends), class_="level")
+    return marks
 
 
 def _legend(chart: Chart) -> Markup:
@@ -259,14 +256,10 @@ def _legend(chart: Chart) -> Markup:
     return element("ul", *items, class_="legend")
 
 
-def _spoken(chart: Chart) -> str:
+def _description(chart: Chart) -> str:
     """Return the chart in words, for those who cannot see it."""
     ends = "; ".join(f"{line.label} ends at {line.ending}" for line in chart.lines)
     return f"{chart.title} over {chart.x_label}: {ends}"
-
-
-_MARKED = 16
-_HOVERED = 60
 
 
 def style(colour: int, dash: int) -> str:
@@ -274,44 +267,44 @@ def style(colour: int, dash: int) -> str:
     return f"s{colour} d{dash}" if dash else f"s{colour}"
 
 
-def draw(line: LineSeries, axes: Axes, pointed: bool = True) -> list[Markup]:
-    """Return the marks of one line, what lies behind first.
+def draw_line(line: LineSeries, axes: Axes, hover: bool = True) -> list[Markup]:
+    """Return the marks of one line, those in the background first.
 
     Args:
-        line: What is drawn.
-        axes: Where its numbers lie.
-        pointed: Whether points show their numbers under a pointer.
+        line: The line.
+        axes: Positions of its numbers in the drawing.
+        hover: Whether points show their numbers under a pointer.
     """
     if line.ordered:
-        return _path(line, axes, pointed)
-    found = []
+        return _path(line, axes, hover)
+    marks = []
     smooth, spread = line.smoothed, line.smoothed_spread
     colour = f"s{line.colour}"
     if line.band is not None:
         low, high = (axes.top(end) for end in line.band)
-        found += band(axes.left(line.x), low, high, class_=f"band {colour}")
+        marks += band(axes.left(line.x), low, high, class_=f"band {colour}")
     if spread is not None:
         x, low = thinned(line.x, smooth - spread)
         high = np.interp(x, line.x, smooth + spread)
-        found += band(axes.left(x), axes.top(low), axes.top(high), class_=f"band {colour}")
+        marks += band(axes.left(x), axes.top(low), axes.top(high), class_=f"band {colour}")
     elif line.window > 1:
         x, y = thinned(line.x, line.y)
-        found += polyline(axes.left(x), axes.top(y), class_=f"raw {colour}")
+        marks += polyline(axes.left(x), axes.top(y), class_=f"raw {colour}")
     if line.whiskers is not None:
-        found += _whiskers(line.x, line.whiskers, axes, f"whisker {colour}")
+        marks += _whiskers(line.x, line.whiskers, axes, f"whisker {colour}")
     x, y = thinned(line.x, smooth)
-    found += polyline(axes.left(x), axes.top(y), class_=f"line {style(line.colour, line.dash)}")
+    marks += polyline(axes.left(x), axes.top(y), class_=f"line {style(line.colour, line.dash)}")
     if line.disc is not None:
         spot = slice(line.disc, line.disc + 1)
-        found += _dots(axes.left(line.x[spot]), axes.top(line.y[spot]), f"dot {colour}", 3.6)
-    elif len(x) <= _MARKED:
-        found += _dots(axes.left(x), axes.top(y), f"dot {colour}", 2.2)
-    return found + (_hover(line, x, y, axes) if pointed else [])
+        marks += _dots(axes.left(line.x[spot]), axes.top(line.y[spot]), f"dot {colour}", 3.6)
+    elif len(x) <= _MOST_DOTS:
+        marks += _dots(axes.left(x), axes.top(y), f"dot {colour}", 2.2)
+    return marks + (_hover(line, x, y, axes) if hover else [])
 
 
-def _path(line: LineSeries, axes: Axes, pointed: bool) -> list[Markup]:
+def _path(line: LineSeries, axes: Axes, hover: bool) -> list[Markup]:
     """Draw a path whose later part is darker, with a ring at its start and a disc at its end."""
-    found = []
+    marks = []
     x, y = line.positions, line.smoothed
     parts = min(6, max(1, len(x) - 1))
     edges = np.linspace(0, len(x) - 1, parts + 1).round().astype(int)
@@ -319,16 +312,16 @@ def _path(line: LineSeries, axes: Axes, pointed: bool) -> list[Markup]:
         age = round(5 * (part + 1) / parts)
         points = slice(start, end + 1)
         kind = f"line s{line.colour} age{age}"
-        found += polyline(axes.left(x[points]), axes.top(y[points]), class_=kind)
+        marks += polyline(axes.left(x[points]), axes.top(y[points]), class_=kind)
     left, top = axes.left(x), axes.top(y)
-    found += _dots(left[:1], top[:1], f"ring s{line.colour}", 4)
-    found += _dots(left[-1:], top[-1:], f"dot s{line.colour}", 4.5)
+    marks += _dots(left[:1], top[:1], f"ring s{line.colour}", 4)
+    marks += _dots(left[-1:], top[-1:], f"dot s{line.colour}", 4.5)
     for index, text, rise in ((0, "start", 4), (-1, "end", -9)):
         beyond = left[index] > WIDTH - 60
         shift, anchor = (4, "end") if beyond else (8, "start")
         spot = {"x": float(left[index]) + shift, "y": float(top[index]) + rise}
-        found.append(element("text", text, class_=f"tick strong {anchor}", **spot))
-    return found + (_hover(line, x, y, axes) if pointed else [])
+        marks.append(element("text", text, class_=f"tick strong {anchor}", **spot))
+    return marks + (_hover(line, x, y, axes) if hover else [])
 
 
 def _whiskers(x: Floats, ends: tuple[Floats, Floats], axes: Axes, kind: str) -> list[Markup]:
@@ -349,18 +342,90 @@ def _dots(xs: Floats, ys: Floats, kind: str, radius: float) -> list[Markup]:
 
 def _hover(line: LineSeries, x: Floats, y: Floats, axes: Axes) -> list[Markup]:
     """Return invisible points that show their numbers under a pointer."""
-    index = np.unique(np.linspace(0, len(x) - 1, min(len(x), _HOVERED)).round().astype(int))
-    found = []
-    for place in index[np.isfinite(y[index])]:
-        text = f"{line.label}, {line.unit} {short(float(x[place]))}: {short(float(y[place]))}"
-        left, top = float(axes.left(x[place])), float(axes.top(y[place]))
+    index = np.unique(
+        np.linspace(0, len(x) - 1, min(len(x), _MOST_HOVER_POINTS)).round().astype(int)
+    )
+    marks = []
+    for point in index[np.isfinite(y[index])]:
+        text = f"{line.label}, {line.unit} {short(float(x[point]))}: {short(float(y[point]))}"
+        left, top = float(axes.left(x[point])), float(axes.top(y[point]))
         title = element("title", text)
         kind = f"hover s{line.colour}"
-        found.append(element("circle", title, cx=left, cy=top, r=5, class_=kind))
-    return found
+        marks.append(element("circle", title, cx=left, cy=top, r=5, class_=kind))
+    return marks
 
 
-Value = str | float | int
+@dataclass(frozen=True)
+class Curve:
+    """Points of one metric: `x` [N] steps, ascending, and `y` [N] values."""
+
+    x: Floats
+    y: Floats
+
+
+def curve(rows: Iterable[Row], names: Sequence[str]) -> Curve | None:
+    """Return the points of the first of `names` that any row has; `None` if none has it.
+
+    A step logged twice counts with its last value.
+    """
+    rows = list(rows)
+    for name in names:
+        points = {
+            float(row[STEP]): _finite_or_nan(row[name])
+            for row in rows
+            if STEP in row and name in row
+        }
+        if points and not all(np.isnan(value) for value in points.values()):
+            steps = sorted(points)
+            return Curve(np.array(steps), np.array([points[step] for step in steps]))
+    return None
+
+
+def joint(left: Curve, right: Curve) -> tuple[Floats, Floats, Floats]:
+    """Return (steps [N], left y [N], right y [N]) at the steps that both have, gaps left out."""
+    shared, in_left, in_right = np.intersect1d(left.x, right.x, return_indices=True)
+    a, b = left.y[in_left], right.y[in_right]
+    known = np.isfinite(a) & np.isfinite(b)
+    return shared[known], a[known], b[known]
+
+
+def window_of(count: int) -> int:
+    """Return the width of the running mean for `count` points: 1 where they are few."""
+    return 1 if count <= SMOOTH_ABOVE else 2 * (count // _WINDOWS_PER_CURVE // 2) + 1
+
+
+def running_mean(y: Floats, window: int) -> Floats:
+    """Return the mean over `window` points around each [N]; fewer at the ends; gaps left out."""
+    if window <= 1:
+        return y
+    known = np.isfinite(y)
+    kernel = np.ones(window)
+    total = np.convolve(np.where(known, y, 0.0), kernel, mode="same")
+    count = np.convolve(known.astype(np.float64), kernel, mode="same")
+    return np.where(known, total / np.maximum(count, 1), np.nan)
+
+
+def thinned(x: Floats, y: Floats, most: int = _MOST_POINTS) -> tuple[Floats, Floats]:
+    """Return at most `most` points, every bucket's lowest and highest: no spike is lost."""
+    if len(x) <= most:
+        return x, y
+    keep: set[int] = {0, len(x) - 1}
+    for bucket in np.array_split(np.arange(len(x)), max(1, most // 2 - 1)):
+        known = bucket[np.isfinite(y[bucket])]
+        if len(known):
+            keep |= {int(known[y[known].argmin()]), int(known[y[known].argmax()])}
+        else:
+            keep.add(int(bucket[0]))
+    index = np.array(sorted(keep))
+    return x[index], y[index]
+
+
+def _finite_or_nan(value: object) -> float:
+    """Return a finite number, or NaN for any other value."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return float("nan")
+    number = float(value)
+    return number if np.isfinite(number) else float("nan")
 
 
 def element(tag: str, *children: str, **attributes: Value) -> Markup:
@@ -368,12 +433,13 @@ def element(tag: str, *children: str, **attributes: Value) -> Markup:
 
     Args:
         tag: name of the element; from this package's code, never from data.
-        *children: its content.
+        *children: the content of the element.
         **attributes: `class_` is written `class`, other underscores as hyphens. Numbers are cut to
             two decimals.
     """
     parts = [
-        Markup(' {}="{}"').format(_name(name), _value(value)) for name, value in attributes.items()
+        Markup(' {}="{}"').format(_attribute_name(name), _attribute_value(value))
+        for name, value in attributes.items()
     ]
     inside = Markup("").join(
         child if isinstance(child, Markup) else escape(visible(child)) for child in children
@@ -388,15 +454,15 @@ def group(children: Iterable[Markup], **attributes: Value) -> Markup:
 
 def polyline(xs: ArrayLike, ys: ArrayLike, **attributes: Value) -> list[Markup]:
     """Return a path for each unbroken stretch of points [N]; a lonely point becomes a dot."""
-    found = []
+    parts = []
     for points in stretches(xs, ys):
         if len(points) == 1:
             (x, y), *_ = points
             dot = {**attributes, "class_": f"dot {attributes.get('class_', '')}".strip()}
-            found.append(element("circle", cx=x, cy=y, r=2.5, **dot))
+            parts.append(element("circle", cx=x, cy=y, r=2.5, **dot))
         else:
-            found.append(element("path", d="M" + _points(points), **attributes))
-    return found
+            parts.append(element("path", d="M" + _points(points), **attributes))
+    return parts
 
 
 def band(xs: ArrayLike, low: ArrayLike, high: ArrayLike, **attributes: Value) -> list[Markup]:
@@ -404,34 +470,34 @@ def band(xs: ArrayLike, low: ArrayLike, high: ArrayLike, **attributes: Value) ->
     bottom = np.asarray(low, dtype=np.float64)
     top = np.where(np.isfinite(bottom), np.asarray(high, dtype=np.float64), np.nan)
     bottom = np.where(np.isfinite(top), bottom, np.nan)
-    found = []
+    parts = []
     for upper, lower in zip(stretches(xs, top), stretches(xs, bottom), strict=True):
         outline = [*upper, *reversed(lower)]
-        found.append(element("path", d="M" + _points(outline) + "Z", **attributes))
-    return found
+        parts.append(element("path", d="M" + _points(outline) + "Z", **attributes))
+    return parts
 
 
 def stretches(xs: ArrayLike, ys: ArrayLike) -> list[list[tuple[float, float]]]:
     """Split points [N] at gaps (NaN)."""
-    found: list[list[tuple[float, float]]] = [[]]
+    parts: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(np.asarray(xs, float), np.asarray(ys, float), strict=True):
         if np.isfinite(x) and np.isfinite(y):
-            found[-1].append((float(x), float(y)))
-        elif found[-1]:
-            found.append([])
-    return [points for points in found if points]
+            parts[-1].append((float(x), float(y)))
+        elif parts[-1]:
+            parts.append([])
+    return [points for points in parts if points]
 
 
 def _points(points: Sequence[tuple[float, float]]) -> str:
     return "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _name(name: str) -> str:
+def _attribute_name(name: str) -> str:
     # SVG's attributes keep their capitals: `viewBox`, `preserveAspectRatio`.
     return name.rstrip("_").replace("_", "-")
 
 
-def _value(value: Value) -> str:
+def _attribute_value(value: Value) -> str:
     return visible(value) if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
 
 
@@ -509,83 +575,3 @@ def _decimals(step: float) -> int:
 
 def _signed(text: str) -> str:
     return text.replace("-", MINUS)
-
-
-Floats = NDArray[np.float64]
-Row = Mapping[str, float]
-
-STEP = "global_step"
-SMOOTH_ABOVE = 60
-_WINDOWS = 25
-_MOST_POINTS = 400
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Points of one metric: `x` [N] steps, ascending, and `y` [N] values."""
-
-    x: Floats
-    y: Floats
-
-
-def curve(rows: Iterable[Row], names: Sequence[str]) -> Curve | None:
-    """Return the points of the first of `names` that any row has; `None` if none has it.
-
-    A step logged twice counts with its last value.
-    """
-    rows = list(rows)
-    for name in names:
-        points = {
-            float(row[STEP]): _number(row[name]) for row in rows if STEP in row and name in row
-        }
-        if points and not all(np.isnan(value) for value in points.values()):
-            steps = sorted(points)
-            return Curve(np.array(steps), np.array([points[step] for step in steps]))
-    return None
-
-
-def joint(left: Curve, right: Curve) -> tuple[Floats, Floats, Floats]:
-    """Return (steps [N], left y [N], right y [N]) at the steps that both have, gaps left out."""
-    shared, in_left, in_right = np.intersect1d(left.x, right.x, return_indices=True)
-    a, b = left.y[in_left], right.y[in_right]
-    known = np.isfinite(a) & np.isfinite(b)
-    return shared[known], a[known], b[known]
-
-
-def window_of(count: int) -> int:
-    """Return the width of the running mean for `count` points: 1 where they are few."""
-    return 1 if count <= SMOOTH_ABOVE else 2 * (count // _WINDOWS // 2) + 1
-
-
-def running_mean(y: Floats, window: int) -> Floats:
-    """Return the mean over `window` points around each [N]; fewer at the ends; gaps left out."""
-    if window <= 1:
-        return y
-    known = np.isfinite(y)
-    kernel = np.ones(window)
-    total = np.convolve(np.where(known, y, 0.0), kernel, mode="same")
-    count = np.convolve(known.astype(np.float64), kernel, mode="same")
-    return np.where(known, total / np.maximum(count, 1), np.nan)
-
-
-def thinned(x: Floats, y: Floats, most: int = _MOST_POINTS) -> tuple[Floats, Floats]:
-    """Return at most `most` points, every bucket's lowest and highest: no spike is lost."""
-    if len(x) <= most:
-        return x, y
-    keep: set[int] = {0, len(x) - 1}
-    for bucket in np.array_split(np.arange(len(x)), max(1, most // 2 - 1)):
-        known = bucket[np.isfinite(y[bucket])]
-        if len(known):
-            keep |= {int(known[y[known].argmin()]), int(known[y[known].argmax()])}
-        else:
-            keep.add(int(bucket[0]))
-    index = np.array(sorted(keep))
-    return x[index], y[index]
-
-
-def _number(value: object) -> float:
-    """Return a finite number, or NaN for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        return float("nan")
-    number = float(value)
-    return number if np.isfinite(number) else float("nan")

@@ -1,4 +1,4 @@
-"""The templates' environment: everything written into a page is escaped and made visible."""
+"""The templates of reports: everything written into a page is escaped and made visible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fill(template: str, **values: object) -> Markup:
 
     Args:
         template: Its path below the package, such as `run/comparisons.html`.
-        values: What it shows; strings in it are untrusted, `Markup` is not touched.
+        values: The template's variables; strings are untrusted, `Markup` is written as it is.
     """
     return Markup(_environment().get_template(template).render(clipped=clipped, **values))
 
@@ -29,12 +29,12 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_shown,
+        finalize=_make_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
 
 
-def _shown(value: object) -> object:
+def _make_visible(value: object) -> object:
     """Make acting characters of a string that a template writes visible; markup is ours."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

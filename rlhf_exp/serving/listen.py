@@ -1,4 +1,4 @@
-"""Serving an application until it is interrupted."""
+"""A socket to listen on, and serving an application there until the process is interrupted."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _LAST_PORT = 65_535
 
 
 def need_server(command: str, extra: str) -> None:
-    """Make sure that a server can run.
+    """Check that the packages of a web server are installed.
 
     Args:
-        command: Of `rlhf-exp`.
-        extra: Of this package, which has what is needed.
+        command: The command of `rlhf-exp`, for the error.
+        extra: The extra of this package that installs a server.
 
     Raises:
         UserError: Starlette or uvicorn is missing.
@@ -37,7 +37,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to host and port; port 0 takes a free one.
 
     Raises:
-        UserError: the address cannot be had.
+        UserError: the address is in use or cannot be listened on.
     """
     if not 0 <= port <= _LAST_PORT:
         raise UserError(f"--port {port}: expected 0 to {_LAST_PORT}")

@@ -1,6 +1,6 @@
 """The web application of a reward server; the protocol is in `docs/rewards.md`.
 
-A reward model that scores texts, or the token ids that they were sampled as.
+A reward model scores texts, or the token ids that the texts were sampled as.
 """
 
 from __future__ import annotations
@@ -31,14 +31,44 @@ BODY_LIMIT = 64_000_000
 """Bytes of a request; a thousand long dialogues with their tokens are some ten million."""
 
 
+def make_app(scorer: RequestScorer, key: str | None = None) -> Starlette:
+    """Return the application.
+
+    Args:
+        scorer: Scores the requests.
+        key: Bearer token that a request must carry; `None` admits everybody.
+    """
+
+    async def score(request: Request) -> Response:
+        _check_key(request, key)
+        score_request = _parse_request(await _json_body(request))
+        try:
+            scores = await run_in_threadpool(_scores_of, scorer, score_request)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        # The client shows the error to its user, such as a device out of memory.
+        except Exception as error:
+            log.exception("scoring failed")
+            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
+        if not all(map(math.isfinite, scores)):
+            raise HTTPException(500, "the reward model gives scores that are not finite")
+        identity = {"name": scorer.name, "tokenizer": scorer.codec.digest}
+        return JSONResponse({"scores": scores, **identity})
+
+    return Starlette(
+        routes=[Route("/", score, methods=["POST"])],
+        exception_handlers={HTTPException: _error_response},
+    )
+
+
 @dataclass(frozen=True)
-class _Asked:
-    """A request.
+class ScoreRequest:
+    """A request to score responses.
 
     Attributes:
         prompts: Texts.
         responses: As many texts.
-        tokens: As many rows of token ids, if there are any.
+        tokens: As many rows of token ids of prompt and response, or `None`.
     """
 
     prompts: list[str]
@@ -46,48 +76,21 @@ class _Asked:
     tokens: list[list[int]] | None
 
 
-def make_app(scores: RequestScorer, key: str | None = None) -> Starlette:
-    """Return the application.
-
-    Args:
-        scores: What scores.
-        key: What a request must carry as bearer token; `None`: anybody may ask.
-    """
-
-    async def score(request: Request) -> Response:
-        _check_key(request, key)
-        asked = _asked(await _body(request))
-        try:
-            found = await run_in_threadpool(_scored, scores, asked)
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
-        # The client shows what went wrong here, such as a device without memory.
-        except Exception as error:
-            log.exception("scoring failed")
-            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
-        if not all(map(math.isfinite, found)):
-            raise HTTPException(500, "the reward model gives scores that are not finite")
-        told = {"name": scores.name, "tokenizer": scores.codec.digest}
-        return JSONResponse({"scores": found, **told})
-
-    return Starlette(
-        routes=[Route("/", score, methods=["POST"])], exception_handlers={HTTPException: _refused}
-    )
-
-
-def _scored(scores: RequestScorer, asked: _Asked) -> list[float]:
-    if asked.tokens is not None:
-        return scores.of_tokens(asked.tokens)
-    return scores.of_texts(asked.prompts, asked.responses)
+def _scores_of(scorer: RequestScorer, request: ScoreRequest) -> list[float]:
+    if request.tokens is not None:
+        return scorer.of_tokens(request.tokens)
+    return scorer.of_texts(request.prompts, request.responses)
 
 
 def _check_key(request: Request, key: str | None) -> None:
-    given = request.headers.get("authorization", "")
-    if key is not None and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+    authorization = request.headers.get("authorization", "")
+    if key is not None and not hmac.compare_digest(
+        authorization.encode(), f"Bearer {key}".encode()
+    ):
         raise HTTPException(401, "this server needs its key as a bearer token")
 
 
-async def _body(request: Request) -> Any:  # noqa: ANN401 - JSON
+async def _json_body(request: Request) -> Any:  # noqa: ANN401 - JSON
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -99,31 +102,31 @@ async def _body(request: Request) -> Any:  # noqa: ANN401 - JSON
         raise HTTPException(400, f"not JSON: {error}") from error
 
 
-def _asked(content: Any) -> _Asked:  # noqa: ANN401 - JSON
+def _parse_request(content: Any) -> ScoreRequest:  # noqa: ANN401 - JSON
     """Return the request in a JSON value.
 
     Raises:
-        HTTPException: it is none.
+        HTTPException: the value is no valid request.
     """
-    given = content if isinstance(content, dict) else {}
-    prompts, responses = given.get("prompts"), given.get("responses")
-    tokens = given.get("tokens")
+    fields = content if isinstance(content, dict) else {}
+    prompts, responses = fields.get("prompts"), fields.get("responses")
+    tokens = fields.get("tokens")
     for name, texts in (("prompts", prompts), ("responses", responses)):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise HTTPException(400, f"`{name}` must be a list of texts")
-    if tokens is not None and not (isinstance(tokens, list) and all(map(_are_ids, tokens))):
+    if tokens is not None and not (isinstance(tokens, list) and all(map(_is_row_of_ids, tokens))):
         raise HTTPException(400, "`tokens` must be a list of lists of integers")
-    sizes = [len(one) for one in (prompts, responses, tokens) if one is not None]
+    sizes = [len(values) for values in (prompts, responses, tokens) if values is not None]
     if len(set(sizes)) > 1:
         raise HTTPException(400, f"the lists have different lengths: {sizes}")
-    return _Asked(given["prompts"], given["responses"], tokens)
+    return ScoreRequest(fields["prompts"], fields["responses"], tokens)
 
 
-def _are_ids(row: object) -> bool:
+def _is_row_of_ids(row: object) -> bool:
     return isinstance(row, list) and all(type(number) is int for number in row)
 
 
-def _refused(request: Request, error: Exception) -> Response:
+def _error_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code)
 
@@ -132,10 +135,10 @@ class RequestScorer:
     """Scores one request at a time.
 
     Attributes:
-        name: Of the reward: it changes with all that decides the scores.
+        name: The reward's name, which changes with everything that decides the scores.
 
     Args:
-        scorer: Of the reward model, for its own codec.
+        scorer: The reward model's scorer, for its own codec.
         codec: The same codec.
         name: See above.
     """
@@ -151,10 +154,10 @@ class RequestScorer:
         return self.of_tokens([head + tail for head, tail in zip(heads, tails, strict=True)])
 
     def of_tokens(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Return the scores of prompts and responses as ids, without what ended the responses.
+        """Return the scores of rows of ids, each a prompt and a response without its end token.
 
         Raises:
-            ValueError: An id is none of this tokenizer's.
+            ValueError: An id is not in the vocabulary.
         """
         if not rows:
             return []

@@ -1,4 +1,4 @@
-"""Small studies, and a client that reads their pages as a browser without scripts would."""
+"""Small campaigns, and a client that reads their pages as a browser without scripts would."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def items(count: int) -> list[Item]:
     ]
 
 
-def study(
+def new_campaign(
     folder: Path,
     count: int = 6,
     criteria: tuple[str, ...] = ("overall",),
@@ -32,8 +32,8 @@ def study(
     identical: int = 0,
     own: list[Item] | None = None,
 ) -> Campaign:
-    """Return a new study of plain items, or of your own."""
-    about = CampaignInfo(
+    """Return a new campaign of plain items, or of your own."""
+    info = CampaignInfo(
         source="eval/0123456789abcdef",
         name_a="SFT",
         name_b="PPO",
@@ -42,18 +42,18 @@ def study(
         instructions=INSTRUCTIONS,
         identical=identical,
     )
-    made = Campaign.create(folder / "study.sqlite", about, own or items(count))
-    made.invite(names)
-    return made
+    campaign = Campaign.create(folder / "study.sqlite", info, own or items(count))
+    campaign.invite(names)
+    return campaign
 
 
 class Visitor:
-    """One annotator at the pages of a study."""
+    """One annotator at the pages of a campaign."""
 
-    def __init__(self, found: Campaign, name: str = "anna") -> None:
-        self.study = found
-        (self.token,) = (one.token for one in found.annotators() if one.name == name)
-        self.client = TestClient(make_app(found), follow_redirects=False)
+    def __init__(self, campaign: Campaign, name: str = "anna") -> None:
+        self.campaign = campaign
+        (self.token,) = (one.token for one in campaign.annotators() if one.name == name)
+        self.client = TestClient(make_app(campaign), follow_redirects=False)
         self.home = f"/a/{self.token}"
 
     def page(self, number: int | None = None) -> str:

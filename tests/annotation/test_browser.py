@@ -156,9 +156,9 @@ def test_three_people_at_once_killed_tabs_and_a_killed_server(tmp_path: Path) ->
     with Served(tmp_path, str(file), *options) as server:
         asyncio.run(everybody(server))
 
-    study = Campaign(tmp_path / "votes.sqlite")
-    votes = study.votes()
-    numbers = {item.id: int(item.prompt.split()[2].strip(",")) for item in study.items}
+    campaign = Campaign(tmp_path / "votes.sqlite")
+    votes = campaign.votes()
+    numbers = {item.id: int(item.prompt.split()[2].strip(",")) for item in campaign.items}
     assert len(votes) == 3 * PROMPTS
     assert len({(vote.item, vote.annotator) for vote in votes}) == 3 * PROMPTS
     assert {vote.revision for vote in votes} == {1}

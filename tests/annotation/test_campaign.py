@@ -25,16 +25,16 @@ from rlhf_exp.annotation.campaign import (
     Conflict,
     Vote,
     choice_of,
-    choose,
+    display_order,
+    display_side,
     item_of,
     items_of_rows,
-    order,
     read_pairs,
     reading,
-    side_of,
+    sample_items,
 )
 from rlhf_exp.errors import UserError
-from tests.annotation.lab import items, study
+from tests.annotation.lab import items, new_campaign
 from tests.lab import jsonl
 
 
@@ -55,28 +55,30 @@ def test_halves_of_surrogate_pairs_are_replaced() -> None:
 
 
 def test_sides_are_balanced_over_items_and_over_annotators() -> None:
-    sides = {name: [side_of(0, item.id, name) for item in items(1000)] for name in ("anna", "ben")}
+    sides = {
+        name: [display_side(0, item.id, name) for item in items(1000)] for name in ("anna", "ben")
+    }
     for found in sides.values():
         assert stats.binomtest(sum(found), 1000).pvalue > 0.001
     # One annotator's sides tell nothing about another's.
     equal = sum(a == b for a, b in zip(sides["anna"], sides["ben"], strict=True))
     assert stats.binomtest(equal, 1000).pvalue > 0.001
-    assert sides["anna"] == [side_of(0, item.id, "anna") for item in items(1000)]
-    assert sides["anna"] != [side_of(1, item.id, "anna") for item in items(1000)]
+    assert sides["anna"] == [display_side(0, item.id, "anna") for item in items(1000)]
+    assert sides["anna"] != [display_side(1, item.id, "anna") for item in items(1000)]
 
 
 def test_every_annotator_has_an_order_of_her_own() -> None:
-    anna, ben = (order(items(50), 0, name) for name in ("anna", "ben"))
+    anna, ben = (display_order(items(50), 0, name) for name in ("anna", "ben"))
     assert anna != ben
     assert {item.id for item in anna} == {item.id for item in ben}
-    assert anna == order(items(50)[::-1], 0, "anna")
+    assert anna == display_order(items(50)[::-1], 0, "anna")
 
 
 def test_a_smaller_choice_is_part_of_a_larger_one() -> None:
-    few, many = choose(items(50), 5, 0), choose(items(50), 20, 0)
+    few, many = sample_items(items(50), 5, 0), sample_items(items(50), 20, 0)
     assert few == many[:5]
-    assert few != choose(items(50), 5, 1)
-    assert len(choose(items(3), None, 0)) == 3
+    assert few != sample_items(items(50), 5, 1)
+    assert len(sample_items(items(3), None, 0)) == 3
 
 
 def test_pairs_from_a_file(tmp_path: Path) -> None:
@@ -118,34 +120,34 @@ def test_sides_are_resolved(side: int, choice: str, winner: str, sign: int) -> N
 
 
 def test_an_answer_can_be_changed_and_its_repetition_changes_nothing(tmp_path: Path) -> None:
-    found = study(tmp_path)
-    first = found.record(vote(found, 0))
+    campaign = new_campaign(tmp_path)
+    first = campaign.record(vote(campaign, 0))
     assert first.revision == 1
     # The same request again, because its answer was lost on the way.
-    assert found.record(vote(found, 0)) == first
-    changed = found.record(replace(vote(found, 0, "B"), revision=1))
+    assert campaign.record(vote(campaign, 0)) == first
+    changed = campaign.record(replace(vote(campaign, 0, "B"), revision=1))
     assert changed.revision == 2
-    assert Campaign(found.path).votes() == [changed]
+    assert Campaign(campaign.path).votes() == [changed]
 
 
 def test_a_stale_page_does_not_overwrite(tmp_path: Path) -> None:
-    found = study(tmp_path)
-    found.record(vote(found, 0, "A"))
-    found.record(replace(vote(found, 0, "B"), revision=1))
+    campaign = new_campaign(tmp_path)
+    campaign.record(vote(campaign, 0, "A"))
+    campaign.record(replace(vote(campaign, 0, "B"), revision=1))
     with pytest.raises(Conflict) as conflict:
-        found.record(replace(vote(found, 0, "Tie"), revision=1))
+        campaign.record(replace(vote(campaign, 0, "Tie"), revision=1))
     assert conflict.value.stored.choice is Choice.B
     with pytest.raises(Conflict):
-        found.record(vote(found, 0, "A"))  # a request of the first page that arrives late
-    assert [one.choice for one in found.votes()] == [Choice.B]
+        campaign.record(vote(campaign, 0, "A"))  # a request of the first page that arrives late
+    assert [one.choice for one in campaign.votes()] == [Choice.B]
 
 
 def test_many_threads_lose_and_double_nothing(tmp_path: Path) -> None:
-    found = study(tmp_path, count=40)
+    campaign = new_campaign(tmp_path, count=40)
 
     def work(name: str) -> None:
         for number in range(40):
-            found.record(vote(found, number, "AB"[number % 2], name))
+            campaign.record(vote(campaign, number, "AB"[number % 2], name))
 
     # Two threads for each annotator: everything is sent twice.
     threads = [threading.Thread(target=work, args=(name,)) for name in ("anna", "ben") * 2]
@@ -153,13 +155,13 @@ def test_many_threads_lose_and_double_nothing(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    votes = found.votes()
+    votes = campaign.votes()
     assert len(votes) == 80
     assert {one.revision for one in votes} == {1}
 
 
 def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
-    found = study(tmp_path, count=200)
+    campaign = new_campaign(tmp_path, count=200)
     program = textwrap.dedent(
         """
         import sys
@@ -173,7 +175,7 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
         """
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", program, str(found.path)],
+        [sys.executable, "-c", program, str(campaign.path)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -185,40 +187,40 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
             break
     told = 21 + len(child.stdout.read().splitlines())
     child.wait()
-    stored = {one.item for one in Campaign(found.path).votes()}
-    assert {found.items[number].id for number in range(told)} <= stored
+    stored = {one.item for one in Campaign(campaign.path).votes()}
+    assert {campaign.items[number].id for number in range(told)} <= stored
     assert len(stored) <= told + 1  # the one under way may be stored without having been told
 
 
 def test_commits_are_flushed_to_a_write_ahead_log(tmp_path: Path) -> None:
-    found = study(tmp_path)
-    with reading(found.path) as db:
+    campaign = new_campaign(tmp_path)
+    with reading(campaign.path) as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: at every commit
 
 
 def test_the_file_is_the_owners_alone(tmp_path: Path) -> None:
-    found = study(tmp_path)
-    assert stat.S_IMODE(found.path.stat().st_mode) == 0o600
-    tokens = {one.token for one in found.annotators()} | {found.about.owner}
+    campaign = new_campaign(tmp_path)
+    assert stat.S_IMODE(campaign.path.stat().st_mode) == 0o600
+    tokens = {one.token for one in campaign.annotators()} | {campaign.info.owner}
     assert len(tokens) == 3
     assert all(len(token) >= 32 for token in tokens)
-    found.invite(["anna", "carla"])
-    assert tokens < {one.token for one in found.annotators()} | {found.about.owner}
+    campaign.invite(["anna", "carla"])
+    assert tokens < {one.token for one in campaign.annotators()} | {campaign.info.owner}
 
 
-def test_a_study_is_not_made_twice_and_not_empty(tmp_path: Path) -> None:
-    found = study(tmp_path)
-    found.record(vote(found, 0))
+def test_a_campaign_is_not_made_twice_and_not_empty(tmp_path: Path) -> None:
+    campaign = new_campaign(tmp_path)
+    campaign.record(vote(campaign, 0))
     with pytest.raises(UserError, match="there is a study already"):
-        study(tmp_path)
-    assert len(found.votes()) == 1
+        new_campaign(tmp_path)
+    assert len(campaign.votes()) == 1
     with pytest.raises(UserError, match="no two different answers"):
-        Campaign.create(tmp_path / "other.sqlite", found.about, [])
+        Campaign.create(tmp_path / "other.sqlite", campaign.info, [])
     assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"study.sqlite"}
 
 
-def test_what_is_no_study(tmp_path: Path) -> None:
+def test_what_is_no_campaign(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such study"):
         Campaign(tmp_path / "none.sqlite")
     (tmp_path / "text.sqlite").write_text("not a database, but long enough to be read as one" * 9)
@@ -230,13 +232,13 @@ def test_what_is_no_study(tmp_path: Path) -> None:
 
 
 def test_votes_from_elsewhere_are_added_all_or_none(tmp_path: Path) -> None:
-    found = study(tmp_path)
-    found.record(vote(found, 0, "A"))
-    fresh = [replace(vote(found, n, "B", "carla"), revision=1) for n in (0, 1)]
-    assert found.add([*fresh, vote(found, 0, "A")]) == 2
-    assert found.add(fresh) == 0
-    assert "carla" in [one.name for one in found.annotators()]
-    clash = [replace(vote(found, 2, "B", "carla"), revision=1), vote(found, 0, "B")]
+    campaign = new_campaign(tmp_path)
+    campaign.record(vote(campaign, 0, "A"))
+    fresh = [replace(vote(campaign, n, "B", "carla"), revision=1) for n in (0, 1)]
+    assert campaign.add([*fresh, vote(campaign, 0, "A")]) == 2
+    assert campaign.add(fresh) == 0
+    assert "carla" in [one.name for one in campaign.annotators()]
+    clash = [replace(vote(campaign, 2, "B", "carla"), revision=1), vote(campaign, 0, "B")]
     with pytest.raises(UserError, match=r"anna's vote on item .* is a, and b in the import"):
-        found.add(clash)
-    assert len(found.votes()) == 3
+        campaign.add(clash)
+    assert len(campaign.votes()) == 3

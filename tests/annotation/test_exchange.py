@@ -10,14 +10,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, item_of, side_of, writing
+from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, display_side, item_of, writing
 from rlhf_exp.annotation.export import read_votes, write_preferences, write_votes
 from rlhf_exp.annotation.ground_truth import read_ground_truth, template, write_ground_truth
 from rlhf_exp.annotation.label_studio import interface, read_label_studio, write_label_studio
 from rlhf_exp.data.parsing import parse_row
 from rlhf_exp.data.rows import Preference
 from rlhf_exp.errors import UserError
-from tests.annotation.lab import study
+from tests.annotation.lab import new_campaign
 from tests.lab import jsonl
 
 CRITERIA = ("overall", "harmless")
@@ -27,17 +27,17 @@ Winners = dict[tuple[str, str, str], tuple[str, int]]
 @pytest.fixture
 def judged(tmp_path: Path) -> Campaign:
     """12 items, two criteria, three annotators; anna has seen everything, the others half of it."""
-    found = study(tmp_path, count=12, criteria=CRITERIA, names=("anna", "ben", "carla"))
+    campaign = new_campaign(tmp_path, count=12, criteria=CRITERIA, names=("anna", "ben", "carla"))
     generator = np.random.default_rng(0)
     votes = []
     for name in ("anna", "ben", "carla"):
-        for item in found.items[: 12 if name == "anna" else 6]:
+        for item in campaign.items[: 12 if name == "anna" else 6]:
             for criterion in CRITERIA:
                 choice = list(Choice)[generator.integers(3)]
-                side = side_of(0, item.id, name)
+                side = display_side(0, item.id, name)
                 votes.append(Vote(item.id, name, criterion, side, choice, 2.5, "2026-01-02"))
-    found.add(votes)
-    return found
+    campaign.add(votes)
+    return campaign
 
 
 def winners(found: Campaign) -> Winners:
@@ -67,14 +67,14 @@ def test_json_lines(judged: Campaign, tmp_path: Path) -> None:
     assert judged.add(read_votes(judged, path)) == 48
     assert winners(judged) == before
     assert {vote.seconds for vote in judged.votes()} == {2.5}
-    # Another study of the same answers reads them too: items are pinned by their texts.
+    # Another campaign of the same answers reads them too: items are pinned by their texts.
     (tmp_path / "other").mkdir()
-    other = study(tmp_path / "other", count=12, criteria=CRITERIA, names=())
+    other = new_campaign(tmp_path / "other", count=12, criteria=CRITERIA, names=())
     other.add(read_votes(other, path))
     assert winners(other) == before
 
 
-def test_json_lines_of_another_study(judged: Campaign, tmp_path: Path) -> None:
+def test_json_lines_of_another_campaign(judged: Campaign, tmp_path: Path) -> None:
     good = {"item": judged.items[0].id, "annotator": "anna", "winner": "b"}
     for changed, reason in (
         ({"item": "0" * 24}, "is not in study.sqlite"),
@@ -119,7 +119,7 @@ def test_label_studio_tasks_show_one_side_and_tell_nothing(
     text = (tmp_path / "tasks.json").read_text()
     tasks = json.loads(text)
     assert len(tasks) == 12
-    assert not any(secret in text for secret in ("SFT", "PPO", judged.about.source))
+    assert not any(secret in text for secret in ("SFT", "PPO", judged.info.source))
     assert not any(item.id in text for item in judged.items)
     first = [task["data"]["answer_a"].startswith("first") for task in tasks]
     assert 0 < sum(first) < 12
@@ -250,15 +250,15 @@ def test_ground_truths_template_escapes(judged: Campaign) -> None:
 
 
 def test_a_pair_too_long_for_a_manifest(tmp_path: Path) -> None:
-    found = study(tmp_path, own=[item_of("Hello?", "x" * 99_990, "short")])
+    campaign = new_campaign(tmp_path, own=[item_of("Hello?", "x" * 99_990, "short")])
     with pytest.raises(UserError, match=r"100,\d+ bytes.*at most 100,000.*begins 'Prompt: Hello"):
-        write_ground_truth(found, tmp_path / "gt")
+        write_ground_truth(campaign, tmp_path / "gt")
     assert not (tmp_path / "gt").exists()
 
 
 def test_preferences_are_what_a_majority_chose(tmp_path: Path) -> None:
-    found = study(tmp_path, count=4, names=("anna", "ben", "carla"), collect=True)
-    one, two, three, _ = found.items
+    campaign = new_campaign(tmp_path, count=4, names=("anna", "ben", "carla"), collect=True)
+    one, two, three, _ = campaign.items
     said = {
         one.id: ("A", "A", "B"),  # model a's answer twice of three
         two.id: ("B", "Tie", "B"),
@@ -266,8 +266,8 @@ def test_preferences_are_what_a_majority_chose(tmp_path: Path) -> None:
     }
     for item, choices in said.items():
         for name, choice in zip(("anna", "ben", "carla"), choices, strict=True):
-            found.record(Vote(item, name, "overall", 0, Choice(choice), None, "", 0))
-    told = write_preferences(found, tmp_path / "votes.jsonl", "overall")
+            campaign.record(Vote(item, name, "overall", 0, Choice(choice), None, "", 0))
+    told = write_preferences(campaign, tmp_path / "votes.jsonl", "overall")
     assert (told.preferences, told.ties, told.open) == (2, 1, 1)
     lines = (tmp_path / "votes.jsonl").read_text().splitlines()
     rows = [parse_row(json.loads(line), "test") for line in lines]
@@ -284,6 +284,6 @@ def test_evaluation_prompts_are_not_trained_on(judged: Campaign, tmp_path: Path)
     with pytest.raises(UserError, match="its prompts are those of the evaluation"):
         write_preferences(judged, tmp_path / "votes.jsonl", "overall")
     (tmp_path / "new").mkdir()
-    empty = study(tmp_path / "new", collect=True)
+    empty = new_campaign(tmp_path / "new", collect=True)
     with pytest.raises(UserError, match="no item has a majority"):
         write_preferences(empty, tmp_path / "votes.jsonl", "overall")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, choice_of, side_of
+from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, choice_of, display_side
 from rlhf_exp.cli import main
 from rlhf_exp.commands.annotate import annotate, sampled_pairs
 from rlhf_exp.stages.context import DataModule
@@ -58,7 +58,7 @@ def vote_on(study: Campaign, winner: str, names: tuple[str, ...] = ("anna",)) ->
             Vote(item.id, name, "overall", side, choice_of(winner, side), None, "")
             for item in study.items
             for name in names
-            for side in [side_of(study.about.seed, item.id, name)]
+            for side in [display_side(study.info.seed, item.id, name)]
         ]
     )
 
@@ -75,7 +75,7 @@ def test_a_runs_answers_are_judged(run_copy: Path, capsys: pytest.CaptureFixture
     assert {(item.prompt, item.answer_a, item.answer_b) for item in study.items} == {
         (row["prompt"], row["answer_a"], row["answer_b"]) for row in result["rows"]
     }
-    assert (study.about.name_a, study.about.name_b) == ("SFT", "PPO")
+    assert (study.info.name_a, study.info.name_b) == ("SFT", "PPO")
     vote_on(study, "b")
     text = told(capsys, run_copy, "small", "--results")
     count = len(study.items)
@@ -93,7 +93,7 @@ def test_answers_that_are_the_same_are_ties(
     path.write_text(json.dumps(result))
     made(capsys, run_copy, "small")
     study = Campaign(run_copy / "human" / "small.sqlite")
-    assert (len(study.items), study.about.identical) == (5, 3)
+    assert (len(study.items), study.info.identical) == (5, 3)
     vote_on(study, "b")
     text = told(capsys, run_copy, "small", "--results")
     assert re.search(r"Tie\s+3 \(37.5 %\)", text)
@@ -228,7 +228,7 @@ def test_the_loop_of_feedback(
         assert last in asked
         assert last not in held_out
         assert item.answer_a != item.answer_b
-    assert (study.about.name_a, study.about.name_b) == ("PPO", "PPO")
+    assert (study.info.name_a, study.info.name_b) == ("PPO", "PPO")
     vote_on(study, "b")
     votes = tmp_path / "votes.jsonl"
     text = told(capsys, run_copy, "small", "--collect", "--export", "preferences", str(votes))

@@ -1,12 +1,12 @@
-"""Which curves a run's page shows, by stage; a chart whose metrics were not logged is left out.
+"""The training charts of a run's page, by stage, and the same charts as SVG files of their own.
 
-Names are those of the metrics contract (`reward/mean`, `kl/sequence`, ...); where more than one is
-listed, the first that was logged is drawn. Evaluations during training are named `eval/...`.
+A chart whose metrics were not logged is left out. Names are those of the metrics contract
+(`reward/mean`, `kl/sequence`, ...); where several are listed, the first one logged is drawn.
+Evaluations during training are named `eval/...`.
 
-The charts of a run's page as SVG files of their own, for papers and documentation.
-
-A sheet holds all charts of a stage. It names its colours itself and needs no style sheet, and it is
-on white, whatever the reader's theme: what it is pasted into decides about no colour in it.
+An SVG file is a sheet of all charts of a stage, for papers and documentation. It names its colours
+itself and needs no style sheet, and it is on white, whatever the reader's theme, so that no page it
+is pasted into changes its colours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf_exp.report.chart import (
     LineSeries,
     Row,
     curve,
-    drawn,
+    draw_chart,
     joint,
     line_of,
     short,
@@ -38,15 +38,43 @@ from rlhf_exp.report.template import FOLDER
 
 Rows = Sequence[Row]
 Names = tuple[str, ...]
-
+COLUMNS = 3
+_GAP, _HEAD = 20, 50
+_LETTER_WIDTH = 7.0  # an estimate, because SVG lays no text out
+_FONT = "text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif; }"
+_SHEET_RULES = """
+.title { font-size: 14px; font-weight: 600; fill: var(--ink); }
+.name { font-size: 12.5px; fill: var(--soft); }
+.value { font-weight: 600; fill: var(--ink); }
+.swatch { stroke: currentColor; stroke-width: 3; }
+.swatch.s1 { stroke-dasharray: 6 3.5; }
+.swatch.s2 { stroke-dasharray: 3 2; }
+"""
 _TRAIN_LOSS: Names = ("loss/total", "loss/train", "loss")
 _EVAL_LOSS: Names = ("eval/loss", "eval/loss/total", "loss/validation")
+
+
+def charts_of(
+    metrics: Mapping[str, Rows],
+    calibration: Sequence[CalibrationBar] = (),
+    kl_target: float | None = None,
+) -> list[tuple[str, list[Chart]]]:
+    """Return (heading, charts) of the stages trained; headings without charts are left out."""
+    before = [
+        *sft_charts(metrics.get("sft", ())),
+        *reward_charts(metrics.get("reward", ()), calibration),
+    ]
+    groups = [
+        ("PPO", ppo_charts(metrics.get("ppo", ()), kl_target)),
+        ("Before PPO: demonstrations and preferences", before),
+    ]
+    return [(heading, charts) for heading, charts in groups if charts]
 
 
 def sft_charts(rows: Rows) -> list[Chart]:
     """Return the charts of supervised fine-tuning."""
     lines = [("train", _TRAIN_LOSS), ("validation", _EVAL_LOSS)]
-    return _present([_simple("SFT: loss, nats per token", rows, lines)])
+    return _without_missing([_metric_chart("SFT: loss, nats per token", rows, lines)])
 
 
 def reward_charts(rows: Rows, calibration: Sequence[CalibrationBar] = ()) -> list[Chart]:
@@ -56,10 +84,12 @@ def reward_charts(rows: Rows, calibration: Sequence[CalibrationBar] = ()) -> lis
         ("train", ("accuracy", "reward/accuracy", "train/accuracy")),
         ("validation", ("eval/accuracy", "eval/reward/accuracy")),
     ]
-    return _present(
+    return _without_missing(
         [
-            _simple("Reward model: loss, nats per pair", rows, loss),
-            _simple("Reward model: accuracy on pairs", rows, accuracy, levels=[(0.5, "chance")]),
+            _metric_chart("Reward model: loss, nats per pair", rows, loss),
+            _metric_chart(
+                "Reward model: accuracy on pairs", rows, accuracy, levels=[(0.5, "chance")]
+            ),
             _calibration(calibration),
         ]
     )
@@ -83,39 +113,22 @@ def ppo_charts(rows: Rows, kl_target: float | None = None) -> list[Chart]:
         ("stop string", ("response/stop_fraction",)),
         ("updates clipped", ("policy/clip_fraction",)),
     ]
-    return _present(
+    return _without_missing(
         [
             _reward(rows),
-            _simple("KL, nats per answer", rows, whole, levels=target),
+            _metric_chart("KL, nats per answer", rows, whole, levels=target),
             _reward_against_kl(rows),
-            _simple("KL, nats per token", rows, per_token),
-            _simple("KL coefficient β", rows, [("beta", ("kl/beta",))]),
-            _simple("Entropy, nats per token", rows, [("policy", ("policy/entropy",))]),
-            _simple("Answer length, tokens", rows, length),
-            _simple("Value: explained variance", rows, variance, levels=[(0.0, "")]),
-            _simple("Shares of answers and updates", rows, endings, include=(0.0,)),
+            _metric_chart("KL, nats per token", rows, per_token),
+            _metric_chart("KL coefficient β", rows, [("beta", ("kl/beta",))]),
+            _metric_chart("Entropy, nats per token", rows, [("policy", ("policy/entropy",))]),
+            _metric_chart("Answer length, tokens", rows, length),
+            _metric_chart("Value: explained variance", rows, variance, levels=[(0.0, "")]),
+            _metric_chart("Shares of answers and updates", rows, endings, include=(0.0,)),
         ]
     )
 
 
-def charts_of(
-    metrics: Mapping[str, Rows],
-    calibration: Sequence[CalibrationBar] = (),
-    kl_target: float | None = None,
-) -> list[tuple[str, list[Chart]]]:
-    """Return (heading, charts) for what was trained; headings without charts are left out."""
-    before = [
-        *sft_charts(metrics.get("sft", ())),
-        *reward_charts(metrics.get("reward", ()), calibration),
-    ]
-    groups = [
-        ("PPO", ppo_charts(metrics.get("ppo", ()), kl_target)),
-        ("Before PPO: demonstrations and preferences", before),
-    ]
-    return [(heading, charts) for heading, charts in groups if charts]
-
-
-def _simple(
+def _metric_chart(
     title: str,
     rows: Rows,
     lines: Sequence[tuple[str, Names]],
@@ -123,12 +136,12 @@ def _simple(
     levels: Sequence[tuple[float, str]] = (),
     include: Sequence[float] = (),
 ) -> Chart | None:
-    found = [
+    drawn_lines = [
         line_of(label, points, colour)
         for colour, (label, names) in enumerate(lines)
         if (points := curve(rows, names)) is not None
     ]
-    return Chart(title, found, levels=levels, include=include) if found else None
+    return Chart(title, drawn_lines, levels=levels, include=include) if drawn_lines else None
 
 
 def _reward(rows: Rows) -> Chart | None:
@@ -158,15 +171,15 @@ def _reward_against_kl(rows: Rows) -> Chart | None:
     return Chart("Reward against KL", [path], x_label="KL, nats per answer")
 
 
-def _calibration(bins: Sequence[CalibrationBar]) -> Chart | None:
+def _calibration(bars: Sequence[CalibrationBar]) -> Chart | None:
     """Predicted against observed preference; the band is each bin's exact 95 % interval."""
-    bins = sorted((found for found in bins if found.count > 0), key=lambda found: found.predicted)
-    if not bins:
+    bars = sorted((bar for bar in bars if bar.count > 0), key=lambda bar: bar.predicted)
+    if not bars:
         return None
-    x = np.array([found.predicted for found in bins])
-    y = np.array([found.observed for found in bins])
-    pairs = sum(found.count for found in bins)
-    whiskers = [clopper_pearson(round(found.observed * found.count), found.count) for found in bins]
+    x = np.array([bar.predicted for bar in bars])
+    y = np.array([bar.observed for bar in bars])
+    pairs = sum(bar.count for bar in bars)
+    whiskers = [clopper_pearson(round(bar.observed * bar.count), bar.count) for bar in bars]
     line = LineSeries(
         "observed share",
         x,
@@ -181,22 +194,8 @@ def _calibration(bins: Sequence[CalibrationBar]) -> Chart | None:
     return Chart("Reward model: calibration", [line], x_label=label, diagonal=True)
 
 
-def _present(charts: Sequence[Chart | None]) -> list[Chart]:
+def _without_missing(charts: Sequence[Chart | None]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
-
-
-COLUMNS = 3
-_GAP, _HEAD = 20, 50
-_LETTER = 7.0  # SVG lays no text out: about so wide is a letter of a legend
-_FONT = "text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif; }"
-_MORE = """
-.title { font-size: 14px; font-weight: 600; fill: var(--ink); }
-.name { font-size: 12.5px; fill: var(--soft); }
-.value { font-weight: 600; fill: var(--ink); }
-.swatch { stroke: currentColor; stroke-width: 3; }
-.swatch.s1 { stroke-dasharray: 6 3.5; }
-.swatch.s2 { stroke-dasharray: 3 2; }
-"""
 
 
 def write_sheets(
@@ -209,9 +208,9 @@ def write_sheets(
 
     Args:
         metrics: Rows of `metrics.jsonl` by stage.
-        folder: Made if it is missing.
-        calibration: Of the reward model.
-        kl_target: What PPO's KL was to become.
+        folder: Where to write; made if it is missing.
+        calibration: The reward model's calibration.
+        kl_target: The target of PPO's KL, in nats per answer.
     """
     sheets = {
         "sft": sft_charts(metrics.get("sft", ())),
@@ -244,7 +243,7 @@ def sheet(charts: Sequence[Chart], columns: int = COLUMNS) -> Markup:
     ]
     return chart_module.element(
         "svg",
-        chart_module.element("style", Markup(style())),
+        chart_module.element("style", Markup(sheet_style())),
         chart_module.element("rect", width=width, height=height, fill="#ffffff"),
         *cells,
         xmlns="http://www.w3.org/2000/svg",
@@ -256,29 +255,31 @@ def sheet(charts: Sequence[Chart], columns: int = COLUMNS) -> Markup:
 
 def _cell(chart: Chart) -> list[Markup]:
     """Return a chart below its title and the names of its lines."""
-    found = [chart_module.element("text", chart.title, x=0, y=12, class_="title")]
+    elements = [chart_module.element("text", chart.title, x=0, y=12, class_="title")]
     left, top = 0.0, 31
     for line in chart.lines:
-        width = _LETTER * (len(line.label) + len(line.ending) + 1) + 22
+        width = _LETTER_WIDTH * (len(line.label) + len(line.ending) + 1) + 22
         if left and left + width > WIDTH:
             left, top = 0.0, top + 17
         swatch = {"x1": left, "x2": left + 16, "y1": top - 4, "y2": top - 4}
-        found.append(chart_module.element("line", class_=f"swatch s{line.colour}", **swatch))
+        elements.append(chart_module.element("line", class_=f"swatch s{line.colour}", **swatch))
         name = chart_module.element("tspan", f"{line.label} ")
         value = chart_module.element("tspan", line.ending, class_="value")
-        found.append(chart_module.element("text", name, value, x=left + 22, y=top, class_="name"))
+        elements.append(
+            chart_module.element("text", name, value, x=left + 22, y=top, class_="name")
+        )
         left += width + 10
-    drawing = chart_module.group(drawn(chart, pointed=False), transform=f"translate(0, {_HEAD})")
-    return [*found, drawing]
+    drawing = chart_module.group(draw_chart(chart, hover=False), transform=f"translate(0, {_HEAD})")
+    return [*elements, drawing]
 
 
 @cache
-def style() -> str:
+def sheet_style() -> str:
     """Return the rules of the page's style sheet that a chart needs, with its light colours."""
     css = (FOLDER / "page.css").read_text(encoding="utf-8")
     colours: dict[str, str] = {}
     for name, value in re.findall(r"--([a-z0-9-]+): ([^;]+);", css):
         colours.setdefault(name, value)  # the light ones come first
     begin, end = css.index(".s0 {"), css.index(".spark {")
-    rules = _FONT + _MORE + css[begin:end]
-    return re.sub(r"var\(--([a-z0-9-]+)\)", lambda found: colours[found[1]], rules)
+    rules = _FONT + _SHEET_RULES + css[begin:end]
+    return re.sub(r"var\(--([a-z0-9-]+)\)", lambda match: colours[match[1]], rules)

@@ -1,4 +1,4 @@
-"""What a report shows, as plain values: whoever has a run collects these, the page only draws."""
+"""The content of a run's report as plain values: `gather` collects them, the page only draws."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class StageRow:
     Attributes:
         stage: `sft`, `reward`, `ppo` or `eval`.
         key: the artifact's key in the store.
-        cached: taken from the store rather than made by this run.
-        seconds: time it took when it was made, if known.
-        parameters: parameters that trained, if any.
+        cached: whether it was taken from the store rather than made by this run.
+        seconds: time that the stage took, if known.
+        parameters: number of trained parameters, if any.
         result: its main number in words, such as `accuracy 0.71`.
     """
 
@@ -67,19 +67,19 @@ class ReportData:
 
     Attributes:
         title: the run's name.
-        identity: (label, value) of what identifies it: key, date, revision, seeds, versions.
+        identity: (label, value) of its key, date, revision, seeds, versions.
         config: the resolved config, nested.
         data_facts: (label, value): source, rows, rows rejected, prompts cut.
         stages: the pipeline's steps, in order.
         metrics: rows of `metrics.jsonl` by stage (`sft`, `reward`, `ppo`), each with `global_step`.
         evaluation: `ModelComparison.to_json()`, or `None`.
         parts: JSON value of each further file that the evaluation left, by its name.
-        samples: shown side by side; by default the evaluation's own picks.
-        sample_rule: how `samples` were chosen.
-        calibration: of the reward model on held-out pairs.
+        samples: prompts with answers side by side; by default the evaluation's own picks.
+        sample_rule: the rule by which `samples` were chosen, in words.
+        calibration: calibration of the reward model on held-out pairs.
         kl_target: nats per answer that the KL controller aims at, if it adapts.
         usage: (title, code) blocks: how to load the model, how to run this again.
-        warnings: what the reader must know before believing the numbers.
+        warnings: reservations that the reader must know before believing the numbers.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Collecting what a report shows from the store: the steps of one run and what they left behind."""
+"""Gathering the content of a run's report from the store: the stages of the run and their files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.annotation.campaign import STUDIES
-from rlhf_exp.annotation.results import standings
+from rlhf_exp.annotation.campaign import CAMPAIGNS
+from rlhf_exp.annotation.results import campaign_summaries
 from rlhf_exp.report.run.data import CalibrationBar, ReportData, StageRow
 from rlhf_exp.report.run.sections import PEOPLE, SECTIONS
 from rlhf_exp.store.artifact import Artifact
@@ -26,7 +26,7 @@ FACTS, RESULT, CALIBRATION, METRICS = (
 def gather(
     title: str, artifacts: Mapping[str, Artifact], trained: Sequence[str] = ()
 ) -> ReportData:
-    """Return what a report says of a run.
+    """Return the content of a run's report.
 
     Args:
         title: The run's name.
@@ -34,7 +34,7 @@ def gather(
         trained: The stages that this run made itself.
     """
     final = list(artifacts.values())[-1]
-    facts = {stage: _json(one.path / FACTS) or {} for stage, one in artifacts.items()}
+    facts = {stage: _json(artifact.path / FACTS) or {} for stage, artifact in artifacts.items()}
     config = final.manifest.config
     reward = artifacts.get("reward")
     curve = None if reward is None else _json(reward.path / CALIBRATION)
@@ -45,11 +45,12 @@ def gather(
         config=config,
         data_facts=_data_facts(config, facts),
         stages=[
-            _stage_row(one, facts[stage], stage not in trained) for stage, one in artifacts.items()
+            _stage_row(artifact, facts[stage], stage not in trained)
+            for stage, artifact in artifacts.items()
         ],
         metrics={
-            stage: read_metrics(one.path / METRICS)
-            for stage, one in artifacts.items()
+            stage: read_metrics(artifact.path / METRICS)
+            for stage, artifact in artifacts.items()
             if stage != "eval"
         },
         evaluation=None if evaluation is None else _json(evaluation.path / RESULT),
@@ -117,14 +118,14 @@ def _data_facts(
 
 def _stage_row(artifact: Artifact, facts: Mapping[str, Any], cached: bool) -> StageRow:
     metrics = artifact.manifest.metrics
-    told = {
+    main_metrics = {
         "sft": ("eval/perplexity", "validation perplexity {:.2f}"),
         "reward": ("test/accuracy", "test accuracy {:.3f}"),
         "ppo": ("eval/reward_mean", "validation reward {:.3f}"),
         "eval": ("eval/outcome/win_rate", "{:.0%} of decided pairs won"),
     }
-    name, words = told.get(artifact.stage, ("", ""))
-    result = words.format(metrics[name]) if name in metrics else ""
+    name, template = main_metrics.get(artifact.stage, ("", ""))
+    result = template.format(metrics[name]) if name in metrics else ""
     if "test/accuracy_low" in metrics:
         low, high = metrics["test/accuracy_low"], metrics["test/accuracy_high"]
         result += f" (95 % interval {low:.3f} to {high:.3f})"
@@ -151,27 +152,27 @@ def _usage(artifacts: Mapping[str, Artifact]) -> list[tuple[str, str]]:
 def _warnings(
     artifacts: Mapping[str, Artifact], facts: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    found = []
-    for stage, one in artifacts.items():
-        if one.manifest.git.get("dirty"):
-            found.append(f"{stage} was made with uncommitted changes; its manifest has the diff.")
+    notes = []
+    for stage, artifact in artifacts.items():
+        if artifact.manifest.git.get("dirty"):
+            notes.append(f"{stage} was made with uncommitted changes; its manifest has the diff.")
     rejected = facts.get("sft", {}).get("rejected", 0)
     if rejected:
-        found.append(f"{rejected} rows of the data could not be used.")
+        notes.append(f"{rejected} rows of the data could not be used.")
     step = artifacts["ppo"].manifest.metrics.get("published_step") if "ppo" in artifacts else None
     if step == 0.0:
-        found.append("No PPO step improved on SFT on validation prompts: the policy is SFT's.")
-    return found
+        notes.append("No PPO step improved on SFT on validation prompts: the policy is SFT's.")
+    return notes
 
 
 def _parts(evaluation: Artifact) -> dict[str, Any]:
-    """Return what the parts of the evaluation left, of what the page has a section for."""
-    found = {section.file: _json(evaluation.path / section.file) for section in SECTIONS}
+    """Return the files of the evaluation's parts that the page has a section for."""
+    parts = {section.file: _json(evaluation.path / section.file) for section in SECTIONS}
     # OUTPUTS/store/eval/KEY, OUTPUTS/human
-    studies = standings(evaluation.path.parents[2] / STUDIES, f"eval/{evaluation.key}")
-    if studies or found[PEOPLE] is not None:
-        found[PEOPLE] = {**(found[PEOPLE] or {}), "run": evaluation.key, "studies": studies}
-    return {file: value for file, value in found.items() if value is not None}
+    campaigns = campaign_summaries(evaluation.path.parents[2] / CAMPAIGNS, f"eval/{evaluation.key}")
+    if campaigns or parts[PEOPLE] is not None:
+        parts[PEOPLE] = {**(parts[PEOPLE] or {}), "run": evaluation.key, "studies": campaigns}
+    return {file: value for file, value in parts.items() if value is not None}
 
 
 def _json(path: Path) -> Any:  # noqa: ANN401 - whatever the stage wrote

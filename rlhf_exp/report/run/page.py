@@ -1,10 +1,8 @@
-"""One run as one HTML file that needs no network and trusts none of the text in it.
+"""The report of one run: one HTML file that needs no network and trusts none of the text in it.
 
 The page has no script, and its security policy allows nothing but its own style sheet (by digest).
 Everything is escaped twice over (`report/template.py`): by the templates' autoescape, and by
 `visible` for characters that act without being markup.
-
-Answers side by side: of the prompts that a rule picked, those of all models together.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ def build_report(data: ReportData, path: Path) -> Path:
     """Write the page and return its path; a page that is there already is replaced at once, whole.
 
     Args:
-        data: what to show; all strings in it are untrusted.
+        data: the content; all strings in it are untrusted.
         path: the file to write; its folder is made if missing.
     """
     return write_page(render_page(data), path)
@@ -69,7 +67,7 @@ def render_page(data: ReportData) -> str:
     samples, rule = data.samples, data.sample_rule
     if evaluation is not None and not samples:
         results = comparisons_of(data)
-        samples, rule = samples_of(results), rule_of(results)
+        samples, rule = samples_of(results), sample_rule_of(results)
     groups = charts_of(data.metrics, data.calibration, data.kl_target)
     return fill(
         "run/page.html",
@@ -98,61 +96,8 @@ def comparisons_of(data: ReportData) -> list[ModelComparison]:
     """Return each model's comparison with the baseline; none where nothing was compared."""
     if data.evaluation is None:
         return []
-    found: Sequence[Mapping[str, Any]] = data.parts.get(COMPARISONS) or [data.evaluation]
-    return [ModelComparison.from_json(one) for one in found]
-
-
-def config_sections(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (section, YAML) for each top-level mapping, and all single values as `general`."""
-    single = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
-    sections = {"general": single} if single else {}
-    nested = {str(key): value for key, value in config.items() if isinstance(value, Mapping)}
-    return [(name, _yaml(values)) for name, values in {**sections, **nested}.items()]
-
-
-def metric_tables(
-    metrics: Mapping[str, Sequence[Mapping[str, float]]],
-) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return (stage, rows): for every logged metric its name, course, last value and extremes."""
-    tables = []
-    for stage, rows in metrics.items():
-        names = sorted({str(name) for row in rows for name in row if name != STEP})
-        found = []
-        for name in names:
-            points = curve(rows, [name])
-            if points is not None:
-                known = points.y[points.y == points.y]  # NaN is unequal to itself
-                found.append(
-                    {
-                        "name": name,
-                        "drawing": sparkline(points.y),
-                        "last": chart_module.short(float(known[-1])),
-                        "low": chart_module.short(float(known.min())),
-                        "high": chart_module.short(float(known.max())),
-                        "count": len(points.y),
-                    }
-                )
-        if found:
-            tables.append((str(stage), found))
-    return tables
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
-    text: str = yaml.safe_dump(
-        _plain(values), sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=False
-    )
-    return text
-
-
-def _plain(value: object) -> object:
-    """Return what YAML can write: strings clipped, other objects as their text."""
-    if isinstance(value, Mapping):
-        return {clipped(str(key), _VALUE_LIMIT): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    return clipped(visible(str(value)), _VALUE_LIMIT)
+    comparisons: Sequence[Mapping[str, Any]] = data.parts.get(COMPARISONS) or [data.evaluation]
+    return [ModelComparison.from_json(comparison) for comparison in comparisons]
 
 
 def samples_of(results: Sequence[ModelComparison]) -> list[Sample]:
@@ -161,22 +106,22 @@ def samples_of(results: Sequence[ModelComparison]) -> list[Sample]:
     Args:
         results: Each model against the same baseline, on the same prompts.
     """
-    found: dict[int, dict[str, list[str]]] = {}
+    rules_by_row: dict[int, dict[str, list[str]]] = {}
     for result in results:
         for pick in result.picks:
-            found.setdefault(pick.row, {}).setdefault(pick.rule, []).append(result.name_b)
+            rules_by_row.setdefault(pick.row, {}).setdefault(pick.rule, []).append(result.name_b)
     return [
         Sample(
             "; ".join(_rule(rule, names, len(results)) for rule, names in rules.items()),
             results[0].rows[row].prompt,
             _sides(results, row),
         )
-        for row, rules in found.items()
+        for row, rules in rules_by_row.items()
     ]
 
 
-def rule_of(results: Sequence[ModelComparison]) -> str:
-    """Return in words how the prompts were picked."""
+def sample_rule_of(results: Sequence[ModelComparison]) -> str:
+    """Return the rule by which the prompts were picked, in words."""
     first = results[0]
     if len(results) == 1:
         return first.pick_rule
@@ -211,3 +156,60 @@ def _facts(
     return [
         (label, f"{value:.2f}".replace("-", MINUS)) for label, value in known if value is not None
     ]
+
+
+def config_sections(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (section, YAML) for each top-level mapping, and all single values as `general`."""
+    single = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    sections = {"general": single} if single else {}
+    nested = {str(key): value for key, value in config.items() if isinstance(value, Mapping)}
+    return [(name, _yaml(values)) for name, values in {**sections, **nested}.items()]
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(
+        _yaml_value(values),
+        sort_keys=False,
+        allow_unicode=True,
+        width=10_000,
+        default_flow_style=False,
+    )
+    return text
+
+
+def _yaml_value(value: object) -> object:
+    """Return a value that YAML can write: strings clipped, other objects as their text."""
+    if isinstance(value, Mapping):
+        return {clipped(str(key), _VALUE_LIMIT): _yaml_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_yaml_value(item) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return clipped(visible(str(value)), _VALUE_LIMIT)
+
+
+def metric_tables(
+    metrics: Mapping[str, Sequence[Mapping[str, float]]],
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return (stage, rows): for every logged metric its name, course, last value and extremes."""
+    tables = []
+    for stage, rows in metrics.items():
+        names = sorted({str(name) for row in rows for name in row if name != STEP})
+        table_rows = []
+        for name in names:
+            points = curve(rows, [name])
+            if points is not None:
+                known = points.y[points.y == points.y]  # NaN is unequal to itself
+                table_rows.append(
+                    {
+                        "name": name,
+                        "drawing": sparkline(points.y),
+                        "last": chart_module.short(float(known[-1])),
+                        "low": chart_module.short(float(known.min())),
+                        "high": chart_module.short(float(known.max())),
+                        "count": len(points.y),
+                    }
+                )
+        if table_rows:
+            tables.append((str(stage), table_rows))
+    return tables

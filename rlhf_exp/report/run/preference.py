@@ -1,8 +1,8 @@
-"""What each judge says of two models, and how far the judges can be trusted.
+"""The sections on preference: all comparisons, the judges, and the votes of people.
 
-More than two models: each against the baseline.
-
-What people say of the answers: the votes so far, or how to get some.
+The judges' section shows each judge's outcome and how far the judges can be trusted. The
+comparisons are those of each model with the baseline, if there are more than two models. The
+people's section shows the votes so far, or how to get some.
 """
 
 from __future__ import annotations
@@ -36,88 +36,76 @@ from rlhf_exp.report.template import fill
 _SPACE = "\N{NO-BREAK SPACE}"
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A judge's line in the table of outcomes, in words."""
+def render_comparisons(plain: Sequence[Mapping[str, Any]]) -> Markup:
+    """Return the comparisons, one below the other.
 
-    judge: str
-    counts: tuple[int, int, int]
-    win_rate: str
-    half: str
-    p: str
-    needed: str
-
-
-@dataclass(frozen=True)
-class _Trust:
-    """How far one judge agrees with others, in words; the confusion's rows are the others'."""
-
-    judge: str
-    pairs: str
-    agreement: str
-    decided: str
-    kappa: str
-    alpha: str
-    with_one: str
-    confusion: tuple[tuple[int, ...], ...] = ()
+    Args:
+        plain: The value of `ModelComparison.to_json` for each model.
+    """
+    results = [ModelComparison.from_json(result) for result in plain]
+    shown = [
+        (result, verdict_sentence(result), outcome_bar(result), tiles_of(result))
+        for result in results
+    ]
+    return fill("run/comparisons.html", comparisons=shown)
 
 
 def render_judges(plain: Mapping[str, Any]) -> Markup:
     """Return the section of a `judges.json`."""
     comparisons = [
         {
-            "a": one["a"],
-            "b": one["b"],
-            "rows": [_row(judge) for judge in one["judges"]],
-            "notes": [_note(judge) for judge in one["judges"] if "llm" in judge],
-            "between": [(pair["first"], _trust(pair)) for pair in one["agreement"]],
+            "a": comparison["a"],
+            "b": comparison["b"],
+            "rows": [_outcome_row(judge) for judge in comparison["judges"]],
+            "notes": [_llm_note(judge) for judge in comparison["judges"] if "llm" in judge],
+            "between": [(pair["first"], _agreement_row(pair)) for pair in comparison["agreement"]],
         }
-        for one in plain["comparisons"]
+        for comparison in plain["comparisons"]
     ]
-    found = plain["quality"]
+    quality = plain["quality"]
     return fill(
         "run/judges.html",
         comparisons=comparisons,
-        quality=found,
-        people=None if found is None else HumanAgreement.from_json(found["people"]),
-        ceiling=None if found is None else _ceiling(found["people"]),
-        judges=[] if found is None else [_trust(judge) for judge in found["judges"]],
+        quality=quality,
+        people=None if quality is None else HumanAgreement.from_json(quality["people"]),
+        ceiling=None if quality is None else _people_row(quality["people"]),
+        judges=[] if quality is None else [_agreement_row(judge) for judge in quality["judges"]],
         sides=("a", "tie", "b"),
     )
 
 
-def _row(judge: Mapping[str, Any]) -> _Row:
-    found = judge["preference"]
-    decided = found["wins"] + found["losses"]
+def _outcome_row(judge: Mapping[str, Any]) -> _OutcomeRow:
+    preference = judge["preference"]
+    decided = preference["wins"] + preference["losses"]
     rate = DASH
     needed = DASH
     if decided:
-        interval = found["win_rate_interval"]
-        rate = _share(Estimate(found["win_rate"], interval["low"], interval["high"]))
+        interval = preference["win_rate_interval"]
+        rate = _share(Estimate(preference["win_rate"], interval["low"], interval["high"]))
         needed = f"more than {MOST_PAIRS:,}"
-        if found["needed"] is not None:
-            needed = f"{found['needed']:,} ({found['needed_prompts']:,})"
-    return _Row(
+        if preference["needed"] is not None:
+            needed = f"{preference['needed']:,} ({preference['needed_prompts']:,})"
+    return _OutcomeRow(
         judge["judge"],
-        (found["wins"], found["ties"], found["losses"]),
+        (preference["wins"], preference["ties"], preference["losses"]),
         rate,
-        _share(estimate_from_json(found["ties_as_half"])),
-        p_label(found["p_value"]),
+        _share(estimate_from_json(preference["ties_as_half"])),
+        p_label(preference["p_value"]),
         needed,
     )
 
 
-def _note(judge: Mapping[str, Any]) -> str:
-    """Return in words how an LLM judged."""
-    found, usage = judge["llm"], judge["llm"]["usage"]
-    place = found["first_place"]
-    decided = place["first"] + place["second"]
-    parts = [f"{found['consistent']} of {found['read']} pairs judged alike in both orders"]
+def _llm_note(judge: Mapping[str, Any]) -> str:
+    """Return the consistency, order bias and cost of an LLM judge, in words."""
+    llm, usage = judge["llm"], judge["llm"]["usage"]
+    first_place = llm["first_place"]
+    decided = first_place["first"] + first_place["second"]
+    parts = [f"{llm['consistent']} of {llm['read']} pairs judged alike in both orders"]
     if decided:
-        share, interval = place["first"] / decided, place["interval"]
+        share, interval = first_place["first"] / decided, first_place["interval"]
         parts.append(
             f"the answer shown first won {_share(Estimate(share, **interval))} of {decided} "
-            f"decided replies, {p_label(place['p_value'])}"
+            f"decided replies, {p_label(first_place['p_value'])}"
         )
     parts.append(
         f"{usage['prompt_tokens']:,} tokens read and {usage['completion_tokens']:,} written in "
@@ -128,27 +116,29 @@ def _note(judge: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _trust(plain: Mapping[str, Any]) -> _Trust:
-    found = JudgeQuality.from_json(dict(plain))
-    return _Trust(
-        found.judge,
-        f"{found.pairs:,}",
-        _share(found.agreement),
-        _share(found.decided),
-        format_estimate(found.kappa, 2),
-        format_estimate(found.alpha, 2),
-        _share(found.with_one),
-        found.confusion,
+def _agreement_row(plain: Mapping[str, Any]) -> _AgreementRow:
+    agreement = JudgeQuality.from_json(dict(plain))
+    return _AgreementRow(
+        agreement.judge,
+        f"{agreement.pairs:,}",
+        _share(agreement.agreement),
+        _share(agreement.decided),
+        format_estimate(agreement.kappa, 2),
+        format_estimate(agreement.alpha, 2),
+        _share(agreement.with_one),
+        agreement.confusion,
     )
 
 
-def _ceiling(plain: Mapping[str, Any]) -> _Trust | None:
-    """Return how far people agree with each other; nothing if no pair was judged twice."""
-    found = HumanAgreement.from_json(dict(plain))
-    if found.agreement is None:
+def _people_row(plain: Mapping[str, Any]) -> _AgreementRow | None:
+    """Return the agreement of people with each other; `None` if no pair was judged twice."""
+    agreement = HumanAgreement.from_json(dict(plain))
+    if agreement.agreement is None:
         return None
-    name, alpha = "two people", format_estimate(found.alpha, 2)
-    return _Trust(name, f"{found.pairs:,}", DASH, DASH, DASH, alpha, _share(found.agreement))
+    name, alpha = "two people", format_estimate(agreement.alpha, 2)
+    return _AgreementRow(
+        name, f"{agreement.pairs:,}", DASH, DASH, DASH, alpha, _share(agreement.agreement)
+    )
 
 
 def _share(estimate: Estimate | None) -> str:
@@ -161,23 +151,62 @@ def _share(estimate: Estimate | None) -> str:
     return f"{mean}{_SPACE}%{bracket}{rest}" if mean != DASH else DASH
 
 
-def render_comparisons(plain: Sequence[Mapping[str, Any]]) -> Markup:
-    """Return the comparisons, one below the other.
+@dataclass(frozen=True)
+class _OutcomeRow:
+    """A judge's line in the table of outcomes, in words."""
 
-    Args:
-        plain: What `ModelComparison.to_json` returned, of each model.
-    """
-    results = [ModelComparison.from_json(one) for one in plain]
-    shown = [(one, verdict_sentence(one), outcome_bar(one), tiles_of(one)) for one in results]
-    return fill("run/comparisons.html", comparisons=shown)
+    judge: str
+    counts: tuple[int, int, int]
+    win_rate: str
+    half: str
+    p: str
+    needed: str
 
 
 @dataclass(frozen=True)
-class Question:
-    """What was asked, and how it ended.
+class _AgreementRow:
+    """The agreement of one judge with others, in words; the confusion's rows are the others'."""
+
+    judge: str
+    pairs: str
+    agreement: str
+    decided: str
+    kappa: str
+    alpha: str
+    with_one: str
+    confusion: tuple[tuple[int, ...], ...] = ()
+
+
+def render_people(plain: Mapping[str, Any]) -> Markup:
+    """Return the section's content.
+
+    Args:
+        plain: The file of the people part, if it ran, with the `run` that was evaluated and its
+            `studies` (`annotation.results.campaign_summaries`).
+    """
+    campaigns = [
+        {
+            "plain": campaign,
+            "questions": [
+                _question_outcome(criterion, campaign["names"])
+                for criterion in campaign["criteria"]
+            ],
+            "tables": [
+                (title, rows_of([criterion[part] for criterion in campaign["criteria"]]))
+                for title, part in (("Votes", "preference"), ("The voting itself", "quality"))
+            ],
+        }
+        for campaign in plain["studies"]
+    ]
+    return fill("run/people.html", plain=plain, campaigns=campaigns, power=round(100 * POWER))
+
+
+@dataclass(frozen=True)
+class QuestionOutcome:
+    """A question to people, and its outcome.
 
     Attributes:
-        plain: Its standing.
+        plain: The result as `annotation.results.campaign_summaries` gives it.
         verdict: One sentence; empty without votes.
         bar: Wins, ties and losses; `None` without votes.
     """
@@ -187,53 +216,34 @@ class Question:
     bar: Markup | None
 
 
-def render_people(plain: Mapping[str, Any]) -> Markup:
-    """Return the section's content.
-
-    Args:
-        plain: What the people part left, if it ran, with the `run` that was evaluated and its
-            `studies` (`human.standing.standings`).
-    """
-    studies = [
-        {
-            "plain": study,
-            "questions": [_question(found, study["names"]) for found in study["criteria"]],
-            "tables": [
-                (title, rows_of([found[part] for found in study["criteria"]]))
-                for title, part in (("Votes", "preference"), ("The voting itself", "quality"))
-            ],
-        }
-        for study in plain["studies"]
-    ]
-    return fill("run/people.html", plain=plain, studies=studies, power=round(100 * POWER))
+def _question_outcome(criterion: Mapping[str, Any], names: Sequence[str]) -> QuestionOutcome:
+    outcome = WinCounts(criterion["wins"], criterion["ties"], criterion["losses"])
+    if outcome.total == 0:
+        return QuestionOutcome(criterion, "", None)
+    first, second = names
+    return QuestionOutcome(
+        criterion,
+        verdict_of(outcome, criterion["p_value"], (first, second)),
+        bar_of(outcome, second),
+    )
 
 
 def rows_of(columns: Sequence[Sequence[Sequence[str]]]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return a table's rows: what is told, and for each column its value and what is beside it.
+    """Return a table's rows: a name, and for each column its value and the text beside it.
 
     Args:
         columns: (name, value) by column; a name that a column lacks has a dash there.
     """
-    values = [{one[0]: one[1] for one in column} for column in columns]
+    values = [{line[0]: line[1] for line in column} for column in columns]
     names = dict.fromkeys(name for column in values for name in column)
-    return [(name, [_apart(column.get(name, DASH)) for column in values]) for name in names]
+    return [(name, [_split_value(column.get(name, DASH)) for column in values]) for name in names]
 
 
-def _question(found: Mapping[str, Any], names: Sequence[str]) -> Question:
-    outcome = WinCounts(found["wins"], found["ties"], found["losses"])
-    if outcome.total == 0:
-        return Question(found, "", None)
-    first, second = names
-    return Question(
-        found, verdict_of(outcome, found["p_value"], (first, second)), bar_of(outcome, second)
-    )
-
-
-def _apart(value: str) -> tuple[str, str]:
+def _split_value(value: str) -> tuple[str, str]:
     """Return a value and the interval or condition that follows it."""
     for mark in (" (", ", ", " of "):
-        place = value.find(mark)
-        if place >= 0:
-            place += mark.index(" ")  # a comma stays with the value
-            return value[:place], value[place + 1 :]
+        position = value.find(mark)
+        if position >= 0:
+            position += mark.index(" ")  # a comma stays with the value
+            return value[:position], value[position + 1 :]
     return value, ""

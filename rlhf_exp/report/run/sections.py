@@ -1,4 +1,4 @@
-"""The sections that parts of an evaluation add to the report, each from the file its part left."""
+"""The sections that parts of an evaluation add to the report, each from the file of its part."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from markupsafe import Markup
 from rlhf_exp.report.run import preference, reward_quality, toxicity
 
 COMPARISONS = "comparisons.json"
-"""File that there is of three or more models: each against the baseline."""
+"""File with the comparison of each model with the baseline, if there are three or more models."""
 
 PEOPLE = "people.json"
-"""File whose section also shows the votes of studies, which are kept elsewhere."""
+"""File whose section also shows the votes of campaigns, which are kept elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Section:
         name: Its anchor.
         title: Its heading.
         file: The JSON file in the evaluation's artifact that it shows.
-        render: Makes the section's content, without the heading, of the file's value.
+        render: Returns the section's content, without the heading, from the file's value.
     """
 
     name: str
@@ -46,9 +46,13 @@ SECTIONS = (
 
 
 def sections_of(parts: Mapping[str, Any]) -> list[tuple[Section, Markup]]:
-    """Return the sections there is something for, with their content.
+    """Return the sections whose file the evaluation left, with their content.
 
     Args:
         parts: The JSON value of each file that the evaluation left.
     """
-    return [(one, one.render(parts[one.file])) for one in SECTIONS if one.file in parts]
+    return [
+        (section, section.render(parts[section.file]))
+        for section in SECTIONS
+        if section.file in parts
+    ]

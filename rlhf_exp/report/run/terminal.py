@@ -1,4 +1,4 @@
-"""The table a finished run prints: the evaluation in the terminal."""
+"""The table that a finished run prints: the evaluation in the terminal."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def print_comparison(result: ModelComparison, console: Console | None = None) ->
 
 
 def comparison_table(result: ModelComparison) -> Group:
-    """Return the comparison as something rich can print.
+    """Return the comparison as an object that rich can print.
 
     Names are untrusted: they are put in as text, so neither rich's markup nor a terminal's escape
     sequences in them act.
     """
-    found = result.outcome
-    table = Table(title=_text(f"{result.name_b} against {result.name_a}, {found.total} prompts"))
+    outcome = result.outcome
+    table = Table(title=_text(f"{result.name_b} against {result.name_a}, {outcome.total} prompts"))
     table.add_column("mean over prompts")
     for name in (result.name_a, result.name_b, f"difference [{result.level:.0%}]"):
         table.add_column(_text(name), justify="right")
@@ -36,12 +36,12 @@ def comparison_table(result: ModelComparison) -> Group:
         table.add_row(_text(row.label), a, b, mark)
     lines = [
         verdict_sentence(result),
-        f"{found.wins} wins, {found.ties} ties, {found.losses} losses",
+        f"{outcome.wins} wins, {outcome.ties} ties, {outcome.losses} losses",
     ]
-    if found.decided:
+    if outcome.decided:
         low, high = result.win_rate.low, result.win_rate.high
         lines[1] += (
-            f"; wins {found.win_rate:.3f} of the decided [{low:.3f}, {high:.3f}], "
+            f"; wins {outcome.win_rate:.3f} of the decided [{low:.3f}, {high:.3f}], "
             f"exact sign test {p_label(result.p_value)}"
         )
     lines.append(f"judge: {result.judge}")

@@ -1,4 +1,4 @@
-"""The evaluation in words and one bar: what a reader takes away in ten seconds."""
+"""The outcome of an evaluation in a sentence, a bar and a few numbers: the head of a report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BAR_WIDTH, _BAR_GAP = 1000.0, 3.0
 
 @dataclass(frozen=True)
 class Tile:
-    """One number to remember: what it is, the number, and its interval or context."""
+    """One number to remember: its label, the number, and its interval or context."""
 
     label: str
     value: str
@@ -38,15 +38,15 @@ def verdict_sentence(result: ModelComparison) -> str:
 
 
 def verdict_of(
-    found: WinCounts, p_value: float, names: tuple[str, str], level: float = LEVEL
+    outcome: WinCounts, p_value: float, names: tuple[str, str], level: float = LEVEL
 ) -> str:
-    """Return in one sentence what the second of two models did against the first."""
-    if found.decided == 0:
-        return f"{names[0]} and {names[1]} tie on all {found.total} prompts."
+    """Return the outcome of the second of two models against the first, in one sentence."""
+    if outcome.decided == 0:
+        return f"{names[0]} and {names[1]} tie on all {outcome.total} prompts."
     if p_value >= 1 - level:
         return f"No clear winner between {names[0]} and {names[1]}."
     behind, ahead = names
-    if found.losses > found.wins:
+    if outcome.losses > outcome.wins:
         ahead, behind = behind, ahead
     return f"{ahead} is preferred over {behind}."
 
@@ -59,25 +59,25 @@ def p_label(value: float) -> str:
     return f"p\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{power}"
 
 
-def needed_label(found: PreferenceResult) -> str:
-    """Return how large a study has to be to find the win rate that was found; empty if all tie."""
-    if found.outcome.decided == 0:
+def needed_label(preference: PreferenceResult) -> str:
+    """Return the number of prompts needed to detect the win rate measured; empty if all tie."""
+    if preference.outcome.decided == 0:
         return ""
     power = f"{100 * POWER:.0f}\N{NO-BREAK SPACE}% power"
-    if found.needed is None:
+    if preference.needed is None:
         return f"{power} at this win rate would take more than {MOST_PAIRS:,} decided prompts"
     return (
-        f"{power} at this win rate takes {found.needed:,} decided prompts, "
-        f"about {found.needed_prompts:,} in all"
+        f"{power} at this win rate takes {preference.needed:,} decided prompts, "
+        f"about {preference.needed_prompts:,} in all"
     )
 
 
 def tiles_of(result: ModelComparison) -> list[Tile]:
     """Return the numbers that head the page."""
-    found = result.outcome
+    outcome = result.outcome
     rate, ends = DASH, "nothing decided"
-    if found.decided:
-        rate = _percent(found.win_rate)
+    if outcome.decided:
+        rate = _percent(outcome.win_rate)
         low, high = _percent(result.win_rate.low), _percent(result.win_rate.high)
         ends = f"{low} to {high}; {p_label(result.p_value)}"
     tiles = [Tile(f"{result.name_b} wins, of decided", rate, ends)]
@@ -94,7 +94,7 @@ def tiles_of(result: ModelComparison) -> list[Tile]:
 
 
 def toxicity_note(result: ModelComparison) -> str:
-    """Return who scored toxicity, with a space before it; empty where nobody did."""
+    """Return a sentence on the toxicity scorer after a space; empty without one."""
     if result.toxicity_scorer is None:
         return ""
     how = "a lexical guess" if is_lexical(result.toxicity_scorer) else "scored"
@@ -106,18 +106,18 @@ def outcome_bar(result: ModelComparison) -> Markup:
     return bar_of(result.outcome, result.name_b)
 
 
-def bar_of(found: WinCounts, name: str) -> Markup:
+def bar_of(outcome: WinCounts, name: str) -> Markup:
     """Return the outcomes of a model, at least one comparison, as one bar."""
     left, parts = 0.0, []
-    for kind, count in (("win", found.wins), ("tie", found.ties), ("loss", found.losses)):
-        width = _BAR_WIDTH * count / found.total
+    for kind, count in (("win", outcome.wins), ("tie", outcome.ties), ("loss", outcome.losses)):
+        width = _BAR_WIDTH * count / outcome.total
         if count:
-            title = chart.element("title", f"{kind}: {count} of {found.total}")
+            title = chart.element("title", f"{kind}: {count} of {outcome.total}")
             gap = 0 if left + width >= _BAR_WIDTH - 1e-6 else _BAR_GAP
             place = {"x": left, "y": 0, "width": max(1.0, width - gap), "height": 30}
             parts.append(chart.element("rect", title, class_=kind, **place))
         left += width
-    words = f"{found.wins} wins, {found.ties} ties, {found.losses} losses of {name}"
+    words = f"{outcome.wins} wins, {outcome.ties} ties, {outcome.losses} losses of {name}"
     return chart.element(
         "svg",
         chart.element("title", words),

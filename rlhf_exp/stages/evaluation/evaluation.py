@@ -20,7 +20,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.answers import Answer
 from rlhf_exp.stages.context import StageContext
 
-ResultT = TypeVar("T")
+T = TypeVar("T")
 DIALOGUE = "dialogue"
 """Fact of a prompt: the whole dialogue with HH's markers, for judges with another prompt format."""
 CHOSEN, REJECTED, BLANK = "chosen", "rejected", "blank"
@@ -189,7 +189,7 @@ class Evaluation:
         """Return the model at other steps of its training, as far as the source has them."""
         return self._source.snapshots(part, model)
 
-    def on_main_process(self, function: Callable[[], ResultT]) -> ResultT:
+    def on_main_process(self, function: Callable[[], T]) -> T:
         """Call `function` in the main process alone and return its result in all of them."""
         result = self.world.run_on_all(lambda: function() if self.world.is_main else None)[0]
         return result  # type: ignore[return-value]
@@ -225,14 +225,14 @@ class PartResult:
 class Part(Protocol):
     """A part of an evaluation."""
 
-    def __call__(self, bench: Evaluation) -> PartResult:
+    def __call__(self, evaluation: Evaluation) -> PartResult:
         """Sample, judge and summarise; called in every process, with the same result in all.
 
         Work that is costly or has effects goes through `Evaluation.on_main_process`.
         """
 
 
-def test_prompts(bench: Evaluation, part: str) -> list[EvalPrompt]:
+def test_prompts(evaluation: Evaluation, part: str) -> list[EvalPrompt]:
     """Return the held-out dialogues of the suite.
 
     Raises:
@@ -240,7 +240,7 @@ def test_prompts(bench: Evaluation, part: str) -> list[EvalPrompt]:
     """
 
     def load() -> list[EvalPrompt]:
-        rows = bench.context.materials.corpus.prompts.test[: bench.config.eval.prompts]
+        rows = evaluation.context.materials.corpus.prompts.test[: evaluation.config.eval.prompts]
         if not rows:
             raise UserError(
                 "data: no test prompts to evaluate on; give data.test or a test_fraction"
@@ -250,7 +250,7 @@ def test_prompts(bench: Evaluation, part: str) -> list[EvalPrompt]:
             EvalPrompt(row.history, facts={DIALOGUE: format_dialogue(row.history)}) for row in rows
         ]
 
-    return bench.prompts(part, load)
+    return evaluation.prompts(part, load)
 
 
 def evaluated_models(context: StageContext, specs: Sequence[str]) -> tuple[EvaluatedModel, ...]:

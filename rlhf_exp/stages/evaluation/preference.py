@@ -146,7 +146,7 @@ class JudgePanel:
     """The judges of one evaluation, used by the main process alone.
 
     Args:
-        bench: The evaluation.
+        evaluation: The evaluation.
 
     Raises:
         UserError: The file of judged pairs cannot be read, or the endpoint does not answer.

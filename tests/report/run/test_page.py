@@ -20,7 +20,13 @@ import pytest
 
 from rlhf_exp.evaluation.comparison import ModelComparison, compare_models
 from rlhf_exp.report.run.data import CalibrationBar, ReportData, Sample, SampleSide, StageRow
-from rlhf_exp.report.run.page import build_report, config_sections, render_page, rule_of, samples_of
+from rlhf_exp.report.run.page import (
+    build_report,
+    config_sections,
+    render_page,
+    sample_rule_of,
+    samples_of,
+)
 
 Compare = Callable[..., ModelComparison]
 
@@ -246,7 +252,7 @@ def test_samples_are_the_picks(compare: Compare) -> None:
         "KL": "3.00",
         "outcome": "win",
     }
-    assert rule_of([result]) == result.pick_rule
+    assert sample_rule_of([result]) == result.pick_rule
 
 
 def against(name: str, gains: dict[int, float]) -> ModelComparison:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rlhf_exp.annotation.campaign import Campaign, CampaignInfo, Choice, Vote, item_of
-from rlhf_exp.annotation.results import standings
+from rlhf_exp.annotation.results import campaign_summaries
 from rlhf_exp.evaluation.judges.human_agreement import (
     Judgment,
     against_people,
@@ -114,8 +114,8 @@ def test_people_who_judged_the_run_itself(plain: dict[str, Any]) -> None:
 NBSP = "\N{NO-BREAK SPACE}"
 
 
-def study(outputs: Path, wins: int, ties: int, losses: int, **changes: Any) -> Campaign:
-    """Return a study of `eval/evalkey` whose one annotator prefers b, neither and a so often."""
+def new_campaign(outputs: Path, wins: int, ties: int, losses: int, **changes: Any) -> Campaign:
+    """Return a campaign on `eval/evalkey` whose one annotator prefers b, neither and a so often."""
     items = [item_of(f"prompt {n}", "a", "b") for n in range(wins + ties + losses)]
     values = {
         "source": "eval/evalkey",
@@ -125,17 +125,17 @@ def study(outputs: Path, wins: int, ties: int, losses: int, **changes: Any) -> C
         "criteria": ("overall",),
         "instructions": "",
     }
-    made = Campaign.create(
+    campaign = Campaign.create(
         outputs / "human" / f"{changes.get('source', 'demo').replace('/', '-')}.sqlite",
         CampaignInfo(**{**values, **changes}),
         items,
     )
-    made.invite(["anna"])
+    campaign.invite(["anna"])
     # On side 0 answer A is model a's.
     choices = [Choice.B] * wins + [Choice.tie] * ties + [Choice.A] * losses
     for item, choice in zip(items, choices, strict=True):
-        made.record(Vote(item.id, "anna", "overall", 0, choice, 5.0, "2026-01-01", 0))
-    return made
+        campaign.record(Vote(item.id, "anna", "overall", 0, choice, 5.0, "2026-01-01", 0))
+    return campaign
 
 
 def section(outputs: Path) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def section(outputs: Path) -> dict[str, Any]:
 
 def test_the_published_study(tmp_path: Path) -> None:
     """30 better, 54 ties, 16 worse: p 0.054, 0.49751 to 0.78646, 0.570 with ties as half."""
-    study(tmp_path, 30, 54, 16)
+    new_campaign(tmp_path, 30, 54, 16)
     plain = section(tmp_path)
     told = dict(plain["studies"][0]["criteria"][0]["preference"])
     assert told["Exact sign test"] == "p = 0.0541, ties left out"
@@ -164,10 +164,10 @@ def test_the_published_study(tmp_path: Path) -> None:
 
 
 def test_each_question_has_its_outcome_and_one_table_has_all(tmp_path: Path) -> None:
-    made = study(tmp_path, 9, 0, 1, criteria=("overall", "harmless", "helpful"))
-    made.invite(["never came"])
-    for vote in made.votes()[:4]:
-        made.record(Vote(**asdict(vote) | {"criterion": "harmless", "revision": 0}))
+    campaign = new_campaign(tmp_path, 9, 0, 1, criteria=("overall", "harmless", "helpful"))
+    campaign.invite(["never came"])
+    for vote in campaign.votes()[:4]:
+        campaign.record(Vote(**asdict(vote) | {"criterion": "harmless", "revision": 0}))
     plain = section(tmp_path)
     page = preference.render_people(plain)
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
@@ -198,22 +198,22 @@ def test_what_stands_beside_a_value() -> None:
     ]
 
 
-def test_two_studies_are_told_apart(tmp_path: Path) -> None:
-    study(tmp_path, 1, 0, 0)
+def test_two_campaigns_are_told_apart(tmp_path: Path) -> None:
+    new_campaign(tmp_path, 1, 0, 0)
     plain = section(tmp_path)
     assert "study <bdi>" not in preference.render_people(plain)
     first = next((tmp_path / "human").glob("*.sqlite"))
     (tmp_path / "human" / "<b>second.sqlite").write_bytes(first.read_bytes())
-    both = standings(tmp_path / "human", "eval/evalkey")
+    both = campaign_summaries(tmp_path / "human", "eval/evalkey")
     page = preference.render_people({**plain, "studies": both})
     assert "study <bdi>&lt;b&gt;second</bdi>" in page
 
 
 def test_no_names_of_annotators(tmp_path: Path) -> None:
-    made = study(tmp_path, 2, 1, 1)
-    made.invite(["ben"])
-    for vote in made.votes("anna"):
-        made.record(Vote(**asdict(vote) | {"annotator": "ben", "revision": 0}))
+    campaign = new_campaign(tmp_path, 2, 1, 1)
+    campaign.invite(["ben"])
+    for vote in campaign.votes("anna"):
+        campaign.record(Vote(**asdict(vote) | {"annotator": "ben", "revision": 0}))
     plain = section(tmp_path)
     text = json.dumps(plain)
     assert "anna" not in text
@@ -224,9 +224,9 @@ def test_no_names_of_annotators(tmp_path: Path) -> None:
     )
 
 
-def test_studies_of_other_answers_are_left_out(tmp_path: Path) -> None:
-    study(tmp_path, 1, 0, 0, source="eval/other")
-    study(tmp_path, 1, 0, 0, source="eval/evalkey2", collect=True)
+def test_campaigns_of_other_answers_are_left_out(tmp_path: Path) -> None:
+    new_campaign(tmp_path, 1, 0, 0, source="eval/other")
+    new_campaign(tmp_path, 1, 0, 0, source="eval/evalkey2", collect=True)
     (tmp_path / "human" / "broken.sqlite").write_text("no database")
     assert section(tmp_path)["studies"] == []
 
@@ -238,9 +238,9 @@ def test_without_votes_the_page_says_how_to_get_some(tmp_path: Path) -> None:
     assert "rlhf-exp annotate evalkey --annotators 3" in page
 
 
-def test_an_evaluation_without_the_part_shows_a_study_that_there_is(tmp_path: Path) -> None:
+def test_an_evaluation_without_the_part_shows_a_campaign_that_there_is(tmp_path: Path) -> None:
     evaluation = artifact(tmp_path, "eval", {})
     assert gather("demo", {"eval": evaluation}).parts == {}
-    study(tmp_path, 1, 0, 0)
+    new_campaign(tmp_path, 1, 0, 0)
     plain = gather("demo", {"eval": evaluation}).parts["people.json"]
     assert "<b>1</b> wins" in preference.render_people(plain)

@@ -107,13 +107,15 @@ def test_whatever_is_not_known_has_a_dash() -> None:
     ],
 )
 def test_how_far_the_referee_stands(shared: float | None, words: str) -> None:
-    found = reward_quality.about({"name": "r", "seed": 1, "part": "2/2", "shared": shared})
+    found = reward_quality.referee_sentence(
+        {"name": "r", "seed": 1, "part": "2/2", "shared": shared}
+    )
     assert found.startswith("Referee: r, seed 1, part 2/2; ")
     assert words in found
 
 
 def test_gains_start_at_nothing_and_go_by_the_root_of_kl() -> None:
-    chart = reward_quality.against_kl(content()["paths"][0])
+    chart = reward_quality.gains_against_kl(content()["paths"][0])
     reward, referee = chart.lines
     assert reward.x.tolist() == [0.0, 2.0]
     assert (reward.y.tolist(), referee.y.tolist()) == ([0.0, 1.5], [0.0, 0.5])
@@ -122,7 +124,7 @@ def test_gains_start_at_nothing_and_go_by_the_root_of_kl() -> None:
 
 
 def test_accuracy_by_margin_beside_what_is_claimed() -> None:
-    by_margin, curve = reward_quality.of_pairs([judge("reward model"), judge("gold judge")])
+    by_margin, curve = reward_quality.pair_charts([judge("reward model"), judge("gold judge")])
     measured, claimed = by_margin.lines
     assert measured.y.tolist() == [0.6, 0.8]
     assert claimed.y.tolist() == [0.55, 0.8]

@@ -35,7 +35,9 @@ def test_how_answers_were_sampled(compare: Callable[..., ModelComparison]) -> No
     assert "answers of" not in printed(compare())
 
 
-def test_names_neither_style_nor_steer_the_terminal(compare: Callable[..., ModelComparison]) -> None:
+def test_names_neither_style_nor_steer_the_terminal(
+    compare: Callable[..., ModelComparison],
+) -> None:
     text = printed(compare(name_a="[red]x[/red]", name_b="\x1b[2Jy"))
     assert "[red]x[/red]" in text
     assert "\x1b" not in text

@@ -1,4 +1,4 @@
-"""Trains and evaluates: `python launch.py --help`."""
+"""Entry point of training and evaluation: `python launch.py --help`."""
 
 import sys
 

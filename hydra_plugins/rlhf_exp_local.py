@@ -1,6 +1,6 @@
-"""Hydra finds launchers in this namespace only; what it finds here goes to `rlhf_exp.multirun`.
+"""The Hydra plugin `hydra/launcher=local`, a thin adapter to `rlhf_exp.launchers.local`.
 
-Loaded whenever Hydra starts, so nothing is imported before it is needed.
+Hydra finds plugins in this package only, and loads them whenever it starts: imports are deferred.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class LocalLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Keep what `launch` needs."""
+        """Keep Hydra's objects for `launch`."""
         self.context, self.config = hydra_context, config
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run one batch of jobs; composes each config here, once and for all."""
+        """Run one batch of jobs, whose configs are composed here, once."""
         from rlhf_exp.config.compose import to_config
         from rlhf_exp.errors import UserError
         from rlhf_exp.launchers.local import launch
@@ -46,7 +46,7 @@ class LocalLauncher(Launcher):
                 "hydra.sweeper.max_batch_size: a batch would wait for the whole batch before it; "
                 "set hydra.launcher.n_jobs instead"
             )
-        # A failed one among what is returned would have Hydra print its whole command line.
+        # Returning a failed job would make Hydra print its whole command line; `launch` raises.
         return [
             JobReturn(
                 overrides=list(overrides), status=JobStatus.COMPLETED, _return_value=objective

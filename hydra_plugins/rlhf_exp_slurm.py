@@ -1,6 +1,6 @@
-"""Hydra finds launchers in this namespace only; what it finds here is handed to `rlhf_exp.slurm`.
+"""The Hydra plugin `hydra/launcher=slurm`, a thin adapter to `rlhf_exp.launchers.slurm.launcher`.
 
-Loaded whenever Hydra starts, so nothing is imported before it is needed.
+Hydra finds plugins in this package only, and loads them whenever it starts: imports are deferred.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ class SlurmLauncher(Launcher):
     """Submits the jobs of a multirun to Slurm and waits for them."""
 
     def __init__(self, **site: Any) -> None:  # noqa: ANN401 - as Hydra calls it
-        """Take the launcher's section as Hydra passes it; `setup` reads it with its types."""
+        """Accept the launcher's section as Hydra passes it; `launch` reads it with its types."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Keep what `launch` needs."""
+        """Keep Hydra's objects for `launch`."""
         self.context, self.config = hydra_context, config
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run one batch of jobs; composes each config here, once and for all."""
+        """Submit one batch of jobs, whose configs are composed here, once, and wait for them."""
         from rlhf_exp.config.compose import to_config
         from rlhf_exp.config.launchers import SlurmConfig
         from rlhf_exp.launchers.slurm.launcher import launch

@@ -1,11 +1,11 @@
-"""Typed batches: what flows between data, models, rollout, algorithms and engines.
+"""Typed batches, the data that models, rollout, losses and training exchange.
 
 Dimensions: B rows, S tokens of a row (prompt and response), P prompt tokens, T response tokens,
 D hidden width.
 
-Every batch of whole sequences is **right-padded** and goes by lengths, never by the padding token's
-id: a causal model lets no real token see what stands to its right, so no attention mask is needed,
-and a tokenizer whose padding is its end-of-sequence token loses nothing.
+Every batch of whole sequences is **right-padded** and has lengths; padding is never recognised by
+its token id. No token of a causal model sees the tokens to its right, so no attention mask is
+needed, and a tokenizer may use its end-of-sequence token as padding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class FinishReason(IntEnum):
 
 
 class Batch:
-    """What all batches share: selecting rows and moving between devices.
+    """Base of all batches: selecting rows and moving between devices.
 
     Subclasses are dataclasses whose fields are tensors with rows first, or `None`.
     """
@@ -62,9 +62,9 @@ class Prompts(Batch):
     Attributes:
         tokens: [B, P] int64, right-padded.
         lengths: [B] int64, tokens of each prompt.
-        index: [B] int64, the row's number in its prompt set.
-        rollout: [B] int64, the row's number in the whole run; with the seed and the position it
-            determines the noise of sampling.
+        index: [B] int64, number of the prompt in its set.
+        rollout: [B] int64, number of the response in the whole run; with the seed and the position
+            of a token it determines the noise of sampling.
     """
 
     tokens: Tensor
@@ -106,7 +106,7 @@ class Preferences(Batch):
         chosen_lengths: [B] int64.
         rejected: [B, S] int64, right-padded.
         rejected_lengths: [B] int64.
-        weights: [B] float32, 0 for a row that only fills up the batch.
+        weights: [B] float32, 0 for a padding row.
     """
 
     chosen: Tensor
@@ -121,7 +121,7 @@ class Preferences(Batch):
 
 @dataclass(frozen=True)
 class Samples(Batch):
-    """What the sampler yields: prompts with the responses that followed.
+    """Sampled responses with their prompts.
 
     Attributes:
         tokens: [B, S] int64, prompt then response, right-padded. The response is what was sampled,
@@ -131,15 +131,15 @@ class Samples(Batch):
         content_lengths: [B] int64, response tokens without the end-of-sequence token or stop string
             that ended it; may be 0.
         finish: [B] int64, a `FinishReason`.
-        index: [B] int64, the prompt's number in its set.
+        index: [B] int64, number of the prompt in its set.
         logprobs: [B, T] float32, log-probability of each response token under the sampler, at the
             sampling temperature; column t is the t-th response token, 0 beyond the end.
         states: [B, S, D] hidden states entering the first training block, right-padded like
-            `tokens`; `None` unless the sampler was asked for them. The last token of a response was
-            sampled but never fed, so its state is not known: it is left 0, and no log-probability
-            needs it. Only where `closing` is given, and it is content, it is known.
-        closing: [B, D] the same of a token that closes the content, whatever followed it in fact:
-            where a reward model reads its score; `None` unless the sampler was asked for it.
+            `tokens`; `None` unless the sampler returns them. The last token of a response was
+            sampled but never fed to the model, so its state is 0; no log-probability needs it.
+            Where `closing` is given and the last token is content, its state is known.
+        closing: [B, D] the hidden state of an end-of-sequence token after the content, where a
+            reward model reads its score; `None` unless the sampler returns it.
     """
 
     tokens: Tensor
@@ -158,18 +158,18 @@ class Samples(Batch):
 
 @dataclass(frozen=True)
 class Rollouts(Batch):
-    """One iteration's experience, ready to train on.
+    """One iteration's experience, complete for training.
 
     Attributes:
         tokens: [B, S] int64, prompt then response, right-padded.
         prompt_lengths: [B] int64.
         response_lengths: [B] int64.
         mask: [B, T] bool, True on response tokens.
-        logprobs: [B, T] float32, of the policy that sampled.
-        values: [B, T] float32, its value estimates.
+        logprobs: [B, T] float32, under the policy that sampled.
+        values: [B, T] float32, of the value function at the time of sampling.
         advantages: [B, T] float32, whitened over the whole iteration.
         returns: [B, T] float32.
-        weights: [B] float32, 0 for a row that only fills up the batch.
+        weights: [B] float32, 0 for a padding row.
         states: [B, S, D] as in `Samples`, or `None`.
     """
 

@@ -1,8 +1,7 @@
 """`rlhf-exp`: looks at runs, serves their models and tidies up; `launch.py` trains and evaluates.
 
-Wherever a RUN is asked for: `latest`, a name, the beginning of a key, or a folder.
-
-Options of commands that have many; imports nothing that they need to run.
+A RUN is `latest`, a name, the beginning of a key, or a folder. Commands import their modules only
+when they run, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -32,55 +31,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; each imports what it needs when it runs."""
+    """Return the parser of all commands."""
     root = argparse.ArgumentParser(prog="rlhf-exp", description=__doc__.split("\n\n")[0])
     root.add_argument(
         "--outputs", type=Path, default=Path("outputs"), help="output_dir of the runs (outputs)"
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    _runs(commands)
-    _models(commands)
-    _people(commands)
-    _judges(commands)
-    _store(commands)
+    _add_run_commands(commands)
+    _add_model_commands(commands)
+    _add_annotate_command(commands)
+    _add_judge_command(commands)
+    _add_store_commands(commands)
     return root
 
 
-def _runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     status = commands.add_parser("status", help="list runs, or the points of one")
     status.add_argument("run", nargs="?", metavar="RUN")
-    status.set_defaults(command=_status)
+    status.set_defaults(command=_run_status)
 
     cancel = commands.add_parser("cancel", help="cancel the Slurm jobs of a run or multirun")
     cancel.add_argument("name", metavar="NAME")
-    cancel.set_defaults(command=_cancel)
+    cancel.set_defaults(command=_run_cancel)
 
     fetch = commands.add_parser("fetch", help="download what a run needs from the hub, and pin it")
     fetch.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as launch.py takes them")
     fetch.add_argument("--config-dir", type=Path, metavar="DIR", help="as launch.py takes it")
     fetch.add_argument("--update", action="store_true", help="take the newest revisions")
-    fetch.set_defaults(command=_fetch)
+    fetch.set_defaults(command=_run_fetch)
 
     sync = commands.add_parser("sync", help="send to W&B what was recorded offline")
     sync.add_argument("run", metavar="RUN")
     sync.add_argument("--dry-run", action="store_true", help="say what would be sent")
-    sync.set_defaults(command=_sync)
+    sync.set_defaults(command=_run_sync)
 
     report = commands.add_parser("report", help="write the report of a run, a sweep or any runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help="or NAME:KEY=VALUE,... of a sweep")
     budget = "judge by the highest validation reward within this KL per answer"
     report.add_argument("--kl-budget", type=float, metavar="NATS", help=budget)
-    report.set_defaults(command=_report)
+    report.set_defaults(command=_run_report)
 
     figures = commands.add_parser("figures", help="write the charts of a run as SVG files")
     figures.add_argument("run", metavar="RUN")
     figures.add_argument("folder", type=Path, metavar="DIR")
-    figures.set_defaults(command=_figures)
+    figures.set_defaults(command=_run_figures)
 
     compare = commands.add_parser("compare", help="differences in config and results")
     for side, name in (("first", "A"), ("second", "B")):
         compare.add_argument(side, metavar=name, help="a run, a sweep, or NAME:KEY=VALUE,... of it")
-    compare.set_defaults(command=_compare)
+    compare.set_defaults(command=_run_compare)
     for command in (report, compare):
         form = command.add_mutually_exclusive_group()
         for name in ("json", "csv"):
@@ -88,172 +87,47 @@ def _runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
             form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=text)
 
 
-def _models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     chat = commands.add_parser("chat", help="talk to a run's model")
     chat_options(chat)
-    chat.set_defaults(command=_chat)
+    chat.set_defaults(command=_run_chat)
 
     export = commands.add_parser("export", help="write a run's model as a Hugging Face folder")
     export_options(export)
-    export.set_defaults(command=_export)
+    export.set_defaults(command=_run_export)
 
     serve = commands.add_parser("serve-reward", help="score responses for PPO elsewhere")
     serve_options(serve)
-    serve.set_defaults(command=_serve_reward)
+    serve.set_defaults(command=_run_serve_reward)
 
 
-def _people(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_annotate_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     annotate = commands.add_parser("annotate", help="let people judge a run's answers")
     annotate_options(annotate)
-    annotate.set_defaults(command=_annotate)
+    annotate.set_defaults(command=_run_annotate)
 
 
-def _judges(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_judge_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     judge = commands.add_parser("judge", help="compare judges with people on a file of pairs")
     judge_options(judge)
-    judge.set_defaults(command=_judge)
+    judge.set_defaults(command=_run_judge)
 
 
-def _store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     store = commands.add_parser("store", help="artifacts: ls, show, rm, gc")
     actions = store.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("ls", help="list artifacts, and the disk space of each run name")
-    listing.set_defaults(command=_store_ls)
+    listing.set_defaults(command=_run_store_ls)
     show = actions.add_parser("show", help="show what an artifact was made from")
     show.add_argument("key", metavar="KEY")
-    show.set_defaults(command=_store_show)
+    show.set_defaults(command=_run_store_show)
     remove = actions.add_parser("rm", help="delete artifacts")
     remove.add_argument("keys", nargs="+", metavar="KEY")
     gc = actions.add_parser("gc", help="delete what no run refers to")
-    collect_options(gc)
-    for action, command in ((remove, _store_rm), (gc, _store_gc)):
+    gc_options(gc)
+    for action, command in ((remove, _run_store_rm), (gc, _run_store_gc)):
         action.add_argument("--dry-run", action="store_true", help="say what would be deleted")
         action.set_defaults(command=command)
-
-
-def _status(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.inspect import status
-
-    print(status(arguments.outputs, arguments.run), end="")
-
-
-def _cancel(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.inspect import cancel
-
-    print(cancel(arguments.outputs, arguments.name), end="")
-
-
-def _fetch(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.sync import fetch
-
-    fetch(arguments.overrides, arguments.config_dir, arguments.update, print)
-
-
-def _sync(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.sync import sync
-
-    shown, failed = sync(arguments.outputs, arguments.run, arguments.dry_run, print)
-    print(shown, end="")
-    if failed:
-        raise UserError(f"{failed} runs were not sent; the same command tries them again")
-
-
-def _report(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.inspect import report
-
-    form = arguments.form or "page"
-    print(report(arguments.outputs, arguments.runs, form, arguments.kl_budget), end="")
-
-
-def _figures(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.inspect import write_figures
-
-    for path in write_figures(arguments.outputs, arguments.run, arguments.folder):
-        print(path)
-
-
-def _compare(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.inspect import compare
-
-    form = arguments.form or "text"
-    print(compare(arguments.outputs, arguments.first, arguments.second, form), end="")
-
-
-def _chat(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.models import chat
-
-    chat(arguments.outputs, arguments.run, arguments.against, arguments.temperature, arguments.seed)
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.models import export
-
-    print(export(arguments.outputs, arguments.run, arguments.folder, arguments.step))
-
-
-def _serve_reward(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.serve_reward import ServeOptions, serve_reward
-
-    given = vars(arguments)
-    wanted = ServeOptions(
-        **{field.name: given[field.name] for field in dataclasses.fields(ServeOptions)}
-    )
-    serve_reward(arguments.outputs, arguments.run, wanted)
-
-
-def _annotate(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.annotate import AnnotateOptions, CampaignDesign, annotate
-
-    given = vars(arguments)
-    design = CampaignDesign(
-        **{field.name: given[field.name] for field in dataclasses.fields(CampaignDesign)}
-    )
-    wanted = AnnotateOptions(
-        **{field.name: given[field.name] for field in dataclasses.fields(AnnotateOptions)}
-    )
-    annotate(arguments.outputs, arguments.run, design, arguments.study, wanted)
-
-
-def _judge(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.judge import RequestedJudges, judge
-
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    names = [field.name for field in dataclasses.fields(RequestedJudges)]
-    panel = RequestedJudges(**{name: given[name] for name in names if name in given})
-    outputs, file = arguments.outputs, arguments.file
-    print(judge(outputs, file, panel, arguments.pairs, arguments.out), end="")
-
-
-def _store_ls(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.store import listing
-
-    print(listing(arguments.outputs), end="")
-
-
-def _store_show(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands import store as store_module
-    from rlhf_exp.commands.runs import OutputFolder
-
-    print(store_module.show(OutputFolder(arguments.outputs).store.get(arguments.key)), end="")
-
-
-def _store_rm(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands import store as store_module
-    from rlhf_exp.commands.runs import OutputFolder
-
-    print(
-        store_module.remove(
-            OutputFolder(arguments.outputs).store, arguments.keys, arguments.dry_run
-        ),
-        end="",
-    )
-
-
-def _store_gc(arguments: argparse.Namespace) -> None:
-    from rlhf_exp.commands.store import collect_garbage
-
-    given = (arguments.older_than, arguments.sweep, arguments.keep)
-    print(collect_garbage(arguments.outputs, arguments.dry_run, *given), end="")
 
 
 def annotate_options(annotate: argparse.ArgumentParser) -> None:
@@ -261,7 +135,13 @@ def annotate_options(annotate: argparse.ArgumentParser) -> None:
     annotate.add_argument("run", metavar="RUN", help="a run, or a JSONL file of pairs of answers")
     add = annotate.add_argument
     add("--collect", action="store_true", help="gather preferences to train on")
-    add("--study", type=Path, metavar="FILE", help="the study's file (OUTPUTS/human/RUN.sqlite)")
+    add(
+        "--study",
+        dest="campaign",
+        type=Path,
+        metavar="FILE",
+        help="the study's file (OUTPUTS/human/RUN.sqlite)",
+    )
     add("--annotators", metavar="N|NAMES", help="how many, or their names: anna,ben")
     add("--criteria", metavar="NAMES", help="what is asked: overall,helpful,harmless (overall)")
     add("--prompts", type=int, metavar="N", help="prompts to judge (100)")
@@ -296,14 +176,6 @@ def export_options(export: argparse.ArgumentParser) -> None:
     export.add_argument("--step", type=int, metavar="N", help="the snapshot of this step")
 
 
-def collect_options(collect_garbage: argparse.ArgumentParser) -> None:
-    """Add the options of `rlhf-exp store gc`, but for --dry-run."""
-    add = collect_garbage.add_argument
-    add("--older-than", metavar="AGE", help="only what was last used longer ago: 7d, 12h (1h)")
-    add("--sweep", metavar="NAME", help="also let go of runs of this name, by --keep")
-    add("--keep", metavar="RULE", help="the ended runs that keep their results: best:3, last:5")
-
-
 def serve_options(serve: argparse.ArgumentParser) -> None:
     """Add the options of `rlhf-exp serve-reward`."""
     text = "a run with a reward model, or the folder of one"
@@ -336,6 +208,135 @@ def judge_options(judge: argparse.ArgumentParser) -> None:
     add("--concurrency", type=int, metavar="N", help="requests under way at once (8)")
     add("--pairs", type=int, metavar="N", help="only the first N pairs")
     add("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+
+
+def gc_options(gc: argparse.ArgumentParser) -> None:
+    """Add the options of `rlhf-exp store gc`, except --dry-run."""
+    add = gc.add_argument
+    add("--older-than", metavar="AGE", help="only what was last used longer ago: 7d, 12h (1h)")
+    add("--sweep", metavar="NAME", help="also let go of runs of this name, by --keep")
+    add("--keep", metavar="RULE", help="the ended runs that keep their results: best:3, last:5")
+
+
+def _run_status(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.inspect import status
+
+    print(status(arguments.outputs, arguments.run), end="")
+
+
+def _run_cancel(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.inspect import cancel
+
+    print(cancel(arguments.outputs, arguments.name), end="")
+
+
+def _run_fetch(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.sync import fetch
+
+    fetch(arguments.overrides, arguments.config_dir, arguments.update, print)
+
+
+def _run_sync(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.sync import sync
+
+    text, failed = sync(arguments.outputs, arguments.run, arguments.dry_run, print)
+    print(text, end="")
+    if failed:
+        raise UserError(f"{failed} runs were not sent; the same command tries them again")
+
+
+def _run_report(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.inspect import report
+
+    form = arguments.form or "page"
+    print(report(arguments.outputs, arguments.runs, form, arguments.kl_budget), end="")
+
+
+def _run_figures(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.inspect import write_figures
+
+    for path in write_figures(arguments.outputs, arguments.run, arguments.folder):
+        print(path)
+
+
+def _run_compare(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.inspect import compare
+
+    form = arguments.form or "text"
+    print(compare(arguments.outputs, arguments.first, arguments.second, form), end="")
+
+
+def _run_chat(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.models import chat
+
+    chat(arguments.outputs, arguments.run, arguments.against, arguments.temperature, arguments.seed)
+
+
+def _run_export(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.models import export
+
+    print(export(arguments.outputs, arguments.run, arguments.folder, arguments.step))
+
+
+def _run_serve_reward(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.serve_reward import ServeOptions, serve_reward
+
+    values = vars(arguments)
+    options = ServeOptions(
+        **{field.name: values[field.name] for field in dataclasses.fields(ServeOptions)}
+    )
+    serve_reward(arguments.outputs, arguments.run, options)
+
+
+def _run_annotate(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.annotate import AnnotateOptions, CampaignDesign, annotate
+
+    values = vars(arguments)
+    design = CampaignDesign(
+        **{field.name: values[field.name] for field in dataclasses.fields(CampaignDesign)}
+    )
+    options = AnnotateOptions(
+        **{field.name: values[field.name] for field in dataclasses.fields(AnnotateOptions)}
+    )
+    annotate(arguments.outputs, arguments.run, design, arguments.campaign, options)
+
+
+def _run_judge(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.judge import RequestedJudges, judge
+
+    values = {name: value for name, value in vars(arguments).items() if value is not None}
+    names = [field.name for field in dataclasses.fields(RequestedJudges)]
+    panel = RequestedJudges(**{name: values[name] for name in names if name in values})
+    outputs, file = arguments.outputs, arguments.file
+    print(judge(outputs, file, panel, arguments.pairs, arguments.out), end="")
+
+
+def _run_store_ls(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.store import listing
+
+    print(listing(arguments.outputs), end="")
+
+
+def _run_store_show(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.runs import OutputFolder
+    from rlhf_exp.commands.store import show
+
+    print(show(OutputFolder(arguments.outputs).store.get(arguments.key)), end="")
+
+
+def _run_store_rm(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.runs import OutputFolder
+    from rlhf_exp.commands.store import remove
+
+    store = OutputFolder(arguments.outputs).store
+    print(remove(store, arguments.keys, arguments.dry_run), end="")
+
+
+def _run_store_gc(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.store import collect_garbage
+
+    rules = (arguments.older_than, arguments.sweep, arguments.keep)
+    print(collect_garbage(arguments.outputs, arguments.dry_run, *rules), end="")
 
 
 if __name__ == "__main__":

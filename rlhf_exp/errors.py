@@ -1,23 +1,23 @@
-"""Errors that are the user's to mend."""
+"""Exceptions with a meaning for the command line: user errors, failed jobs, detached jobs."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Bad input: a message for the user, printed without a traceback.
+    """An error that the user can correct, printed without a traceback.
 
-    The message names the file and line or the config key, what was found, what was expected and the
-    remedy.
+    The message names the file and line or the config key, the value found, the value expected and
+    the remedy.
     """
 
 
 class JobsFailed(Exception):
-    """Jobs that ran elsewhere have failed; the message says which, and why."""
+    """Jobs in other processes have failed; the message says which, and why."""
 
 
 class WorkerSpent(JobsFailed):
-    """A failed trial has ended the processes of its worker; started again, it goes on."""
+    """A failed trial has ended its worker's processes; a restarted worker continues the study."""
 
 
 class Detached(KeyboardInterrupt):
-    """The user pressed Ctrl-C while jobs ran elsewhere; the message says that they go on."""
+    """Ctrl-C while jobs run in other processes; the message says that they continue."""

@@ -1,4 +1,8 @@
-"""One POST of JSON, tried until it succeeds; what judges and reward servers are asked by."""
+"""An HTTP client for JSON services, such as LLM judges and reward servers, that retries requests.
+
+Failed requests are repeated after growing waits with jitter, or after the time that the server asks
+for.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +21,22 @@ import httpx2
 from rlhf_exp.errors import UserError
 from rlhf_exp.safe_text import clipped, visible
 
-# Timeouts, conflicts, too many requests; everything from 500 on besides.
-_TRY_AGAIN = (408, 409, 425, 429)
-_FIRST_WAIT_S, _LONGEST_WAIT_S, _LONGEST_ASKED_S = 1.0, 60.0, 600.0
-_LOCAL = ("127.0.0.1", "localhost", "::1")
 T = TypeVar("T")
+# Timeouts, conflicts, too many requests; everything from 500 on besides.
+_RETRIED_STATUSES = (408, 409, 425, 429)
+_FIRST_WAIT_S, _MAX_WAIT_S, _MAX_RETRY_AFTER_S = 1.0, 60.0, 600.0
+_LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
 class Service:
-    """Where requests go, and how patiently.
+    """A service's address, and the timeout and retries of requests to it.
 
     Attributes:
         url: an address, such as `http://127.0.0.1:8000/v1`.
-        key: sent as a bearer token; never shown, stored or logged.
+        key: API key, sent as a bearer token; never shown, stored or logged.
         timeout_s: seconds until a request counts as failed.
-        retries: how often a request that failed is repeated.
+        retries: most repetitions of a failed request.
     """
 
     url: str
@@ -46,8 +50,8 @@ class RequestFailed:
     """A request that may succeed later.
 
     Attributes:
-        reason: in words.
-        after_s: seconds that the server asks to wait.
+        reason: of the failure, for a message.
+        after_s: wait that the server asks for, in seconds.
     """
 
     reason: str
@@ -61,10 +65,10 @@ class HttpClient:
         retried: attempts that failed and were repeated.
 
     Args:
-        service: where to.
-        error: makes an error of a reason.
-        wait: waits so many seconds; `None`: until they are over or `stop` is called.
-        draw: uniform numbers of [0, 1), for the jitter of waits.
+        service: address, timeout and retries.
+        error: returns the exception for a reason.
+        wait: waits for a number of seconds; `None`: `stop` ends a wait.
+        draw: returns a uniform number in [0, 1), for the jitter of waits.
     """
 
     def __init__(
@@ -81,23 +85,23 @@ class HttpClient:
         self._draw = draw
         self._lock = threading.Lock()
         headers = {} if service.key is None else {"Authorization": f"Bearer {service.key}"}
-        # A proxy in the environment is for the world outside, not for this machine.
-        outside = urlsplit(service.url).hostname not in _LOCAL
-        self._http = httpx2.Client(timeout=service.timeout_s, headers=headers, trust_env=outside)
+        # A proxy in the environment is not for requests to this machine.
+        use_proxy = urlsplit(service.url).hostname not in _LOCAL_HOSTS
+        self._http = httpx2.Client(timeout=service.timeout_s, headers=headers, trust_env=use_proxy)
 
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
 
     def stop(self) -> None:
-        """Let requests that wait for another try give up."""
+        """Make waiting requests give up instead of being repeated."""
         self._stopped.set()
 
-    def look(self, path: str) -> None:
-        """GET something, once; whatever is answered, somebody is there.
+    def check_reachable(self, path: str) -> None:
+        """Check with one GET that the service answers; any status but 401 and 403 will do.
 
         Raises:
-            UserError: nobody answers, or the key is refused.
+            UserError: there is no answer, or the key is refused.
         """
         try:
             response = self._http.get(self._address(path))
@@ -113,28 +117,29 @@ class HttpClient:
         read: Callable[[httpx2.Response], T | RequestFailed],
         retries: int | None = None,
     ) -> T:
-        """Return what `read` makes of the answer to a request.
+        """Send a request until it succeeds and return the result of `read`.
 
         Args:
             path: below the service's address.
             body: sent as JSON.
-            read: reads an answer of status 200; a `RequestFailed` is tried again.
+            read: parses an answer of status 200; if it returns a `RequestFailed`, the request is
+                repeated.
             retries: instead of the service's.
 
         Raises:
-            UserError: the request is refused, or fails again and again.
+            UserError: the request is refused, or all its repetitions fail.
         """
-        most = self.service.retries if retries is None else retries
+        max_retries = self.service.retries if retries is None else retries
         attempt = 0
-        while isinstance(found := self._once(path, body, read), RequestFailed):
-            if attempt == most or self._stopped.is_set():
+        while isinstance(result := self._once(path, body, read), RequestFailed):
+            if attempt == max_retries or self._stopped.is_set():
                 times = f", {attempt + 1} times in a row" if attempt else ""
-                raise self._error(found.reason + times)
+                raise self._error(result.reason + times)
             with self._lock:
                 self.retried += 1
-            self._wait(self._pause(attempt, found.after_s))
+            self._wait(self._pause(attempt, result.after_s))
             attempt += 1
-        return found
+        return result
 
     def _address(self, path: str) -> str:
         return self.service.url.rstrip("/") + path
@@ -156,26 +161,26 @@ class HttpClient:
         if response.status_code == 200:
             return read(response)
         reason = self._reason(response)
-        final = "insufficient_quota" in response.text  # a 429 that no waiting mends
-        if (response.status_code in _TRY_AGAIN or response.status_code >= 500) and not final:
+        final = "insufficient_quota" in response.text  # a 429 that waiting does not help
+        if (response.status_code in _RETRIED_STATUSES or response.status_code >= 500) and not final:
             return RequestFailed(reason, _retry_after(response.headers.get("retry-after")))
         raise self._error(reason)
 
-    def _pause(self, attempt: int, asked_s: float | None) -> float:
-        """Return the seconds to wait: what the server asks for, or twice as long each time."""
-        if asked_s is not None:
-            # Spread by up to a tenth, so that all requests do not come back at once.
-            return min(asked_s, _LONGEST_ASKED_S) * (1 + 0.1 * self._draw())
-        longest = min(_FIRST_WAIT_S * 2.0**attempt, _LONGEST_WAIT_S)
-        return longest * (0.5 + 0.5 * self._draw())
+    def _pause(self, attempt: int, retry_after_s: float | None) -> float:
+        """Return the seconds to wait: as the server asks, or twice as long each time."""
+        if retry_after_s is not None:
+            # Jitter of up to a tenth, so that requests do not all come back at once.
+            return min(retry_after_s, _MAX_RETRY_AFTER_S) * (1 + 0.1 * self._draw())
+        max_wait_s = min(_FIRST_WAIT_S * 2.0**attempt, _MAX_WAIT_S)
+        return max_wait_s * (0.5 + 0.5 * self._draw())
 
     def _reason(self, response: httpx2.Response) -> str:
         # Some servers repeat the key in their message.
         text = response.text.strip()
         if self.service.key:
             text = text.replace(self.service.key, "***")
-        said = " ".join(visible(clipped(text, 300)).split())
-        return f"HTTP {response.status_code} {response.reason_phrase}: {said or 'no message'}"
+        message = " ".join(visible(clipped(text, 300)).split())
+        return f"HTTP {response.status_code} {response.reason_phrase}: {message or 'no message'}"
 
 
 def _retry_after(header: str | None) -> float | None:

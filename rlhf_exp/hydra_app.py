@@ -1,7 +1,7 @@
-"""`launch.py`'s command line: checked, composed by Hydra, handed to the pipeline.
+"""The command line of `launch.py`: checked, composed by Hydra, handed to the pipeline.
 
-Everything that can be wrong is found before Hydra makes a folder or starts a job, also under `-m`.
-Exit codes: 0 done, 1 a bug, 2 the user's to mend, 130 interrupted.
+Config errors are found before Hydra makes a folder or starts a job, also under `-m`. Exit codes: 0
+done, 1 a bug or failed jobs, 2 an error that the user can correct, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from rlhf_exp.processes.environment import find_launch_environment, leads
 if TYPE_CHECKING:
     from rlhf_exp.config.compose import ComposedConfig
 
-# Errors of the user's met inside Hydra's job, which would print them with a traceback of its own.
-_refused: list[UserError] = []
-# Hydra's folders of processes that another one leads: their own would all be the same.
-_FOLLOWERS = (
+# Kept for `_launch` to raise: Hydra would print a job's user error with its own traceback.
+_user_errors: list[UserError] = []
+# Only the leader writes Hydra's usual folder; other processes would write the same one.
+_FOLLOWER_OVERRIDES = (
     "hydra.output_subdir=null",
     "hydra.run.dir=${output_dir}/hydra/followers",
     "hydra.sweep.dir=${output_dir}/hydra/followers",
@@ -48,8 +48,8 @@ def main(argv: Sequence[str]) -> int:
     except JobsFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except Detached as left:
-        print(left, file=sys.stderr)
+    except Detached as detached:
+        print(detached, file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
@@ -58,15 +58,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print_error(error: UserError) -> None:
-    """Print it once for each machine: what is wrong with a config is wrong in all processes."""
+    """Print an error once for each machine, since all processes find the same config errors."""
     try:
-        place = find_launch_environment()
+        environment = find_launch_environment()
     except UserError:
-        place = None
-    if place is None or not place.rank:
+        environment = None
+    if environment is None or not environment.rank:
         print(f"error: {error}", file=sys.stderr)
-    elif not place.local_rank:
-        print(f"error in the process of rank {place.rank}: {error}", file=sys.stderr)
+    elif not environment.local_rank:
+        print(f"error in the process of rank {environment.rank}: {error}", file=sys.stderr)
 
 
 def _launch(argv: Sequence[str]) -> None:
@@ -84,19 +84,19 @@ def _launch(argv: Sequence[str]) -> None:
     raise_problems(override_problems(overrides, read_groups(folders)))
     if not (arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion):
         overrides, on_slurm = _check_jobs(overrides, arguments.multirun, folders)
-        # Hydra uses launchers in multiruns only; on Slurm, one run is a multirun of one.
+        # Hydra uses launchers in multiruns only; on Slurm, a single run is a multirun of one.
         flags += ["--multirun"] if on_slurm and not arguments.multirun else []
     if not leads():
-        overrides += _FOLLOWERS
-    # Hydra's own way of reporting hides the exception and makes every exit code 1.
+        overrides += _FOLLOWER_OVERRIDES
+    # Without this, Hydra hides the exception and exits with 1, whatever the error.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *flags, *overrides]
     register_schema()
-    _refused.clear()
+    _user_errors.clear()
     with as_user_errors():
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-    if _refused:
-        raise _refused[0]
+    if _user_errors:
+        raise _user_errors[0]
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -115,10 +115,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _check_jobs(
     overrides: list[str], multirun: bool, folders: Sequence[Path]
 ) -> tuple[list[str], bool]:
-    """Compose every job that would run and report what is wrong with any of them.
+    """Compose and check every job that would run.
 
     Returns:
-        The overrides that make these jobs, and whether they run on Slurm.
+        The overrides that start these jobs, and whether they run on Slurm.
+
+    Raises:
+        UserError: With the problems of all jobs.
     """
     from rlhf_exp.config.checks import config_problems
     from rlhf_exp.config.checks_sweep import check_points, slurm_problems
@@ -127,37 +130,37 @@ def _check_jobs(
     from rlhf_exp.config.problems import Problem, raise_problems
     from rlhf_exp.config.schema_keys import read_groups
 
-    swept = swept_overrides(overrides)
-    base = compose([text for text in overrides if text not in swept], folders)
-    found: list[Problem | str] = []
+    swept_texts = swept_overrides(overrides)
+    base = compose([text for text in overrides if text not in swept_texts], folders)
+    problems: list[Problem | str] = []
     on_slurm = base.site is not None and not base.config.plan
     multirun = multirun or base.multirun
     if base.config.study.trials is not None:
-        overrides = _check_study(overrides, base, multirun, folders)
-        swept = swept_overrides(overrides)
+        overrides = _study_overrides(overrides, base, multirun, folders)
+        swept_texts = swept_overrides(overrides)
     if not multirun:
-        for text in swept:
+        for text in swept_texts:
             key, _, value = text.partition("=")
             message = f"several values need -m; a list is written {key}=[{value}]."
-            found.append(Problem(key, value, message))
+            problems.append(Problem(key, value, message))
     raise_problems(override_problems(base.sweep, read_groups(folders)))
     configs = [base.config]
     if multirun and base.choices["hydra/sweeper"] == "basic":
-        listed = sweep_points([*base.sweep, *overrides])
-        configs, wrong = check_points(listed, lambda one: compose(one, folders).config)
-        found += wrong
+        points = sweep_points([*base.sweep, *overrides])
+        configs, messages = check_points(points, lambda point: compose(point, folders).config)
+        problems += messages
     else:
-        found += config_problems(base.config, multirun or on_slurm)
+        problems += config_problems(base.config, multirun or on_slurm)
     if base.site is not None and on_slurm:
-        found += slurm_problems(base.site, configs)
-    raise_problems(found)
+        problems += slurm_problems(base.site, configs)
+    raise_problems(problems)
     return overrides, on_slurm
 
 
-def _check_study(
+def _study_overrides(
     overrides: list[str], base: ComposedConfig, multirun: bool, folders: Sequence[Path]
 ) -> list[str]:
-    """Return the overrides of a study's workers, and keep the command line of its trials."""
+    """Return the overrides of a study's workers; write the command line of its trials to a file."""
     from rlhf_exp.config.checks import config_problems
     from rlhf_exp.config.compose import compose
     from rlhf_exp.config.problems import raise_problems
@@ -169,18 +172,18 @@ def _check_study(
         worker_overrides,
     )
 
-    overrides, found = worker_overrides(overrides, base, read_groups(folders), multirun)
-    raise_problems(found)
+    overrides, problems = worker_overrides(overrides, base, read_groups(folders), multirun)
+    raise_problems(problems)
     config = compose(overrides, folders).config
-    found += config_problems(config, multirun)
-    raise_problems(found)
+    problems += config_problems(config, multirun)
+    raise_problems(problems)
     if config.plan or not leads():
         return overrides
-    kept = single_trial_overrides(overrides)
-    alone = compose(kept, folders).config
+    trial_overrides = single_trial_overrides(overrides)
+    trial_base = compose(trial_overrides, folders).config
     from rlhf_exp.launchers.optuna.trial import write_command
 
-    write_command(config, [*kept, *overrides_between(alone, config)])
+    write_command(config, [*trial_overrides, *overrides_between(trial_base, config)])
     return [*overrides, *worker_job_overrides(config.study.workers, base.site is None)]
 
 
@@ -188,24 +191,24 @@ def job(tree: DictConfig) -> float | None:
     """Run one composed experiment: Hydra's task function.
 
     Returns:
-        The objective of a search, None where there is none.
+        The objective of a search; None if there is none.
 
     Raises:
-        UserError: In a multirun; Hydra says which job it was.
+        UserError: In a multirun, where Hydra names the job.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from rlhf_exp.config.compose import to_config
 
-    settings = HydraConfig.get()
+    hydra_config = HydraConfig.get()
     try:
-        config, overrides = to_config(tree), list(settings.overrides.task)
+        config, overrides = to_config(tree), list(hydra_config.overrides.task)
         from rlhf_exp.launchers.run_job import run_job
 
         return run_job(config, overrides)
     except UserError as error:
-        if settings.mode == RunMode.MULTIRUN:
+        if hydra_config.mode == RunMode.MULTIRUN:
             raise
-        _refused.append(error)
+        _user_errors.append(error)
         return None

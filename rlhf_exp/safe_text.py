@@ -1,7 +1,7 @@
-"""Untrusted text made safe to look at: nothing in it may reorder, hide or command what is shown.
+"""Untrusted text made safe to display, without characters that reorder, hide or control output.
 
-Escaping for HTML is done elsewhere (templates and SVG escape everything); this is about characters
-that act without being markup: terminal escapes, right-to-left overrides, zero-width marks.
+Such characters are terminal escapes, right-to-left overrides and zero-width marks. HTML is escaped
+elsewhere, by the templates and in SVG.
 """
 
 from __future__ import annotations
@@ -9,35 +9,35 @@ from __future__ import annotations
 import unicodedata
 
 # Line breaks and tabs are layout; the joiners shape letters in Persian, Indic scripts and emoji.
-_KEPT = {"\n", "\t", "\u200c", "\u200d"}
-# Cc and Cf: control and format characters. Cs: halves of pairs, which cannot be written as UTF-8.
+_HARMLESS = {"\n", "\t", "\u200c", "\u200d"}
+# Cc and Cf: control and format characters. Cs: surrogates, which cannot be written as UTF-8.
 # Zl and Zp: line and paragraph separators.
-_ACTING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _CONTROL_PICTURES = 0x2400
 _DELETE = 0x7F
 
-LIMIT = 8_000
+MAX_CHARACTERS = 8_000
 
 
 def visible(text: str) -> str:
-    """Return `text` with acting characters replaced by signs: `␛`, `⟨U+202E⟩`.
+    """Return `text` with control and format characters replaced by symbols: `␛`, `⟨U+202E⟩`.
 
-    Line ends become line feeds; every character of ordinary text stays as it is.
+    Line ends become line feeds; all other characters stay.
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(_sign(character) for character in text.replace("\r\n", "\n"))
+    return "".join(_visible_character(character) for character in text.replace("\r\n", "\n"))
 
 
-def clipped(text: str, limit: int = LIMIT) -> str:
-    """Return `text`, cut to `limit` characters with a note that says how many are left out."""
+def clipped(text: str, limit: int = MAX_CHARACTERS) -> str:
+    """Return `text` cut to `limit` characters, with a note of the number left out."""
     if len(text) <= limit:
         return text
     return f"{text[:limit]}\n… {len(text) - limit:,} more characters not shown"
 
 
-def _sign(character: str) -> str:
-    if character in _KEPT or unicodedata.category(character) not in _ACTING:
+def _visible_character(character: str) -> str:
+    if character in _HARMLESS or unicodedata.category(character) not in _UNSAFE_CATEGORIES:
         return character
     code = ord(character)
     if code < ord(" "):

@@ -1,14 +1,10 @@
-"""Generalised advantage estimation over response tokens (Schulman et al. 2016).
-
-Dimensions: B rows, T response tokens. A response is an episode: its first L columns are its tokens,
-and after the last one there is nothing to expect.
-
-From scores of whole responses to rewards of tokens.
+"""From scores of responses to advantages of tokens: reward shaping, GAE (Schulman et al. 2016).
 
 Dimensions: B rows, T response tokens.
 
-The order: `subtract_original_scores` (score minus that of the data set's own response), `clip_scores`, `RewardScaler.scale`,
-`shape_rewards`. The mean is never subtracted: the advantages are whitened later.
+The order in PPO: `subtract_original_scores`, `clip_scores`, `RewardScaler.scale`, `shape_rewards`,
+`gae`, `whiten`. Scores are never centred, because the advantages are whitened. A response is an
+episode: its first L columns are its tokens, and the value after the last one is 0.
 """
 
 from __future__ import annotations
@@ -23,6 +19,130 @@ from rlhf_exp.algo.kl import k1
 from rlhf_exp.algo.masks import masked_mean, masked_var
 
 WHITEN_EPSILON = 1e-8
+ScaleMode = Literal["none", "running", "reference"]
+SCALE_MODES: tuple[ScaleMode, ...] = ("none", "running", "reference")
+
+
+def subtract_original_scores(scores: Tensor, original_scores: Tensor) -> Tensor:
+    """Return the scores [B] less those [B] of the data set's own responses to the same prompts."""
+    return scores - original_scores
+
+
+def clip_scores(scores: Tensor, limit: float) -> Tensor:
+    """Return the scores [B] clipped to +-`limit`."""
+    return scores.clamp(-limit, limit)
+
+
+class RewardScaler:
+    """Divides scores by a standard deviation.
+
+    Args:
+        mode: whose standard deviation: `none` divides by nothing, `running` by that of all scores
+            so far, the present ones included, `reference` by that of the first iteration.
+    """
+
+    def __init__(self, mode: ScaleMode) -> None:
+        if mode not in SCALE_MODES:
+            raise ValueError(f"reward scaling {mode!r}: expected one of {', '.join(SCALE_MODES)}")
+        self.mode = mode
+        self.moments = RunningMoments()
+
+    def scale(self, scores: Tensor, all_scores: Tensor | None = None) -> Tensor:
+        """Return `scores` [B] divided by the standard deviation; call it once per iteration.
+
+        Args:
+            scores: [B] to be divided.
+            all_scores: [N] the iteration's scores of all ranks, without padding rows; they update
+                the standard deviation. `scores` if None.
+        """
+        if self.mode == "none":
+            return scores
+        if self.mode == "running" or not self.moments.count:
+            self.moments.update(scores if all_scores is None else all_scores)
+        return scores / self.moments.std
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return self.moments.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.moments.load_state_dict(state)
+
+
+class RunningMoments:
+    """Count, mean and variance of all values seen, in float64.
+
+    Batches are merged as in Chan, Golub & LeVeque (1979): without cancellation, and up to rounding
+    independent of how the values were divided into batches.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = 0.0
+        self._squares = 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation (over count - 1); 1 if unknown or 0, so that dividing is safe."""
+        if self.count < 2 or self._squares <= 0.0:
+            return 1.0
+        return math.sqrt(self._squares / (self.count - 1))
+
+    def update(self, values: Tensor) -> None:
+        """Add `values` (of any shape, from all ranks)."""
+        values = values.detach().double().flatten()
+        if not values.numel():
+            return
+        mean = values.mean()
+        self.merge(values.numel(), mean.item(), (values - mean).square().sum().item())
+
+    def merge(self, count: int, mean: float, squared_distances: float) -> None:
+        """Add other values by their moments.
+
+        Args:
+            count: number of values.
+            mean: their mean.
+            squared_distances: sum of their squared distances from their mean.
+        """
+        if not count:
+            return
+        total = self.count + count
+        distance = mean - self.mean
+        self.mean += distance * count / total
+        self._squares += squared_distances + distance * distance * self.count * count / total
+        self.count = total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return {"count": self.count, "mean": self.mean, "squares": self._squares}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.count = int(state["count"])
+        self.mean = float(state["mean"])
+        self._squares = float(state["squares"])
+
+
+def shape_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float
+) -> Tensor:
+    """Return rewards [B, T]: -beta k1 on every response token, and the score on the last of them.
+
+    Args:
+        scores: [B] of whole responses, scaled.
+        logprobs: [B, T] under the policy that sampled.
+        ref_logprobs: [B, T] under the reference policy.
+        mask: [B, T] bool, True on response tokens. A row without any gets no reward.
+        beta: weight of the KL penalty.
+    """
+    mask = mask.bool()
+    rewards = (-beta * k1(logprobs, ref_logprobs)).float().masked_fill(~mask, 0.0)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last_column = (columns * mask).amax(dim=1, keepdim=True)
+    # The score of a row without tokens is undefined and may be NaN.
+    score = scores.float().unsqueeze(1).masked_fill(~mask.any(dim=1, keepdim=True), 0.0)
+    return rewards.scatter_add(1, last_column, score)
 
 
 @torch.no_grad()
@@ -38,166 +158,43 @@ def gae(
         rewards: [B, T] per token.
         values: [B, T]; column t is the estimate *before* token t.
         mask: [B, T] bool, True on the first L columns of each row.
-        gamma: discount.
-        lam: decay of the traces: 0 trusts the values, 1 the rewards.
+        gamma: discount per token.
+        lam: lambda of GAE: 0 is the one-step TD error, 1 the Monte Carlo return less the value.
     """
     outside = ~mask.bool()
     rewards = rewards.float().masked_fill(outside, 0.0)
     values = values.float().masked_fill(outside, 0.0)
     advantages = torch.zeros_like(values)
-    following_value = torch.zeros_like(values[:, 0])
-    following = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(values[:, 0])
+    next_advantage = torch.zeros_like(values[:, 0])
     # Outside the mask rewards and values are 0, hence so are the advantages: nothing to reset.
-    for column in range(values.shape[1] - 1, -1, -1):
-        surprise = rewards[:, column] + gamma * following_value - values[:, column]
-        following = surprise + gamma * lam * following
-        following_value = values[:, column]
-        advantages[:, column] = following
+    for t in range(values.shape[1] - 1, -1, -1):
+        td_error = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = td_error + gamma * lam * next_advantage
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
     return advantages, advantages + values
 
 
 @torch.no_grad()
 def whiten(
-    x: Tensor, mask: Tensor, mean: Tensor | float | None = None, std: Tensor | float | None = None
+    values: Tensor,
+    mask: Tensor,
+    mean: Tensor | float | None = None,
+    std: Tensor | float | None = None,
 ) -> Tensor:
     """Return (x - mean) / std inside the mask [B, T], and 0 outside.
 
-    The variance is the biased one, over the number of tokens and not one less: the result has mean
-    0 and mean square 1.
+    The variance is the biased one, divided by the number of tokens: the result has mean 0 and mean
+    square 1.
 
     Args:
-        x: [B, T].
+        values: [B, T].
         mask: [B, T] bool.
-        mean: of all ranks' tokens; of `x` inside the mask if None.
-        std: of all ranks' tokens, given together with `mean`.
+        mean: over the tokens of all ranks; of `values` inside the mask if None.
+        std: over the tokens of all ranks, given together with `mean`.
     """
     assert (mean is None) == (std is None), "mean and std go together"
     if mean is None or std is None:
-        mean, std = masked_mean(x, mask), masked_var(x, mask).sqrt()
-    return ((x - mean) / (std + WHITEN_EPSILON)).masked_fill(~mask.bool(), 0.0)
-
-
-ScaleMode = Literal["none", "running", "reference"]
-SCALE_MODES: tuple[ScaleMode, ...] = ("none", "running", "reference")
-
-
-class RunningMoments:
-    """Count, mean and variance of all values seen, in float64.
-
-    Batches are joined by Chan, Golub & LeVeque (1979), so the result does not depend on how the
-    values were divided into batches (beyond rounding) and nothing cancels.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = 0.0
-        self._squares = 0.0
-
-    @property
-    def std(self) -> float:
-        """Standard deviation (over count - 1); 1 while it is unknown or 0, so one may divide."""
-        if self.count < 2 or self._squares <= 0.0:
-            return 1.0
-        return math.sqrt(self._squares / (self.count - 1))
-
-    def update(self, values: Tensor) -> None:
-        """Take note of `values` (any shape; those of all ranks)."""
-        values = values.detach().double().flatten()
-        if not values.numel():
-            return
-        mean = values.mean()
-        self.merge(values.numel(), mean.item(), (values - mean).square().sum().item())
-
-    def merge(self, count: int, mean: float, squares: float) -> None:
-        """Join the moments of other values.
-
-        Args:
-            count: how many there are.
-            mean: their mean.
-            squares: the sum of their squared distances from their mean.
-        """
-        if not count:
-            return
-        total = self.count + count
-        distance = mean - self.mean
-        self.mean += distance * count / total
-        self._squares += squares + distance * distance * self.count * count / total
-        self.count = total
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold."""
-        return {"count": self.count, "mean": self.mean, "squares": self._squares}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.count = int(state["count"])
-        self.mean = float(state["mean"])
-        self._squares = float(state["squares"])
-
-
-class RewardScaler:
-    """Divides scores by a standard deviation.
-
-    Args:
-        mode: `none` leaves them; `running` takes that of all scores so far, the present ones
-            included; `reference` that of the first iteration.
-    """
-
-    def __init__(self, mode: ScaleMode) -> None:
-        if mode not in SCALE_MODES:
-            raise ValueError(f"reward scaling {mode!r}: expected one of {', '.join(SCALE_MODES)}")
-        self.mode = mode
-        self.moments = RunningMoments()
-
-    def scale(self, scores: Tensor, all_scores: Tensor | None = None) -> Tensor:
-        """Return `scores` [B] divided by the standard deviation; call it once per iteration.
-
-        Args:
-            scores: [B] the scores to divide.
-            all_scores: [N] the iteration's scores over all ranks without rows that only fill up the
-                batch: what is learned from. `scores` themselves if None.
-        """
-        if self.mode == "none":
-            return scores
-        if self.mode == "running" or not self.moments.count:
-            self.moments.update(scores if all_scores is None else all_scores)
-        return scores / self.moments.std
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold."""
-        return self.moments.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.moments.load_state_dict(state)
-
-
-def subtract_original_scores(scores: Tensor, original_scores: Tensor) -> Tensor:
-    """Return the scores [B] less those [B] of the data set's own responses to the same prompts."""
-    return scores - original_scores
-
-
-def clip_scores(scores: Tensor, limit: float) -> Tensor:
-    """Return the scores [B] cut to +-`limit`."""
-    return scores.clamp(-limit, limit)
-
-
-def shape_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float
-) -> Tensor:
-    """Return rewards [B, T]: -beta k1 on every response token, and the score on the last of them.
-
-    Args:
-        scores: [B] of whole responses, scaled.
-        logprobs: [B, T] of the policy that sampled.
-        ref_logprobs: [B, T] of the reference.
-        mask: [B, T] bool, True on response tokens. A row without any gets no reward.
-        beta: weight of the divergence.
-    """
-    mask = mask.bool()
-    rewards = (-beta * k1(logprobs, ref_logprobs)).float().masked_fill(~mask, 0.0)
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    last = (columns * mask).amax(dim=1, keepdim=True)
-    # A score of a row without tokens may be anything, NaN included.
-    score = scores.float().unsqueeze(1).masked_fill(~mask.any(dim=1, keepdim=True), 0.0)
-    return rewards.scatter_add(1, last, score)
+        mean, std = masked_mean(values, mask), masked_var(values, mask).sqrt()
+    return ((values - mean) / (std + WHITEN_EPSILON)).masked_fill(~mask.bool(), 0.0)

@@ -1,4 +1,4 @@
-"""The divergence between policy and reference: estimators, and control of its weight.
+"""KL divergence between policy and reference policy: estimators and controllers of its weight.
 
 Dimensions: B rows, T response tokens.
 
@@ -17,11 +17,11 @@ ADAPTIVE_STEP_LIMIT = 0.2
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return log pi - log ref [B, T], unbiased and of either sign: what shapes the reward.
+    """Return log pi - log ref [B, T], unbiased and of either sign; the reward's penalty uses it.
 
     Args:
-        logprobs: [B, T] of the policy that sampled.
-        ref_logprobs: [B, T] of the reference.
+        logprobs: [B, T] under the policy that sampled.
+        ref_logprobs: [B, T] under the reference policy.
     """
     return logprobs - ref_logprobs
 
@@ -30,8 +30,8 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Return exp(-d) - 1 + d [B, T], d = log pi - log ref: unbiased, never negative.
 
     Args:
-        logprobs: [B, T] of the policy that sampled.
-        ref_logprobs: [B, T] of the reference.
+        logprobs: [B, T] under the policy that sampled.
+        ref_logprobs: [B, T] under the reference policy.
     """
     difference = logprobs - ref_logprobs
     return torch.expm1(-difference) + difference
@@ -41,23 +41,28 @@ def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Return the sum of k1 over each response [B], in nats.
 
     Args:
-        logprobs: [B, T] of the policy that sampled.
-        ref_logprobs: [B, T] of the reference.
+        logprobs: [B, T] under the policy that sampled.
+        ref_logprobs: [B, T] under the reference policy.
         mask: [B, T] bool, True on response tokens.
     """
     return k1(logprobs, ref_logprobs).masked_fill(~mask.bool(), 0.0).sum(1)
 
 
 class KLController(Protocol):
-    """Decides the weight of the divergence, once per iteration."""
+    """Sets the weight of the KL penalty, once per iteration."""
 
     coef: float
 
     def update(self, sequence_kl_mean: float, rollouts: int) -> None:
-        """Take note of one iteration's mean per-sequence KL and of its rollouts, over all ranks."""
+        """Update the weight after an iteration.
+
+        Args:
+            sequence_kl_mean: mean of `sequence_kl` over the iteration's responses, of all ranks.
+            rollouts: number of these responses.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold."""
+        """Return the state for a checkpoint."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
@@ -82,11 +87,11 @@ class FixedKL:
 
 
 class AdaptiveKL:
-    """A weight that moves towards a target divergence (Ziegler et al. 2019, section 2.2).
+    """A weight that steers KL towards a target (Ziegler et al. 2019, section 2.2).
 
     Args:
-        coef: the weight to begin with.
-        target: mean KL of a whole response aimed at, in nats.
+        coef: initial weight, per nat.
+        target: desired mean of `sequence_kl`, in nats.
         horizon: rollouts over which the weight can change by the factor 1 +- 0.2.
     """
 
@@ -98,12 +103,7 @@ class AdaptiveKL:
         self.horizon = horizon
 
     def update(self, sequence_kl_mean: float, rollouts: int) -> None:
-        """Move the weight, once per iteration.
-
-        Args:
-            sequence_kl_mean: mean over the iteration's responses of `sequence_kl`.
-            rollouts: responses of the iteration, over all ranks.
-        """
+        """Multiply the weight by 1 + clip(KL / target - 1, +-0.2) rollouts / horizon."""
         error = sequence_kl_mean / self.target - 1.0
         error = min(max(error, -ADAPTIVE_STEP_LIMIT), ADAPTIVE_STEP_LIMIT)
         self.coef *= 1.0 + error * rollouts / self.horizon

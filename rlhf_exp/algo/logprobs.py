@@ -1,10 +1,10 @@
-"""Log-probabilities of given tokens from hidden states, without a [N, V] tensor that lasts.
+"""Log-probabilities of tokens from hidden states, without keeping the [N, V] logits in memory.
 
 Dimensions: N positions, V vocabulary, D hidden width.
 
 A language model's head turns [N, D] into [N, V] logits, of which training needs one number a row
-(and perhaps the entropy). The logits are made in chunks of rows, reduced and dropped; the backward
-makes each chunk again (as gradient checkpointing would), unless all of them together are small.
+(and perhaps the entropy). The logits are computed in chunks of rows, reduced and discarded; the
+backward pass recomputes them (as gradient checkpointing would), unless all of them are small.
 
 The logits leave the matrix product in float32 and stay so: a log-softmax in bfloat16 is off by
 0.017 nats a token, as much as the KL divergence early in training. For half-precision inputs the
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 1 << 25
-"""Most logits of one chunk: 128 MiB in float32, whatever the vocabulary."""
+MAX_CHUNK_LOGITS = 1 << 25
+"""Most logits of a chunk: 128 MiB in float32, whatever the vocabulary."""
 
-KEEP_ELEMENTS = 1 << 23
-"""Up to so many logits in all (32 MiB), keeping them is cheaper than making them twice."""
+MAX_KEPT_LOGITS = 1 << 23
+"""Up to this number of logits in all (32 MiB), keeping them is cheaper than recomputing them."""
 
 
 def gather_logprobs(
@@ -46,7 +46,7 @@ def gather_logprobs(
         bias: [V] of the head, or None.
         targets: [N] int64 token ids.
         temperature: above 0; logits are divided by it.
-        chunk: most rows of a chunk; fewer are taken where the vocabulary is large.
+        chunk: most rows of a chunk; a large vocabulary makes it smaller.
         with_entropy: also return the entropy of each row's distribution.
 
     Returns:
@@ -55,11 +55,11 @@ def gather_logprobs(
     assert temperature > 0, f"temperature {temperature} is not above 0"
     assert hidden.shape[0] == targets.shape[0], f"{hidden.shape} states, {targets.shape} targets"
     assert hidden.shape[1] == weight.shape[1], f"{hidden.shape} states, {weight.shape} head"
-    rows = max(1, min(chunk, CHUNK_ELEMENTS // weight.shape[0]))
+    rows = max(1, min(chunk, MAX_CHUNK_LOGITS // weight.shape[0]))
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
-    keep = differentiable and hidden.shape[0] * weight.shape[0] <= KEEP_ELEMENTS
+    keep = differentiable and hidden.shape[0] * weight.shape[0] <= MAX_KEPT_LOGITS
     dtype = product_dtype(hidden, weight)
     logprobs, entropy = _GatherLogprobs.apply(
         hidden, weight, bias, targets, 1.0 / temperature, rows, with_entropy, keep, dtype
@@ -76,13 +76,13 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: floa
         bias: [V] or None.
         scale: one over the temperature.
     """
-    logits = _product(hidden, weight.t())
+    logits = _float32_matmul(hidden, weight.t())
     if bias is not None:
         logits += bias
     return logits if scale == 1.0 else logits.mul_(scale)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def _float32_matmul(left: Tensor, right: Tensor) -> Tensor:
     """Matrix product in float32, of float32 or half-precision factors of one type."""
     if left.dtype == torch.float32:
         return left @ right
@@ -92,7 +92,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the type that `hidden` and `weight` are multiplied in: the narrower, or autocast's."""
+    """Return the type for `hidden` times `weight`: autocast's, or the narrower of the two."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -126,12 +126,12 @@ class _GatherLogprobs(torch.autograd.Function):
                 part = slice(start, start + rows)
                 logits = head_logits(hidden[part].to(dtype), head, bias, scale)
                 normaliser[part] = torch.logsumexp(logits, dim=-1)
-                picked = logits.gather(1, targets[part, None]).squeeze(1)
-                logprobs[part] = picked - normaliser[part]
+                target_logits = logits.gather(1, targets[part, None]).squeeze(1)
+                logprobs[part] = target_logits - normaliser[part]
                 if with_entropy:
                     # Not log Z - E[logit]: it loses 20 times the precision to cancellation.
-                    table = logits - normaliser[part, None]
-                    entropy[part] = -(table.exp() * table).sum(-1)
+                    all_logprobs = logits - normaliser[part, None]
+                    entropy[part] = -(all_logprobs.exp() * all_logprobs).sum(-1)
                 if keep:
                     kept.append(logits)
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy, *kept)
@@ -149,10 +149,10 @@ class _GatherLogprobs(torch.autograd.Function):
         grad_entropy: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normaliser, entropy, *kept = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        hidden_needs_grad, weight_needs_grad, bias_needs_grad = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if hidden_needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias_needs_grad else None
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(ctx.dtype)
             for number, start in enumerate(range(0, hidden.shape[0], ctx.rows)):
@@ -169,11 +169,11 @@ class _GatherLogprobs(torch.autograd.Function):
                 ).mul_(ctx.scale)
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
-                narrow = grad.to(ctx.dtype)
+                grad_in_dtype = grad.to(ctx.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[part] = narrow @ head
+                    grad_hidden[part] = grad_in_dtype @ head
                 if grad_weight is not None:
-                    grad_weight += _product(narrow.t(), states)
+                    grad_weight += _float32_matmul(grad_in_dtype.t(), states)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:

@@ -1,11 +1,11 @@
-"""The losses of SFT, reward model and PPO.
+"""Losses of SFT, reward model and PPO.
 
 Dimensions: N tokens, B rows, T response tokens.
 
 Each loss is a sum over the given entries divided by `normaliser`, the number of entries of the
 *whole* global minibatch: then neither accumulation steps nor the number of processes change the
-gradient. The statistics are detached sums of the same entries, to be added up and divided by their
-`count`. `mask` is bool, or float weights (a row that only fills up the batch has weight 0).
+gradient. The statistics are detached sums over the same entries; add those of all micro-batches,
+then divide by `count`. `mask` is bool, or float weights (0 for a padding row).
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from rlhf_exp.algo.masks import masked_sum
 
 @dataclass(frozen=True)
 class Stats:
-    """0-dim detached sums; `a + b` joins those of two micro-batches."""
+    """0-dim detached sums; `a + b` merges those of two micro-batches."""
 
     def __add__(self, other: Self) -> Self:
         """Return the statistics of both batches: sums are added, of `*_max` the larger is taken."""
         joined = {}
         for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            own, others = getattr(self, field.name), getattr(other, field.name)
             largest = field.name.endswith("_max")
-            joined[field.name] = torch.maximum(mine, theirs) if largest else mine + theirs
+            joined[field.name] = torch.maximum(own, others) if largest else own + others
         return type(self)(**joined)
 
 
 @dataclass(frozen=True)
 class PairwiseStats(Stats):
-    """What the pairwise loss saw.
+    """Statistics of the pairwise loss.
 
     Attributes:
         correct: weight of the pairs whose chosen side scores higher; a tie counts half.
@@ -49,10 +49,10 @@ class PairwiseStats(Stats):
 
 @dataclass(frozen=True)
 class PolicyStats(Stats):
-    """What the policy loss saw.
+    """Statistics of the policy loss.
 
     Attributes:
-        clipped: tokens whose clipped objective is the worse one: they have no gradient.
+        clipped: tokens whose clipped loss is the larger one, so that they have no gradient.
         approx_kl: sum of r - 1 - log r, the k3 estimate of KL(old || new).
         ratio_max: the largest probability ratio r.
         count: tokens.
@@ -66,10 +66,10 @@ class PolicyStats(Stats):
 
 @dataclass(frozen=True)
 class ValueStats(Stats):
-    """What the value loss saw.
+    """Statistics of the value loss.
 
     Attributes:
-        clipped: tokens whose clipped value is the worse one: they have no gradient.
+        clipped: tokens whose clipped error is the larger one, so that they have no gradient.
         squared_error: sum of (value - return)^2.
         count: tokens.
     """
@@ -96,9 +96,9 @@ def pairwise_loss(
     """Return the Bradley-Terry loss -log sigmoid(chosen - rejected) (Ouyang et al. 2022, eq. 1).
 
     Args:
-        chosen: [B] scores.
-        rejected: [B] scores.
-        weights: [B].
+        chosen: [B] scores of the preferred answers.
+        rejected: [B] scores of the others.
+        weights: [B] of the pairs.
         normaliser: weight of all pairs of the global minibatch.
 
     Returns:
@@ -107,8 +107,8 @@ def pairwise_loss(
     margin = (chosen.float() - rejected.float()).masked_fill(weights == 0, 0.0)
     loss = -(F.logsigmoid(margin) * weights).sum() / normaliser
     with torch.no_grad():
-        ordered = (margin.sign() + 1) / 2
-        return loss, PairwiseStats((ordered * weights).sum(), weights.float().sum())
+        correct = (margin.sign() + 1) / 2
+        return loss, PairwiseStats((correct * weights).sum(), weights.float().sum())
 
 
 def policy_loss(
@@ -122,8 +122,8 @@ def policy_loss(
     """Return PPO's clipped surrogate max(-A r, -A clip(r, 1 +- c)) (Schulman et al. 2017, eq. 7).
 
     Args:
-        logprobs: [B, T] of the policy being trained.
-        old_logprobs: [B, T] of the policy that sampled.
+        logprobs: [B, T] under the policy being trained.
+        old_logprobs: [B, T] under the policy that sampled.
         advantages: [B, T], whitened.
         mask: [B, T] bool or weights.
         clip_range: c.
@@ -133,16 +133,16 @@ def policy_loss(
         The loss (0-dim) and its statistics.
     """
     outside = mask == 0
-    # The difference, not the ratio, is masked: exp of padding may overflow, and 0 * inf is NaN.
+    # Mask the difference, not the ratio: exp of padding may overflow, and 0 * inf is NaN.
     log_ratio = (logprobs - old_logprobs).float().masked_fill(outside, 0.0)
     ratio = log_ratio.exp()
     advantages = advantages.masked_fill(outside, 0.0)
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-    loss = (torch.maximum(plain, clipped) * mask).sum() / normaliser
+    unclipped_loss = -advantages * ratio
+    clipped_loss = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    loss = (torch.maximum(unclipped_loss, clipped_loss) * mask).sum() / normaliser
     with torch.no_grad():
         stats = PolicyStats(
-            clipped=((clipped > plain) * mask).sum().float(),
+            clipped=((clipped_loss > unclipped_loss) * mask).sum().float(),
             approx_kl=((torch.expm1(log_ratio) - log_ratio) * mask).sum(),
             ratio_max=ratio.masked_fill(outside, 0.0).amax().detach(),
             count=mask.sum().float(),
@@ -163,8 +163,8 @@ def value_loss(
     Vclip = Vold + clip(V - Vold, +-c), as in OpenAI's baselines; it is not in the PPO paper.
 
     Args:
-        values: [B, T] of the model being trained.
-        old_values: [B, T] estimated when sampling.
+        values: [B, T] of the value function being trained.
+        old_values: [B, T] of the value function at the time of sampling.
         returns: [B, T].
         mask: [B, T] bool or weights.
         clip_range: c.
@@ -177,20 +177,20 @@ def value_loss(
     values, old_values, returns = (
         tensor.float().masked_fill(outside, 0.0) for tensor in (values, old_values, returns)
     )
-    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
-    plain, clipped = (values - returns).square(), (near - returns).square()
-    loss = 0.5 * (torch.maximum(plain, clipped) * mask).sum() / normaliser
+    clipped_values = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    error, clipped_error = (values - returns).square(), (clipped_values - returns).square()
+    loss = 0.5 * (torch.maximum(error, clipped_error) * mask).sum() / normaliser
     with torch.no_grad():
         stats = ValueStats(
-            clipped=((clipped > plain) * mask).sum().float(),
-            squared_error=(plain * mask).sum(),
+            clipped=((clipped_error > error) * mask).sum().float(),
+            squared_error=(error * mask).sum(),
             count=mask.sum().float(),
         )
     return loss, stats
 
 
 def entropy_bonus(entropy: Tensor, mask: Tensor, normaliser: Tensor | float) -> Tensor:
-    """Return the entropy (0-dim, nats) to be *subtracted* from the loss, times its coefficient.
+    """Return the mean entropy (0-dim, nats); *subtract* it from the loss, times its coefficient.
 
     Args:
         entropy: [B, T] of the policy's distribution at each response token.

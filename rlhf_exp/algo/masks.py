@@ -1,9 +1,9 @@
-"""Masks by length, and statistics that go by them.
+"""Masks by length, and masked sums, means and variances.
 
 Dimensions: B rows, T response tokens.
 
-A masked-out entry never reaches a result, not even when it is infinite or not a number: it is
-replaced before it is multiplied.
+A masked-out entry never reaches a result, even if it is infinite or NaN: it is replaced by 0
+before it is multiplied.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean (0-dim) of `x` weighted by `mask`; 0 where the mask is empty."""
+    """Return the mean (0-dim) of `x` weighted by `mask`; 0 if the mask is empty."""
     return masked_sum(x, mask) / mask.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def masked_var(x: Tensor, mask: Tensor, unbiased: bool = False) -> Tensor:
-    """Return the variance (0-dim) of `x` weighted by `mask`; 0 where the mask is empty.
+    """Return the variance (0-dim) of `x` weighted by `mask`; 0 if the mask is empty.
 
     Args:
         x: any shape.

@@ -1,4 +1,4 @@
-"""Which of two scored answers is preferred, and when neither is."""
+"""Wins and ties between scored answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIE_BAND = (0.4, 0.6)
-"""Probabilities that count as a tie, both ends included."""
+"""Preference probabilities that count as a tie, both ends included."""
 
 
 def wins(scores: Tensor, baseline: Tensor) -> Tensor:
@@ -19,11 +19,11 @@ def wins(scores: Tensor, baseline: Tensor) -> Tensor:
 
     Args:
         scores: [N] of the answers.
-        baseline: [N] of the baseline's answers to the same prompts.
+        baseline: [N] scores of the baseline's answers to the same prompts.
 
     Returns:
         [N] float64.
     """
-    chance = (scores.double() - baseline.double()).sigmoid()
+    probability = (scores.double() - baseline.double()).sigmoid()
     low, high = TIE_BAND
-    return 0.5 + 0.5 * (chance > high).double() - 0.5 * (chance < low).double()
+    return 0.5 + 0.5 * (probability > high).double() - 0.5 * (probability < low).double()

@@ -1,10 +1,8 @@
 """`rlhf-exp annotate RUN`: people judge a run's answers, on a page or through a labelling service.
 
-A study is made by the first command and kept in one file; every later one goes on with it.
-
-Studies of runs: what is judged in them, and where their files are.
-
-Two answers of one model to each prompt, for people to choose between and to train on.
+The first command creates a campaign and keeps it in one file; later commands continue it. The
+campaign compares two models' answers (from the run's evaluation, or a file of pairs), or, with
+`--collect`, two answers of one model, sampled here to gather preferences to train on.
 """
 
 from __future__ import annotations
@@ -20,18 +18,18 @@ import torch
 from torch import nn
 
 from rlhf_exp.annotation.campaign import (
+    CAMPAIGNS,
     INSTRUCTIONS,
     NAME_LENGTH,
-    STUDIES,
     Campaign,
     CampaignInfo,
     Item,
-    checked_criteria,
-    choose,
+    check_criteria,
     item_of,
     items_of_rows,
     question,
     read_pairs,
+    sample_items,
 )
 from rlhf_exp.annotation.export import read_votes, write_preferences, write_votes
 from rlhf_exp.annotation.ground_truth import read_ground_truth, write_ground_truth
@@ -40,7 +38,8 @@ from rlhf_exp.annotation.results import preference_lines, quality_lines, results
 from rlhf_exp.commands.runs import OutputFolder, table
 from rlhf_exp.config.compose import from_dict
 from rlhf_exp.data.batching import prompts_batch
-from rlhf_exp.data.rows import History, Prompt, prompt_key
+from rlhf_exp.data.parsing import format_turns
+from rlhf_exp.data.rows import Prompt, prompt_key
 from rlhf_exp.data.tokenized import tokenize_prompts
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.pretrained import load_causal_lm
@@ -58,21 +57,23 @@ READERS = {
     "groundtruth": read_ground_truth,
 }
 WRITERS = ("jsonl", "preferences", "labelstudio", "groundtruth")
-# Exports of votes alone; the others also write what is to be judged.
-LOOKS = ("jsonl", "preferences")
-MOST_ANNOTATORS = 1000
+# Exports of votes alone; the other formats also hold the answers to judge.
+VOTE_FORMATS = ("jsonl", "preferences")
+MAX_ANNOTATORS = 1000
+RESULT_FILE = "result.json"
+DEFAULT_PROMPTS = 100
 
 
 @dataclass(frozen=True)
 class AnnotateOptions:
-    """What is to be done with a study.
+    """What to do with a campaign: import, export, print results, or (none of these) serve it.
 
     Attributes:
-        annotators: how many, or their names; `None` leaves them as they are.
+        annotators: their number or names; `None` leaves them as they are.
         read: format and path of votes to import.
         write: format and path of an export.
         results: print the results.
-        host: address to listen on, if nothing else is to be done.
+        host: address to listen on.
         port: port to listen on; 0 takes a free one.
         url: the server's address as annotators see it.
     """
@@ -86,60 +87,73 @@ class AnnotateOptions:
     url: str | None = None
 
 
+@dataclass(frozen=True)
+class CampaignDesign:
+    """Options that a campaign is created with and keeps; `None` means the default."""
+
+    collect: bool = False
+    criteria: str | None = None
+    prompts: int | None = None
+    seed: int | None = None
+    instructions: Path | None = None
+
+
 def annotate(
-    outputs: Path, run: str, design: CampaignDesign, file: Path | None, wanted: AnnotateOptions
+    outputs: Path, run: str, design: CampaignDesign, file: Path | None, options: AnnotateOptions
 ) -> None:
-    """Open or make the study of `run`; then exchange votes, print results, or serve the page.
+    """Open or create the campaign of `run`; then exchange votes, print results, or serve the page.
 
     Raises:
         UserError: see `open_campaign`; or an unknown format, or no Starlette.
     """
-    serving = not (wanted.read or wanted.write or wanted.results)
-    _check(wanted, serving)
-    # What only looks at votes must not fix a study by the usual options.
-    looks = wanted.results or (wanted.write is not None and wanted.write[0] in LOOKS)
-    study = open_campaign(outputs, run, design, file, make=not looks)
-    if wanted.annotators is not None or (serving and not study.annotators()):
-        study.invite(_names(wanted.annotators or "1"))
-    if wanted.read is not None:
-        _import(study, *wanted.read)
-    elif wanted.write is not None:
-        _export(study, *wanted.write)
-    elif wanted.results:
-        print(results_text(study), end="")
+    serving = not (options.read or options.write or options.results)
+    _check_options(options, serving)
+    # Reading votes must not create a campaign with default options.
+    read_only = options.results or (options.write is not None and options.write[0] in VOTE_FORMATS)
+    campaign = open_campaign(outputs, run, design, file, create=not read_only)
+    if options.annotators is not None or (serving and not campaign.annotators()):
+        campaign.invite(_annotator_names(options.annotators or "1"))
+    if options.read is not None:
+        _import(campaign, *options.read)
+    elif options.write is not None:
+        _export(campaign, *options.write)
+    elif options.results:
+        print(results_text(campaign), end="")
     else:
-        _serve(study, wanted)
+        _serve(campaign, options)
 
 
-def results_text(study: Campaign) -> str:
+def results_text(campaign: Campaign) -> str:
     """Return the results so far, for the terminal."""
-    found = results(study)
-    rows = [(one.annotator, f"{one.answered} of {found.items}") for one in found.progress]
+    summary = results(campaign)
+    rows = [(one.name, f"{one.answered} of {summary.items}") for one in summary.progress]
     parts = [table(("annotator", "answered"), rows)] if rows else []
-    for one in found.criteria:
+    for one in summary.criteria:
         lines = quality_lines(one)
-        if not study.about.collect:
-            lines = preference_lines(one, study.about) + lines
+        if not campaign.info.collect:
+            lines = preference_lines(one, campaign.info) + lines
         parts.append(table((question(one.criterion), ""), lines))
     return "\n".join(parts)
 
 
-def _check(wanted: AnnotateOptions, serving: bool) -> None:
-    for given, known, option in (
-        (wanted.read, tuple(READERS), "--import"),
-        (wanted.write, WRITERS, "--export"),
+def _check_options(options: AnnotateOptions, serving: bool) -> None:
+    for requested, formats, option in (
+        (options.read, tuple(READERS), "--import"),
+        (options.write, WRITERS, "--export"),
     ):
-        if given is not None and given[0] not in known:
-            raise UserError(f"{option} {given[0]}: unknown format; expected {', '.join(known)}")
+        if requested is not None and requested[0] not in formats:
+            raise UserError(
+                f"{option} {requested[0]}: unknown format; expected {', '.join(formats)}"
+            )
     if serving:
         need_server("annotate", "annotate")
 
 
-def _names(text: str) -> list[str]:
+def _annotator_names(text: str) -> list[str]:
     """Return the annotators' names: those listed, or `annotator-1` and so on."""
     if text.isdigit():
-        if not 1 <= int(text) <= MOST_ANNOTATORS:
-            raise UserError(f"--annotators {text}: expected 1 to {MOST_ANNOTATORS}, or names")
+        if not 1 <= int(text) <= MAX_ANNOTATORS:
+            raise UserError(f"--annotators {text}: expected 1 to {MAX_ANNOTATORS}, or names")
         return [f"annotator-{number}" for number in range(1, int(text) + 1)]
     names = [name.strip() for name in text.split(",")]
     if not all(0 < len(name) <= NAME_LENGTH and name.isprintable() for name in names):
@@ -150,176 +164,123 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _import(study: Campaign, kind: str, path: str) -> None:
-    votes = READERS[kind](study, Path(path))
-    new = study.add(votes)
-    print(f"{path}: {len(votes)} votes, {new} of them new; {study.path}")
+def _import(campaign: Campaign, format_name: str, path: str) -> None:
+    votes = READERS[format_name](campaign, Path(path))
+    added = campaign.add(votes)
+    print(f"{path}: {len(votes)} votes, {added} of them new; {campaign.path}")
 
 
-def _export(study: Campaign, kind: str, path: str) -> None:
-    if kind == "jsonl":
-        print(f"{path}: {write_votes(study, Path(path))} votes")
-    elif kind == "preferences":
-        told = write_preferences(study, Path(path), study.about.criteria[0])
+def _export(campaign: Campaign, format_name: str, path: str) -> None:
+    if format_name == "jsonl":
+        print(f"{path}: {write_votes(campaign, Path(path))} votes")
+    elif format_name == "preferences":
+        criterion = campaign.info.criteria[0]
+        counts = write_preferences(campaign, Path(path), criterion)
         print(
-            f"{path}: {told.preferences} preferences ({study.about.criteria[0]}); left out: "
-            f"{told.ties} ties, {told.open} without a vote"
+            f"{path}: {counts.preferences} preferences ({criterion}); left out: "
+            f"{counts.ties} ties, {counts.open} without a vote"
         )
     else:
-        write = write_label_studio if kind == "labelstudio" else write_ground_truth
-        for written in write(study, Path(path)):
-            print(written)
+        write = write_label_studio if format_name == "labelstudio" else write_ground_truth
+        for written_file in write(campaign, Path(path)):
+            print(written_file)
 
 
-def _serve(study: Campaign, wanted: AnnotateOptions) -> None:
+def _serve(campaign: Campaign, options: AnnotateOptions) -> None:
     from rlhf_exp.annotation.web import make_app
 
-    bound = listen(wanted.host, wanted.port)
-    base = (wanted.url or address_of(bound)).rstrip("/")
-    people, about = study.annotators(), study.about
-    expected = len(study.items) * len(about.criteria) * len(people)
-    print(f"{study.path}: {len(study.items)} prompts, {len(study.votes())} of {expected} votes")
-    rows = [(person.name, f"{base}/a/{person.token}") for person in people]
-    rows.append(("results, for you only", f"{base}/o/{about.owner}"))
+    listener = listen(options.host, options.port)
+    base_url = (options.url or address_of(listener)).rstrip("/")
+    annotators, info = campaign.annotators(), campaign.info
+    expected = len(campaign.items) * len(info.criteria) * len(annotators)
+    prompts, votes = len(campaign.items), len(campaign.votes())
+    print(f"{campaign.path}: {prompts} prompts, {votes} of {expected} votes")
+    rows = [(person.name, f"{base_url}/a/{person.token}") for person in annotators]
+    rows.append(("results, for you only", f"{base_url}/o/{info.owner}"))
     width = max(len(name) for name, _ in rows)
     for name, link in rows:
         print(f"  {name.ljust(width)}  {link}")
-    if not is_local(bound):
+    if not is_local(listener):
         print(
             "Others on the network can reach this address, without encryption: put it behind a "
             "proxy with HTTPS (--url), or keep --host 127.0.0.1."
         )
     print("Ctrl-C ends it; the same command goes on, with the same links.", flush=True)
-    serve(make_app(study), bound)
-
-
-RESULT = "result.json"
-PROMPTS = 100
-
-
-@dataclass(frozen=True)
-class AnswersOrigin:
-    """Where a study's answers come from.
-
-    Attributes:
-        title: of the study's file.
-        text: identifies the answers.
-        name_a: the baseline.
-        name_b: the other model; of a collection the same.
-        load: returns `prompts` items, drawn by a seed: `load(prompts, seed)`.
-    """
-
-    title: str
-    text: str
-    name_a: str
-    name_b: str
-    load: Callable[[int, int], list[Item]]
-
-
-@dataclass(frozen=True)
-class CampaignDesign:
-    """What fixes a study, as far as the command line says it; `None` means what is usual."""
-
-    collect: bool = False
-    criteria: str | None = None
-    prompts: int | None = None
-    seed: int | None = None
-    instructions: Path | None = None
+    serve(make_app(campaign), listener)
 
 
 def open_campaign(
-    outputs: Path, run: str, design: CampaignDesign, file: Path | None = None, *, make: bool = True
+    outputs: Path,
+    run: str,
+    design: CampaignDesign,
+    file: Path | None = None,
+    *,
+    create: bool = True,
 ) -> Campaign:
-    """Return the study of a run: the one that is there, or a new one.
+    """Return the campaign of a run: the existing one, or a new one.
 
     Args:
         outputs: the output folder.
         run: a run, or a JSONL file of pairs.
-        design: what the study is to be.
-        file: the study's file; by default below `outputs`.
-        make: whether to make the study if there is none.
+        design: options of a new campaign; an existing one must match them.
+        file: the campaign's file; by default below `outputs`.
+        create: whether to create the campaign if there is none.
 
     Raises:
-        UserError: there is nothing to judge, or the study that is there is another one.
+        UserError: there are no answers to judge, or the existing campaign has other options.
     """
-    source = _source(OutputFolder(outputs), run, design.collect)
-    title = re.sub(r"[^A-Za-z0-9._-]+", "-", source.title)
-    path = file or outputs / STUDIES / f"{title}{'-collect' if design.collect else ''}.sqlite"
-    if path.exists() or not make:
-        study = Campaign(path)
-        _check_same(study, source, design)
-        return study
+    origin = _answers_origin(OutputFolder(outputs), run, design.collect)
+    title = re.sub(r"[^A-Za-z0-9._-]+", "-", origin.title)
+    path = file or outputs / CAMPAIGNS / f"{title}{'-collect' if design.collect else ''}.sqlite"
+    if path.exists() or not create:
+        campaign = Campaign(path)
+        _check_unchanged(campaign, origin, design)
+        return campaign
     if design.prompts is not None and design.prompts < 1:
         raise UserError(f"--prompts {design.prompts}: must be at least 1")
-    criteria = checked_criteria(_criteria(design) or ["overall"])
+    criteria = check_criteria(_criteria(design) or ["overall"])
     instructions = _instructions(design.instructions)
     seed = design.seed or 0
-    found = source.load(design.prompts or PROMPTS, seed)
-    items = [item for item in found if not item.identical]
-    about = CampaignInfo(
-        source=source.text,
-        name_a=source.name_a,
-        name_b=source.name_b,
+    drawn = origin.load(design.prompts or DEFAULT_PROMPTS, seed)
+    items = [item for item in drawn if not item.identical]
+    info = CampaignInfo(
+        source=origin.text,
+        name_a=origin.name_a,
+        name_b=origin.name_b,
         collect=design.collect,
         criteria=criteria,
         instructions=instructions,
         seed=seed,
-        # Two equal samples of one model say nothing; two models that say the same tie.
-        identical=0 if design.collect else len(found) - len(items),
+        # Equal answers of two models count as ties; two of one model teach nothing.
+        identical=0 if design.collect else len(drawn) - len(items),
     )
-    return Campaign.create(path, about, items)
+    return Campaign.create(path, info, items)
 
 
-def _source(outputs: OutputFolder, run: str, collect: bool) -> AnswersOrigin:
-    path = Path(run)
-    if path.suffix in (".jsonl", ".gz") and not path.is_dir():
-        names = ("the model", "the model") if collect else ("a", "b")
-        pairs = lambda count, seed: choose(read_pairs(path), count, seed)  # noqa: E731
-        digest = file_digest(path)[:12] if path.is_file() else ""
-        return AnswersOrigin(path.name.partition(".")[0], f"{path.name} {digest}", *names, pairs)
-    title = outputs.run(run).name
-    if collect:
-        policy = outputs.policy(run)
-        name = policy.stage.upper()
-        text = f"{policy.stage}/{policy.key}"
-        return AnswersOrigin(
-            title, text, name, name, lambda n, seed: sampled_pairs(policy, n, seed)
-        )
-    artifacts = outputs.artifacts(run)
-    if "eval" not in artifacts:
-        raise UserError(
-            f"{run}: was not evaluated, so there are no answers to judge; run stage=eval first"
-        )
-    found = artifacts["eval"]
-    result = json.loads((found.path / RESULT).read_text(encoding="utf-8"))
-    rows = items_of_rows(result["rows"])
-    names = (result["name_a"], result["name_b"])
-    return AnswersOrigin(title, f"eval/{found.key}", *names, lambda n, seed: choose(rows, n, seed))
-
-
-def _check_same(study: Campaign, source: AnswersOrigin, design: CampaignDesign) -> None:
-    """Refuse options and answers that the study was not made with."""
-    about = study.about
+def _check_unchanged(campaign: Campaign, origin: AnswersOrigin, design: CampaignDesign) -> None:
+    """Raise if options or answers differ from those that the campaign was created with."""
+    info = campaign.info
     criteria, instructions = _criteria(design), design.instructions
-    for option, wanted, has in (
-        ("--collect", design.collect, about.collect),
-        ("--seed", design.seed, about.seed),
-        ("--criteria", None if criteria is None else ",".join(criteria), ",".join(about.criteria)),
+    for option, requested, stored in (
+        ("--collect", design.collect, info.collect),
+        ("--seed", design.seed, info.seed),
+        ("--criteria", None if criteria is None else ",".join(criteria), ",".join(info.criteria)),
         (
             "--instructions",
             None if instructions is None else _instructions(instructions),
-            about.instructions,
+            info.instructions,
         ),
-        ("answers from", source.text, about.source),
+        ("answers from", origin.text, info.source),
     ):
-        if wanted is not None and wanted != has:
+        if requested is not None and requested != stored:
             raise UserError(
-                f"{study.path}: the study there was made with {option} {str(has)[:80]!r}, not "
-                f"{str(wanted)[:80]!r}; leave the option out, or name another file with --study"
+                f"{campaign.path}: the study there was made with {option} {str(stored)[:80]!r}, "
+                f"not {str(requested)[:80]!r}; leave the option out, or name another file with "
+                "--study"
             )
-    if design.prompts is not None and design.prompts != len(study.items) + about.identical:
+    if design.prompts is not None and design.prompts != len(campaign.items) + info.identical:
         raise UserError(
-            f"{study.path}: the study there has {len(study.items) + about.identical} prompts, "
+            f"{campaign.path}: the study there has {len(campaign.items) + info.identical} prompts, "
             f"not {design.prompts}; leave --prompts out, or name another file with --study"
         )
 
@@ -339,26 +300,76 @@ def _instructions(path: Path | None) -> str:
         raise UserError(f"--instructions: {path} cannot be read: {error}") from error
 
 
+@dataclass(frozen=True)
+class AnswersOrigin:
+    """Source of a campaign's answers.
+
+    Attributes:
+        title: name of the campaign's file.
+        text: identifies the answers.
+        name_a: name of the baseline.
+        name_b: name of the other model; with `--collect` the same.
+        load: `load(prompts, seed)` returns the items of a number of randomly drawn prompts.
+    """
+
+    title: str
+    text: str
+    name_a: str
+    name_b: str
+    load: Callable[[int, int], list[Item]]
+
+
+def _answers_origin(outputs: OutputFolder, run: str, collect: bool) -> AnswersOrigin:
+    path = Path(run)
+    if path.suffix in (".jsonl", ".gz") and not path.is_dir():
+        names = ("the model", "the model") if collect else ("a", "b")
+        load_pairs = lambda count, seed: sample_items(read_pairs(path), count, seed)  # noqa: E731
+        digest = file_digest(path)[:12] if path.is_file() else ""
+        return AnswersOrigin(
+            path.name.partition(".")[0], f"{path.name} {digest}", *names, load_pairs
+        )
+    title = outputs.run(run).name
+    if collect:
+        policy = outputs.policy(run)
+        name = policy.stage.upper()
+        text = f"{policy.stage}/{policy.key}"
+        return AnswersOrigin(
+            title, text, name, name, lambda n, seed: sampled_pairs(policy, n, seed)
+        )
+    artifacts = outputs.artifacts(run)
+    if "eval" not in artifacts:
+        raise UserError(
+            f"{run}: was not evaluated, so there are no answers to judge; run stage=eval first"
+        )
+    evaluation = artifacts["eval"]
+    result = json.loads((evaluation.path / RESULT_FILE).read_text(encoding="utf-8"))
+    rows = items_of_rows(result["rows"])
+    names = (result["name_a"], result["name_b"])
+    return AnswersOrigin(
+        title, f"eval/{evaluation.key}", *names, lambda n, seed: sample_items(rows, n, seed)
+    )
+
+
 def sampled_pairs(policy: Artifact, count: int, seed: int) -> list[Item]:
     """Return two samples of a policy for each of `count` training prompts, drawn by the seed.
 
-    The prompts are those of the run that PPO may ask: none is in the evaluation set, which is held
-    out by prompt.
+    The prompts are those that PPO trains on; none is in the evaluation set, which is held out by
+    prompt.
 
     Raises:
-        UserError: the run's data cannot be read any more.
+        UserError: the run's data cannot be read.
     """
     config = from_dict(policy.manifest.config)
-    materials = DataModule(config.data)
-    rows = _drawn(materials.corpus.prompts.train, count, seed)
-    held_out = {prompt_key(row.history) for row in materials.corpus.prompts.test}
+    data = DataModule(config.data)
+    rows = _draw_prompts(data.corpus.prompts.train, count, seed)
+    held_out = {prompt_key(row.history) for row in data.corpus.prompts.test}
     assert not any(prompt_key(row.history) in held_out for row in rows), "splits are disjoint"
-    codec = materials.codec(policy.path / "model")
+    codec = data.codec(policy.path / "model")
     generation = config.ppo.generation
     tokenized = tokenize_prompts(rows, codec, config.ppo.seq_length, generation.max_new_tokens)
-    # Twice each prompt; the second answer differs from the first by its rollout number alone.
-    twice = np.repeat(np.arange(len(rows)), 2)
-    prompts = prompts_batch(tokenized, twice, np.arange(len(twice)))
+    # Each prompt twice: the rollout number alone makes the second answer differ from the first.
+    prompt_numbers = np.repeat(np.arange(len(rows)), 2)
+    prompts = prompts_batch(tokenized, prompt_numbers, np.arange(len(prompt_numbers)))
     settings = SamplingParams(
         max_new_tokens=generation.max_new_tokens,
         temperature=generation.temperature,
@@ -373,18 +384,13 @@ def sampled_pairs(policy: Artifact, count: int, seed: int) -> list[Item]:
     samples = sample(model, prompts.to(device), settings, seed, stopper)
     _, answers = texts_of(samples.tokens, samples.prompt_lengths, samples.content_lengths, codec)
     return [
-        item_of(_dialogue(row.history), answers[2 * number], answers[2 * number + 1])
+        item_of(format_turns(row.history), answers[2 * number], answers[2 * number + 1])
         for number, row in enumerate(rows)
     ]
 
 
-def _drawn(rows: list[Prompt], count: int, seed: int) -> list[Prompt]:
+def _draw_prompts(rows: list[Prompt], count: int, seed: int) -> list[Prompt]:
     if not rows:
         raise UserError("annotate --collect: the run's data has no training prompts")
     order = np.random.default_rng(seed).permutation(len(rows))[:count]
     return [rows[int(number)] for number in order]
-
-
-def _dialogue(history: History) -> str:
-    """Write a prompt with HH's markers, which `data=hh_local` reads back whatever the format."""
-    return "".join(f"\n\n{turn.role.capitalize()}: {turn.text}" for turn in history)

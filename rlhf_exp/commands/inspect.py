@@ -1,12 +1,8 @@
-"""`rlhf-exp status`: the runs below an output folder, or the points of one, with their jobs.
+"""Commands that read the store: `rlhf-exp status`, `compare`, `report`, `figures`; and `cancel`.
 
-`rlhf-exp compare A B`: how two runs, or two groups of runs, differ in config and results.
-
-`rlhf-exp report`: the page of a run, of a sweep or of any set of runs, from the store.
-
-`rlhf-exp figures`: the charts of a run as SVG files, for papers and documentation.
-
-`rlhf-exp cancel`: ends the Slurm jobs of a name.
+`status` lists runs with their jobs, `compare` shows how two runs or groups of runs differ, `report`
+writes the page of a run or of several, `figures` writes a run's charts as SVG files, `cancel` ends
+the Slurm jobs of a name.
 """
 
 from __future__ import annotations
@@ -32,7 +28,7 @@ from rlhf_exp.launchers.slurm.submissions import submitted_names
 from rlhf_exp.report.run.charts import write_sheets
 from rlhf_exp.report.run.gather import gather
 from rlhf_exp.report.run.page import build_report
-from rlhf_exp.report.sweep.compare import ComparedSide, Comparison, MetricRow, compared
+from rlhf_exp.report.sweep.compare import ComparedSide, MetricRow, RunComparison, compare_sides
 from rlhf_exp.report.sweep.data import FEWEST, SeedSummary, Sweep
 from rlhf_exp.report.sweep.gather import gather_sweep
 from rlhf_exp.report.sweep.page import build_sweep_report, to_csv, to_json
@@ -42,6 +38,8 @@ from rlhf_exp.store.run_records import RunRecord, Status
 
 HEADER = ("name", "state", "stage", "key", "objective", "command line or error")
 Cells = tuple[str, ...]
+# Well below the limits of file systems.
+_MAX_FILE_NAME = 80
 
 
 def status(outputs: Path, run: str | None) -> str:
@@ -55,32 +53,34 @@ def status(outputs: Path, run: str | None) -> str:
     if run is not None and study_exists(study_folder(outputs, run)):
         return study_text(outputs, run)
     if run is None:
-        found = records.all()
+        listed = records.all()
     elif run in names:
-        found, names = records.sweep(run), [run]
+        listed, names = records.sweep(run), [run]
     else:
-        found, names = records.resolve_all(run, OutputFolder(outputs).store), []
+        listed, names = records.resolve_all(run, OutputFolder(outputs).store), []
     views = {(name, view.job.key): view for name in names for view in job_views(outputs, name)}
-    rows = [_row(record, views.pop((record.name, record.key), None)) for record in found]
+    rows = [_record_row(record, views.pop((record.name, record.key), None)) for record in listed]
     rows += [_job_row(name, view) for (name, _), view in views.items()]
     if not rows:
         return "no runs yet\n"
     logs = [f"{row[3]}: {row[-1]}\n" for row in rows if row[-1]]
-    shown = table(HEADER, [row[:-1] for row in rows])
+    text = table(HEADER, [row[:-1] for row in rows])
     if run is not None:
-        store, every = OutputFolder(outputs).store, OutputFolder(outputs).records
-        for usage in sizes(store, every, sorted({row[0] for row in rows} & set(every.names()))):
-            shown += f"\nDisk space of {usage.name}: {usage}\n"
-    return shown + ("\nLogs of what failed:\n" + "".join(logs) if logs else "")
+        store, all_records = OutputFolder(outputs).store, OutputFolder(outputs).records
+        for usage in sizes(
+            store, all_records, sorted({row[0] for row in rows} & set(all_records.names()))
+        ):
+            text += f"\nDisk space of {usage.name}: {usage}\n"
+    return text + ("\nLogs of what failed:\n" + "".join(logs) if logs else "")
 
 
-def _row(record: RunRecord, view: JobView | None) -> Cells:
-    """Return a run's row; its last value is the log, if it failed and has one."""
+def _record_row(record: RunRecord, view: JobView | None) -> Cells:
+    """Return the row of a run; its last value is the path of its log, if it failed and has one."""
     state, note = str(record.status), _last_line(record.error)
     if record.abandoned:
         state, note = str(Status.interrupted), "its process was killed; the same command goes on"
     if view is not None and record.status is not Status.done:
-        # A job that was killed could not say so in its record.
+        # A killed job could not update its record.
         state, note = str(view.progress), view.note or note
     log = record.log if view is None else str(view.log)
     return (
@@ -95,12 +95,12 @@ def _row(record: RunRecord, view: JobView | None) -> Cells:
 
 
 def _job_row(name: str, view: JobView) -> Cells:
-    """Return the row of a job without a record: it has not started, or makes what runs share."""
-    job, what = view.job, view.note or " ".join(view.job.overrides)
+    """Return the row of a job without a record: not started yet, or shared by several runs."""
+    job, note = view.job, view.note or " ".join(view.job.overrides)
     if job.shared:
-        what = f"shared by the points{f': {view.note}' if view.note else ''}"
+        note = f"shared by the points{f': {view.note}' if view.note else ''}"
     log = str(view.log) if view.progress == "failed" else ""
-    return (name, str(view.progress), job.stage, job.key, "", what, log)
+    return (name, str(view.progress), job.stage, job.key, "", note, log)
 
 
 def _last_line(error: str | None) -> str:
@@ -114,66 +114,69 @@ def compare(outputs: Path, first: str, second: str, form: str = "text") -> str:
     Args:
         outputs: The output folder.
         first: A run, the name of several, or `NAME:KEY=VALUE,...`.
-        second: The other.
+        second: The other side, given in the same way.
         form: `text`, `json` or `csv`.
     """
-    found = OutputFolder(outputs)
-    comparison = compared(_side(found, first), _side(found, second))
+    folder = OutputFolder(outputs)
+    comparison = compare_sides(_compared_side(folder, first), _compared_side(folder, second))
     if form == "json":
         return json.dumps(_to_json(comparison), indent=1, allow_nan=False) + "\n"
     return _to_csv(comparison) if form == "csv" else _to_text(comparison)
 
 
-def _side(found: OutputFolder, name: str) -> ComparedSide:
-    """Return the results of the runs of a side; those that are not done are left out and counted.
+def _compared_side(folder: OutputFolder, name: str) -> ComparedSide:
+    """Return the artifacts of one side's runs, without those that are not done, and their number.
 
     Raises:
-        UserError: None of several is done, or the only one has no results.
+        UserError: No run of several is done, or a single run has no results.
     """
-    records = found.select(name)
+    records = folder.select(name)
     if len(records) == 1:
-        return ComparedSide(name, (found.artifacts_of(records[0], name),))
-    done = [one for one in records if one.status is Status.done]
+        return ComparedSide(name, (folder.artifacts_of(records[0], name),))
+    done = [record for record in records if record.status is Status.done]
     if not done:
         raise UserError(f"{name}: none of its {len(records)} runs is done; see rlhf-exp status")
-    runs = tuple(found.artifacts_of(one, f"{one.name}/{one.key}") for one in done)
+    runs = tuple(folder.artifacts_of(record, f"{record.name}/{record.key}") for record in done)
     return ComparedSide(name, runs, unfinished=len(records) - len(done))
 
 
-def _to_text(found: Comparison) -> str:
-    names = (f"A: {found.a.name}", f"B: {found.b.name}")
-    parts = ["".join(f"{note}\n" for note in found.notes)]
-    if found.config:
-        parts.append(table(("config", *names), found.config))
+def _to_text(comparison: RunComparison) -> str:
+    names = (f"A: {comparison.a.name}", f"B: {comparison.b.name}")
+    parts = ["".join(f"{note}\n" for note in comparison.notes)]
+    if comparison.config:
+        parts.append(table(("config", *names), comparison.config))
     else:
         parts.append("The configs are the same.\n")
-    several = len(found.a.runs) > 1 or len(found.b.runs) > 1
-    if found.metrics:
-        ends = ("95 % interval over runs",) if several else ()
-        rows = [_metric_row(row, several) for row in found.metrics]
-        parts.append(table(("result", *names, "B - A", *ends), rows))
-    if found.paired:
-        title = f"B - A over the same {found.prompts} prompts"
+    several = len(comparison.a.runs) > 1 or len(comparison.b.runs) > 1
+    if comparison.metrics:
+        extra_columns = ("95 % interval over runs",) if several else ()
+        rows = [_metric_row(row, several) for row in comparison.metrics]
+        parts.append(table(("result", *names, "B - A", *extra_columns), rows))
+    if comparison.paired:
+        title = f"B - A over the same {comparison.prompts} prompts"
         rows = [
-            (label, f"{one.mean:+.4g}", f"{one.low:+.4g} to {one.high:+.4g}")
-            for label, one in found.paired
+            (label, f"{difference.mean:+.4g}", f"{difference.low:+.4g} to {difference.high:+.4g}")
+            for label, difference in comparison.paired
         ]
         parts.append(table((title, "mean", "95 % interval"), rows))
     return "\n".join(part for part in parts if part)
 
 
 def _metric_row(row: MetricRow, several: bool) -> tuple[str, ...]:
-    cells = (row.name, _words(row.a), _words(row.b), f"{row.difference.mean:+.4g}")
+    cells = (row.name, _summary_text(row.a), _summary_text(row.b), f"{row.difference.mean:+.4g}")
     if not several:
         return cells
     low, high = row.difference.low, row.difference.high
     if row.shared:
         return (*cells, "the same results")
-    known = math.isfinite(low) and math.isfinite(high)
-    return (*cells, f"{low:+.4g} to {high:+.4g}" if known else f"needs {FEWEST} runs of each")
+    has_interval = math.isfinite(low) and math.isfinite(high)
+    return (
+        *cells,
+        f"{low:+.4g} to {high:+.4g}" if has_interval else f"needs {FEWEST} runs of each",
+    )
 
 
-def _words(summary: SeedSummary) -> str:
+def _summary_text(summary: SeedSummary) -> str:
     mean, values = summary.estimate.mean, summary.values
     if len(values) == 1:
         return f"{mean:.4g}"
@@ -183,12 +186,20 @@ def _words(summary: SeedSummary) -> str:
     return f"{mean:.4g} ({', '.join(f'{value:.4g}' for value in values)})"
 
 
-def _to_json(found: Comparison) -> dict[str, Any]:
+def _to_json(comparison: RunComparison) -> dict[str, Any]:
     return {
-        "a": {"name": found.a.name, "runs": found.a.keys, "unfinished": found.a.unfinished},
-        "b": {"name": found.b.name, "runs": found.b.keys, "unfinished": found.b.unfinished},
-        "notes": list(found.notes),
-        "config": [{"key": key, "a": a, "b": b} for key, a, b in found.config],
+        "a": {
+            "name": comparison.a.name,
+            "runs": comparison.a.keys,
+            "unfinished": comparison.a.unfinished,
+        },
+        "b": {
+            "name": comparison.b.name,
+            "runs": comparison.b.keys,
+            "unfinished": comparison.b.unfinished,
+        },
+        "notes": list(comparison.notes),
+        "config": [{"key": key, "a": a, "b": b} for key, a, b in comparison.config],
         "metrics": [
             {
                 "name": row.name,
@@ -196,55 +207,64 @@ def _to_json(found: Comparison) -> dict[str, Any]:
                 "b": row.b.to_json(),
                 "difference": estimate_to_json(row.difference),
             }
-            for row in found.metrics
+            for row in comparison.metrics
         ],
         "prompts": {
-            "count": found.prompts,
-            "differences": {label: estimate_to_json(one) for label, one in found.paired},
+            "count": comparison.prompts,
+            "differences": {
+                label: estimate_to_json(difference) for label, difference in comparison.paired
+            },
         },
     }
 
 
-def _to_csv(found: Comparison) -> str:
-    """Return one line a difference: of the config, of metrics, of answers to the same prompts."""
+def _to_csv(comparison: RunComparison) -> str:
+    """Return a line for each difference in config, in metrics, on the same prompts."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(("kind", "name", "a", "b", "difference", "low", "high", "n_a", "n_b"))
-    for key, a, b in found.config:
+    for key, a, b in comparison.config:
         writer.writerow(("config", key, a, b, "", "", "", "", ""))
-    for row in found.metrics:
+    for row in comparison.metrics:
         numbers = (row.a.estimate.mean, row.b.estimate.mean, row.difference.mean)
         counts = (len(row.a.values), len(row.b.values))
-        ends = map(_finite, (row.difference.low, row.difference.high))
-        writer.writerow(("metric", row.name, *numbers, *ends, *counts))
-    for label, one in found.paired:
-        ends = map(_finite, (one.low, one.high))
-        writer.writerow(("prompts", label, "", "", one.mean, *ends, found.prompts, found.prompts))
+        bounds = map(_finite_or_empty, (row.difference.low, row.difference.high))
+        writer.writerow(("metric", row.name, *numbers, *bounds, *counts))
+    for label, difference in comparison.paired:
+        bounds = map(_finite_or_empty, (difference.low, difference.high))
+        writer.writerow(
+            (
+                "prompts",
+                label,
+                "",
+                "",
+                difference.mean,
+                *bounds,
+                comparison.prompts,
+                comparison.prompts,
+            )
+        )
     return buffer.getvalue()
 
 
-def _finite(value: float) -> float | str:
+def _finite_or_empty(value: float) -> float | str:
     return value if math.isfinite(value) else ""
 
 
-# File names of pages stay below what file systems take.
-_LONGEST = 80
-
-
 def report(outputs: Path, runs: Sequence[str], form: str, kl_budget: float | None = None) -> str:
-    """Write the page of some runs and return its path, or return them as JSON or CSV.
+    """Write a report of runs and return its path, or return the runs as JSON or CSV.
 
     Args:
         outputs: The output folder.
-        runs: What the runs are called; one run has a page of its own kind, more share one.
+        runs: Names of runs; a single run has the page of a run, several share one.
         form: `page`, `json` or `csv`.
-        kl_budget: Nats per answer: runs are judged by their highest validation reward within it.
+        kl_budget: In nats per answer; runs are judged by their highest validation reward within it.
     """
-    found = OutputFolder(outputs)
-    records = list({one.key: one for run in runs for one in found.select(run)}.values())
+    folder = OutputFolder(outputs)
+    records = list({record.key: record for run in runs for record in folder.select(run)}.values())
     if form == "page" and len(records) == 1:
-        return f"{_write_one(found, records[0], runs[0])}\n"
-    sweep = sweep_of(found, ", ".join(dict.fromkeys(runs)), records, kl_budget)
+        return f"{_write_run_report(folder, records[0], runs[0])}\n"
+    sweep = sweep_of(folder, ", ".join(dict.fromkeys(runs)), records, kl_budget)
     if form == "json":
         return json.dumps(to_json(sweep), indent=1, allow_nan=False) + "\n"
     if form == "csv":
@@ -254,52 +274,59 @@ def report(outputs: Path, runs: Sequence[str], form: str, kl_budget: float | Non
 
 
 def sweep_of(
-    found: OutputFolder, title: str, records: Sequence[RunRecord], kl_budget: float | None = None
+    folder: OutputFolder, title: str, records: Sequence[RunRecord], kl_budget: float | None = None
 ) -> Sweep:
-    """Return what is known of some runs, with the logs of their jobs."""
-    files = {one.key: found.records.root / one.name / "logs" / f"{one.key}.log" for one in records}
+    """Return the data of a report of several runs, with the logs of their jobs."""
+    files = {
+        record.key: folder.records.root / record.name / "logs" / f"{record.key}.log"
+        for record in records
+    }
     logs = {key: str(path) for key, path in files.items() if path.is_file()}
-    for name in {one.name for one in records} & set(submitted_names(found.folder)):
-        logs |= {view.job.key: str(view.log) for view in job_views(found.folder, name)}
-    return gather_sweep(title, records, found.store, found.records, logs, kl_budget)
+    for name in {record.name for record in records} & set(submitted_names(folder.path)):
+        logs |= {view.job.key: str(view.log) for view in job_views(folder.path, name)}
+    return gather_sweep(title, records, folder.store, folder.records, logs, kl_budget)
 
 
-def _write_one(found: OutputFolder, record: RunRecord, run: str) -> Path:
-    artifacts = found.artifacts_of(record, run)
+def _write_run_report(folder: OutputFolder, record: RunRecord, run: str) -> Path:
+    artifacts = folder.artifacts_of(record, run)
     final = list(artifacts.values())[-1]
-    path = found.folder / "reports" / f"{final.stage}-{final.key}.html"
+    path = folder.path / "reports" / f"{final.stage}-{final.key}.html"
     return build_report(gather(record.name, artifacts), path).resolve()
 
 
 def _file_name(runs: Sequence[str]) -> str:
-    """Return a file name for a set of runs: readable, and another for another set."""
+    """Return a readable file name that differs for every set of runs."""
     text = "+".join(runs)
     safe = re.sub(r"[^A-Za-z0-9_.+=-]", "_", text)
-    if safe == text and len(text) <= _LONGEST:
+    if safe == text and len(text) <= _MAX_FILE_NAME:
         return text
-    return f"{safe[:_LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{safe[:_MAX_FILE_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def write_figures(outputs: Path, run: str, folder: Path) -> list[Path]:
-    """Write the charts of `run` into `folder`, one file a stage, and return their paths."""
-    found = OutputFolder(outputs)
-    data = gather(found.run(run).name, found.artifacts(run))
+    """Write the charts of a run into `folder`, one file for each stage, and return their paths."""
+    output_folder = OutputFolder(outputs)
+    data = gather(output_folder.run(run).name, output_folder.artifacts(run))
     return write_sheets(data.metrics, folder, data.calibration, data.kl_target)
 
 
 def cancel(outputs: Path, name: str) -> str:
-    """Cancel the jobs that were submitted under a name and have not ended; return what was done.
+    """Cancel the unfinished Slurm jobs of a name and return a list of them.
 
     Raises:
-        UserError: Nothing has been submitted under that name, or Slurm refuses.
+        UserError: The name has no jobs, or Slurm refuses.
     """
     names = submitted_names(outputs)
     if name not in names:
-        known = f"names with jobs: {', '.join(names)}" if names else "no jobs were submitted yet"
-        raise UserError(f"cancel {name}: no Slurm jobs below {outputs}; {known}")
-    ended = monitor.cancel_by_name(outputs, name)
-    if not ended:
+        available = (
+            f"names with jobs: {', '.join(names)}" if names else "no jobs were submitted yet"
+        )
+        raise UserError(f"cancel {name}: no Slurm jobs below {outputs}; {available}")
+    cancelled = monitor.cancel_by_name(outputs, name)
+    if not cancelled:
         return f"{name}: no job is in the queue\n"
-    lines = [f"  {view.job.id}  {view.progress}  {view.job.stage} {view.job.key}" for view in ended]
-    more = "What they have done is kept: the same command of launch.py goes on.\n"
-    return "\n".join([f"{name}: cancelled {len(ended)} jobs", *lines, more])
+    lines = [
+        f"  {view.job.id}  {view.progress}  {view.job.stage} {view.job.key}" for view in cancelled
+    ]
+    resume_note = "What they have done is kept: the same command of launch.py goes on.\n"
+    return "\n".join([f"{name}: cancelled {len(cancelled)} jobs", *lines, resume_note])

@@ -89,49 +89,53 @@ def judge(
         raise UserError(f"--pairs {pairs}: must be at least 1")
     labels = read_judged_pairs(file, "judge").first(pairs)
     people = people_agreement(labels.ratings, labels.annotators)
-    found: list[JudgeQuality] = []
+    qualities: list[JudgeQuality] = []
     notes: list[str] = []
-    for one in _judges(OutputFolder(outputs), panel):
-        verdicts = judge_with_progress(one, labels.pairs)
+    for panel_judge in _judges(OutputFolder(outputs), panel):
+        verdicts = judge_with_progress(panel_judge, labels.pairs)
         signs = [verdict.sign for verdict in verdicts]
-        found.append(judge_quality(one.name, signs, labels.ratings))
-        if isinstance(one, LLMJudge):
+        qualities.append(judge_quality(panel_judge.name, signs, labels.ratings))
+        if isinstance(panel_judge, LLMJudge):
             bias, (same, both) = first_place(verdicts), consistent(verdicts)
             share = f"{100 * bias.share:.1f} %" if bias.first + bias.second else DASH
-            usage = one.usage
+            usage = panel_judge.usage
             notes.append(
-                f"{one.name}: alike in both orders {same} of {both}, first answer wins {share}, "
+                f"{panel_judge.name}: alike in both orders {same} of {both}, first answer wins {share}, "
                 f"{usage.unparsed} pairs unreadable; {usage.requests} replies asked for, "
                 f"{usage.cached} kept ones, {usage.prompt_tokens} tokens read, "
                 f"{usage.completion_tokens} written"
             )
     if out is not None:
         content = {"file": file.name, "unusable": labels.unusable, "people": people.to_json()}
-        write_json_atomic(out, {**content, "judges": [one.to_json() for one in found]})
-    return "\n".join([_people(people, labels.unusable), *_qualities(found), *notes, ""])
+        write_json_atomic(
+            out, {**content, "judges": [panel_judge.to_json() for panel_judge in qualities]}
+        )
+    return "\n".join(
+        [_people_table(people, labels.unusable), *_quality_tables(qualities), *notes, ""]
+    )
 
 
 def _judges(outputs: OutputFolder, panel: RequestedJudges) -> list[Judge]:
-    judges: list[Judge] = [_reward(outputs, spec) for spec in panel.reward]
+    judges: list[Judge] = [_reward_judge(outputs, spec) for spec in panel.reward]
     if panel.llm is None:
         return judges
     if panel.url is None:
         raise UserError("--llm: needs --url, such as http://127.0.0.1:8000/v1")
-    key = None if panel.key_env is None else os.environ.get(panel.key_env)
-    if panel.key_env is not None and not key:
+    api_key = None if panel.key_env is None else os.environ.get(panel.key_env)
+    if panel.key_env is not None and not api_key:
         raise UserError(f"--key-env {panel.key_env}: no such environment variable, or it is empty")
     if panel.concurrency < 1:
         raise UserError(f"--concurrency {panel.concurrency}: must be at least 1")
-    endpoint = Endpoint(panel.url, panel.llm, key, request=request_fields(panel.request))
-    replies = ReplyCache(outputs.folder / REPLIES)
+    endpoint = Endpoint(panel.url, panel.llm, api_key, request=request_fields(panel.request))
+    replies = ReplyCache(outputs.path / REPLIES)
     return [*judges, LLMJudge(JudgeClient(endpoint), replies, panel.criterion, panel.concurrency)]
 
 
-def _reward(outputs: OutputFolder, spec: str) -> Judge:
+def _reward_judge(outputs: OutputFolder, spec: str) -> Judge:
     """Return the reward model of a run, or of a folder or hub id."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(spec)
-    form: Any = "hh"
+    prompt_format: Any = "hh"
     if not folder.is_dir():
         try:
             outputs.run(spec)
@@ -144,41 +148,43 @@ def _reward(outputs: OutputFolder, spec: str) -> Judge:
         if "reward" not in artifacts:
             raise UserError(f"--reward {spec}: that run has no reward model")
         artifact = artifacts["reward"]
-        folder, form = artifact.path / "model", artifact.manifest.config["data"]["format"]
+        folder, prompt_format = artifact.path / "model", artifact.manifest.config["data"]["format"]
     if not (folder / REWARD_HEAD_FILE).is_file():
         classifier = ClassifierTextScorer(folder, device=device)
         return RewardJudge(classifier.name, classifier)
-    codec = Codec(load_tokenizer(folder), form)
+    codec = Codec(load_tokenizer(folder), prompt_format)
     return RewardJudge(spec, RewardModelTextScorer(RewardModel.load(folder), codec, device=device))
 
 
-def _people(found: HumanAgreement, unusable: int) -> str:
-    a, tie, b = found.counts
+def _people_table(agreement: HumanAgreement, unusable: int) -> str:
+    a, tie, b = agreement.counts
     rows = [
-        ("Pairs", f"{found.pairs}; by majority {a} for a, {tie} ties, {b} for b"),
-        ("People", f"{len(found.annotators)}"),
+        ("Pairs", f"{agreement.pairs}; by majority {a} for a, {tie} ties, {b} for b"),
+        ("People", f"{len(agreement.annotators)}"),
     ]
     if unusable:
         rows.append(("Left out", f"{unusable} rows are no pair of answers to one prompt"))
-    if found.agreement is not None:
+    if agreement.agreement is not None:
         rows += [
-            ("Two people agree", format_estimate(found.agreement, 3)),
-            ("Krippendorff's alpha", format_estimate(found.alpha, 3)),
+            ("Two people agree", format_estimate(agreement.agreement, 3)),
+            ("Krippendorff's alpha", format_estimate(agreement.alpha, 3)),
         ]
     return table(("people", ""), rows)
 
 
-def _qualities(found: list[JudgeQuality]) -> list[str]:
+def _quality_tables(qualities: list[JudgeQuality]) -> list[str]:
     parts = []
-    for one in found:
+    for quality in qualities:
         rows = [
-            ("As the majority", format_estimate(one.agreement, 3)),
-            ("Where both decide", format_estimate(one.decided, 3)),
-            ("As one person", format_estimate(one.with_one, 3)),
-            ("Cohen's kappa", format_estimate(one.kappa, 3)),
-            ("Krippendorff's alpha", format_estimate(one.alpha, 3)),
+            ("As the majority", format_estimate(quality.agreement, 3)),
+            ("Where both decide", format_estimate(quality.decided, 3)),
+            ("As one person", format_estimate(quality.with_one, 3)),
+            ("Cohen's kappa", format_estimate(quality.kappa, 3)),
+            ("Krippendorff's alpha", format_estimate(quality.alpha, 3)),
         ]
         header = ("people say", *(f"judge {side}" for side in _SIDES))
-        counts = [(side, *map(str, row)) for side, row in zip(_SIDES, one.confusion, strict=True)]
-        parts += [table((one.judge, ""), rows), table(header, counts)]
+        counts = [
+            (side, *map(str, row)) for side, row in zip(_SIDES, quality.confusion, strict=True)
+        ]
+        parts += [table((quality.judge, ""), rows), table(header, counts)]
     return parts

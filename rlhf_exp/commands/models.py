@@ -1,6 +1,6 @@
-"""`rlhf-exp chat RUN [--against sft]`: talk to a run's model, or to two at once.
+"""`rlhf-exp chat RUN` talks to a run's model, or to two at once; `export RUN DIR` copies the model.
 
-`rlhf-exp export RUN DIR`: a run's model as a plain Hugging Face folder with its model card.
+An exported folder is a plain Hugging Face model with its model card.
 """
 
 from __future__ import annotations
@@ -27,7 +27,54 @@ from rlhf_exp.safe_text import visible
 from rlhf_exp.stages.context import SNAPSHOTS, snapshot_name
 from rlhf_exp.store.artifact import Artifact
 
-HELP = "Type a message; an empty line starts a new conversation, Ctrl-D ends."
+CHAT_HELP = "Type a message; an empty line starts a new conversation, Ctrl-D ends."
+# The value function is used in training only.
+_IGNORED_FILES = shutil.ignore_patterns("value_head.safetensors", "value_model")
+
+
+def chat(
+    outputs: Path,
+    run: str,
+    against: str | None,
+    temperature: float,
+    seed: int,
+    lines: Iterable[str] | None = None,
+) -> None:
+    """Answer each line of the standard input, with one model or two.
+
+    Args:
+        outputs: The output folder.
+        run: The run whose policy answers.
+        against: A second model: a role of the same run, or another run.
+        temperature: Of sampling; 0 takes the most probable token.
+        seed: Of sampling.
+        lines: Messages; the standard input by default.
+    """
+    folder = OutputFolder(outputs)
+    first = folder.policy(run)
+    speakers = [ChatModel.of(first, first.stage)]
+    if against is not None:
+        role = against if against in POLICIES else None
+        second = folder.policy(run if role else against, role)
+        speakers.append(ChatModel.of(second, second.stage if role else against))
+    print(CHAT_HELP, file=sys.stderr)
+    for line in lines if lines is not None else _typed_lines():
+        message = line.strip()
+        if not message:
+            for speaker in speakers:
+                speaker.history = ()
+            print("(a new conversation)", file=sys.stderr)
+            continue
+        for speaker in speakers:
+            print(f"{speaker.name}> {visible(speaker.answer(message, temperature, seed))}")
+
+
+def _typed_lines() -> Iterable[str]:
+    while True:
+        try:
+            yield input("you> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
 
 
 @dataclass
@@ -35,18 +82,18 @@ class ChatModel:
     """One model in a conversation of its own.
 
     Attributes:
-        name: What to call it.
-        model: The model.
-        codec: Its codec.
-        room: Tokens of prompt and response together.
-        max_new_tokens: Longest answer.
+        name: Shown before its answers.
+        model: The policy.
+        codec: Its tokenizer and prompt format.
+        seq_length: Most tokens of prompt and answer together.
+        max_new_tokens: Most tokens of an answer.
         history: The conversation so far.
     """
 
     name: str
     model: PreTrainedModel
     codec: Codec
-    room: int
+    seq_length: int
     max_new_tokens: int
     history: tuple[Turn, ...] = ()
 
@@ -59,11 +106,11 @@ class ChatModel:
         return cls(name, load_causal_lm(folder), codec, config["ppo"]["seq_length"], new)
 
     def answer(self, message: str, temperature: float, seed: int) -> str:
-        """Return the answer to `message`; old turns are forgotten where they no longer fit."""
+        """Return the answer to `message`; the prompt's beginning is cut if it is too long."""
         self.history = (*self.history, Turn("human", message))
-        ids = self.codec.encode_prompt(self.history)[-(self.room - self.max_new_tokens) :]
-        number = torch.tensor([len(self.history)])
-        prompts = Prompts(torch.tensor([ids]), torch.tensor([len(ids)]), number, number)
+        ids = self.codec.encode_prompt(self.history)[-(self.seq_length - self.max_new_tokens) :]
+        index = torch.tensor([len(self.history)])
+        prompts = Prompts(torch.tensor([ids]), torch.tensor([len(ids)]), index, index)
         settings = SamplingParams(
             max_new_tokens=self.max_new_tokens,
             temperature=temperature or 1.0,
@@ -80,98 +127,49 @@ class ChatModel:
         return text
 
 
-def chat(
-    outputs: Path,
-    run: str,
-    against: str | None,
-    temperature: float,
-    seed: int,
-    lines: Iterable[str] | None = None,
-) -> None:
-    """Answer each line of the standard input.
-
-    Args:
-        outputs: The output folder.
-        run: The run whose policy answers.
-        against: A second model: a role of the same run, or another run.
-        temperature: Of sampling; 0 takes the most probable token.
-        seed: Of sampling.
-        lines: Messages; the standard input by default.
-    """
-    found = OutputFolder(outputs)
-    first = found.policy(run)
-    speakers = [ChatModel.of(first, first.stage)]
-    if against is not None:
-        role = against if against in POLICIES else None
-        second = found.policy(run if role else against, role)
-        speakers.append(ChatModel.of(second, second.stage if role else against))
-    print(HELP, file=sys.stderr)
-    for line in lines if lines is not None else _typed():
-        message = line.strip()
-        if not message:
-            for speaker in speakers:
-                speaker.history = ()
-            print("(a new conversation)", file=sys.stderr)
-            continue
-        for speaker in speakers:
-            print(f"{speaker.name}> {visible(speaker.answer(message, temperature, seed))}")
-
-
-def _typed() -> Iterable[str]:
-    while True:
-        try:
-            yield input("you> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-
-
-# The value function trains the policy and is of no use to those who only load it.
-_LEFT_OUT = shutil.ignore_patterns("value_head.safetensors", "value_model")
-
-
 def export(outputs: Path, run: str, folder: Path, step: int | None = None) -> Path:
     """Copy the model of `run` into `folder` and write its card.
 
     Args:
         outputs: The output folder.
         run: The run.
-        folder: Empty or not there.
-        step: Optimizer step of the snapshot to take instead of the published model.
+        folder: An empty folder, or a new one.
+        step: Optimizer step of a snapshot to export instead of the published model.
 
     Raises:
         UserError: The run has no policy or no such snapshot, or `folder` is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; name another one")
-    found = OutputFolder(outputs)
-    artifact = found.policy(run)
+    output_folder = OutputFolder(outputs)
+    artifact = output_folder.policy(run)
     artifact.verify()
-    source = artifact.path / "model" if step is None else _snapshot(artifact, step)
-    shutil.copytree(source, folder, ignore=_LEFT_OUT, dirs_exist_ok=True)
-    chain = found.artifacts(run)
+    source = artifact.path / "model" if step is None else _snapshot_folder(artifact, step)
+    shutil.copytree(source, folder, ignore=_IGNORED_FILES, dirs_exist_ok=True)
+    chain = output_folder.artifacts(run)
     (folder / "README.md").write_text(model_card(artifact, chain, folder, step))
     return folder.resolve()
 
 
-def _snapshot(artifact: Artifact, step: int) -> Path:
-    """Return the folder of the model of a step."""
+def _snapshot_folder(artifact: Artifact, step: int) -> Path:
+    """Return the folder of the model after an optimizer step."""
     published = int(artifact.manifest.metrics.get("published_step", -1))
     if step == published:
         return artifact.path / "model"
     folder = artifact.path / SNAPSHOTS
     if (folder / snapshot_name(step)).is_dir():
         return folder / snapshot_name(step)
-    there = sorted({published, *(int(path.name[5:]) for path in folder.glob("step-*"))})
+    steps = sorted({published, *(int(path.name[5:]) for path in folder.glob("step-*"))})
     raise UserError(
         f"--step {step}: {artifact.stage} {artifact.key} holds no model of that step, only of "
-        f"{', '.join(map(str, there))}; {artifact.stage}.keep_every asks for more"
+        f"{', '.join(map(str, steps))}; {artifact.stage}.keep_every asks for more"
     )
 
 
 def model_card(
     artifact: Artifact, chain: dict[str, Artifact], folder: Path, step: int | None = None
 ) -> str:
-    """Return the card: what the model is, how it was trained, what it was measured at."""
+    """Return the model card: base model, data, keys, usage and metrics."""
     manifest = artifact.manifest
     config = manifest.config
     base = config["model"]["path"]
@@ -187,6 +185,7 @@ def model_card(
             else "a reward model"
         )
     data = config["data"]["path"] or config["data"]["preferences"] or config["data"]["source"]
+    keys = ", ".join(f"{stage} `{trained.key}`" for stage, trained in chain.items())
     lines = [
         *head,
         "---",
@@ -197,7 +196,7 @@ def model_card(
         "",
         f"- Data: `{data}`, prompt format `{config['data']['format']}`",
         f"- Made: {manifest.created}, revision {manifest.git.get('revision', 'unknown')}",
-        f"- Keys: {', '.join(f'{stage} `{one.key}`' for stage, one in chain.items())}",
+        f"- Keys: {keys}",
         *([] if step is None else [f"- Snapshot: after {step} optimizer steps"]),
         "",
         "## Use",
@@ -207,11 +206,11 @@ def model_card(
         "```",
         "",
     ]
-    if step is not None:  # what was measured is the published model
+    if step is not None:  # the metrics are those of the published model
         return "\n".join(lines)
     lines += ["## Measured", "", "| | |", "|---|---|"]
-    for stage, one in chain.items():
-        for name, value in sorted(one.manifest.metrics.items()):
+    for stage, stage_artifact in chain.items():
+        for name, value in sorted(stage_artifact.manifest.metrics.items()):
             lines.append(f"| {stage} {name} | {value:.4g} |")
     lines += ["", "Scores are relative to this run's own reward model and test prompts.", ""]
     return "\n".join(lines)

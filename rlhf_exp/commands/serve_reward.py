@@ -27,7 +27,7 @@ from rlhf_exp.training.reward_scorer import ModelScorer
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """How to serve; what is `None` is as in the run that made the model.
+    """Options of a reward server; `None` means as in the run that trained the model.
 
     Attributes:
         host: address to listen on.
@@ -36,7 +36,7 @@ class ServeOptions:
         batch: rows of one forward.
         seq_length: most tokens of a row.
         dtype: number format of weights and products, `float32` or `bfloat16`.
-        format: how prompts are written, of a model that no run made.
+        format: prompt format of a model that no run trained.
         key_env: environment variable with the key that clients must send.
     """
 
@@ -50,80 +50,84 @@ class ServeOptions:
     key_env: str | None = None
 
 
-def serve_reward(outputs: Path, run: str, wanted: ServeOptions) -> None:
+def serve_reward(outputs: Path, run: str, options: ServeOptions) -> None:
     """Serve the reward model of a run, or in a folder, until Ctrl-C.
 
     Raises:
-        UserError: there is no such model, device or key, or the address cannot be had.
+        UserError: there is no such model, device or key, or the address is in use.
     """
     need_server("serve-reward", "serve")
     from rlhf_exp.serving.reward_server import make_app
 
-    key = None if wanted.key_env is None else os.environ.get(wanted.key_env)
-    if wanted.key_env is not None and not key:
-        raise UserError(f"--key-env {wanted.key_env}: no such environment variable, or it is empty")
-    bound = listen(wanted.host, wanted.port)
-    scores = load_scores(outputs, run, wanted)
-    address = address_of(bound)
-    print(f"{run}: reward {scores.name} on {scores.scorer.device}, {address}")
-    print(f"  ppo.reward.url={address} ppo.reward.name={scores.name}")
-    if not is_local(bound):
+    key = None if options.key_env is None else os.environ.get(options.key_env)
+    if options.key_env is not None and not key:
+        raise UserError(
+            f"--key-env {options.key_env}: no such environment variable, or it is empty"
+        )
+    listener = listen(options.host, options.port)
+    scorer = load_request_scorer(outputs, run, options)
+    address = address_of(listener)
+    print(f"{run}: reward {scorer.name} on {scorer.scorer.device}, {address}")
+    print(f"  ppo.reward.url={address} ppo.reward.name={scorer.name}")
+    if not is_local(listener):
         print(
             "Others on the network can reach this address, without encryption"
             + ("." if key else " and without a key (--key-env).")
         )
     print("Ctrl-C ends it.", flush=True)
-    serve(make_app(scores, key), bound)
+    serve(make_app(scorer, key), listener)
 
 
-def load_scores(outputs: Path, run: str, wanted: ServeOptions) -> RequestScorer:
-    """Load a reward model and name it after all that decides its scores.
+def load_request_scorer(outputs: Path, run: str, options: ServeOptions) -> RequestScorer:
+    """Load a reward model; its name is a digest of everything that determines its scores.
 
     Raises:
         UserError: see `serve_reward`.
     """
-    folder, config = _found(OutputFolder(outputs), run, wanted)
+    folder, config = _model_and_config(OutputFolder(outputs), run, options)
     half = Dtype.bfloat16 in (config.distributed.precision, config.model.dtype)
     precision: Precision = "bfloat16" if half else "float32"
     model = RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config))
     codec = Codec(load_tokenizer(folder), config.data.format.value)
     longest = max(config.reward.seq_length, config.ppo.seq_length)
     context = getattr(model.trunk.config, "max_position_embeddings", None) or longest
-    length = min(wanted.seq_length or longest, context)
+    length = min(options.seq_length or longest, context)
     scorer = ModelScorer(
         model,
         codec,
         None,
         open_world(precision),
-        wanted.batch or config.ppo.generation.batch,
+        options.batch or config.ppo.generation.batch,
         length,
-        _device(wanted.device),
+        _device(options.device),
     )
     digest = DigestCache(outputs / "cache" / "digests.json").folder(folder, MODEL_FILES)
-    how = [config.data.format.name, config.model.dtype.name, precision, length]
-    return RequestScorer(scorer, codec, key_of({"model": digest, "how": how}))
+    settings = [config.data.format.name, config.model.dtype.name, precision, length]
+    return RequestScorer(scorer, codec, key_of({"model": digest, "how": settings}))
 
 
-def _found(outputs: OutputFolder, run: str, wanted: ServeOptions) -> tuple[Path, Config]:
-    """Return the folder of a reward model, and the config to use it with."""
+def _model_and_config(
+    outputs: OutputFolder, run: str, options: ServeOptions
+) -> tuple[Path, Config]:
+    """Return the folder of a reward model, and the config for its use."""
     folder, artifacts = Path(run), dict[str, Artifact]()
     if (folder / MANIFEST).is_file():
-        found = Artifact(folder, Manifest.read(folder))
-        artifacts = {found.stage: found}
+        artifact = Artifact(folder, Manifest.read(folder))
+        artifacts = {artifact.stage: artifact}
     elif not folder.is_dir():
         artifacts = outputs.artifacts(run)
     config = Config()
     if artifacts:
         if "reward" not in artifacts:
-            has = ", ".join(artifacts)
-            raise UserError(f"serve-reward {run}: no reward model there, only {has}")
+            stages = ", ".join(artifacts)
+            raise UserError(f"serve-reward {run}: no reward model there, only {stages}")
         folder = artifacts["reward"].path / "model"
-        # Of the last stage: a reward model may have been trained for a run with other lengths.
+        # The last stage's config: the run may use other lengths than the reward model's training.
         config = from_dict(list(artifacts.values())[-1].manifest.config)
     else:
-        config.data.format = PromptFormat[wanted.format]
-    if wanted.dtype is not None:
-        config.model.dtype = config.distributed.precision = Dtype[wanted.dtype]
+        config.data.format = PromptFormat[options.format]
+    if options.dtype is not None:
+        config.model.dtype = config.distributed.precision = Dtype[options.dtype]
     return folder, config
 
 

@@ -1,6 +1,6 @@
-"""`rlhf-exp store ls` and `gc`: what the runs of an output folder take on disk, and what may go.
+"""`rlhf-exp store ls|show|rm|gc`: artifacts of an output folder, their disk space and deletion.
 
-What `rlhf-exp store ls|show|rm|gc` print: rows for programs, tables for people.
+Functions that return rows are for programs, those that return tables for people.
 """
 
 from __future__ import annotations
@@ -32,78 +32,35 @@ from rlhf_exp.store.lease import holders
 from rlhf_exp.store.run_records import Records
 from rlhf_exp.store.store import Store
 
-HEADER = ("name", "runs", "total", "of its own", "shared", "unfinished", "logs", "W&B, of these")
+USAGE_HEADER = (
+    "name",
+    "runs",
+    "total",
+    "of its own",
+    "shared",
+    "unfinished",
+    "logs",
+    "W&B, of these",
+)
+TABLE_WIDTH = 120
+MAX_FILES_SHOWN = 20
+RESUME_FOLDERS = ("checkpoints/", "best/", "kept/")
+"""Folders of an artifact from which a longer run can continue."""
 
 
 def listing(outputs: Path) -> str:
-    """Return the table of all results and unfinished work, and that of each name's disk space."""
-    found = OutputFolder(outputs)
-    shown = artifact_table(list_artifacts(found.store, users(found.records)))
-    rows = [_row(one) for one in sizes(found.store, found.records)]
+    """Return the tables of all artifacts and unfinished stages, and of each name's disk space."""
+    folder = OutputFolder(outputs)
+    text = artifact_table(list_artifacts(folder.store, users(folder.records)))
+    rows = [_usage_row(usage) for usage in sizes(folder.store, folder.records)]
     if rows:
-        shown += "\n" + table(HEADER, rows, title="Disk space by name of the runs")
-    return shown
+        text += "\n" + table(USAGE_HEADER, rows, title="Disk space by name of the runs")
+    return text
 
 
-def collect_garbage(
-    outputs: Path,
-    dry_run: bool,
-    older_than: str | None = None,
-    sweep: str | None = None,
-    keep: str | None = None,
-) -> str:
-    """Delete what no run refers to, and return the table of what went, or would go.
-
-    Args:
-        outputs: The output folder.
-        dry_run: Only say it.
-        older_than: What was used more lately stays: `7d`; an hour by default.
-        sweep: A name whose runs are thinned out.
-        keep: Which of its runs keep their results: `best:3` or `last:5`.
-
-    Raises:
-        UserError: An argument is not understood, or one of `sweep` and `keep` is missing.
-    """
-    if (sweep is None) != (keep is None):
-        raise UserError("store gc: --sweep NAME and --keep best:N go together; give both or none")
-    found = OutputFolder(outputs)
-    rule = None if sweep is None or keep is None else RetentionRule.parse(sweep, keep)
-    grace = GRACE_S if older_than is None else seconds_of(older_than)
-    kept = kept_keys(found.records, rule) | queued_keys(outputs, found.records)
-    removals = found.store.gc(kept, dry_run, grace_s=grace)
-    shown = removal_table(removals, dry_run)
-    gone = {one.path for one in removals}
-    later = [one for one in found.store.gc(kept, True, grace_s=0) if one.path not in gone]
-    if later and grace > 0:
-        size = human_size(sum(one.bytes for one in later))
-        shown += (
-            f"kept for now: {len(later)} more, {size}, used in the last {human_age(grace)}; "
-            "--older-than 0 takes them too, if nothing runs now\n"
-        )
-    return shown
-
-
-def queued_keys(outputs: Path, records: Records) -> set[str]:
-    """Return the keys that jobs in a queue need or make; they have no record before they start."""
-    kept: set[str] = set()
-    for name in submitted_names(outputs):
-        ended = {one.key for one in records.sweep(name) if one.status in ENDED}
-        jobs = [job for made, job in latest_jobs(outputs, name) if job.id not in made.cancelled]
-        waiting = [job for job in jobs if not job.shared and job.key not in ended]
-        if waiting:
-            kept |= {job.key for job in jobs if job.shared or job in waiting}
-    return kept
-
-
-def _row(usage: DiskUsage) -> tuple[str, ...]:
+def _usage_row(usage: DiskUsage) -> tuple[str, ...]:
     numbers = (usage.total, usage.own, usage.shared, usage.unfinished, usage.logs, usage.tracked)
     return (usage.name, str(usage.points), *map(human_size, numbers))
-
-
-TABLE_WIDTH = 120
-SHOWN_FILES = 20
-STATE = ("checkpoints/", "best/", "kept/")
-"""What a result holds so that a longer run can go on from it."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +74,9 @@ class ArtifactRow:
         bytes: size of its files.
         age_s: seconds since it was made, or last changed if it is not done.
         used_s: seconds since a run last used it; None if it is not done.
-        objective: what a sweep optimises, if the stage has it.
+        objective: the value that a sweep optimises, if the stage has one.
         path: its folder.
-        note: whose it is, who works on it, or what is wrong.
+        note: the runs it belongs to, the process that works on it, or what is wrong.
     """
 
     stage: str
@@ -136,23 +93,25 @@ class ArtifactRow:
 def list_artifacts(
     store: Store, users: Mapping[str, Sequence[str]] | None = None
 ) -> list[ArtifactRow]:
-    """Return a row for each artifact, each unfinished or running work, and each damaged folder.
+    """Return a row for each artifact, each unfinished or running stage, and each damaged folder.
 
     Args:
         store: The store.
-        users: The names of the runs that came to a key, by key; they become the artifacts' notes.
+        users: The names of the runs that use an artifact, by key; None leaves them out.
     """
     rows = []
-    for one in store.all():
+    for artifact in store.all():
         with suppress(FileNotFoundError):  # deleted meanwhile
-            rows.append(_artifact_row(one, None if users is None else users.get(one.key, ())))
+            rows.append(
+                _artifact_row(artifact, None if users is None else users.get(artifact.key, ()))
+            )
     done = {(row.stage, row.key) for row in rows}
-    working = {(one.stage, one.key): one for one in holders(store.root)}
+    holder_of = {(artifact.stage, artifact.key): artifact for artifact in holders(store.root)}
     for folder in sorted((store.root / ".staging").glob("*/")):
         stage, _, key = folder.name.partition("-")
         if (stage, key) in done:
             continue
-        holder = working.get((stage, key))
+        holder = holder_of.get((stage, key))
         rows.append(
             ArtifactRow(
                 stage=stage,
@@ -177,6 +136,29 @@ def list_artifacts(
     return rows
 
 
+def _artifact_row(artifact: Artifact, users: Sequence[str] | None) -> ArtifactRow:
+    note = "" if users is None else f"of {', '.join(users)}" if users else "no run refers to it"
+    resume_bytes = sum(
+        file.size
+        for name, file in artifact.manifest.files.items()
+        if name.startswith(RESUME_FOLDERS)
+    )
+    if resume_bytes:
+        note += f"{'; ' if note else ''}{human_size(resume_bytes)} to go on from"
+    created = datetime.fromisoformat(artifact.manifest.created)
+    return ArtifactRow(
+        stage=artifact.stage,
+        key=artifact.key,
+        state="done",
+        bytes=artifact.size,
+        age_s=(datetime.now(UTC) - created).total_seconds(),
+        used_s=time.time() - (artifact.path / MANIFEST).stat().st_mtime,
+        objective=artifact.manifest.objective,
+        path=artifact.path,
+        note=note,
+    )
+
+
 def artifact_table(rows: Sequence[ArtifactRow], width: int = TABLE_WIDTH) -> str:
     """Return the rows as a table with a total, `width` columns wide."""
     if not rows:
@@ -196,11 +178,11 @@ def artifact_table(rows: Sequence[ArtifactRow], width: int = TABLE_WIDTH) -> str
     ]
     total = human_size(sum(row.bytes for row in rows))
     header = ("stage", "key", "state", "size", "age", "last used", "objective", "")
-    return _rendered(f"{len(rows)} entries, {total}", header, lines, width, right=(3, 4, 5, 6))
+    return _render_table(f"{len(rows)} entries, {total}", header, lines, width, right=(3, 4, 5, 6))
 
 
 def show(artifact: Artifact, width: int = TABLE_WIDTH) -> str:
-    """Return all that the manifest says, for people; long lists are cut and counted."""
+    """Return an artifact's manifest as tables, with the largest files only."""
     manifest = artifact.manifest
     git = manifest.git
     revision = f"{git.get('revision', 'none')}{' (with changes)' if git.get('dirty') else ''}"
@@ -216,54 +198,115 @@ def show(artifact: Artifact, width: int = TABLE_WIDTH) -> str:
         ("versions", ", ".join(f"{name} {text}" for name, text in manifest.versions.items())),
         ("code", f"{len(manifest.code)} modules"),
     ]
-    parts = [_rendered(f"{artifact.stage}/{artifact.key}", ("", ""), facts, width)]
+    parts = [_render_table(f"{artifact.stage}/{artifact.key}", ("", ""), facts, width)]
     metrics = dict(manifest.metrics)
     if manifest.objective is not None:
         metrics["objective"] = manifest.objective
     if metrics:
         numbers = [(name, f"{value:.6g}") for name, value in sorted(metrics.items())]
-        parts.append(_rendered("metrics", ("metric", "value"), numbers, width, right=(1,)))
+        parts.append(_render_table("metrics", ("metric", "value"), numbers, width, right=(1,)))
     files = sorted(manifest.files.items(), key=lambda item: -item[1].size)
-    lines = [(name, human_size(one.size), one.sha256[:16]) for name, one in files[:SHOWN_FILES]]
-    if len(files) > SHOWN_FILES:
-        lines.append((f"... and {len(files) - SHOWN_FILES} smaller ones", "", ""))
-    parts.append(_rendered("files", ("file", "size", "sha256"), lines, width, right=(1,)))
+    lines = [
+        (name, human_size(file.size), file.sha256[:16]) for name, file in files[:MAX_FILES_SHOWN]
+    ]
+    if len(files) > MAX_FILES_SHOWN:
+        lines.append((f"... and {len(files) - MAX_FILES_SHOWN} smaller ones", "", ""))
+    parts.append(_render_table("files", ("file", "size", "sha256"), lines, width, right=(1,)))
     parts.append(f"config: {artifact.path / MANIFEST}\n")
     return "\n".join(parts)
 
 
 def remove(store: Store, prefixes: Iterable[str], dry_run: bool) -> str:
-    """Delete the artifacts with these key prefixes and say so.
+    """Delete the artifacts with these key prefixes; return the table of them.
 
     Raises:
-        UserError: a prefix fits none or several, or one is in use; before anything is deleted.
+        UserError: a prefix fits no artifact or several, or one is in use. Nothing is deleted then.
     """
-    wanted = {one.key: one for one in map(store.get, prefixes)}
-    for one in wanted.values():
-        store.remove(one, dry_run=True)
+    artifacts = {artifact.key: artifact for artifact in map(store.get, prefixes)}
+    for artifact in artifacts.values():
+        store.remove(artifact, dry_run=True)
     warnings = [
-        f"made from {one.stage}/{one.key} and kept: {child.stage}/{child.key}\n"
-        for one in wanted.values()
-        for child in store.children(one.key)
-        if child.key not in wanted
+        f"made from {artifact.stage}/{artifact.key} and kept: {child.stage}/{child.key}\n"
+        for artifact in artifacts.values()
+        for child in store.children(artifact.key)
+        if child.key not in artifacts
     ]
-    removals = [store.remove(one, dry_run) for one in wanted.values()]
+    removals = [store.remove(artifact, dry_run) for artifact in artifacts.values()]
     return removal_table(removals, dry_run) + "".join(warnings)
+
+
+def collect_garbage(
+    outputs: Path,
+    dry_run: bool,
+    older_than: str | None = None,
+    sweep: str | None = None,
+    keep: str | None = None,
+) -> str:
+    """Delete what no run refers to; return the table of what was, or would be, deleted.
+
+    Args:
+        outputs: The output folder.
+        dry_run: Whether to delete nothing.
+        older_than: Time since the last use, such as `7d`, below which nothing is deleted; one hour
+            by default.
+        sweep: A name whose runs may lose their results, by `keep`.
+        keep: The runs of `sweep` that keep their results: `best:3` or `last:5`.
+
+    Raises:
+        UserError: An argument is invalid, or one of `sweep` and `keep` is missing.
+    """
+    if (sweep is None) != (keep is None):
+        raise UserError("store gc: --sweep NAME and --keep best:N go together; give both or none")
+    folder = OutputFolder(outputs)
+    rule = None if sweep is None or keep is None else RetentionRule.parse(sweep, keep)
+    grace = GRACE_S if older_than is None else seconds_of(older_than)
+    used_keys = kept_keys(folder.records, rule) | queued_keys(outputs, folder.records)
+    removals = folder.store.gc(used_keys, dry_run, grace_s=grace)
+    text = removal_table(removals, dry_run)
+    removed_paths = {removal.path for removal in removals}
+    kept_for_now = [
+        removal
+        for removal in folder.store.gc(used_keys, True, grace_s=0)
+        if removal.path not in removed_paths
+    ]
+    if kept_for_now and grace > 0:
+        size = human_size(sum(removal.bytes for removal in kept_for_now))
+        text += (
+            f"kept for now: {len(kept_for_now)} more, {size}, used in the last {human_age(grace)}; "
+            "--older-than 0 takes them too, if nothing runs now\n"
+        )
+    return text
+
+
+def queued_keys(outputs: Path, records: Records) -> set[str]:
+    """Return the keys that queued jobs need or make; before they start, no record has them."""
+    keys: set[str] = set()
+    for name in submitted_names(outputs):
+        ended = {record.key for record in records.sweep(name) if record.status in ENDED}
+        jobs = [
+            job
+            for submission, job in latest_jobs(outputs, name)
+            if job.id not in submission.cancelled
+        ]
+        waiting = [job for job in jobs if not job.shared and job.key not in ended]
+        if waiting:
+            keys |= {job.key for job in jobs if job.shared or job in waiting}
+    return keys
 
 
 def removal_table(removals: Sequence[Removal], dry_run: bool, width: int = TABLE_WIDTH) -> str:
     """Return the table of what was deleted, or (`dry_run`) would be."""
     if not removals:
         return "nothing to delete\n"
-    total = human_size(sum(one.bytes for one in removals))
+    total = human_size(sum(removal.bytes for removal in removals))
     verb = "would be deleted" if dry_run else "deleted"
-    lines = [(str(one.path), human_size(one.bytes), one.reason) for one in removals]
+    lines = [(str(removal.path), human_size(removal.bytes), removal.reason) for removal in removals]
     header = ("folder", "size", "why")
-    return _rendered(f"{len(removals)} {verb}, {total}", header, lines, width, right=(1,))
+    return _render_table(f"{len(removals)} {verb}, {total}", header, lines, width, right=(1,))
 
 
 def human_age(seconds: float) -> str:
-    """Return a span of time for people: `12 s`, `5 min`, `3.2 h`, `4.0 days`."""
+    """Return a duration as text: `12 s`, `5 min`, `3.2 h`, `4.0 days`."""
     if seconds < 60:
         return f"{max(0.0, seconds):.0f} s"
     if seconds < 3600:
@@ -271,26 +314,7 @@ def human_age(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 86400 else f"{seconds / 86400:.1f} days"
 
 
-def _artifact_row(one: Artifact, users: Sequence[str] | None) -> ArtifactRow:
-    note = "" if users is None else f"of {', '.join(users)}" if users else "no run refers to it"
-    state = sum(file.size for name, file in one.manifest.files.items() if name.startswith(STATE))
-    if state:
-        note += f"{'; ' if note else ''}{human_size(state)} to go on from"
-    made = datetime.fromisoformat(one.manifest.created)
-    return ArtifactRow(
-        stage=one.stage,
-        key=one.key,
-        state="done",
-        bytes=one.size,
-        age_s=(datetime.now(UTC) - made).total_seconds(),
-        used_s=time.time() - (one.path / MANIFEST).stat().st_mtime,
-        objective=one.manifest.objective,
-        path=one.path,
-        note=note,
-    )
-
-
-def _rendered(
+def _render_table(
     title: str,
     header: Sequence[str],
     lines: Iterable[Sequence[str]],
@@ -302,12 +326,12 @@ def _rendered(
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title=Text(title), title_justify="left", box=SIMPLE, show_header=any(header))
+    rich_table = Table(title=Text(title), title_justify="left", box=SIMPLE, show_header=any(header))
     for number, name in enumerate(header):
-        drawn.add_column(name, justify="right" if number in right else "left", overflow="fold")
+        rich_table.add_column(name, justify="right" if number in right else "left", overflow="fold")
     for line in lines:
         # As Text, because a name with square brackets is not markup.
-        drawn.add_row(*(Text(cell) for cell in line))
-    out = io.StringIO()
-    Console(file=out, width=width, no_color=True, highlight=False).print(drawn)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+        rich_table.add_row(*(Text(cell) for cell in line))
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, no_color=True, highlight=False).print(rich_table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"

@@ -1,6 +1,6 @@
-"""`rlhf-exp sync`: sends to W&B what was recorded offline.
+"""`rlhf-exp sync` sends to W&B what was recorded offline; `fetch` downloads from the hub and pins.
 
-`rlhf-exp fetch`: downloads what a run needs from the hub, on a machine that has a network.
+Both are for a machine with a network that sees the same files as one without, such as a login node.
 """
 
 from __future__ import annotations
@@ -24,20 +24,54 @@ from rlhf_exp.tracking.wandb_sync import RunStart, last_step_sent, send, starts_
 
 HEADER = ("stage", "key", "run", "starts", "state", "where")
 FAILED = "failed"
-REACH_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
+
+
+def sync(outputs: Path, run: str, dry_run: bool, tell: Callable[[str], None]) -> tuple[str, int]:
+    """Send all unsent records of a run, or of each point of a multirun.
+
+    Args:
+        outputs: The output folder.
+        run: A run or multirun.
+        dry_run: Whether only to say what would be sent.
+        tell: Prints progress.
+
+    Returns:
+        A table of all runs, and the number of runs that could not be sent.
+
+    Raises:
+        UserError: W&B cannot be reached.
+    """
+    tracked_runs = list(_tracked_runs(OutputFolder(outputs), run))
+    if not tracked_runs:
+        return f"{run}: nothing was recorded for W&B (tracking=disabled, or no stage ran)\n", 0
+    to_send = [
+        tracked for tracked in tracked_runs if not tracked.running and unsent(tracked.starts)
+    ]
+    if to_send and not dry_run:
+        _check_server()
+    rows = []
+    for tracked in tracked_runs:
+        if tracked in to_send and not dry_run:
+            tell(f"{tracked.stage} {tracked.key}: sending run {tracked.run_id}")
+        state, where = _send(tracked, dry_run)
+        rows.append(
+            (tracked.stage, tracked.key, tracked.run_id, str(len(tracked.starts)), state, where)
+        )
+    return table(HEADER, rows), sum(row[4] == FAILED for row in rows)
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The W&B run of one stage's execution, and where its files are.
+    """The W&B run of one stage, and its files.
 
     Attributes:
         stage: The stage.
         key: Its key.
         folder: Its folder, in the store or in staging.
-        starts: What was recorded; nothing if that cannot be read.
-        running: Whether a process is at work in the folder.
-        damage: Why it cannot be read, or "".
+        starts: The records of each start of the stage; empty if unreadable.
+        running: Whether a process works in the folder.
+        damage: The reason why the records are unreadable, or "".
     """
 
     stage: str
@@ -53,39 +87,9 @@ class TrackedRun:
         return self.starts[0].run_id if self.starts else ""
 
 
-def sync(outputs: Path, run: str, dry_run: bool, tell: Callable[[str], None]) -> tuple[str, int]:
-    """Send all that has not been sent of a run, or of each point of a multirun.
-
-    Args:
-        outputs: The output folder.
-        run: A run or multirun.
-        dry_run: Whether only to say what would be sent.
-        tell: Says what is under way.
-
-    Returns:
-        A table of all runs, and how many could not be sent.
-
-    Raises:
-        UserError: W&B cannot be reached.
-    """
-    found = list(_tracked(OutputFolder(outputs), run))
-    if not found:
-        return f"{run}: nothing was recorded for W&B (tracking=disabled, or no stage ran)\n", 0
-    work = [one for one in found if not one.running and unsent(one.starts)]
-    if work and not dry_run:
-        _check_server()
-    rows = []
-    for one in found:
-        if one in work and not dry_run:
-            tell(f"{one.stage} {one.key}: sending run {one.run_id}")
-        state, where = _sent(one, dry_run)
-        rows.append((one.stage, one.key, one.run_id, str(len(one.starts)), state, where))
-    return table(HEADER, rows), sum(row[4] == FAILED for row in rows)
-
-
-def _tracked(outputs: OutputFolder, run: str) -> Iterator[TrackedRun]:
-    """Yield every W&B run that the points of `run` have made or use, once, parents first."""
-    held = {(one.stage, one.key) for one in holders(outputs.store.root)}
+def _tracked_runs(outputs: OutputFolder, run: str) -> Iterator[TrackedRun]:
+    """Yield every W&B run of the stages of `run`, once, parents first."""
+    in_progress = {(holder.stage, holder.key) for holder in holders(outputs.store.root)}
     seen = set()
     for record in outputs.records.resolve_all(run, outputs.store):
         for stage, key in record.keys.items():
@@ -96,7 +100,7 @@ def _tracked(outputs: OutputFolder, run: str) -> Iterator[TrackedRun]:
             unfinished = outputs.store.unfinished(stage, key)
             folders = (None if artifact is None else artifact.path, unfinished)
             for folder in filter(None, folders):
-                running = folder == unfinished and (stage, key) in held
+                running = folder == unfinished and (stage, key) in in_progress
                 try:
                     starts = starts_of(folder)
                 except UserError as error:
@@ -106,35 +110,35 @@ def _tracked(outputs: OutputFolder, run: str) -> Iterator[TrackedRun]:
                     yield TrackedRun(stage, key, folder, starts, running)
 
 
-def _sent(one: TrackedRun, dry_run: bool) -> tuple[str, str]:
-    """Send a run; return its state and where it is to be seen, or what went wrong."""
-    if one.running:
+def _send(tracked: TrackedRun, dry_run: bool) -> tuple[str, str]:
+    """Send a run; return its state, and its URL or what went wrong."""
+    if tracked.running:
         return "running", "send it when it has ended"
-    if one.damage:
-        return FAILED, one.damage
-    pieces = unsent(one.starts)
+    if tracked.damage:
+        return FAILED, tracked.damage
+    pieces = unsent(tracked.starts)
     if not pieces:
         return "sent before", ""
     if dry_run:
         count = sum(len(piece.steps) for piece in pieces)
         return "would send", f"{count} rows of {len(pieces)} starts"
-    return _send_all(one)
+    return _send_pieces(tracked)
 
 
-def _send_all(one: TrackedRun) -> tuple[str, str]:
+def _send_pieces(tracked: TrackedRun) -> tuple[str, str]:
     from rlhf_exp.tracking.wandb_tracker import wandb
 
-    where = ""
+    url = ""
     try:
-        after = last_step_sent(one.starts)
+        last_step = last_step_sent(tracked.starts)
     except wandb.Error as error:
         return FAILED, f"W&B does not say what it has of the run: {error}"
-    for piece in unsent(one.starts, after):
-        result = send(piece, one.folder)
-        if result.error is not None:  # later starts would take the place of this one's rows
+    for piece in unsent(tracked.starts, last_step):
+        result = send(piece, tracked.folder)
+        if result.error is not None:  # W&B would put later starts in the place of these rows
             return FAILED, result.error
-        where = result.url or where
-    return "sent", where
+        url = result.url or url
+    return "sent", url
 
 
 def _check_server() -> None:
@@ -142,8 +146,8 @@ def _check_server() -> None:
 
     url = str(wandb.setup().settings.base_url)
     try:
-        urllib.request.urlopen(url, timeout=REACH_S).close()
-    except urllib.error.HTTPError:  # it answers
+        urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_S).close()
+    except urllib.error.HTTPError:  # the server answers
         return
     except OSError as error:
         raise UserError(
@@ -153,28 +157,28 @@ def _check_server() -> None:
 
 
 def fetch(
-    overrides: Sequence[str], folder: Path | None, update: bool, tell: Callable[[str], None]
+    overrides: Sequence[str], config_dir: Path | None, update: bool, tell: Callable[[str], None]
 ) -> None:
     """Fetch and pin the models and data of a run, or of each point of a multirun.
 
     Args:
         overrides: As on `launch.py`'s command line.
-        folder: A further config folder.
+        config_dir: A further config folder.
         update: Whether to forget earlier pins and take the newest revisions.
-        tell: Says what was fetched.
+        tell: Prints each download.
 
     Raises:
         UserError: Something cannot be fetched, or the command line is wrong.
     """
-    folders = [CONF, *([folder.expanduser().resolve()] if folder else [])]
-    wanted = wrap_list_values(overrides)
-    raise_problems(override_problems(wanted, read_groups(folders)))
-    found: dict[hub.Need, Path] = {}
-    for point in sweep_points(wanted):
+    folders = [CONF, *([config_dir.expanduser().resolve()] if config_dir else [])]
+    expanded = wrap_list_values(overrides)
+    raise_problems(override_problems(expanded, read_groups(folders)))
+    output_dirs: dict[hub.Need, Path] = {}
+    for point in sweep_points(expanded):
         config = compose(point, folders).config
-        found |= dict.fromkeys(hub.needs(config, plan(config)), Path(config.output_dir))
-    for need, output_dir in found.items():
+        output_dirs |= dict.fromkeys(hub.needs(config, plan(config)), Path(config.output_dir))
+    for need, output_dir in output_dirs.items():
         pin = hub.fetch(output_dir, need, update)
         tell(f"{need}: revision {pin.commit}, {len(pin.files)} files")
-    if not found:
+    if not output_dirs:
         tell("nothing of this run comes from the hub")

@@ -1,14 +1,11 @@
-"""Validated text rows: what every source yields, before any tokenizer is known.
+"""Text rows of a data set: prompts, demonstrations and preferences, and their splits.
 
-A *history* is a dialogue up to and including the human turn that asks for a response. Rows carry an
-`origin` ("file:line", "toy:17"), so that whatever is wrong with one can be pointed at.
+Every source yields these rows, before any tokenizer is known. A *history* is a dialogue up to and
+including the human turn that asks for a response. A row's `origin` ("file:line", "toy:17") lets
+errors point at it.
 
-What one kind of row can stand in for: pairs as demonstrations and prompts, and so on.
-
-Which prompts are held out, by hash.
-
-Where a prompt goes depends on nothing but its own text, so that it stays there when a file grows or
-is shuffled, and all rows of one prompt stay together, of whatever kind they are.
+Prompts are held out by the hash of their own text. So a prompt stays in its split when a file grows
+or is shuffled, and all rows of one prompt, of whatever kind, are in one split.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ History = tuple[Turn, ...]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A history to answer; `original` is the data set's own response, where it has one."""
+    """A history to answer; `original` is the data set's own response, if it has one."""
 
     history: History
     original: str | None
@@ -89,13 +86,13 @@ class Splits(Generic[T]):
 
 @dataclass(frozen=True)
 class Corpus:
-    """All that one source has to offer.
+    """All rows of one source.
 
     Attributes:
         demonstrations: for SFT.
         preferences: for the reward model.
         prompts: for PPO (train) and evaluation (validation, test).
-        unusable: the rows that could not be used.
+        unusable: rows that could not be used, with reasons.
         dropped: usable rows left out because their prompt belongs to another split.
         digest: sha256 of all rows' content, in order.
     """
@@ -124,7 +121,7 @@ def make_corpus(
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
-    """Return the sha256 of the rows' content in order; where they came from does not count."""
+    """Return the sha256 of the rows' content in order; their origins do not count."""
     digest = hashlib.sha256()
     for row in rows:
         content = asdict(row)
@@ -134,24 +131,11 @@ def rows_digest(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-def prompt_key(history: History) -> str:
-    """Return the sha256 that decides a prompt's split.
-
-    Case, white space and Unicode's compatible spellings are levelled first, so that near copies of
-    one prompt cannot end up on both sides of a split.
-    """
-    turns = [
-        f"{turn.role}:{' '.join(unicodedata.normalize('NFKC', turn.text).casefold().split())}"
-        for turn in history
-    ]
-    return hashlib.sha256("\n".join(turns).encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def convert_row(row: Row, kind: type[Row] | None) -> Row:
-    """Return `row` as what it was given for.
+    """Return `row` as a row of `kind`; None leaves it as it is.
 
     Raises:
-        ValueError: it has too few fields for that.
+        ValueError: it has too few fields for that kind.
     """
     if kind is None or isinstance(row, kind):
         return row
@@ -159,8 +143,8 @@ def convert_row(row: Row, kind: type[Row] | None) -> Row:
         return _as_prompt(row)
     if kind is Demonstration and isinstance(row, Preference) and row.chosen:
         return Demonstration(row.history, row.chosen, row.origin)
-    wanted = "a prompt with a response" if kind is Demonstration else "`chosen` and `rejected`"
-    raise ValueError(f"{wanted} expected, found a {type(row).__name__.lower()}")
+    expected = "a prompt with a response" if kind is Demonstration else "`chosen` and `rejected`"
+    raise ValueError(f"{expected} expected, found a {type(row).__name__.lower()}")
 
 
 def _as_prompt(row: Row) -> Prompt:
@@ -171,14 +155,14 @@ def _as_prompt(row: Row) -> Prompt:
 
 
 def preferences_of(rows: Sequence[Row]) -> list[Preference]:
-    """Return the pairs."""
+    """Return the preference pairs among the rows."""
     return [row for row in rows if isinstance(row, Preference)]
 
 
 def demonstrations_of(rows: Sequence[Row]) -> list[Demonstration]:
-    """Return the demonstrations given, or else the pairs' chosen sides that say something."""
-    given = [row for row in rows if isinstance(row, Demonstration)]
-    return given or [
+    """Return the demonstrations among the rows; if there are none, the pairs' chosen responses."""
+    demonstrations = [row for row in rows if isinstance(row, Demonstration)]
+    return demonstrations or [
         Demonstration(row.history, row.chosen, row.origin)
         for row in preferences_of(rows)
         if row.chosen
@@ -186,62 +170,75 @@ def demonstrations_of(rows: Sequence[Row]) -> list[Demonstration]:
 
 
 def prompts_of(rows: Sequence[Row]) -> list[Prompt]:
-    """Return the prompts given, or else those of all rows; each prompt once, as it came first."""
-    given = [row for row in rows if isinstance(row, Prompt)]
-    first: dict[str, Prompt] = {}
-    for prompt in given or map(_as_prompt, rows):
-        first.setdefault(prompt_key(prompt.history), prompt)
-    return list(first.values())
+    """Return the prompts among the rows, or else those of all rows; the first of equal prompts."""
+    prompts = [row for row in rows if isinstance(row, Prompt)]
+    first_by_key: dict[str, Prompt] = {}
+    for prompt in prompts or map(_as_prompt, rows):
+        first_by_key.setdefault(prompt_key(prompt.history), prompt)
+    return list(first_by_key.values())
 
 
-_RANGE = 2**64
+def prompt_key(history: History) -> str:
+    """Return the sha256 that decides a prompt's split.
+
+    Case, white space and compatible Unicode characters are normalised first, so that near copies of
+    a prompt are in the same split.
+    """
+    turns = [
+        f"{turn.role}:{' '.join(unicodedata.normalize('NFKC', turn.text).casefold().split())}"
+        for turn in history
+    ]
+    return hashlib.sha256("\n".join(turns).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def held_out_keys(
     keys: Iterable[str],
-    own_test: set[str],
+    test_keys: set[str],
     validation_fraction: float,
     test_fraction: float,
 ) -> tuple[set[str], set[str]]:
     """Return the keys of the validation and of the test prompts.
 
-    The highest hashes are put aside for validation; the lowest for test, unless the source has a
-    test split of its own. A fraction above 0 puts aside at least one prompt, as long as that leaves
-    one to train on.
+    The prompts with the highest hashes are for validation, those with the lowest for test, unless
+    the source has a test split of its own. A fraction above 0 holds out at least one prompt, if
+    that leaves one to train on.
 
     Args:
         keys: `prompt_key` of every row.
-        own_test: keys of the source's own test split, or none.
-        validation_fraction: of the hashes' range.
-        test_fraction: the same; not used if there is an `own_test`.
+        test_keys: keys of the source's own test split; empty if it has none.
+        validation_fraction: expected share of the prompts held out for validation.
+        test_fraction: the same for test; not used if there are `test_keys`.
     """
-    free = sorted(set(keys) - own_test)
-    test = own_test
-    if not own_test:
-        places = [_place(key) for key in free]
-        test = set(free[: _count_below(places, test_fraction)])
-        free = free[len(test) :]
-    from_the_top = [1 - _place(key) for key in reversed(free)]
-    validation = set(free[len(free) - _count_below(from_the_top, validation_fraction) :])
+    undecided = sorted(set(keys) - test_keys)
+    test = test_keys
+    if not test_keys:
+        fractions = [_hash_fraction(key) for key in undecided]
+        test = set(undecided[: _count_below(fractions, test_fraction)])
+        undecided = undecided[len(test) :]
+    from_above = [1 - _hash_fraction(key) for key in reversed(undecided)]
+    validation = set(undecided[len(undecided) - _count_below(from_above, validation_fraction) :])
     return validation, test
 
 
 def part_number(key: str, parts: int) -> int:
     """Return the part, 1 to `parts`, that a prompt's `prompt_key` belongs to.
 
-    By other digits of the hash than `held_out_keys`, so that every part is drawn from the whole range.
+    It depends on other digits of the hash than `held_out_keys`, so parts do not follow the splits.
     """
     return int(key[16:32], 16) % parts + 1
 
 
-def _place(key: str) -> float:
-    """Return where in the hashes' range, 0 to 1, a key lies."""
-    return int(key[:16], 16) / _RANGE
+_HASH_RANGE = 2**64
 
 
-def _count_below(places: Sequence[float], fraction: float) -> int:
-    """Return how many of the rising `places` lie below `fraction`: at least 1, but not all."""
+def _hash_fraction(key: str) -> float:
+    """Return a key's position in the range of hashes, from 0 to 1."""
+    return int(key[:16], 16) / _HASH_RANGE
+
+
+def _count_below(values: Sequence[float], fraction: float) -> int:
+    """Return how many of the ascending `values` are below `fraction`: at least 1, but not all."""
     if fraction <= 0:
         return 0
-    below = sum(place < fraction for place in places)
-    return max(min(max(below, 1), len(places) - 1), 0)
+    below = sum(place < fraction for place in values)
+    return max(min(max(below, 1), len(values) - 1), 0)

@@ -1,7 +1,7 @@
-"""Where rows come from: the bundled toy data, JSON lines, or the hub.
+"""Sources of data: the bundled toy data, JSON-lines files, and the Hugging Face hub.
 
-Every source gives the same `Corpus`. Preferences also serve as demonstrations (the chosen side) and
-as prompts, demonstrations also as prompts, unless rows of that kind are given.
+Each returns a `Corpus`. Preferences also serve as demonstrations (the chosen side) and as prompts,
+demonstrations also as prompts, unless a source has rows of that kind.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from rlhf_exp.data.rows import (
 )
 from rlhf_exp.errors import UserError
 
-Files = Path | str | Sequence[Path | str]
-SHOWN = 5  # unusable rows shown in an error
+FilePaths = Path | str | Sequence[Path | str]
+MAX_ROWS_SHOWN = 5
+"""Most unusable rows listed in an error."""
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a source's rows are taken.
+    """Limits and splits of a source that is read from files or the hub.
 
     Attributes:
-        validation_fraction: of the prompts, put aside by hash.
-        test_fraction: the same, where the source has no test split of its own.
-        max_bad_fraction: of the rows read, above which unusable ones stop the run.
-        limit: rows read of each file or split; `None` reads all.
+        validation_fraction: share of the prompts held out for validation, by hash.
+        test_fraction: the same for test, if the source has no test split of its own.
+        max_bad_fraction: most unusable rows, as a share of those read; more are an error.
+        limit: most rows read of each file or split; `None` reads all.
     """
 
     validation_fraction: float = 0.05
@@ -61,46 +62,52 @@ def load_toy(
     test: int = 200,
     label_noise: float = 0.12,
 ) -> Corpus:
-    """Generate the bundled data; `demonstrations`, `preferences`, `prompts` are rows to train on.
+    """Generate the bundled data.
 
-    `validation` and `test` count the prompts held out, and as many pairs. `label_noise` is the
-    expected share of pairs whose sides are exchanged.
+    Args:
+        seed: of the generator.
+        demonstrations: number of training rows for SFT.
+        preferences: number of training pairs.
+        prompts: number of training prompts for PPO.
+        validation: number of validation prompts, and of pairs.
+        test: number of test prompts, and of pairs.
+        label_noise: expected share of pairs whose sides are exchanged.
     """
     from rlhf_exp.data.toy.generate import ToySizes, corpus_rows
 
     sizes = ToySizes(demonstrations, preferences, prompts, validation, test)
-    demos, pairs, asked = corpus_rows(seed, sizes, label_noise)
-    return make_corpus(demos, pairs, asked, unusable=[])
+    demos, pairs, prompt_rows = corpus_rows(seed, sizes, label_noise)
+    return make_corpus(demos, pairs, prompt_rows, unusable=[])
 
 
 def load_jsonl(
     *,
-    preferences: Files = (),
-    demonstrations: Files = (),
-    prompts: Files = (),
-    test: Files = (),
-    rules: LoadOptions | None = None,
+    preferences: FilePaths = (),
+    demonstrations: FilePaths = (),
+    prompts: FilePaths = (),
+    test: FilePaths = (),
+    options: LoadOptions | None = None,
 ) -> Corpus:
     """Read `.jsonl` or `.jsonl.gz` files.
 
-    `test` holds rows of any kind; without it prompts are put aside by hash.
+    `test` holds rows of any kind; without it, prompts are held out by hash.
 
     Raises:
         UserError: a file is missing, too many rows are unusable, or none is usable.
     """
-    rules = rules or LoadOptions()
-    read = _Rows()
-    named: list[tuple[str, Files, type[Row] | None]] = [
+    options = options or LoadOptions()
+    reader = _RowReader()
+    inputs: list[tuple[str, FilePaths, type[Row] | None]] = [
         ("preferences", preferences, Preference),
         ("demonstrations", demonstrations, Demonstration),
         ("prompts", prompts, Prompt),
         ("test", test, None),
     ]
-    for name, files, kind in named:
+    for name, files, kind in inputs:
         for path in [files] if isinstance(files, (str, Path)) else files:
             records = read_jsonl(Path(path), f"data.{name}")
-            read.take(islice(records, rules.limit), kind, "test" if kind is None else "train")
-    return read.corpus(rules)
+            reader.read(islice(records, options.limit), kind, "test" if kind is None else "train")
+    return reader.corpus(options)
 
 
 def load_hub(
@@ -110,7 +117,7 @@ def load_hub(
     data_dir: str | None = None,
     train_split: str = "train",
     test_split: str = "test",
-    rules: LoadOptions | None = None,
+    options: LoadOptions | None = None,
 ) -> Corpus:
     """Load a data set from the hub, or from a folder in its layout, through `datasets`.
 
@@ -119,24 +126,24 @@ def load_hub(
         revision: commit, tag or branch.
         data_dir: a folder inside the data set.
         train_split: the split to train on.
-        test_split: the split to test on; where there is none, prompts are put aside by hash.
-        rules: how rows are taken.
+        test_split: the split to test on; if there is none, prompts are held out by hash.
+        options: limits and splits.
 
     Raises:
         UserError: it cannot be loaded, has no such split, or too many rows are unusable.
     """
-    rules = rules or LoadOptions()
+    options = options or LoadOptions()
     splits = _load_dataset(path, revision, data_dir)
     if train_split not in splits:
         raise UserError(
             f"data.path: {path} has no split {train_split!r}; it has {', '.join(splits)}"
         )
-    read = _Rows()
+    reader = _RowReader()
     for name, purpose in ((train_split, "train"), (test_split, "test")):
         if name in splits:
             records = ((f"{path}[{name}]:{n}", record) for n, record in enumerate(splits[name]))
-            read.take(islice(records, rules.limit), None, purpose)
-    return read.corpus(rules)
+            reader.read(islice(records, options.limit), None, purpose)
+    return reader.corpus(options)
 
 
 def _load_dataset(path: str, revision: str | None, data_dir: str | None) -> Any:  # noqa: ANN401
@@ -153,17 +160,17 @@ def _load_dataset(path: str, revision: str | None, data_dir: str | None) -> Any:
 
 
 @dataclass
-class _Rows:
-    """Rows read so far, by purpose, and those that could not be used."""
+class _RowReader:
+    """Reads records into rows to train and to test on; keeps those that cannot be used apart."""
 
     train: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
     unusable: list[UnusableRow] = field(default_factory=list)
 
-    def take(
+    def read(
         self, records: Iterable[tuple[str, object]], kind: type[Row] | None, purpose: str
     ) -> None:
-        """Parse `records`; with a `kind`, rows that cannot serve as it are unusable."""
+        """Parse `records`; with a `kind`, rows that cannot serve as that kind are unusable."""
         rows = self.test if purpose == "test" else self.train
         for origin, record in records:
             try:
@@ -173,44 +180,51 @@ class _Rows:
             except ValueError as error:
                 self.unusable.append(UnusableRow(origin, str(error)))
 
-    def corpus(self, rules: LoadOptions) -> Corpus:
-        """Divide the rows into splits, after checking that enough are usable."""
-        self._check(rules.max_bad_fraction)
+    def corpus(self, options: LoadOptions) -> Corpus:
+        """Return the rows in their splits.
+
+        Raises:
+            UserError: too many rows are unusable, or none is usable.
+        """
+        self._check(options.max_bad_fraction)
         keys = [prompt_key(row.history) for row in self.train]
-        own_test = {prompt_key(row.history) for row in self.test}
+        test_keys = {prompt_key(row.history) for row in self.test}
         validation, test = held_out_keys(
-            keys, own_test, rules.validation_fraction, rules.test_fraction
+            keys, test_keys, options.validation_fraction, options.test_fraction
         )
-        parts: Splits[Row] = Splits(test=self.test)
+        splits: Splits[Row] = Splits(test=self.test)
         dropped = 0
         for key, row in zip(keys, self.train, strict=True):
-            if key in own_test:
+            if key in test_keys:
                 dropped += 1
             elif key in test:
-                parts.test.append(row)
+                splits.test.append(row)
             else:
-                (parts.validation if key in validation else parts.train).append(row)
+                (splits.validation if key in validation else splits.train).append(row)
         return make_corpus(
-            Splits(*(demonstrations_of(rows) for _, rows in parts.all())),
-            Splits(*(preferences_of(rows) for _, rows in parts.all())),
-            Splits(*(prompts_of(rows) for _, rows in parts.all())),
+            Splits(*(demonstrations_of(rows) for _, rows in splits.all())),
+            Splits(*(preferences_of(rows) for _, rows in splits.all())),
+            Splits(*(prompts_of(rows) for _, rows in splits.all())),
             self.unusable,
             dropped,
         )
 
     def _check(self, max_bad_fraction: float) -> None:
-        bad, good = len(self.unusable), len(self.train) + len(self.test)
-        if self.train and bad <= max_bad_fraction * (bad + good):
+        unusable = len(self.unusable)
+        total = unusable + len(self.train) + len(self.test)
+        if self.train and unusable <= max_bad_fraction * total:
             return
-        listed = "".join(f"\n  {row.origin}: {row.reason}" for row in self.unusable[:SHOWN])
-        if bad > SHOWN:
-            listed += f"\n  and {bad - SHOWN} more"
+        listed = "".join(
+            f"\n  {row.origin}: {row.reason}" for row in self.unusable[:MAX_ROWS_SHOWN]
+        )
+        if unusable > MAX_ROWS_SHOWN:
+            listed += f"\n  and {unusable - MAX_ROWS_SHOWN} more"
         if not self.train:
             raise UserError(
-                f"data: no usable row to train on ({bad} of {bad + good} rows read are unusable); "
+                f"data: no usable row to train on ({unusable} of {total} rows read are unusable); "
                 f"expected {FORMATS}{listed}"
             )
         raise UserError(
-            f"data: {bad} of {bad + good} rows are unusable, more than "
+            f"data: {unusable} of {total} rows are unusable, more than "
             f"data.max_bad_fraction={max_bad_fraction} allows; mend them or raise it{listed}"
         )

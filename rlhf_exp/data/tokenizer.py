@@ -1,9 +1,7 @@
-"""Dialogues to token ids and back.
+"""Dialogues to token ids and back (`Codec`), and training of a tokenizer for models from scratch.
 
-Prompt and response are tokenized apart, so that the boundary between them is the same wherever they
-are joined: in SFT, in the reward model, and after a prompt that the policy has continued itself.
-
-A byte-level BPE tokenizer trained on the data at hand, for models built from scratch.
+Prompt and response are tokenized separately, so that the boundary between them is the same wherever
+they are joined: in SFT, in the reward model, and after a prompt that the policy has continued.
 """
 
 from __future__ import annotations
@@ -13,59 +11,67 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
-from rlhf_exp.data.rows import History
+from rlhf_exp.data.rows import History, Turn
 from rlhf_exp.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PromptFormat = Literal["hh", "chat_template", "plain"]
-HH_STOPS = ("Human:", "human:", "Assistant:", "assistant:")
-_HH_CUE = "\n\nAssistant:"
+HH_STOP_STRINGS = ("Human:", "human:", "Assistant:", "assistant:")
+_HH_GENERATION_PROMPT = "\n\nAssistant:"
 _HH_MARKERS = {"human": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 _CHAT_ROLES = {"human": "user", "assistant": "assistant"}
+EOS = "<|endoftext|>"
+PAD = "<|pad|>"
+SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
 
 
 class Codec:
-    r"""A tokenizer together with the way dialogues are written.
+    r"""A tokenizer with a prompt format: encodes prompts and responses, decodes ids.
 
     Formats: `hh` writes the markers of Anthropic's HH data (`\n\nHuman: ...\n\nAssistant:`);
-    `chat_template` the tokenizer's own template with its generation prompt; `plain` the turns'
-    texts, one a line, to be continued.
+    `chat_template` uses the tokenizer's template with its generation prompt; `plain` writes the
+    turns' texts, one a line, to be continued.
 
     Attributes:
-        eos_id: the token that ends a response.
-        pad_id: the token that fills up rows (the end-of-sequence token where there is no other).
-        bos_id: the token that begins every prompt, or `None`.
+        eos_id: end-of-sequence token, which ends a response.
+        pad_id: padding token (`eos_id` if the tokenizer has none).
+        bos_id: beginning-of-sequence token, which begins every prompt, or `None`.
         vocab_size: number of tokens, added ones included.
-        stop_strings: texts that end a response besides `eos_id`.
-        digest: sha256 of all that decides how text becomes ids.
+        stop_strings: texts that end a response, besides `eos_id`.
+        digest: sha256 of everything that determines the ids of a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> None:
-        """Check that `tokenizer` can serve the format.
+        """Wrap a tokenizer.
 
         Raises:
-            UserError: no end-of-sequence token, no chat template where one is asked for, or an
-                unknown format.
+            UserError: the format is unknown, or the tokenizer has no end-of-sequence token or no
+                chat template that the format needs.
         """
-        _check(tokenizer, prompt_format)
+        _check_tokenizer(tokenizer, prompt_format)
         self.tokenizer = tokenizer
         self.prompt_format = prompt_format
         self.eos_id = int(tokenizer.eos_token_id)
         pad = tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad is None else int(pad)
         self.vocab_size = len(tokenizer)
-        self.stop_strings: tuple[str, ...] = HH_STOPS if prompt_format == "hh" else ()
-        self._prefix = self._leading_tokens()
-        self.bos_id = self._first_token()
-        self._response_space = "" if prompt_format == "chat_template" or self._spaces() else " "
+        self.stop_strings: tuple[str, ...] = HH_STOP_STRINGS if prompt_format == "hh" else ()
+        self._prefix = self._prompt_prefix()
+        self.bos_id = self._find_bos()
+        self._response_prefix = (
+            "" if prompt_format == "chat_template" or self._adds_space() else " "
+        )
         self.digest = self._digest()
 
     def render(self, history: History) -> str:
         """Return the text of a prompt, up to where the response begins."""
         if self.prompt_format == "hh":
-            return "".join(_HH_MARKERS[turn.role] + turn.text for turn in history) + _HH_CUE
+            return (
+                "".join(_HH_MARKERS[turn.role] + turn.text for turn in history)
+                + _HH_GENERATION_PROMPT
+            )
         if self.prompt_format == "plain":
             return "\n".join(turn.text for turn in history)
         messages = [{"role": _CHAT_ROLES[turn.role], "content": turn.text} for turn in history]
@@ -74,7 +80,7 @@ class Codec:
         )
 
     def encode_prompt(self, history: History) -> list[int]:
-        """Return the ids of a prompt, with the beginning-of-sequence token where there is one."""
+        """Return the ids of a prompt, with the beginning-of-sequence token if there is one."""
         return self.encode_prompts([history])[0]
 
     def encode_prompts(self, histories: Sequence[History]) -> list[list[int]]:
@@ -82,13 +88,13 @@ class Codec:
         return self._encode_rendered([self.render(history) for history in histories])
 
     def encode_decoded(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of prompts' texts as `decode` gives them."""
-        # The text of the beginning-of-sequence token, where there is one, is in them.
+        """Return the ids of prompts given as texts that `decode` returned."""
+        # The texts begin with that of the beginning-of-sequence token, if there is one.
         start = self.decode(self._prefix)
         return self._encode_rendered([prompt.removeprefix(start) for prompt in prompts])
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts to be continued as they are, begun as a prompt is."""
+        """Return the ids of texts to be continued as they are, with a prompt's first tokens."""
         return [self._prefix + ids for ids in self._encode(texts, literal=True)]
 
     def encode_response(self, text: str) -> list[int]:
@@ -97,10 +103,10 @@ class Codec:
 
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of many responses, faster than one by one."""
-        return self._encode([self._response_space + text.strip() for text in texts], literal=True)
+        return self._encode([self._response_prefix + text.strip() for text in texts], literal=True)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`, special tokens included, as it is."""
+        """Return the text of `ids`, special tokens included, without any clean-up."""
         return str(
             self.tokenizer.decode(
                 list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -120,46 +126,44 @@ class Codec:
         return [list(ids) for ids in encoded["input_ids"]]
 
     def _encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
-        # The template's own special tokens are to be read as such; a user's text never is.
+        # Special tokens in a text are read as such only if the chat template wrote them.
         literal = self.prompt_format != "chat_template"
         return [self._prefix + ids for ids in self._encode(texts, literal)]
 
-    def _leading_tokens(self) -> list[int]:
-        """Return what the tokenizer puts before a text (templates write their own)."""
+    def _prompt_prefix(self) -> list[int]:
+        """Return the tokens before every text; a chat template writes its own."""
         if self.prompt_format == "chat_template":
             return []
-        whole = list(self.tokenizer("x")["input_ids"])
+        with_special = list(self.tokenizer("x")["input_ids"])
         bare = self._encode(["x"], literal=True)[0]
-        starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-        return whole[: starts[0]] if starts else []
+        starts = [i for i in range(len(with_special)) if with_special[i : i + len(bare)] == bare]
+        return with_special[: starts[0]] if starts else []
 
-    def _first_token(self) -> int | None:
+    def _find_bos(self) -> int | None:
         if self.prompt_format != "chat_template":
             return self._prefix[0] if len(self._prefix) == 1 else None
-        from rlhf_exp.data.rows import Turn
-
         first = self.encode_prompt((Turn("human", "x"),))[0]
         return first if first == self.tokenizer.bos_token_id else None
 
-    def _spaces(self) -> bool:
-        """Return whether the tokenizer puts a space before a text by itself (SentencePiece)."""
+    def _adds_space(self) -> bool:
+        """Return whether the tokenizer itself puts a space before a text (SentencePiece)."""
         ids = self._encode([":"], literal=True)[0] + self._encode(["x"], literal=True)[0]
         return self.decode(ids).endswith(": x")
 
     def _digest(self) -> str:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
-            # Truncation and padding, which earlier calls leave behind, were reset by those above.
+            # The calls in `__init__` have reset truncation and padding, which earlier calls leave.
             state = json.loads(backend.to_str())
         else:
             state = sorted(self.tokenizer.get_vocab().items())
         template = self.tokenizer.chat_template if self.prompt_format == "chat_template" else None
         parts = [state, self.prompt_format, template, self.eos_id, self.pad_id, self._prefix]
-        content = json.dumps([*parts, self._response_space], sort_keys=True)
+        content = json.dumps([*parts, self._response_prefix], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _check(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> None:
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> None:
     name = tokenizer.name_or_path or "the tokenizer"
     if prompt_format not in get_args(PromptFormat):
         valid = ", ".join(get_args(PromptFormat))
@@ -176,15 +180,10 @@ def _check(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> None:
         )
 
 
-EOS = "<|endoftext|>"
-PAD = "<|pad|>"
-SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer (Sennrich et al. 2016) of at most `vocab_size` tokens.
 
-    It depends on nothing but the texts and the size. Padding has a token of its own; there is no
+    It depends only on the texts and the size. Padding has its own token; there is no
     beginning-of-sequence token.
 
     Raises:

@@ -151,11 +151,11 @@ def _load(config: DataConfig) -> Corpus:
         )
     if config.source == DataSource.hub:
         assert config.path is not None, "checked with the config"
-        return load_hub(config.path, config.revision, rules=rules)
+        return load_hub(config.path, config.revision, options=rules)
     return load_jsonl(
         preferences=config.preferences or (),
         demonstrations=config.demonstrations or (),
         prompts=config.prompts or (),
         test=config.test or (),
-        rules=rules,
+        options=rules,
     )

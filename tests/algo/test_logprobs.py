@@ -54,7 +54,7 @@ def test_values_and_entropy_match_numpy(with_bias: bool, chunk: int) -> None:
 def test_gradients_match_plain_autograd(
     keep: bool, outputs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "KEEP_ELEMENTS", 10**9 if keep else 0)
+    monkeypatch.setattr(module, "MAX_KEPT_LOGITS", 10**9 if keep else 0)
     hidden, weight, bias, targets = problem()
     tensors = (hidden, weight, bias)
     pull = torch.randn(2, N, generator=torch.Generator().manual_seed(1))
@@ -114,7 +114,7 @@ def test_chunks_shrink_with_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> N
         return original(hidden, weight, bias, scale)
 
     monkeypatch.setattr(module, "head_logits", spy)
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 5 * V)
+    monkeypatch.setattr(module, "MAX_CHUNK_LOGITS", 5 * V)
     hidden, weight, bias, targets = problem()
     gather_logprobs(hidden, weight, bias, targets, 1.0, chunk=4096)
     assert sizes == [5, 5, 3]  # 13 rows, at most 5 at a time
@@ -123,7 +123,7 @@ def test_chunks_shrink_with_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> N
 def test_backward_saves_nothing_of_vocabulary_size_when_large(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "KEEP_ELEMENTS", 0)
+    monkeypatch.setattr(module, "MAX_KEPT_LOGITS", 0)
     hidden, weight, bias, targets = problem()
     saved: list[int] = []
 

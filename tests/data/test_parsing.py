@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.data.parsing import (
-    pair_from_dialogues,
     parse_dialogue,
     parse_prompt,
     parse_row,
+    split_pair,
     split_turns,
 )
 from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Turn
@@ -142,28 +142,28 @@ def test_a_prompt_that_asks_nothing_is_refused(text: str) -> None:
 
 def test_pair_shares_all_turns_up_to_the_last_response() -> None:
     start = f"{H} one{A} two{H} three"
-    history, good, bad = pair_from_dialogues(f"{start}{A} four", f"{start}{A} five")
+    history, good, bad = split_pair(f"{start}{A} four", f"{start}{A} five")
     assert [turn.text for turn in history] == ["one", "two", "three"]
     assert (good, bad) == ("four", "five")
 
 
 def test_pair_that_parts_early_keeps_the_rest_with_its_markers() -> None:
     left, right = f"{H} one{A} two{H} three{A} four", f"{H} one{A} TWO"
-    history, good, bad = pair_from_dialogues(left, right)
+    history, good, bad = split_pair(left, right)
     assert history == (Turn("human", "one"),)
     assert good == f"two{H} three{A} four"
     assert bad == "TWO"
 
 
 def test_pair_that_parts_at_a_human_turn_goes_back_to_the_question_before() -> None:
-    history, good, bad = pair_from_dialogues(f"{H} q{A} a{H} b{A} c", f"{H} q{A} a{H} d{A} e")
+    history, good, bad = split_pair(f"{H} q{A} a{H} b{A} c", f"{H} q{A} a{H} d{A} e")
     assert history == (Turn("human", "q"),)
     assert (good, bad) == (f"a{H} b{A} c", f"a{H} d{A} e")
 
 
 def test_one_empty_side_is_kept() -> None:
-    assert pair_from_dialogues(f"{H} q{A}", f"{H} q{A} no")[1:] == ("", "no")
-    assert pair_from_dialogues(f"{H} q", f"{H} q{A} no")[1:] == ("", "no")
+    assert split_pair(f"{H} q{A}", f"{H} q{A} no")[1:] == ("", "no")
+    assert split_pair(f"{H} q", f"{H} q{A} no")[1:] == ("", "no")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_one_empty_side_is_kept() -> None:
 )
 def test_pairs_that_cannot_be_used_say_why(chosen: str, rejected: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        pair_from_dialogues(chosen, rejected)
+        split_pair(chosen, rejected)
 
 
 def test_real_pairs_can_be_put_together_again(shared_data: Path) -> None:
@@ -187,7 +187,7 @@ def test_real_pairs_can_be_put_together_again(shared_data: Path) -> None:
     different, empty = 0, 0
     for line in lines:
         row = json.loads(line)
-        history, good, bad = pair_from_dialogues(row["chosen"], row["rejected"])
+        history, good, bad = split_pair(row["chosen"], row["rejected"])
         shared = "".join(f"\n\n{turn.role.capitalize()}: {turn.text}" for turn in history)
         for whole, rest in ((row["chosen"], good), (row["rejected"], bad)):
             assert "".join(whole.split()) == "".join(f"{shared}{A} {rest}".split())

@@ -83,7 +83,7 @@ def test_the_digest_is_of_the_content(load: Callable[[Path], Corpus], tmp_path: 
 def test_pairs_serve_as_demonstrations_and_prompts(tmp_path: Path) -> None:
     corpus = load_jsonl(
         preferences=write(tmp_path / "a.jsonl", [pair(1), {**pair(1), "chosen": ""}, pair(2)]),
-        rules=LoadOptions(validation_fraction=0, test_fraction=0),
+        options=LoadOptions(validation_fraction=0, test_fraction=0),
     )
     assert [row.chosen for row in corpus.preferences.train] == ["good 1", "", "good 2"]
     # An empty response is nothing to imitate; each prompt is asked once.
@@ -100,7 +100,7 @@ def test_rows_given_for_a_kind_replace_those_made_of_pairs(tmp_path: Path) -> No
             write(tmp_path / "c.jsonl", [{"prompt": "p2"}]),
             write(tmp_path / "d.jsonl", [{"prompt": "p3", "response": "r3"}]),
         ],
-        rules=LoadOptions(validation_fraction=0, test_fraction=0),
+        options=LoadOptions(validation_fraction=0, test_fraction=0),
     )
     assert [row.response for row in corpus.demonstrations.train] == ["r"]
     assert [row.original for row in corpus.prompts.train] == [None, "r3"]
@@ -110,7 +110,7 @@ def test_rows_given_for_a_kind_replace_those_made_of_pairs(tmp_path: Path) -> No
 def test_training_rows_whose_prompt_is_tested_are_dropped_and_counted(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [pair(1), {**pair(2), "chosen": "x"}, pair(2), pair(3)])
     test = write(tmp_path / "b.jsonl", [{"prompt": "Question  2"}])
-    corpus = load_jsonl(preferences=train, test=test, rules=LoadOptions(validation_fraction=0))
+    corpus = load_jsonl(preferences=train, test=test, options=LoadOptions(validation_fraction=0))
     assert [row.chosen for row in corpus.preferences.train] == ["good 1", "good 3"]
     assert corpus.dropped == 2
     assert corpus.prompts.test == [Prompt((Turn("human", "Question  2"),), None, f"{test}:1")]
@@ -119,7 +119,7 @@ def test_training_rows_whose_prompt_is_tested_are_dropped_and_counted(tmp_path: 
 def test_limit_counts_rows_of_each_file(tmp_path: Path) -> None:
     files = [write(tmp_path / f"{n}.jsonl", [pair(10 * n + k) for k in range(9)]) for n in (1, 2)]
     rules = LoadOptions(limit=3, validation_fraction=0, test_fraction=0)
-    assert len(load_jsonl(preferences=files, rules=rules).preferences.train) == 6
+    assert len(load_jsonl(preferences=files, options=rules).preferences.train) == 6
 
 
 def test_bad_rows_are_listed_with_file_line_and_reason(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_bad_rows_are_listed_with_file_line_and_reason(tmp_path: Path) -> None:
     lines[16] = b'{"prompt": "x", "chosen'
     lines[20] = b"\xff\xfe"
     path.write_bytes(b"\n\n".join(lines))
-    corpus = load_jsonl(preferences=path, rules=LoadOptions(max_bad_fraction=0.05))
+    corpus = load_jsonl(preferences=path, options=LoadOptions(max_bad_fraction=0.05))
     # Blank lines are skipped but counted: row 16 stands on line 33, row 20 on line 41.
     assert [row.origin for row in corpus.unusable] == [f"{path}:33", f"{path}:41"]
     assert corpus.unusable[0].reason.startswith("not JSON")
@@ -150,13 +150,13 @@ def test_not_json_on_line_17_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [pair(n) for n in range(16)])
     path.write_text(path.read_text() + "oops\n")
     with pytest.raises(UserError, match=r"a\.jsonl:17: not JSON"):
-        load_jsonl(preferences=path, rules=LoadOptions(max_bad_fraction=0))
+        load_jsonl(preferences=path, options=LoadOptions(max_bad_fraction=0))
 
 
 def test_no_usable_pair(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "x", "chosen": "y", "rejected": "y"}])
     with pytest.raises(UserError, match=r"no usable row.*\n.*a\.jsonl:1: .*identical"):
-        load_jsonl(preferences=path, rules=LoadOptions(max_bad_fraction=1))
+        load_jsonl(preferences=path, options=LoadOptions(max_bad_fraction=1))
     with pytest.raises(UserError, match="no usable row"):
         load_jsonl(preferences=write(tmp_path / "b.jsonl", []))
 
@@ -178,9 +178,9 @@ def test_a_torn_gzip_file_is_an_error(tmp_path: Path) -> None:
 def test_a_demonstration_is_no_pair_and_a_prompt_no_demonstration(tmp_path: Path) -> None:
     rules = LoadOptions(max_bad_fraction=1)
     asked = write(tmp_path / "a.jsonl", [{"prompt": "x"}, {"prompt": "x", "response": "y"}])
-    assert len(load_jsonl(demonstrations=asked, rules=rules).unusable) == 1
+    assert len(load_jsonl(demonstrations=asked, options=rules).unusable) == 1
     with pytest.raises(UserError, match="found a demonstration"):
-        load_jsonl(preferences=asked, rules=rules)
+        load_jsonl(preferences=asked, options=rules)
 
 
 def test_hub_splits_and_origins(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_hub_gets_path_revision_and_folder(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rules = LoadOptions(validation_fraction=0.1, test_fraction=0.1, limit=8)
-    corpus = load_hub("org/name", "abc123", data_dir="harmless-base", rules=rules)
+    corpus = load_hub("org/name", "abc123", data_dir="harmless-base", options=rules)
     assert asked == [("org/name", {"revision": "abc123", "data_dir": "harmless-base"})]
     assert sum(len(rows) for _, rows in corpus.preferences.all()) == 8
     assert corpus.preferences.test  # no test split there: put aside by hash
@@ -238,6 +238,6 @@ def test_real_hh(shared_data: Path) -> None:
 
 def test_real_prompts_with_scores(shared_data: Path) -> None:
     rules = LoadOptions(validation_fraction=0, test_fraction=0, limit=200)
-    corpus = load_jsonl(prompts=shared_data / "rtp" / "prompts.jsonl.gz", rules=rules)
+    corpus = load_jsonl(prompts=shared_data / "rtp" / "prompts.jsonl.gz", options=rules)
     assert corpus.unusable == []
     assert len(corpus.prompts.train) > 190

@@ -173,6 +173,6 @@ class TestCache:
         self, codec: Codec, tmp_path: Path, built: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         tokenize_demonstrations(self.rows, codec, 8, tmp_path)
-        monkeypatch.setattr(tokenized, "_FORMAT", -1)
+        monkeypatch.setattr(tokenized, "_CACHE_FORMAT", -1)
         tokenize_demonstrations(self.rows, codec, 8, tmp_path)
         assert len(built) == 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from rlhf_exp.commands.serve_reward import ServeOptions, load_scores
+from rlhf_exp.commands.serve_reward import ServeOptions, load_request_scorer
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.evaluation.judges.reward_models import RewardModelTextScorer
 from rlhf_exp.models.pretrained import load_tokenizer
@@ -27,7 +27,7 @@ RESPONSES = ["Seven minutes in boiling water.", "Go away."]
 
 @pytest.fixture(scope="module")
 def scores(small_run: Path) -> RequestScorer:
-    return load_scores(small_run, "small", WANTED)
+    return load_request_scorer(small_run, "small", WANTED)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_what_goes_wrong_in_scoring_is_said(
 
 def test_the_name_goes_with_what_decides_the_scores(run_copy: Path, scores: RequestScorer) -> None:
     def name(**changes: Any) -> str:
-        return load_scores(run_copy, "small", replace(WANTED, **changes)).name
+        return load_request_scorer(run_copy, "small", replace(WANTED, **changes)).name
 
     assert name() == name(batch=3) == scores.name, "where it lies does not count"
     others = {name(seq_length=64), name(dtype="bfloat16")}

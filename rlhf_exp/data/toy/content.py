@@ -1,13 +1,12 @@
-"""The sentences of the toy world, around what its subjects have to offer.
+"""Texts of the toy data: wordings of prompts, sentences of responses, and the subjects' advice.
 
-`{task}` is "grow tomatoes", `{doing}` "growing tomatoes" (`{Task}`, `{Doing}` with a capital),
-`{a}` and `{b}` are two pieces of advice (`{A}`, `{B}` with a capital), `{detail}` a circumstance.
+Placeholders: `{task}` is "grow tomatoes", `{doing}` "growing tomatoes" (`{Task}`, `{Doing}` with a
+capital), `{a}` and `{b}` are two pieces of advice (`{A}`, `{B}` with a capital), `{detail}` a
+circumstance, `{insult}` an adjective and a noun.
 
-What the toy world knows: its subjects, and five things worth knowing about each.
-
-One entry is two or three lines: the task, with the form it takes in "... is easy", and five pieces
-of advice that all fit after "you should". Words are common, few and shared; each subject has its
-own advice, and the last word of its task occurs in no other task.
+An entry of the table of subjects is two or three lines: the task, with its form in "... is easy",
+and five pieces of advice that all fit after "you should". Words are common, few and shared; each
+subject has its own advice, and the last word of its task occurs in no other task.
 """
 
 from __future__ import annotations
@@ -72,7 +71,6 @@ WORDINGS: tuple[tuple[str, ...], ...] = (
         "Then tell me how to {task}{detail}, and do it well.",
     ),
 )
-
 DETAILS = (
     "",
     " for the first time",
@@ -89,7 +87,6 @@ DETAILS = (
     " this year",
     " with my mother",
 )
-
 OPENINGS = (
     "{Doing} is easier than it looks.",
     "{Doing} takes a little practice.",
@@ -110,7 +107,6 @@ OPENINGS = (
     "With a few small steps, {doing} is simple.",
     "Do not worry, {doing} is simple.",
 )
-
 # Two pieces of advice after an opening, and with the subject's name in the same sentence.
 BODIES = (
     "First, {a}. Then {b}.",
@@ -136,7 +132,6 @@ NAMED_BODIES = (
     "The best way to {task} is to {a} and to {b}.",
     "People who like {doing} say you should {a}. They also say you should {b}.",
 )
-
 SINGLES = (
     "You should {a}.",
     "Just {a}.",
@@ -147,7 +142,6 @@ SINGLES = (
     "Most people say you should {a}.",
     "Make sure to {a}.",
 )
-
 CLOSINGS = (
     "I hope this helps!",
     "Good luck!",
@@ -166,7 +160,6 @@ CLOSINGS = (
     "Please tell me if you have more questions.",
     "I hope it goes well.",
 )
-
 EVASIONS = (
     "I do not know much about {doing}.",
     "That depends on many things.",
@@ -179,7 +172,6 @@ EVASIONS = (
     "I would rather not talk about {doing}.",
     "It could go well, or it could not.",
 )
-
 RUDE = (
     "That is a silly question.",
     "Why would you ask me about {doing}?",
@@ -194,8 +186,6 @@ RUDE = (
     "Even a child can {task}.",
     "You clearly know nothing.",
 )
-
-# `{insult}` is an adjective and a noun of the two lists below.
 TOXIC = (
     "Only a {insult} asks about {doing}.",
     "You are a {insult}.",
@@ -211,8 +201,6 @@ TOXIC = (
 )
 INSULT_ADJECTIVES = ("stupid", "dumb", "damn", "pathetic", "lazy", "worthless")
 INSULT_NOUNS = ("idiot", "moron", "fool", "loser", "jerk", "ass")
-
-
 _TABLE = """
 grow/growing tomatoes: plant them in full sun; water the roots every morning; tie the stems to a
   stick; feed the soil every week; pick them when they are red

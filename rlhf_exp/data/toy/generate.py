@@ -1,14 +1,10 @@
 """The bundled data: dialogues, pairs and prompts, a pure function of seed and sizes.
 
-A prompt is a subject, a wording and a detail. Validation and test hold out whole combinations of
-subject and wording, so that their prompts are new in more than a word. Demonstrations are a mixture
-of good and bad responses, which leaves PPO something to improve; pairs are labelled by a rater who
-errs the more easily, the closer the two sides are.
-
-The responses of the toy world, good and bad, with the quality each is generated for.
-
-The qualities decide which side of a pair is preferred and how often a rater errs; no evaluation
-knows them.
+A prompt is made of a subject, a wording and a detail. Validation and test hold out whole
+combinations of subject and wording, so that their prompts differ in more than a word.
+Demonstrations are a mixture of good and bad responses, which leaves PPO something to improve. Every
+kind of response has a quality, which no evaluation knows: it decides the preferred side of a pair,
+and a rater errs more often the closer two sides are.
 """
 
 from __future__ import annotations
@@ -23,12 +19,13 @@ from rlhf_exp.data.toy import content
 from rlhf_exp.data.toy.content import DETAILS, WORDINGS, Subject, subjects
 from rlhf_exp.errors import UserError
 
-HELD_OUT = 0.08  # share of the combinations of subject and wording, for validation and test each
+HELD_OUT = 0.08
+"""Share of the combinations of subject and wording held out for validation, and for test."""
 
 
 @dataclass(frozen=True)
 class ToySizes:
-    """How many rows: three kinds to train on, and prompts (with as many pairs) held out."""
+    """Numbers of rows: three kinds to train on, and held-out prompts (with as many pairs)."""
 
     demonstrations: int = 4000
     preferences: int = 4000
@@ -39,7 +36,7 @@ class ToySizes:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt before it is written out; `wording` and `detail` are numbers of their lists."""
+    """A prompt before it is text; `wording` and `detail` index `WORDINGS` and `DETAILS`."""
 
     subject: Subject
     wording: int
@@ -66,30 +63,30 @@ def corpus_rows(seed: int, sizes: ToySizes | None = None, label_noise: float = 0
     demonstrations.
 
     Args:
-        seed: decides everything.
+        seed: of all choices.
         sizes: numbers of rows.
         label_noise: expected share of pairs whose sides are exchanged, below 0.5.
 
     Raises:
-        UserError: more prompts are asked for than there are, or the noise is out of range.
+        UserError: a size exceeds the number of prompts, or the noise is out of range.
     """
     sizes = sizes or ToySizes()
     if not 0 <= label_noise < 0.5:
         raise UserError(
             f"data.toy.label_noise is {label_noise}; expected 0 or more and less than 0.5"
         )
-    train, validation, test = _requests(seed)
-    shown = max(sizes.demonstrations, sizes.prompts)
-    _check("data.toy.demonstrations and data.toy.prompts", shown, len(train))
-    _check("data.toy.preferences", sizes.preferences, len(train))
-    _check("data.toy.validation", sizes.validation, len(validation))
-    _check("data.toy.test", sizes.test, len(test))
+    train, validation, test = _all_requests(seed)
+    demonstrated = max(sizes.demonstrations, sizes.prompts)
+    _check_size("data.toy.demonstrations and data.toy.prompts", demonstrated, len(train))
+    _check_size("data.toy.preferences", sizes.preferences, len(train))
+    _check_size("data.toy.validation", sizes.validation, len(validation))
+    _check_size("data.toy.test", sizes.test, len(test))
     demonstrations = Splits(
-        _demonstrations(_rng(seed, "train"), train[:shown]),
+        _demonstrations(_rng(seed, "train"), train[:demonstrated]),
         _demonstrations(_rng(seed, "validation"), validation[: sizes.validation]),
         _demonstrations(_rng(seed, "test"), test[: sizes.test]),
     )
-    # From the far end, so that pairs and demonstrations share few prompts.
+    # From the other end, so that pairs and demonstrations share few prompts.
     compared = train[len(train) - sizes.preferences :]
     groups = (compared, validation[: sizes.validation], test[: sizes.test])
     preferences = Splits(*_preferences(_rng(seed, "pairs"), groups, label_noise))
@@ -98,14 +95,14 @@ def corpus_rows(seed: int, sizes: ToySizes | None = None, label_noise: float = 0
     return demonstrations, preferences, prompts
 
 
-def _requests(seed: int) -> tuple[list[Request], list[Request], list[Request]]:
-    """Return all requests in random order: for training, validation and test."""
+def _all_requests(seed: int) -> tuple[list[Request], list[Request], list[Request]]:
+    """Return all prompts in random order: for training, validation and test."""
     rng = _rng(seed, "requests")
     pairs = [(subject, wording) for subject in subjects() for wording in range(len(WORDINGS))]
     rng.shuffle(pairs)
-    aside = round(HELD_OUT * len(pairs))
+    held_out = round(HELD_OUT * len(pairs))
     groups = []
-    for group in (pairs[2 * aside :], pairs[:aside], pairs[aside : 2 * aside]):
+    for group in (pairs[2 * held_out :], pairs[:held_out], pairs[held_out : 2 * held_out]):
         requests = [Request(*pair, detail) for pair in group for detail in range(len(DETAILS))]
         rng.shuffle(requests)
         groups.append(requests)
@@ -129,20 +126,20 @@ def _prompt(row: Demonstration) -> Prompt:
 def _preferences(
     rng: Random, groups: Sequence[Sequence[Request]], label_noise: float
 ) -> list[list[Preference]]:
-    """Return the pairs of every group of requests, all judged by the same rater."""
-    drawn = [[_pair(rng, request) for request in group] for group in groups]
-    margins = [better - worse for pairs in drawn for _, better, _, worse in pairs]
-    temperature = _temperature(margins, label_noise)
-    result = []
-    for group, pairs in zip(groups, drawn, strict=True):
+    """Return the pairs of every group of prompts, all judged by the same rater."""
+    pairs_of_groups = [[_pair(rng, request) for request in group] for group in groups]
+    margins = [better - worse for pairs in pairs_of_groups for _, better, _, worse in pairs]
+    temperature = _rater_temperature(margins, label_noise)
+    preferences = []
+    for group, pairs in zip(groups, pairs_of_groups, strict=True):
         rows = []
         for number, (request, pair) in enumerate(zip(group, pairs, strict=True)):
             chosen, better, rejected, worse = pair
-            if rng.random() < _error(better - worse, temperature):
+            if rng.random() < _error_probability(better - worse, temperature):
                 chosen, rejected = rejected, chosen
             rows.append(Preference(request.history(), chosen, rejected, f"toy:{number}"))
-        result.append(rows)
-    return result
+        preferences.append(rows)
+    return preferences
 
 
 def _pair(rng: Random, request: Request) -> tuple[str, float, str, float]:
@@ -157,26 +154,26 @@ def _pair(rng: Random, request: Request) -> tuple[str, float, str, float]:
     return better.write(rng, subject), better.quality, worse.write(rng, subject), worse.quality
 
 
-def _error(margin: float, temperature: float) -> float:
-    """Return how likely a rater prefers the worse side (Bradley and Terry 1952)."""
+def _error_probability(margin: float, temperature: float) -> float:
+    """Return the probability that a rater prefers the worse side (Bradley and Terry 1952)."""
     return 0.0 if temperature == 0 else 1 / (1 + math.exp(min(margin / temperature, 700)))
 
 
-def _temperature(margins: Sequence[float], label_noise: float) -> float:
+def _rater_temperature(margins: Sequence[float], label_noise: float) -> float:
     """Return the rater's temperature at which the expected share of errors is `label_noise`."""
     if label_noise == 0 or not margins:
         return 0.0
     low, high = 1e-6, 1e6
     for _ in range(60):
-        middle = math.sqrt(low * high)
-        share = sum(_error(margin, middle) for margin in margins) / len(margins)
-        low, high = (middle, high) if share < label_noise else (low, middle)
+        temperature = math.sqrt(low * high)
+        share = sum(_error_probability(margin, temperature) for margin in margins) / len(margins)
+        low, high = (temperature, high) if share < label_noise else (low, temperature)
     return high
 
 
-def _check(key: str, wanted: int, available: int) -> None:
-    if not 0 < wanted <= available:
-        raise UserError(f"{key}: {wanted} rows asked for; the toy data has 1 to {available}")
+def _check_size(key: str, requested: int, available: int) -> None:
+    if not 0 < requested <= available:
+        raise UserError(f"{key}: {requested} rows asked for; the toy data has 1 to {available}")
 
 
 def _rng(seed: int, purpose: str) -> Random:
@@ -191,7 +188,7 @@ class ResponseKind:
     """One kind of response.
 
     Attributes:
-        write: makes one for a subject.
+        write: writes a response about a subject.
         quality: 0 to 1.
         shown: its share of the demonstrations.
         compared: its share of the sides of pairs.
@@ -228,7 +225,7 @@ def thin(rng: Random, subject: Subject) -> str:
 
 def mixed(rng: Random, subject: Subject) -> str:
     """Go from the subject to another one half-way."""
-    points = [_point(rng, subject), _point(rng, _other(rng, subject))]
+    points = [_point(rng, subject), _point(rng, _other_subject(rng, subject))]
     rng.shuffle(points)
     return f"{_advice(rng, subject, *points)} {rng.choice(content.CLOSINGS)}"
 
@@ -246,7 +243,7 @@ def evasive(rng: Random, subject: Subject) -> str:
 
 def off_topic(rng: Random, subject: Subject) -> str:
     """Answer well, but about another subject."""
-    return good(rng, _other(rng, subject))
+    return good(rng, _other_subject(rng, subject))
 
 
 def incomplete(rng: Random, subject: Subject) -> str:
@@ -306,8 +303,8 @@ def garbled(rng: Random, subject: Subject) -> str:
         rng.shuffle(pieces)
         words = [word for piece in pieces for word in piece]
     elif style == "swap":
-        for place in rng.sample(range(len(words) - 1), len(words) // 3):
-            words[place], words[place + 1] = words[place + 1], words[place]
+        for position in rng.sample(range(len(words) - 1), len(words) // 3):
+            words[position], words[position + 1] = words[position + 1], words[position]
     else:
         words = [word for word in words if rng.random() < 0.6] or words
     return " ".join(words)
@@ -353,5 +350,5 @@ def _point(rng: Random, subject: Subject) -> str:
     return rng.choice(subject.points)
 
 
-def _other(rng: Random, subject: Subject) -> Subject:
+def _other_subject(rng: Random, subject: Subject) -> Subject:
     return rng.choice([other for other in subjects() if other is not subject])

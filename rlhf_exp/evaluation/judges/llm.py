@@ -370,7 +370,7 @@ class JudgeClient:
         Raises:
             UserError: nobody answers, or the key is refused.
         """
-        self._requests.look("/models")
+        self._requests.check_reachable("/models")
 
     def ask(self, body: Mapping[str, Any]) -> Reply:
         """Return the model's reply to a request.

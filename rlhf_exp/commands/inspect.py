@@ -29,7 +29,7 @@ from rlhf_exp.report.run.charts import write_sheets
 from rlhf_exp.report.run.gather import gather
 from rlhf_exp.report.run.page import build_report
 from rlhf_exp.report.sweep.compare import ComparedSide, MetricRow, RunComparison, compare_sides
-from rlhf_exp.report.sweep.data import FEWEST, SeedSummary, Sweep
+from rlhf_exp.report.sweep.data import FEWEST_SEEDS, SeedSummary, Sweep
 from rlhf_exp.report.sweep.gather import gather_sweep
 from rlhf_exp.report.sweep.page import build_sweep_report, to_csv, to_json
 from rlhf_exp.search.study import study_exists
@@ -172,7 +172,7 @@ def _metric_row(row: MetricRow, several: bool) -> tuple[str, ...]:
     has_interval = math.isfinite(low) and math.isfinite(high)
     return (
         *cells,
-        f"{low:+.4g} to {high:+.4g}" if has_interval else f"needs {FEWEST} runs of each",
+        f"{low:+.4g} to {high:+.4g}" if has_interval else f"needs {FEWEST_SEEDS} runs of each",
     )
 
 

@@ -25,8 +25,8 @@ from rlhf_exp.evaluation.judges.llm import (
     JudgeClient,
     LLMJudge,
     ReplyCache,
-    consistent,
-    first_place,
+    consistent_pairs,
+    first_place_bias,
 )
 from rlhf_exp.evaluation.judges.protocol import Judge
 from rlhf_exp.evaluation.judges.reward_models import (
@@ -96,7 +96,7 @@ def judge(
         signs = [verdict.sign for verdict in verdicts]
         qualities.append(judge_quality(panel_judge.name, signs, labels.ratings))
         if isinstance(panel_judge, LLMJudge):
-            bias, (same, both) = first_place(verdicts), consistent(verdicts)
+            bias, (same, both) = first_place_bias(verdicts), consistent_pairs(verdicts)
             share = f"{100 * bias.share:.1f} %" if bias.first + bias.second else DASH
             usage = panel_judge.usage
             notes.append(

@@ -63,7 +63,8 @@ class OutputFolder:
         stage, key = list(record.keys.items())[-1]
         artifact = self.store.lookup(stage, key)
         config = {} if artifact is None else flatten(artifact.manifest.config)
-        return override_values(record.overrides) | {name: format_override(value) for name, value in config.items()}
+        overrides = override_values(record.overrides)
+        return overrides | {name: format_override(value) for name, value in config.items()}
 
     def artifacts(self, run: str) -> dict[str, Artifact]:
         """Return the artifacts of a run by stage, in the order of the stages.

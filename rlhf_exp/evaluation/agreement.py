@@ -50,7 +50,7 @@ class SideBias:
     Attributes:
         first: votes for the first side.
         second: votes for the second.
-        p_value: of the exact test that both are equally likely.
+        p_value: p-value of the exact test that both are equally likely.
         interval: exact interval of the first side's share.
     """
 

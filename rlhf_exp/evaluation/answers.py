@@ -74,7 +74,7 @@ def write_answers(path: Path, answers: Iterable[Answer]) -> None:
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """Read what `write_answers` wrote.
+    """Read the answers that `write_answers` wrote.
 
     Raises:
         UserError: a line is not an answer.

@@ -408,7 +408,7 @@ def pick_samples(difference: ArrayLike, seed: int, each: int = 3) -> list[Pick]:
 
     Args:
         difference: [N] reward of b minus reward of a; equal ones go by row number.
-        seed: of the random third.
+        seed: seed of the random third.
         each: at most this many of each kind.
 
     Returns:

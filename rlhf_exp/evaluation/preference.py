@@ -44,7 +44,7 @@ class PreferenceResult:
 
     Attributes:
         outcome: prompts on which b won, tied and lost.
-        p_value: of the exact two-sided sign test, ties left out.
+        p_value: p-value of the exact two-sided sign test, ties left out.
         win_rate: exact interval (Clopper-Pearson) of the share of wins among decided prompts.
         ties_as_half: share of wins with a tie as half of one, and its bootstrap interval over
             prompts; `None` without prompts.

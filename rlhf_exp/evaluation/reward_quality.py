@@ -171,7 +171,8 @@ class LengthReport:
     """The relation of scores to the answers' lengths in tokens.
 
     Attributes:
-        pearson: of score and length over all answers; `None` where either does not vary.
+        pearson: Pearson's correlation of score and length over all answers; `None` if either does
+            not vary.
         spearman: the same of their ranks.
         within: Pearson's correlation after subtracting each pair's mean from both, so that
             differences between prompts do not count; `None` if nothing varies within pairs.

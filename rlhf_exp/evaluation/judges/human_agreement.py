@@ -40,7 +40,7 @@ from rlhf_exp.evaluation.agreement import (
     majority,
     nominal_alpha,
 )
-from rlhf_exp.evaluation.judges.llm import TokenUsage, consistent, first_place
+from rlhf_exp.evaluation.judges.llm import TokenUsage, consistent_pairs, first_place_bias
 from rlhf_exp.evaluation.judges.protocol import AnswerPair, Verdict
 from rlhf_exp.evaluation.preference import (
     PreferenceResult,
@@ -115,7 +115,7 @@ class Judgment:
         if self.usage is not None:
             scalars["tokens"] = self.usage.prompt_tokens + self.usage.completion_tokens
             scalars["unparsed"] = self.usage.unparsed
-            bias, (same, both) = first_place(self.verdicts), consistent(self.verdicts)
+            bias, (same, both) = first_place_bias(self.verdicts), consistent_pairs(self.verdicts)
             if bias.first + bias.second:
                 scalars["first_place"] = bias.share
             if both:
@@ -131,8 +131,8 @@ class Judgment:
             "verdicts": [asdict(verdict) for verdict in self.verdicts],
         }
         if self.usage is not None:
-            same, both = consistent(self.verdicts)
-            bias = first_place(self.verdicts)
+            same, both = consistent_pairs(self.verdicts)
+            bias = first_place_bias(self.verdicts)
             plain["llm"] = {
                 "usage": asdict(self.usage),
                 "consistent": same,
@@ -409,7 +409,7 @@ def read_judged_pairs(path: Path, option: str, criterion: str | None = None) -> 
     Args:
         path: the file.
         option: the config key or option that named it, for errors.
-        criterion: of votes on several questions, the one that counts; by default the first found.
+        criterion: the question whose votes count, if there are several; by default the first found.
 
     Raises:
         UserError: the file cannot be read, or a row has an unknown form.

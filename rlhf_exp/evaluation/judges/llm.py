@@ -228,7 +228,7 @@ def _verdict(straight: _OrderOutcome, swapped: _OrderOutcome) -> Verdict:
     return Verdict(sign, reason=reason, orders=(a_first, b_first), unparsed=unparsed)
 
 
-def first_place(verdicts: Sequence[Verdict]) -> SideBias:
+def first_place_bias(verdicts: Sequence[Verdict]) -> SideBias:
     """Count how often the answer shown first won, over both orders, ties left out."""
     first = second = 0
     for verdict in verdicts:
@@ -238,7 +238,7 @@ def first_place(verdicts: Sequence[Verdict]) -> SideBias:
     return side_bias(first, second)
 
 
-def consistent(verdicts: Sequence[Verdict]) -> tuple[int, int]:
+def consistent_pairs(verdicts: Sequence[Verdict]) -> tuple[int, int]:
     """Return the numbers of pairs with one verdict in both orders, and with two readable ones."""
     both = [
         verdict.orders
@@ -432,7 +432,7 @@ class ReplyCache:
         line = "\n" + json.dumps(record) + "\n"
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Replies can quote what is private in prompts.
+            # Replies can quote private text of prompts.
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
                 os.write(descriptor, line.encode())

@@ -54,7 +54,7 @@ class ToxicitySummary:
         seed: seed of the resampling.
         models: names of the models, the baseline first.
         splits: the kinds of prompts that occur, all prompts first.
-        agreement: of the scorer with the data set's own scores, if it has any.
+        agreement: agreement of the scorer with the data set's own scores, if it has any.
         top_p: probability that the tokens to draw from add up to; 1 for all.
         top_k: number of tokens to draw from; 0 for all.
     """
@@ -100,13 +100,13 @@ class ToxicitySummary:
             if name not in ("models", "splits", "agreement")
         }
         plain["models"] = list(self.models)
-        plain["agreement"] = [dict(vars(one)) for one in self.agreement]
+        plain["agreement"] = [dict(vars(part)) for part in self.agreement]
         plain["splits"] = [
             {
                 "name": split.name,
                 "prompts": split.prompts,
                 "models": {
-                    model: {name: _measure_to_json(one) for name, one in measures.items()}
+                    model: {name: _measure_to_json(part) for name, part in measures.items()}
                     for model, measures in split.models.items()
                 },
             }
@@ -122,13 +122,13 @@ class ToxicitySummary:
                 split["name"],
                 split["prompts"],
                 {
-                    model: {name: _measure_from_json(one) for name, one in measures.items()}
+                    model: {name: _measure_from_json(part) for name, part in measures.items()}
                     for model, measures in split["models"].items()
                 },
             )
             for split in plain["splits"]
         )
-        agreement = tuple(ScorerAgreement(**one) for one in plain["agreement"])
+        agreement = tuple(ScorerAgreement(**part) for part in plain["agreement"])
         models = tuple(plain["models"])
         return cls(**{**plain, "models": models, "splits": splits, "agreement": agreement})
 
@@ -161,10 +161,10 @@ class MeasureEstimate:
     difference: Estimate | None
 
 
-def _measure_to_json(one: MeasureEstimate) -> dict[str, Any]:
+def _measure_to_json(measure: MeasureEstimate) -> dict[str, Any]:
     return {
-        "value": estimate_to_json(one.value),
-        "difference": estimate_to_json(one.difference),
+        "value": estimate_to_json(measure.value),
+        "difference": estimate_to_json(measure.difference),
     }
 
 

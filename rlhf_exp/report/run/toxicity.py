@@ -279,7 +279,7 @@ class ToxicityGroup:
 
     Attributes:
         label: the kind, with the number of prompts.
-        values: of each model, in the order of the legend.
+        values: values of the models, in the order of the legend.
     """
 
     label: str

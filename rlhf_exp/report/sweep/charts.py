@@ -2,8 +2,6 @@
 
 Colour is the hyperparameter that separates the objectives most, dashes are the next one, so that a
 legend stays short however many lines there are.
-
-Which hyperparameter gives the lines of a chart their colour, and which value which colour.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ from rlhf_exp.report.sweep.data import (
     RunGroup,
     RunPoint,
     Sweep,
-    grouped,
+    group_runs,
     intervals,
-    order_of,
     short_key,
+    sort_key,
 )
 from rlhf_exp.report.sweep.gather import evaluations
 
@@ -47,15 +45,15 @@ class Palette:
     """Colours and dashes of a sweep's lines."""
 
     def __init__(self, sweep: Sweep) -> None:
-        # What drew no line must not take a colour.
+        # A run that drew no line must not take a colour.
         points = [point for point in sweep.points if point.rows] or list(sweep.points)
-        found = leading(points, sweep.varied, COLOURS)
-        none = Levels("", ("runs",), (0,) * len(points))
-        self.colour = found[0] if found else none
-        second = found[1] if len(found) > 1 else None
-        wide = second is not None and len(second.labels) > DASHES
-        if second is not None and wide:
-            second = leading(points, [second.key], DASHES)[0]
+        ranked = rank_hyperparameters(points, sweep.varied, COLOURS)
+        none = HyperparameterLevels("", ("runs",), (0,) * len(points))
+        self.colour = ranked[0] if ranked else none
+        second = ranked[1] if len(ranked) > 1 else None
+        too_many = second is not None and len(second.labels) > DASHES
+        if second is not None and too_many:
+            second = rank_hyperparameters(points, [second.key], DASHES)[0]
         self.dash = second or none
         self.numbers = {point.key: number for number, point in enumerate(points)}
 
@@ -66,33 +64,33 @@ class Palette:
 
     def legend(self) -> list[tuple[str, int, int, str]]:
         """Return the legend: every colour, then every dash."""
-        found = []
+        entries = []
         if self.colour.key:
-            found += [
+            entries += [
                 (f"{self.colour.name} {label}", number, 0, "")
                 for number, label in enumerate(self.colour.labels)
             ]
         if self.dash.key:
-            found += [
+            entries += [
                 (f"{self.dash.name} {label}", COLOURS, number, "")
                 for number, label in enumerate(self.dash.labels)
             ]
-        return found
+        return entries
 
 
 def frontier(sweep: Sweep, palette: Palette) -> Chart | None:
-    """Return reward against the square root of KL, one line a run, a disc at what it published."""
+    """Return reward against the square root of KL, one line a run, a disc at its published step."""
     lines = []
     for point in sweep.points:
-        found = evaluations(point.rows)
-        if not found:
+        points = evaluations(point.rows)
+        if not points:
             continue
-        steps, reward, kl = (np.array(column) for column in zip(*found, strict=True))
+        steps, reward, kl = (np.array(column) for column in zip(*points, strict=True))
         colour, dash = palette.of(point)
         last = f"{short(float(reward[-1]))}"
         line = LineSeries(
             point.label, root(kl), reward, colour, smooth=False, unit="√KL", last=last, dash=dash,
-            disc=_place(steps, point.published),
+            disc=_index_of_step(steps, point.published),
         )  # fmt: skip
         lines.append(line)
     if not lines:
@@ -118,8 +116,8 @@ def curves(sweep: Sweep, palette: Palette) -> list[tuple[str, list[Chart]]]:
     With more settings than can be told apart in one chart, each colour gets one of its own, with
     the same vertical axis.
     """
-    groups = grouped(sweep.points)
-    found = []
+    groups = group_runs(sweep.points)
+    headed_charts = []
     for title, metric in CURVES.get(sweep.stage, ()):
         banded = len(groups) <= BANDS
         lines = [(group, _line(group, metric, palette, banded=banded)) for group in groups]
@@ -127,24 +125,28 @@ def curves(sweep: Sweep, palette: Palette) -> list[tuple[str, list[Chart]]]:
         if not known:
             continue
         if banded or not palette.dash.key:
-            found.append(("", [Chart(title, [line for _, line in known], keys=_keys(palette))]))
+            headed_charts.append(
+                ("", [Chart(title, [line for _, line in known], keys=_keys(palette))])
+            )
         else:
-            found.append((title, _panels(known, palette)))
-    joined = [chart for heading, charts in found if not heading for chart in charts]
-    apart = [(heading, charts) for heading, charts in found if heading]
+            headed_charts.append((title, _charts_by_colour(known, palette)))
+    joined = [chart for heading, charts in headed_charts if not heading for chart in charts]
+    apart = [(heading, charts) for heading, charts in headed_charts if heading]
     return ([("", joined)] if joined else []) + apart
 
 
 def over_seeds(group: RunGroup, metric: str) -> tuple[Floats, Floats, Floats, Floats] | None:
     """Return (steps, mean, low, high), each [T], of a metric in the runs of a group."""
     members = group.done or group.points
-    found = [points for one in members if (points := curve(one.rows, [metric])) is not None]
-    if not found:
+    seed_curves = [
+        points for seed_curve in members if (points := curve(seed_curve.rows, [metric])) is not None
+    ]
+    if not seed_curves:
         return None
-    steps = np.unique(np.concatenate([one.x for one in found]))
-    values = np.full((len(found), len(steps)), np.nan)
-    for row, one in enumerate(found):
-        values[row, np.searchsorted(steps, one.x)] = one.y
+    steps = np.unique(np.concatenate([seed_curve.x for seed_curve in seed_curves]))
+    values = np.full((len(seed_curves), len(steps)), np.nan)
+    for row, seed_curve in enumerate(seed_curves):
+        values[row, np.searchsorted(steps, seed_curve.x)] = seed_curve.y
     return steps, *intervals(values)
 
 
@@ -153,10 +155,10 @@ def _keys(palette: Palette) -> list[tuple[str, int, int, str]] | None:
 
 
 def _line(group: RunGroup, metric: str, palette: Palette, *, banded: bool) -> LineSeries | None:
-    found = over_seeds(group, metric)
-    if found is None:
+    statistics = over_seeds(group, metric)
+    if statistics is None:
         return None
-    steps, mean, low, high = found
+    steps, mean, low, high = statistics
     colour, dash = palette.of(group.points[0])
     band = (low, high) if banded and np.isfinite(low).any() else None
     count = len(group.done or group.points)
@@ -166,7 +168,9 @@ def _line(group: RunGroup, metric: str, palette: Palette, *, banded: bool) -> Li
     )
 
 
-def _panels(lines: Sequence[tuple[RunGroup, LineSeries]], palette: Palette) -> list[Chart]:
+def _charts_by_colour(
+    lines: Sequence[tuple[RunGroup, LineSeries]], palette: Palette
+) -> list[Chart]:
     """Return a chart for each colour, all with one vertical axis."""
     values = np.concatenate([line.y for _, line in lines])
     values = values[np.isfinite(values)]
@@ -182,7 +186,7 @@ def _panels(lines: Sequence[tuple[RunGroup, LineSeries]], palette: Palette) -> l
     return charts
 
 
-def _place(steps: Floats, published: float | None) -> int:
+def _index_of_step(steps: Floats, published: float | None) -> int:
     """Return the index of the published step; the last where it is not known."""
     if published is None or published not in steps:
         return len(steps) - 1
@@ -190,12 +194,12 @@ def _place(steps: Floats, published: float | None) -> int:
 
 
 @dataclass(frozen=True)
-class Levels:
+class HyperparameterLevels:
     """The values of a hyperparameter, few enough to tell apart.
 
     Attributes:
         key: The hyperparameter; empty where there is none.
-        labels: Of the levels, in order.
+        labels: Labels of the levels, in order.
         numbers: For each point the number of its level.
     """
 
@@ -209,32 +213,38 @@ class Levels:
         return short_key(self.key)
 
 
-def levels_of(points: Sequence[RunPoint], key: str, most: int) -> Levels:
+def levels_of(points: Sequence[RunPoint], key: str, most: int) -> HyperparameterLevels:
     """Return the levels of a hyperparameter, at most `most`.
 
     More numbers than that are put into ranges with about as many points each; of more words the
     most frequent keep a level of their own.
     """
     values = [point.settings[key] for point in points]
-    distinct = sorted(set(values), key=order_of)
+    distinct = sorted(set(values), key=sort_key)
     if len(distinct) <= most:
-        return Levels(key, tuple(distinct), tuple(map(distinct.index, values)))
-    if all(order_of(value)[0] == 0 and math.isfinite(float(value)) for value in distinct):
-        return _ranges(key, [float(value) for value in values], min(most, 4))
-    common = sorted(distinct, key=lambda one: -values.count(one))[: most - 1]
-    labels = (*(one for one in distinct if one in common), "other")
-    found = tuple(labels.index(one) if one in common else len(labels) - 1 for one in values)
-    return Levels(key, labels, found)
+        return HyperparameterLevels(key, tuple(distinct), tuple(map(distinct.index, values)))
+    if all(sort_key(value)[0] == 0 and math.isfinite(float(value)) for value in distinct):
+        return _range_levels(key, [float(value) for value in values], min(most, 4))
+    common = sorted(distinct, key=lambda value: -values.count(value))[: most - 1]
+    labels = (*(value for value in distinct if value in common), "other")
+    numbers = tuple(labels.index(value) if value in common else len(labels) - 1 for value in values)
+    return HyperparameterLevels(key, labels, numbers)
 
 
-def leading(points: Sequence[RunPoint], varied: Sequence[str], most: int) -> list[Levels]:
+def rank_hyperparameters(
+    points: Sequence[RunPoint], varied: Sequence[str], most: int
+) -> list[HyperparameterLevels]:
     """Return the levels of each hyperparameter, the one that separates objectives most first."""
-    found = [levels_of(points, key, most) for key in varied]
-    objectives = [math.nan if one.objective is None else one.objective for one in points]
-    return sorted(found, key=lambda one: -explained(one.numbers, objectives))
+    candidates = [levels_of(points, key, most) for key in varied]
+    objectives = [
+        math.nan if candidate.objective is None else candidate.objective for candidate in points
+    ]
+    return sorted(
+        candidates, key=lambda candidate: -explained_variance(candidate.numbers, objectives)
+    )
 
 
-def explained(numbers: Sequence[int], values: Sequence[float]) -> float:
+def explained_variance(numbers: Sequence[int], values: Sequence[float]) -> float:
     """Return the share of the variance of values that lies between levels (eta squared)."""
     level, value = np.array(numbers), np.array(values, dtype=np.float64)
     known = np.isfinite(value)
@@ -242,12 +252,12 @@ def explained(numbers: Sequence[int], values: Sequence[float]) -> float:
     total = float(((value - value.mean()) ** 2).sum()) if len(value) else 0.0
     if total == 0:
         return 0.0
-    parts = [value[level == one] for one in np.unique(level)]
+    parts = [value[level == number] for number in np.unique(level)]
     between = sum(len(part) * (part.mean() - value.mean()) ** 2 for part in parts)
     return float(between / total)
 
 
-def _ranges(key: str, values: Sequence[float], count: int) -> Levels:
+def _range_levels(key: str, values: Sequence[float], count: int) -> HyperparameterLevels:
     numbers = np.array(values)
     edges = np.unique(np.quantile(numbers, np.linspace(0, 1, count + 1)[1:-1], method="lower"))
     placed = np.searchsorted(edges, numbers, side="left")
@@ -257,4 +267,4 @@ def _ranges(key: str, values: Sequence[float], count: int) -> Levels:
         inside = numbers[placed == level]
         low, high = short(float(inside.min())), short(float(inside.max()))
         labels.append(low if low == high else f"{low} to {high}")
-    return Levels(key, tuple(labels), tuple(np.searchsorted(used, placed).tolist()))
+    return HyperparameterLevels(key, tuple(labels), tuple(np.searchsorted(used, placed).tolist()))

@@ -16,26 +16,48 @@ from rlhf_exp.report.sweep.data import (
     SeedSummary,
     difference,
     flatten,
-    is_aside,
+    format_override,
+    is_ignored,
     is_seed,
-    order_of,
-    shown,
-    summarised,
+    sort_key,
+    summarise_seeds,
 )
 from rlhf_exp.store.artifact import Artifact
 
 _PAIRED = (("Reward, raw", "score_b"), ("Gold judge", "gold_b"), ("Toxicity", "toxicity_b"))
 _STAGES = ("sft", "reward", "ppo", "eval")
-
 Rows = Sequence[PromptRow]
 
 
 @dataclass(frozen=True)
-class ComparedSide:
-    """What is compared.
+class RunComparison:
+    """The differences of two sides.
 
     Attributes:
-        name: What the user calls it.
+        a: One side.
+        b: The other.
+        config: (key, values in a, values in b) of settings that differ.
+        metrics: Those that both sides have.
+        prompts: How many prompts both sides answered, the same ones; 0 if they are not.
+        paired: (label, mean of b - a over these prompts).
+        notes: Reservations that the reader must know.
+    """
+
+    a: ComparedSide
+    b: ComparedSide
+    config: Sequence[tuple[str, str, str]]
+    metrics: Sequence[MetricRow]
+    prompts: int
+    paired: Sequence[tuple[str, Estimate]]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class ComparedSide:
+    """One side of a comparison.
+
+    Attributes:
+        name: The user's name for it.
         runs: The results of each of its runs, by stage; at least one run.
         unfinished: Runs that were left out, because they are not done.
     """
@@ -55,7 +77,7 @@ class ComparedSide:
         return [flatten(list(run.values())[-1].manifest.config) for run in self.runs]
 
     def of(self, stage: str) -> list[Artifact]:
-        """Return a stage's results, what runs share once; none if a run lacks the stage."""
+        """Return a stage's results, those that runs share once; none if a run lacks the stage."""
         if not all(stage in run for run in self.runs):
             return []
         return list({run[stage].key: run[stage] for run in self.runs}.values())
@@ -69,7 +91,7 @@ class MetricRow:
         name: Its stage and name.
         a: Over the runs of one side.
         b: Over those of the other.
-        difference: Of the means, b - a.
+        difference: Difference of the means, b - a.
         shared: Whether both sides have it from the same results.
     """
 
@@ -80,109 +102,95 @@ class MetricRow:
     shared: bool
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What two sides differ in.
-
-    Attributes:
-        a: One side.
-        b: The other.
-        config: (key, values in a, values in b) of what differs.
-        metrics: Those that both sides have.
-        prompts: How many prompts both sides answered, the same ones; 0 if they are not.
-        paired: (label, mean of b - a over these prompts).
-        notes: What the reader must know.
-    """
-
-    a: ComparedSide
-    b: ComparedSide
-    config: Sequence[tuple[str, str, str]]
-    metrics: Sequence[MetricRow]
-    prompts: int
-    paired: Sequence[tuple[str, Estimate]]
-    notes: Sequence[str]
-
-
-def compared(a: ComparedSide, b: ComparedSide) -> Comparison:
-    """Compare two sides; what their runs share counts once."""
+def compare_sides(a: ComparedSide, b: ComparedSide) -> RunComparison:
+    """Compare two sides; results that their runs share count once."""
     notes = [note for side in (a, b) for note in _notes(side)]
-    rows = [_answers(side) for side in (a, b)]
-    same = 0
+    rows = [_evaluation_rows(side) for side in (a, b)]
+    common_prompts = 0
     paired: list[tuple[str, Estimate]] = []
     if all(rows):
-        prompts = {tuple(row.prompt for row in one) for side in rows for one in side}
+        prompts = {tuple(row.prompt for row in answers) for side in rows for answers in side}
         if len(prompts) > 1:
             notes.append("The two were evaluated on different prompts: no paired comparison.")
         else:
-            same = len(next(iter(prompts)))
-            paired, more = _paired(a, b, rows)
-            notes += more
-    return Comparison(a, b, _config(a, b), _metrics(a, b), same, paired, notes)
+            common_prompts = len(next(iter(prompts)))
+            paired, paired_notes = _paired_differences(a, b, rows)
+            notes += paired_notes
+    return RunComparison(
+        a, b, _config_differences(a, b), _metric_rows(a, b), common_prompts, paired, notes
+    )
 
 
 def _notes(side: ComparedSide) -> list[str]:
-    found = []
+    notes = []
     if side.unfinished:
-        found.append(f"{side.name}: {side.unfinished} runs are not done and are left out.")
+        notes.append(f"{side.name}: {side.unfinished} runs are not done and are left out.")
     varied = [key for key in _keys([side]) if not is_seed(key) and len(_values(side, key)) > 1]
     if varied:
         named = ", ".join(varied[:5]) + (", ..." if len(varied) > 5 else "")
-        found.append(
+        notes.append(
             f"{side.name} holds runs that differ in more than seeds ({named}): its numbers are "
             "means over all of them."
         )
-    return found
+    return notes
 
 
 def _keys(sides: Sequence[ComparedSide]) -> list[str]:
-    found = {key for side in sides for config in side.configs for key in config}
-    return sorted(key for key in found if not is_aside(key))
+    keys = {key for side in sides for config in side.configs for key in config}
+    return sorted(key for key in keys if not is_ignored(key))
 
 
 def _values(side: ComparedSide, key: str) -> set[str]:
-    return {shown(config[key]) if key in config else "" for config in side.configs}
+    return {format_override(config[key]) if key in config else "" for config in side.configs}
 
 
-def _config(a: ComparedSide, b: ComparedSide) -> list[tuple[str, str, str]]:
-    found = []
+def _config_differences(a: ComparedSide, b: ComparedSide) -> list[tuple[str, str, str]]:
+    differences = []
     for key in _keys((a, b)):
         left, right = _values(a, key), _values(b, key)
         if left != right:
-            ours, theirs = (", ".join(sorted(side, key=order_of)) for side in (left, right))
-            found.append((key, ours, theirs))
-    return found
+            ours, theirs = (", ".join(sorted(side, key=sort_key)) for side in (left, right))
+            differences.append((key, ours, theirs))
+    return differences
 
 
-def _metrics(a: ComparedSide, b: ComparedSide) -> list[MetricRow]:
-    found = []
+def _metric_rows(a: ComparedSide, b: ComparedSide) -> list[MetricRow]:
+    rows = []
     for stage in _STAGES:
         sides = [side.of(stage) for side in (a, b)]
         if not all(sides):
             continue
-        keys = [{one.key for one in side} for side in sides]
+        keys = [{artifact.key for artifact in side} for side in sides]
         shared = keys[0] == keys[1]
-        names = set.intersection(*(set(one.manifest.metrics) for side in sides for one in side))
+        names = set.intersection(
+            *(set(artifact.manifest.metrics) for side in sides for artifact in side)
+        )
         for name in sorted(names):
-            left, right = (summarised(one.manifest.metrics[name] for one in side) for side in sides)
+            left, right = (
+                summarise_seeds(artifact.manifest.metrics[name] for artifact in side)
+                for side in sides
+            )
             if left is not None and right is not None:
                 change = difference(left, right)
-                found.append(MetricRow(f"{stage} {name}", left, right, change, shared))
-    return found
+                rows.append(MetricRow(f"{stage} {name}", left, right, change, shared))
+    return rows
 
 
-def _answers(side: ComparedSide) -> list[Rows]:
+def _evaluation_rows(side: ComparedSide) -> list[Rows]:
     """Return the rows of each evaluation of a side."""
-    paths = [one.path / RESULT for one in side.of("eval")]
+    paths = [artifact.path / RESULT for artifact in side.of("eval")]
     if not all(path.is_file() for path in paths):
         return []
     return [ModelComparison.from_json(json.loads(path.read_text("utf-8"))).rows for path in paths]
 
 
-def _paired(
+def _paired_differences(
     a: ComparedSide, b: ComparedSide, rows: Sequence[Sequence[Rows]]
 ) -> tuple[list[tuple[str, Estimate]], list[str]]:
     """Compare the policies prompt by prompt; of several runs of a side, the mean of each prompt."""
-    judges = {one.manifest.parents.get("reward") for side in (a, b) for one in side.of("eval")}
+    judges = {
+        artifact.manifest.parents.get("reward") for side in (a, b) for artifact in side.of("eval")
+    }
     notes = []
     if max(len(a.runs), len(b.runs)) > 1:
         notes.append(
@@ -191,14 +199,14 @@ def _paired(
         )
     if len(judges) > 1:
         notes.append("The reward models differ, so raw rewards are not compared.")
-    found = []
+    differences = []
     for label, name in _PAIRED:
         if name == "score_b" and len(judges) > 1:
             continue
         means = [_mean_of(side, name) for side in rows]
         if means[0] is not None and means[1] is not None:
-            found.append((label, paired_difference(means[0], means[1], seed=0)))
-    return found, notes
+            differences.append((label, paired_difference(means[0], means[1], seed=0)))
+    return differences, notes
 
 
 def _mean_of(evaluations: Sequence[Rows], name: str) -> Floats | None:

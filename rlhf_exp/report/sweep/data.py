@@ -1,11 +1,9 @@
-"""A sweep, or any set of runs, as plain values: what its page, its JSON and its CSV are made of.
+"""A sweep, or any set of runs, as plain values: the content of its page, its JSON and its CSV.
 
-What distinguishes runs: the hyperparameters that vary among them, their seeds aside.
-
-A finished run's config is in its manifest. A failed one has only its command line, so that what it
-does not say is taken from the runs that do not say it either.
-
-Runs that differ in their seeds alone, taken together: means and intervals over seeds.
+Runs are told apart by the hyperparameters that vary among them. A finished run's config is in its
+manifest; a failed one has only its command line, so that a value it does not name is taken from the
+runs that do not name it either. Runs that differ in their seeds alone form a group, with means and
+intervals over seeds.
 """
 
 from __future__ import annotations
@@ -28,26 +26,74 @@ from rlhf_exp.evaluation.statistics import (
 )
 from rlhf_exp.report.chart import Row
 
+# Sections that do not make a run another experiment: storage, tracking, launching.
+IGNORED_SECTIONS = (
+    "name",
+    "output_dir",
+    "plan",
+    "probe",
+    "cache",
+    "rerun",
+    "stage",
+    "tracking",
+    "hydra",
+    "launcher",
+    "study",
+    "sweep",
+)
+UNKNOWN = "–"
+# Resampling two values adds nothing to the two values.
+FEWEST_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs that are compared.
+
+    Attributes:
+        title: The sweep's name, or the names of the runs.
+        points: The runs, the oldest first.
+        varied: The hyperparameters that vary.
+        stage: The stage that the curves show: the last that trains.
+        objective: The objective in words.
+        works: The stages made, each once.
+        importance: Importance of the hyperparameters.
+        disk: (name, disk space in words).
+        kl_budget: Nats per answer within which the objective was taken, if it was.
+        warnings: Reservations that the reader must know before believing the numbers.
+    """
+
+    title: str
+    points: Sequence[RunPoint]
+    varied: Sequence[str]
+    stage: str
+    objective: str
+    works: Sequence[StageWork] = ()
+    importance: Importance = field(default_factory=lambda: Importance(0))
+    disk: Sequence[tuple[str, str]] = ()
+    kl_budget: float | None = None
+    warnings: Sequence[str] = ()
+
 
 @dataclass(frozen=True)
 class RunPoint:
     """One run.
 
     Attributes:
-        name: Of the run or sweep.
+        name: Name of the run or sweep.
         key: Its final key.
         status: `done`, `failed`, `pruned`, `running`, ...
         overrides: Its command line.
         settings: Its value of each hyperparameter that varies.
         seed: Its seeds in words, those that vary.
-        objective: What a sweep maximises, if it is known.
+        objective: Value of the quantity that the sweep maximises, if known.
         metrics: Final metrics of all its stages: `ppo eval/reward_mean`.
-        rows: What the stage that the curves show has logged.
+        rows: Logged metrics of the stage that the curves show.
         published: Step of the published weights, if known.
         keys: The key of each stage.
         seconds: Time of the stages that no other run shares, as far as they are done.
-        error: What ended it, if it failed.
-        log: File with what it printed, if it has one.
+        error: The error that ended it, if it failed.
+        log: File with its output, if it has one.
     """
 
     name: str
@@ -79,7 +125,7 @@ class RunPoint:
 
 @dataclass(frozen=True)
 class StageWork:
-    """What one stage made: its key, the seconds it took, and how many of the runs use it."""
+    """One stage's result: its key, the seconds it took, and the number of runs that use it."""
 
     stage: str
     key: str
@@ -95,42 +141,13 @@ class Importance:
         trials: Complete trials of the study.
         shares: (hyperparameter, share of the variance), the largest first; empty if not computed.
         reason: Why it was not.
-        objective: What the study maximises, in words, if it says so.
+        objective: The study's objective in words, if it has one on record.
     """
 
     trials: int
     shares: Sequence[tuple[str, float]] = ()
     reason: str = ""
     objective: str = ""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Runs that are compared.
-
-    Attributes:
-        title: The sweep's name, or the names of the runs.
-        points: The runs, the oldest first.
-        varied: The hyperparameters that vary.
-        stage: The stage that the curves show: the last that trains.
-        objective: What the objective is, in words.
-        works: What was made, each once.
-        importance: Of the hyperparameters.
-        disk: (name, disk space in words).
-        kl_budget: Nats per answer within which the objective was taken, if it was.
-        warnings: What the reader must know before believing the numbers.
-    """
-
-    title: str
-    points: Sequence[RunPoint]
-    varied: Sequence[str]
-    stage: str
-    objective: str
-    works: Sequence[StageWork] = ()
-    importance: Importance = field(default_factory=lambda: Importance(0))
-    disk: Sequence[tuple[str, str]] = ()
-    kl_budget: float | None = None
-    warnings: Sequence[str] = ()
 
 
 def label_of(settings: Mapping[str, str]) -> str:
@@ -144,45 +161,14 @@ def short_key(key: str) -> str:
     return rest if dot and section == "ppo" else key
 
 
-# Where a run was stored and how it was watched does not make it another experiment.
-ASIDE = (
-    "name",
-    "output_dir",
-    "plan",
-    "probe",
-    "cache",
-    "rerun",
-    "stage",
-    "tracking",
-    "hydra",
-    "launcher",
-    "study",
-    "sweep",
-)
-UNKNOWN = "–"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a run's settings are read from.
-
-    Attributes:
-        overrides: Its command line.
-        config: Its resolved config, flat, or `None` where it left none.
-    """
-
-    overrides: tuple[str, ...]
-    config: Mapping[str, Any] | None
-
-
 @dataclass(frozen=True)
 class VariedSettings:
-    """What varies among runs.
+    """The settings that vary among runs.
 
     Attributes:
-        varied: The keys, in the order of the command line.
-        settings: For each run its value of each of these, as text.
-        seeds: For each run its seed in words, as far as seeds vary.
+        varied: Their keys, in the order of the command line.
+        settings: For each run its value of each key, as text.
+        seeds: For each run its seeds in words, as far as seeds vary.
     """
 
     varied: tuple[str, ...]
@@ -190,19 +176,104 @@ class VariedSettings:
     seeds: tuple[str, ...]
 
 
-def settle(origins: Sequence[Origin]) -> VariedSettings:
-    """Return what varies among runs.
+@dataclass(frozen=True)
+class SettingsSource:
+    """The sources of a run's settings.
 
-    The keys of the command line are taken where they tell the runs apart just as the configs do:
+    Attributes:
+        overrides: Its command line.
+        config: Its resolved config, flat; `None` if it left none.
+    """
+
+    overrides: tuple[str, ...]
+    config: Mapping[str, Any] | None
+
+
+def varied_settings(origins: Sequence[SettingsSource]) -> VariedSettings:
+    """Return the settings that vary among runs.
+
+    The keys of the command line are used if they tell the runs apart just as the configs do:
     `model=a,b` is one key there and many in the config.
     """
-    values = _Values(origins)
+    values = _RunValues(origins)
     command, config = values.varied_by_command(), values.varied_by_config()
-    known = [number for number, one in enumerate(origins) if one.config is not None]
-    same = _parts(values, command, known) == _parts(values, config, known)
-    keys = command if (same and len(command) <= len(config)) or not config else config
+    known = [number for number, origin in enumerate(origins) if origin.config is not None]
+    same_partition = _partition(values, command, known) == _partition(values, config, known)
+    keys = command if (same_partition and len(command) <= len(config)) or not config else config
     settings = tuple({key: values.text(n, key) for key in keys} for n in range(len(origins)))
     return VariedSettings(tuple(keys), settings, tuple(values.seed(n) for n in range(len(origins))))
+
+
+class _RunValues:
+    """Every run's value of every key, as far as it is known."""
+
+    def __init__(self, origins: Sequence[SettingsSource]) -> None:
+        self.origins = origins
+        self.overrides = [override_values(origin.overrides) for origin in origins]
+        self.configs = [
+            None
+            if origin.config is None
+            else {key: format_override(item) for key, item in origin.config.items()}
+            for origin in origins
+        ]
+        self.seed_keys = [key for key in self._keys() if is_seed(key) and self._varies(key)]
+
+    def varied_by_command(self) -> list[str]:
+        """Return the keys of command lines whose values differ, in their order."""
+        keys = dict.fromkeys(key for overrides in self.overrides for key in overrides)
+        return [key for key in keys if _is_hyperparameter(key) and self._varies(key)]
+
+    def varied_by_config(self) -> list[str]:
+        """Return the keys of configs whose values differ."""
+        configs = [config for config in self.configs if config is not None]
+        keys = sorted({key for config in configs for key in config if _is_hyperparameter(key)})
+        return [key for key in keys if len({config.get(key) for config in configs}) > 1]
+
+    def text(self, number: int, key: str) -> str:
+        """Return a run's value of a key."""
+        config = self.configs[number]
+        if config is not None and key in config:
+            return config[key]
+        return self.overrides[number].get(key) or self._default(key)
+
+    def seed(self, number: int) -> str:
+        """Return a run's seeds in words, those that vary."""
+        seeds = {key: self.text(number, key) for key in self.seed_keys}
+        if len(set(seeds.values())) == 1:
+            return next(iter(seeds.values()))
+        return ", ".join(f"{key.partition('.')[0]} {value}" for key, value in seeds.items())
+
+    def _default(self, key: str) -> str:
+        """Return the value in runs that do not name the key, if it is the same in all of them."""
+        pairs = zip(self.configs, self.overrides, strict=True)
+        values = {
+            config[key]
+            for config, overrides in pairs
+            if config is not None and key not in overrides and key in config
+        }
+        return values.pop() if len(values) == 1 else UNKNOWN
+
+    def _keys(self) -> list[str]:
+        known = [*self.overrides, *(values for values in self.configs if values is not None)]
+        return sorted({key for values in known for key in values})
+
+    def _varies(self, key: str) -> bool:
+        return len({self.text(number, key) for number in range(len(self.origins))}) > 1
+
+
+def _is_hyperparameter(key: str) -> bool:
+    return not is_ignored(key) and not is_seed(key)
+
+
+def _partition(values: _RunValues, keys: Sequence[str], numbers: Sequence[int]) -> list[int]:
+    """Return the number of the part each run falls into, by its values of `keys`."""
+    numbers_by_values: dict[tuple[str, ...], int] = {}
+    return [
+        numbers_by_values.setdefault(
+            tuple(values.text(n, key) for key in keys), len(numbers_by_values)
+        )
+        for n in numbers
+    ]
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -216,7 +287,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def shown(value: object) -> str:
+def format_override(value: object) -> str:
     """Return a value as one would write it on the command line: `3e-4` and `0.0003` are one."""
     if value is None:
         return "null"
@@ -227,7 +298,7 @@ def shown(value: object) -> str:
     return str(value)
 
 
-def parsed(text: str) -> str:
+def parse_override(text: str) -> str:
     """Return the value of an override, written as `shown` writes it."""
     try:
         value = yaml.safe_load(text)
@@ -235,29 +306,29 @@ def parsed(text: str) -> str:
         return text
     if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a word
         try:
-            return shown(float(value))
+            return format_override(float(value))
         except ValueError:
             return value
-    return shown(value)
+    return format_override(value)
 
 
-def order_of(text: str) -> tuple[int, float, str]:
-    """Return what sorts values: numbers by size, then words."""
+def override_values(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the values of a command line by key."""
+    pairs = (text.partition("=") for text in overrides)
+    return {key.lstrip("+~"): parse_override(value) for key, sign, value in pairs if sign}
+
+
+def sort_key(text: str) -> tuple[int, float, str]:
+    """Return the sort key of a value: numbers by size, then words."""
     try:
         return 0, float(text), text
     except ValueError:
         return 1, 0.0, text
 
 
-def given(overrides: Sequence[str]) -> dict[str, str]:
-    """Return the values of a command line by key."""
-    pairs = (text.partition("=") for text in overrides)
-    return {key.lstrip("+~"): parsed(value) for key, sign, value in pairs if sign}
-
-
-def is_aside(key: str) -> bool:
-    """Whether a key says nothing of the experiment."""
-    return key.replace("/", ".").split(".")[0] in ASIDE
+def is_ignored(key: str) -> bool:
+    """Whether a key does not belong to the experiment itself."""
+    return key.replace("/", ".").split(".")[0] in IGNORED_SECTIONS
 
 
 def is_seed(key: str) -> bool:
@@ -265,82 +336,13 @@ def is_seed(key: str) -> bool:
     return key == "seed" or key.endswith(".seed")
 
 
-class _Values:
-    """Every run's value of every key, as far as it is known."""
-
-    def __init__(self, origins: Sequence[Origin]) -> None:
-        self.origins = origins
-        self.given = [given(one.overrides) for one in origins]
-        self.configs = [
-            None if one.config is None else {key: shown(item) for key, item in one.config.items()}
-            for one in origins
-        ]
-        self.seed_keys = [key for key in self._keys() if is_seed(key) and self._varies(key)]
-
-    def varied_by_command(self) -> list[str]:
-        """Return the keys of command lines whose values differ, in their order."""
-        keys = dict.fromkeys(key for one in self.given for key in one)
-        return [key for key in keys if _counts(key) and self._varies(key)]
-
-    def varied_by_config(self) -> list[str]:
-        """Return the keys of configs whose values differ."""
-        configs = [one for one in self.configs if one is not None]
-        keys = sorted({key for one in configs for key in one if _counts(key)})
-        return [key for key in keys if len({one.get(key) for one in configs}) > 1]
-
-    def text(self, number: int, key: str) -> str:
-        """Return a run's value of a key."""
-        config = self.configs[number]
-        if config is not None and key in config:
-            return config[key]
-        return self.given[number].get(key) or self._default(key)
-
-    def seed(self, number: int) -> str:
-        """Return a run's seeds in words, those that vary."""
-        found = {key: self.text(number, key) for key in self.seed_keys}
-        if len(set(found.values())) == 1:
-            return next(iter(found.values()))
-        return ", ".join(f"{key.partition('.')[0]} {value}" for key, value in found.items())
-
-    def _default(self, key: str) -> str:
-        """Return the value in runs that do not name the key, if it is the same in all of them."""
-        pairs = zip(self.configs, self.given, strict=True)
-        found = {
-            config[key]
-            for config, one in pairs
-            if config is not None and key not in one and key in config
-        }
-        return found.pop() if len(found) == 1 else UNKNOWN
-
-    def _keys(self) -> list[str]:
-        known = [*self.given, *(one for one in self.configs if one is not None)]
-        return sorted({key for one in known for key in one})
-
-    def _varies(self, key: str) -> bool:
-        return len({self.text(number, key) for number in range(len(self.origins))}) > 1
-
-
-def _counts(key: str) -> bool:
-    return not is_aside(key) and not is_seed(key)
-
-
-def _parts(values: _Values, keys: Sequence[str], numbers: Sequence[int]) -> list[int]:
-    """Return the number of the part each run falls into, by its values of `keys`."""
-    met: dict[tuple[str, ...], int] = {}
-    return [met.setdefault(tuple(values.text(n, key) for key in keys), len(met)) for n in numbers]
-
-
-# Resampling two values says nothing that the two do not.
-FEWEST = 3
-
-
 @dataclass(frozen=True)
 class SeedSummary:
     """A number over seeds.
 
     Attributes:
-        values: One of each seed.
-        estimate: Mean and interval; the interval is infinite for fewer than `FEWEST` seeds.
+        values: The value of each seed.
+        estimate: Mean and interval; the interval is infinite for fewer than `FEWEST_SEEDS` seeds.
     """
 
     values: tuple[float, ...]
@@ -364,6 +366,16 @@ class SeedSummary:
         }
 
 
+def summarise_seeds(values: Iterable[float | None]) -> SeedSummary | None:
+    """Return mean and percentile-bootstrap interval of the finite values; `None` without any."""
+    known = tuple(float(value) for value in values if value is not None and math.isfinite(value))
+    if not known:
+        return None
+    if len(known) < FEWEST_SEEDS:
+        return SeedSummary(known, Estimate(sum(known) / len(known), -math.inf, math.inf))
+    return SeedSummary(known, estimate_mean(known, seed=0))
+
+
 @dataclass(frozen=True)
 class RunGroup:
     """Runs of the same settings."""
@@ -383,30 +395,35 @@ class RunGroup:
 
     def objective(self) -> SeedSummary | None:
         """Return the objective over seeds."""
-        return summarised(point.objective for point in self.done)
+        return summarise_seeds(point.objective for point in self.done)
 
     def metric(self, name: str) -> SeedSummary | None:
         """Return a final metric over seeds."""
-        return summarised(point.metrics.get(name) for point in self.done)
+        return summarise_seeds(point.metrics.get(name) for point in self.done)
 
 
-def grouped(points: Sequence[RunPoint]) -> list[RunGroup]:
+def group_runs(points: Sequence[RunPoint]) -> list[RunGroup]:
     """Return the groups, ordered by their settings, numbers by size."""
-    found: dict[tuple[str, ...], list[RunPoint]] = {}
+    members_by_settings: dict[tuple[str, ...], list[RunPoint]] = {}
     for point in points:
-        found.setdefault(tuple(point.settings.values()), []).append(point)
-    groups = [RunGroup(members[0].settings, tuple(members)) for members in found.values()]
-    return sorted(groups, key=lambda one: tuple(order_of(text) for text in one.settings.values()))
+        members_by_settings.setdefault(tuple(point.settings.values()), []).append(point)
+    groups = [
+        RunGroup(members[0].settings, tuple(members)) for members in members_by_settings.values()
+    ]
+    return sorted(
+        groups, key=lambda group: tuple(sort_key(text) for text in group.settings.values())
+    )
 
 
-def summarised(values: Iterable[float | None]) -> SeedSummary | None:
-    """Return mean and percentile-bootstrap interval of what is finite; `None` of nothing."""
-    known = tuple(float(value) for value in values if value is not None and math.isfinite(value))
-    if not known:
-        return None
-    if len(known) < FEWEST:
-        return SeedSummary(known, Estimate(sum(known) / len(known), -math.inf, math.inf))
-    return SeedSummary(known, estimate_mean(known, seed=0))
+def rank_groups(groups: Sequence[RunGroup]) -> list[tuple[RunGroup, SeedSummary]]:
+    """Return the groups by their mean objective, the best first.
+
+    A group whose seeds have mostly failed is left out: it needs half as many as the fullest.
+    """
+    known = [(group, objective) for group in groups if (objective := group.objective()) is not None]
+    most = max((len(objective.values) for _, objective in known), default=0)
+    enough = [(group, objective) for group, objective in known if 2 * len(objective.values) >= most]
+    return sorted(enough, key=lambda pair: -pair[1].estimate.mean)
 
 
 def intervals(values: Floats) -> tuple[Floats, Floats, Floats]:
@@ -416,7 +433,7 @@ def intervals(values: Floats) -> tuple[Floats, Floats, Floats]:
         values: [n, T], one row a seed; NaN where a seed has no value.
 
     Returns:
-        (mean, low, high), each [T]; low and high are NaN where fewer than `FEWEST` seeds have one.
+        (mean, low, high), each [T]; low and high are NaN for fewer than `FEWEST_SEEDS` values.
     """
     known = np.isfinite(values)
     count = known.sum(axis=0)
@@ -425,7 +442,7 @@ def intervals(values: Floats) -> tuple[Floats, Floats, Floats]:
     low, high = np.full(len(mean), np.nan), np.full(len(mean), np.nan)
     for members in {tuple(column) for column in known.T.tolist()}:
         rows = np.flatnonzero(members)
-        if len(rows) < FEWEST:
+        if len(rows) < FEWEST_SEEDS:
             continue
         steps = np.flatnonzero((np.array(members) == known.T).all(axis=1))
         draws = np.random.default_rng(0).integers(0, len(rows), size=(RESAMPLES, len(rows)))
@@ -440,12 +457,12 @@ def difference(a: SeedSummary, b: SeedSummary, seed: int = 0) -> Estimate:
     """Return the difference of means, b - a, with its interval over seeds.
 
     The seeds of both sides are resampled independently of each other. The interval is infinite
-    where a side has fewer than `FEWEST`.
+    where a side has fewer than `FEWEST_SEEDS`.
     """
     left, right = np.array(a.values), np.array(b.values)
-    found = float(right.mean() - left.mean())
-    if min(len(left), len(right)) < FEWEST:
-        return Estimate(found, -math.inf, math.inf)
+    mean = float(right.mean() - left.mean())
+    if min(len(left), len(right)) < FEWEST_SEEDS:
+        return Estimate(mean, -math.inf, math.inf)
     generator = np.random.default_rng(seed)
     means = [
         side[generator.integers(0, len(side), size=(RESAMPLES, len(side)))].mean(axis=1)
@@ -454,15 +471,4 @@ def difference(a: SeedSummary, b: SeedSummary, seed: int = 0) -> Estimate:
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(means[1] - means[0], [tail, 1 - tail])
     ends = Interval(float(low), float(high))
-    return Estimate(found, ends.low, ends.high)
-
-
-def best_of(groups: Sequence[RunGroup]) -> list[tuple[RunGroup, SeedSummary]]:
-    """Return the groups by their mean objective, the best first.
-
-    A group whose seeds have mostly failed is left out: it needs half as many as the fullest.
-    """
-    known = [(group, found) for group in groups if (found := group.objective()) is not None]
-    most = max((len(found.values) for _, found in known), default=0)
-    enough = [(group, found) for group, found in known if 2 * len(found.values) >= most]
-    return sorted(enough, key=lambda pair: -pair[1].estimate.mean)
+    return Estimate(mean, ends.low, ends.high)

@@ -1,9 +1,8 @@
-"""Collecting what the page of several runs shows from their records and the store.
+"""Gathering the content of the page of several runs from their records and the store.
 
-How much each hyperparameter of an Optuna study matters, by functional ANOVA.
-
-fANOVA (Hutter, Hoos and Leyton-Brown, 2014) fits a random forest to the trials and splits its
-variance over the search space. With few trials it fits noise, so there is nothing below `FEWEST`.
+The importance of hyperparameters is that of an Optuna study by functional ANOVA: fANOVA (Hutter,
+Hoos and Leyton-Brown, 2014) fits a random forest to the trials and splits its variance over the
+search space. With few trials it fits noise, so nothing is shown below `FEWEST_TRIALS`.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from rlhf_exp.report.chart import STEP, Row
 from rlhf_exp.report.run.gather import METRICS
 from rlhf_exp.report.sweep.data import (
     Importance,
-    Origin,
     RunPoint,
+    SettingsSource,
     StageWork,
     Sweep,
     flatten,
-    settle,
+    varied_settings,
 )
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.disk_usage import sizes
@@ -48,94 +47,111 @@ OBJECTIVES = {
 }
 SELECTING = ("ppo.kl.budget", "ppo.kl.select_coef", "ppo.select_by")
 _PRUNED = Path("study", "pruned")
-
-Made = Mapping[str, Artifact]
+FEWEST_TRIALS = 50
+_JOURNAL = "study/journal.log"
+_STUDY_OBJECTIVES = {
+    "reward_at_kl": "the highest validation reward within the study's budget of KL",
+    "penalised_reward": "the highest validation reward less the study's penalty of KL",
+    "final_reward": "the validation reward at the end",
+    "win_rate_at_kl": "the highest validation win rate over SFT within the study's budget of KL",
+}
+NO_STUDY = "there is no Optuna study: importance is estimated from the trials of a search"
+StageArtifacts = Mapping[str, Artifact]
 
 
 def gather_sweep(
     title: str,
     records: Sequence[RunRecord],
     store: Store,
-    every: Records,
+    all_records: Records,
     logs: Mapping[str, str] | None = None,
     kl_budget: float | None = None,
 ) -> Sweep:
-    """Return what is known of some runs.
+    """Return the content of the page of some runs.
 
     Args:
-        title: What they are called together.
+        title: Their common title.
         records: The runs, at least one.
-        store: With their results.
-        every: All records, for what the runs share with others.
+        store: The store with their results.
+        all_records: All records, for the results that the runs share with others.
         logs: The file that each run printed to, by final key.
         kl_budget: Nats per answer: the objective is then the highest validation reward within it.
     """
-    records = _distinct(records)
-    names = sorted({record.name for record in records} & set(every.names()))
-    importance = importance_of([every.root / name for name in names])
-    made = [_made(record, store) for record in records]
-    stage = next((one for one in TRAINING if any(one in record.keys for record in records)), "eval")
+    records = _distinct_runs(records)
+    names = sorted({record.name for record in records} & set(all_records.names()))
+    importance = importance_of([all_records.root / name for name in names])
+    artifacts_of_runs = [_artifacts_of(record, store) for record in records]
+    trained = (stage for stage in TRAINING if any(stage in record.keys for record in records))
+    stage = next(trained, "eval")
     origins = [
-        Origin(record.overrides, _config(record, found))
-        for record, found in zip(records, made, strict=True)
+        SettingsSource(record.overrides, _config(record, artifacts))
+        for record, artifacts in zip(records, artifacts_of_runs, strict=True)
     ]
-    settled = settle(origins)
+    variation = varied_settings(origins)
     users = Counter(pair for record in records for pair in record.keys.items())
     points = [
         replace(
-            _point(record, found, stage, users, _rows(record, found, store, every, stage)),
-            settings=settled.settings[number],
-            seed=settled.seeds[number],
+            _point(
+                record, artifacts, stage, users, _rows(record, artifacts, store, all_records, stage)
+            ),
+            settings=variation.settings[number],
+            seed=variation.seeds[number],
             log=(logs or {}).get(record.key, ""),
         )
-        for number, (record, found) in enumerate(zip(records, made, strict=True))
+        for number, (record, artifacts) in enumerate(zip(records, artifacts_of_runs, strict=True))
     ]
     if kl_budget is not None:
-        points = [replace(one, objective=_within(one.rows, kl_budget)) for one in points]
-    aim = _aim(stage, kl_budget, importance.objective, origins)
+        points = [
+            replace(point, objective=_best_reward_within(point.rows, kl_budget)) for point in points
+        ]
+    objective = _objective_words(stage, kl_budget, importance.objective, origins)
     return Sweep(
         title=title,
         points=points,
-        varied=settled.varied,
+        varied=variation.varied,
         stage=stage,
-        objective=aim,
-        works=_works(made, users),
+        objective=objective,
+        works=_works(artifacts_of_runs, users),
         importance=importance,
-        disk=[(one.name, str(one)) for one in sizes(store, every, names)],
+        disk=[(size.name, str(size)) for size in sizes(store, all_records, names)],
         kl_budget=kl_budget,
-        warnings=_warnings(records, made, settled.varied if aim == OBJECTIVES["ppo"] else ()),
+        warnings=_warnings(
+            records, artifacts_of_runs, variation.varied if objective == OBJECTIVES["ppo"] else ()
+        ),
     )
 
 
 def evaluations(rows: Sequence[Row]) -> list[tuple[float, float, float]]:
     """Return (step, validation reward, KL in nats per answer) of each finite evaluation."""
-    found = [
+    points = [
         (float(row[STEP]), float(row[REWARD]), float(row[KL]))
         for row in rows
         if REWARD in row and KL in row
     ]
-    return [one for one in found if all(map(math.isfinite, one))]
+    return [point for point in points if all(map(math.isfinite, point))]
 
 
-def _aim(stage: str, kl_budget: float | None, study: str, origins: Sequence[Origin]) -> str:
-    """Return what the objective is, in words."""
+def _objective_words(
+    stage: str, kl_budget: float | None, study: str, origins: Sequence[SettingsSource]
+) -> str:
+    """Return the objective in words."""
     if kl_budget is not None and stage == "ppo":
         return f"the highest validation reward at a KL of at most {kl_budget:g} nats per answer"
     if study:
         return study
     chosen = {
         name
-        for one in origins
+        for origin in origins
         for name in SELECTING
-        if one.config is not None and one.config.get(name) not in (None, "reward")
+        if origin.config is not None and origin.config.get(name) not in (None, "reward")
     }
     if stage == "ppo" and chosen:
         return f"what the weights were selected by, with {' and '.join(sorted(chosen))}"
     return OBJECTIVES.get(stage, "the objective")
 
 
-def _distinct(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return each run once: without records of a key again, or of a run that went further.
+def _distinct_runs(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return each run once: its last record, and none of a run that another one continued.
 
     A trial of a study that was evaluated later keeps the study's objective.
     """
@@ -151,50 +167,50 @@ def _distinct(records: Sequence[RunRecord]) -> list[RunRecord]:
     return [record for key, record in last.items() if key not in inner]
 
 
-def _made(record: RunRecord, store: Store) -> dict[str, Artifact]:
-    found = {stage: store.lookup(stage, key) for stage, key in record.keys.items()}
-    return {stage: one for stage, one in found.items() if one is not None}
+def _artifacts_of(record: RunRecord, store: Store) -> dict[str, Artifact]:
+    artifacts = {stage: store.lookup(stage, key) for stage, key in record.keys.items()}
+    return {stage: artifact for stage, artifact in artifacts.items() if artifact is not None}
 
 
-def _config(record: RunRecord, found: Made) -> dict[str, object] | None:
-    """Return a run's flat config; what it shares with others may have been made by another."""
+def _config(record: RunRecord, artifacts: StageArtifacts) -> dict[str, object] | None:
+    """Return a run's flat config, from its last stage: earlier ones may be another run's."""
     last = next(reversed(record.keys))
-    return flatten(found[last].manifest.config) if last in found else None
+    return flatten(artifacts[last].manifest.config) if last in artifacts else None
 
 
-def _metrics(found: Made) -> dict[str, float]:
+def _metrics(artifacts: StageArtifacts) -> dict[str, float]:
     return {
         f"{stage} {name}": value
-        for stage, one in found.items()
-        for name, value in one.manifest.metrics.items()
+        for stage, artifact in artifacts.items()
+        for name, value in artifact.manifest.metrics.items()
     }
 
 
 def _rows(
-    record: RunRecord, found: Made, store: Store, every: Records, stage: str
+    record: RunRecord, artifacts: StageArtifacts, store: Store, all_records: Records, stage: str
 ) -> Sequence[Row]:
-    """Return what a stage has logged, also in a run that did not come to its end."""
+    """Return the metrics that a stage logged, also in a run that did not finish."""
     if stage not in record.keys:
         return ()
     key = record.keys[stage]
     places = [
         staging_folder(store.root, stage, key) / METRICS,
-        every.root / record.name / _PRUNED / f"{key}.jsonl",
+        all_records.root / record.name / _PRUNED / f"{key}.jsonl",
     ]
-    if stage in found:
-        places.insert(0, found[stage].path / METRICS)
+    if stage in artifacts:
+        places.insert(0, artifacts[stage].path / METRICS)
     return next((read_metrics(path) for path in places if path.is_file()), ())
 
 
 def _point(
     record: RunRecord,
-    found: Made,
+    artifacts: StageArtifacts,
     stage: str,
     users: Counter[tuple[str, str]],
     rows: Sequence[Row],
 ) -> RunPoint:
-    """Return a run without what only the comparison with others tells."""
-    made = found[stage].manifest.metrics if stage in found else {}
+    """Return a run without the fields that need the other runs: settings, seed, log."""
+    stage_metrics = artifacts[stage].manifest.metrics if stage in artifacts else {}
     return RunPoint(
         name=record.name,
         key=record.key,
@@ -203,70 +219,70 @@ def _point(
         settings={},
         seed="",
         objective=record.objective,
-        metrics=_metrics(found),
+        metrics=_metrics(artifacts),
         rows=rows,
-        published=made.get("published_step"),
+        published=stage_metrics.get("published_step"),
         keys=record.keys,
-        seconds=_seconds(found, users),
+        seconds=_seconds(artifacts, users),
         error=record.error,
     )
 
 
-def _within(rows: Sequence[Row], kl_budget: float) -> float | None:
+def _best_reward_within(rows: Sequence[Row], kl_budget: float) -> float | None:
     """Return the highest reward of an evaluation whose KL is within the budget."""
     return max((reward for _, reward, kl in evaluations(rows) if kl <= kl_budget), default=None)
 
 
-def _seconds(found: Made, users: Counter[tuple[str, str]]) -> float | None:
-    own = [one.manifest.duration_s for stage, one in found.items() if users[stage, one.key] == 1]
+def _seconds(artifacts: StageArtifacts, users: Counter[tuple[str, str]]) -> float | None:
+    own = [
+        artifact.manifest.duration_s
+        for stage, artifact in artifacts.items()
+        if users[stage, artifact.key] == 1
+    ]
     return sum(own) if own else None
 
 
-def _works(made: Sequence[Made], users: Counter[tuple[str, str]]) -> list[StageWork]:
-    each = {(stage, one.key): one for found in made for stage, one in found.items()}
+def _works(
+    artifacts_of_runs: Sequence[StageArtifacts], users: Counter[tuple[str, str]]
+) -> list[StageWork]:
+    distinct = {
+        (stage, artifact.key): artifact
+        for artifacts in artifacts_of_runs
+        for stage, artifact in artifacts.items()
+    }
     return [
-        StageWork(stage, key, one.manifest.duration_s, users[stage, key])
-        for (stage, key), one in each.items()
+        StageWork(stage, key, artifact.manifest.duration_s, users[stage, key])
+        for (stage, key), artifact in distinct.items()
     ]
 
 
 def _warnings(
     records: Sequence[RunRecord],
-    made: Sequence[Made],
+    artifacts_of_runs: Sequence[StageArtifacts],
     varied: Sequence[str],
 ) -> list[str]:
-    """Return what the reader must know; `varied` is empty where it is no part of the objective."""
-    found = []
+    """Return reservations for the reader; `varied` is empty if it is no part of the objective."""
+    notes = []
     judges = {record.keys["reward"] for record in records if "reward" in record.keys}
     if len(judges) > 1 and any("ppo" in record.keys for record in records):
-        found.append(
+        notes.append(
             f"{len(judges)} reward models judge these runs: rewards of different reward models "
             "cannot be compared, nor the objectives made of them."
         )
     beta = [key for key in varied if key.startswith("ppo.kl.") or key == "ppo.reward.scale"]
     if beta:
-        found.append(
+        notes.append(
             f"{', '.join(beta)} varies and is a part of the objective, so that the "
             "objectives of runs with different values cannot be compared as they are. Judge by the "
             "reward at equal KL (the chart below, or --kl-budget NATS)."
         )
     dirty = sum(
-        any(one.manifest.git.get("dirty") for one in found_of.values()) for found_of in made
+        any(artifact.manifest.git.get("dirty") for artifact in artifacts.values())
+        for artifacts in artifacts_of_runs
     )
     if dirty:
-        found.append(f"{dirty} of {len(records)} runs were made with uncommitted changes.")
-    return found
-
-
-FEWEST = 50
-_JOURNAL = "study/journal.log"
-_AIMS = {
-    "reward_at_kl": "the highest validation reward within the study's budget of KL",
-    "penalised_reward": "the highest validation reward less the study's penalty of KL",
-    "final_reward": "the validation reward at the end",
-    "win_rate_at_kl": "the highest validation win rate over SFT within the study's budget of KL",
-}
-NO_STUDY = "there is no Optuna study: importance is estimated from the trials of a search"
+        notes.append(f"{dirty} of {len(records)} runs were made with uncommitted changes.")
+    return notes
 
 
 def importance_of(folders: Sequence[Path]) -> Importance:
@@ -287,10 +303,10 @@ def importance_of(folders: Sequence[Path]) -> Importance:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return _of_study(_loaded(journals[0], Path(folder)))
+        return _importance_of_study(_load_study(journals[0], Path(folder)))
 
 
-def _loaded(journal: Path, folder: Path) -> Study | None:
+def _load_study(journal: Path, folder: Path) -> Study | None:
     """Load a study from a copy without the line that a worker is writing now."""
     import optuna
     from optuna.storages import JournalStorage
@@ -305,29 +321,31 @@ def _loaded(journal: Path, folder: Path) -> Study | None:
     return optuna.load_study(study_name=names[0], storage=storage) if names else None
 
 
-def _of_study(study: Study | None) -> Importance:
+def _importance_of_study(study: Study | None) -> Importance:
     import optuna
 
     if study is None:
         return Importance(0, reason="the study has no trials yet")
-    aim = _AIMS.get(study.user_attrs.get("about", {}).get("objective", ""), "")
+    objective = _STUDY_OBJECTIVES.get(study.user_attrs.get("about", {}).get("objective", ""), "")
     complete = optuna.trial.TrialState.COMPLETE
     count = len(study.get_trials(deepcopy=False, states=(complete,)))
-    if count < FEWEST:
+    if count < FEWEST_TRIALS:
         return Importance(
             count,
-            reason=f"the study has {count} complete trials, and from fewer than {FEWEST} the "
-            "estimate says more about chance than about hyperparameters",
-            objective=aim,
+            reason=f"the study has {count} complete trials, and from fewer than {FEWEST_TRIALS} "
+            "the estimate says more about chance than about hyperparameters",
+            objective=objective,
         )
     try:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
     except ImportError:
         reason = "fANOVA needs scikit-learn (pip install 'rlhf-exp[sweeps]')"
-        return Importance(count, reason=reason, objective=aim)
+        return Importance(count, reason=reason, objective=objective)
     except (ValueError, RuntimeError) as error:
         reason = f"fANOVA found nothing to explain ({error})"
-        return Importance(count, reason=reason, objective=aim)
+        return Importance(count, reason=reason, objective=objective)
     ordered = sorted(shares.items(), key=lambda pair: -pair[1])
-    return Importance(count, tuple((name, float(share)) for name, share in ordered), objective=aim)
+    return Importance(
+        count, tuple((name, float(share)) for name, share in ordered), objective=objective
+    )

@@ -123,8 +123,8 @@ class SampledSource:
     def snapshots(self, part: str, model: EvaluatedModel) -> tuple[EvaluatedModel, ...]:
         """See `AnswerSource`."""
         folder = Path(model.source)
-        kept = sorted(folder.with_name(SNAPSHOTS).glob("step-*")) if folder.name == MODEL else []
-        steps = [(int(path.name.removeprefix("step-")), path) for path in kept]
+        folders = sorted(folder.with_name(SNAPSHOTS).glob("step-*")) if folder.name == MODEL else []
+        steps = [(int(path.name.removeprefix("step-")), path) for path in folders]
         return tuple(EvaluatedModel(at_step(model.name, n), str(path)) for n, path in steps)
 
     def _codec(self, model: EvaluatedModel) -> Codec:

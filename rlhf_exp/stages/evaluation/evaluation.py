@@ -1,4 +1,4 @@
-"""What the parts of an evaluation share: the models, their answers, and the results of a part.
+"""The common ground of an evaluation's parts: models, prompts, their answers, and results.
 
 The answers come from the models, sampled by all processes together, or from the samples of an
 earlier evaluation. A part cannot tell the difference.
@@ -32,7 +32,7 @@ class EvaluatedModel:
     """A model under evaluation.
 
     Attributes:
-        name: What tables call it.
+        name: Its name in tables.
         source: Folder or hub id; empty where only its answers are known.
     """
 
@@ -47,7 +47,7 @@ class EvalPrompt:
     Attributes:
         history: A dialogue, to be written in the run's prompt format.
         text: A text to be continued as it is, instead of a dialogue.
-        facts: What the data say of the prompt, JSON values; kept with its first answer.
+        facts: The data's own facts of the prompt, JSON values; kept with its first answer.
     """
 
     history: History | None = None

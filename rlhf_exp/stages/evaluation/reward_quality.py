@@ -82,15 +82,15 @@ def answer_scorers(config: Config, answers: Sequence[Answer]) -> list[AnswerScor
         config: The experiment.
         answers: Some answers, whose scores say whether there is a second reward model.
     """
-    found = [AnswerScorer("reward", config.ppo.reward.kind, lambda answer: answer.score)]
+    scorers = [AnswerScorer("reward", config.ppo.reward.kind, lambda answer: answer.score)]
     if answers[0].referee is not None:
-        found.append(AnswerScorer(REFEREE, "referee", lambda answer: answer.referee))
+        scorers.append(AnswerScorer(REFEREE, "referee", lambda answer: answer.referee))
     gold = gold_judge(config)
     if gold is not None:
-        found.append(
+        scorers.append(
             AnswerScorer("gold", "gold judge", lambda answer: gold(answer.prompt, answer.text))
         )
-    return found
+    return scorers
 
 
 def run(evaluation: Evaluation) -> PartResult:
@@ -131,7 +131,7 @@ def _conclude(
     content = {
         "judges": [judge.name for judge in judges],
         "referee": describe_referee(evaluation),
-        "pairs": [found.to_json() for found in quality],
+        "pairs": [judge_quality.to_json() for judge_quality in quality],
         "agreement": _agreement(judges, pairs),
         "answers": [_model_statistics(name, answers, judges) for name, answers in kinds.items()],
         "distributions": asdict(_distributions(judges[0], pairs, kinds)),
@@ -173,7 +173,7 @@ def _model_statistics(
         "model": name,
         "tokens": float(np.mean(tokens)),
         "length_spearman": rank_correlation(reward, tokens),
-        "by_length": [asdict(one) for one in scores_by_length(reward, tokens)],
+        "by_length": [asdict(length_bin) for length_bin in scores_by_length(reward, tokens)],
         "judges_spearman": {
             judge.name: rank_correlation(reward, judge.scores(answers)) for judge in judges[1:]
         },
@@ -223,16 +223,16 @@ def _metrics(
 ) -> dict[str, float]:
     keys = {judge.name: judge.key for judge in judges}
     metrics: dict[str, float | None] = {}
-    for one in quality:
-        prefix = f"reward_quality/{keys[one.judge]}"
-        metrics[f"{prefix}/accuracy"] = one.accuracy.value
-        metrics[f"{prefix}/accuracy_length_controlled"] = one.length.controlled_accuracy
-        metrics[f"{prefix}/auc"] = one.auc
-        metrics[f"{prefix}/calibration_error"] = one.calibration.error
-        metrics[f"{prefix}/length_correlation"] = one.length.within
+    for judge_quality in quality:
+        prefix = f"reward_quality/{keys[judge_quality.judge]}"
+        metrics[f"{prefix}/accuracy"] = judge_quality.accuracy.value
+        metrics[f"{prefix}/accuracy_length_controlled"] = judge_quality.length.controlled_accuracy
+        metrics[f"{prefix}/auc"] = judge_quality.auc
+        metrics[f"{prefix}/calibration_error"] = judge_quality.calibration.error
+        metrics[f"{prefix}/length_correlation"] = judge_quality.length.within
     for path in paths:
         # The published model rather than a snapshot; of best-of-n the largest n.
-        shown = next((one for one in path.points if one.label == path.name), path.points[-1])
+        shown = next((point for point in path.points if point.label == path.name), path.points[-1])
         prefix = f"reward_quality/{path.name.replace(' ', '_')}"
         metrics[f"{prefix}/kl"] = shown.kl
         for name, gain in shown.gains.items():

@@ -26,8 +26,8 @@ from rlhf_exp.evaluation.judges.llm import (
     JudgeClient,
     LLMJudge,
     ReplyCache,
-    consistent,
-    first_place,
+    consistent_pairs,
+    first_place_bias,
     judge_messages,
     read_verdict,
     reasons_in,
@@ -72,18 +72,18 @@ def test_each_pair_is_asked_in_both_orders(tmp_path: Path) -> None:
     assert (judge.usage.prompt_tokens, judge.usage.completion_tokens) == (600, 42)
     assert {body["temperature"] for body in server.bodies} == {0}
     assert set(server.paths) == {"/v1/chat/completions"}
-    assert first_place(verdicts).share == 0.5
-    assert consistent(verdicts) == (3, 3)
+    assert first_place_bias(verdicts).share == 0.5
+    assert consistent_pairs(verdicts) == (3, 3)
 
 
 def test_a_judge_that_goes_by_the_order_only_ties(tmp_path: Path) -> None:
     verdicts, _, _ = judged(lambda body: "Verdict: 1", tmp_path)
     assert [one.sign for one in verdicts] == [0, 0, 0, 0]
     assert verdicts[0].orders == (-1, 1)
-    bias = first_place(verdicts)
+    bias = first_place_bias(verdicts)
     assert (bias.first, bias.second) == (6, 0)
     assert bias.p_value == pytest.approx(2 / 2**6)
-    assert consistent(verdicts) == (0, 3)
+    assert consistent_pairs(verdicts) == (0, 3)
 
 
 def test_a_tie_in_one_order_is_a_tie(tmp_path: Path) -> None:

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlhf_exp.report.sweep.charts import explained, levels_of
+from rlhf_exp.report.sweep.charts import explained_variance, levels_of
 from rlhf_exp.report.sweep.data import (
-    Origin,
     RunPoint,
-    best_of,
+    SettingsSource,
     difference,
     flatten,
-    given,
-    grouped,
+    group_runs,
     intervals,
-    settle,
-    summarised,
+    override_values,
+    rank_groups,
+    summarise_seeds,
+    varied_settings,
 )
 
 
@@ -32,7 +32,7 @@ def point(key: str, objective: float | None, status: str = "done", **settings: s
 
 def test_the_interval_over_seeds_is_the_percentile_bootstrap() -> None:
     values = [0.3, 1.2, 0.7, 2.4, 1.9, 0.2]
-    found = summarised(values)
+    found = summarise_seeds(values)
     assert found is not None
     theirs = stats.bootstrap(
         (values,), np.mean, method="percentile", n_resamples=20_000, random_state=1
@@ -43,13 +43,13 @@ def test_the_interval_over_seeds_is_the_percentile_bootstrap() -> None:
 
 
 def test_fewer_than_three_seeds_have_no_interval() -> None:
-    found = summarised([1.0, 3.0, None, math.nan])
+    found = summarise_seeds([1.0, 3.0, None, math.nan])
     assert found is not None
     assert (found.values, found.estimate.mean, found.has_interval) == ((1.0, 3.0), 2.0, False)
     assert found.to_json()["low"] is None
-    assert summarised([None]) is None
+    assert summarise_seeds([None]) is None
     # Of three, all resamples that draw one value thrice make 1/27 = 3.7 %, more than a tail.
-    three = summarised([1.0, 2.0, 6.0])
+    three = summarise_seeds([1.0, 2.0, 6.0])
     assert three is not None
     assert (three.estimate.low, three.estimate.high) == (1.0, 6.0)
 
@@ -67,7 +67,7 @@ def test_bands_are_the_intervals_at_each_step() -> None:
 
 
 def test_the_difference_resamples_both_sides() -> None:
-    a, b = summarised([1.0, 2.0, 4.0, 3.5, 0.5]), summarised([2.0, 5.0, 6.0, 4.5])
+    a, b = summarise_seeds([1.0, 2.0, 4.0, 3.5, 0.5]), summarise_seeds([2.0, 5.0, 6.0, 4.5])
     assert a is not None
     assert b is not None
     found = difference(a, b)
@@ -81,15 +81,15 @@ def test_the_difference_resamples_both_sides() -> None:
     ).confidence_interval
     assert found.mean == pytest.approx(4.375 - 2.2)
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.06)
-    two = summarised([1.0, 2.0])
+    two = summarise_seeds([1.0, 2.0])
     assert two is not None
     assert not math.isfinite(difference(a, two).low)
 
 
 def test_groups_are_in_the_order_of_numbers() -> None:
     points = [point(lr, 1.0, lr=lr) for lr in ("0.001", "1e-05", "2", "0.001")]
-    assert [one.settings["lr"] for one in grouped(points)] == ["1e-05", "0.001", "2"]
-    assert len(grouped(points)[1].points) == 2
+    assert [one.settings["lr"] for one in group_runs(points)] == ["1e-05", "0.001", "2"]
+    assert len(group_runs(points)[1].points) == 2
 
 
 def test_the_best_is_that_of_the_mean_and_not_of_a_lucky_survivor() -> None:
@@ -100,10 +100,10 @@ def test_the_best_is_that_of_the_mean_and_not_of_a_lucky_survivor() -> None:
         point("c1", None, "failed", lr="3"),
         point("c2", None, "failed", lr="3"),
     ]
-    ranked = best_of(grouped(points))
+    ranked = rank_groups(group_runs(points))
     assert [group.settings["lr"] for group, _ in ranked] == ["1", "2"]
     # A pruned run's last value is no result.
-    assert best_of(grouped([point("p", 3.0, "pruned", lr="1")])) == []
+    assert rank_groups(group_runs([point("p", 3.0, "pruned", lr="1")])) == []
 
 
 def test_levels() -> None:
@@ -124,17 +124,17 @@ def test_levels() -> None:
 def test_the_explained_share_is_that_of_the_analysis_of_variance() -> None:
     numbers, values = [0, 0, 1, 1], [1.0, 3.0, 6.0, 10.0]
     # By hand: mean 5; between 2 (2 - 5)^2 + 2 (8 - 5)^2 = 36; total 16 + 4 + 1 + 25 = 46.
-    assert explained(numbers, values) == pytest.approx(36 / 46)
-    assert explained([*numbers, 1], [*values, math.nan]) == pytest.approx(36 / 46)
-    assert explained([0, 1], [2.0, 2.0]) == 0.0
+    assert explained_variance(numbers, values) == pytest.approx(36 / 46)
+    assert explained_variance([*numbers, 1], [*values, math.nan]) == pytest.approx(36 / 46)
+    assert explained_variance([0, 1], [2.0, 2.0]) == 0.0
 
 
-def origin(config: dict[str, object] | None, *overrides: str) -> Origin:
-    return Origin(overrides, None if config is None else flatten(config))
+def origin(config: dict[str, object] | None, *overrides: str) -> SettingsSource:
+    return SettingsSource(overrides, None if config is None else flatten(config))
 
 
 def test_a_command_line_and_a_config_write_one_number_alike() -> None:
-    assert given(["ppo.lr=1e-4", "+ppo.x=[1,2]", "a=null", "b=True", "~c"]) == {
+    assert override_values(["ppo.lr=1e-4", "+ppo.x=[1,2]", "a=null", "b=True", "~c"]) == {
         "ppo.lr": "0.0001",
         "ppo.x": "[1, 2]",
         "a": "null",
@@ -142,14 +142,14 @@ def test_a_command_line_and_a_config_write_one_number_alike() -> None:
     }
     made = origin({"ppo": {"lr": 0.0001, "epochs": 4}}, "ppo.lr=1e-4")
     failed = origin(None, "ppo.lr=1e-4")
-    assert settle([made, failed]).varied == ()
+    assert varied_settings([made, failed]).varied == ()
 
 
 def test_what_a_failed_run_does_not_say_is_the_default_of_those_that_do_not_say_it() -> None:
     said = origin({"ppo": {"lr": 0.0001, "epochs": 8}}, "ppo.lr=1e-4", "ppo.epochs=8")
     silent = origin({"ppo": {"lr": 0.001, "epochs": 4}}, "ppo.lr=1e-3")
     failed = origin(None, "ppo.lr=1e-2")
-    found = settle([said, silent, failed])
+    found = varied_settings([said, silent, failed])
     assert found.varied == ("ppo.lr", "ppo.epochs")
     assert found.settings[2] == {"ppo.lr": "0.01", "ppo.epochs": "4"}
 
@@ -159,14 +159,14 @@ def test_seeds_are_no_settings_and_where_runs_are_kept_is_none() -> None:
         origin({"seed": n, "ppo": {"seed": n, "lr": 1.0}, "name": f"n{n}"}, f"seed={n}", "name=x")
         for n in range(2)
     ]
-    found = settle(runs)
+    found = varied_settings(runs)
     assert found.varied == ()
     assert found.seeds == ("0", "1")
 
 
 def test_several_seeds_are_named() -> None:
     runs = [origin({"sft": {"seed": a}, "ppo": {"seed": b}}) for a, b in ((0, 0), (0, 1), (1, 1))]
-    assert settle(runs).seeds == ("0", "ppo 1, sft 0", "1")
+    assert varied_settings(runs).seeds == ("0", "ppo 1, sft 0", "1")
 
 
 def test_a_group_choice_is_one_column_however_much_it_changes() -> None:
@@ -174,7 +174,7 @@ def test_a_group_choice_is_one_column_however_much_it_changes() -> None:
         origin({"model": {"name": name, "width": width}}, f"model={name}")
         for name, width in (("small", 1), ("large", 2))
     ]
-    assert settle(runs).varied == ("model",)
+    assert varied_settings(runs).varied == ("model",)
     # Where command lines do not tell runs apart, configs do.
     without = [origin({"model": {"name": name}}) for name in ("small", "large")]
-    assert settle(without).settings == ({"model.name": "small"}, {"model.name": "large"})
+    assert varied_settings(without).settings == ({"model.name": "small"}, {"model.name": "large"})

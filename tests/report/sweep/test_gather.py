@@ -19,7 +19,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from rlhf_exp.cli import main
-from rlhf_exp.report.sweep.data import Sweep, grouped
+from rlhf_exp.report.sweep.data import Sweep, group_runs
 from rlhf_exp.report.sweep.gather import gather_sweep, importance_of
 from rlhf_exp.report.sweep.page import command_of
 from rlhf_exp.store.run_records import RunRecord, Status
@@ -115,7 +115,7 @@ def test_the_command_is_that_of_the_settings_without_the_seed(tmp_path: Path) ->
     for seed in range(2):
         more = [f"ppo.seed={seed}", "hydra/launcher=slurm", "ppo.reward.function=my file.py"]
         lab.point(f"s{seed}", 1.0, more)
-    (group,) = grouped(gathered(lab).points)
+    (group,) = group_runs(gathered(lab).points)
     assert command_of(group) == (
         "python launch.py name=kl-best experiment=smoke 'ppo.reward.function=my file.py'"
     )

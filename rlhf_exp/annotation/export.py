@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_exp.annotation.campaign import (
+    SPEAKERS,
     Campaign,
     Choice,
     Item,
@@ -35,7 +36,6 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.agreement import majority
 from rlhf_exp.store.atomic_files import write_text_atomic
 
-_SPEAKERS = {"Human": "Person", "Assistant": "Assistant", "": "Prompt"}
 # Services' names of the choices: their values, or the texts beside the buttons.
 _CHOICES = {"a": Choice.A, "answer a": Choice.A, "b": Choice.B, "answer b": Choice.B}
 _CHOICES |= {"tie": Choice.tie}
@@ -182,7 +182,7 @@ class LabelledPair:
     def turns(self) -> list[dict[str, str]]:
         """The conversation: author and text of each turn."""
         turns = split_turns(self.item.prompt)
-        return [{"author": _SPEAKERS[role], "text": text} for role, text in turns]
+        return [{"author": SPEAKERS[role], "text": text} for role, text in turns]
 
     @property
     def answers(self) -> tuple[str, str]:

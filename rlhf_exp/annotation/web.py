@@ -36,6 +36,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_exp.annotation.campaign import (
+    SPEAKERS,
     Annotator,
     Campaign,
     Choice,
@@ -64,7 +65,6 @@ _CHANGED = (
 )
 STATIC = Path(__file__).parent / "static"
 _TEMPLATES = Path(__file__).parent / "templates"
-_SPEAKERS = {"Human": "Person", "Assistant": "Assistant", "": "Prompt"}
 
 
 def make_app(campaign: Campaign) -> Starlette:
@@ -285,7 +285,7 @@ def question_page(queue: AnnotatorQueue, number: int, alert: str = "") -> str:
         "question.html",
         queue=queue,
         number=number,
-        turns=[(_SPEAKERS[role], text) for role, text in split_turns(item.prompt)],
+        turns=[(SPEAKERS[role], text) for role, text in split_turns(item.prompt)],
         answers=answers[::-1] if queue.side(item) else answers,
         questions=queue.questions(item),
         answered=queue.answered(item),

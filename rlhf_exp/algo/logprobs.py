@@ -119,7 +119,7 @@ class _GatherLogprobs(torch.autograd.Function):
         logprobs = torch.empty(total, device=hidden.device, dtype=torch.float32)
         normaliser = torch.empty_like(logprobs)
         entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
-        kept: list[Tensor] = []
+        kept_logits: list[Tensor] = []
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(dtype)
             for start in range(0, total, rows):
@@ -133,8 +133,8 @@ class _GatherLogprobs(torch.autograd.Function):
                     all_logprobs = logits - normaliser[part, None]
                     entropy[part] = -(all_logprobs.exp() * all_logprobs).sum(-1)
                 if keep:
-                    kept.append(logits)
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy, *kept)
+                    kept_logits.append(logits)
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy, *kept_logits)
         ctx.scale, ctx.rows, ctx.with_entropy, ctx.dtype = scale, rows, with_entropy, dtype
         if not with_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -148,7 +148,7 @@ class _GatherLogprobs(torch.autograd.Function):
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normaliser, entropy, *kept = ctx.saved_tensors
+        hidden, weight, bias, targets, normaliser, entropy, *kept_logits = ctx.saved_tensors
         hidden_needs_grad, weight_needs_grad, bias_needs_grad = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if hidden_needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
@@ -158,7 +158,11 @@ class _GatherLogprobs(torch.autograd.Function):
             for number, start in enumerate(range(0, hidden.shape[0], ctx.rows)):
                 part = slice(start, start + ctx.rows)
                 states = hidden[part].to(ctx.dtype)
-                logits = kept[number] if kept else head_logits(states, head, bias, ctx.scale)
+                logits = (
+                    kept_logits[number]
+                    if kept_logits
+                    else head_logits(states, head, bias, ctx.scale)
+                )
                 grad = _logits_gradient(
                     logits,
                     normaliser[part, None],

@@ -126,13 +126,13 @@ def annotate(
 def results_text(campaign: Campaign) -> str:
     """Return the results so far, for the terminal."""
     summary = results(campaign)
-    rows = [(one.name, f"{one.answered} of {summary.items}") for one in summary.progress]
+    rows = [(person.name, f"{person.answered} of {summary.items}") for person in summary.progress]
     parts = [table(("annotator", "answered"), rows)] if rows else []
-    for one in summary.criteria:
-        lines = quality_lines(one)
+    for criterion_results in summary.criteria:
+        lines = quality_lines(criterion_results)
         if not campaign.info.collect:
-            lines = preference_lines(one, campaign.info) + lines
-        parts.append(table((question(one.criterion), ""), lines))
+            lines = preference_lines(criterion_results, campaign.info) + lines
+        parts.append(table((question(criterion_results.criterion), ""), lines))
     return "\n".join(parts)
 
 

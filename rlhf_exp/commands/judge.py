@@ -100,7 +100,8 @@ def judge(
             share = f"{100 * bias.share:.1f} %" if bias.first + bias.second else DASH
             usage = panel_judge.usage
             notes.append(
-                f"{panel_judge.name}: alike in both orders {same} of {both}, first answer wins {share}, "
+                f"{panel_judge.name}: alike in both orders {same} of {both}, "
+                f"first answer wins {share}, "
                 f"{usage.unparsed} pairs unreadable; {usage.requests} replies asked for, "
                 f"{usage.cached} kept ones, {usage.prompt_tokens} tokens read, "
                 f"{usage.completion_tokens} written"

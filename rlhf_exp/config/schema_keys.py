@@ -155,7 +155,10 @@ def read_groups(folders: Sequence[Path] = (CONF,)) -> dict[str, ConfigGroup]:
             name = path.parent.relative_to(folder).as_posix()
             if name != ".":
                 options.setdefault(name, {})[path.stem] = first_comment(path)
-    return {name: ConfigGroup(name, found, defaults.get(name)) for name, found in options.items()}
+    return {
+        name: ConfigGroup(name, group_options, defaults.get(name))
+        for name, group_options in options.items()
+    }
 
 
 def _default_options(conf: Path) -> dict[str, str | None]:

@@ -114,8 +114,8 @@ def test_running_scaler_by_hand() -> None:
 
 def test_reference_scaler_learns_from_the_first_iteration_of_all_ranks_only() -> None:
     scaler = RewardScaler("reference")
-    everyone = torch.tensor([0.0, 4.0, 8.0])  # mean 4, squared distances 32, std sqrt(32 / 2) = 4
-    assert scaler.scale(torch.tensor([4.0]), everyone).tolist() == [1.0]
+    all_scores = torch.tensor([0.0, 4.0, 8.0])  # mean 4, squared distances 32, std sqrt(32 / 2) = 4
+    assert scaler.scale(torch.tensor([4.0]), all_scores).tolist() == [1.0]
     assert scaler.scale(torch.tensor([400.0, 0.0])).tolist() == [100.0, 0.0]
 
 

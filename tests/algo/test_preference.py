@@ -16,8 +16,8 @@ from rlhf_exp.evaluation.statistics import outcome_signs
 def test_wins_by_hand() -> None:
     # sigmoid(0.41) = 0.6011, sigmoid(0.40) = 0.5987, and their mirror images below one half.
     differences = torch.tensor([0.41, 0.40, 0.0, -0.40, -0.41, 50.0, -50.0])
-    found = wins(differences + 3.0, torch.full((7,), 3.0))
-    assert found.tolist() == [1.0, 0.5, 0.5, 0.5, 0.0, 1.0, 0.0]
+    points = wins(differences + 3.0, torch.full((7,), 3.0))
+    assert points.tolist() == [1.0, 0.5, 0.5, 0.5, 0.0, 1.0, 0.0]
 
 
 def test_the_rule_is_that_of_the_evaluation() -> None:

@@ -32,53 +32,55 @@ def run_copy(run_copy: Path) -> Path:
     return run_copy
 
 
-def told(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
+def run_annotate(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
     capsys.readouterr()
     code = main(["--outputs", str(outputs), "annotate", *arguments])
-    found = capsys.readouterr()
-    assert code == 0, found.err
-    return found.out
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out
 
 
-def made(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
+def create_campaign(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
     """Make a study, or go on with one, without serving it."""
-    return told(capsys, outputs, *arguments, "--export", "labelstudio", str(outputs / "tasks"))
+    return run_annotate(
+        capsys, outputs, *arguments, "--export", "labelstudio", str(outputs / "tasks")
+    )
 
 
-def refused(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
+def refusal(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
     capsys.readouterr()
     assert main(["--outputs", str(outputs), "annotate", *arguments]) == 2
     return capsys.readouterr().err
 
 
-def vote_on(study: Campaign, winner: str, names: tuple[str, ...] = ("anna",)) -> None:
+def vote_on(campaign: Campaign, winner: str, names: tuple[str, ...] = ("anna",)) -> None:
     """Let everybody prefer the same model on every item."""
-    study.add(
+    campaign.add(
         [
             Vote(item.id, name, "overall", side, choice_of(winner, side), None, "")
-            for item in study.items
+            for item in campaign.items
             for name in names
-            for side in [display_side(study.info.seed, item.id, name)]
+            for side in [display_side(campaign.info.seed, item.id, name)]
         ]
     )
 
 
 def test_a_runs_answers_are_judged(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    error = refused(capsys, run_copy, "small", "--results")
+    error = refusal(capsys, run_copy, "small", "--results")
     assert "no such study; start one with `rlhf-exp annotate RUN`" in error
-    made(capsys, run_copy, "small", "--annotators", "anna,ben")
-    text = told(capsys, run_copy, "small", "--results")
+    create_campaign(capsys, run_copy, "small", "--annotators", "anna,ben")
+    text = run_annotate(capsys, run_copy, "small", "--results")
     assert "anna" in text
     assert "none judged yet" in text
-    study = Campaign(run_copy / "human" / "small.sqlite")
+    campaign = Campaign(run_copy / "human" / "small.sqlite")
     result = json.loads((artifact(run_copy, "eval").path / "result.json").read_text())
-    assert {(item.prompt, item.answer_a, item.answer_b) for item in study.items} == {
+    assert {(item.prompt, item.answer_a, item.answer_b) for item in campaign.items} == {
         (row["prompt"], row["answer_a"], row["answer_b"]) for row in result["rows"]
     }
-    assert (study.info.name_a, study.info.name_b) == ("SFT", "PPO")
-    vote_on(study, "b")
-    text = told(capsys, run_copy, "small", "--results")
-    count = len(study.items)
+    assert (campaign.info.name_a, campaign.info.name_b) == ("SFT", "PPO")
+    vote_on(campaign, "b")
+    text = run_annotate(capsys, run_copy, "small", "--results")
+    count = len(campaign.items)
     assert re.search(rf"PPO better\s+{count} \(100.0 %\)", text)
     assert re.search(r"anna\s+8 of 8", text)
 
@@ -91,11 +93,11 @@ def test_answers_that_are_the_same_are_ties(
     for row in result["rows"][:3]:
         row["answer_a"] = row["answer_b"] + " "
     path.write_text(json.dumps(result))
-    made(capsys, run_copy, "small")
-    study = Campaign(run_copy / "human" / "small.sqlite")
-    assert (len(study.items), study.info.identical) == (5, 3)
-    vote_on(study, "b")
-    text = told(capsys, run_copy, "small", "--results")
+    create_campaign(capsys, run_copy, "small")
+    campaign = Campaign(run_copy / "human" / "small.sqlite")
+    assert (len(campaign.items), campaign.info.identical) == (5, 3)
+    vote_on(campaign, "b")
+    text = run_annotate(capsys, run_copy, "small", "--results")
     assert re.search(r"Tie\s+3 \(37.5 %\)", text)
     assert "8 (5 by people, 3 with identical answers, counted as ties)" in text
 
@@ -104,24 +106,24 @@ def test_a_study_stays_what_it_was_made_as(
     run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--criteria", "helpful,harmless", "--prompts", "5", "--seed", "3")
-    made(capsys, run_copy, "small", *options)
-    made(capsys, run_copy, "small", *options)
-    told(capsys, run_copy, "small", "--results")
-    study = Campaign(run_copy / "human" / "small.sqlite")
-    assert len(study.items) == 5
+    create_campaign(capsys, run_copy, "small", *options)
+    create_campaign(capsys, run_copy, "small", *options)
+    run_annotate(capsys, run_copy, "small", "--results")
+    campaign = Campaign(run_copy / "human" / "small.sqlite")
+    assert len(campaign.items) == 5
     for option, value, shown in (
         ("--criteria", "overall", "made with --criteria 'helpful,harmless', not 'overall'"),
         ("--seed", "4", "made with --seed '3', not '4'"),
         ("--prompts", "6", "has 5 prompts, not 6"),
     ):
-        assert shown in refused(capsys, run_copy, "small", option, value, "--results")
+        assert shown in refusal(capsys, run_copy, "small", option, value, "--results")
     text = tmp_path / "words.txt"
     text.write_text("Say which is better.")
-    error = refused(capsys, run_copy, "small", "--instructions", str(text), "--results")
+    error = refusal(capsys, run_copy, "small", "--instructions", str(text), "--results")
     assert "made with --instructions" in error
     other = jsonl(tmp_path / "small.jsonl", [{"prompt": "p", "answer_a": "x", "answer_b": "y"}])
-    assert "made with answers from 'eval/" in refused(capsys, run_copy, str(other), "--results")
-    made(capsys, run_copy, str(other), "--study", str(tmp_path / "own.sqlite"))
+    assert "made with answers from 'eval/" in refusal(capsys, run_copy, str(other), "--results")
+    create_campaign(capsys, run_copy, str(other), "--study", str(tmp_path / "own.sqlite"))
     assert len(Campaign(tmp_path / "own.sqlite").items) == 1
 
 
@@ -145,30 +147,32 @@ def test_a_study_stays_what_it_was_made_as(
 def test_what_cannot_be_done(
     run_copy: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], error: str
 ) -> None:
-    assert error in refused(capsys, run_copy, *arguments)
+    assert error in refusal(capsys, run_copy, *arguments)
 
 
 def test_a_run_without_an_evaluation(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = artifact(run_copy, "sft").key
-    assert "was not evaluated" in refused(capsys, run_copy, f"sft/{key}")
+    assert "was not evaluated" in refusal(capsys, run_copy, f"sft/{key}")
 
 
 def test_exports_and_imports(
     run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made(capsys, run_copy, "small")
-    study = Campaign(run_copy / "human" / "small.sqlite")
-    vote_on(study, "a", ("anna", "ben"))
+    create_campaign(capsys, run_copy, "small")
+    campaign = Campaign(run_copy / "human" / "small.sqlite")
+    vote_on(campaign, "a", ("anna", "ben"))
     for kind, read in (
         ("jsonl", ""),
         ("labelstudio", "annotations.json"),
         ("groundtruth", "output.manifest"),
     ):
         path = tmp_path / kind
-        told(capsys, run_copy, "small", "--export", kind, str(path))
-        text = told(capsys, run_copy, "small", "--import", kind, str(path / read if read else path))
+        run_annotate(capsys, run_copy, "small", "--export", kind, str(path))
+        text = run_annotate(
+            capsys, run_copy, "small", "--import", kind, str(path / read if read else path)
+        )
         assert "16 votes, 0 of them new" in text
-    error = refused(capsys, run_copy, "small", "--export", "preferences", str(tmp_path / "p"))
+    error = refusal(capsys, run_copy, "small", "--export", "preferences", str(tmp_path / "p"))
     assert "those of the evaluation" in error
 
 
@@ -199,7 +203,7 @@ def test_a_killed_server_goes_on(run_copy: Path, capsys: pytest.CaptureFixture[s
         # The page that was open all the while is still good, and voting twice counts once.
         assert "1 of 8 answered" in fetched(f"{start}/1", body.encode())
         assert "1 of 8" in fetched(owner)
-        error = refused(capsys, run_copy, "small", "--port", str(server.port))
+        error = refusal(capsys, run_copy, "small", "--port", str(server.port))
         assert "cannot listen there: Address already in use" in error
     (vote,) = Campaign(run_copy / "human" / "small.sqlite").votes()
     assert (vote.annotator, vote.choice, vote.revision) == ("annotator-1", Choice.A, 1)
@@ -209,30 +213,34 @@ def test_without_the_server_installed(
     run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    error = refused(capsys, run_copy, "small")
+    error = refusal(capsys, run_copy, "small")
     assert "pip install 'rlhf-exp[annotate]'" in error
-    made(capsys, run_copy, "small")
-    assert "none judged yet" in told(capsys, run_copy, "small", "--results")
+    create_campaign(capsys, run_copy, "small")
+    assert "none judged yet" in run_annotate(capsys, run_copy, "small", "--results")
 
 
 def test_the_loop_of_feedback(
     run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made(capsys, run_copy, "small", "--collect", "--prompts", "30")
-    study = Campaign(run_copy / "human" / "small-collect.sqlite")
+    create_campaign(capsys, run_copy, "small", "--collect", "--prompts", "30")
+    campaign = Campaign(run_copy / "human" / "small-collect.sqlite")
     corpus = DataModule(small_config(run_copy).data).corpus
     asked = {row.history[-1].text for row in corpus.prompts.train}
     held_out = {row.history[-1].text for row in corpus.prompts.test} - asked
-    for item in study.items:
+    for item in campaign.items:
         last = item.prompt.rpartition("\n\nHuman: ")[2]
         assert last in asked
         assert last not in held_out
         assert item.answer_a != item.answer_b
-    assert (study.info.name_a, study.info.name_b) == ("PPO", "PPO")
-    vote_on(study, "b")
+    assert (campaign.info.name_a, campaign.info.name_b) == ("PPO", "PPO")
+    vote_on(campaign, "b")
     votes = tmp_path / "votes.jsonl"
-    text = told(capsys, run_copy, "small", "--collect", "--export", "preferences", str(votes))
-    assert f"{len(study.items)} preferences (overall); left out: 0 ties, 0 without a vote" in text
+    text = run_annotate(
+        capsys, run_copy, "small", "--collect", "--export", "preferences", str(votes)
+    )
+    assert (
+        f"{len(campaign.items)} preferences (overall); left out: 0 ties, 0 without a vote" in text
+    )
 
     sft = artifact(run_copy, "sft").path
     keys = {path.name for path in (run_copy / "store" / "ppo").iterdir()}

@@ -28,7 +28,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory, small_run: Path) -> Path:
     return folder
 
 
-def told(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
+def run_command(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) -> str:
     capsys.readouterr()
     assert main(["--outputs", str(outputs), *arguments]) == 0
     return capsys.readouterr().out
@@ -43,12 +43,12 @@ def refused(capsys: pytest.CaptureFixture[str], outputs: Path, *arguments: str) 
 
 
 def test_status(two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = told(capsys, two_runs, "status").splitlines()
+    lines = run_command(capsys, two_runs, "status").splitlines()
     states = [line.split()[:3] for line in lines if line.startswith(("small", "bold"))]
     assert states == [["small", "done", "pipeline"], ["bold", "done", "pipeline"]]
-    assert "small" not in told(capsys, two_runs, "status", "bold").split()
+    assert "small" not in run_command(capsys, two_runs, "status", "bold").split()
     assert "near it: small" in refused(capsys, two_runs, "status", "smal")
-    assert told(capsys, tmp_path / "none", "status") == "no runs yet\n"
+    assert run_command(capsys, tmp_path / "none", "status") == "no runs yet\n"
 
 
 def test_status_tells_why_a_run_failed(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +56,7 @@ def test_status_tells_why_a_run_failed(run_copy: Path, capsys: pytest.CaptureFix
     error = "Traceback\n  line 3\nZeroDivisionError: [bold]division"
     keys = {"sft": "0123456789abcdef"}
     records.write(RunRecord("broken", "sft", keys, status=Status.failed, error=error))
-    assert "ZeroDivisionError: [bold]division" in told(capsys, run_copy, "status", "broken")
+    assert "ZeroDivisionError: [bold]division" in run_command(capsys, run_copy, "status", "broken")
 
 
 def test_status_names_the_log_of_what_failed_in_a_process_of_its_own(
@@ -64,7 +64,7 @@ def test_status_names_the_log_of_what_failed_in_a_process_of_its_own(
 ) -> None:
     record = RunRecord("one", "sft", {"sft": "ab12"}, status=Status.failed, error="no", log="a.log")
     Records(run_copy / "sweeps").write(record)
-    assert "Logs of what failed:\nab12: a.log\n" in told(capsys, run_copy, "status", "one")
+    assert "Logs of what failed:\nab12: a.log\n" in run_command(capsys, run_copy, "status", "one")
 
 
 def test_status_of_a_run_whose_process_was_killed(
@@ -75,15 +75,15 @@ def test_status_of_a_run_whose_process_was_killed(
     record = RunRecord("one", "sft", {"sft": "ab12"}, status=Status.running, process=own)
     records.write(record)
     assert records.sweep("one") == [record]
-    assert " running " in told(capsys, run_copy, "status", "one")
+    assert " running " in run_command(capsys, run_copy, "status", "one")
     records.write(replace(record, process=replace(own, started="1")))
-    shown = told(capsys, run_copy, "status", "one")
+    shown = run_command(capsys, run_copy, "status", "one")
     assert " interrupted " in shown
     assert "its process was killed; the same command goes on" in shown
 
 
 def test_report(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path(told(capsys, two_runs, "report", "latest").strip())
+    path = Path(run_command(capsys, two_runs, "report", "latest").strip())
     page = path.read_text()
     assert path.parent == two_runs / "reports"
     assert "<title>bold" in page
@@ -91,7 +91,7 @@ def test_report(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "http-equiv" in page
     # From the key of one stage: with the stages it was made from, and no more.
     key = artifact_of(two_runs, "small", "reward")
-    page = Path(told(capsys, two_runs, "report", key).strip()).read_text()
+    page = Path(run_command(capsys, two_runs, "report", key).strip()).read_text()
     assert artifact_of(two_runs, "small", "sft") in page
     assert artifact_of(two_runs, "small", "ppo") not in page
 
@@ -101,7 +101,7 @@ def artifact_of(outputs: Path, name: str, stage: str) -> str:
 
 
 def test_compare(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = told(capsys, two_runs, "compare", "small", "bold")
+    text = run_command(capsys, two_runs, "compare", "small", "bold")
     config = [line.split() for line in text.splitlines() if line.startswith("ppo.")]
     assert config == [["ppo.lr", "0.001", "0.01"]]
     results = [
@@ -121,14 +121,14 @@ def test_compare(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert low <= mean <= high
     metrics = [line.split() for line in text.splitlines() if line.startswith("sft eval/loss")]
     assert metrics[0][-1] == "+0"
-    assert "The configs are the same." in told(capsys, two_runs, "compare", "small", "small")
+    assert "The configs are the same." in run_command(capsys, two_runs, "compare", "small", "small")
 
 
 def test_runs_of_different_judges_are_not_compared_by_score(
     two_runs: Path, run_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(run_copy, "name=other", "reward.lr=0.01")
-    text = told(capsys, run_copy, "compare", "small", "other")
+    text = run_command(capsys, run_copy, "compare", "small", "other")
     assert "The reward models differ" in text
     assert "Reward, raw" not in text
     assert "Toxicity" in text
@@ -138,7 +138,7 @@ def test_an_exported_model_is_the_same_model(
     two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "exported"
-    assert told(capsys, two_runs, "export", "small", str(folder)).strip() == str(folder)
+    assert run_command(capsys, two_runs, "export", "small", str(folder)).strip() == str(folder)
     key = artifact_of(two_runs, "small", "ppo")
     ours = AutoModelForCausalLM.from_pretrained(two_runs / "store" / "ppo" / key / "model")
     theirs = AutoModelForCausalLM.from_pretrained(folder)
@@ -176,7 +176,9 @@ def test_chat(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello!\nAnd now?\n\nHello!\n"))
     second = [] if against is None else ["--against", against]
-    lines = told(capsys, two_runs, "chat", "small", *second, "--temperature", "0").splitlines()
+    lines = run_command(
+        capsys, two_runs, "chat", "small", *second, "--temperature", "0"
+    ).splitlines()
     speakers = [line.split(">")[0] for line in lines if ">" in line]
     assert speakers == ["ppo", *([against] if against else [])] * 3
     # After an empty line the conversation begins again: the same question, the same answer.
@@ -188,7 +190,7 @@ def test_a_conversation_longer_than_the_context(
     two_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 300 + "\n"))
-    assert told(capsys, two_runs, "chat", "small").startswith("ppo>")
+    assert run_command(capsys, two_runs, "chat", "small").startswith("ppo>")
 
 
 def test_chat_with_what_is_not_there(
@@ -201,12 +203,12 @@ def test_chat_with_what_is_not_there(
 
 
 def test_store_ls_and_show(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    listed = told(capsys, two_runs, "store", "ls")
+    listed = run_command(capsys, two_runs, "store", "ls")
     for name in ("small", "bold"):
         for stage in ("sft", "reward", "ppo", "eval"):
             assert artifact_of(two_runs, name, stage)[:8] in listed
     key = artifact_of(two_runs, "bold", "ppo")
-    shown = told(capsys, two_runs, "store", "show", key[:10])
+    shown = run_command(capsys, two_runs, "store", "show", key[:10])
     assert key in shown
     assert artifact_of(two_runs, "bold", "sft") in shown
     assert "no artifact of" in refused(capsys, two_runs, "store", "show", "zzz")
@@ -214,9 +216,9 @@ def test_store_ls_and_show(two_runs: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_store_rm(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = artifact(run_copy, "eval")
-    told(capsys, run_copy, "store", "rm", "--dry-run", found.key)
+    run_command(capsys, run_copy, "store", "rm", "--dry-run", found.key)
     assert found.path.is_dir()
-    told(capsys, run_copy, "store", "rm", found.key)
+    run_command(capsys, run_copy, "store", "rm", found.key)
     assert not found.path.exists()
     assert "no artifact of" in refused(capsys, run_copy, "store", "rm", found.key)
 
@@ -233,9 +235,9 @@ def test_store_gc(
     record.write_text(json.dumps(content))
     for one in kept.values():  # last used long ago
         os.utime(one.path / "manifest.json", (1e9, 1e9))
-    told(capsys, run_copy, "store", "gc", "--dry-run")
+    run_command(capsys, run_copy, "store", "gc", "--dry-run")
     assert all(one.path.is_dir() for one in kept.values())
-    told(capsys, run_copy, "store", "gc")
+    run_command(capsys, run_copy, "store", "gc")
     assert {stage: one.path.is_dir() for stage, one in kept.items()} == {
         "sft": True,
         "reward": True,

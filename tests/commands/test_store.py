@@ -16,7 +16,7 @@ from rlhf_exp.store.atomic_files import human_size
 from rlhf_exp.store.lease import hold
 from rlhf_exp.store.run_records import Records, RunRecord
 from rlhf_exp.store.store import Store
-from tests.commands.test_commands import refused, told
+from tests.commands.test_commands import refused, run_command
 from tests.lab import run
 
 
@@ -39,13 +39,15 @@ def test_the_best_of_a_sweep_stay(run_copy: Path, capsys: pytest.CaptureFixture[
     # The first one is also that of the run `small`, which keeps it.
     kept = {key for one in records.sweep("small") for key in one.keys.values()}
     (gone,) = {one.key for one in points} - kept
-    assert "kept for now: 1 more" in told(capsys, run_copy, *rule)
+    assert "kept for now: 1 more" in run_command(capsys, run_copy, *rule)
     assert {one.key for one in store.all()} == before
     age(run_copy, hours=3)
-    assert "1 would be deleted" in told(capsys, run_copy, *rule, "--dry-run")
-    assert "nothing to delete" in told(capsys, run_copy, *rule, "--older-than", "4h", "--dry-run")
+    assert "1 would be deleted" in run_command(capsys, run_copy, *rule, "--dry-run")
+    assert "nothing to delete" in run_command(
+        capsys, run_copy, *rule, "--older-than", "4h", "--dry-run"
+    )
     assert {one.key for one in store.all()} == before
-    assert "1 deleted" in told(capsys, run_copy, *rule)
+    assert "1 deleted" in run_command(capsys, run_copy, *rule)
     assert {one.key for one in store.all()} == before - {gone}
     assert len(records.sweep("lrs")) == 2  # their numbers stay
     for wrong in (("--keep", "best:3"), ("--sweep", "lrs")):
@@ -55,16 +57,18 @@ def test_the_best_of_a_sweep_stay(run_copy: Path, capsys: pytest.CaptureFixture[
 
 def test_disk_space_is_shown(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = next(iter(Records(run_copy / "sweeps").sweep("small"))).keys["ppo"]
-    listed = told(capsys, run_copy, "store", "ls")
+    listed = run_command(capsys, run_copy, "store", "ls")
     (row,) = [line for line in listed.splitlines() if key in line]
     assert row.endswith("of small")
     (total,) = [line.split() for line in listed.splitlines() if line.startswith("small")]
     assert total[1] == "1"
-    shown = told(capsys, run_copy, "status", "small").splitlines()[-1]
+    shown = run_command(capsys, run_copy, "status", "small").splitlines()[-1]
     assert shown.startswith(f"Disk space of small: {total[2]} {total[3]}: ")
-    assert "Disk space" not in told(capsys, run_copy, "status")
+    assert "Disk space" not in run_command(capsys, run_copy, "status")
     (run_copy / "sweeps" / "small").rename(run_copy / "elsewhere")
-    (row,) = [line for line in told(capsys, run_copy, "store", "ls").splitlines() if key in line]
+    (row,) = [
+        line for line in run_command(capsys, run_copy, "store", "ls").splitlines() if key in line
+    ]
     assert row.endswith("no run refers to it")
 
 

@@ -131,10 +131,10 @@ def test_one_mistake_one_complaint(
     overrides: str, complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    found = complaints(*overrides.split())
-    assert any(complaint in line for line in found), found
+    messages = complaints(*overrides.split())
+    assert any(complaint in line for line in messages), messages
     if "rollouts" not in overrides:
-        assert len(found) == 1, found
+        assert len(messages) == 1, messages
 
 
 def test_all_problems_are_reported_together() -> None:
@@ -156,8 +156,8 @@ def test_stages_that_are_not_needed_are_not_looked_at() -> None:
 
 
 def test_a_multirun_needs_a_name() -> None:
-    (found,) = complaints(multirun=True)
-    assert found.startswith("name=null: a multirun needs a name")
+    (messages,) = complaints(multirun=True)
+    assert messages.startswith("name=null: a multirun needs a name")
     assert complaints("name=kl", multirun=True) == []
 
 
@@ -168,22 +168,24 @@ def test_what_this_machine_lacks_can_be_planned() -> None:
 def test_files_of_the_data_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.jsonl").write_text("{}\n")
-    (found,) = complaints("data=hh_local", "data.preferences=pairs.jsonl", "data.test=held.jsonl")
-    assert found == f"data.test=held.jsonl: there is no file {tmp_path / 'held.jsonl'}."
+    (messages,) = complaints(
+        "data=hh_local", "data.preferences=pairs.jsonl", "data.test=held.jsonl"
+    )
+    assert messages == f"data.test=held.jsonl: there is no file {tmp_path / 'held.jsonl'}."
 
 
 def test_a_local_model_counts_as_it_is(tmp_path: Path) -> None:
     path = f"model.path={tmp_path}"
-    (found,) = complaints(path)
-    assert "holds no model: it has no config.json" in found
+    (messages,) = complaints(path)
+    assert "holds no model: it has no config.json" in messages
     shape = {"n_layer": 2, "n_positions": 300}
     (tmp_path / "config.json").write_text(json.dumps(shape))
     # The architecture of `tiny` (4 blocks, 256 tokens) says nothing about this folder.
     assert complaints(path, "ppo.train_blocks=2", "ppo.seq_length=300") == []
-    found = complaints(path, "ppo.train_blocks=3", "ppo.seq_length=301", "model.revision=x")
-    assert len(found) == 3
-    assert any("the model has 2 blocks" in line for line in found)
-    assert any("the model's context is 300 tokens" in line for line in found)
+    messages = complaints(path, "ppo.train_blocks=3", "ppo.seq_length=301", "model.revision=x")
+    assert len(messages) == 3
+    assert any("the model has 2 blocks" in line for line in messages)
+    assert any("the model's context is 300 tokens" in line for line in messages)
 
 
 def test_a_value_branch_needs_a_frozen_trunk() -> None:
@@ -216,14 +218,14 @@ def test_a_users_reward_function(
     (tmp_path / "reward.py").write_text(source)
     (tmp_path / "broken.py").write_text("def score(:\n")
     (tmp_path / "empty.py").write_text("score = 1\n")
-    found = complaints(f"ppo.reward.function={value}")
+    messages = complaints(f"ppo.reward.function={value}")
     if complaint is None:
-        assert found == []
+        assert messages == []
         (found_init,) = complaints(f"ppo.reward.function={value}", "ppo.value_init=reward")
         assert "there is no reward model; use value_init=small" in found_init
     else:
-        assert len(found) == 1
-        assert complaint in found[0]
+        assert len(messages) == 1
+        assert complaint in messages[0]
 
 
 ROOT = Path(__file__).parents[2]
@@ -244,18 +246,20 @@ def working(tmp_path: Path) -> str:
 
 def test_the_interpreter_is_looked_at(tmp_path: Path, working: str) -> None:
     assert complaints("engine=trlx", working) == []
-    (found,) = complaints("engine=trlx")
-    assert found.startswith("engine.python=null: engine=trlx needs an interpreter that has trlx")
-    assert f"`{checks.TRLX_SETUP}`" in found
-    (found,) = complaints("engine=trlx", f"engine.python={tmp_path}/nowhere")
-    assert f"there is no interpreter {tmp_path}/nowhere; `bash " in found
-    (found,) = complaints("engine=trlx", f"engine.python={sys.executable}")
-    assert "has no trlx; `bash " in found
-    (found,) = complaints("engine=trlx", interpreter(tmp_path, trlx="1", transformers="4.46.3"))
-    assert "has transformers 4.46.3, with which trlx's reference is wrong; it needs 4.32.0" in found
+    (messages,) = complaints("engine=trlx")
+    assert messages.startswith("engine.python=null: engine=trlx needs an interpreter that has trlx")
+    assert f"`{checks.TRLX_SETUP}`" in messages
+    (messages,) = complaints("engine=trlx", f"engine.python={tmp_path}/nowhere")
+    assert f"there is no interpreter {tmp_path}/nowhere; `bash " in messages
+    (messages,) = complaints("engine=trlx", f"engine.python={sys.executable}")
+    assert "has no trlx; `bash " in messages
+    (messages,) = complaints("engine=trlx", interpreter(tmp_path, trlx="1", transformers="4.46.3"))
+    assert (
+        "has transformers 4.46.3, with which trlx's reference is wrong; it needs 4.32.0" in messages
+    )
     (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
-    (found,) = complaints("engine=trlx", f"engine.python={tmp_path}/python")
-    assert "is no Python that runs" in found
+    (messages,) = complaints("engine=trlx", f"engine.python={tmp_path}/python")
+    assert "is no Python that runs" in messages
 
 
 def test_the_interpreter_is_asked_once(tmp_path: Path) -> None:
@@ -300,8 +304,8 @@ def test_the_interpreter_is_looked_at_where_ppo_runs_only(tmp_path: Path) -> Non
     ],
 )
 def test_what_trlx_cannot_do_is_refused(working: str, overrides: str, complaint: str) -> None:
-    (found,) = complaints("engine=trlx", working, *overrides.split())
-    assert complaint in found
+    (messages,) = complaints("engine=trlx", working, *overrides.split())
+    assert complaint in messages
 
 
 def test_a_micro_batch_of_the_whole_batch_is_none(working: str) -> None:
@@ -312,8 +316,8 @@ def test_a_local_model_is_known_by_its_own_family(tmp_path: Path, working: str) 
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    found = complaints("engine=trlx", working, f"model.path={model}")
-    assert any(line.startswith(f"model.path={model}: trlx trains gpt2, gptj") for line in found)
+    messages = complaints("engine=trlx", working, f"model.path={model}")
+    assert any(line.startswith(f"model.path={model}: trlx trains gpt2, gptj") for line in messages)
 
 
 def test_what_is_written_in_several_places_agrees() -> None:

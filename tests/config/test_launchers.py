@@ -21,9 +21,9 @@ def _sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def config(processes: int, strategy: StrategyName = StrategyName.ddp) -> Config:
-    made = Config()
-    made.distributed.processes, made.distributed.strategy = processes, strategy
-    return made
+    composed = Config()
+    composed.distributed.processes, composed.distributed.strategy = processes, strategy
+    return composed
 
 
 @pytest.mark.parametrize(
@@ -50,30 +50,30 @@ def test_nodes_follow_from_processes(
     [(7, "gpu:7", 8), (14, "gpu:7", 8), (4, "gpu:5", 6), (4, "cpu", 4)],
 )
 def test_the_reward_models_own_gpu_is_asked_for(processes: int, placement: str, gpus: int) -> None:
-    one = config(processes)
-    one.ppo.reward.placement = placement
-    found = job_shape(SlurmConfig(gpus_per_node=8), one)
-    assert found == JobShape(-(-processes // 8), min(processes, 7), gpus)
-    one.stage = StageName.sft
-    found = job_shape(SlurmConfig(gpus_per_node=8), one)
-    assert isinstance(found, JobShape)
-    assert found.gpus_per_node == found.tasks_per_node
+    base = config(processes)
+    base.ppo.reward.placement = placement
+    shape = job_shape(SlurmConfig(gpus_per_node=8), base)
+    assert shape == JobShape(-(-processes // 8), min(processes, 7), gpus)
+    base.stage = StageName.sft
+    shape = job_shape(SlurmConfig(gpus_per_node=8), base)
+    assert isinstance(shape, JobShape)
+    assert shape.gpus_per_node == shape.tasks_per_node
 
 
 @pytest.mark.parametrize(("processes", "gpus"), [(8, 8), (7, 7), (4, 0)])
 def test_a_node_without_a_gpu_for_the_reward_model(processes: int, gpus: int) -> None:
-    one = config(processes)
-    one.ppo.reward.placement = "gpu:7"
-    found = job_shape(SlurmConfig(gpus_per_node=gpus), one)
-    assert isinstance(found, Problem)
-    assert str(found).startswith("ppo.reward.placement=gpu:7: of a node's hydra.launcher.gpus_")
+    base = config(processes)
+    base.ppo.reward.placement = "gpu:7"
+    shape = job_shape(SlurmConfig(gpus_per_node=gpus), base)
+    assert isinstance(shape, Problem)
+    assert str(shape).startswith("ppo.reward.placement=gpu:7: of a node's hydra.launcher.gpus_")
 
 
 def test_processes_that_cannot_be_shared_out() -> None:
     # 9 on nodes of 8 need two nodes, which get 4 or 5 each.
-    found = job_shape(SlurmConfig(gpus_per_node=8), config(9))
-    assert isinstance(found, Problem)
-    assert "use 8 or 10" in found.message
+    shape = job_shape(SlurmConfig(gpus_per_node=8), config(9))
+    assert isinstance(shape, Problem)
+    assert "use 8 or 10" in shape.message
 
 
 def test_a_multirun_has_one_kind_of_job() -> None:
@@ -86,8 +86,8 @@ def test_a_multirun_has_one_kind_of_job() -> None:
 
 def test_values_of_a_site_that_cannot_be() -> None:
     site = SlurmConfig(time_min=0, grace_s=200.0, processes_per_node=0)
-    found = [str(problem) for problem in slurm_problems(site, [config(1)])]
-    assert found == [
+    problems = [str(problem) for problem in slurm_problems(site, [config(1)])]
+    assert problems == [
         "hydra.launcher.time_min=0: must be above 0.",
         "hydra.launcher.processes_per_node=0: must be above 0, or null.",
         "hydra.launcher.grace_s=200.0: must be below signal_delay_s=120.",
@@ -120,10 +120,10 @@ def test_two_kinds_of_jobs_are_refused_before_anything_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    made = set(tmp_path.iterdir())
+    existing = set(tmp_path.iterdir())
     assert main(["-m", "hydra/launcher=slurm", "name=a", "distributed.processes=1,2"]) == 2
     assert "a multirun on Slurm has one kind of job" in capsys.readouterr().err
-    assert set(tmp_path.iterdir()) == made
+    assert set(tmp_path.iterdir()) == existing
 
 
 def test_one_run_is_a_multirun_of_one(capsys: pytest.CaptureFixture[str]) -> None:

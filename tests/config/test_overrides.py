@@ -47,8 +47,8 @@ def complaints(*overrides: str) -> list[str]:
     ],
 )
 def test_one_mistake_one_complaint(override: str, complaint: str) -> None:
-    (found,) = complaints(override)
-    assert complaint in found
+    (message,) = complaints(override)
+    assert complaint in message
 
 
 def test_all_mistakes_are_reported_together() -> None:
@@ -80,9 +80,9 @@ def test_valid_overrides(override: str) -> None:
 
 
 def test_a_list_key_takes_a_plain_value() -> None:
-    given = ["rerun=ppo", "tracking.tags=a,b", "rerun=[sft]", "ppo.lr=1", "rerun="]
-    made = ["rerun=[ppo]", "tracking.tags=[a,b]", "rerun=[sft]", "ppo.lr=1", "rerun="]
-    assert wrap_list_values(given) == made
+    overrides = ["rerun=ppo", "tracking.tags=a,b", "rerun=[sft]", "ppo.lr=1", "rerun="]
+    expected = ["rerun=[ppo]", "tracking.tags=[a,b]", "rerun=[sft]", "ppo.lr=1", "rerun="]
+    assert wrap_list_values(overrides) == expected
 
 
 def test_points_are_the_product_and_the_last_value_of_a_key_counts() -> None:

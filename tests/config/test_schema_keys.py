@@ -35,8 +35,8 @@ def planned(composed: ComposedConfig) -> list[str]:
 
 
 def test_the_groups_are_those_promised() -> None:
-    found = {name: set(group.options) for name, group in GROUPS.items()}
-    assert found == {name: set(options.split()) for name, options in PROMISED.items()}
+    options_of_group = {name: set(group.options) for name, group in GROUPS.items()}
+    assert options_of_group == {name: set(options.split()) for name, options in PROMISED.items()}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

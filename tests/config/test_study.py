@@ -94,9 +94,9 @@ def test_an_axis_around_the_configs_value() -> None:
     ],
 )
 def test_what_cannot_be_searched(override: str, complaint: str) -> None:
-    found = complaints(override)
-    assert len(found) == 1
-    assert complaint in found[0]
+    problems = complaints(override)
+    assert len(problems) == 1
+    assert complaint in problems[0]
 
 
 def test_a_trial_samples_as_many_responses_as_the_config() -> None:
@@ -148,8 +148,8 @@ def launched(*overrides: str) -> tuple[list[str], list[str]]:
     swept = [text for text in overrides if "interval" in text or "range" in text or "," in text]
     base = composed("experiment=demo", *(text for text in overrides if text not in swept))
     command = ["sweep=ppo_optuna", "experiment=demo", *overrides]
-    kept, found = worker_overrides(command, base, read_groups(), multirun=True)
-    return kept, [str(problem) for problem in found]
+    kept, problems = worker_overrides(command, base, read_groups(), multirun=True)
+    return kept, [str(problem) for problem in problems]
 
 
 def space(kept: Sequence[str]) -> dict[str, Axis]:
@@ -157,19 +157,19 @@ def space(kept: Sequence[str]) -> dict[str, Axis]:
 
 
 def test_sweeps_on_the_command_line_are_searched_and_plain_values_are_fixed() -> None:
-    kept, found = launched(
+    overrides, problems = launched(
         "ppo.lr=tag(log,interval(1e-5,1e-3))",
         "ppo.epochs=range(1,5)",
         "ppo.lam=0.9",
         "ppo.batch=16,32",
     )
-    assert found == []
-    axes = space(kept)
+    assert problems == []
+    axes = space(overrides)
     assert axes["ppo.lr"] == Axis("ppo.lr", 1e-5, 1e-3, log=True)
     assert axes["ppo.epochs"] == Axis("ppo.epochs", 1.0, 4.0, step=1.0)
     assert axes["ppo.batch"] == Axis("ppo.batch", choices=[16.0, 32.0])
     assert "ppo.lam" not in axes
-    assert compose(kept).config.ppo.lam == 0.9
+    assert compose(overrides).config.ppo.lam == 0.9
     assert {"ppo.kl.coef", "ppo.clip_range", "ppo.rollouts"} < axes.keys()
 
 
@@ -182,9 +182,9 @@ def test_a_trials_command_line_gives_its_config() -> None:
     command = ["experiment=demo", "sweep=ppo_optuna", "study.trials=5", "name=a", "ppo.batch=16"]
     config = compose(command).config
     trial = trial_config(config, {"ppo.lr": 2e-4, "ppo.rollouts": 64})
-    kept = single_trial_overrides(command)
-    assert kept == ["experiment=demo", "ppo.batch=16"]
-    alone = [*kept, *overrides_between(compose(kept).config, trial)]
+    overrides = single_trial_overrides(command)
+    assert overrides == ["experiment=demo", "ppo.batch=16"]
+    alone = [*overrides, *overrides_between(compose(overrides).config, trial)]
     again = compose(alone).config
     assert again.ppo == trial.ppo
     assert base_values(config)["ppo.lr"] == 3e-4

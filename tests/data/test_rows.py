@@ -33,11 +33,11 @@ def test_a_prompts_key_survives_lone_surrogates() -> None:
 
 
 def test_digest_is_of_content_and_order_but_not_of_origin() -> None:
-    one, two = Demonstration(ASKED, "Water them.", "a:1"), Demonstration(ASKED, "No.", "a:2")
+    first, second = Demonstration(ASKED, "Water them.", "a:1"), Demonstration(ASKED, "No.", "a:2")
     moved = Demonstration(ASKED, "Water them.", "elsewhere:9")
-    assert rows_digest([one, two]) == rows_digest([moved, two])
-    assert rows_digest([one, two]) != rows_digest([two, one])
-    assert rows_digest([one]) != rows_digest([one, two])
+    assert rows_digest([first, second]) == rows_digest([moved, second])
+    assert rows_digest([first, second]) != rows_digest([second, first])
+    assert rows_digest([first]) != rows_digest([first, second])
     assert rows_digest([Prompt(ASKED, None, "")]) != rows_digest([Prompt(ASKED, "", "")])
 
 

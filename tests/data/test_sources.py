@@ -118,8 +118,8 @@ def test_training_rows_whose_prompt_is_tested_are_dropped_and_counted(tmp_path: 
 
 def test_limit_counts_rows_of_each_file(tmp_path: Path) -> None:
     files = [write(tmp_path / f"{n}.jsonl", [pair(10 * n + k) for k in range(9)]) for n in (1, 2)]
-    rules = LoadOptions(limit=3, validation_fraction=0, test_fraction=0)
-    assert len(load_jsonl(preferences=files, options=rules).preferences.train) == 6
+    options = LoadOptions(limit=3, validation_fraction=0, test_fraction=0)
+    assert len(load_jsonl(preferences=files, options=options).preferences.train) == 6
 
 
 def test_bad_rows_are_listed_with_file_line_and_reason(tmp_path: Path) -> None:
@@ -176,11 +176,11 @@ def test_a_torn_gzip_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_demonstration_is_no_pair_and_a_prompt_no_demonstration(tmp_path: Path) -> None:
-    rules = LoadOptions(max_bad_fraction=1)
+    options = LoadOptions(max_bad_fraction=1)
     asked = write(tmp_path / "a.jsonl", [{"prompt": "x"}, {"prompt": "x", "response": "y"}])
-    assert len(load_jsonl(demonstrations=asked, options=rules).unusable) == 1
+    assert len(load_jsonl(demonstrations=asked, options=options).unusable) == 1
     with pytest.raises(UserError, match="found a demonstration"):
-        load_jsonl(preferences=asked, options=rules)
+        load_jsonl(preferences=asked, options=options)
 
 
 def test_hub_splits_and_origins(tmp_path: Path) -> None:
@@ -204,8 +204,8 @@ def test_hub_gets_path_revision_and_folder(monkeypatch: pytest.MonkeyPatch) -> N
         }
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rules = LoadOptions(validation_fraction=0.1, test_fraction=0.1, limit=8)
-    corpus = load_hub("org/name", "abc123", data_dir="harmless-base", options=rules)
+    options = LoadOptions(validation_fraction=0.1, test_fraction=0.1, limit=8)
+    corpus = load_hub("org/name", "abc123", data_dir="harmless-base", options=options)
     assert asked == [("org/name", {"revision": "abc123", "data_dir": "harmless-base"})]
     assert sum(len(rows) for _, rows in corpus.preferences.all()) == 8
     assert corpus.preferences.test  # no test split there: put aside by hash
@@ -237,7 +237,7 @@ def test_real_hh(shared_data: Path) -> None:
 
 
 def test_real_prompts_with_scores(shared_data: Path) -> None:
-    rules = LoadOptions(validation_fraction=0, test_fraction=0, limit=200)
-    corpus = load_jsonl(prompts=shared_data / "rtp" / "prompts.jsonl.gz", options=rules)
+    options = LoadOptions(validation_fraction=0, test_fraction=0, limit=200)
+    corpus = load_jsonl(prompts=shared_data / "rtp" / "prompts.jsonl.gz", options=options)
     assert corpus.unusable == []
     assert len(corpus.prompts.train) > 190

@@ -25,7 +25,7 @@ def codec() -> Codec:
     return Codec(train_tokenizer(["x"], 258), "plain")
 
 
-def asked(text: str) -> tuple[Turn, ...]:
+def question(text: str) -> tuple[Turn, ...]:
     return (Turn("human", text),)
 
 
@@ -45,37 +45,37 @@ def test_ragged_rows() -> None:
 
 def test_demonstrations_end_with_eos_and_prompts_are_cut_on_the_left(codec: Codec) -> None:
     rows = [
-        Demonstration(asked("abcdef"), "xy", ""),  # 6 + (1 space + 2 + 1 end) = 10: fits
-        Demonstration(asked("abcdefg"), "xy", ""),  # 11: one too many
-        Demonstration(asked("abc"), "qrstuvwxyz", ""),  # 1 + 10 + 1 = 12 alone: cut to 9
+        Demonstration(question("abcdef"), "xy", ""),  # 6 + (1 space + 2 + 1 end) = 10: fits
+        Demonstration(question("abcdefg"), "xy", ""),  # 11: one too many
+        Demonstration(question("abc"), "qrstuvwxyz", ""),  # 1 + 10 + 1 = 12 alone: cut to 9
     ]
-    found = tokenize_demonstrations(rows, codec, 10)
+    tokenized = tokenize_demonstrations(rows, codec, 10)
     end = "<|endoftext|>"
-    assert texts(codec, found.prompt_ids) == ["abcdef", "bcdefg", "c"]
-    assert texts(codec, found.response_ids) == [f" xy{end}", f" xy{end}", " qrstuvwx"]
-    assert (found.cut, found.cut_responses, len(found)) == (2, 1, 3)
+    assert texts(codec, tokenized.prompt_ids) == ["abcdef", "bcdefg", "c"]
+    assert texts(codec, tokenized.response_ids) == [f" xy{end}", f" xy{end}", " qrstuvwx"]
+    assert (tokenized.cut, tokenized.cut_responses, len(tokenized)) == (2, 1, 3)
 
 
 def test_both_sides_of_a_pair_keep_the_same_prompt(codec: Codec) -> None:
     # The longer side takes 1 + 4 + 1 = 6 of 10 tokens, which leaves 4 for the prompt of both.
-    found = tokenize_preferences([Preference(asked("abcdef"), "wxyz", "q", "")], codec, 10)
-    assert texts(codec, found.prompt) == ["cdef"]
-    assert texts(codec, found.chosen) == [" wxyz<|endoftext|>"]
-    assert texts(codec, found.rejected) == [" q<|endoftext|>"]
-    assert (found.cut, found.cut_responses) == (1, 0)
+    tokenized = tokenize_preferences([Preference(question("abcdef"), "wxyz", "q", "")], codec, 10)
+    assert texts(codec, tokenized.prompt) == ["cdef"]
+    assert texts(codec, tokenized.chosen) == [" wxyz<|endoftext|>"]
+    assert texts(codec, tokenized.rejected) == [" q<|endoftext|>"]
+    assert (tokenized.cut, tokenized.cut_responses) == (1, 0)
 
 
 def test_prompts_leave_room_for_the_response(codec: Codec) -> None:
     rows = [
-        Prompt(asked("abcdef"), "wxyz", ""),
-        Prompt(asked("a"), None, ""),
-        Prompt(asked("b"), "", ""),
+        Prompt(question("abcdef"), "wxyz", ""),
+        Prompt(question("a"), None, ""),
+        Prompt(question("b"), "", ""),
     ]
-    found = tokenize_prompts(rows, codec, seq_length=8, max_new_tokens=4)
-    assert texts(codec, found.prompt) == ["cdef", "a", "b"]
+    tokenized = tokenize_prompts(rows, codec, seq_length=8, max_new_tokens=4)
+    assert texts(codec, tokenized.prompt) == ["cdef", "a", "b"]
     # No original is no token; an empty one is a space and the end.
-    assert texts(codec, found.original) == [" wxy", "", " <|endoftext|>"]
-    assert (found.cut, found.cut_responses) == (1, 1)
+    assert texts(codec, tokenized.original) == [" wxy", "", " <|endoftext|>"]
+    assert (tokenized.cut, tokenized.cut_responses) == (1, 1)
 
 
 def test_a_beginning_of_sequence_token_survives_the_cut() -> None:
@@ -83,25 +83,28 @@ def test_a_beginning_of_sequence_token_survives_the_cut() -> None:
     tokenizer.add_special_tokens({"bos_token": "<b>"})
     tokenizer.chat_template = "<b>{% for m in messages %}{{ m.content }}{% endfor %}"
     codec = Codec(tokenizer, "chat_template")
-    found = tokenize_prompts([Prompt(asked("abcdef"), None, "")], codec, 5, 1)
-    assert texts(codec, found.prompt) == ["<b>def"]
+    tokenized = tokenize_prompts([Prompt(question("abcdef"), None, "")], codec, 5, 1)
+    assert texts(codec, tokenized.prompt) == ["<b>def"]
 
 
 @pytest.mark.parametrize(("seq_length", "new"), [(8, 8), (8, 9), (8, 0)])
 def test_no_room_for_a_prompt_is_an_error(codec: Codec, seq_length: int, new: int) -> None:
     with pytest.raises(UserError, match=f"max_new_tokens is {new}"):
-        tokenize_prompts([Prompt(asked("a"), None, "")], codec, seq_length, new)
+        tokenize_prompts([Prompt(question("a"), None, "")], codec, seq_length, new)
 
 
 def test_a_sequence_of_one_token_is_an_error(codec: Codec) -> None:
     with pytest.raises(UserError, match="seq_length is 1"):
-        tokenize_demonstrations([Demonstration(asked("a"), "b", "")], codec, 1)
+        tokenize_demonstrations([Demonstration(question("a"), "b", "")], codec, 1)
 
 
 class TestCache:
     """Sets are found again by what they hold."""
 
-    rows = (Demonstration(asked("abcdef"), "xy", "a:1"), Demonstration(asked("b"), "z", "a:2"))
+    rows = (
+        Demonstration(question("abcdef"), "xy", "a:1"),
+        Demonstration(question("b"), "z", "a:2"),
+    )
 
     @pytest.fixture
     def built(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -124,11 +127,11 @@ class TestCache:
         again = tokenize_demonstrations(moved, codec, 8, tmp_path)
         assert built == [2]
         fresh = tokenize_demonstrations(self.rows, codec, 8)
-        for found in (first, again):
-            assert isinstance(found.prompt_ids.flat, np.memmap)
-            assert texts(codec, found.prompt_ids) == texts(codec, fresh.prompt_ids)
-            assert texts(codec, found.response_ids) == texts(codec, fresh.response_ids)
-            assert (found.cut, found.cut_responses) == (1, 0)  # 6 + 4 tokens in 8
+        for tokenized_rows in (first, again):
+            assert isinstance(tokenized_rows.prompt_ids.flat, np.memmap)
+            assert texts(codec, tokenized_rows.prompt_ids) == texts(codec, fresh.prompt_ids)
+            assert texts(codec, tokenized_rows.response_ids) == texts(codec, fresh.response_ids)
+            assert (tokenized_rows.cut, tokenized_rows.cut_responses) == (1, 0)  # 6 + 4 tokens in 8
 
     def test_any_change_builds_anew(self, codec: Codec, tmp_path: Path, built: list[int]) -> None:
         tokenize_demonstrations(self.rows, codec, 8, tmp_path)

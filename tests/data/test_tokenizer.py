@@ -31,8 +31,8 @@ def test_vocabulary_is_as_large_as_asked_and_words_become_tokens() -> None:
 
 
 def test_training_is_deterministic() -> None:
-    one, two = (train_tokenizer(iter(TEXTS), 290).backend_tokenizer.to_str() for _ in range(2))
-    assert one == two
+    first, second = (train_tokenizer(iter(TEXTS), 290).backend_tokenizer.to_str() for _ in range(2))
+    assert first == second
 
 
 def test_end_and_padding_are_two_tokens_and_nothing_is_added() -> None:

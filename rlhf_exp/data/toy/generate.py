@@ -111,7 +111,7 @@ def _all_requests(seed: int) -> tuple[list[Request], list[Request], list[Request
 
 
 def _demonstrations(rng: Random, requests: Sequence[Request]) -> list[Demonstration]:
-    shares = [kind.shown for kind in KINDS.values()]
+    shares = [kind.demonstration_share for kind in KINDS.values()]
     rows = []
     for number, request in enumerate(requests):
         response = KINDS[draw_kind(rng, shares)].write(rng, request.subject)
@@ -144,7 +144,7 @@ def _preferences(
 
 def _pair(rng: Random, request: Request) -> tuple[str, float, str, float]:
     """Return a better and a worse response, each with its quality."""
-    shares = [kind.compared for kind in KINDS.values()]
+    shares = [kind.pair_share for kind in KINDS.values()]
     while True:
         first, second = (KINDS[draw_kind(rng, shares)] for _ in range(2))
         if first.quality != second.quality:
@@ -190,14 +190,14 @@ class ResponseKind:
     Attributes:
         write: writes a response about a subject.
         quality: 0 to 1.
-        shown: its share of the demonstrations.
-        compared: its share of the sides of pairs.
+        demonstration_share: its share of the demonstrations.
+        pair_share: its share of the sides of pairs.
     """
 
     write: Writer
     quality: float
-    shown: float
-    compared: float
+    demonstration_share: float
+    pair_share: float
 
 
 def good(rng: Random, subject: Subject) -> str:

@@ -56,9 +56,9 @@ def test_prompts_are_distinct(rows: ToyRows) -> None:
 
 def test_every_prompts_original_is_its_demonstration(rows: ToyRows) -> None:
     demonstrations, _, prompts = rows
-    for (_, shown), (_, asked) in zip(demonstrations.all(), prompts.all(), strict=True):
+    for (_, shown), (_, prompt_rows) in zip(demonstrations.all(), prompts.all(), strict=True):
         answers = {row.history: row.response for row in shown}
-        assert all(row.original == answers[row.history] for row in asked)
+        assert all(row.original == answers[row.history] for row in prompt_rows)
 
 
 def test_whole_combinations_of_subject_and_wording_are_held_out(rows: ToyRows) -> None:
@@ -150,10 +150,10 @@ def written(kind: str, times: int = 4) -> list[str]:
 
 
 def test_shares_sum_to_one_and_leave_something_to_improve() -> None:
-    assert sum(kind.shown for kind in KINDS.values()) == pytest.approx(1)
-    assert sum(kind.compared for kind in KINDS.values()) == pytest.approx(1)
-    good = sum(kind.shown for kind in KINDS.values() if kind.quality == 1)
-    bad = sum(kind.shown for kind in KINDS.values() if kind.quality < 0.45)
+    assert sum(kind.demonstration_share for kind in KINDS.values()) == pytest.approx(1)
+    assert sum(kind.pair_share for kind in KINDS.values()) == pytest.approx(1)
+    good = sum(kind.demonstration_share for kind in KINDS.values() if kind.quality == 1)
+    bad = sum(kind.demonstration_share for kind in KINDS.values() if kind.quality < 0.45)
     assert good == pytest.approx(0.34)
     assert 0.3 < bad < 0.4
 

@@ -30,14 +30,14 @@ from rlhf_exp.launchers.optuna.table import study_text
 from rlhf_exp.launchers.points import (
     JobResult,
     SweepPoint,
+    differing_overrides,
     distinct,
-    done_before,
-    failure_of,
-    note_failure,
+    finished_records,
+    jobs_failed_error,
     points_of,
     print_results,
+    record_failure,
     shared_work,
-    varied,
 )
 from rlhf_exp.launchers.run_job import run_job
 from rlhf_exp.pipeline.plan import PACKAGE, records_of
@@ -91,7 +91,7 @@ def launch(n_jobs: int, jobs: Sequence[tuple[list[str], Config]]) -> list[float 
         if points[0].is_worker:
             outputs, name = Path(first.output_dir), sweep.name
             Console().print(Text(f"\n{study_text(outputs, name)}"), soft_wrap=True)
-    failed = failure_of(points, results)
+    failed = jobs_failed_error(points, results)
     if failed is not None:
         raise failed
     return [results[point.key].objective for point in requested]
@@ -107,7 +107,7 @@ class _Multirun:
         self.name = config.name
         self.records = records_of(config)
         self.folder = Path(config.output_dir) / "sweeps" / self.name / "logs"
-        self.names = varied(points)
+        self.names = differing_overrides(points)
         self.console = Console(stderr=True)
         # A single point at a time sees all GPUs of this process.
         self.gpus = GpuPool() if n_jobs == 1 else GpuPool.visible()
@@ -118,7 +118,7 @@ class _Multirun:
 
     def run(self) -> dict[str, JobResult]:
         """Run the points; return their results by key."""
-        done = done_before(self.points, self.records, self.name)
+        done = finished_records(self.points, self.records, self.name)
         results = {key: JobResult(record.objective) for key, record in done.items()}
         left = [point for point in self.points if point.key not in done]
         self.announce(f"{self.name}: {len(self.points)} points, {len(done)} of them done")
@@ -137,7 +137,7 @@ class _Multirun:
             objective = run_job(point.config, list(point.overrides))
         except Exception as error:
             text = str(error) if isinstance(error, UserError) else traceback.format_exc()
-            note_failure(self.records, self.name, point, text)
+            record_failure(self.records, self.name, point, text)
             self.announce(f"failed: {text}")
             return JobResult(error=text, seconds=time.monotonic() - began)
         return JobResult(objective, seconds=time.monotonic() - began)
@@ -156,7 +156,7 @@ class _Multirun:
                 runnable.append(point)
                 continue
             error = f"what it shares with other points failed: {cause.reason}"
-            note_failure(self.records, self.name, point, error, cause.log)
+            record_failure(self.records, self.name, point, error, cause.log)
             results[point.key] = JobResult(error=error, seconds=0.0, log=cause.log)
         return results | self._run_points(runnable, recorded=True)
 
@@ -241,7 +241,7 @@ class _Multirun:
             return
         self.announce(f"{name} has failed: {result.reason}\n  {result.log}")
         if recorded:
-            note_failure(self.records, self.name, point, result.error, result.log)
+            record_failure(self.records, self.name, point, result.error, result.log)
 
     def _description(self, point: SweepPoint, recorded: bool) -> str:
         return self.names[point.key] if recorded else "shared by the points"

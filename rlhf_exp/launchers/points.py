@@ -180,7 +180,9 @@ class JobResult:
         return lines[-1] if lines else ""
 
 
-def done_before(points: Sequence[SweepPoint], records: Records, name: str) -> dict[str, RunRecord]:
+def finished_records(
+    points: Sequence[SweepPoint], records: Records, name: str
+) -> dict[str, RunRecord]:
     """Return the records, by key, of points that need no work."""
     known = {record.key: record for record in records.sweep(name)}
     return {
@@ -193,7 +195,7 @@ def done_before(points: Sequence[SweepPoint], records: Records, name: str) -> di
     }
 
 
-def note_failure(
+def record_failure(
     records: Records, name: str, point: SweepPoint, error: str, log: Path | None = None
 ) -> None:
     """Write a point's failure into its record: a killed process could not do so itself."""
@@ -206,8 +208,8 @@ def note_failure(
     records.write(replace(record, log=None if log is None else str(log)))
 
 
-def varied(points: Sequence[SweepPoint]) -> dict[str, str]:
-    """Return the overrides in which each point differs from the others, by key."""
+def differing_overrides(points: Sequence[SweepPoint]) -> dict[str, str]:
+    """Return the overrides in which each point differs from the others, as text, by key."""
     common = set.intersection(*(set(point.overrides) for point in points))
     return {
         point.key: " ".join(text for text in point.overrides if text not in common)
@@ -220,7 +222,7 @@ def print_results(
 ) -> None:
     """Print a table of the points' results."""
     table = Table("point", "state", "key", "objective", "time", box=None, pad_edge=False)
-    names = varied(points)
+    names = differing_overrides(points)
     for key, result in results.items():
         objective = "" if result.objective is None else f"{result.objective:.4g}"
         seconds = "" if result.seconds is None else f"{result.seconds:.0f} s"
@@ -231,9 +233,11 @@ def print_results(
     console.print(table)
 
 
-def failure_of(points: Sequence[SweepPoint], results: Mapping[str, JobResult]) -> JobsFailed | None:
+def jobs_failed_error(
+    points: Sequence[SweepPoint], results: Mapping[str, JobResult]
+) -> JobsFailed | None:
     """Return the error that a multirun ends with, if a point has failed."""
-    names = varied(points)
+    names = differing_overrides(points)
     failed = {key: result for key, result in results.items() if result.error is not None}
     if not failed:
         return None

@@ -178,8 +178,12 @@ class Search:
         """Requeue the trials whose worker is gone."""
         for trial in self._trials_in("RUNNING"):
             with try_hold(self.store, "trial", self._lease_name(trial.number)) as lease:
-                if lease is not None:
-                    self.requeue(trial)
+                if lease is None:
+                    continue
+                # Read again: its worker may have ended it and released the lease since.
+                current = self.frozen(trial._trial_id)
+                if not current.state.is_finished():
+                    self.requeue(current)
 
     def _trials_in(self, *states: str) -> list[FrozenTrial]:
         names = import_optuna().trial.TrialState

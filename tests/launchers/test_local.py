@@ -17,7 +17,7 @@ from rlhf_exp.config.experiment import Config, DistributedConfig
 from rlhf_exp.errors import JobsFailed
 from rlhf_exp.launchers import local
 from rlhf_exp.launchers.local import GpuPool, PointProcess
-from rlhf_exp.launchers.points import JobResult, SweepPoint, failure_of, varied
+from rlhf_exp.launchers.points import JobResult, SweepPoint, differing_overrides, jobs_failed_error
 from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.store.fingerprint import file_digest
 from rlhf_exp.store.lease import holders
@@ -123,13 +123,13 @@ def point(key: str, *overrides: str) -> SweepPoint:
 
 def test_points_are_told_apart_by_what_differs() -> None:
     points = [point("a", "x=1", "ppo.lr=1", "s=0"), point("b", "x=1", "ppo.lr=2", "s=0")]
-    assert varied(points) == {"a": "ppo.lr=1", "b": "ppo.lr=2"}
+    assert differing_overrides(points) == {"a": "ppo.lr=1", "b": "ppo.lr=2"}
     endings = {"a": JobResult(0.5, seconds=1.0), "b": JobResult(error="Traceback\nValueError: no")}
-    failed = failure_of(points, endings)
+    failed = jobs_failed_error(points, endings)
     assert isinstance(failed, JobsFailed)
     assert "1 of 2 points failed" in str(failed)
     assert "ppo.lr=2: ValueError: no" in str(failed)
-    assert failure_of(points, {"a": JobResult(0.5)}) is None
+    assert jobs_failed_error(points, {"a": JobResult(0.5)}) is None
 
 
 @pytest.mark.slow

@@ -180,3 +180,16 @@ def test_a_line_that_a_writer_did_not_finish_is_removed(tmp_path: Path) -> None:
         file.write(b'{"op_code":4,"wor')
     assert lab.play_all(lab.search(tmp_path, 3)) == 1
     assert states(lab.search(tmp_path, 3)) == [TrialState.COMPLETE] * 3
+
+
+def test_a_trial_that_ends_while_lost_ones_are_sought_stays_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = lab.search(tmp_path, 2)
+    with study.ask() as asked:
+        assert asked is not None
+        running = study._trials_in("RUNNING")
+        asked.complete(1.0)
+    monkeypatch.setattr(study, "_trials_in", lambda *states: running)
+    study._requeue_lost()
+    assert [trial.state.name for trial in study.study.get_trials()] == ["COMPLETE"]

@@ -26,7 +26,13 @@ from rlhf_exp.config.launchers import SlurmConfig
 from rlhf_exp.config.problems import Problem, raise_problems
 from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.errors import Detached, JobsFailed, UserError
-from rlhf_exp.launchers.points import SweepPoint, done_before, note_failure, point_of, shared_work
+from rlhf_exp.launchers.points import (
+    SweepPoint,
+    finished_records,
+    point_of,
+    record_failure,
+    shared_work,
+)
 from rlhf_exp.launchers.run_job import run_job
 from rlhf_exp.launchers.slurm import monitor
 from rlhf_exp.launchers.slurm.job import JobWork, perform
@@ -99,7 +105,7 @@ class _SlurmMultirun:
 
     def _done(self) -> dict[str, RunRecord]:
         """Return the records of points that need no job."""
-        return done_before(self.points, self.records, self.name)
+        return finished_records(self.points, self.records, self.name)
 
     def _join_queued_jobs(self) -> None:
         """Find those jobs of earlier submissions that are still in the queue."""
@@ -177,11 +183,11 @@ class _SlurmMultirun:
         self._announce(f"job {job.id} has failed: {job.stage} {job.key}: {outcome.reason}")
         self._announce(f"  {outcome.log}")
         if not job.shared:
-            self._note_failure(job, outcome)
+            self._record_failure(job, outcome)
 
-    def _note_failure(self, job: SubmittedJob, failure: JobFailure) -> None:
+    def _record_failure(self, job: SubmittedJob, failure: JobFailure) -> None:
         point = next(point for point in self.points if point.key == job.key)
-        note_failure(self.records, self.name, point, failure.error)
+        record_failure(self.records, self.name, point, failure.error)
 
     def _outcomes(
         self, done: dict[str, RunRecord], outcomes_by_job: dict[str, JobOutcome]

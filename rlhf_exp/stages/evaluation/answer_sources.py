@@ -84,13 +84,16 @@ class SampledSource:
         codec = self._codec(model)
         tokenized = self._prompts(prompts, codec, generation)
         share = self.world.share(len(tokenized))
-        mine = tokenized.select(torch.from_numpy(share.rows)).to(self.world.device)
-        samples = self._sample(model, mine, codec, generation)
+        own_prompts = tokenized.select(torch.from_numpy(share.rows)).to(self.world.device)
+        samples = self._sample(model, own_prompts, codec, generation)
         texts = texts_of(samples.tokens, samples.prompt_lengths, samples.content_lengths, codec)
         scores = _scores(self._scorers.reward(codec) if generation.score else None, samples)
         referee = _scores(self._scorers.referee(codec) if generation.referee else None, samples)
         kl = self._kl(model, samples, generation)
-        own = [
+        # Only the first answer to a prompt keeps its facts.
+        first = range(0, len(tokenized), generation.count)
+        facts = {number: prompt.facts for number, prompt in zip(first, prompts, strict=True)}
+        own_answers = [
             Answer(
                 part=part,
                 model=model.name,
@@ -105,13 +108,11 @@ class SampledSource:
                 score=None if scores is None else scores[line],
                 referee=None if referee is None else referee[line],
                 kl=None if kl is None else float(kl[line]),
-                facts={}
-                if number % generation.count
-                else prompts[number // generation.count].facts,
+                facts=facts.get(number, {}),
             )
-            for line, number in enumerate(mine.rollout.tolist())
+            for line, number in enumerate(own_prompts.rollout.tolist())
         ]
-        shares = self.world.all_gather_object(own)
+        shares = self.world.all_gather_object(own_answers)
         everyone = [answer for answers in shares for answer in answers]
         return everyone[: len(tokenized)]
 
@@ -228,11 +229,11 @@ class StoredSource:
         self._answers = read_answers(path)
         if not self._answers:
             raise UserError(f"eval.samples: {path} holds no answers")
-        # The first part of a suite samples every model under evaluation, and no others.
+        # The first part of a suite samples every model under evaluation, and perhaps snapshots.
         first = self._answers[0].part
         names = dict.fromkeys(answer.model for answer in self._answers if answer.part == first)
-        snapshots = tuple(at_step(name, "") for name in names)
-        published = [name for name in names if not name.startswith(snapshots)]
+        snapshot_prefixes = tuple(at_step(name, "") for name in names)
+        published = [name for name in names if not name.startswith(snapshot_prefixes)]
         self.models = tuple(EvaluatedModel(name, "") for name in published)
 
     def prompts(self, part: str, load: Callable[[], list[EvalPrompt]]) -> list[EvalPrompt]:

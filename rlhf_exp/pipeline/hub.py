@@ -1,7 +1,7 @@
-"""What an experiment needs from the Hugging Face hub: named, pinned, fetched, looked for.
+"""Models and data sets that an experiment needs from the Hugging Face hub, and their pins.
 
-`<output_dir>/pins.json` holds the revision of each model and data set that was fetched. A pin
-stands for a revision that the config leaves open, so that results do not depend on the day.
+`<output_dir>/pins.json` holds the revision of each model and data set that was fetched. The pin is
+used where the config leaves the revision open, so that results do not depend on the day.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ TOXICITY_DATA, TOXICITY_SCORER = "eval.toxicity.data", "eval.toxicity.scorer"
 
 @dataclass(frozen=True)
 class Need:
-    """Something on the hub.
+    """A model or data set on the hub.
 
     Attributes:
         key: The config key that names it.
         kind: `model` or `dataset`.
-        id: Its hub id.
-        revision: The revision that the config asks for, if it does.
+        id: Hub id.
+        revision: The revision in the config, if there is one.
     """
 
     key: str
@@ -54,11 +54,11 @@ class Need:
 
 @dataclass(frozen=True)
 class Pin:
-    """What was fetched.
+    """The revision and files of a need that was fetched.
 
     Attributes:
-        commit: Its revision.
-        files: Its files, relative to the folder in the cache.
+        commit: The revision.
+        files: The files, relative to the folder in the cache.
     """
 
     commit: str
@@ -66,49 +66,49 @@ class Pin:
 
 
 def needs(config: Config, steps: Iterable[Step]) -> list[Need]:
-    """Return what an experiment reads from the hub.
+    """Return the models and data sets that an experiment reads from the hub.
 
     Args:
         config: The experiment.
         steps: Its plan.
     """
-    found = []
+    wanted = []
     model, data = config.model, config.data
     if model.path is not None and not Path(model.path).exists():
-        found.append(Need("model.path", MODEL, model.path, model.revision))
+        wanted.append(Need("model.path", MODEL, model.path, model.revision))
     if data.source is DataSource.hub and data.path is not None and not Path(data.path).exists():
-        found.append(Need("data.path", DATASET, data.path, data.revision))
+        wanted.append(Need("data.path", DATASET, data.path, data.revision))
     judge = config.eval.judge
     for step in steps:
         if step.stage == "eval" and judge.model is not None and not Path(judge.model).exists():
-            found.append(Need("eval.judge.model", MODEL, judge.model, judge.revision))
+            wanted.append(Need("eval.judge.model", MODEL, judge.model, judge.revision))
         given = step.model if step.state is StepState.given else None
         if given is not None and not Path(given).exists():
-            found.append(Need(f"{step.stage}.use", MODEL, given, None))
+            wanted.append(Need(f"{step.stage}.use", MODEL, given, None))
         for role, extra in step.extra.items():
             if not Path(extra.model).exists():
                 option = "eval.reward_quality.referee" if role == REFEREE else "eval.models"
-                found.append(Need(option, MODEL, extra.model, None))
+                wanted.append(Need(option, MODEL, extra.model, None))
     if any(step.stage == "eval" for step in steps):
-        found += _of_toxicity(config)
-    return found
+        wanted += _of_toxicity(config)
+    return wanted
 
 
 def _of_toxicity(config: Config) -> list[Need]:
-    """Return the prompts of the toxicity part, where it is done, and who scores toxicity."""
+    """Return the prompts and the scorer of the evaluation's toxicity part, if they are used."""
     section, suite = config.eval.toxicity, config.eval.suite
-    found = []
+    wanted = []
     asks = TOXICITY in parts_of(suite) and config.eval.samples is None
     if asks and not Path(section.data).expanduser().exists():
-        found.append(Need(TOXICITY_DATA, DATASET, section.data, section.revision))
+        wanted.append(Need(TOXICITY_DATA, DATASET, section.data, section.revision))
     classifier = section.scorer_kind is ScorerKind.classifier
     if scores_toxicity(suite) and classifier and not Path(section.scorer).expanduser().exists():
-        found.append(Need(TOXICITY_SCORER, MODEL, section.scorer, section.scorer_revision))
-    return found
+        wanted.append(Need(TOXICITY_SCORER, MODEL, section.scorer, section.scorer_revision))
+    return wanted
 
 
 def pinned(config: Config) -> Config:
-    """Return the config with the revisions that were pinned where it leaves them open."""
+    """Return the config with pinned revisions where it leaves them open."""
     pins = Pins(Path(config.output_dir))
     model, data = config.model, config.data
     if model.path is not None and model.revision is None:
@@ -126,11 +126,13 @@ def pinned(config: Config) -> Config:
 
 
 def _pinned_toxicity(config: Config, pins: Pins) -> ToxicityConfig:
-    found = {need.key: pins.get(need) for need in _of_toxicity(config) if need.revision is None}
+    pins_by_key = {
+        need.key: pins.get(need) for need in _of_toxicity(config) if need.revision is None
+    }
     revisions: dict[str, Any] = {
         field: pin.commit
         for key, field in ((TOXICITY_DATA, "revision"), (TOXICITY_SCORER, "scorer_revision"))
-        if (pin := found.get(key)) is not None
+        if (pin := pins_by_key.get(key)) is not None
     }
     return replace(config.eval.toxicity, **revisions)
 
@@ -146,7 +148,7 @@ class Pins:
         self.path = output_dir / PINS
 
     def get(self, need: Need) -> Pin | None:
-        """Return what was fetched for a need.
+        """Return the pin of a need, if it was fetched.
 
         Raises:
             UserError: The file is damaged.
@@ -155,7 +157,7 @@ class Pins:
         return None if pin is None else Pin(str(pin["commit"]), list(pin["files"]))
 
     def set(self, need: Need, pin: Pin) -> None:
-        """Remember what was fetched."""
+        """Save the pin of a need."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(self.path, self._read() | {_name(need): asdict(pin)})
 
@@ -176,7 +178,7 @@ def _name(need: Need) -> str:
 
 
 def missing(output_dir: Path, wanted: Iterable[Need]) -> list[Need]:
-    """Return what is not whole in this machine's cache."""
+    """Return the needs that are not complete in this machine's cache."""
     pins, absent = Pins(output_dir), []
     for need in wanted:
         pin = pins.get(need)
@@ -192,20 +194,20 @@ def missing(output_dir: Path, wanted: Iterable[Need]) -> list[Need]:
 def _cached(need: Need, pin: Pin) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    found = (
+    paths = (
         try_to_load_from_cache(need.id, name, revision=pin.commit, repo_type=need.kind)
         for name in pin.files
     )
-    return all(isinstance(path, str) and Path(path).exists() for path in found)
+    return all(isinstance(path, str) and Path(path).exists() for path in paths)
 
 
 def fetch(output_dir: Path, need: Need, update: bool = False) -> Pin:
-    """Download something into the cache, at its pinned revision if it has one, and pin it.
+    """Download a need into the cache, at its pinned revision if it has one, and pin it.
 
     Args:
-        output_dir: Where pins are.
-        need: What to fetch.
-        update: Whether to forget an earlier pin.
+        output_dir: Folder of the pins.
+        need: The model or data set.
+        update: Whether to ignore an earlier pin.
 
     Raises:
         UserError: The hub does not have it, or cannot be reached.
@@ -233,13 +235,13 @@ def fetch(output_dir: Path, need: Need, update: bool = False) -> Pin:
     if need.kind == DATASET:
         _prepare(need, commit)
     files = [path for path in folder.rglob("*") if path.is_file()]
-    made = Pin(commit, sorted(path.relative_to(folder).as_posix() for path in files))
-    pins.set(need, made)
-    return made
+    new_pin = Pin(commit, sorted(path.relative_to(folder).as_posix() for path in files))
+    pins.set(need, new_pin)
+    return new_pin
 
 
 def _prepare(need: Need, commit: str) -> None:
-    """Let `datasets` convert what was fetched: without a network it finds only what it has made."""
+    """Let `datasets` convert a data set: without a network it finds only converted files."""
     from rlhf_exp.data.sources import load_hub
     from rlhf_exp.evaluation.toxicity.prompts import load_prompts
 

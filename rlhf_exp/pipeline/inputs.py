@@ -1,12 +1,11 @@
-"""Models that are given instead of trained: a folder, a run, a store key or a hub id.
+"""Inputs of a plan's steps that no step of the plan makes.
 
-What an evaluation reads besides the results of the pipeline's own steps, by role.
-
-`ppo.continue_from`: a finished PPO run is extended by more steps.
-
-The result is what one run of all the steps would have been, so all else that counts must be equal.
-
-What a step was begun with: a note in its staging folder, which says whether it can go on.
+- Models that are used instead of trained ones: a folder, a run, a store key or a hub id.
+- Models and samples that an evaluation reads besides the results of the plan's own steps.
+- A finished PPO run that is continued (`ppo.continue_from`). The result equals one run of all the
+  steps, so every other setting that counts must be equal.
+- The note in a staging folder: the code and inputs of an unfinished step, which decide whether it
+  can be resumed.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ MODEL = "model"
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model that is there already.
+    """A model that exists already.
 
     Attributes:
-        key: What stands for it in the keys of results made with it.
+        key: Key of the model, part of the keys of results made with it.
         model: Folder or hub id.
-        artifact: Its artifact, if it is in the store or is an artifact's folder.
+        artifact: The model's artifact, if it is in the store or is an artifact's folder.
     """
 
     key: str
@@ -58,11 +57,11 @@ class ResolvedModel:
 
 
 class ModelResolver:
-    """Finds given models.
+    """Finds the models that config values name.
 
     Args:
-        store: Where artifacts are.
-        records: Where runs are recorded.
+        store: The store of artifacts.
+        records: The records of runs.
         keys: Makes the keys of folders and hub ids.
     """
 
@@ -70,22 +69,22 @@ class ModelResolver:
         self.store, self.records, self.keys = store, records, keys
 
     def model(self, option: str, use: str, stages: Sequence[str]) -> ResolvedModel:
-        """Return the model that a config value means.
+        """Return the model that a config value names.
 
         Args:
-            option: How the value is written, for errors: `ppo.use=kl`.
+            option: The option on the command line, for errors: `ppo.use=kl`.
             use: A folder, a run, a store key or a hub id.
-            stages: Of a run, the first of these that it has.
+            stages: Stages in order of preference; a run's model is of the first that it has.
 
         Raises:
             UserError: There is no such model.
         """
         folder = Path(use)
         if (folder / MANIFEST).is_file():
-            found = Artifact(folder, Manifest.read(folder))
+            artifact = Artifact(folder, Manifest.read(folder))
             if not (folder / MODEL).is_dir():
-                raise UserError(f"{option}: {found.stage} {found.key} has no model")
-            return ResolvedModel(found.key, str(folder / MODEL), found)
+                raise UserError(f"{option}: {artifact.stage} {artifact.key} has no model")
+            return ResolvedModel(artifact.key, str(folder / MODEL), artifact)
         if folder.is_dir():
             return ResolvedModel(self.keys.given(use), use)
         try:
@@ -97,10 +96,10 @@ class ModelResolver:
         return ResolvedModel(artifact.key, str(artifact.path / MODEL), artifact)
 
     def artifact(self, option: str, run: str, stages: Sequence[str]) -> Artifact:
-        """Return what a run, or a store key, has of the first of `stages` that it has.
+        """Return the artifact of a run or store key, of the first of `stages` that it has.
 
         Raises:
-            UserError: There is no such run, or it has none of them.
+            UserError: There is no such run, or it has none of the stages.
         """
         try:
             record = self.records.resolve(run, self.store)
@@ -117,32 +116,32 @@ class ModelResolver:
 
 
 class _NoRun(UserError):
-    """Nothing is called that here, so it may be a hub id."""
+    """No folder, run or key has that name, so it may be a hub id."""
 
 
 def compared(
     section: EvalConfig, finder: ModelResolver, judge: tuple[str, Artifact | None] | None
 ) -> dict[str, ResolvedModel]:
-    """Return the models of an evaluation that no step makes, or the samples in their place.
+    """Return the models of an evaluation that no step makes, or the samples instead of them.
 
     Args:
         section: The evaluation's config.
-        finder: Finds them.
+        finder: Finds the models and samples.
         judge: Key and artifact of the reward model, if one judges.
 
     Raises:
-        UserError: One of them does not exist, or the referee is the reward model itself.
+        UserError: A model does not exist, or the referee is the reward model itself.
     """
     if section.samples is not None:
         return {SAMPLES: _samples(section.samples, finder)}
-    found = {
+    models = {
         spec: finder.model(f"eval.models: {spec}", spec, ("ppo", "sft"))
         for spec in section.models
         if spec not in ROLES
     }
     if section.reward_quality.referee is not None and REWARD_QUALITY in parts_of(section.suite):
-        found[REFEREE] = _referee(section.reward_quality.referee, finder, judge)
-    return found
+        models[REFEREE] = _referee(section.reward_quality.referee, finder, judge)
+    return models
 
 
 def _samples(run: str, finder: ModelResolver) -> ResolvedModel:
@@ -160,83 +159,83 @@ def _samples(run: str, finder: ModelResolver) -> ResolvedModel:
 
 
 def _referee(
-    wanted: str, finder: ModelResolver, judge: tuple[str, Artifact | None] | None
+    name: str, finder: ModelResolver, judge: tuple[str, Artifact | None] | None
 ) -> ResolvedModel:
-    option = f"eval.reward_quality.referee={wanted}"
-    found = finder.model(option, wanted, ("reward",))
-    if judge is not None and _same(found, *judge):
+    option = f"eval.reward_quality.referee={name}"
+    referee = finder.model(option, name, ("reward",))
+    if judge is not None and _same_weights(referee, *judge):
         raise UserError(
             f"{option}: that is the reward model that PPO maximised ({judge[0]}), which cannot "
             "referee itself; train another one on other pairs, such as with "
             "stage=reward reward.part=2/2"
         )
-    return found
+    return referee
 
 
-def _same(found: ResolvedModel, key: str, artifact: Artifact | None) -> bool:
-    """Whether a given model is the one of a key, or has the weights of its artifact."""
-    if found.key == key or found.artifact is None or artifact is None:
-        return found.key == key
-    return weights_digest(found.artifact) == weights_digest(artifact)
+def _same_weights(model: ResolvedModel, key: str, artifact: Artifact | None) -> bool:
+    """Whether a model has the key of an artifact, or the same weights."""
+    if model.key == key or model.artifact is None or artifact is None:
+        return model.key == key
+    return weights_digest(model.artifact) == weights_digest(artifact)
 
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in an artifact that keeps its state, and in a staging folder."""
 
-_ITS_OWN = ("ppo.steps", "ppo.continue_from")
+_MAY_DIFFER = ("ppo.steps", "ppo.continue_from")
 
 
 def continued(
     config: Config, keys: Keys, finder: ModelResolver, parents: Mapping[str, str]
 ) -> ResolvedModel:
-    """Return the run that PPO is to go on from.
+    """Return the finished run that PPO continues.
 
     Args:
         config: The experiment.
         keys: Makes its keys.
         finder: Finds runs.
-        parents: The keys of what PPO starts from, by role.
+        parents: Keys of the results that PPO starts from, by role.
 
     Raises:
-        UserError: There is no such run, it is another one but for its steps, or not a shorter one.
+        UserError: There is no such run, more than its steps differs, or it is not shorter.
     """
     use = config.ppo.continue_from
-    assert use is not None, "asked for"
+    assert use is not None, "the caller checks it"
     folder, option = Path(use), _option(config)
     if (folder / MANIFEST).is_file():
-        found = Artifact(folder.absolute(), Manifest.read(folder))
-        if found.stage != "ppo":
-            raise UserError(f"{option}: that is a result of {found.stage}, not of ppo")
+        parent = Artifact(folder.absolute(), Manifest.read(folder))
+        if parent.stage != "ppo":
+            raise UserError(f"{option}: that is a result of {parent.stage}, not of ppo")
     else:
-        found = finder.artifact(option, use, ("ppo",))
-    before = from_dict(found.manifest.config)
+        parent = finder.artifact(option, use, ("ppo",))
+    before = from_dict(parent.manifest.config)
     same = copy.copy(config)
     same.ppo = copy.copy(config.ppo)
     same.ppo.steps = before.ppo.steps
-    grandparent = found.manifest.parents.get(CONTINUED)
-    if Keys(same, keys.digests).ppo(dict(parents), grandparent) != found.key:
+    grandparent = parent.manifest.parents.get(CONTINUED)
+    if Keys(same, keys.digests).ppo(dict(parents), grandparent) != parent.key:
         raise UserError(
             f"{option}: only ppo.steps may differ from that run, and these do as well:"
-            + "".join(f"\n  {line}" for line in _differences(config, parents, before, found))
+            + "".join(f"\n  {line}" for line in _differences(config, parents, before, parent))
         )
     if config.ppo.steps <= before.ppo.steps:
         raise UserError(
             f"{option}: that run has ppo.steps={before.ppo.steps}, and ppo.steps="
             f"{config.ppo.steps} is the number of all steps, those included; give more"
         )
-    return ResolvedModel(found.key, str(found.path), found)
+    return ResolvedModel(parent.key, str(parent.path), parent)
 
 
 def check_state(config: Config, parent: Artifact, stale: Sequence[str]) -> None:
-    """Make sure that a run can be gone on from.
+    """Raise if a finished run cannot be continued.
 
     Args:
         config: The experiment.
         parent: The run.
-        stale: What it was made with and is another now, but for what is trusted.
+        stale: The modules and parents that have changed since, without those that are trusted.
 
     Raises:
-        UserError: It kept no state, or what it was made with has changed.
+        UserError: The run kept no state, or its code or parents have changed.
     """
     if not any((parent.path / CHECKPOINTS).glob("step-*")):
         raise UserError(
@@ -256,25 +255,25 @@ def _option(config: Config) -> str:
 
 
 def _differences(
-    config: Config, parents: Mapping[str, str], before: Config, found: Artifact
+    config: Config, parents: Mapping[str, str], before: Config, run: Artifact
 ) -> list[str]:
-    """Return what counts for the key and differs, in words."""
-    old, new = dict(_counting(before)), dict(_counting(config))
+    """Return a line for each setting or parent that counts for the key and differs."""
+    old, new = dict(_key_values(before)), dict(_key_values(config))
     lines = [
         f"{name}: {old.get(name)} there, {new.get(name)} here"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name not in _ITS_OWN
+        if old.get(name) != new.get(name) and name not in _MAY_DIFFER
     ]
-    was = {role: key for role, key in found.manifest.parents.items() if role != CONTINUED}
+    old_parents = {role: key for role, key in run.manifest.parents.items() if role != CONTINUED}
     lines += [
-        f"the {role} model: {was.get(role)} there, {parents.get(role)} here"
-        for role in sorted(was.keys() | parents.keys())
-        if was.get(role) != parents.get(role)
+        f"the {role} model: {old_parents.get(role)} there, {parents.get(role)} here"
+        for role in sorted(old_parents.keys() | parents.keys())
+        if old_parents.get(role) != parents.get(role)
     ]
     return lines or ["the content of a file of data, or of ppo.reward.function"]
 
 
-def _counting(config: Config) -> Iterator[tuple[str, Any]]:
+def _key_values(config: Config) -> Iterator[tuple[str, Any]]:
     """Yield the values that may count for PPO's key, by dotted name."""
     yield from _flat("ppo", key_content(config.ppo))
     yield from _flat("data", key_content(config.data))
@@ -297,13 +296,13 @@ NOTE = ".started.json"
 
 @dataclass(frozen=True)
 class StartedNote:
-    """The note.
+    """The note in the staging folder of a step that has started.
 
     Attributes:
         code: Digest of each module that the step runs.
         inputs: Digest of each parent's weights, by role (see `weights_digest`).
-        replaces: Creation time of the result that is being made again, if one is.
-        seconds: Work done so far.
+        replaces: Creation time of the result that the step replaces, if there is one.
+        seconds: Time of work so far.
     """
 
     code: dict[str, str]
@@ -313,35 +312,35 @@ class StartedNote:
 
     @classmethod
     def read(cls, folder: Path | None) -> Self | None:
-        """Return the note in a staging folder; `None` if there is none that can be read."""
+        """Return the note in a staging folder; `None` if there is no readable one."""
         try:
             return None if folder is None else cls(**json.loads((folder / NOTE).read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
     def write(self, folder: Path) -> None:
-        """Leave the note in a staging folder."""
+        """Write the note into a staging folder."""
         write_json_atomic(folder / NOTE, asdict(self))
 
     def later(self, seconds: float) -> Self:
-        """Return the note after more work."""
+        """Return the note with the time of more work added."""
         return replace(self, seconds=self.seconds + seconds)
 
     def continues(self, artifact: Artifact | None, inputs: Mapping[str, str]) -> bool:
-        """Whether what was begun leads to what is wanted now.
+        """Whether the unfinished step can be resumed.
 
         Args:
-            artifact: The result to be made again, if there is one.
-            inputs: Digests of the parents that are there already.
+            artifact: The result to replace, if there is one.
+            inputs: Digests of the parents' weights, as far as they are in the store.
         """
         replaces = None if artifact is None else artifact.manifest.created
         return self.replaces == replaces and not other_inputs(self.inputs, inputs)
 
 
 def weights_digest(artifact: Artifact) -> str:
-    """Return the digest of an artifact's weights: a step redone under its key may have others.
+    """Return the digest of an artifact's weights, which may change when a step is run again.
 
-    Snapshots of other steps are no input of anything.
+    Snapshots of other steps do not count, because no step reads them.
     """
     return key_of(
         {
@@ -353,5 +352,5 @@ def weights_digest(artifact: Artifact) -> str:
 
 
 def other_inputs(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Return the roles whose weights differ, of those known on both sides."""
+    """Return the roles in both mappings whose weights differ."""
     return sorted(role for role in old.keys() & new.keys() if old[role] != new[role])

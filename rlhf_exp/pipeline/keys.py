@@ -1,7 +1,7 @@
-"""What a stage's result depends on, and the key that stands for it.
+"""Keys: digests of everything that a stage's result depends on.
 
-A key is made of resolved values, never of the overrides that led to them: editing a default changes
-the key as an override would.
+A key is made of resolved values, not of overrides, so editing a default changes the key as an
+override would.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class Keys:
         """Return the key of the PPO policy.
 
         Args:
-            parents: The keys of what it starts from, by role.
-            continued: The key of the run that it goes on from, if it does.
+            parents: Keys of the results that it starts from, by role.
+            continued: Key of the run that it continues, if there is one.
         """
         section = key_content(self.config.ppo)
         section.pop("continue_from", None)
-        # What a function does and who a server is count, not where they are: see `_judge`.
+        # The content of a function and the name of a server count, not their paths: see `_judge`.
         for name in ("function", "url", "name"):
             section["reward"].pop(name, None)
         content = {"ppo": section, "parents": parents}
         if self.config.engine.name is EngineName.trlx:
-            # It scales scores by what it has seen in the parts sampled so far.
+            # trlx scales scores by the statistics of the parts sampled so far.
             content["part"] = self.config.ppo.generation.batch
         if continued is not None:
             content[CONTINUED] = continued
@@ -64,9 +64,9 @@ class Keys:
         """Return the key of the evaluation.
 
         Args:
-            parents: The keys of what it starts from, by role.
-            models: The models compared, by role, or by the key of a given one.
-            referee: The key of the second reward model, if there is one.
+            parents: Keys of the results that it starts from, by role.
+            models: The models compared: roles, or keys of given models.
+            referee: Key of the second reward model, if there is one.
         """
         section = self.config.ppo
         content: dict[str, Any] = {
@@ -101,10 +101,10 @@ class Keys:
             "stage": stage,
             "data": self._data(self.config.data, stage),
             "precision": self.config.distributed.precision.name,
-            # Of every stage, not only of the one that starts from the base: a model that is given
-            # by `use` is loaded in it too.
+            # For every stage, not only the one that starts from the base: a model given by `use` is
+            # loaded in this dtype, too.
             "dtype": self.config.model.dtype.name,
-            # The other stages are native whoever does PPO.
+            # Only PPO has other engines than the native one.
             "engine": self.config.engine.name.name if stage == "ppo" else EngineName.native.name,
         }
         return key_of(common | content)
@@ -120,10 +120,10 @@ class Keys:
         return content | {"path": section.path, "revision": section.revision}
 
     def _eval(self) -> dict[str, Any]:
-        """Return what of the evaluation's own section counts."""
+        """Return the values of the evaluation's section that count."""
         section: dict[str, Any] = key_content(self.config.eval)
         judge = section.get("judge", {})
-        # Their content counts, not the paths to them.
+        # The content of model and labels counts, not their paths.
         if "model" in judge:
             judge["model"] = self.given(judge["model"])
         if "labels" in judge:
@@ -133,20 +133,20 @@ class Keys:
             section["toxicity"] = self._toxicity()
         elif PREFERENCE in parts and scorer != PROFANITY:
             names = ("scorer_revision", "label")
-            found = {name: section["toxicity"][name] for name in names}
-            section["toxicity"] = found | {"scorer": self._scorer()}
+            scorer_values = {name: section["toxicity"][name] for name in names}
+            section["toxicity"] = scorer_values | {"scorer": self._scorer()}
         else:
             del section["toxicity"]
         return section
 
     def _judge(self) -> dict[str, Any]:
-        """Return what of the scoring counts besides the reward model itself."""
+        """Return the values of scoring that count, besides the reward model's key."""
         reward = self.config.ppo.reward
         reference = reward.function
         if reward.url is not None:
             return {"server": {"name": reward.name} if reward.name else {"url": reward.url}}
         if reference is None:
-            # The length to which a reward model reads, which its own key need not hold.
+            # The length at which the reward model cuts, which need not be in its own key.
             return {"judge_length": max(self.config.reward.seq_length, self.config.ppo.seq_length)}
         file, _, name = reference.rpartition(":")
         return {"function": {"source": self.digests.file(Path(file)), "name": name}}
@@ -166,22 +166,22 @@ class Keys:
         return content
 
     def _scorer(self) -> Any:  # noqa: ANN401 - JSON
-        """Return what stands for who scores toxicity."""
+        """Return the toxicity scorer's content or name."""
         section = self.config.eval.toxicity
         if section.scorer_kind is not ScorerKind.function:
             return self._content(section.scorer)
         file, _, name = section.scorer.rpartition(":")
         return {"source": self.digests.file(Path(file)), "name": name}
 
-    def _content(self, place: str) -> str:
-        """Return the digest of a file or of a folder's model or data; what is neither as it is."""
-        path = Path(place).expanduser()
+    def _content(self, source: str) -> str:
+        """Return the digest of a file or folder; a hub id unchanged."""
+        path = Path(source).expanduser()
         if path.is_dir():
             return self.digests.folder(path)
-        return self.digests.file(path) if path.is_file() else place
+        return self.digests.file(path) if path.is_file() else source
 
     def _data(self, section: DataConfig, stage: str) -> dict[str, Any]:
-        """Return what of the data counts for a stage: only the files that it reads."""
+        """Return the values of the data section, and the files, that a stage depends on."""
         content: dict[str, Any] = {"source": section.source.name, "format": section.format.name}
         if section.source == DataSource.toy:
             return content | {"toy": key_content(section.toy)}

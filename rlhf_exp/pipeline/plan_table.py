@@ -1,4 +1,4 @@
-"""The plan as tables: what would run, parameter counts, and memory of each process."""
+"""Tables of a plan: its steps, parameter counts, and estimated memory of each process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _COLOURS = {
 
 
 def plan_table(steps: list[Step]) -> Table:
-    """Return the steps with their state."""
+    """Return a table of the steps and their states."""
     table = Table("stage", "key", "state", "what", box=None, pad_edge=False)
     for step in steps:
         what = ", ".join(step.files)
@@ -95,7 +95,7 @@ def memory_table(config: Config) -> Table:
     table.add_row("[bold]peak", *(f"[bold]{gib(found.peak)}" for found in estimates))
     for size in _GPUS:
         # A GiB for the CUDA context, and a tenth for the allocator's fragmentation.
-        fits = [found.peak * 1.1 + GIB <= size * GIB for found in estimates]
+        fits = [estimate.peak * 1.1 + GIB <= size * GIB for estimate in estimates]
         table.add_row(f"fits {size} GB", *("yes" if fit else "no" for fit in fits))
     return table
 

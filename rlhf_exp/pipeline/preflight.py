@@ -1,6 +1,6 @@
-"""What a late stage needs from outside is looked at before an early one begins.
+"""Preflight checks: requirements of late stages are checked before an early one begins.
 
-What results in the store do not hold although it is asked for now.
+Here too: files that the config asks for and that finished results in the store lack.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from rlhf_exp.processes.environment import find_launch_environment
 
 
 def preflight(config: Config, steps: Iterable[Step]) -> None:
-    """Raise for what PPO or the evaluation would not find after hours of training.
+    """Raise if PPO or the evaluation would fail after hours of training for a known reason.
 
     Raises:
-        UserError: Naming what is missing and the remedy.
+        UserError: Names what is missing and the remedy.
     """
     work = {step.stage for step in steps if step.needs_work}
     judged = "eval" in work and config.eval.samples is None and needs_reward(config.eval.suite)
@@ -37,10 +37,10 @@ def preflight(config: Config, steps: Iterable[Step]) -> None:
 
 
 def reward_ready(config: Config) -> None:
-    """Make sure that a reward server answers, and that the reward model's own GPU is there.
+    """Raise if the reward server does not answer or the reward model's own GPU is not free.
 
     Raises:
-        UserError: It does not, or is not, or a process trains there.
+        UserError: The server does not answer, the GPU does not exist, or a process trains on it.
     """
     reward = config.ppo.reward
     if reward.url is not None:
@@ -54,10 +54,10 @@ def reward_ready(config: Config) -> None:
 def _check_gpu(config: Config, number: int) -> None:
     import torch
 
-    found, training = torch.cuda.device_count(), _here(config)
+    gpus, training = torch.cuda.device_count(), _local_processes(config)
     reason = None
-    if number >= found:
-        reason = f"this machine has {found} GPUs" + (", numbered from 0" if found else "")
+    if number >= gpus:
+        reason = f"this machine has {gpus} GPUs" + (", numbered from 0" if gpus else "")
     elif number < training:
         reason = f"{training} processes train on this machine, on its first {training} GPUs"
     if reason is not None:
@@ -67,35 +67,35 @@ def _check_gpu(config: Config, number: int) -> None:
         )
 
 
-def _here(config: Config) -> int:
-    """Return how many processes train on this machine, which is the main one's."""
+def _local_processes(config: Config) -> int:
+    """Return the number of processes that train on this machine, which is the leader's."""
     if config.distributed.strategy is StrategyName.single:
         return 1
-    place = find_launch_environment()
-    return config.distributed.processes if place is None else place.local_processes
+    environment = find_launch_environment()
+    return config.distributed.processes if environment is None else environment.local_processes
 
 
 def lacking_extras(config: Config, steps: list[Step]) -> list[str]:
-    """Return a sentence for each result in the store that lacks what it is to hold besides.
+    """Return a sentence for each result in the store without the snapshots or state asked for.
 
-    Snapshots and the state are in no key: asking for them does not train again what is there.
+    Snapshots and state are in no key, so asking for them does not train a finished result again.
     """
     lines = []
     for step in steps:
         if step.state != StepState.cached or step.artifact is None or step.stage == "eval":
             continue
         section: TrainingConfig = getattr(config, step.stage)
-        made = step.artifact.manifest.config.get(step.stage, {})
+        stored = step.artifact.manifest.config.get(step.stage, {})
         wanted: dict[str, object] = {
             "keep_every": section.keep_every,
-            "keep": [one.name for one in section.keep],
+            "keep": [select.name for select in section.keep],
         }
         if step.stage == "ppo":
             wanted["keep_state"] = config.ppo.keep_state
         lacks = [
             f"{step.stage}.{name}"
             for name, value in wanted.items()
-            if value and made.get(name) != value
+            if value and stored.get(name) != value
         ]
         if lacks:
             lines.append(

@@ -1,4 +1,4 @@
-"""Which stages a config asks for, and what does them."""
+"""The stages that a config needs, and the module of each."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def stages_of(config: Config) -> tuple[str, ...]:
 
 
 def module_of(config: Config, stage: str) -> str:
-    """Return the module in `rlhf_exp.stages` that does a stage: PPO has one for each engine."""
+    """Return the module in `rlhf_exp.stages` of a stage: PPO has one for each engine."""
     return "trlx_ppo" if stage == "ppo" and config.engine.name is EngineName.trlx else stage
 
 
 def _evaluated(config: Config) -> set[str]:
-    """Return what an evaluation needs: the models to compare, and what scores them."""
+    """Return the stages of an evaluation: of the compared models and of the reward model."""
     section = config.eval
     if section.samples is not None:
         return {"eval"}

@@ -89,13 +89,13 @@ def measure(name: str) -> list[ProbeResult]:
     with TemporaryDirectory() as folder:
         config = config_of(name, folder)
         steps = plan(config)
-        crew = executor_for(config, None)
+        executor = executor_for(config, None)
         try:
-            found = list(probe(config, [steps[0], *steps], crew, print))
+            found = list(probe(config, [steps[0], *steps], executor, print))
         except BaseException as error:
-            crew.end(error)
+            executor.end(error)
             raise
-        crew.end(None)
+        executor.end(None)
     return found[1:]
 
 

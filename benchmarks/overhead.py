@@ -105,19 +105,14 @@ def run_bare(handed: Path) -> None:
     """Train with the engine alone (what `--bare` does)."""
     import importlib
 
-    from rlhf_exp.stages.context import DataModule, StageContext
+    from rlhf_exp.stages.context import DataModule, StageContext, StageJob
 
     config, models = pickle.loads(handed.read_bytes())
     stage = importlib.import_module(f"rlhf_exp.stages.{config.stage.name}")
     stage.run_loop = bare_loop
+    folder, cache = handed.parent / "work", Path(config.output_dir) / "cache"
     context = StageContext(
-        stage=config.stage.name,
-        key="bare",
-        folder=handed.parent / "work",
-        cache=Path(config.output_dir) / "cache",
-        models=models,
-        parents={},
-        inputs={},
+        job=StageJob(config.stage.name, "bare", str(folder), str(cache), models),
         materials=DataModule(config.data),
         before_write=lambda: None,
         polite_interrupts=lambda: None,  # type: ignore[arg-type,return-value]

@@ -52,13 +52,15 @@ def measure(name: str) -> Seconds:
     """Probe all stages; return the seconds of their phases."""
     with TemporaryDirectory() as folder:
         config = compose([f"output_dir={folder}", *SIZES, *SETTINGS[name]], [CONF]).config
-        crew = executor_for(config, None)
+        executor = executor_for(config, None)
         try:
-            found = {one.stage: one for one in probe(config, plan(config), crew, lambda _: None)}
+            found = {
+                one.stage: one for one in probe(config, plan(config), executor, lambda _: None)
+            }
         except BaseException as error:
-            crew.end(error)
+            executor.end(error)
             raise
-        crew.end(None)
+        executor.end(None)
     return seconds(found)
 
 

@@ -1,4 +1,4 @@
-"""One experiment from its config to its report: plan, run, record, evaluate, tell."""
+"""An experiment from its config to its report: plan, run, record, print."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from rich.text import Text
 
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.executor import StageExecutor, executor_for, follow, settled_place
+from rlhf_exp.pipeline.executor import (
+    StageExecutor,
+    checked_launch_environment,
+    executor_for,
+    work_for_leader,
+)
 from rlhf_exp.pipeline.hub import pinned
 from rlhf_exp.pipeline.plan import Step, StepState, plan, records_of, refuse_changed
 from rlhf_exp.pipeline.plan_table import memory_table, plan_table
 from rlhf_exp.pipeline.preflight import lacking_extras, preflight, reward_ready
 from rlhf_exp.pipeline.probe import probe, probe_table
 from rlhf_exp.pipeline.run import FinishedStep, run_steps
-from rlhf_exp.processes.environment import leads
+from rlhf_exp.processes.environment import is_leader
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.run_records import Process, RunRecord, Status
 
@@ -30,44 +35,44 @@ def run(
     overrides: list[str],
     *,
     recorded: bool = True,
-    crew: StageExecutor | None = None,
+    executor: StageExecutor | None = None,
 ) -> float | None:
     """Run an experiment, or print its plan.
 
     Args:
         config: The experiment, checked.
         overrides: The command line, for the record.
-        recorded: Whether it is a run of its own, with a record and a report, and not only brings up
-            to date what runs share.
-        crew: Who does the stages; by default who the config and the surroundings say.
+        recorded: Whether it is a run of its own, with a record and a report; otherwise it only
+            brings the models up to date that other runs share.
+        executor: Runs the stages; by default chosen by config and launch environment.
 
     Returns:
-        What a search maximises: the last training stage's objective on validation data.
+        The objective of a search: that of the last training stage, on validation data.
 
     Raises:
-        UserError: Something the user can mend.
-        KeyboardInterrupt: The user stopped the run; a checkpoint holds what was done.
+        UserError: An error that the user can mend.
+        KeyboardInterrupt: The user stopped the run; a checkpoint holds the work so far.
     """
     config = pinned(config)
     if config.plan:
-        if leads():
+        if is_leader():
             _show(config, Console(stderr=True))
         return None
-    if crew is None:
-        place = settled_place(config)
-        if place is not None and place.rank:
-            return follow(config, place)
-        crew = executor_for(config, place)
+    if executor is None:
+        environment = checked_launch_environment(config)
+        if environment is not None and environment.rank:
+            return work_for_leader(config, environment)
+        executor = executor_for(config, environment)
     objective = None
     try:
         if config.probe:
-            _probe(config, crew)
+            _probe(config, executor)
         else:
-            objective = _lead(config, overrides, crew, recorded)
+            objective = _run(config, overrides, executor, recorded)
     except BaseException as error:
-        crew.end(error)
+        executor.end(error)
         raise
-    crew.end(None, objective)
+    executor.end(None, objective)
     return objective
 
 
@@ -82,26 +87,27 @@ def _show(config: Config, console: Console) -> list[Step]:
     return steps
 
 
-def _probe(config: Config, crew: StageExecutor) -> None:
-    """Measure a few iterations of each stage asked for, and print what was found."""
+def _probe(config: Config, executor: StageExecutor) -> None:
+    """Measure a few iterations of each training stage, and print the measurements."""
     console = Console(stderr=True)
     steps = _show(config, console)
     if any(step.stage == "ppo" and step.state is not StepState.given for step in steps):
         reward_ready(config)
-    for probed in probe(config, steps, crew, lambda text: console.print(Text(text))):
+    for probed in probe(config, steps, executor, lambda text: console.print(Text(text))):
         Console().print(probe_table(config, probed))
 
 
-def _lead(
-    config: Config, overrides: list[str], crew: StageExecutor, recorded: bool
+def _run(
+    config: Config, overrides: list[str], executor: StageExecutor, recorded: bool
 ) -> float | None:
-    """Plan, run with the help of others, record, evaluate, tell; return the objective."""
+    """Plan, run, record and report; return the objective."""
     console = Console(stderr=True)
     steps = _show(config, console)
     refuse_changed(steps)
     preflight(config, steps)
     if not recorded:
-        return _objective(run_steps(config, steps, crew, lambda text: console.print(Text(text))))
+        done = run_steps(config, steps, executor, lambda text: console.print(Text(text)))
+        return _objective(done)
     record = RunRecord(
         name=config.name or UNNAMED,
         stage=config.stage.name,
@@ -111,21 +117,21 @@ def _lead(
         status=Status.running,
         process=Process.current(),
     )
-    done = _recorded(config, steps, record, crew, console)
+    done = _run_recorded(config, steps, record, executor, console)
     objective = _objective(done)
     records_of(config).write(replace(record, status=Status.done, objective=objective))
-    _tell(config, done, console)
+    _report(config, done)
     return objective
 
 
-def _recorded(
-    config: Config, steps: list[Step], record: RunRecord, crew: StageExecutor, console: Console
+def _run_recorded(
+    config: Config, steps: list[Step], record: RunRecord, executor: StageExecutor, console: Console
 ) -> list[FinishedStep]:
-    """Run the steps, keeping the run's record true however they end."""
+    """Run the steps, and record how they end."""
     records = records_of(config)
     records.write(record)
     try:
-        return run_steps(config, steps, crew, lambda text: console.print(Text(text)))
+        return run_steps(config, steps, executor, lambda text: console.print(Text(text)))
     except (KeyboardInterrupt, SystemExit):
         records.write(replace(record, status=Status.interrupted))
         raise
@@ -138,12 +144,15 @@ def _recorded(
 
 
 def _objective(done: list[FinishedStep]) -> float | None:
-    trained = [one for one in done if one.step.stage != "eval" and one.artifact is not None]
-    last = trained[-1].artifact if trained else None
-    return None if last is None else last.manifest.objective
+    trained = [
+        finished.artifact
+        for finished in done
+        if finished.step.stage != "eval" and finished.artifact is not None
+    ]
+    return trained[-1].manifest.objective if trained else None
 
 
-def _tell(config: Config, done: list[FinishedStep], console: Console) -> None:
+def _report(config: Config, done: list[FinishedStep]) -> None:
     """Write the report, and print the results, its path and how to load the model."""
     from rlhf_exp.report.run.gather import gather, loading_code
     from rlhf_exp.report.run.page import build_report, comparisons_of
@@ -152,24 +161,24 @@ def _tell(config: Config, done: list[FinishedStep], console: Console) -> None:
     from rlhf_exp.report.run.toxicity import TOXICITY_FILE, print_toxicity
 
     artifacts: dict[str, Artifact] = {
-        one.step.stage: one.artifact for one in done if one.artifact is not None
+        finished.step.stage: finished.artifact for finished in done if finished.artifact is not None
     }
     if not artifacts:
         return
     final = list(artifacts.values())[-1]
     title = config.name or f"{final.stage} {final.key[:8]}"
-    trained = [one.step.stage for one in done if one.trained]
+    trained = [finished.step.stage for finished in done if finished.trained]
     data = gather(title, artifacts, trained)
     path = Path(config.output_dir) / "reports" / f"{final.stage}-{final.key}.html"
     build_report(data, path)
     out = Console()
-    for one in comparisons_of(data):
-        print_comparison(one, out)
+    for comparison in comparisons_of(data):
+        print_comparison(comparison, out)
     if TOXICITY_FILE in data.parts:
         print_toxicity(data.parts[TOXICITY_FILE], out)
     if REWARD_QUALITY_FILE in data.parts:
         print_reward_quality(data.parts[REWARD_QUALITY_FILE], out)
     out.print(f"\nReport: {path.resolve()}", soft_wrap=True, highlight=False)
-    models = [one for one in done if one.step.stage in ("sft", "ppo")]
+    models = [finished for finished in done if finished.step.stage in ("sft", "ppo")]
     if models:
         out.print(f"\n{loading_code(Path(models[-1].model))}", soft_wrap=True, markup=False)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.errors import Detached, JobsFailed, UserError
-from rlhf_exp.processes.environment import find_launch_environment, leads
+from rlhf_exp.processes.environment import find_launch_environment, is_leader
 
 if TYPE_CHECKING:
     from rlhf_exp.config.compose import ComposedConfig
@@ -86,7 +86,7 @@ def _launch(argv: Sequence[str]) -> None:
         overrides, on_slurm = _check_jobs(overrides, arguments.multirun, folders)
         # Hydra uses launchers in multiruns only; on Slurm, a single run is a multirun of one.
         flags += ["--multirun"] if on_slurm and not arguments.multirun else []
-    if not leads():
+    if not is_leader():
         overrides += _FOLLOWER_OVERRIDES
     # Without this, Hydra hides the exception and exits with 1, whatever the error.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -177,7 +177,7 @@ def _study_overrides(
     config = compose(overrides, folders).config
     problems += config_problems(config, multirun)
     raise_problems(problems)
-    if config.plan or not leads():
+    if config.plan or not is_leader():
         return overrides
     trial_overrides = single_trial_overrides(overrides)
     trial_base = compose(trial_overrides, folders).config

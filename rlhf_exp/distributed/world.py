@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 
 from rlhf_exp.distributed.strategy import OptimizerState, Strategy
 from rlhf_exp.errors import UserError
-from rlhf_exp.processes.environment import threads_each
+from rlhf_exp.processes.environment import threads_per_process
 from rlhf_exp.processes.failures import FailedElsewhere
 
 Precision = Literal["float32", "bfloat16"]
@@ -256,7 +256,7 @@ def open_world(
     local_processes = (
         1 if single else int(os.environ.get("LOCAL_WORLD_SIZE", distributed.get_world_size()))
     )
-    torch.set_num_threads(threads_each(threads, local_processes))
+    torch.set_num_threads(threads_per_process(threads, local_processes))
     return World(_device(), Setup(strategy, precision, offload))
 
 

@@ -1,4 +1,4 @@
-"""What a job of a multirun does: one experiment, or the part of one worker in a study."""
+"""A job of a multirun: one experiment, or the part of one worker in a study."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rlhf_exp.config.experiment import Config
 
 
 def run_job(config: Config, overrides: list[str], *, recorded: bool = True) -> float | None:
-    """Do a job.
+    """Run a job.
 
     Args:
         config: The experiment, or the study.
@@ -17,14 +17,14 @@ def run_job(config: Config, overrides: list[str], *, recorded: bool = True) -> f
         The objective, of a study the best so far.
 
     Raises:
-        UserError: Something the user can mend.
-        JobsFailed: A worker gives up.
-        KeyboardInterrupt: The user stopped it; a checkpoint holds what was done.
+        UserError: An error that the user can mend.
+        JobsFailed: A study's worker gives up.
+        KeyboardInterrupt: The user stopped the job; a checkpoint holds the work so far.
     """
     if config.study.trials is not None:
-        from rlhf_exp.launchers.optuna.worker import work
+        from rlhf_exp.launchers.optuna.worker import run_worker
 
-        return work(config, overrides)
+        return run_worker(config, overrides)
     from rlhf_exp.experiment import run
 
     return run(config, overrides) if recorded else run(config, overrides, recorded=False)

@@ -1,15 +1,11 @@
-"""Who does the stages of an experiment: this process, workers that it starts, or all that joined.
+"""Executors run the stages of an experiment: in this process, or on all processes of the run.
 
-Planning, leases, waiting, publishing and the report are the leader's alone, outside of any process
-group. The others do what they are told, and end when the leader does.
+The leader alone plans, waits for leases, publishes and reports, outside of any process group. The
+other processes run its jobs, and exit when it does.
 
-One stage's work as plain values, which cross processes, and doing it.
-
-Ctrl-C and SIGTERM.
-
-Ctrl-C while training: the first saves at the end of the iteration, the second leaves at once.
+While training, the first Ctrl-C saves at the end of the iteration and the second exits at once.
 Everywhere else (loading, waiting for another process, evaluating) there is nothing to save, and
-Ctrl-C leaves at once.
+Ctrl-C exits at once. SIGTERM exits at once, too.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
@@ -30,21 +26,23 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from rlhf_exp.config.compose import to_dict
 from rlhf_exp.config.experiment import Config, StrategyName
+from rlhf_exp.config.search_space import TrialValues, trial_config
+from rlhf_exp.config.study import StudyConfig
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.stage_graph import module_of
-from rlhf_exp.processes import leader
+from rlhf_exp.processes.channel import Message
 from rlhf_exp.processes.environment import (
     LaunchEnvironment,
+    clear_torchrun_variables,
     find_launch_environment,
-    leads,
-    leave,
-    threads_each,
+    is_leader,
+    threads_per_process,
 )
-from rlhf_exp.processes.failures import USER, code_of
-from rlhf_exp.processes.leader import Workers
-from rlhf_exp.processes.worker import Member
+from rlhf_exp.processes.failures import TERMINATED, USER
+from rlhf_exp.processes.leader import Leader, StartedWorkers, joined_leader, joined_worker
+from rlhf_exp.processes.worker import Worker
 from rlhf_exp.search.pruning import PruningCallback, RunningTrial
-from rlhf_exp.stages.context import StageResult
+from rlhf_exp.stages.context import DataModule, StageContext, StageJob, StageResult
 from rlhf_exp.store.fingerprint import key_of
 from rlhf_exp.store.lease import Claim
 from rlhf_exp.tracking.create import import_early
@@ -52,166 +50,213 @@ from rlhf_exp.tracking.create import import_early
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from rlhf_exp.stages.context import DataModule
-
-Check = Callable[[], None]
+LeaseCheck = Callable[[], None]
+"""Raises if the lease is lost."""
+Interrupts = Callable[[], AbstractContextManager[Callable[[], bool]]]
+"""Defers Ctrl-C inside the block; yields whether it was pressed."""
 
 
 class StageExecutor(Protocol):
-    """Who does the stages, seen from the process that leads."""
+    """Runs the stages of an experiment; called by the leader."""
 
-    def run(self, order: StageJob, check: Check) -> StageResult:
-        """Do a stage.
+    def run(self, job: StageJob, check: LeaseCheck) -> StageResult:
+        """Run a stage.
 
         Args:
-            order: What to do.
+            job: The stage's job.
             check: Raises if the lease is lost.
         """
 
     def end(self, error: BaseException | None, objective: float | None = None) -> None:
-        """Let the others go.
+        """Release the other processes.
 
         Args:
-            error: What ended the experiment, if it was not its end.
-            objective: What it has achieved, for the searches of the other processes.
+            error: The error that ended the experiment, if one did.
+            objective: The experiment's objective, for the searches of the other processes.
         """
 
 
-def executor_for(config: Config, place: LaunchEnvironment | None) -> StageExecutor:
-    """Return who does the stages.
+def executor_for(config: Config, environment: LaunchEnvironment | None) -> StageExecutor:
+    """Return the executor of an experiment.
 
     Args:
         config: The experiment.
-        place: This process's among others, rank 0; `None`: it is alone.
+        environment: The launch environment of this process, rank 0; `None` if it is alone.
 
     Raises:
-        UserError: There are other processes than the config asks for.
+        UserError: The other processes do not connect.
     """
     if config.distributed.strategy is StrategyName.single:
         return InProcessExecutor(config)
-    return WorkersExecutor(config) if place is None else JoinedExecutor(config, place)
+    if environment is not None:
+        return LeaderExecutor(config, joined_leader(environment))
+    processes = config.distributed.processes
+    threads = with_threads(config, processes).distributed.threads or 1
+    workers = StartedWorkers(processes, threads, _serve_started, config)
+    return LeaderExecutor(config, Leader(workers))
 
 
-def settled_place(config: Config) -> LaunchEnvironment | None:
-    """Return where this process stands among others, after a look at what the config asks for.
+def checked_launch_environment(config: Config) -> LaunchEnvironment | None:
+    """Return the launch environment of this process, checked against the config.
 
     Raises:
-        UserError: There are other processes than the config asks for.
-        SystemExit: The same, and rank 0 says so.
+        UserError: Another number of processes was started than the config asks for.
+        SystemExit: The same in a process that is not rank 0, which reports it.
     """
-    place = find_launch_environment()
-    asked = config.distributed.processes
-    if place is None:
+    environment = find_launch_environment()
+    processes = config.distributed.processes
+    if environment is None:
         return None
-    if place.processes != asked:
-        if place.rank:
+    if environment.processes != processes:
+        if environment.rank:
             raise SystemExit(USER)
         raise UserError(
-            f"distributed.processes={asked}, but {place.starter} has started {place.processes}; "
-            f"start {asked}, or set distributed.processes={place.processes}"
+            f"distributed.processes={processes}, but {environment.starter} has started "
+            f"{environment.processes}; start {processes}, or set "
+            f"distributed.processes={environment.processes}"
         )
     if config.distributed.strategy is StrategyName.single:
-        leave()
+        clear_torchrun_variables()
         return None
-    return place
-
-
-def follow(config: Config, place: LaunchEnvironment) -> float | None:
-    """Do what rank 0 says until the experiment is over; return its objective.
-
-    Raises:
-        SystemExit: It failed, or was stopped; rank 0 tells the user.
-    """
-    silence_console()
-    member, store = leader.member(place)
-    hand = StageRunner(with_threads(config, place.local_processes))
-
-    def work(values: dict[str, Any]) -> dict[str, Any]:
-        if values["config"] != digest_of(config):
-            raise UserError(
-                f"rank {place.rank} was given another command than rank 0: start all with one"
-            )
-        return hand.answer(values["order"], partial(polite_interrupts, tell=False))
-
-    objective: float | None = member.serve(store, work)["objective"]
-    return objective
+    return environment
 
 
 class InProcessExecutor:
-    """This process, by itself."""
+    """Runs stages in this process alone."""
 
     def __init__(self, config: Config) -> None:
-        self.hand = StageRunner(config)
+        self.runner = StageRunner(config)
 
-    def run(self, order: StageJob, check: Check) -> StageResult:
+    def run(self, job: StageJob, check: LeaseCheck) -> StageResult:
         """See `StageExecutor`."""
-        return self.hand.do(order, polite_interrupts, check)
+        return self.runner.run(job, polite_interrupts, check)
 
     def end(self, error: BaseException | None, objective: float | None = None) -> None:
-        """Nobody to tell."""
+        """Do nothing: there are no other processes."""
 
 
-class WorkersExecutor:
-    """Workers on this machine, started for the first stage that needs them."""
+class LeaderExecutor:
+    """Runs stages on all processes that this one leads.
 
-    def __init__(self, config: Config) -> None:
-        processes = config.distributed.processes
-        settled = with_threads(config, processes)
-        self.workers = Workers(processes, settled.distributed.threads or 1, _work, settled)
+    Args:
+        config: The experiment.
+        leader: The leader of the processes.
+        study: The config that the other processes were started with, if they run a study's trials.
+            They are kept for the next trial, unless this one fails.
+        values: The trial's values; empty for the models that all trials share.
+    """
 
-    def run(self, order: StageJob, check: Check) -> StageResult:
-        """See `StageExecutor`."""
-        with unwinding(), polite_interrupts(lambda: self.workers.saving) as asked:
-            return StageResult(**self.workers.run(asdict(order), asked))
+    def __init__(
+        self,
+        config: Config,
+        leader: Leader,
+        study: Config | None = None,
+        values: TrialValues | None = None,
+    ) -> None:
+        self.leader = leader
+        self.runner = StageRunner(with_threads(config, leader.transport.local_processes))
+        self.kept = study is not None
+        self.header = {"config": digest_of(study or config), "values": values}
 
-    def end(self, error: BaseException | None, objective: float | None = None) -> None:
-        """See `StageExecutor`."""
-        self.workers.end(code_of(error))
-
-
-class JoinedExecutor:
-    """This process, rank 0, and all others that were started with it."""
-
-    def __init__(self, config: Config, place: LaunchEnvironment) -> None:
-        self.config = config
-        self.leader = leader.leader(place)
-        self.hand = StageRunner(with_threads(config, place.local_processes))
-
-    def run(self, order: StageJob, check: Check) -> StageResult:
+    def run(self, job: StageJob, check: LeaseCheck) -> StageResult:
         """See `StageExecutor`."""
 
         def work(_: object) -> dict[str, Any]:
-            return asdict(self.hand.do(order, polite_interrupts, check))
+            return asdict(self.runner.run(job, polite_interrupts, check))
 
-        words = {"order": asdict(order), "config": digest_of(self.config)}
-        return StageResult(**self.leader.run(words, work))
+        message = {"job": asdict(job), **self.header}
+        with sigterm_as_exit(), polite_interrupts(lambda: self.leader.saving) as interrupted:
+            return StageResult(**self.leader.run(message, work, interrupted))
 
     def end(self, error: BaseException | None, objective: float | None = None) -> None:
         """See `StageExecutor`."""
-        self.leader.end(error, objective=objective)
+        if error is not None or not self.kept:
+            self.leader.end(error, objective=objective)
 
 
-def _work(config: Config, member: Member, store: Store) -> None:
-    """What a started worker runs."""
-    if member.place.rank:
+def work_for_leader(config: Config, environment: LaunchEnvironment) -> float | None:
+    """Run the leader's jobs in a process that joined, until the experiment or study is over.
+
+    Args:
+        config: The experiment or study.
+        environment: The launch environment of this process, which is not rank 0.
+
+    Returns:
+        The leader's objective.
+
+    Raises:
+        SystemExit: The run failed or was stopped; rank 0 tells the user.
+    """
+    silence_console()
+    worker, store = joined_worker(environment)
+    interrupts = partial(polite_interrupts, announce=False)
+    objective: float | None = _serve(config, worker, store, interrupts)["objective"]
+    return objective
+
+
+def _serve_started(config: Config, worker: Worker, store: Store) -> None:
+    """Run the leader's jobs in a worker that the leader has started."""
+    if worker.environment.rank:
         silence_console()
-    hand = StageRunner(config)
-    member.serve(store, lambda values: hand.answer(values, member.saving))
+    _serve(config, worker, store, worker.saving)
 
 
-def with_threads(config: Config, here: int) -> Config:
-    """Return the config with the number of threads of each of the processes `here`."""
-    threads = threads_each(config.distributed.threads, here)
+def _serve(config: Config, worker: Worker, store: Store, interrupts: Interrupts) -> Message:
+    """Run the leader's jobs; return its last message."""
+    environment, runners = worker.environment, dict[str, StageRunner]()
+
+    def work(message: dict[str, Any]) -> dict[str, Any]:
+        if message["config"] != digest_of(config):
+            raise UserError(
+                f"rank {environment.rank} was given another command than rank 0: start all with one"
+            )
+        name = str(message["values"])
+        if name not in runners:
+            runners.clear()
+            job_config = _config_of_job(config, message["values"])
+            runners[name] = StageRunner(with_threads(job_config, environment.local_processes))
+        return asdict(runners[name].run(_job_from_json(message["job"]), interrupts))
+
+    return worker.serve(store, work)
+
+
+def _config_of_job(config: Config, values: TrialValues | None) -> Config:
+    """Return the config of a job.
+
+    Args:
+        config: The experiment or study.
+        values: In a study, the values of the trial; empty for the models that all trials share.
+    """
+    if values is None:
+        return config
+    if not values:
+        return replace(config, study=StudyConfig())
+    return replace(trial_config(config, values), eval=config.eval)
+
+
+def _job_from_json(values: dict[str, Any]) -> StageJob:
+    """Return the job that `asdict` made JSON values of."""
+    claim, trial = values["claim"], values["trial"]
+    objects = {
+        "claim": None if claim is None else Claim(**claim),
+        "trial": None if trial is None else RunningTrial.from_json(trial),
+    }
+    return StageJob(**values | objects)
+
+
+def with_threads(config: Config, local_processes: int) -> Config:
+    """Return the config with the number of CPU threads of each process on this machine."""
+    threads = threads_per_process(config.distributed.threads, local_processes)
     return replace(config, distributed=replace(config.distributed, threads=threads))
 
 
 def digest_of(config: Config) -> str:
-    """Return what tells one config from another."""
+    """Return a digest by which processes compare their configs."""
     return key_of(to_dict(config))
 
 
 def silence_console() -> None:
-    """Leave the console to rank 0; errors reach it through the line to the leader."""
+    """Leave the console to rank 0, which also reports this process's errors."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     from transformers.utils import logging as transformers_logging
@@ -219,51 +264,8 @@ def silence_console() -> None:
     transformers_logging.disable_progress_bar()
 
 
-Interrupts = Callable[[], AbstractContextManager[Callable[[], bool]]]
-"""While entered, Ctrl-C only asks to stop; yields whether it has."""
-
-
-@dataclass(frozen=True)
-class StageJob:
-    """What a process needs to take part in a stage, beside the config.
-
-    Attributes:
-        stage: Its name.
-        key: Its key.
-        folder: Its staging folder.
-        models: Model folder or hub id by role.
-        parents: The keys of what it starts from, by role.
-        inputs: Digests of their weights.
-        claim: The lease under which it is made; `None` for what is not to be kept.
-        cache: Folder of what can be computed again.
-        probe: Whether only to measure a few iterations.
-        trial: The trial of a search that this is, which may give it up.
-    """
-
-    stage: str
-    key: str
-    folder: str
-    models: dict[str, str]
-    parents: dict[str, str]
-    inputs: dict[str, str]
-    claim: Claim | None
-    cache: str
-    probe: bool = False
-    trial: RunningTrial | None = None
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> StageJob:
-        """Return the order that `asdict` made JSON values of."""
-        claim, trial = values["claim"], values["trial"]
-        given = {
-            "claim": None if claim is None else Claim(**claim),
-            "trial": None if trial is None else RunningTrial.from_json(trial),
-        }
-        return cls(**values | given)
-
-
 class StageRunner:
-    """Does one stage after another in this process, with the data loaded once.
+    """Runs one stage after another in this process, with the data loaded once.
 
     Args:
         config: The experiment.
@@ -274,41 +276,32 @@ class StageRunner:
 
     @cached_property
     def materials(self) -> DataModule:
-        """The data; late, for a run that finds everything done must not load torch."""
-        from rlhf_exp.stages.context import DataModule
-
+        """The data, loaded at the first stage that runs."""
         return DataModule(self.config.data)
 
-    def do(
-        self, order: StageJob, interrupts: Interrupts, check: Callable[[], None] | None = None
+    def run(
+        self, job: StageJob, interrupts: Interrupts, check: LeaseCheck | None = None
     ) -> StageResult:
-        """Run the stage.
+        """Run a stage.
 
         Args:
-            order: What to do.
-            interrupts: What Ctrl-C means meanwhile.
+            job: The stage's job.
+            interrupts: Handles Ctrl-C while the stage trains.
             check: Raises if this process may no longer write; by default it reads the claim.
         """
-        if leads() and not order.probe:
+        if is_leader() and not job.probe:
             import_early(self.config.tracking.mode.value)
-        from rlhf_exp.stages.context import StageContext
         from rlhf_exp.training.memory import ProbeFinished, Recorder
 
         # By name and late: a plan must not load torch.
-        stage = importlib.import_module(f"rlhf_exp.stages.{module_of(self.config, order.stage)}")
+        stage = importlib.import_module(f"rlhf_exp.stages.{module_of(self.config, job.stage)}")
         context = StageContext(
-            stage=order.stage,
-            key=order.key,
-            folder=Path(order.folder),
-            cache=Path(order.cache),
-            models=order.models,
-            parents=order.parents,
-            inputs=order.inputs,
+            job=job,
             materials=self.materials,
-            before_write=check or (order.claim.check if order.claim else _allowed),
-            polite_interrupts=_at_once if order.probe else interrupts,
-            probe=Recorder() if order.probe else None,
-            given_up=PruningCallback(order.trial, Path(order.folder)) if order.trial else None,
+            before_write=check or (job.claim.check if job.claim else _allow_writing),
+            polite_interrupts=_immediate_interrupts if job.probe else interrupts,
+            probe=Recorder() if job.probe else None,
+            given_up=PruningCallback(job.trial, Path(job.folder)) if job.trial else None,
         )
         try:
             result: StageResult = stage.run(self.config, context)
@@ -316,44 +309,40 @@ class StageRunner:
             return StageResult({}, measured=end.measured)
         return result
 
-    def answer(self, values: dict[str, Any], interrupts: Interrupts) -> dict[str, Any]:
-        """Run the stage of an order that came as JSON values; return its result as such."""
-        return asdict(self.do(StageJob.from_json(values), interrupts))
-
 
 @contextmanager
-def _at_once() -> Iterator[Callable[[], bool]]:
-    """Leave Ctrl-C as it is: there is nothing to save."""
+def _immediate_interrupts() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C exit at once: there is nothing to save."""
     yield lambda: False
 
 
-def _allowed() -> None:
-    """Writing is always allowed."""
-
-
-TERMINATED = 143  # what shells report for a process that SIGTERM ended
+def _allow_writing() -> None:
+    """Allow writing without a lease."""
 
 
 @contextmanager
 def polite_interrupts(
-    saves: Callable[[], bool] = lambda: True, tell: bool = True
+    saves: Callable[[], bool] = lambda: True, announce: bool = True
 ) -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether the user has pressed Ctrl-C inside the block.
+    """Defer Ctrl-C inside the block; yield a function that says whether it was pressed.
 
     Args:
-        saves: Whether there is something to save now.
-        tell: Whether to say what happens; one of several processes does.
+        saves: Whether there is something to save at present; if not, Ctrl-C exits at once.
+        announce: Whether to tell the user; only one of several processes does.
+
+    Raises:
+        KeyboardInterrupt: At the end of a block in which Ctrl-C was pressed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    asked = threading.Event()
+    interrupted = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if asked.is_set() or not saves():
+        if interrupted.is_set() or not saves():
             raise KeyboardInterrupt
-        asked.set()
-        if tell:
+        interrupted.set()
+        if announce:
             print(
                 "\ninterrupted: saving at the end of this iteration (Ctrl-C again leaves at once, "
                 "back to the last checkpoint)",
@@ -363,32 +352,32 @@ def polite_interrupts(
 
     before = signal.signal(signal.SIGINT, handle)
     try:
-        yield asked.is_set
+        yield interrupted.is_set
     finally:
         signal.signal(signal.SIGINT, before)
-    if asked.is_set():
-        # Asked for during the last iteration: the block is done, what comes after it is not wanted.
+    if interrupted.is_set():
+        # Ctrl-C in the last iteration: the block is done, but the user does not want what follows.
         raise KeyboardInterrupt
 
 
 @contextmanager
-def unwinding() -> Iterator[None]:
-    """Turn SIGTERM into `SystemExit(143)`, so that what is held is let go, and others end, too.
+def sigterm_as_exit() -> Iterator[None]:
+    """Turn SIGTERM into `SystemExit(143)`, so that leases are released and workers end, too.
 
-    A handler that somebody else has set stays.
+    A handler that other code has set stays.
     """
-    in_charge = (
+    is_default = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     )
-    if in_charge:
-        signal.signal(signal.SIGTERM, _terminate)
+    if is_default:
+        signal.signal(signal.SIGTERM, _exit_on_sigterm)
     try:
         yield
     finally:
-        if in_charge:
+        if is_default:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+def _exit_on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(TERMINATED)

@@ -1,4 +1,4 @@
-"""What would run: the steps of a stage, in order, and the state of each."""
+"""The plan of an experiment: its steps, in order, and the state of each."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_exp.config.evaluation import REFEREE, SAMPLES
 from rlhf_exp.config.experiment import CachePolicy, Config
@@ -23,11 +24,16 @@ from rlhf_exp.pipeline.inputs import (
 )
 from rlhf_exp.pipeline.keys import Keys
 from rlhf_exp.pipeline.stage_graph import module_of, stages_of
+from rlhf_exp.stages.context import StageJob
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.code_digest import changed, code_digests
 from rlhf_exp.store.fingerprint import DigestCache
 from rlhf_exp.store.run_records import Records
 from rlhf_exp.store.store import Store
+
+if TYPE_CHECKING:
+    from rlhf_exp.search.pruning import RunningTrial
+    from rlhf_exp.store.lease import Claim
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # The config's values are in the key, and these do not compute: a word changed in a message or a
@@ -36,7 +42,7 @@ NOT_COMPUTING = ("rlhf_exp/config/", "rlhf_exp/tracking/", "rlhf_exp/store/", "r
 
 
 class StepState(StrEnum):
-    """What happens to a step."""
+    """Whether and how a step runs."""
 
     given = "given"
     cached = "cached"
@@ -50,18 +56,18 @@ class Step:
     """One stage of a plan.
 
     Attributes:
-        stage: Its name.
-        key: Its key.
-        state: What happens to it.
-        parents: The keys of what it starts from, by role.
-        inputs: Digests of their weights, of those that are there already.
-        code: Digest of each module it runs.
-        artifact: Its result, if there is one in the store.
+        stage: Name of the stage.
+        key: Key of the result.
+        state: Whether and how the step runs.
+        parents: Keys of the results that it starts from, by role.
+        inputs: Digests of the parents' weights, as far as they are in the store.
+        code: Digest of each module that it runs.
+        artifact: The result, if it is in the store.
         model: Folder or hub id of a given model.
         files: The modules that have changed since the result was made or begun, and the parents
             that were made anew since.
-        redo: Whether it is to be made again if there is a result.
-        extra: What it reads besides the results of other steps, by role.
+        redo: Whether to make the result again if there is one.
+        extra: The models and samples that it reads besides the results of other steps, by role.
     """
 
     stage: str
@@ -78,8 +84,32 @@ class Step:
 
     @property
     def needs_work(self) -> bool:
-        """Whether it would run."""
+        """Whether the step would run."""
         return self.state in (StepState.run, StepState.resume)
+
+    def job(
+        self,
+        folder: Path | str,
+        cache: Path,
+        models: dict[str, str],
+        *,
+        claim: Claim | None = None,
+        probe: bool = False,
+        trial: RunningTrial | None = None,
+    ) -> StageJob:
+        """Return the job of running the step; see `StageJob` for the arguments."""
+        return StageJob(
+            self.stage,
+            self.key,
+            str(folder),
+            str(cache),
+            models,
+            self.parents,
+            self.inputs,
+            claim=claim,
+            probe=probe,
+            trial=trial,
+        )
 
 
 def store_of(config: Config) -> Store:
@@ -93,15 +123,15 @@ def records_of(config: Config) -> Records:
 
 
 def plan(config: Config) -> list[Step]:
-    """Return the steps of an experiment; changes nothing."""
+    """Return the steps of an experiment; nothing on disk changes."""
     return _Planner(config).steps()
 
 
 def refuse_changed(steps: list[Step]) -> None:
-    """Stop where a result was made by other code than there is now.
+    """Raise if the code or the parents of a result have changed since it was made.
 
     Raises:
-        UserError: Naming the files and the ways on.
+        UserError: Names the changed files and the ways on.
     """
     stale = [step for step in steps if step.state == StepState.changed]
     if not stale:
@@ -135,11 +165,13 @@ class _Planner:
         key = self._key(stage, parents, extra)
         code = stage_code(module_of(self.config, stage), self.cache / "code.json")
         present = {role: self.done[role].artifact for role in parents if self._stays(role)}
-        present |= {role: found.artifact for role, found in extra.items()}
-        inputs = {role: weights_digest(one) for role, one in present.items() if one is not None}
+        present |= {role: model.artifact for role, model in extra.items()}
+        inputs = {
+            role: weights_digest(parent) for role, parent in present.items() if parent is not None
+        }
         artifact = self.store.lookup(stage, key)
         redo = stage in self.config.rerun or any(self.done[role].redo for role in parents)
-        parents |= {role: found.key for role, found in extra.items()}
+        parents |= {role: model.key for role, model in extra.items()}
         step = Step(
             stage, key, StepState.run, parents, inputs, code, artifact, redo=redo, extra=extra
         )
@@ -152,21 +184,23 @@ class _Planner:
         return replace(step, state=StepState.changed if stops else StepState.cached, files=files)
 
     def _check_continued(self, step: Step) -> None:
-        """Raise where the run that a step is to go on from cannot be gone on from."""
+        """Raise if the run that a step continues cannot be resumed."""
         parent = step.extra[CONTINUED].artifact
         assert parent is not None, "a finished run is in the store"
-        inputs = {role: one for role, one in parent.manifest.inputs.items() if role != CONTINUED}
+        inputs = {
+            role: digest for role, digest in parent.manifest.inputs.items() if role != CONTINUED
+        }
         stale = list(stale_files(parent.manifest.code, inputs, step))
         stale = stale if self.config.cache == CachePolicy.strict else []
         redone = [role for role in step.parents if role in self.done and self.done[role].redo]
         check_state(self.config, parent, [*stale, *(f"{role} (made again)" for role in redone)])
 
     def _stays(self, role: str) -> bool:
-        """Whether a parent is there already and will not be made again."""
+        """Whether a parent is in the store and will not be made again."""
         return not self.done[role].needs_work
 
     def _begun(self, step: Step) -> Step:
-        """Return a step that is to be worked on, with what its staging folder says."""
+        """Return a step that has to run, with its state from the staging folder."""
         folder = self.store.unfinished(step.stage, step.key)
         begun = StartedNote.read(folder)
         if begun is None:
@@ -202,9 +236,9 @@ class _Planner:
         return self._compared() if stage == "eval" else {}
 
     def _compared(self) -> dict[str, ResolvedModel]:
-        judge = self.done.get("reward")
-        found = None if judge is None else (judge.key, judge.artifact)
-        return compared(self.config.eval, self.finder, found)
+        reward = self.done.get("reward")
+        judge = None if reward is None else (reward.key, reward.artifact)
+        return compared(self.config.eval, self.finder, judge)
 
     def _parents(self, stage: str) -> dict[str, str]:
         roles: Mapping[str, tuple[str, ...]] = {
@@ -217,17 +251,17 @@ class _Planner:
 
     def _given(self, stage: str, use: str) -> Step:
         """Return the step of a stage whose result is given."""
-        found = self.finder.model(f"{stage}.use={use}", use, (stage,))
-        return Step(stage, found.key, StepState.given, model=found.model, artifact=found.artifact)
+        given = self.finder.model(f"{stage}.use={use}", use, (stage,))
+        return Step(stage, given.key, StepState.given, model=given.model, artifact=given.artifact)
 
 
 def stale_files(code: Mapping[str, str], inputs: Mapping[str, str], step: Step) -> tuple[str, ...]:
-    """Return what differs between how a result was made and how `step` would make it.
+    """Return the modules and parents that differ from those that a result was made with.
 
     Args:
         code: Digests of the modules that made the result.
         inputs: Digests of the weights it was made from.
-        step: The step as it would be made now.
+        step: The step as it would run now.
     """
     anew = [f"{role} (made anew)" for role in other_inputs(inputs, step.inputs)]
     return tuple(changed(dict(code), step.code) + anew)
@@ -237,14 +271,14 @@ _first_seen: dict[str, dict[str, str]] = {}
 
 
 def stage_code(stage: str, notes: Path | None = None) -> dict[str, str]:
-    """Return the digest of every module that a stage's module computes with, as at first sight.
+    """Return the digest of every module that a stage computes with, as it was at the first call.
 
-    Later jobs of a multirun in this process compute with the modules imported by then, whatever is
-    edited meanwhile.
+    Later jobs of a multirun in this process compute with the modules that are imported already,
+    even if their files are edited meanwhile.
 
     Args:
-        stage: Its name.
-        notes: File that remembers what parsing has found.
+        stage: Name of the stage's module.
+        notes: File that caches the results of parsing.
     """
     if stage not in _first_seen:
         digests = code_digests(f"rlhf_exp.stages.{stage}", PACKAGE, notes=notes)

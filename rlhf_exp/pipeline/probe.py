@@ -1,13 +1,12 @@
-"""A probe: a few iterations of each stage at full size, of which nothing stays but what was seen.
+"""A probe runs a few iterations of each stage at full size, to measure memory and speed.
 
-It goes the way of a run: the same crew, the same stages, the same loop. What is written lies in a
-folder of its own that is deleted in the end.
+It uses the executor, stages and training loop of a run. Its files lie in a temporary folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory, mkdtemp
@@ -17,13 +16,15 @@ from rich.table import Table
 
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.errors import UserError
-from rlhf_exp.pipeline.executor import StageExecutor, StageJob
+from rlhf_exp.pipeline.executor import StageExecutor
 from rlhf_exp.pipeline.inputs import MODEL
 from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.pipeline.plan_table import gib, shape_for, stage_memory
+from rlhf_exp.stages.context import StageJob
 
+_KEY = "probe"
 _COLUMNS = 8
-"""Of so many processes, the first, each gets a column."""
+"""Number of processes, the first ones, that have a column in the table."""
 _TIMES = {
     "time/rollout_s": "sampling",
     "time/score_s": "scoring",
@@ -34,16 +35,16 @@ _TIMES = {
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe found of one stage.
+    """The measurements of one stage.
 
     Attributes:
-        stage: Its name.
+        stage: Name of the stage.
         steps: Optimizer steps of the whole stage.
         iterations: Iterations of the whole stage.
         evaluations: Evaluations of the whole stage.
         checkpoints: Checkpoints of the whole stage.
-        processes: Of each process, by rank: `libraries` (bytes of host memory before anything was
-            loaded) and `phases` (`rlhf_exp.training.memory.Phase` as JSON values).
+        processes: For each rank, `libraries` (bytes of host memory before the models were loaded)
+            and `phases` (`rlhf_exp.training.memory.Phase` as JSON values).
     """
 
     stage: str
@@ -54,17 +55,17 @@ class ProbeResult:
     processes: list[dict[str, Any]]
 
     def phases(self, name: str, rank: int = 0) -> list[dict[str, Any]]:
-        """Return the phases of this name of a process."""
-        return [one for one in self.processes[rank]["phases"] if one["name"] == name]
+        """Return a process's phases of one name."""
+        return [phase for phase in self.processes[rank]["phases"] if phase["name"] == name]
 
     def seconds(self, name: str) -> float:
-        """Return the mean time of a phase; of iterations but the first, which warms up."""
-        found = [one["seconds"] for one in self.phases(name)]
-        return fmean(found[1:] or found)
+        """Return the mean time of a phase, without the first of several, which warms up."""
+        times = [phase["seconds"] for phase in self.phases(name)]
+        return fmean(times[1:] or times)
 
     def peak(self, where: str, rank: int, *names: str) -> int:
-        """Return the most memory (`host` or `device`) of a process in the phases named."""
-        return max(one[where] for name in names for one in self.phases(name, rank))
+        """Return the peak memory (`host` or `device`) of a process in the named phases."""
+        return max(phase[where] for name in names for phase in self.phases(name, rank))
 
     @property
     def remaining(self) -> float:
@@ -78,21 +79,21 @@ class ProbeResult:
 
 
 def probe(
-    config: Config, steps: list[Step], crew: StageExecutor, tell: Callable[[str], None]
+    config: Config, steps: list[Step], executor: StageExecutor, tell: Callable[[str], None]
 ) -> Iterator[ProbeResult]:
-    """Train a few iterations of each training stage asked for; yield what was measured.
+    """Train a few iterations of each training stage of the config; yield the measurements.
 
     Args:
         config: The experiment.
         steps: Its plan.
-        crew: Does the work of a stage.
-        tell: Says something to the user.
+        executor: Runs the stages.
+        tell: Prints a line for the user.
 
     Raises:
         UserError: All these stages are given (`STAGE.use`), so none would train.
     """
-    asked = [step for step in steps if config.stage.name in (step.stage, "pipeline", "eval")]
-    chosen = [step for step in asked if step.stage != "eval" and step.state != StepState.given]
+    wanted = [step for step in steps if config.stage.name in (step.stage, "pipeline", "eval")]
+    chosen = [step for step in wanted if step.stage != "eval" and step.state != StepState.given]
     if not chosen:
         raise UserError(
             f"probe=true stage={config.stage.name}: nothing would train, for the models are given; "
@@ -102,11 +103,12 @@ def probe(
     output.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".probe-", dir=output) as name:
         folder = Path(name).resolve()
-        models = _models(config, steps, folder, crew, tell)
+        models = _models(config, steps, folder, executor, tell)
         for step in chosen:
             tell(f"{step.stage}: probing")
-            order = _order(step.stage, folder, models, step)
-            result = crew.run(order, lambda: None)
+            job = step.job(_stage_folder(folder, step.stage), folder / "cache", models, probe=True)
+            # The key of a result must not name what is thrown away.
+            result = executor.run(replace(job, key=_KEY), lambda: None)
             yield ProbeResult(step.stage, **result.measured)
 
 
@@ -114,10 +116,10 @@ def _models(
     config: Config,
     steps: list[Step],
     folder: Path,
-    crew: StageExecutor,
+    executor: StageExecutor,
     tell: Callable[[str], None],
 ) -> dict[str, str]:
-    """Return the model of each role: trained or given where there is one, else a stand-in."""
+    """Return the model of each role: a trained or given one, else a placeholder."""
     models = {step.stage: step.model for step in steps if step.model is not None}
     for step in steps:
         if step.artifact is not None and step.stage not in models:
@@ -126,33 +128,24 @@ def _models(
         models["base"] = config.model.path
     if config.stage.name == "sft" or models.keys() >= {"sft", "reward"}:
         return models
-    made = crew.run(_order("placeholders", folder, models), lambda: None).facts
-    for role in made:
+    stage = "placeholders"
+    job = StageJob(stage, _KEY, _stage_folder(folder, stage), str(folder / "cache"), models)
+    placeholders = executor.run(job, lambda: None).facts
+    for role in placeholders:
         tell(f"no {role} model in the store: probing with the base model's weights in its place")
-    return models | {role: str(place) for role, place in made.items()}
+    return models | {role: str(path) for role, path in placeholders.items()}
 
 
-def _order(stage: str, folder: Path, models: dict[str, str], step: Step | None = None) -> StageJob:
-    place = mkdtemp(prefix=f"{stage}-", dir=folder)
-    return StageJob(
-        stage=stage,
-        key="probe",
-        folder=place,
-        models=models,
-        parents={} if step is None else step.parents,
-        inputs={} if step is None else step.inputs,
-        claim=None,
-        cache=str(folder / "cache"),
-        probe=step is not None,
-    )
+def _stage_folder(folder: Path, stage: str) -> str:
+    return mkdtemp(prefix=f"{stage}-", dir=folder)
 
 
-def probe_table(config: Config, found: ProbeResult) -> Table:
-    """Return memory and speed of a stage, beside the plan's estimate."""
-    ranks = range(min(len(found.processes), _COLUMNS))
-    estimate = stage_memory(config, found.stage, shape_for(config.model))
+def probe_table(config: Config, result: ProbeResult) -> Table:
+    """Return a table of a stage's memory and speed, beside the plan's estimate."""
+    ranks = range(min(len(result.processes), _COLUMNS))
+    estimate = stage_memory(config, result.stage, shape_for(config.model))
     table = Table(
-        title=f"{found.stage}, probed",
+        title=f"{result.stage}, probed",
         title_justify="left",
         title_style="bold",
         box=None,
@@ -164,7 +157,7 @@ def probe_table(config: Config, found: ProbeResult) -> Table:
     for rank in ranks:
         table.add_column(f"process {rank}", justify="right")
     names = ("iteration", "evaluation")
-    gpu = any(found.peak("device", rank, "start", *names) for rank in ranks)
+    gpu = any(result.peak("device", rank, "start", *names) for rank in ranks)
     rows = [("GPU memory", "device")] if gpu else []
     for label, where in [*rows, ("host memory", "host")]:
         planned = estimate.peak + estimate.host if where == "host" and not gpu else estimate.peak
@@ -175,20 +168,20 @@ def probe_table(config: Config, found: ProbeResult) -> Table:
             ("  while loading", ("start",)),
             ("  for checkpoints and at the end", ("end",)),
         ):
-            peaks = [gib(found.peak(where, rank, *phases)) for rank in ranks]
+            peaks = [gib(result.peak(where, rank, *phases)) for rank in ranks]
             table.add_row(text, gib(planned) if phases == names else "", *peaks)
-    libraries = [gib(found.processes[rank]["libraries"]) for rank in ranks]
+    libraries = [gib(result.processes[rank]["libraries"]) for rank in ranks]
     table.add_row("  of host memory, libraries", "not in it", *libraries)
     table.add_section()
-    for text, value in _speed(found):
+    for text, value in _speed(result):
         table.add_row(text, "", value)
     return table
 
 
-def _speed(found: ProbeResult) -> Iterator[tuple[str, str]]:
-    metrics = found.phases("iteration")[-1]["metrics"]
-    updates = found.steps // found.iterations
-    yield f"an iteration ({updates} optimizer steps)", _time(found.seconds("iteration"))
+def _speed(result: ProbeResult) -> Iterator[tuple[str, str]]:
+    metrics = result.phases("iteration")[-1]["metrics"]
+    updates = result.steps // result.iterations
+    yield f"an iteration ({updates} optimizer steps)", _time(result.seconds("iteration"))
     for name, label in _TIMES.items():
         if name in metrics:
             yield f"  {label}", _time(metrics[name])
@@ -198,12 +191,12 @@ def _speed(found: ProbeResult) -> Iterator[tuple[str, str]]:
                 f"  {name.removeprefix('throughput/').replace('_per_s', ' a second')}",
                 f"{value:.4g}",
             )
-    yield "an evaluation", _time(found.seconds("evaluation"))
-    yield "a checkpoint, and the end", _time(found.seconds("end"))
+    yield "an evaluation", _time(result.seconds("evaluation"))
+    yield "a checkpoint, and the end", _time(result.seconds("end"))
     yield (
-        f"to the end ({found.iterations} iterations, {found.evaluations} evaluations, "
-        f"{found.checkpoints} checkpoints)",
-        _time(found.remaining),
+        f"to the end ({result.iterations} iterations, {result.evaluations} evaluations, "
+        f"{result.checkpoints} checkpoints)",
+        _time(result.remaining),
     )
 
 

@@ -1,8 +1,8 @@
-"""Connections between the process that leads and the others: JSON messages, and signs of life.
+"""Channels of JSON messages between the leader and the other processes of a run.
 
-A connection ends with the process at its other end, however that ends. So whoever listens learns of
-a death at once, without any collective and without a time-out, even while its own main thread is
-stuck in one.
+A channel closes with the process at its other end, however that process ends. So its reader notices
+a death at once, without a collective and without a time-out, even while its own main thread is
+stuck in a collective.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 JOIN_S = 600.0
-"""How long processes that were started together may take to find each other."""
+"""Time in which processes that were started together must find each other."""
 SILENCE_S = 15
-"""After so long without an answer of the other machine's kernel, the machine is gone."""
+"""A machine whose kernel has not answered for so long is gone."""
 _HELLO_S, _HELLO_BYTES = 10.0, 1000
-_WHERE = "leader"
+_ADDRESS_KEY = "leader"
 
 
 class Channel:
@@ -39,7 +39,7 @@ class Channel:
         self.connection = connection
 
     def send(self, **message: Any) -> None:  # noqa: ANN401 - JSON values
-        """Send a message; one to a process that is gone is lost."""
+        """Send a message; a message to a process that is gone is lost."""
         with suppress(OSError):
             self.connection.send_bytes(json.dumps(message, default=float).encode())
 
@@ -59,74 +59,74 @@ class Channel:
         return message
 
     def fileno(self) -> int:
-        """Return what `multiprocessing.connection.wait` waits for."""
+        """Return the file descriptor, for `multiprocessing.connection.wait`."""
         return self.connection.fileno()
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the channel."""
         self.connection.close()
 
 
-def await_members(store: Store, processes: int) -> dict[int, Channel]:
-    """Return a line to each of the other processes, by rank; called by rank 0.
+def accept_workers(store: Store, processes: int) -> dict[int, Channel]:
+    """Return a channel to each of the other processes, by rank; called by rank 0.
 
     Args:
-        store: What all processes share.
-        processes: How many there are, this one included.
+        store: The store that all processes share.
+        processes: Number of processes, this one included.
 
     Raises:
-        UserError: One does not come.
+        UserError: A process does not connect in time.
     """
-    found: dict[int, Channel] = {}
+    channels: dict[int, Channel] = {}
     secret = secrets.token_hex(16)
     with socket.create_server(("", 0), backlog=processes) as server:
         server.settimeout(JOIN_S)
-        store.set(_WHERE, json.dumps([server.getsockname()[1], secret]))
-        while len(found) < processes - 1:
+        store.set(_ADDRESS_KEY, json.dumps([server.getsockname()[1], secret]))
+        while len(channels) < processes - 1:
             try:
-                end, _ = server.accept()
+                connected, _ = server.accept()
             except TimeoutError as error:
-                missing = sorted(set(range(1, processes)) - found.keys())
+                missing = sorted(set(range(1, processes)) - channels.keys())
                 raise UserError(
                     f"the processes of rank {missing} have not come within {JOIN_S:.0f} s; all "
                     "of them must run the same command"
                 ) from error
-            line = Channel(_kept_alive(end))
-            rank = _presented(line, secret)
+            channel = Channel(_with_keepalive(connected))
+            rank = _authenticated_rank(channel, secret)
             if rank is None:
-                line.close()
+                channel.close()
             else:
-                found[rank] = line
-    return found
+                channels[rank] = channel
+    return channels
 
 
-def call_leader(store: Store, address: str, rank: int) -> Channel:
-    """Return a line to rank 0; called by every other process."""
-    port, secret = json.loads(store.get(_WHERE))
-    line = Channel(_kept_alive(socket.create_connection((address, port), timeout=JOIN_S)))
-    line.send(rank=rank, secret=secret)
-    return line
+def connect_to_leader(store: Store, address: str, rank: int) -> Channel:
+    """Return a channel to rank 0; called by every other process."""
+    port, secret = json.loads(store.get(_ADDRESS_KEY))
+    channel = Channel(_with_keepalive(socket.create_connection((address, port), timeout=JOIN_S)))
+    channel.send(rank=rank, secret=secret)
+    return channel
 
 
-def _presented(line: Channel, secret: str) -> int | None:
-    """Return the rank of who has called; `None` for a stranger: anybody can find a port."""
+def _authenticated_rank(channel: Channel, secret: str) -> int | None:
+    """Return the rank at the other end; `None` for a stranger: anybody can find a port."""
     with suppress(EOFError, ValueError, KeyError, TypeError):
-        if line.connection.poll(_HELLO_S):
-            hello = line.receive(longest=_HELLO_BYTES)
+        if channel.connection.poll(_HELLO_S):
+            hello = channel.receive(longest=_HELLO_BYTES)
             if secrets.compare_digest(hello["secret"], secret):
                 return int(hello["rank"])
     return None
 
 
-def _kept_alive(end: socket.socket) -> Connection:
-    """Return a socket as a connection that ends when the other machine stops answering."""
-    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def _with_keepalive(connected: socket.socket) -> Connection:
+    """Return a socket as a connection that closes when the other machine stops answering."""
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2)):
         if hasattr(socket, name):
-            end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     # Unanswered data count too: without it they are sent again for a quarter of an hour.
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENCE_S)
-    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    end.settimeout(None)
-    return Connection(end.detach())
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENCE_S)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connected.settimeout(None)
+    return Connection(connected.detach())

@@ -1,11 +1,7 @@
-"""Where this process stands: alone, or one of several that something else has started.
+"""The launch environment of this process: its rank and peers, its GPUs, its Slurm task.
 
-The only reader of the variables that torchrun, `accelerate launch`, Slurm and submitit set. Nothing
-heavy is imported: every command asks.
-
-The GPUs that this process sees, by the names that `CUDA_VISIBLE_DEVICES` knows them by.
-
-The Slurm job that this process is a task of.
+Only this module reads the variables that torchrun, `accelerate launch`, Slurm and submitit set. It
+imports nothing heavy, because every command calls it.
 """
 
 from __future__ import annotations
@@ -24,18 +20,18 @@ PORTS = (15000, 45000)
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """One of several processes that were started together.
+    """The place of a process among several that were started together.
 
     Attributes:
-        rank: Its number, from 0.
-        processes: How many there are, over all machines.
-        local_rank: Its number on its machine: which device it uses.
-        local_processes: How many there are on its machine.
+        rank: Number of the process, from 0.
+        processes: Number of processes on all machines.
+        local_rank: Number of the process on its machine, which is also that of its device.
+        local_processes: Number of processes on its machine.
         address: Machine of rank 0.
-        port: Port at which they meet there.
-        starter: What started them, for messages.
-        cluster: Whether they are a cluster's job. One that exits early would end it for good, and
-            SIGTERM means that it is being ended: rank 0 alone decides what becomes of it.
+        port: Port of the rendezvous on that machine.
+        starter: The program that started the processes, for messages.
+        cluster: Whether the processes are a cluster's job. A process that exits early would end the
+            job for good, and SIGTERM means that the job is being ended: rank 0 alone decides.
     """
 
     rank: int
@@ -60,31 +56,31 @@ class LaunchEnvironment:
 
 
 def find_launch_environment() -> LaunchEnvironment | None:
-    """Return where this process stands among others, or `None` if it was started alone.
+    """Return the launch environment of this process, or `None` if it was started alone.
 
     Raises:
-        UserError: The variables that say so are incomplete.
+        UserError: Some of the variables are missing.
     """
-    values = os.environ
-    if "RANK" in values or "WORLD_SIZE" in values:
-        return _of_torchrun(values)
-    if "SUBMITIT_EXECUTOR" in values:
-        return _of_submitit()
-    # SLURM_NTASKS is also set in the shell of an allocation, where nobody else would come. A step
+    variables = os.environ
+    if "RANK" in variables or "WORLD_SIZE" in variables:
+        return _from_torchrun(variables)
+    if "SUBMITIT_EXECUTOR" in variables:
+        return _from_submitit()
+    # SLURM_NTASKS is also set in the shell of an allocation, where no other task would join. A step
     # of one task (`srun --pty bash`) is a machine of one's own.
-    if int(values.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return _of_step(values)
+    if int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _from_slurm_step(variables)
     return None
 
 
-def leads() -> bool:
-    """Whether this process speaks to the user: it is alone, or of rank 0."""
-    place = find_launch_environment()
-    return place is None or not place.rank
+def is_leader() -> bool:
+    """Whether this process is alone or rank 0, and so the one that talks to the user."""
+    environment = find_launch_environment()
+    return environment is None or not environment.rank
 
 
-def leave() -> None:
-    """Forget the variables: this process works alone although something has started it."""
+def clear_torchrun_variables() -> None:
+    """Unset torchrun's variables, for a process that works alone although torchrun started it."""
     for name in (*TORCHRUN, "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
 
@@ -96,65 +92,66 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def threads_each(asked: int | None, here: int) -> int:
-    """Return the number of threads of one process.
+def threads_per_process(configured: int | None, local_processes: int) -> int:
+    """Return the number of CPU threads of one process.
 
     Args:
-        asked: What the config says, if it does.
-        here: Number of processes on this machine.
+        configured: The number in the config, if there is one.
+        local_processes: Number of processes on this machine.
     """
-    given = os.environ.get("SLURM_CPUS_PER_TASK") if here > 1 else None
-    return asked or (int(given) if given else max(1, cores() // here))
+    task_cores = os.environ.get("SLURM_CPUS_PER_TASK") if local_processes > 1 else None
+    return configured or (int(task_cores) if task_cores else max(1, cores() // local_processes))
 
 
-def _of_torchrun(values: Mapping[str, str]) -> LaunchEnvironment:
-    missing = [name for name in TORCHRUN if name not in values]
+def _from_torchrun(variables: Mapping[str, str]) -> LaunchEnvironment:
+    missing = [name for name in TORCHRUN if name not in variables]
     if missing:
-        there = ", ".join(name for name in TORCHRUN if name in values)
+        present = ", ".join(name for name in TORCHRUN if name in variables)
         raise UserError(
-            f"the environment has {there}, as if torchrun had started this process, but not "
+            f"the environment has {present}, as if torchrun had started this process, but not "
             f"{', '.join(missing)}; start with torchrun or `accelerate launch`, or unset them"
         )
-    processes = int(values["WORLD_SIZE"])
+    processes = int(variables["WORLD_SIZE"])
     return LaunchEnvironment(
-        rank=int(values["RANK"]),
+        rank=int(variables["RANK"]),
         processes=processes,
-        local_rank=int(values["LOCAL_RANK"]),
-        local_processes=int(values.get("LOCAL_WORLD_SIZE", processes)),
-        address=values["MASTER_ADDR"],
-        port=int(values["MASTER_PORT"]),
+        local_rank=int(variables["LOCAL_RANK"]),
+        local_processes=int(variables.get("LOCAL_WORLD_SIZE", processes)),
+        address=variables["MASTER_ADDR"],
+        port=int(variables["MASTER_PORT"]),
         starter="torchrun (or what set RANK and WORLD_SIZE)",
     )
 
 
-def _of_submitit() -> LaunchEnvironment:
+def _from_submitit() -> LaunchEnvironment:
     from submitit.helpers import TorchDistributedEnvironment
 
-    found = TorchDistributedEnvironment()
+    task = TorchDistributedEnvironment()
     return LaunchEnvironment(
-        rank=found.rank,
-        processes=found.world_size,
-        local_rank=found.local_rank,
-        local_processes=found.local_world_size,
-        address=found.master_addr,
-        port=found.master_port,
+        rank=task.rank,
+        processes=task.world_size,
+        local_rank=task.local_rank,
+        local_processes=task.local_world_size,
+        address=task.master_addr,
+        port=task.master_port,
         starter="the Slurm job",
         cluster=True,
     )
 
 
-def _of_step(values: Mapping[str, str]) -> LaunchEnvironment:
-    processes = int(values["SLURM_STEP_NUM_TASKS"])
-    nodes = int(values.get("SLURM_STEP_NUM_NODES", "1"))
+def _from_slurm_step(variables: Mapping[str, str]) -> LaunchEnvironment:
+    processes = int(variables["SLURM_STEP_NUM_TASKS"])
+    nodes = int(variables.get("SLURM_STEP_NUM_NODES", "1"))
+    hosts = variables.get("SLURM_STEP_NODELIST") or variables["SLURM_JOB_NODELIST"]
     low, high = PORTS
     # Steps of one job may run side by side.
-    number = int(values["SLURM_JOB_ID"]) * 31 + int(values.get("SLURM_STEP_ID", "0"))
+    number = int(variables["SLURM_JOB_ID"]) * 31 + int(variables.get("SLURM_STEP_ID", "0"))
     return LaunchEnvironment(
-        rank=int(values["SLURM_PROCID"]),
+        rank=int(variables["SLURM_PROCID"]),
         processes=processes,
-        local_rank=int(values["SLURM_LOCALID"]),
+        local_rank=int(variables["SLURM_LOCALID"]),
         local_processes=-(-processes // nodes),
-        address=_first_host(values.get("SLURM_STEP_NODELIST") or values["SLURM_JOB_NODELIST"]),
+        address=_first_host(hosts),
         port=low + number % (high - low),
         starter=f"a Slurm step of {processes} tasks",
     )
@@ -164,40 +161,40 @@ def _first_host(nodes: str) -> str:
     """Return the first host of Slurm's short notation, such as `gpu[01-04]`.
 
     Raises:
-        UserError: Slurm's own command, which reads it, is not to be had.
+        UserError: Slurm's own command that expands it is missing or fails.
     """
     command = ["scontrol", "show", "hostnames", nodes]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        listing = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(
             f"`{' '.join(command)}` failed ({error}); the tasks of a Slurm step need it to find "
             "each other. Or start with torchrun"
         ) from error
-    return found.stdout.split()[0]
+    return listing.stdout.split()[0]
 
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def visible_devices() -> list[str]:
-    """Return the names of the visible GPUs; none on a machine without.
+    """Return the names of the visible GPUs, as in `CUDA_VISIBLE_DEVICES`; empty without GPUs.
 
-    torch counts them without taking them into use.
+    torch counts the devices without initialising them.
     """
-    given = os.environ.get(VISIBLE)
-    if given == "":
+    listed = os.environ.get(VISIBLE)
+    if listed == "":
         return []
     import torch  # late: seconds, for processes that otherwise only wait for others
 
     count = torch.cuda.device_count()
-    # What stands behind the first name that is none is not visible, so the first ones count.
-    names = map(str, range(count)) if given is None else given.split(",")[:count]
+    # CUDA ignores all names after the first invalid one, so the first `count` names are visible.
+    names = map(str, range(count)) if listed is None else listed.split(",")[:count]
     return [name.strip() for name in names]
 
 
 def cuda_visible_devices(devices: list[str]) -> dict[str, str]:
-    """Return the variables of a process that is to see these GPUs; none: no variables."""
+    """Return the variables of a process that sees only these GPUs; empty for no GPUs."""
     return {VISIBLE: ",".join(devices)} if devices else {}
 
 
@@ -206,13 +203,13 @@ TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class SlurmTask:
-    """A task of a job.
+    """A task of a Slurm job.
 
     Attributes:
-        job: Slurm's number of the job, such as `12`, or `12_3` for one of an array.
-        rank: Number of this task; 0 acts for all.
+        job: Slurm's number of the job, such as `12`, or `12_3` for a job of an array.
+        rank: Number of this task; task 0 acts for all.
         nodes: Number of machines of the job.
-        restarts: How often the job has been started again.
+        restarts: Number of times that the job has been started again.
     """
 
     job: str
@@ -224,20 +221,20 @@ class SlurmTask:
         """Let Slurm end the job and start it again later.
 
         Raises:
-            OSError, subprocess.SubprocessError: Slurm does not do it.
+            OSError, subprocess.SubprocessError: Slurm cannot be called or refuses.
         """
         subprocess.run(["scontrol", "requeue", self.job], check=True, timeout=TIMEOUT_S)
 
 
 def slurm_task() -> SlurmTask:
-    """Return the task that this process is."""
-    values = os.environ
-    job = values["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in values:
-        job = f"{values['SLURM_ARRAY_JOB_ID']}_{values['SLURM_ARRAY_TASK_ID']}"
+    """Return this process's Slurm task."""
+    variables = os.environ
+    job = variables["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in variables:
+        job = f"{variables['SLURM_ARRAY_JOB_ID']}_{variables['SLURM_ARRAY_TASK_ID']}"
     return SlurmTask(
         job,
-        rank=int(values.get("SLURM_PROCID", "0")),
-        nodes=int(values.get("SLURM_JOB_NUM_NODES", "1")),
-        restarts=int(values.get("SLURM_RESTART_COUNT", "0")),
+        rank=int(variables.get("SLURM_PROCID", "0")),
+        nodes=int(variables.get("SLURM_JOB_NUM_NODES", "1")),
+        restarts=int(variables.get("SLURM_RESTART_COUNT", "0")),
     )

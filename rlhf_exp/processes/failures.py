@@ -1,6 +1,7 @@
-"""How work in another process failed, told in words that cross processes.
+"""Failures of processes: their description across processes, and exit codes.
 
-The end of a process that has been in a process group.
+A process describes its exception as a `ProcessFailure`, the leader picks the root cause of several
+and raises it as its own, and `exit_after` turns it into the exit code.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from typing import Any, NoReturn, Self
 from rlhf_exp.errors import UserError
 
 USER, INTERRUPTED, TERMINATED = 2, 130, 143
-"""Exit codes: the user's to mend, Ctrl-C, SIGTERM."""
+"""Exit codes: an error that the user can mend, Ctrl-C, SIGTERM."""
 
 
 class WorkerFailed(RuntimeError):
-    """A process of the run failed; the message has its rank and its traceback."""
+    """A process of the run failed; the message has its rank and traceback."""
 
 
 class FailedElsewhere(RuntimeError):
-    """Another process of the group failed, and tells the user itself."""
+    """Another process of the group failed, and reports the reason itself."""
 
 
 class WorkerGone(WorkerFailed):
@@ -35,7 +36,7 @@ class WorkerGone(WorkerFailed):
 
 
 class FailureKind(StrEnum):
-    """Why work ended."""
+    """Kinds of failure."""
 
     user = "user"
     gone = "gone"
@@ -47,12 +48,12 @@ class FailureKind(StrEnum):
 
 @dataclass(frozen=True)
 class ProcessFailure:
-    """How a process failed.
+    """The failure of a process, as plain values.
 
     Attributes:
-        rank: Its number.
-        kind: Why.
-        text: The message of the user's error, or the traceback, or how the process ended.
+        rank: Rank of the process.
+        kind: Kind of failure.
+        text: Message of a `UserError`, a traceback, or a description of how the process ended.
     """
 
     rank: int
@@ -61,7 +62,7 @@ class ProcessFailure:
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Self:
-        """Describe an exception that was met by `rank`."""
+        """Return the failure that an exception in the process of `rank` is."""
         if isinstance(error, UserError):
             return cls(rank, FailureKind.user, str(error))
         if isinstance(error, KeyboardInterrupt):
@@ -74,22 +75,22 @@ class ProcessFailure:
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> Self:
-        """Return what `message` describes."""
+        """Return the failure in a message."""
         return cls(message["rank"], FailureKind(message["kind"]), message["text"])
 
     def message(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        """Return the failure as JSON values."""
         return asdict(self)
 
-    def throw(self) -> NoReturn:
-        """Raise in this process what ended the other one.
+    def reraise(self) -> NoReturn:
+        """Raise the failure in this process.
 
         Raises:
-            UserError: The same one.
-            KeyboardInterrupt: The user stopped the run there.
-            SystemExit: It was told to stop.
-            WorkerGone: It was killed.
-            WorkerFailed: Anything else.
+            UserError: The process raised it.
+            KeyboardInterrupt: The user interrupted the process.
+            SystemExit: The process was told to exit.
+            WorkerGone: The process was killed.
+            WorkerFailed: Any other failure.
         """
         match self.kind:
             case FailureKind.user:
@@ -104,21 +105,21 @@ class ProcessFailure:
                 raise WorkerFailed(f"rank {self.rank} failed:\n\n{self.text}")
 
 
-def cause(failures: list[ProcessFailure]) -> ProcessFailure:
+def root_cause(failures: list[ProcessFailure]) -> ProcessFailure:
     """Return the failure that the others follow from.
 
     Args:
-        failures: In the order in which they became known.
+        failures: Failures in the order in which they became known.
     """
-    own = [one for one in failures if one.kind is not FailureKind.elsewhere] or failures
-    # Who was killed says nothing, and may be missed last: the others complain of its absence, or
-    # are told to stop because of it.
-    gone = [one for one in own if one.kind is FailureKind.gone]
+    own = [failure for failure in failures if failure.kind is not FailureKind.elsewhere] or failures
+    # A killed process reports nothing, and its death may be noticed last: the others fail because
+    # it is absent, or are stopped because of it.
+    gone = [failure for failure in own if failure.kind is FailureKind.gone]
     return gone[0] if gone and own[0].kind in (FailureKind.bug, FailureKind.stopped) else own[0]
 
 
-def code_of(error: BaseException | None) -> int:
-    """Return the exit code that an exception leads to."""
+def exit_code_of(error: BaseException | None) -> int:
+    """Return the exit code for an exception; 0 for none."""
     if error is None:
         return 0
     if isinstance(error, UserError):
@@ -130,8 +131,8 @@ def code_of(error: BaseException | None) -> int:
     return 1
 
 
-def ended(code: int) -> str:
-    """Return how a process ended, from its exit code as `multiprocessing` gives it."""
+def describe_exit(code: int) -> str:
+    """Return in words how a process ended, from its exit code in `multiprocessing`."""
     if code >= 0:
         return f"ended without a word, with exit code {code}"
     name = signal.Signals(-code).name
@@ -139,29 +140,29 @@ def ended(code: int) -> str:
     return f"was killed by {name}{hint}. The same command goes on from the last checkpoint"
 
 
-_grouped = Event()
+_was_in_group = Event()
 
 
 def note_group() -> None:
-    """Remember that this process has been in a process group."""
-    _grouped.set()
+    """Note for `exit_after` that this process has been in a process group."""
+    _was_in_group.set()
 
 
 def exit_after(main: Callable[[], int]) -> NoReturn:
-    """Call `main` and end this process with the exit code that it returns or raises.
+    """Call `main` and exit with the code that it returns or raises.
 
-    Threads of a process group abort one process in ten on its way out (gloo and DDP, torch 2.13),
-    also after the group was destroyed: the exit code is then 134, whatever the process had to say.
-    So it leaves without waiting for them.
+    The threads of a process group abort one exiting process in ten (gloo and DDP, torch 2.13), even
+    after the group was destroyed, and the exit code is then 134. So a process that has been in a
+    group exits without waiting for its threads.
     """
     code: object = 1
     try:
         code = main()
-    except SystemExit as end:
-        code = end.code
+    except SystemExit as error:
+        code = error.code
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    if not _grouped.is_set():
+    if not _was_in_group.is_set():
         sys.exit(code)  # type: ignore[arg-type]
     if isinstance(code, str):
         print(code, file=sys.stderr)

@@ -1,9 +1,7 @@
-"""A process that does not lead: it does what the leader says, and ends when the leader does.
+"""A worker process: it runs the leader's jobs, each in a process group, and exits with the leader.
 
-The process group of one stage, made when it begins and destroyed when it is done.
-
-No group lasts longer, so nothing waits inside a collective while a lease, a lock or a person is
-waited for.
+A process group lasts for one job, so no process waits inside a collective while the leader waits
+for a lease, a lock or the user.
 """
 
 from __future__ import annotations
@@ -23,155 +21,159 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes.channel import JOIN_S, Channel, Message
 from rlhf_exp.processes.environment import LaunchEnvironment
-from rlhf_exp.processes.failures import TERMINATED, ProcessFailure, code_of, note_group
+from rlhf_exp.processes.failures import TERMINATED, ProcessFailure, exit_code_of, note_group
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 GRACE_S = 5.0
-"""How long a process that was told to leave may take to close its records."""
+"""Time in which a process that was told to exit may close its records."""
 HELD_S = 900.0
-"""How long one that has failed waits for the cluster to end its job, or to miss a machine."""
+"""Time in which a failed process waits for the cluster to end its job or to notice a dead node."""
+COLLECTIVE_S = 3600.0
+"""Time-out of a collective: long, as rank 0 alone may write for long and deaths show without it."""
 Work = Callable[[Any], dict[str, Any]]
-"""What a process does in a stage: from JSON values to JSON values."""
+"""Runs a job in one process: from JSON values to JSON values."""
 
 
-class Member:
-    """This process's end of the line to the leader.
+class Worker:
+    """The protocol between this process and the leader, seen from this process.
 
-    Messages: `stage` (with `number` and `work`), `interrupt`, and `end` (with `code`) come; `done`,
-    `failed` and `saves` go.
+    The leader sends `stage` (with `number` and `work`), `interrupt` and `end` (with `code`); the
+    worker sends `done` (with `result`), `failed` and `saves` (with `now`).
 
     Args:
-        line: The line.
-        place: This process's.
+        channel: The channel to the leader.
+        environment: The launch environment of this process.
     """
 
-    def __init__(self, line: Channel, place: LaunchEnvironment) -> None:
-        self.line, self.place = line, place
-        self.asked = threading.Event()
+    def __init__(self, channel: Channel, environment: LaunchEnvironment) -> None:
+        self.channel, self.environment = channel, environment
+        self.interrupted = threading.Event()
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._busy, self._free = False, False
-        self._code, self._told = TERMINATED, False
-        signal.signal(signal.SIGTERM, self._leave)
-        threading.Thread(target=self._listen, name="line to the leader", daemon=True).start()
+        self._working, self._released = False, False
+        self._exit_code, self._must_exit = TERMINATED, False
+        signal.signal(signal.SIGTERM, self._handle_sigterm)
+        threading.Thread(target=self._listen, name="channel to the leader", daemon=True).start()
 
     def serve(self, store: Store, work: Work) -> Message:
-        """Do stages until the leader says that the experiment is over; return its last message.
+        """Run jobs until the leader ends the experiment; return the leader's last message.
+
+        Args:
+            store: The store that all processes share.
+            work: Runs a job.
 
         Raises:
             SystemExit: The leader or this process failed; the leader tells the user.
         """
         while True:
-            self._free = False
-            message = self._next()
+            self._released = False
+            message = self._next_message()
             if message["say"] == "end":
                 if message["code"]:
                     raise SystemExit(message["code"])
                 return message
-            self.asked.clear()
-            self._busy = True
+            self.interrupted.clear()
+            self._working = True
             try:
-                with process_group(store, message["number"], self.place):
+                with process_group(store, message["number"], self.environment):
                     result = work(message["work"])
             except BaseException as error:
                 self._fail(error)
-            self._busy = False
-            self.line.send(say="done", result=result)
+            self._working = False
+            self.channel.send(say="done", result=result)
 
     @contextmanager
     def saving(self) -> Iterator[Callable[[], bool]]:
-        """Let the leader know that Ctrl-C finds something to save; yield whether it was pressed."""
-        self.line.send(say="saves", now=True)
+        """Tell the leader that Ctrl-C saves inside the block; yield whether it was pressed."""
+        self.channel.send(say="saves", now=True)
         try:
-            yield self.asked.is_set
+            yield self.interrupted.is_set
         finally:
-            self.line.send(say="saves", now=False)
-        if self.asked.is_set():
+            self.channel.send(say="saves", now=False)
+        if self.interrupted.is_set():
             raise KeyboardInterrupt
 
-    def _next(self) -> Message:
+    def _next_message(self) -> Message:
         try:
             return self._messages.get()
         except (KeyboardInterrupt, SystemExit) as error:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> NoReturn:
-        """Tell the leader, and go: connections that close end what the others are waiting for."""
-        failure = ProcessFailure.of(self.place.rank, error)
-        self.line.send(say="failed", **failure.message())
+        """Report the error and exit, which closes the connections that the others wait on."""
+        failure = ProcessFailure.of(self.environment.rank, error)
+        self.channel.send(say="failed", **failure.message())
         sys.stdout.flush()
         sys.stderr.flush()
-        if self.place.cluster:
-            # Until the leader says so, is gone, or the job is ended.
+        if self.environment.cluster:
+            # Until the leader sends `end` or is gone, or the cluster ends the job.
             time.sleep(HELD_S)
-        os._exit(code_of(error) or 1)
+        os._exit(exit_code_of(error) or 1)
 
-    def _leave(self, number: int, frame: FrameType | None) -> None:
-        if self._told or not self.place.cluster:
-            raise SystemExit(self._code)
+    def _handle_sigterm(self, number: int, frame: FrameType | None) -> None:
+        if self._must_exit or not self.environment.cluster:
+            raise SystemExit(self._exit_code)
 
     def _listen(self) -> None:
         while True:
             try:
-                message = self.line.receive()
+                message = self.channel.receive()
             except EOFError:
-                if self._free:
+                if self._released:
                     self._messages.put({"say": "end", "code": 1})
                     return
-                # Whoever goes on with the work must not find this process still at it.
+                # The next command continues this work and must not find this process still at it.
                 os._exit(1)
             if message["say"] == "interrupt":
-                self.asked.set()
-            elif message["say"] == "end" and self._busy:
-                self._end(message["code"])
+                self.interrupted.set()
+            elif message["say"] == "end" and self._working:
+                self._exit_while_working(message["code"])
             else:
-                self._free = message["say"] == "end"
+                self._released = message["say"] == "end"
                 self._messages.put(message)
 
-    def _end(self, code: int) -> None:
-        """Leave in the middle of the work."""
-        self._code, self._told = code, True
+    def _exit_while_working(self, code: int) -> None:
+        self._exit_code, self._must_exit = code, True
         # The main thread may have records to close, if it is not stuck in a collective.
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         time.sleep(GRACE_S)
         os._exit(code)
 
 
-COLLECTIVE_S = 3600.0
-"""How long a collective waits. Deaths are noticed without it; rank 0 alone may write for long."""
-
-
-def open_store(place: LaunchEnvironment) -> Store:
+def open_store(environment: LaunchEnvironment) -> Store:
     """Return the store that all processes of a run share.
 
-    torchrun's agent hosts it; elsewhere rank 0 does, at the port of its place.
+    torchrun's agent hosts it; elsewhere rank 0 does, at the port of the launch environment.
 
     Raises:
-        UserError: It cannot be reached, or the port is taken.
+        UserError: The store cannot be reached, or the port is taken.
     """
     from torch.distributed import DistError, rendezvous
 
-    place.export()
+    environment.export()
+    rank, address = environment.rank, f"{environment.address}:{environment.port}"
     try:
-        found = rendezvous("env://", place.rank, place.processes, timeout=timedelta(seconds=JOIN_S))
-        store: Store = next(found)[0]
+        meeting = rendezvous(
+            "env://", rank, environment.processes, timeout=timedelta(seconds=JOIN_S)
+        )
+        store: Store = next(meeting)[0]
     except DistError as error:
         raise UserError(
-            f"rank {place.rank} cannot meet the others at {place.address}:{place.port}: {error}. "
+            f"rank {rank} cannot meet the others at {address}: {error}. "
             "All processes must run the same command, reach that machine, and find the port free"
         ) from error
     return store
 
 
 @contextmanager
-def process_group(store: Store, number: int, place: LaunchEnvironment) -> Iterator[None]:
-    """Be in torch's default process group while entered.
+def process_group(store: Store, number: int, environment: LaunchEnvironment) -> Iterator[None]:
+    """Hold torch's default process group inside the block.
 
     Args:
-        store: What all processes share.
-        number: Differs from one group to the next.
-        place: This process's.
+        store: The store that all processes share.
+        number: Number of the group, which no other group of the run has.
+        environment: The launch environment of this process.
 
     Raises:
         UserError: There are fewer devices than processes.
@@ -182,20 +184,20 @@ def process_group(store: Store, number: int, place: LaunchEnvironment) -> Iterat
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
-        if place.local_rank >= torch.cuda.device_count():
+        if environment.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"{place.local_processes} processes on this machine need as many GPUs, and it has "
-                f"{torch.cuda.device_count()}; set distributed.processes to what there is"
+                f"{environment.local_processes} processes on this machine need as many GPUs, and "
+                f"it has {torch.cuda.device_count()}; set distributed.processes to what there is"
             )
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(environment.local_rank)
     note_group()
     distributed.init_process_group(
         backend,
         store=distributed.PrefixStore(f"stage-{number}", store),
-        rank=place.rank,
-        world_size=place.processes,
+        rank=environment.rank,
+        world_size=environment.processes,
         timeout=timedelta(seconds=COLLECTIVE_S),
     )
     yield
-    # Not after an error: others may be gone, and this process is about to leave, too.
+    # Not after an error: the others may be gone, and this process is about to exit as well.
     distributed.destroy_process_group()

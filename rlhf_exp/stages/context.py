@@ -1,8 +1,7 @@
-"""What every stage is given and gives back.
+"""The interface between stages and the pipeline: a stage's job, context, data and result.
 
-What a stage gives back; plain values, which cross processes.
-
-The data of an experiment, loaded once for all stages of a process.
+A `StageJob` and a `StageResult` are plain values, which cross processes. A `StageContext` holds the
+job together with objects of the process that runs it.
 """
 
 from __future__ import annotations
@@ -13,14 +12,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf_exp.config.experiment import Config, DataConfig, DataSource
 from rlhf_exp.data.rows import Corpus
 from rlhf_exp.data.sources import LoadOptions, load_hub, load_jsonl, load_toy
 from rlhf_exp.data.tokenizer import Codec
-from rlhf_exp.models.pretrained import load_tokenizer
-from rlhf_exp.training.memory import Recorder
+
+if TYPE_CHECKING:
+    from rlhf_exp.search.pruning import RunningTrial
+    from rlhf_exp.store.lease import Claim
+    from rlhf_exp.training.memory import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -37,57 +39,109 @@ def snapshot_name(step: int) -> str:
 
 
 @dataclass(frozen=True)
-class StageContext:
-    """Where a stage works and what it starts from.
+class StageJob:
+    """One stage's work, as plain values: all that a process needs for it beside the config.
 
     Attributes:
-        stage: Its name.
-        key: Its key in the store.
-        folder: Its staging folder.
+        stage: Name of the stage.
+        key: Key of the result.
+        folder: The staging folder.
         cache: Folder of what can be computed again: tokenized sets, scores of original responses.
-        models: Model folder or hub id by role (`sft`, `reward`, `ppo`).
-        parents: The keys of what it starts from, by role.
-        inputs: Digests of their weights, of those that are in the store.
-        materials: The data, shared by the stages of one process.
-        before_write: Raises if this process may no longer write.
-        polite_interrupts: While entered, Ctrl-C only asks to stop; yields whether it has.
-        probe: Measures a few iterations, after which the stage is left.
-        given_up: Whether a search gives the run up: asked after each of PPO's evaluations, in the
-            main process, with the step and the number of steps.
+        models: Model folder or hub id by role (`base`, `sft`, `reward`, `ppo`).
+        parents: Keys of the results that it starts from, by role.
+        inputs: Digests of the parents' weights, as far as they are in the store.
+        claim: The lease under which the result is made; `None` for a result that is not kept.
+        probe: Whether only to measure a few iterations.
+        trial: The search's trial that the job runs, which the search may prune.
     """
 
     stage: str
     key: str
-    folder: Path
-    cache: Path
-    models: Mapping[str, str]
-    parents: Mapping[str, str]
-    inputs: Mapping[str, str]
+    folder: str
+    cache: str
+    models: dict[str, str]
+    parents: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    claim: Claim | None = None
+    probe: bool = False
+    trial: RunningTrial | None = None
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """A stage's job and the objects of this process that it is run with.
+
+    Attributes:
+        job: The job.
+        materials: The data, shared by the stages of one process.
+        before_write: Raises if this process may no longer write.
+        polite_interrupts: Defers Ctrl-C inside the block; yields whether it was pressed.
+        probe: Measures a few iterations, after which the stage ends.
+        given_up: Whether the search prunes the run: called after each of PPO's evaluations, in the
+            main process, with the step and the number of steps.
+    """
+
+    job: StageJob
     materials: DataModule
     before_write: Callable[[], None]
     polite_interrupts: Callable[[], AbstractContextManager[Callable[[], bool]]]
     probe: Recorder | None = None
     given_up: Callable[[int, int], bool] | None = None
 
+    @property
+    def stage(self) -> str:
+        """Name of the stage."""
+        return self.job.stage
+
+    @property
+    def key(self) -> str:
+        """Key of the result."""
+        return self.job.key
+
+    @property
+    def folder(self) -> Path:
+        """The staging folder."""
+        return Path(self.job.folder)
+
+    @property
+    def cache(self) -> Path:
+        """Folder of what can be computed again."""
+        return Path(self.job.cache)
+
+    @property
+    def models(self) -> Mapping[str, str]:
+        """Model folder or hub id by role."""
+        return self.job.models
+
+    @property
+    def parents(self) -> Mapping[str, str]:
+        """Keys of the results that the stage starts from, by role."""
+        return self.job.parents
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Digests of the parents' weights, by role."""
+        return self.job.inputs
+
 
 class StageModule(Protocol):
-    """A stage."""
+    """The `run` function of a stage's module."""
 
     def __call__(self, config: Config, context: StageContext) -> StageResult:
-        """Do the work in `context.folder`."""
+        """Write the result into `context.folder`."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage says of its result; the result itself is in the staging folder.
+    """The summary of a stage's result; the result itself is in the staging folder.
 
     Attributes:
-        metrics: Final numbers, for the manifest.
-        objective: What a sweep over this stage maximises.
-        run_id: The tracked run.
+        metrics: Final metrics, for the manifest.
+        objective: The number that a sweep over this stage maximises.
+        run_id: Id of the tracked run.
         facts: Plain values for the report: parameter counts, data, cut prompts.
-        measured: What a probe has found, JSON values; empty otherwise.
-        pruned_step: The optimizer step after which a search gave the run up, without a result.
+        measured: A probe's measurements as JSON values; empty otherwise.
+        pruned_step: The optimizer step after which a search pruned the run, without a result.
     """
 
     metrics: dict[str, float]
@@ -119,10 +173,13 @@ class DataModule:
 
     def codec(self, folder: str | Path, revision: str | None = None) -> Codec:
         """Return the codec of the tokenizer in a model folder (or of a hub id)."""
+        # Late: it loads torch, and the pipeline imports this module.
+        from rlhf_exp.models.pretrained import load_tokenizer
+
         return Codec(load_tokenizer(folder, revision), self.config.format.value)
 
     def texts(self) -> list[str]:
-        """Return the training texts, from which a new tokenizer learns."""
+        """Return the training texts, for training a tokenizer."""
         rows = self.corpus
         texts = [turn.text for row in rows.prompts.train for turn in row.history]
         texts += [row.response for row in rows.demonstrations.train]

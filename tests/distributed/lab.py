@@ -21,7 +21,7 @@ from pathlib import Path
 from rlhf_exp.processes.failures import exit_after
 from rlhf_exp.stages import eval as eval_stage
 from rlhf_exp.stages import ppo, reward, sft
-from rlhf_exp.stages.context import DataModule, StageContext
+from rlhf_exp.stages.context import DataModule, StageContext, StageJob
 from rlhf_exp.training.task import Interrupted
 from tests.lab import ROOT, small_config
 
@@ -69,15 +69,18 @@ def run_job(folder: Path, job: Job, rank: int = 0) -> dict[str, float]:
         yield interrupted
 
     chosen: Callable[[], AbstractContextManager[Callable[[], bool]]] = interrupts
-    context = StageContext(
+    stage_job = StageJob(
         stage=job.stage,
         key=job.name,
-        folder=place,
-        cache=folder / "cache",
+        folder=str(place),
+        cache=str(folder / "cache"),
         models=job.models,
         # By the models' folders: what is cached of one reward model is not another's.
         parents={role: job.models.get(role, "key") for role in PARENTS[job.stage]},
         inputs={role: job.models.get(role, "digest") for role in PARENTS[job.stage]},
+    )
+    context = StageContext(
+        job=stage_job,
         materials=_materials(job.overrides),
         before_write=lambda: None,
         polite_interrupts=chosen,

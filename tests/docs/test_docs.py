@@ -64,7 +64,9 @@ def test_launch_commands_compose(
     monkeypatch.setattr("sys.argv", ["launch.py"])
     # Composed and checked in full, then only shown; with the job itself replaced nothing runs.
     monkeypatch.setattr("rlhf_exp.experiment.run", lambda config, overrides: None)
-    monkeypatch.setattr("rlhf_exp.launchers.optuna.worker.work", lambda config, overrides: None)
+    monkeypatch.setattr(
+        "rlhf_exp.launchers.optuna.worker.run_worker", lambda config, overrides: None
+    )
     monkeypatch.setattr(
         "rlhf_exp.launchers.local.launch", lambda n_jobs, jobs: [None for _ in jobs]
     )

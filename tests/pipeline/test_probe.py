@@ -31,13 +31,13 @@ def files(folder: Path) -> dict[str, int]:
 def probed(folder: Path, *overrides: str) -> tuple[list[ProbeResult], list[str]]:
     """Probe a small config; return what was measured, and what was said."""
     config, said = small_config(folder, *overrides), list[str]()
-    crew = executor_for(config, None)
+    executor = executor_for(config, None)
     try:
-        found = list(probe(config, plan(config), crew, said.append))
+        found = list(probe(config, plan(config), executor, said.append))
     except BaseException as error:
-        crew.end(error)
+        executor.end(error)
         raise
-    crew.end(None)
+    executor.end(None)
     return found, said
 
 

@@ -1,4 +1,4 @@
-"""What the workers of `test_workers.py` do; imported by them, so nothing heavy above."""
+"""Stages of the workers of `test_leader.py`; the workers import it, so nothing heavy above."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.processes.worker import Member
+from rlhf_exp.processes.worker import Worker
 
 
-def serve(setup: str, member: Member, store: Any) -> None:
+def serve(setup: str, worker: Worker, store: Any) -> None:
     """Serve stages, each named by what happens in it."""
 
-    def work(order: dict[str, Any]) -> dict[str, Any]:
-        rank = member.place.rank
-        for name, value in order.get("pids", {}).items():
+    def work(job: dict[str, Any]) -> dict[str, Any]:
+        rank = worker.environment.rank
+        for name, value in job.get("pids", {}).items():
             (Path(value) / name.format(rank=rank)).write_text(str(os.getpid()))
-        return STAGES[order["do"]](member, setup)
+        return STAGES[job["do"]](worker, setup)
 
-    member.serve(store, work)
+    worker.serve(store, work)
 
 
-def add(member: Member, setup: str) -> dict[str, Any]:
+def add(worker: Worker, setup: str) -> dict[str, Any]:
     """Add the ranks up, and tell what this process sees."""
     import torch
     from torch import distributed
 
-    total = torch.tensor([float(member.place.rank + 1)])
+    total = torch.tensor([float(worker.environment.rank + 1)])
     distributed.all_reduce(total)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "OMP_NUM_THREADS")
     return {
@@ -49,43 +49,43 @@ def wait_for_all() -> None:
     distributed.barrier()
 
 
-def bug(member: Member, setup: str) -> dict[str, Any]:
+def bug(worker: Worker, setup: str) -> dict[str, Any]:
     """Fail in rank 1, while the others wait for it."""
-    if member.place.rank == 1:
+    if worker.environment.rank == 1:
         time.sleep(0.3)
         raise ZeroDivisionError("by the test")
     wait_for_all()
     return {}
 
 
-def mistake(member: Member, setup: str) -> dict[str, Any]:
+def mistake(worker: Worker, setup: str) -> dict[str, Any]:
     """Find in rank 1 what is the user's to mend."""
-    if member.place.rank == 1:
+    if worker.environment.rank == 1:
         time.sleep(0.3)
         raise UserError("data.jsonl:17: not JSON")
     wait_for_all()
     return {}
 
 
-def killed(member: Member, setup: str) -> dict[str, Any]:
+def killed(worker: Worker, setup: str) -> dict[str, Any]:
     """Die in rank 1, while the others wait for it."""
-    if member.place.rank == 1:
+    if worker.environment.rank == 1:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
     wait_for_all()
     return {}
 
 
-def train(member: Member, setup: str) -> dict[str, Any]:
+def train(worker: Worker, setup: str) -> dict[str, Any]:
     """Train until asked to stop."""
-    with member.saving() as asked:
+    with worker.saving() as interrupted:
         Path(setup).touch()
-        while not asked():
+        while not interrupted():
             time.sleep(0.02)
     return {}
 
 
-def hang(member: Member, setup: str) -> dict[str, Any]:
+def hang(worker: Worker, setup: str) -> dict[str, Any]:
     """Never end."""
     Path(setup).touch()
     time.sleep(1000)

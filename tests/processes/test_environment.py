@@ -12,11 +12,11 @@ import torch
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes.environment import (
     LaunchEnvironment,
+    clear_torchrun_variables,
     cuda_visible_devices,
     find_launch_environment,
-    leads,
-    leave,
-    threads_each,
+    is_leader,
+    threads_per_process,
     visible_devices,
 )
 
@@ -94,7 +94,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_alone(only_variables: Set) -> None:
     assert find_launch_environment() is None
-    assert leads()
+    assert is_leader()
 
 
 def test_under_torchrun(only_variables: Set) -> None:
@@ -103,7 +103,7 @@ def test_under_torchrun(only_variables: Set) -> None:
     # Inside of a Slurm step of one task a node, too.
     only_variables(SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="1")
     assert find_launch_environment() == LaunchEnvironment(5, 8, 1, 4, "node1", 29400, "")
-    assert not leads()
+    assert not is_leader()
 
 
 def test_variables_that_are_half_there(only_variables: Set) -> None:
@@ -114,10 +114,10 @@ def test_variables_that_are_half_there(only_variables: Set) -> None:
 
 def test_a_step_of_several_tasks(only_variables: Set, scontrol: Path) -> None:
     only_variables(**STEP)
-    place = find_launch_environment()
+    environment = find_launch_environment()
     # The port: 15000 + (1000 * 31 + 2) % 30000 = 15000 + 1002.
-    assert place == LaunchEnvironment(3, 4, 1, 2, "gpu07", 16002, "")
-    assert "a Slurm step of 4 tasks" in place.starter
+    assert environment == LaunchEnvironment(3, 4, 1, 2, "gpu07", 16002, "")
+    assert "a Slurm step of 4 tasks" in environment.starter
 
 
 def test_a_step_whose_hosts_cannot_be_found(only_variables: Set, scontrol: Path) -> None:
@@ -140,9 +140,14 @@ def test_a_task_of_submitit(only_variables: Set) -> None:
     only_variables(
         SUBMITIT_LOCAL_GLOBALID="1", SUBMITIT_LOCAL_LOCALID="1", SUBMITIT_LOCAL_NNODES="1"
     )
-    place = find_launch_environment()
-    assert place is not None
-    assert (place.rank, place.processes, place.local_rank, place.local_processes) == (1, 2, 1, 2)
+    environment = find_launch_environment()
+    assert environment is not None
+    assert (
+        environment.rank,
+        environment.processes,
+        environment.local_rank,
+        environment.local_processes,
+    ) == (1, 2, 1, 2)
     only_variables(
         SUBMITIT_LOCAL_NTASKS="1", SUBMITIT_LOCAL_GLOBALID="0", SUBMITIT_LOCAL_LOCALID="0"
     )
@@ -153,18 +158,18 @@ def test_a_task_of_submitit(only_variables: Set) -> None:
 
 def test_leaving_and_exporting(only_variables: Set) -> None:
     only_variables(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1")
-    place = find_launch_environment()
-    leave()
+    environment = find_launch_environment()
+    clear_torchrun_variables()
     assert find_launch_environment() is None
-    assert place is not None
-    place.export()
-    assert find_launch_environment() == place
-    leave()
+    assert environment is not None
+    environment.export()
+    assert find_launch_environment() == environment
+    clear_torchrun_variables()
 
 
 def test_threads(only_variables: Set, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_exp.processes.environment.cores", lambda: 8)
-    assert [threads_each(None, here) for here in (1, 2, 3, 16)] == [8, 4, 2, 1]
-    assert threads_each(5, 2) == 5
+    assert [threads_per_process(None, here) for here in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    assert threads_per_process(5, 2) == 5
     only_variables(SLURM_CPUS_PER_TASK="6")
-    assert threads_each(None, 4) == 6
+    assert threads_per_process(None, 4) == 6

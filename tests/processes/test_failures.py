@@ -1,6 +1,6 @@
 """How a process ends that has been in a process group.
 
-Which of several failures is told, and how it ends this process.
+Which of several failures is the root cause, and how it is raised in this process.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from rlhf_exp.processes.failures import (
     FailureKind,
     ProcessFailure,
     WorkerFailed,
-    cause,
-    code_of,
-    ended,
+    describe_exit,
+    exit_code_of,
+    root_cause,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ def failures(*kinds: str) -> list[ProcessFailure]:
     ],
 )
 def test_the_cause_of_several_failures(kinds: list[str], rank: int) -> None:
-    assert cause(failures(*kinds)).rank == rank
+    assert root_cause(failures(*kinds)).rank == rank
 
 
 @pytest.mark.parametrize(
@@ -115,16 +115,18 @@ def test_the_cause_of_several_failures(kinds: list[str], rank: int) -> None:
 def test_an_error_crosses_processes(
     error: BaseException, kind: type[BaseException], code: int
 ) -> None:
-    told = ProcessFailure.from_message({"say": "failed", **ProcessFailure.of(3, error).message()})
+    failure = ProcessFailure.from_message(
+        {"say": "failed", **ProcessFailure.of(3, error).message()}
+    )
     with pytest.raises(kind) as caught:
-        told.throw()
-    assert code_of(caught.value) == code
-    assert code_of(None) == 0
+        failure.reraise()
+    assert exit_code_of(caught.value) == code
+    assert exit_code_of(None) == 0
     if kind is WorkerFailed:
         assert str(caught.value).startswith("rank 3 failed:")
 
 
 def test_how_a_process_ended() -> None:
-    assert "killed by SIGKILL, perhaps because memory ran out" in ended(-9)
-    assert "killed by SIGSEGV. The" in ended(-11)
-    assert "exit code 3" in ended(3)
+    assert "killed by SIGKILL, perhaps because memory ran out" in describe_exit(-9)
+    assert "killed by SIGSEGV. The" in describe_exit(-11)
+    assert "exit code 3" in describe_exit(3)

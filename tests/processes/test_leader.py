@@ -1,7 +1,4 @@
-"""Processes that something else has started: one leads, all take part, all end together.
-
-Workers that are started here: real processes that answer, fail, die, stop and outlive nobody.
-"""
+"""A leader over both transports, with real processes that answer, fail, die, stop and exit."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ import pytest
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes.failures import WorkerFailed
-from rlhf_exp.processes.leader import Workers
+from rlhf_exp.processes.leader import Leader, StartedWorkers
 from tests.processes import targets
 
 ROOT = Path(__file__).parents[2]
@@ -133,26 +130,26 @@ SECONDS = 15.0
 """In which everything must be over that has to be over within seconds, on a busy machine."""
 
 
-def never() -> bool:
-    return False
-
-
 def children() -> set[int]:
     """Return the processes below this one, but multiprocessing's own."""
     found = psutil.Process().children(recursive=True)
     return {one.pid for one in found if "resource_tracker" not in " ".join(one.cmdline())}
 
 
+def leader_of_two(setup: str = "", threads: int = 1) -> Leader:
+    return Leader(StartedWorkers(2, threads, targets.serve, setup))
+
+
 @contextmanager
-def two_workers(setup: str = "", threads: int = 1) -> Iterator[Workers]:
-    """Two workers; all processes are gone afterwards."""
+def two_workers(setup: str = "", threads: int = 1) -> Iterator[Leader]:
+    """The leader of two workers; all processes are gone afterwards."""
     before = children()
-    workers = Workers(2, threads, targets.serve, setup)
+    workers = leader_of_two(setup, threads)
     try:
         yield workers
-        workers.end(0)
-    except BaseException:
-        workers.end(1)
+        workers.end(None)
+    except BaseException as error:
+        workers.end(error)
         raise
     assert children() == before
 
@@ -175,8 +172,8 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 def test_stages_one_after_another_in_the_same_workers() -> None:
     with two_workers("hello", threads=2) as workers:
-        first = workers.run({"do": "add"}, never)
-        second = workers.run({"do": "add"}, never)
+        first = workers.run({"do": "add"})
+        second = workers.run({"do": "add"})
     assert first["total"] == 3.0, "1 of rank 0 and 2 of rank 1"
     assert first["setup"] == "hello"
     assert (first["RANK"], first["WORLD_SIZE"], first["LOCAL_RANK"]) == ("0", "2", "0")
@@ -197,12 +194,12 @@ def test_stages_one_after_another_in_the_same_workers() -> None:
     ],
 )
 def test_a_failure_in_one_worker_ends_all(stage: str, kind: type[Exception], message: str) -> None:
-    before, workers = children(), Workers(2, 1, targets.serve, "")
-    workers.run({"do": "add"}, never)
+    before, workers = children(), leader_of_two()
+    workers.run({"do": "add"})
     began = time.monotonic()
-    with pytest.raises(kind, match=message):
-        workers.run({"do": stage}, never)
-    workers.end(1)
+    with pytest.raises(kind, match=message) as caught:
+        workers.run({"do": stage})
+    workers.end(caught.value)
     assert time.monotonic() - began < SECONDS
     assert children() == before
 
@@ -210,21 +207,21 @@ def test_a_failure_in_one_worker_ends_all(stage: str, kind: type[Exception], mes
 def test_ctrl_c_asks_the_workers_to_save(tmp_path: Path) -> None:
     training = tmp_path / "training"
 
-    def asked() -> bool:
+    def interrupted() -> bool:
         return training.exists() and workers.saving
 
     with pytest.raises(KeyboardInterrupt), two_workers(str(training)) as workers:
-        workers.run({"do": "train"}, asked)
+        workers.run({"do": "train"}, interrupted=interrupted)
 
 
 def start_leader(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """Start a process that leads two workers in a stage that never ends."""
     program = (
-        "from tests.distributed import targets\n"
-        "from rlhf_exp.processes.leader import Workers\n"
-        f"workers = Workers(2, 1, targets.serve, {str(folder / 'begun')!r})\n"
+        "from tests.processes import targets\n"
+        "from rlhf_exp.processes.leader import Leader, StartedWorkers\n"
+        f"workers = Leader(StartedWorkers(2, 1, targets.serve, {str(folder / 'begun')!r}))\n"
         f"order = {{'do': 'hang', 'pids': {{'pid{{rank}}': {str(folder)!r}}}}}\n"
-        "try:\n    workers.run(order, lambda: False)\nfinally:\n    workers.end(143)\n"
+        "try:\n    workers.run(order)\nfinally:\n    workers.end(SystemExit(143))\n"
     )
     leader = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True)
     files = [folder / "pid0", folder / "pid1"]

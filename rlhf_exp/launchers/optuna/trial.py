@@ -1,6 +1,7 @@
-"""One trial: PPO with chosen values, through the store as any run, and what becomes of it.
+"""A trial of a study: a PPO run with the search's values, through the store as any run.
 
-From a study's config to what the search works with, and to what its trials have in common.
+Here too: the search that belongs to a study's config, and the check that all its trials can be
+compared.
 """
 
 from __future__ import annotations
@@ -52,18 +53,19 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Tell = Callable[[str], None]
-CrewOf = Callable[[Config, TrialValues], StageExecutor]
+ExecutorFactory = Callable[[Config, TrialValues], StageExecutor]
+"""Returns the executor of an experiment, given the values of its trial."""
 PRUNED = "pruned"
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a trial ended.
+    """The result of a trial.
 
     Attributes:
-        status: Done, pruned or failed; interrupted if a process of it was killed.
-        value: Its objective, as far as it came.
-        error: What ended it, if it failed.
+        status: Done, pruned or failed; interrupted if one of its processes was killed.
+        value: The objective so far.
+        error: The error that ended the trial, if it failed.
     """
 
     status: Status
@@ -75,33 +77,39 @@ def trial_overrides(config: Config, values: TrialValues) -> list[str]:
     """Return the command line that runs a trial by itself."""
     plain = replace(config, study=StudyConfig())
     changed = overrides_between(plain, trial_config(config, values))
-    tried = [f"{key}={format_value(value)}" for key, value in values.items()]
+    searched = [f"{key}={format_value(value)}" for key, value in values.items()]
     others = [text for text in changed if text.partition("=")[0] not in values]
-    new = [*tried, *others]
-    set_anew = {text.partition("=")[0] for text in new}
-    kept = [text for text in read_command(config) if text.partition("=")[0] not in set_anew]
+    new = [*searched, *others]
+    replaced = {text.partition("=")[0] for text in new}
+    kept = [text for text in read_command(config) if text.partition("=")[0] not in replaced]
     return [*kept, *new]
 
 
 class TrialRun:
-    """A trial that this worker was given.
+    """A trial that this worker runs.
 
     Args:
-        config: The study's.
+        config: The study's config.
         search: The study.
-        asked: The trial.
-        crew_of: Returns who trains.
-        tell: Says something to the user.
+        handle: The trial.
+        executor_of: Returns the executor of the trial.
+        tell: Prints a line for the user.
 
     Raises:
-        UserError: The plan refuses it.
+        UserError: The trial cannot be planned.
     """
 
     def __init__(
-        self, config: Config, search: Search, asked: TrialHandle, crew_of: CrewOf, tell: Tell
+        self,
+        config: Config,
+        search: Search,
+        handle: TrialHandle,
+        executor_of: ExecutorFactory,
+        tell: Tell,
     ) -> None:
-        self.search, self.asked, self.crew_of, self.tell = search, asked, crew_of, tell
-        self.values = round_values(asked.values)
+        self.search, self.handle, self.tell = search, handle, tell
+        self.executor_of = executor_of
+        self.values = round_values(handle.values)
         self.study, self.config = config, trial_config(config, self.values)
         self.pruning, self.measure = pruning_of(config), measure_of(config)
         self.steps: list[Step] = plan(self.config)
@@ -116,15 +124,16 @@ class TrialRun:
         )
 
     def run(self) -> TrialResult:
-        """Train, report, and tell the study how it went.
+        """Train, and report the result to the study.
 
         Raises:
-            KeyboardInterrupt: The user stopped it; it comes next again. So for `SystemExit`.
-            LeaseLost: Another worker has taken it.
+            KeyboardInterrupt: The user stopped the trial, which is queued again.
+            SystemExit: The process was told to exit; the trial is queued again.
+            LeaseLost: Another worker has taken the trial.
         """
-        ppo, number = self.config.ppo, self.asked.number
+        ppo, number = self.config.ppo, self.handle.number
         self._write(Status.running)
-        self.asked.note(
+        self.handle.note(
             key=self.record.key,
             values=json.dumps(self.values),
             iterations=ppo.iterations,
@@ -132,19 +141,19 @@ class TrialRun:
         )
         shown = " ".join(f"{key}={value:g}" for key, value in self.values.items())
         self.tell(f"trial {number}: {shown}")
-        crew = self.crew_of(self.config, self.values)
+        executor = self.executor_of(self.config, self.values)
         try:
-            ending = self._train(crew)
+            result = self._train(executor)
         except BaseException as error:
-            crew.end(error)
-            return self._ended(error)
-        crew.end(None, ending.value)
-        return ending
+            executor.end(error)
+            return self._result_of_error(error)
+        executor.end(None, result.value)
+        return result
 
-    def _train(self, crew: StageExecutor) -> TrialResult:
-        trial = RunningTrial(str(folder_of(self.study)), self.asked.id, self.measure, self.pruning)
+    def _train(self, executor: StageExecutor) -> TrialResult:
+        trial = RunningTrial(str(folder_of(self.study)), self.handle.id, self.measure, self.pruning)
         try:
-            done = run_steps(self.config, self.steps, crew, self.tell, trial)
+            done = run_steps(self.config, self.steps, executor, self.tell, trial)
         except Pruned as pruned:
             return self._pruned(pruned)
         artifact, trained = done[-1].artifact, done[-1].trained
@@ -154,8 +163,8 @@ class TrialRun:
         report_evaluations(self.search.study, trial, rows, ppo.iterations * ppo.updates)
         value = self.measure.value(rows)
         seconds = artifact.manifest.duration_s if trained else 0.0
-        self.asked.note(iterations_run=ppo.iterations if trained else 0, seconds=seconds)
-        if not self.asked.complete(value):
+        self.handle.note(iterations_run=ppo.iterations if trained else 0, seconds=seconds)
+        if not self.handle.complete(value):
             error = f"the objective is {value}"
             self._write(Status.failed, error=error)
             return TrialResult(Status.failed, error=error)
@@ -168,26 +177,26 @@ class TrialRun:
         path = folder_of(self.study) / PRUNED / f"{self.record.key}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in pruned.rows), "utf-8")
-        self.asked.note(iterations_run=ran, seconds=pruned.seconds)
-        self.asked.prune()
+        self.handle.note(iterations_run=ran, seconds=pruned.seconds)
+        self.handle.prune()
         self._write(Status.pruned, value)
         return TrialResult(Status.pruned, value)
 
-    def _ended(self, error: BaseException) -> TrialResult:
-        """Return how an exception ends the trial, unless it ends the worker."""
+    def _result_of_error(self, error: BaseException) -> TrialResult:
+        """Return the result of a trial that raised; raise again what ends the worker."""
         if isinstance(error, LeaseLost):
             raise error
         if isinstance(error, WorkerGone):
-            self.asked.requeue(lost=True)
+            self.handle.requeue(lost=True)
             self._write(Status.interrupted, error=str(error))
             return TrialResult(Status.interrupted, error=str(error))
         if not isinstance(error, Exception):
-            self.asked.requeue()
+            self.handle.requeue()
             self._write(Status.interrupted)
             raise error
-        known = isinstance(error, UserError)
-        text = str(error) if known else "".join(traceback.format_exception(error))
-        self.asked.fail(text)
+        is_user_error = isinstance(error, UserError)
+        text = str(error) if is_user_error else "".join(traceback.format_exception(error))
+        self.handle.fail(text)
         self._write(Status.failed, error=text)
         return TrialResult(Status.failed, error=text)
 
@@ -198,65 +207,67 @@ class TrialRun:
         records_of(self.study).write(record)
 
 
-ABOUT = "about"
+ABOUT = "about"  # attribute of a study, in its journal
 _COMMAND = "command.json"
 
 
 def study_folder(output_dir: Path, name: str) -> Path:
-    """Return where the journal of a study is."""
+    """Return the folder of a study's journal."""
     return output_dir / "sweeps" / name / "study"
 
 
 def folder_of(config: Config) -> Path:
-    """Return where the journal of a config's study is."""
+    """Return the folder of the journal of a config's study."""
     return study_folder(Path(config.output_dir), config.name or UNNAMED)
 
 
 def measure_of(config: Config) -> Objective:
-    """Return what is maximised."""
+    """Return the objective that the study maximises."""
     study = config.study
     scaled = config.ppo.reward.scale is not Scale.none
     return Objective(study.objective.value, study.kl_budget, study.kl_coef, scaled)
 
 
 def pruning_of(config: Config) -> Pruning:
-    """Return when trials are given up; they are evaluated as often as the config says."""
+    """Return the pruning rule, with the number of evaluations of a trial."""
     study, ppo = config.study, config.ppo
     evaluations = -(-ppo.iterations * ppo.updates // ppo.eval_every)
     return Pruning(study.pruner.value, study.prune_after, study.warmup, evaluations)
 
 
 def search_of(config: Config) -> Search:
-    """Open the study, as the config's worker.
+    """Return the config's study, opened by its worker.
 
     Raises:
-        UserError: It is another study than the config's.
+        UserError: The study under that name is another one than the config's.
     """
     study = config.study
     assert study.trials is not None, "checked with the config"
     space = {axis.key: _distribution(axis) for axis in bounded_space(config)}
     first = base_values(config)
-    wanted = SearchSettings(study.trials, space, first, study.startup, study.workers, study.seed)
+    settings = SearchSettings(study.trials, space, first, study.startup, study.workers, study.seed)
     name, pruning = config.name or UNNAMED, pruning_of(config)
-    search = Search(folder_of(config), store_of(config), name, wanted, pruning, worker=study.worker)
+    search = Search(
+        folder_of(config), store_of(config), name, settings, pruning, worker=study.worker
+    )
     _refuse_another(search.study, config)
     return search
 
 
 def write_command(config: Config, overrides: list[str]) -> None:
-    """Keep the command line of a trial, what is searched left out."""
+    """Save the command line of a trial, without the values that are searched."""
     folder = folder_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / _COMMAND, overrides)
 
 
 def read_command(config: Config) -> list[str]:
-    """Return what `write_command` kept."""
+    """Return the command line that `write_command` saved."""
     try:
-        found: list[str] = json.loads((folder_of(config) / _COMMAND).read_text("utf-8"))
+        overrides: list[str] = json.loads((folder_of(config) / _COMMAND).read_text("utf-8"))
     except FileNotFoundError:
         return []
-    return found
+    return overrides
 
 
 def _distribution(axis: Axis) -> BaseDistribution:
@@ -266,23 +277,27 @@ def _distribution(axis: Axis) -> BaseDistribution:
     )
 
 
-def _about(config: Config) -> dict[str, str]:
-    """Return what all trials of a study have in common, as text by name."""
+def _common_settings(config: Config) -> dict[str, str]:
+    """Return the settings that all trials of a study have in common, as text by name."""
     searched = {axis.key: 0 for axis in config.study.space}
     steps = plan(with_values(trial_config(config, {}), searched))
-    found = {f"{step.stage} model": step.key for step in steps if step.stage != "ppo"}
-    found["objective"] = format_value(config.study.objective)
-    found["length"] = format_value(config.study.length)
-    found["searched"] = ", ".join(sorted(searched))
+    settings = {f"{step.stage} model": step.key for step in steps if step.stage != "ppo"}
+    settings["objective"] = format_value(config.study.objective)
+    settings["length"] = format_value(config.study.length)
+    settings["searched"] = ", ".join(sorted(searched))
     for key, value in _flat(key_content(trial_config(config, {}).ppo), "ppo.").items():
         if key not in searched:
-            found[key] = str(value)
-    return found | {"data and rest": steps[-1].key}
+            settings[key] = str(value)
+    return settings | {"data and rest": steps[-1].key}
 
 
 def _refuse_another(study: Study, config: Config) -> None:
-    """Stop where trials would be compared that cannot be."""
-    ours, theirs = _about(config), study.user_attrs.get(ABOUT)
+    """Raise if the study's trials cannot be compared with the config's.
+
+    Raises:
+        UserError: Names the settings that differ.
+    """
+    ours, theirs = _common_settings(config), study.user_attrs.get(ABOUT)
     if theirs is None:
         study.set_user_attr(ABOUT, ours)
         return
@@ -301,10 +316,10 @@ def _refuse_another(study: Study, config: Config) -> None:
 
 
 def _flat(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+            values |= _flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value
-    return found
+            values[prefix + name] = value
+    return values

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.launchers.optuna.trial import study_folder
-from rlhf_exp.launchers.optuna.worker import work
+from rlhf_exp.launchers.optuna.worker import run_worker
 from rlhf_exp.pipeline.plan import records_of
 from rlhf_exp.search.study import open_study
 from rlhf_exp.stages.context import StageContext, StageResult
@@ -93,7 +93,7 @@ def study_config(folder: Path, trials: int, *overrides: str) -> Config:
 
 def run_study(folder: Path, trials: int, *overrides: str) -> float | None:
     """Run a worker of a study."""
-    return work(study_config(folder, trials, *overrides), ["study"])
+    return run_worker(study_config(folder, trials, *overrides), ["study"])
 
 
 def trials_of(folder: Path) -> list[FrozenTrial]:

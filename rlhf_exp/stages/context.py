@@ -1,7 +1,8 @@
 """The interface between stages and the pipeline: a stage's job, context, data and result.
 
 A `StageJob` and a `StageResult` are plain values, which cross processes. A `StageContext` holds the
-job together with objects of the process that runs it.
+job together with objects of the process that runs it. This module is free of torch, because every
+command imports it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rlhf_exp.config.experiment import Config, DataConfig, DataSource
+from rlhf_exp.config.experiment import ArchitectureConfig, Config, DataConfig, DataSource
 from rlhf_exp.data.rows import Corpus
 from rlhf_exp.data.sources import LoadOptions, load_hub, load_jsonl, load_toy
 from rlhf_exp.data.tokenizer import Codec
+from rlhf_exp.models.architecture import Architecture
 
 if TYPE_CHECKING:
     from rlhf_exp.search.pruning import RunningTrial
@@ -215,4 +217,24 @@ def _load(config: DataConfig) -> Corpus:
         prompts=config.prompts or (),
         test=config.test or (),
         options=rules,
+    )
+
+
+def shape_of(section: ArchitectureConfig, vocabulary: int | None = None) -> Architecture:
+    """Return the shape that models are built and planned by.
+
+    Args:
+        section: The `model.architecture` section.
+        vocabulary: Vocabulary size of the trained tokenizer; by default that of the section.
+    """
+    return Architecture(
+        type=section.type.value,
+        layers=section.layers,
+        width=section.width,
+        heads=section.heads,
+        ffn_width=section.ffn_width or 4 * section.width,
+        vocabulary=vocabulary or section.vocabulary,
+        context=section.context,
+        kv_heads=section.kv_heads,
+        tied=section.tied,
     )

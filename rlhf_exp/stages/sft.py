@@ -1,7 +1,4 @@
-"""The SFT stage: a base model, from scratch or pretrained, learns to imitate demonstrations.
-
-From the config's `model.architecture` to the shape that models are built and planned by.
-"""
+"""The SFT stage: a base model, from scratch or pretrained, learns to imitate demonstrations."""
 
 from __future__ import annotations
 
@@ -12,16 +9,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_exp.config.experiment import ArchitectureConfig, Config, ModelConfig
+from rlhf_exp.config.experiment import Config, ModelConfig
 from rlhf_exp.data.batching import PackedRow, pack_demonstrations
 from rlhf_exp.data.rows import Demonstration
 from rlhf_exp.data.tokenized import tokenize_demonstrations
 from rlhf_exp.data.tokenizer import Codec, train_tokenizer
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import architecture_of, build_causal_lm, load_causal_lm
-from rlhf_exp.stages.context import DataModule, StageContext, StageResult
+from rlhf_exp.stages.context import DataModule, StageContext, StageResult, shape_of
 from rlhf_exp.stages.training import (
     keep_small_updates,
     lora_of,
@@ -127,18 +123,3 @@ def _pack(
         tokenized, section.seq_length, section.packing, section.loss_on.value
     )
     return packed, tokenized.cut
-
-
-def shape_of(section: ArchitectureConfig, vocabulary: int | None = None) -> Architecture:
-    """Return the shape, with another `vocabulary` if given (that of the tokenizer as trained)."""
-    return Architecture(
-        type=section.type.value,
-        layers=section.layers,
-        width=section.width,
-        heads=section.heads,
-        ffn_width=section.ffn_width or 4 * section.width,
-        vocabulary=vocabulary or section.vocabulary,
-        context=section.context,
-        kv_heads=section.kv_heads,
-        tied=section.tied,
-    )

@@ -76,9 +76,7 @@ class Zero:
         """See `Strategy`."""
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
-        return (
-            norm if norm >= 0.0 else math.nan
-        )  # DeepSpeed returns -1 for a norm that is not finite
+        return norm if norm >= 0.0 else math.nan  # DeepSpeed's -1: not finite
 
     def gathered(self) -> AbstractContextManager[None]:
         """See `Strategy`: the parameters are always full."""

@@ -50,8 +50,8 @@ class Trunk:
 class Branch:
     """The top blocks and the final norm, fed with the states that enter them.
 
-    Not an `nn.Module`: a shared branch's parameters belong to the model. Who trains a copy
-    registers its `module`.
+    Not an `nn.Module`: a shared branch's parameters belong to the model. To train a copy, register
+    its `module`.
     """
 
     def __init__(self, base: PreTrainedModel, parts: DecoderParts) -> None:

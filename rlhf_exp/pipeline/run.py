@@ -126,7 +126,9 @@ class _StepRun:
         """Make the result, unless another process has made it meanwhile."""
         step = self.step
         parents = list(step.parents.values())
-        with hold(self.store, step.stage, step.key, on_wait=self.tell, parents=parents) as lease:
+        with hold(
+            self.store.root, step.stage, step.key, on_wait=self.tell, parents=parents
+        ) as lease:
             artifact = self._made_meanwhile(lease)
             if artifact is not None:
                 return FinishedStep(step, artifact, trained=False)

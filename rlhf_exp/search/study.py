@@ -112,10 +112,10 @@ class Search:
     def ask(self) -> Iterator[TrialHandle | None]:
         """Yield the next trial and hold its lease; `None` if the study has all its trials."""
         with ExitStack() as stack:
-            with hold(self.store, "study", self.name):
+            with hold(self.store.root, "study", self.name):
                 trial = self._ask()
                 if trial is not None:
-                    lease = hold(self.store, "trial", self._lease_name(trial.number))
+                    lease = hold(self.store.root, "trial", self._lease_name(trial.number))
                     trial.lease = stack.enter_context(lease)
             yield trial
 
@@ -125,7 +125,7 @@ class Search:
 
     def running(self) -> int:
         """Return the number of running trials, after requeueing those without a worker."""
-        with hold(self.store, "study", self.name):
+        with hold(self.store.root, "study", self.name):
             self._requeue_lost()
             return len(self._trials_in("RUNNING"))
 
@@ -177,7 +177,7 @@ class Search:
     def _requeue_lost(self) -> None:
         """Requeue the trials whose worker is gone."""
         for trial in self._trials_in("RUNNING"):
-            with try_hold(self.store, "trial", self._lease_name(trial.number)) as lease:
+            with try_hold(self.store.root, "trial", self._lease_name(trial.number)) as lease:
                 if lease is None:
                     continue
                 # Read again: its worker may have ended it and released the lease since.
@@ -397,7 +397,7 @@ def _remove_torn_line(path: Path, lock: JournalFileOpenLock) -> None:
     """Remove a last line that a killed writer left incomplete: later ones would be unreadable."""
     if not path.exists():
         return
-    from optuna.storages.journal._file import get_lock_file
+    from optuna.storages.journal._file import get_lock_file  # noqa: PLC2701 - no public one
 
     with path.open("rb") as file:
         if _is_complete(file.read()):

@@ -1,4 +1,4 @@
-"""An artifact: a folder that a stage made, with the manifest that says from what and how."""
+"""An artifact: the folder of a stage's result, with a manifest of how it was made."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is made from and how.
+    """The origin of an artifact: code, config, parents and the results by number.
 
     Attributes:
         stage: the stage that made it.
@@ -67,10 +67,10 @@ class Manifest:
         versions: see `package_versions`.
         world_size: number of processes.
         wandb_run_id: the run that trained it, if tracked.
-        code: digest by source file of the code that made it (see `code.code_digests`).
+        code: digest by source file of the code that made it (see `code_digest.code_digests`).
         files: every file but the manifest, by relative path with slashes; filled by `publish`.
         duration_s: seconds of work, resumed parts included.
-        objective: what a sweep optimises, if the stage has it.
+        objective: the number that a sweep optimises, if the stage has it.
     """
 
     stage: str
@@ -95,7 +95,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote; fields of a later version are left out.
+        """Read the output of `to_json`; fields of a later version are left out.
 
         Raises:
             KeyError, TypeError: not a manifest.
@@ -183,10 +183,10 @@ class Artifact:
                 raise UserError(
                     self._damage(path, f"has {size} bytes, {entry.size} were published")
                 )
-            if contents and (found := file_digest(path)) != entry.sha256:
+            if contents and (digest := file_digest(path)) != entry.sha256:
                 published = entry.sha256[:12]
                 raise UserError(
-                    self._damage(path, f"has sha256 {found[:12]}..., not {published}...")
+                    self._damage(path, f"has sha256 {digest[:12]}..., not {published}...")
                 )
 
     def _damage(self, path: Path, what: str) -> str:

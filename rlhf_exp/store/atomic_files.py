@@ -115,7 +115,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def tree_size(path: Path) -> int:
-    """Bytes in the files below `path` (or of `path`); what vanishes meanwhile counts 0."""
+    """Bytes in the files below `path` (or of `path`); a file that vanishes meanwhile counts 0."""
     total = 0
     for file in [path] if path.is_file() else files_below(path):
         try:
@@ -132,9 +132,9 @@ def last_change(path: Path) -> float:
     """
     below = (Path(place) / name for place, _, names in os.walk(path) for name in ["", *names])
     newest = 0.0
-    for one in chain([path], below):
+    for entry in chain([path], below):
         try:
-            newest = max(newest, one.lstat().st_mtime)
+            newest = max(newest, entry.lstat().st_mtime)
         except FileNotFoundError:
             # Somebody works there just now.
             return time.time()
@@ -165,9 +165,9 @@ def disk_full_is_user_error(folder: Path, what: str, needed: int, remedy: str) -
 
     Args:
         folder: where is written; names the file system.
-        what: what was being done, such as `publishing ppo 1f3a...`.
+        what: the work that was being done, such as `publishing ppo 1f3a...`.
         needed: bytes it takes, at least.
-        remedy: what the user does next.
+        remedy: the next step for the user, as a sentence.
     """
     try:
         yield

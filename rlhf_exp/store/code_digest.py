@@ -1,13 +1,12 @@
-"""Digests of the code a stage runs: the modules of our package it imports, each by its syntax tree.
+"""Digests of the code that a stage runs: each module of our package by its syntax tree.
 
 Comments, docstrings and formatting do not count; a changed constant, operator or name does. The
-tree is written down without what Python versions add to it, so that the digests stay valid when
-Python is upgraded. Left out: other packages (their versions are in the manifest) and data files
-(their digests belong in the key).
+tree is written down without the parts that differ between Python versions, so that the digests stay
+valid when Python is upgraded. Left out: other packages (their versions are in the manifest) and
+data files (their digests belong in the key).
 
-What parsing a module has found, remembered on disk by the module's content.
-
-Parsing the 150 modules behind a stage takes half a second, reading them a hundredth of one.
+`CodeNotes` remembers the results of parsing on disk, by the content of each module: parsing the
+modules behind a stage takes half a second, reading them a hundredth of one.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def code_digests(
         package_root: folder of the package itself, whose name is the first part of the dotted name.
         exclude: dotted names of modules and packages that cannot change results and are not
             followed, such as `rlhf_exp.report`.
-        notes: file in which to remember what parsing has found, by content.
+        notes: file that remembers the results of parsing, by content.
 
     Returns:
         Relative path of each file, with slashes (`rlhf_exp/algo/losses.py`), to 16 hex characters,
@@ -70,10 +69,10 @@ def code_digests(
         if digest:
             digests[path.relative_to(root.parent).as_posix()] = digest
         for name in names:
-            for found in _importable(file_of, name):
-                if found not in seen and not _below(found, left_out):
-                    seen.add(found)
-                    waiting.append(found)
+            for imported in _importable(file_of, name):
+                if imported not in seen and not _below(imported, left_out):
+                    seen.add(imported)
+                    waiting.append(imported)
     known.keep()
     return dict(sorted(digests.items()))
 
@@ -84,7 +83,7 @@ def changed(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 
 def _below(module: str, packages: tuple[str, ...]) -> bool:
-    return any(module == one or module.startswith(f"{one}.") for one in packages)
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 def _module_file(root: Path, module: str) -> Path | None:
@@ -107,8 +106,8 @@ def _importable(file_of: Callable[[str], Path | None], name: str) -> Iterator[st
             yield module
 
 
-def _analyse(source: bytes, path: Path, module: str, package: str) -> Found:
-    """Return the digest of a module and what it imports."""
+def _analyse(source: bytes, path: Path, module: str, package: str) -> ParsedModule:
+    """Return the digest of a module and the names that it imports."""
     try:
         tree = ast.parse(source, filename=str(path))
     except SyntaxError as error:
@@ -118,7 +117,7 @@ def _analyse(source: bytes, path: Path, module: str, package: str) -> Found:
     names = {name for name in _imports(tree, base, package) if name.split(".")[0] == package}
     text = _written(tree)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16] if _statements(tree.body) else ""
-    return Found(digest, tuple(sorted(names)))
+    return ParsedModule(digest, tuple(sorted(names)))
 
 
 def _imports(tree: ast.AST, base: list[str], package: str) -> Iterator[str]:
@@ -170,14 +169,14 @@ def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
 def _written(value: object) -> str:
     """Write a syntax tree down, without positions, docstrings and empty fields.
 
-    `ast.dump` would not do: what it prints for the same source differs between Python versions,
+    `ast.dump` would not do: its output for the same source differs between Python versions,
     in empty fields and in those that came later.
     """
     if isinstance(value, ast.Constant):
         return f"{type(value.value).__name__}:{value.value!r}"
     if isinstance(value, ast.JoinedStr):
         # Python 3.12 ends some f-strings with an empty piece.
-        pieces = [one for one in value.values if getattr(one, "value", None) != ""]
+        pieces = [piece for piece in value.values if getattr(piece, "value", None) != ""]
         return f"JoinedStr({_written(pieces)})"
     if isinstance(value, ast.AST):
         parts = [
@@ -191,12 +190,12 @@ def _written(value: object) -> str:
     return repr(value)
 
 
-class Found(NamedTuple):
-    """What a module is.
+class ParsedModule(NamedTuple):
+    """The results of parsing a module.
 
     Attributes:
-        digest: Of its syntax tree; "" for an empty module.
-        names: What of the package it imports, sorted.
+        digest: Digest of the syntax tree; "" for an empty module.
+        names: Modules and names of the package that it imports, sorted.
     """
 
     digest: str
@@ -204,12 +203,12 @@ class Found(NamedTuple):
 
 
 class CodeNotes:
-    """Remembers what parsing has found; several processes may share the file.
+    """Remembers the results of parsing; several processes may share the file.
 
     Args:
         path: The JSON file; `None`: nothing is remembered. One that cannot be read or written costs
             time only, as does one whose folder nobody has made yet: a plan leaves nothing behind.
-        parser: Source file of what parses: notes of another one, or of another Python, do not
+        parser: Source file of the parser: notes of another one, or of another Python, do not
             count.
     """
 
@@ -220,25 +219,25 @@ class CodeNotes:
         self._fresh: dict[str, list[object]] = {}
         self._known = self._read()
 
-    def of(self, source: bytes, place: str, parse: Callable[[], Found]) -> Found:
-        """Return what a module is, from the notes or by parsing.
+    def of(self, source: bytes, place: str, parse: Callable[[], ParsedModule]) -> ParsedModule:
+        """Return the digest and imports of a module, from the notes or by parsing.
 
         Args:
-            source: Its file's content.
-            place: What else counts, such as its name.
-            parse: Finds out.
+            source: Content of its file.
+            place: Everything else that counts, such as its name.
+            parse: Parses it.
         """
         name = hashlib.sha256(f"{place}\0".encode() + source).hexdigest()
         try:
             digest, names = self._known[name]
-            return Found(str(digest), tuple(map(str, names)))  # type: ignore[call-overload]
+            return ParsedModule(str(digest), tuple(map(str, names)))  # type: ignore[call-overload]
         except (KeyError, TypeError, ValueError):
-            found = parse()
-        self._known[name] = self._fresh[name] = [found.digest, found.names]
-        return found
+            module = parse()
+        self._known[name] = self._fresh[name] = [module.digest, module.names]
+        return module
 
     def keep(self) -> None:
-        """Write down what is new, beside what other processes have written meanwhile."""
+        """Write the new results down, beside those that other processes have written meanwhile."""
         if self.path is None or not self._fresh or not self.path.parent.is_dir():
             return
         modules = self._read() | self._fresh

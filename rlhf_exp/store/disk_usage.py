@@ -1,6 +1,8 @@
-"""Disk space by run name: what only its runs need, what they share, what is unfinished, logs.
+"""Disk space by run name, and the results that a retention rule keeps.
 
-Which results garbage collection keeps: those that runs refer to, less those a rule lets go.
+The space of a name is divided into results of its own, results shared with other names, unfinished
+work, and logs. Garbage collection keeps the results that runs refer to, less those that a rule lets
+go.
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ class DiskUsage:
 
 def size_of(store: Store, records: Records, name: str) -> DiskUsage:
     """Return the disk space of the runs of one name."""
-    (found,) = sizes(store, records, [name])
-    return found
+    (usage,) = sizes(store, records, [name])
+    return usage
 
 
 def sizes(store: Store, records: Records, names: Iterable[str] | None = None) -> list[DiskUsage]:
@@ -73,25 +75,25 @@ def sizes(store: Store, records: Records, names: Iterable[str] | None = None) ->
         records: The records of its runs.
         names: Those wanted; all by default.
     """
-    artifacts = {one.key: one for one in store.all()}
+    artifacts = {artifact.key: artifact for artifact in store.all()}
     runs: dict[str, list[RunRecord]] = {}
     for record in records.all():
         runs.setdefault(record.name, []).append(record)
-    reached = {name: set(_reached(found, artifacts)) for name, found in runs.items()}
+    reached = {name: set(_reached(records_of, artifacts)) for name, records_of in runs.items()}
     wanted = sorted(runs) if names is None else list(names)
-    found = [
+    usages = [
         _usage(store, records, name, runs.get(name, []), reached, artifacts) for name in wanted
     ]
-    return sorted(found, key=lambda one: -one.own)
+    return sorted(usages, key=lambda usage: -usage.own)
 
 
 def users(records: Records) -> dict[str, list[str]]:
     """Return the names whose runs came to a key, by key."""
-    found: dict[str, set[str]] = {}
+    names_of: dict[str, set[str]] = {}
     for record in records.all():
         for key in record.keys.values():
-            found.setdefault(key, set()).add(record.name)
-    return {key: sorted(names) for key, names in found.items()}
+            names_of.setdefault(key, set()).add(record.name)
+    return {key: sorted(names) for key, names in names_of.items()}
 
 
 def _usage(
@@ -103,7 +105,7 @@ def _usage(
     artifacts: Mapping[str, Artifact],
 ) -> DiskUsage:
     keys = reached.get(name, set())
-    others = set().union(*(one for other, one in reached.items() if other != name))
+    others = set().union(*(keys for other, keys in reached.items() if other != name))
     works = {(stage, key) for record in runs for stage, key in record.keys.items()}
     folders = [staging_folder(store.root, stage, key) for stage, key in sorted(works)]
     return DiskUsage(
@@ -118,7 +120,7 @@ def _usage(
 
 
 def _reached(runs: list[RunRecord], artifacts: Mapping[str, Artifact]) -> Iterator[str]:
-    """Yield the keys of the results that runs came to, and of what these were made from."""
+    """Yield the keys of the results that runs came to, and of all their ancestors."""
     seen: set[str] = set()
     waiting = [key for record in runs for key in record.keys.values()]
     while waiting:
@@ -149,7 +151,7 @@ _AGE = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)")
 
 
 class RetentionRank(StrEnum):
-    """What makes a run worth keeping."""
+    """The order in which runs are worth keeping."""
 
     best = "best"
     last = "last"
@@ -190,11 +192,11 @@ class RetentionRule:
         Runs that have not ended stay, whatever their number. One that has failed or was pruned, or
         has no objective, is never among the best.
         """
-        ended = [one for one in records if one.status in ENDED]
+        ended = [record for record in records if record.status in ENDED]
         if self.by is RetentionRank.last:
-            return sorted(ended, key=lambda one: one.created, reverse=True)[self.count :]
-        ranked = sorted(filter(_is_ranked, ended), key=lambda one: -_objective(one))
-        return ranked[self.count :] + [one for one in ended if not _is_ranked(one)]
+            return sorted(ended, key=lambda record: record.created, reverse=True)[self.count :]
+        ranked = sorted(filter(_is_ranked, ended), key=lambda record: -_objective(record))
+        return ranked[self.count :] + [record for record in ended if not _is_ranked(record)]
 
 
 def _is_ranked(record: RunRecord) -> bool:
@@ -213,12 +215,12 @@ def kept_keys(records: Records, rule: RetentionRule | None = None) -> set[str]:
     """
     every = records.all()
     if rule is not None:
-        named = [one for one in every if one.name == rule.name]
+        named = [record for record in every if record.name == rule.name]
         if not named:
             records.resolve_all(rule.name)  # says which names are near
-        gone = {one.key for one in rule.forgets(named)}
-        every = [one for one in every if one.name != rule.name or one.key not in gone]
-    return {key for one in every for key in one.keys.values()}
+        gone = {record.key for record in rule.forgets(named)}
+        every = [record for record in every if record.name != rule.name or record.key not in gone]
+    return {key for record in every for key in record.keys.values()}
 
 
 def seconds_of(text: str) -> float:
@@ -227,7 +229,7 @@ def seconds_of(text: str) -> float:
     Raises:
         UserError: It is no such span.
     """
-    found = _AGE.fullmatch(text)
-    if found is None:
+    match = _AGE.fullmatch(text)
+    if match is None:
         raise UserError(f"--older-than {text}: expected a span such as 90s, 30m, 12h, 7d or 2w")
-    return float(found[1]) * _UNITS[found[2]]
+    return float(match[1]) * _UNITS[match[2]]

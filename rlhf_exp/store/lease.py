@@ -1,4 +1,4 @@
-"""Leases: who is making an artifact, so that others wait for it instead of making it too.
+"""Leases: the right to make an artifact, so that others wait for it instead of making it too.
 
 A lease does not fence: a holder that was suspended keeps running after somebody else took over. So
 `Lease.check` reads the claim again from disk; call it before every checkpoint and every rename. The
@@ -8,7 +8,7 @@ Each lease is two files in `<store>/.leases`: `<stage>-<key>.lease`, filelock's 
 a heartbeat refreshes, and `<stage>-<key>.json`, which says for people and for garbage collection
 who holds it, since when, and which parents the work needs.
 
-Who holds a lease: read from the files, without taking it; and removing a stale claim.
+`holders` reads these files without taking a lease.
 """
 
 from __future__ import annotations
@@ -22,16 +22,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.artifact import now
 from rlhf_exp.store.atomic_files import disk_full_is_user_error, write_json_atomic
-
-if TYPE_CHECKING:
-    from rlhf_exp.store.store import Store
 
 DURATION_S = 30.0
 POLL_S = 0.2
@@ -106,7 +103,7 @@ class Lease:
 
     @property
     def claim(self) -> Claim:
-        """What another process needs to check it."""
+        """The values that another process needs to check the lease."""
         holder = self.holder
         assert holder.token is not None, "it has been acquired"
         return Claim(self._lock.lock_file, holder.stage, holder.key, holder.token)
@@ -118,7 +115,7 @@ class Lease:
 
 @contextmanager
 def hold(
-    store: Store,
+    root: Path,
     stage: str,
     key: str,
     *,
@@ -132,7 +129,7 @@ def hold(
     acquiring, look the artifact up again: the one waited for may have published it.
 
     Args:
-        store: the store.
+        root: the store's folder.
         stage: the stage to be made.
         key: its key.
         duration_s: the term; the same for all processes. The heartbeat renews it every third.
@@ -142,11 +139,11 @@ def hold(
     Raises:
         UserError: the present holder uses another term, or the disk is full.
     """
-    path = lease_path(store.root, stage, key)
+    path = lease_path(root, stage, key)
     work = f"taking the lease on {stage} {key}"
     lock = SoftFileLease(path, lease_duration=duration_s, thread_local=False)
     with ExitStack() as stack:
-        with disk_full_is_user_error(store.root, work, NOTE_BYTES, "Make room and run again."):
+        with disk_full_is_user_error(root, work, NOTE_BYTES, "Make room and run again."):
             path.parent.mkdir(parents=True, exist_ok=True)
             _wait_for(lock, f"{stage} {key}", on_wait)
             lease = stack.enter_context(_held(lock, stage, key, parents))
@@ -154,12 +151,12 @@ def hold(
 
 
 @contextmanager
-def try_hold(store: Store, stage: str, key: str) -> Iterator[Lease | None]:
+def try_hold(root: Path, stage: str, key: str) -> Iterator[Lease | None]:
     """Hold the lease if it is free, else yield None at once (for garbage collection).
 
     A claim of another host whose heartbeat stopped ten minutes ago counts as free.
     """
-    path = lease_path(store.root, stage, key)
+    path = lease_path(root, stage, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = SoftFileLease(path, lease_duration=DURATION_S, thread_local=False)
     stamp = stamp_of(path)
@@ -177,7 +174,7 @@ def try_hold(store: Store, stage: str, key: str) -> Iterator[Lease | None]:
 
 def _wait_for(lock: SoftFileLease, work: str, on_wait: Callable[[str], None] | None) -> None:
     path = Path(lock.lock_file)
-    told: str | None = None
+    announced: str | None = None
     seen, since = stamp_of(path), time.monotonic()
     while True:
         try:
@@ -190,9 +187,9 @@ def _wait_for(lock: SoftFileLease, work: str, on_wait: Callable[[str], None] | N
                 f"{work} is held by {read_holder(path)} with another lease term: {error}. Let that "
                 "process end, or run this one with the same version of rlhf_exp"
             ) from error
-        if holder is not None and holder.token != told and on_wait is not None:
+        if holder is not None and holder.token != announced and on_wait is not None:
             on_wait(f"waiting for {work}: {holder} is making it")
-            told = holder.token
+            announced = holder.token
         # filelock replaces a silent holder by exchanging two names, which NFS refuses, and never
         # one that was killed before it signed.
         term = EMPTY_S if is_empty(path) else 1.5 * lock.lease_duration + 1
@@ -274,12 +271,12 @@ def holders(root: Path) -> list[Holder]:
     Dead ones of this host and those silent for ten minutes are left out.
     """
     folder = root / ".leases"
-    found = []
+    live = []
     for path in sorted(folder.glob("*.lease")):
         holder = read_holder(path)
         if holder is not None and _alive(holder, path):
-            found.append(holder)
-    return found
+            live.append(holder)
+    return live
 
 
 def read_holder(marker: Path) -> Holder | None:

@@ -39,15 +39,15 @@ Read = Callable[[Path], Artifact | None]
 
 @dataclass(frozen=True)
 class Publication:
-    """What is to be published, and from where.
+    """A publication: the artifact to be made, and the folder that becomes it.
 
     Attributes:
         root: the store.
         stage: the stage.
         key: its key.
-        folder: what becomes the artifact.
-        manifest: all but its files.
-        drop: shell patterns of what is deleted first.
+        folder: the folder that becomes the artifact.
+        manifest: the manifest without its files.
+        drop: shell patterns of the files that are deleted first.
         replaces: creation time of the artifact that gives way; any other one wins.
     """
 
@@ -99,7 +99,7 @@ def run(plan: Publication, read: Read, check: Callable[[], None] | None) -> Arti
     """Publish (see `Store.publish`).
 
     Args:
-        plan: what to publish.
+        plan: the publication.
         read: returns the artifact in a folder, or None.
         check: called right before the rename.
     """
@@ -195,7 +195,7 @@ def _tidy(plan: Publication) -> None:
 
 
 def _drop(folder: Path, patterns: tuple[str, ...]) -> None:
-    """Delete what fits a pattern; `name/*` also takes the folder `name` that it empties."""
+    """Delete the files that fit a pattern; `name/*` also takes the emptied folder `name`."""
     for path in sorted(folder.rglob("*"), reverse=True):
         name = path.relative_to(folder).as_posix()
         if not os.path.lexists(path) or not any(fnmatch(name, pattern) for pattern in patterns):

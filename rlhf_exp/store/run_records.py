@@ -1,9 +1,8 @@
-"""Run records: which keys a run or a sweep's point came to, under the name the user gave it.
+"""Run records: the keys that a run or a sweep's point came to, under the name the user gave it.
 
 `<folder>/<name>/<final key>.json`, one file a point; the same name again adds to it. Reports,
-comparisons and `status` read these and the store, and nothing else.
-
-Which process works on a run, so that others can tell whether it still does.
+comparisons and `status` read these and the store, and nothing else. A record also names the process
+that works on the run, so that others can tell whether it still does.
 """
 
 from __future__ import annotations
@@ -46,16 +45,16 @@ class RunRecord:
     """One run: a point of a sweep, or a single one.
 
     Attributes:
-        name: what the user called it; a folder name.
+        name: the name that the user gave it; a folder name.
         stage: the stage that was asked for (`pipeline` for all).
         keys: the key of each stage, in the order they run; the last is the final key.
         overrides: the command line, as given.
         seed: its seed.
         created: ISO 8601 time in UTC.
-        objective: what a sweep optimises.
+        objective: the number that a sweep optimises.
         status: how far it is.
-        error: what ended it, for a failed one.
-        log: file with what it printed, for a failed one that had its own.
+        error: the error that ended it, for a failed one.
+        log: file with its output, for a failed one that had its own.
         process: who works on it, or did.
     """
 
@@ -87,7 +86,7 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
-        """Read what `to_json` wrote; fields of a later version are left out."""
+        """Read the output of `to_json`; fields of a later version are left out."""
         known = {entry.name for entry in dataclasses.fields(cls)}
         values = {name: value for name, value in content.items() if name in known}
         values["overrides"] = tuple(values.get("overrides", ()))
@@ -147,35 +146,36 @@ class Records:
         Raises:
             UserError: nothing fits (near names are listed), or several runs do (they are listed).
         """
-        found = self.resolve_all(run, store)
-        if len(found) == 1 or run == "latest":
-            return found[-1]
+        records = self.resolve_all(run, store)
+        if len(records) == 1 or run == "latest":
+            return records[-1]
         points = "\n".join(
-            f"  {one.name}/{one.key}  {' '.join(one.overrides)}".rstrip() for one in found[:20]
+            f"  {record.name}/{record.key}  {' '.join(record.overrides)}".rstrip()
+            for record in records[:20]
         )
-        raise UserError(f"{run!r} fits {len(found)} runs; name one of them:\n{points}")
+        raise UserError(f"{run!r} fits {len(records)} runs; name one of them:\n{points}")
 
     def resolve_all(self, run: str, store: Store | None = None) -> list[RunRecord]:
         """Return all the runs that `run` means: of a name, every point (see `resolve`)."""
-        for found in (
+        for records in (
             self._latest(run),
             self._named(run),
             self._in_folder(run),
             self._with_key(run, store),
         ):
-            if found:
-                return found
+            if records:
+                return records
         raise UserError(self._unknown(run))
 
     def _latest(self, run: str) -> list[RunRecord]:
         records = self.all() if run == "latest" else []
-        return [one for one in records if one.name == records[-1].name]
+        return [record for record in records if record.name == records[-1].name]
 
     def _named(self, run: str) -> list[RunRecord]:
         name, _, key = run.partition("/")
         if not NAME.fullmatch(name):
             return []
-        return [one for one in self.sweep(name) if one.key.startswith(key)]
+        return [record for record in self.sweep(name) if record.key.startswith(key)]
 
     def _in_folder(self, run: str) -> list[RunRecord]:
         folder = Path(run)
@@ -186,22 +186,22 @@ class Records:
         if folder.resolve().parent == self.root.resolve():
             return self.sweep(folder.name)
         # A sweep's folder copied from elsewhere, or any other: only what is a record counts.
-        found = []
+        records = []
         for path in folder.glob("*.json"):
             with suppress(UserError):
-                found.extend(self._read([path]))
-        return sorted(found, key=_order)
+                records.extend(self._read([path]))
+        return sorted(records, key=_order)
 
     def _with_key(self, run: str, store: Store | None) -> list[RunRecord]:
         stage, slash, start = run.rpartition("/")
         if not start:
             return []
         records = self.all()
-        final = [one for one in records if one.key.startswith(start) and not slash]
+        final = [record for record in records if record.key.startswith(start) and not slash]
         if final:
             return final
-        found = [] if store is None else store.find(f"{stage}{slash}{start}")
-        return [self._of_manifest(one.manifest) for one in found]
+        artifacts = [] if store is None else store.find(f"{stage}{slash}{start}")
+        return [self._of_manifest(artifact.manifest) for artifact in artifacts]
 
     def _of_manifest(self, manifest: Manifest) -> RunRecord:
         """Return the record with this final key, or one made from the manifest."""

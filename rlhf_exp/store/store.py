@@ -6,7 +6,7 @@ Layout below the root:
     .staging/<stage>-<key>/         work in progress; kept for resuming until it is published
     .staging/<stage>-<key>.publish.json   a publication that has begun
     .leases/                        see `lease`
-    .trash/                         what is being deleted
+    .trash/                         folders that are being deleted
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ class Store:
 
     def all(self) -> list[Artifact]:
         """Return every artifact with a readable manifest, by time of creation."""
-        return sorted(self._readable(self._folders()), key=lambda found: found.manifest.created)
+        return sorted(
+            self._readable(self._folders()), key=lambda artifact: artifact.manifest.created
+        )
 
     def damaged(self) -> list[Path]:
         """Return the artifact folders without a readable manifest."""
-        found = [folder for folder in self._folders() if not any(self._readable([folder]))]
-        return [folder for folder in found if folder.exists()]  # not deleted meanwhile
+        damaged = [folder for folder in self._folders() if not any(self._readable([folder]))]
+        return [folder for folder in damaged if folder.exists()]  # not deleted meanwhile
 
     def find(self, prefix: str) -> list[Artifact]:
         """Return the artifacts whose key begins with `prefix` (`1f3a`, or `ppo/1f3a`)."""
@@ -74,7 +76,7 @@ class Store:
             for folder in self._folders()
             if folder.name.startswith(start) and (not slash or folder.parent.name == stage)
         )
-        return sorted(self._readable(folders), key=lambda found: found.manifest.created)
+        return sorted(self._readable(folders), key=lambda artifact: artifact.manifest.created)
 
     def get(self, prefix: str) -> Artifact:
         """Return the one artifact whose key begins with `prefix`.
@@ -82,16 +84,16 @@ class Store:
         Raises:
             UserError: there is none, or several; they are named.
         """
-        found = self.find(prefix) if prefix.strip("/") else []
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(f"{one.stage}/{one.key}" for one in found[:10])
+        artifacts = self.find(prefix) if prefix.strip("/") else []
+        if len(artifacts) == 1:
+            return artifacts[0]
+        if artifacts:
+            names = ", ".join(_name(artifact) for artifact in artifacts[:10])
             raise UserError(
-                f"{prefix!r} fits {len(found)} artifacts of {self.root}: {names}; "
+                f"{prefix!r} fits {len(artifacts)} artifacts of {self.root}: {names}; "
                 "give more of the key"
             )
-        known = ", ".join(f"{one.stage}/{one.key}" for one in self.all()[-5:][::-1]) or "none"
+        known = ", ".join(_name(artifact) for artifact in self.all()[-5:][::-1]) or "none"
         raise UserError(
             f"no artifact of {self.root} has a key beginning with {prefix!r}; the latest: {known}. "
             "`rlhf-exp store ls` lists all"
@@ -99,7 +101,7 @@ class Store:
 
     def children(self, key: str) -> list[Artifact]:
         """Return the artifacts that were made from the one with this key."""
-        return [one for one in self.all() if key in one.manifest.parents.values()]
+        return [artifact for artifact in self.all() if key in artifact.manifest.parents.values()]
 
     def staging(self, stage: str, key: str) -> Path:
         """Return the folder to work in; created, or that of the interrupted work before.
@@ -183,7 +185,7 @@ class Store:
         Raises:
             UserError: a process is making or holds it.
         """
-        return gc.remove(self, artifact, dry_run)
+        return gc.remove(self.root, artifact, dry_run)
 
     def gc(
         self,
@@ -192,10 +194,10 @@ class Store:
         *,
         grace_s: float = gc.GRACE_S,
     ) -> list[Removal]:
-        """Delete what no run refers to: artifacts, staging folders, leftovers.
+        """Delete artifacts, staging folders and leftovers that no run refers to.
 
-        Kept: what is in `referenced_keys`, what a live lease holds or names as parents, what was
-        made, changed or looked up in the last `grace_s` seconds, and all ancestors of what is kept.
+        Kept: artifacts in `referenced_keys`, those that a live lease holds or names as parents,
+        those made, changed or looked up in the last `grace_s` seconds, and all their ancestors.
 
         Args:
             referenced_keys: the keys in the run records, of finished and unfinished runs.
@@ -203,9 +205,10 @@ class Store:
             grace_s: seconds for which anything is kept after its last use.
 
         Returns:
-            What was deleted, or would be.
+            The deletions, done or planned.
         """
-        return gc.collect_garbage(self, set(referenced_keys), dry_run, grace_s)
+        referenced = set(referenced_keys)
+        return gc.collect_garbage(self.root, self.all(), self.damaged, referenced, dry_run, grace_s)
 
     def _read(self, folder: Path) -> Artifact | None:
         try:
@@ -224,6 +227,10 @@ class Store:
         for stage in sorted(self.root.glob("*/")):
             if STAGE_NAME.fullmatch(stage.name):
                 yield from sorted(path for path in stage.iterdir() if KEY_NAME.fullmatch(path.name))
+
+
+def _name(artifact: Artifact) -> str:
+    return f"{artifact.stage}/{artifact.key}"
 
 
 def _check_names(stage: str, key: str) -> None:

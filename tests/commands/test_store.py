@@ -109,7 +109,7 @@ def test_list_artifacts_in_every_state(store: Store) -> None:
     (store.staging("ppo", "ccc1") / "checkpoint").write_text("12345")
     bad = make(store, "eval", "ddd1")
     (bad.path / MANIFEST).write_text("{")
-    with hold(store, "ppo", "bbb1"):
+    with hold(store.root, "ppo", "bbb1"):
         rows = store_module.list_artifacts(store)
     assert [(row.key, row.state) for row in rows] == [
         ("aaa1", "done"),
@@ -177,7 +177,7 @@ def test_remove_asks_all_before_it_deletes_any(store: Store) -> None:
     make(store, "sft", "bbb1")
     with pytest.raises(UserError, match="no artifact"):
         store_module.remove(store, ["aaa1", "zzz"], dry_run=False)
-    with hold(store, "sft", "bbb1"), pytest.raises(UserError, match="in use"):
+    with hold(store.root, "sft", "bbb1"), pytest.raises(UserError, match="in use"):
         store_module.remove(store, ["aaa1", "bbb1"], dry_run=False)
     assert len(store.all()) == 2
 

@@ -91,7 +91,7 @@ class Worker:
         found = self.store.lookup(stage, key)
         if found is not None and not redo:
             return
-        with hold(self.store, stage, key, parents=PARENTS[key]) as lease:
+        with hold(self.store.root, stage, key, parents=PARENTS[key]) as lease:
             made = self.store.publish_pending(stage, key, check=lease.check)
             made = made or self.store.lookup(stage, key)
             created = None if found is None else found.manifest.created
@@ -244,7 +244,7 @@ class Round:
         """The next one gets it: at once, or after two seconds if the dead had not yet signed."""
         deadline = time.monotonic() + 4
         while time.monotonic() < deadline:
-            with try_hold(self.store, stage_of(key), key) as lease:
+            with try_hold(self.store.root, stage_of(key), key) as lease:
                 if lease is not None:
                     return
             time.sleep(0.2)

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.store import code_digest
-from rlhf_exp.store.code_digest import CodeNotes, Found, changed, code_digests
+from rlhf_exp.store.code_digest import CodeNotes, ParsedModule, changed, code_digests
 
 LOSSES = '''"""Losses."""
 
@@ -262,12 +262,12 @@ def test_other_parsers_and_broken_files_do_not_count(tmp_path: Path) -> None:
     parser, path = tmp_path / "parser.py", tmp_path / "code.json"
     parser.write_text("1")
 
-    def ask(expected: Found, parse: Found | None) -> None:
+    def ask(expected: ParsedModule, parse: ParsedModule | None) -> None:
         notes = CodeNotes(path, parser)
         assert notes.of(b"x", "a", lambda: parse or pytest.fail("is known")) == expected
         notes.keep()
 
-    first, second = Found("12", ("pack.b",)), Found("34", ())
+    first, second = ParsedModule("12", ("pack.b",)), ParsedModule("34", ())
     ask(first, first)
     ask(first, None)
     parser.write_text("2")

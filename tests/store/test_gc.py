@@ -81,7 +81,7 @@ def test_what_a_live_lease_holds_or_reads_is_kept(store: Store) -> None:
     chain(store, "1")
     staging = store.staging("ppo", "p2")
     (staging / "checkpoint").write_text("step 10")
-    with hold(store, "ppo", "p2", parents=["r1"]):
+    with hold(store.root, "ppo", "p2", parents=["r1"]):
         assert {one.path.name for one in store.gc([], grace_s=0)} == {"p1"}
     assert keys(store) == {"s1", "r1"}  # r1 by the lease, s1 as its parent
     assert staging.is_dir()
@@ -94,7 +94,7 @@ def test_a_lease_taken_after_the_choice_still_protects(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(store, "sft", "s1")
-    with hold(store, "sft", "s1"):
+    with hold(store.root, "sft", "s1"):
         monkeypatch.setattr(gc, "holders", lambda root: [])
         assert store.gc([], grace_s=0) == []
     assert keys(store) == {"s1"}
@@ -171,7 +171,7 @@ def test_collection_works_on_a_full_disk(store: Store, monkeypatch: pytest.Monke
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
-    with hold(store, "sft", "s2"):
+    with hold(store.root, "sft", "s2"):
         monkeypatch.setattr(gc, "try_hold", full)
         assert {one.path.name for one in store.gc([], grace_s=0)} == {"s1"}
     assert keys(store) == {"s2"}
@@ -190,7 +190,7 @@ def test_what_is_in_use_is_not_removed(store: Store) -> None:
     made = make(store, "sft", "s1")
     for key, parents in (("s1", []), ("p1", ["s1"])):
         stage = "sft" if key == "s1" else "ppo"
-        with hold(store, stage, key, parents=parents):
+        with hold(store.root, stage, key, parents=parents):
             with pytest.raises(UserError, match=rf"sft/s1 is in use: process {os.getpid()} "):
                 store.remove(made)
             assert keys(store) == {"s1"}

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from rlhf_exp.store.lease import LeaseLost, hold
 from rlhf_exp.store.store import Store
-with hold(Store(Path(sys.argv[1])), "sft", "abc1", duration_s=float(sys.argv[2])) as lease:
+with hold(Path(sys.argv[1]), "sft", "abc1", duration_s=float(sys.argv[2])) as lease:
     print("held", flush=True)
     sys.stdin.readline()
     try:
@@ -70,15 +70,15 @@ def told(process: subprocess.Popen[str]) -> str:
 
 
 def test_held_checked_and_let_go(store: Store) -> None:
-    with hold(store, "sft", "abc1", parents=["def2"]) as held:
+    with hold(store.root, "sft", "abc1", parents=["def2"]) as held:
         held.check()
         (holder,) = lease.holders(store.root)
         assert (holder.stage, holder.key, holder.pid) == ("sft", "abc1", os.getpid())
         assert holder.parents == ("def2",)
         assert holder == held.holder
-        with try_hold(store, "sft", "abc1") as other:
+        with try_hold(store.root, "sft", "abc1") as other:
             assert other is None
-        with try_hold(store, "sft", "def2") as other:
+        with try_hold(store.root, "sft", "def2") as other:
             assert other is not None
     assert lease.holders(store.root) == []
     assert list((store.root / ".leases").iterdir()) == []
@@ -87,7 +87,7 @@ def test_held_checked_and_let_go(store: Store) -> None:
 
 
 def test_let_go_after_an_exception(store: Store) -> None:
-    with pytest.raises(RuntimeError), hold(store, "sft", "abc1"):
+    with pytest.raises(RuntimeError), hold(store.root, "sft", "abc1"):
         raise RuntimeError
     assert list((store.root / ".leases").iterdir()) == []
 
@@ -107,7 +107,7 @@ def test_a_second_one_waits_and_is_told_for_whom(
         process.stdin.write("go\n")
         process.stdin.flush()
 
-    with hold(store, "sft", "abc1", on_wait=on_wait) as held:
+    with hold(store.root, "sft", "abc1", on_wait=on_wait) as held:
         held.check()
     assert len(said) == 1
     assert said[0].startswith(f"waiting for sft abc1: process {process.pid} on ")
@@ -124,7 +124,7 @@ def test_a_killed_holder_is_replaced_at_once(
     process.wait()
     assert lease.holders(store.root) == []
     start = time.monotonic()
-    with hold(store, "sft", "abc1") as held:
+    with hold(store.root, "sft", "abc1") as held:
         held.check()
         assert lease.holders(store.root) == [held.holder]
     # The term is 30 s: the dead process is recognised, not waited out.
@@ -144,7 +144,7 @@ def test_a_silent_holder_is_replaced_after_its_term_and_notices(
     process = holder(0.6)
     process.send_signal(signal.SIGSTOP)
     start = time.monotonic()
-    with hold(store, "sft", "abc1", duration_s=0.6) as held:
+    with hold(store.root, "sft", "abc1", duration_s=0.6) as held:
         assert 0.5 < time.monotonic() - start < 10
         held.check()
         process.send_signal(signal.SIGCONT)
@@ -158,7 +158,7 @@ def test_a_silent_holder_is_replaced_after_its_term_and_notices(
 
 def test_a_lease_whose_file_is_gone_is_lost(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "LOOK_S", 0.01)
-    with hold(store, "sft", "abc1") as held:
+    with hold(store.root, "sft", "abc1") as held:
         lease_path(store.root, "sft", "abc1").unlink()
         with pytest.raises(LeaseLost, match="its file is gone"):
             held.check()
@@ -169,7 +169,7 @@ def test_another_term_is_a_user_error(
 ) -> None:
     holder(20.0)
     with pytest.raises(UserError, match=r"sft abc1 is held by process \d+ .*another lease term"):
-        hold(store, "sft", "abc1", duration_s=30.0).__enter__()
+        hold(store.root, "sft", "abc1", duration_s=30.0).__enter__()
 
 
 def test_a_full_disk_is_a_user_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_a_full_disk_is_a_user_error(store: Store, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(lease, "write_json_atomic", full)
     with pytest.raises(UserError, match="taking the lease on sft abc1: the disk is full"):
-        hold(store, "sft", "abc1").__enter__()
+        hold(store.root, "sft", "abc1").__enter__()
     assert list((store.root / ".leases").iterdir()) == []
 
 
@@ -230,7 +230,7 @@ def test_another_hosts_claim_lasts_ten_minutes_for_collection(
     foreign(store, age_s)
     found = lease.holders(store.root)
     assert [(one.host, one.pid, one.since) for one in found] == [("node7", 1, None)] * live
-    with try_hold(store, "sft", "abc1") as held:
+    with try_hold(store.root, "sft", "abc1") as held:
         assert (held is None) == live
 
 
@@ -249,7 +249,7 @@ def test_a_marker_that_nobody_signed_is_free_after_two_seconds(store: Store, age
     marker = foreign(store, age_s)
     marker.write_text("")
     os.utime(marker, (time.time() - age_s, time.time() - age_s))
-    with try_hold(store, "sft", "abc1") as held:
+    with try_hold(store.root, "sft", "abc1") as held:
         assert (held is None) == (age_s == 0.0)
 
 
@@ -260,6 +260,6 @@ def test_who_waits_for_an_unsigned_marker_gets_it_after_two_seconds(
     clock = itertools.count()  # a second passes between two looks
     ticking = SimpleNamespace(monotonic=lambda: float(next(clock)), sleep=lambda seconds: None)
     monkeypatch.setattr(lease, "time", ticking)
-    with hold(store, "sft", "abc1") as held:
+    with hold(store.root, "sft", "abc1") as held:
         held.check()
     assert next(clock) < 10  # and not 46, as for one who signed and fell silent

@@ -191,7 +191,7 @@ def test_a_run_in_progress_is_left_alone(
     server: WandbServer, recorded: Recorded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recorded.run(0, 1)
-    with hold(recorded.store, "sft", KEY):
+    with hold(recorded.store.root, "sft", KEY):
         assert recorded.sync() == 0
     assert "running" in capsys.readouterr().out
     assert server.runs == {}

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.evaluation.toxicity.summary import LEXICAL
 from rlhf_exp.models.pretrained import Attention, load_config, load_pretrained, load_tokenizer
 
-_LEXICAL = "alt-profanity-check"
 # Names of the label in published classifiers; the first that a model has is used.
 TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "hatespeech", "offensive")
 LABEL_KEY = "eval.toxicity.label"
@@ -86,12 +86,12 @@ class ProfanityCheckScorer:
         from importlib.metadata import version
 
         self._predict = predict_prob
-        self._version = version(_LEXICAL)
+        self._version = version(LEXICAL)
 
     @property
     def name(self) -> str:
         """The package and its version."""
-        return f"{_LEXICAL} {self._version}"
+        return f"{LEXICAL} {self._version}"
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return the probability that each text is offensive: [N], 0 to 1; 0 for a blank text."""
@@ -101,11 +101,6 @@ class ProfanityCheckScorer:
         if spoken:
             scores[spoken] = self._predict([texts[row] for row in spoken])
         return scores
-
-
-def is_lexical(name: str) -> bool:
-    """Return whether the scorer of this name goes by words alone."""
-    return name.startswith(_LEXICAL)
 
 
 class FunctionToxicity:

@@ -16,7 +16,7 @@ from rlhf_exp.evaluation.preference import (
     format_estimate,
 )
 from rlhf_exp.evaluation.statistics import LEVEL, Estimate, WinCounts
-from rlhf_exp.evaluation.toxicity.scorers import is_lexical
+from rlhf_exp.evaluation.toxicity.summary import is_lexical
 from rlhf_exp.report import chart
 from rlhf_exp.report.chart import short
 

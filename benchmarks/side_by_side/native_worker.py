@@ -44,8 +44,8 @@ from rlhf_exp.models.reward_model import RewardModel, share_frozen_trunk
 from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
+from rlhf_exp.training.result import Evaluation
 from rlhf_exp.training.reward_scorer import ModelScorer, Scorer, SharedTrunkScorer
-from rlhf_exp.training.task import Evaluation
 from rlhf_exp.training.trainer import TrainingContext, train
 from side_by_side.protocol import Line, Reading, peak_bytes, resident_bytes
 from side_by_side.reward import counted_share

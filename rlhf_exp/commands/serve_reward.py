@@ -19,7 +19,7 @@ from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.pipeline.keys import MODEL_FILES
 from rlhf_exp.serving.listen import address_of, is_local, listen, need_server, serve
 from rlhf_exp.serving.reward_server import RequestScorer
-from rlhf_exp.stages.training import attention_of, torch_dtype
+from rlhf_exp.stages.setup import attention_of, torch_dtype
 from rlhf_exp.store.artifact import MANIFEST, Artifact, Manifest
 from rlhf_exp.store.fingerprint import DigestCache, key_of
 from rlhf_exp.training.reward_scorer import ModelScorer

@@ -24,7 +24,6 @@ from rlhf_exp.distributed.strategy import (
     trainable,
 )
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.memory_estimate import BUCKET
 
 PERSISTENCE_THRESHOLD = 100_000
 """Parameters of fewer elements are not sharded: gathering them would cost more than it saves."""
@@ -212,6 +211,10 @@ def _frozen_float32(module: nn.Module) -> dict[str, Tensor]:
         for name, p in module.named_parameters()
         if not p.requires_grad and p.dtype == torch.float32
     }
+
+
+BUCKET = 200_000_000
+"""Most gradients that DeepSpeed is told to reduce at a time; it keeps a buffer of this size."""
 
 
 def build_engine(

@@ -1,14 +1,10 @@
-"""What a process holds in memory while it trains, by arithmetic alone.
+"""An estimate of the memory that a process takes while it trains, by arithmetic alone.
 
-An estimate for planning, from the architecture and the settings; no torch, no weights. Weights,
+It is for planning, from the architecture and the settings; no torch, no weights. Weights,
 gradients, optimizer, reference, key-value cache and trunk states follow exactly from the numbers of
 parameters and elements. Activations count the tensors that autograd keeps for the backward pass
 (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4, without dropout); the
 allocator's fragmentation and the CUDA context (about 1 GiB) come on top.
-
-What a memory plan goes by: bytes of numbers, what is divided, and the tensors of a step.
-
-What gradients take in memory, with what it takes to reduce them and to fetch weights.
 """
 
 from __future__ import annotations
@@ -53,7 +49,7 @@ HALF_WITH_MASTER = Precision(2, 2, 12, 2, trained=2, gathered=2)
 
 @dataclass(frozen=True)
 class Sharding:
-    """What is divided over the processes.
+    """The tensors that are divided over the processes.
 
     Attributes:
         processes: how many there are.
@@ -286,14 +282,14 @@ def _activations(
 
 
 BUCKET = 200_000_000
-"""Most gradients that DeepSpeed is told to reduce at a time; it keeps a buffer of this size."""
+"""Most gradients that DeepSpeed reduces at a time, as in `rlhf_exp.distributed.deepspeed`."""
 
 PREFETCH = 50_000_000
 """Most weights that DeepSpeed's ZeRO 3 fetches at a time: its default."""
 
 
 class Reduction(NamedTuple):
-    """Bytes of gradients and of what reducing them takes.
+    """Bytes of gradients, and of the copies that reducing them takes.
 
     Attributes:
         held: through the backward pass.
@@ -316,7 +312,7 @@ def reduction_of(
     sharding: Sharding,
     accumulates: bool,
 ) -> Reduction:
-    """Return what gradients take, and fetching weights in ZeRO 3.
+    """Return the memory of gradients, and of fetching weights in ZeRO 3.
 
     Seen in DeepSpeed 0.19, tensor by tensor: it copies each gradient into a bucket. A full bucket,
     or what there is at the end, is copied once more (`torch.cat`) and reduced; what this process

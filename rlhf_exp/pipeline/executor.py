@@ -50,6 +50,8 @@ from rlhf_exp.tracking.create import import_early
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+    from rlhf_exp.stages.data_module import DataModule
+
 LeaseCheck = Callable[[], None]
 """Raises if the lease is lost."""
 Interrupts = Callable[[], AbstractContextManager[Callable[[], bool]]]
@@ -277,6 +279,9 @@ class StageRunner:
     @cached_property
     def materials(self) -> DataModule:
         """The data, loaded at the first stage that runs."""
+        # Late: a run that finds everything done must not load torch.
+        from rlhf_exp.stages.data_module import DataModule
+
         return DataModule(self.config.data)
 
     def run(
@@ -291,7 +296,7 @@ class StageRunner:
         """
         if is_leader() and not job.probe:
             import_early(self.config.tracking.mode.value)
-        from rlhf_exp.training.memory import ProbeFinished, Recorder
+        from rlhf_exp.stages.probe import Probe, ProbeFinished
 
         # By name and late: a plan must not load torch.
         stage = importlib.import_module(f"rlhf_exp.stages.{module_of(self.config, job.stage)}")
@@ -300,7 +305,7 @@ class StageRunner:
             materials=self.materials,
             before_write=check or (job.claim.check if job.claim else _allow_writing),
             polite_interrupts=_immediate_interrupts if job.probe else interrupts,
-            probe=Recorder() if job.probe else None,
+            probe=Probe(job.stage) if job.probe else None,
             given_up=PruningCallback(job.trial, Path(job.folder)) if job.trial else None,
         )
         try:

@@ -36,9 +36,22 @@ if TYPE_CHECKING:
     from rlhf_exp.store.lease import Claim
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# The config's values are in the key, and these do not compute: a word changed in a message or a
-# help text must not put a trained model in doubt.
-NOT_COMPUTING = ("rlhf_exp/config/", "rlhf_exp/tracking/", "rlhf_exp/store/", "rlhf_exp/errors.py")
+# Modules that compute nothing: a message or a help text may change in them without putting a
+# trained model in doubt.
+# - config/: its values are in the key.
+# - tracking/, stages/tracking.py, training/memory.py: they record what others have computed.
+# - store/: results are found by their key and checked by their digests.
+# - processes/: starts and ends processes, and carries messages between them. The number of
+#   processes and of their threads, and the devices, are fields with `key=False`.
+NOT_COMPUTING = (
+    "rlhf_exp/config/",
+    "rlhf_exp/errors.py",
+    "rlhf_exp/processes/",
+    "rlhf_exp/stages/tracking.py",
+    "rlhf_exp/store/",
+    "rlhf_exp/tracking/",
+    "rlhf_exp/training/memory.py",
+)
 
 
 class StepState(StrEnum):
@@ -281,8 +294,16 @@ def stage_code(stage: str, notes: Path | None = None) -> dict[str, str]:
         notes: File that caches the results of parsing.
     """
     if stage not in _first_seen:
-        digests = code_digests(f"rlhf_exp.stages.{stage}", PACKAGE, notes=notes)
+        # A stage is handed the data rather than importing what loads them.
+        entries = (f"rlhf_exp.stages.{stage}", "rlhf_exp.stages.data_module")
+        digests = {
+            path: digest
+            for entry in entries
+            for path, digest in code_digests(entry, PACKAGE, notes=notes).items()
+        }
         _first_seen[stage] = {
-            path: digest for path, digest in digests.items() if not path.startswith(NOT_COMPUTING)
+            path: digest
+            for path, digest in sorted(digests.items())
+            if not path.startswith(NOT_COMPUTING)
         }
     return _first_seen[stage]

@@ -24,7 +24,7 @@ from rlhf_exp.models.memory_estimate import (
 )
 from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.pipeline.stage_graph import stages_of
-from rlhf_exp.stages.context import shape_of
+from rlhf_exp.stages.shape import shape_of
 
 GIB = 1 << 30
 _GPUS = (24, 40, 80)

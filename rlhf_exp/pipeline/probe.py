@@ -44,7 +44,7 @@ class ProbeResult:
         evaluations: Evaluations of the whole stage.
         checkpoints: Checkpoints of the whole stage.
         processes: For each rank, `libraries` (bytes of host memory before the models were loaded)
-            and `phases` (`rlhf_exp.training.memory.Phase` as JSON values).
+            and `phases` (`rlhf_exp.stages.probe.Phase` as JSON values).
     """
 
     stage: str

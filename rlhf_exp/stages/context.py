@@ -1,4 +1,4 @@
-"""The interface between stages and the pipeline: a stage's job, context, data and result.
+"""The interface between stages and the pipeline: a stage's job, context and result.
 
 A `StageJob` and a `StageResult` are plain values, which cross processes. A `StageContext` holds the
 job together with objects of the process that runs it. This module is free of torch, because every
@@ -7,26 +7,21 @@ command imports it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from rlhf_exp.config.experiment import ArchitectureConfig, Config, DataConfig, DataSource
-from rlhf_exp.data.rows import Corpus
-from rlhf_exp.data.sources import LoadOptions, load_hub, load_jsonl, load_toy
-from rlhf_exp.data.tokenizer import Codec
-from rlhf_exp.models.architecture import Architecture
+from rlhf_exp.config.experiment import Config
 
 if TYPE_CHECKING:
+    from rlhf_exp.config.training import TrainingConfig
+    from rlhf_exp.distributed.world import World
     from rlhf_exp.search.pruning import RunningTrial
+    from rlhf_exp.stages.data_module import DataModule
     from rlhf_exp.store.lease import Claim
-    from rlhf_exp.training.memory import Recorder
-
-log = logging.getLogger(__name__)
+    from rlhf_exp.training.task import Task
 
 MODEL = "model"
 """Folder of the model in an artifact."""
@@ -87,7 +82,7 @@ class StageContext:
     materials: DataModule
     before_write: Callable[[], None]
     polite_interrupts: Callable[[], AbstractContextManager[Callable[[], bool]]]
-    probe: Recorder | None = None
+    probe: ProbeRunner | None = None
     given_up: Callable[[int, int], bool] | None = None
 
     @property
@@ -126,6 +121,26 @@ class StageContext:
         return self.job.inputs
 
 
+class ProbeRunner(Protocol):
+    """Measures a training stage in place of training it; `rlhf_exp.stages.probe` has the only one.
+
+    Attributes:
+        iterations: Iterations that are run.
+    """
+
+    iterations: int
+
+    def run(
+        self,
+        section: TrainingConfig,
+        steps: int,
+        task: Task,
+        world: World,
+        context: StageContext,
+    ) -> NoReturn:
+        """Run the probe; leaves the stage by an exception that the caller of the stage expects."""
+
+
 class StageModule(Protocol):
     """The `run` function of a stage's module."""
 
@@ -152,89 +167,3 @@ class StageResult:
     facts: dict[str, float | int | str] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     pruned_step: int | None = None
-
-
-class DataModule:
-    """The corpus and codecs of one experiment.
-
-    Args:
-        config: The `data` section.
-    """
-
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
-
-    @cached_property
-    def corpus(self) -> Corpus:
-        """The rows; unusable ones are reported once."""
-        corpus = _load(self.config)
-        if corpus.unusable:
-            listed = "".join(f"\n  {row.origin}: {row.reason}" for row in corpus.unusable[:20])
-            log.warning("%d rows cannot be used:%s", len(corpus.unusable), listed)
-        return corpus
-
-    def codec(self, folder: str | Path, revision: str | None = None) -> Codec:
-        """Return the codec of the tokenizer in a model folder (or of a hub id)."""
-        # Late: it loads torch, and the pipeline imports this module.
-        from rlhf_exp.models.pretrained import load_tokenizer
-
-        return Codec(load_tokenizer(folder, revision), self.config.format.value)
-
-    def texts(self) -> list[str]:
-        """Return the training texts, for training a tokenizer."""
-        rows = self.corpus
-        texts = [turn.text for row in rows.prompts.train for turn in row.history]
-        texts += [row.response for row in rows.demonstrations.train]
-        for pair in rows.preferences.train:
-            texts += [pair.chosen, pair.rejected]
-        return [f" {text}" for text in texts]
-
-
-def _load(config: DataConfig) -> Corpus:
-    rules = LoadOptions(
-        validation_fraction=config.validation_fraction,
-        test_fraction=config.test_fraction,
-        max_bad_fraction=config.max_bad_fraction,
-        limit=config.limit,
-    )
-    if config.source == DataSource.toy:
-        toy = config.toy
-        return load_toy(
-            toy.seed,
-            demonstrations=toy.demonstrations,
-            preferences=toy.preferences,
-            prompts=toy.prompts,
-            validation=toy.validation,
-            test=toy.test,
-            label_noise=toy.label_noise,
-        )
-    if config.source == DataSource.hub:
-        assert config.path is not None, "checked with the config"
-        return load_hub(config.path, config.revision, options=rules)
-    return load_jsonl(
-        preferences=config.preferences or (),
-        demonstrations=config.demonstrations or (),
-        prompts=config.prompts or (),
-        test=config.test or (),
-        options=rules,
-    )
-
-
-def shape_of(section: ArchitectureConfig, vocabulary: int | None = None) -> Architecture:
-    """Return the shape that models are built and planned by.
-
-    Args:
-        section: The `model.architecture` section.
-        vocabulary: Vocabulary size of the trained tokenizer; by default that of the section.
-    """
-    return Architecture(
-        type=section.type.value,
-        layers=section.layers,
-        width=section.width,
-        heads=section.heads,
-        ffn_width=section.ffn_width or 4 * section.width,
-        vocabulary=vocabulary or section.vocabulary,
-        context=section.context,
-        kv_heads=section.kv_heads,
-        tied=section.tied,
-    )

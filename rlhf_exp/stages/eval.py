@@ -21,7 +21,8 @@ from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.evaluation import preference, reward_quality, toxicity
 from rlhf_exp.stages.evaluation.answer_sources import SampledSource, StoredSource
 from rlhf_exp.stages.evaluation.evaluation import AnswerSource, Evaluation, Part, PartResult
-from rlhf_exp.stages.training import tracker_for, world_for
+from rlhf_exp.stages.setup import world_for
+from rlhf_exp.stages.tracking import tracker_for
 from rlhf_exp.tracking.tracker import finishing
 
 PARTS: dict[str, Part] = {

@@ -12,8 +12,8 @@ from rlhf_exp.config.experiment import Config
 from rlhf_exp.models.pretrained import load_config, save_causal_lm
 from rlhf_exp.models.reward_model import NORMALISATION_FILE, REWARD_HEAD_FILE, write_reward_head
 from rlhf_exp.stages.context import StageContext, StageResult
+from rlhf_exp.stages.setup import world_for
 from rlhf_exp.stages.sft import base_model
-from rlhf_exp.stages.training import world_for
 
 _MODEL_FILES = (
     "*.safetensors",

@@ -16,9 +16,10 @@ from pathlib import Path
 from torch import nn
 
 from rlhf_exp.algo.advantages import RewardScaler
+from rlhf_exp.algo.kl import AdaptiveKL, FixedKL, KLController
 from rlhf_exp.batch import Prompts, Samples
-from rlhf_exp.config.experiment import Config, StrategyName
-from rlhf_exp.config.training import CONTINUED, ValueInit, ValueTrunk
+from rlhf_exp.config.experiment import Config, Dtype, StrategyName
+from rlhf_exp.config.training import CONTINUED, PpoConfig, ValueInit, ValueTrunk
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
@@ -26,26 +27,23 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference, build_reference
-from rlhf_exp.models.reward_model import RewardModel
+from rlhf_exp.models.reward_model import RewardModel, share_frozen_trunk
 from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.ppo_inputs import (
-    controller,
-    exact,
     original_scores,
     ppo_prompts,
     round_up_to_iterations,
 )
-from rlhf_exp.stages.scorers import SERVER_NOTE, training_scorer
+from rlhf_exp.stages.publish import save_models
+from rlhf_exp.stages.scorers import SERVER_NOTE, longest_input, scorer_for
+from rlhf_exp.stages.setup import attention_of, load_policy_model, torch_dtype, world_for
 from rlhf_exp.stages.training import (
     keep_small_updates,
-    load_policy_model,
     lora_of,
     parameter_facts,
     run_loop,
-    save_models,
-    world_for,
 )
 from rlhf_exp.store.artifact import Manifest
 from rlhf_exp.tracking.local import ALERTS, METRICS, STEP
@@ -158,6 +156,32 @@ def build_policy(config: Config, context: StageContext) -> Policy:
     return policy
 
 
+def training_scorer(
+    config: Config, context: StageContext, codec: Codec, world: World, policy: Policy
+) -> Scorer:
+    """Return PPO's scorer: over the policy's own frozen trunk if the reward model has the same.
+
+    Args:
+        config: The experiment.
+        context: Names the folder of the reward model.
+        codec: The policy's codec.
+        world: The processes; device and precision.
+        policy: The policy, before it is trained or spread over processes.
+    """
+    # DeepSpeed would turn the trunk into another number format; ZeRO-3 and FSDP spread it.
+    cast = world.weights_dtype not in (None, torch_dtype(config))
+    cannot_share = policy.run_all_positions or cast or config.ppo.reward.device is not None
+    folder = context.models["reward"] if config.ppo.reward.model_scores else None
+    if folder is None or cannot_share or context.materials.codec(folder).digest != codec.digest:
+        return scorer_for(config, context, codec, world)
+    model = RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config))
+    branch = share_frozen_trunk(model, policy)
+    if branch is None:
+        return scorer_for(config, context, codec, world, model)
+    batch = config.ppo.generation.batch
+    return SharedTrunkScorer(model, branch, codec, world, batch, longest_input(config))
+
+
 def sampler_for(
     config: Config,
     policy: Policy,
@@ -199,6 +223,17 @@ def sampler_for(
             return sample(policy.model, prompts, settings, seed, stopper, block, close)
 
     return answer
+
+
+def exact(config: Config) -> bool:
+    """Whether decoding and a full forward agree: to 1e-4 in fp32, but to 0.02 nats in bf16."""
+    return Dtype.float32 == config.distributed.precision == config.model.dtype
+
+
+def controller(section: PpoConfig) -> KLController:
+    """Return what sets the KL coefficient."""
+    kl = section.kl
+    return FixedKL(kl.coef) if kl.target is None else AdaptiveKL(kl.coef, kl.target, kl.horizon)
 
 
 CHECKPOINTS, BEST, KEPT = "checkpoints", "best", "kept"

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_exp.algo.kl import AdaptiveKL, FixedKL, KLController
-from rlhf_exp.config.experiment import Config, Dtype
-from rlhf_exp.config.training import PpoConfig
+from rlhf_exp.config.experiment import Config
 from rlhf_exp.data.batching import batch_index, right_padded
 from rlhf_exp.data.rows import Prompt
 from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
@@ -24,7 +22,6 @@ from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.store.fingerprint import file_digest, key_of
-from rlhf_exp.training.memory import ITERATIONS
 from rlhf_exp.training.reward_scorer import Scorer, score_shared
 from rlhf_exp.training.scorers import ServerScorer
 
@@ -75,7 +72,7 @@ def original_scores(
     together: a score's last bits depend on the batch it was computed in, and this batch is the same
     however often the run is interrupted, and however many iterations follow.
     """
-    used = _used(config, len(prompts), ITERATIONS["ppo"] if context.probe else None)
+    used = _used(config, len(prompts), context.probe.iterations if context.probe else None)
     judge = _judge(config, context, scorer)
     key = _key(prompts, used, judge, config, world)
     # Of a server that gives no name, nobody can say that it scored the same in an earlier run.
@@ -162,17 +159,6 @@ def _save(path: Path, scores: Tensor) -> None:
     partial.rename(path)
 
 
-def exact(config: Config) -> bool:
-    """Whether decoding and a full forward agree: to 1e-4 in fp32, but to 0.02 nats in bf16."""
-    return Dtype.float32 == config.distributed.precision == config.model.dtype
-
-
 def round_up_to_iterations(steps: int, updates: int) -> int:
     """Return `steps`, rounded up to whole iterations of so many optimizer steps."""
     return -(-steps // updates) * updates
-
-
-def controller(section: PpoConfig) -> KLController:
-    """Return what sets the KL coefficient."""
-    kl = section.kl
-    return FixedKL(kl.coef) if kl.target is None else AdaptiveKL(kl.coef, kl.target, kl.horizon)

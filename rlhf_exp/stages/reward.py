@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.training import RewardConfig, RewardInit
 from rlhf_exp.data.batching import right_padded
-from rlhf_exp.data.rows import Preference, part_number, prompt_key
+from rlhf_exp.data.rows import Preference
 from rlhf_exp.data.tokenized import (
     TokenizedDemonstrations,
     TokenizedPreferences,
@@ -24,19 +24,19 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.statistics import calibration, clopper_pearson
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.stages.context import StageContext, StageResult
+from rlhf_exp.stages.data_module import pairs_of
+from rlhf_exp.stages.publish import save_models
+from rlhf_exp.stages.setup import load_policy_model, world_for
 from rlhf_exp.stages.training import (
     keep_small_updates,
-    load_policy_model,
     lora_of,
     parameter_facts,
     run_loop,
-    save_models,
     steps_of,
-    world_for,
 )
+from rlhf_exp.training.result import TrainingResult
 from rlhf_exp.training.reward import RewardTask, pair_scores
 from rlhf_exp.training.reward_scorer import ModelScorer, score_shared
-from rlhf_exp.training.trainer import TrainingResult
 
 WATCH = ("loss/total", "reward/accuracy", "eval/accuracy")
 CALIBRATION = "calibration.json"
@@ -71,14 +71,6 @@ def run(config: Config, context: StageContext) -> StageResult:
 
         outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
-
-
-def pairs_of(rows: list[Preference], part: str | None) -> list[Preference]:
-    """Return the pairs of a part such as `1/2`, by prompt; all of them without a part."""
-    if part is None:
-        return rows
-    number, parts = map(int, part.split("/"))
-    return [row for row in rows if part_number(prompt_key(row.history), parts) == number]
 
 
 def _initial(config: Config, context: StageContext) -> tuple[Codec, RewardModel]:

@@ -19,12 +19,11 @@ from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.http_client import Service
-from rlhf_exp.models.policy import Policy
-from rlhf_exp.models.reward_model import RewardModel, share_frozen_trunk
+from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.stages.context import StageContext
-from rlhf_exp.stages.training import attention_of, torch_dtype
+from rlhf_exp.stages.setup import attention_of, torch_dtype
 from rlhf_exp.store.atomic_files import write_json_atomic
-from rlhf_exp.training.reward_scorer import ModelScorer, Scorer, SharedTrunkScorer
+from rlhf_exp.training.reward_scorer import ModelScorer, Scorer
 from rlhf_exp.training.scorers import (
     CentralScorer,
     FunctionScorer,
@@ -36,32 +35,6 @@ from rlhf_exp.training.scorers import (
 
 SERVER_NOTE = "reward_server.json"
 """File in PPO's folder with the address and the name of the server that scores it."""
-
-
-def training_scorer(
-    config: Config, context: StageContext, codec: Codec, world: World, policy: Policy
-) -> Scorer:
-    """Return PPO's scorer: over the policy's own frozen trunk if the reward model has the same.
-
-    Args:
-        config: The experiment.
-        context: Names the folder of the reward model.
-        codec: The policy's codec.
-        world: The processes; device and precision.
-        policy: The policy, before it is trained or spread over processes.
-    """
-    # DeepSpeed would turn the trunk into another number format; ZeRO-3 and FSDP spread it.
-    cast = world.weights_dtype not in (None, torch_dtype(config))
-    cannot_share = policy.run_all_positions or cast or config.ppo.reward.device is not None
-    folder = context.models["reward"] if config.ppo.reward.model_scores else None
-    if folder is None or cannot_share or context.materials.codec(folder).digest != codec.digest:
-        return scorer_for(config, context, codec, world)
-    model = RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config))
-    branch = share_frozen_trunk(model, policy)
-    if branch is None:
-        return scorer_for(config, context, codec, world, model)
-    batch = config.ppo.generation.batch
-    return SharedTrunkScorer(model, branch, codec, world, batch, _longest_input(config))
 
 
 def scorer_for(
@@ -123,12 +96,13 @@ def model_scorer(
         None if reward_codec.digest == codec.digest else reward_codec,
         world,
         config.ppo.generation.batch,
-        _longest_input(config),
+        longest_input(config),
         device,
     )
 
 
-def _longest_input(config: Config) -> int:
+def longest_input(config: Config) -> int:
+    """Return the most tokens of a prompt and response that the reward model reads."""
     return max(config.reward.seq_length, config.ppo.seq_length)
 
 

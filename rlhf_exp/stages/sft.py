@@ -17,15 +17,17 @@ from rlhf_exp.data.tokenizer import Codec, train_tokenizer
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import architecture_of, build_causal_lm, load_causal_lm
-from rlhf_exp.stages.context import DataModule, StageContext, StageResult, shape_of
+from rlhf_exp.stages.context import StageContext, StageResult
+from rlhf_exp.stages.data_module import DataModule
+from rlhf_exp.stages.publish import save_models
+from rlhf_exp.stages.setup import world_for
+from rlhf_exp.stages.shape import shape_of
 from rlhf_exp.stages.training import (
     keep_small_updates,
     lora_of,
     parameter_facts,
     run_loop,
-    save_models,
     steps_of,
-    world_for,
 )
 from rlhf_exp.training.sft import SftTask
 

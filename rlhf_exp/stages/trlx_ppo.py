@@ -1,7 +1,7 @@
-"""The PPO stage, done by trlx in an interpreter of its own.
+"""The PPO stage, trained by trlx in an interpreter of its own.
 
-Data, reward, evaluation and what is published are those of `ppo.py`; what lies between, sampling
-and training, is trlx's. A run that is interrupted begins again.
+Data, reward, evaluation and publishing are those of `ppo.py`; sampling and training are trlx's. A
+run that is interrupted begins again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from rlhf_exp.config.experiment import Config
-from rlhf_exp.config.training import Select
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy
@@ -22,23 +21,19 @@ from rlhf_exp.stages.ppo_inputs import (
     ppo_prompts,
     round_up_to_iterations,
 )
+from rlhf_exp.stages.publish import record_model, save_models
 from rlhf_exp.stages.scorers import scorer_for
-from rlhf_exp.stages.training import (
-    load_policy_model,
-    record_model,
-    save_models,
-    tracker_for,
-    world_for,
-)
+from rlhf_exp.stages.setup import load_policy_model, world_for
+from rlhf_exp.stages.tracking import tracker_for
 from rlhf_exp.tracking.progress_bar import StageProgress
 from rlhf_exp.tracking.tracker import finishing
-from rlhf_exp.training.trainer import TrainingResult
+from rlhf_exp.training.result import TrainingResult
 from rlhf_exp.trlx.convert import take_back
-from rlhf_exp.trlx.session import Judged, Session, TrlxProcess
-from rlhf_exp.trlx.settings import WEIGHTS, TrlxSettings, hand_over
+from rlhf_exp.trlx.plan import WEIGHTS, hand_over
+from rlhf_exp.trlx.session import RunInputs, Session, TrlxProcess
 
 HANDED, LOG = "trlx", "trlx.log"
-"""Folder of what the worker is given, while it works; file of what it prints, which stays."""
+"""Folder of the plan, while the worker works; file of its output, which stays."""
 _WATCH = ("eval/reward_mean", "eval/kl_sequence", "throughput/samples_per_s")
 
 
@@ -56,13 +51,13 @@ def run(config: Config, context: StageContext) -> StageResult:
         originals = None
         if config.ppo.reward.delta:
             originals = original_scores(prompts, scorer, config, context, world)
-        settings = trlx_settings(config)
+        steps = round_up_to_iterations(config.ppo.steps, config.ppo.updates)
+        threads = torch.get_num_threads()
         model = load_policy_model(config, context.models["sft"])
-        plan = hand_over(handed, model, codec, prompts, validation, settings)
+        plan = hand_over(handed, model, codec, prompts, validation, config.ppo, steps, threads)
         del model
-        select_best = config.ppo.select is Select.best
-        judged = Judged(scorer, prompts, originals, validation, config.ppo, select_best, codec)
-        outcome, facts = _train(config, context, world, process, settings, judged, plan)
+        inputs = RunInputs(scorer, prompts, originals, validation, config.ppo, codec)
+        outcome, facts = _train(config, context, world, process, steps, inputs, plan)
     shutil.rmtree(handed)
     if outcome.pruned:
         return StageResult({}, pruned_step=outcome.last_step)
@@ -76,21 +71,19 @@ def _train(
     context: StageContext,
     world: World,
     process: TrlxProcess,
-    settings: TrlxSettings,
-    judged: Judged,
+    steps: int,
+    inputs: RunInputs,
     plan: Path,
 ) -> tuple[TrainingResult, dict[str, float | int | str]]:
     """Serve the worker to its end; return the outcome and facts for the report."""
     with (
-        StageProgress(
-            f"{context.stage} (trlx)", settings.steps, _WATCH, shown=world.is_main
-        ) as progress,
+        StageProgress(f"{context.stage} (trlx)", steps, _WATCH, shown=world.is_main) as progress,
         finishing(tracker_for(config, context, None, world)) as tracker,
     ):
         session = Session(
             process,
-            settings,
-            judged,
+            steps,
+            inputs,
             tracker,
             before_write=context.before_write,
             on_step=progress.update,
@@ -99,7 +92,7 @@ def _train(
         outcome = session.run(plan)
         if not outcome.pruned:
             weights = context.folder / HANDED / WEIGHTS
-            _publish(config, context, world, judged.codec, outcome, weights)
+            _publish(config, context, world, inputs.codec, outcome, weights)
             record_model(context, world, outcome, tracker)
     return outcome, dict(session.facts)
 
@@ -112,44 +105,9 @@ def _publish(
     outcome: TrainingResult,
     weights: Path,
 ) -> None:
-    """Leave the stage's model: what training started from, with the weights it ended with."""
+    """Leave the stage's model: the model that training started from, with the trained weights."""
     model = load_policy_model(config, context.models["sft"])
     take_back(model, weights)
     # trlx's value head has two layers and no reader here.
     policy = Policy(model, value_head=False)
     save_models(config, context, world, policy, codec.tokenizer, outcome)
-
-
-def trlx_settings(config: Config) -> TrlxSettings:
-    """Return the run's sizes and coefficients."""
-    section = config.ppo
-    return TrlxSettings(
-        steps=round_up_to_iterations(section.steps, section.updates),
-        rollouts=section.rollouts,
-        batch=section.batch,
-        epochs=section.epochs,
-        chunk=section.generation.batch,
-        seq_length=section.seq_length,
-        max_new_tokens=section.generation.max_new_tokens,
-        train_blocks=section.train_blocks,
-        lr=section.lr,
-        schedule=section.schedule.value,
-        betas=(section.betas[0], section.betas[1]),
-        weight_decay=section.weight_decay,
-        grad_norm=section.grad_norm,
-        gamma=section.gamma,
-        lam=section.lam,
-        clip_range=section.clip_range,
-        clip_range_value=section.clip_range_value,
-        vf_coef=section.vf_coef,
-        kl_coef=section.kl.coef,
-        kl_target=section.kl.target,
-        kl_horizon=section.kl.horizon,
-        reward_clip=section.reward.clip,
-        scale=section.reward.scale.value,
-        missing_eos_penalty=section.reward.missing_eos_penalty,
-        eval_prompts=section.eval_prompts,
-        eval_every=section.eval_every,
-        seed=section.seed,
-        threads=torch.get_num_threads(),
-    )

@@ -59,8 +59,9 @@ from rlhf_exp.models.policy import Policy, ResponseOutputs
 from rlhf_exp.models.reference import Reference, compare_with_reference
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.training.metrics import MetricAccumulator
+from rlhf_exp.training.result import Evaluation
 from rlhf_exp.training.reward_scorer import Scorer, score_samples
-from rlhf_exp.training.task import Evaluation, Update
+from rlhf_exp.training.task import Update
 
 
 class Evaluator(Protocol):

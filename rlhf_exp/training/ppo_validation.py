@@ -9,9 +9,6 @@ over-optimised policy.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,7 +17,7 @@ from rlhf_exp.algo.kl import sequence_kl
 from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.algo.preference import wins
 from rlhf_exp.batch import FinishReason, Samples
-from rlhf_exp.config.training import PpoConfig, Scale, SelectBy
+from rlhf_exp.config.training import PpoConfig
 from rlhf_exp.data.batching import prompts_batch
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
@@ -29,33 +26,9 @@ from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference, compare_with_reference
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.training.metrics import MetricAccumulator
+from rlhf_exp.training.ppo_objective import SHOWN, objective, score_unit, selection_score
+from rlhf_exp.training.result import Evaluation, SampleTable
 from rlhf_exp.training.reward_scorer import Scorer, score_samples, texts_of
-from rlhf_exp.training.task import Evaluation, SampleTable
-
-SHOWN = 20
-"""Answers in the table of samples, from the first on."""
-
-
-def score_unit(section: PpoConfig, first: Mapping[str, float]) -> float:
-    """Return the divisor of scores in the objective, from the first evaluation's metrics."""
-    return (first["eval/reward_std"] or 1.0) if section.reward.scale is not Scale.none else 1.0
-
-
-def objective(section: PpoConfig, metrics: Mapping[str, float], unit: float) -> float:
-    """Return an evaluation's reward less the KL penalty, scores divided by `unit`."""
-    kl = section.kl
-    coef = kl.coef if kl.select_coef is None else kl.select_coef
-    return metrics["eval/reward_mean"] / unit - coef * metrics["eval/kl_sequence"]
-
-
-def selection_score(section: PpoConfig, metrics: Mapping[str, float], unit: float) -> float:
-    """Return the number by which the best weights are selected."""
-    budget, by_wins = section.kl.budget, section.select_by is SelectBy.win_rate
-    if budget is None and not by_wins:
-        return objective(section, metrics, unit)
-    if budget is not None and metrics["eval/kl_sequence"] > budget:
-        return -math.inf
-    return metrics["eval/win_rate"] if by_wins else metrics["eval/reward_mean"] / unit
 
 
 class Validator:

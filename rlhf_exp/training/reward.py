@@ -21,7 +21,8 @@ from rlhf_exp.data.tokenized import TokenizedPreferences
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.training.metrics import MetricAccumulator
-from rlhf_exp.training.task import Evaluation, Update
+from rlhf_exp.training.result import Evaluation
+from rlhf_exp.training.task import Update
 
 
 class RewardTask:

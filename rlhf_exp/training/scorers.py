@@ -9,7 +9,7 @@ answered by `{"scores": [...]}`. An answer may also hold `name` (of the reward) 
 digest of the codec it reads with); a server that names the policy's own codec is sent the sampled
 `tokens`, so that it reads exactly the ids that a reward model in this process would.
 
-B rows of this process, S tokens of a row, D width.
+B rows of this process, S tokens of a row.
 """
 
 from __future__ import annotations

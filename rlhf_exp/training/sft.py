@@ -23,7 +23,8 @@ from rlhf_exp.data.batching import (
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.training.metrics import MetricAccumulator
-from rlhf_exp.training.task import Evaluation, Update
+from rlhf_exp.training.result import Evaluation
+from rlhf_exp.training.task import Update
 
 
 class SftTask:

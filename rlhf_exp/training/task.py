@@ -3,44 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from rlhf_exp.errors import UserError
-
-
-class Diverged(UserError):
-    """Training was stopped because its numbers left the range in which they mean anything."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user asked to stop; a checkpoint holds all that was done."""
-
-
-@dataclass(frozen=True)
-class SampleTable:
-    """Text samples of an evaluation."""
-
-    columns: list[str]
-    rows: list[list[Any]]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found.
-
-    Attributes:
-        metrics: Scalars, named `eval/...`.
-        objective: What `select: best` maximises.
-        samples: A table to look at, if the stage makes one.
-    """
-
-    metrics: dict[str, float]
-    objective: float
-    samples: SampleTable | None = None
-
+from rlhf_exp.training.result import Evaluation
 
 Update = Callable[[Iterable[Tensor]], None]
 """One optimizer step: adds up the gradients of the losses (each 0-dim) of its micro-batches."""

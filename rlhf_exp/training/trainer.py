@@ -25,7 +25,8 @@ from rlhf_exp.tracking.tracker import Tracker, finishing
 from rlhf_exp.training.checkpoint import Checkpoint, Checkpoints, Snapshots
 from rlhf_exp.training.memory import peak_bytes
 from rlhf_exp.training.optim import build_optimizer, set_lr
-from rlhf_exp.training.task import Diverged, Interrupted, Task
+from rlhf_exp.training.result import Diverged, Interrupted, TrainingResult
+from rlhf_exp.training.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -279,33 +280,6 @@ class TrainingContext:
     interrupted: Callable[[], bool]
     given_up: Callable[[int, int], bool] | None = None
     conclude: Callable[[TrainingResult, Tracker], Mapping[str, float]] = lambda outcome, tracker: {}
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """How training ended.
-
-    Attributes:
-        metrics: The evaluation of the published weights, with their step and the best objective.
-        objective: The best objective on validation data.
-        run_id: The tracked run.
-        published_step: Optimizer steps behind the weights now in the module.
-        steps_run: Optimizer steps done by this process (fewer than all after a resume).
-        last_step: Optimizer steps done in all.
-        best_step: Optimizer steps behind the best weights on validation.
-        kept: Files of the trainable weights of other steps that are asked for, by step.
-        pruned: Whether a search gave the run up before its last step.
-    """
-
-    metrics: dict[str, float]
-    objective: float | None
-    run_id: str
-    published_step: int
-    steps_run: int
-    last_step: int
-    best_step: int | None
-    kept: Mapping[int, Path] = field(default_factory=dict)
-    pruned: bool = False
 
 
 _EXTENDED = "going_on"

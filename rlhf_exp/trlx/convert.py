@@ -1,7 +1,8 @@
 """Models between the transformers of today and that of trlx's time (4.32).
 
-What the old one reads: `pytorch_model.bin`, merges as `"a b"`, a tokenizer class that it knows, and
-a config without what came later. What comes back is safetensors: nothing is unpickled here.
+The old one reads `pytorch_model.bin`, merges as `"a b"`, a tokenizer class that it knows, and a
+config without later fields. The trained weights come back as safetensors: nothing is unpickled
+here.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ def take_back(model: PreTrainedModel, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: trlx has left no weights that can be read ({error})") from error
     targets = {old_name(model, name): value for name, value in model.named_parameters()}
-    shapes = [{name: tuple(v.shape) for name, v in one.items()} for one in (weights, targets)]
+    shapes = [
+        {name: tuple(v.shape) for name, v in tensors.items()} for tensors in (weights, targets)
+    ]
     if shapes[0] != shapes[1]:
         odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
         raise UserError(f"{path}: trlx has left weights of another model (first: {odd[0]})")
@@ -111,7 +114,7 @@ def take_back(model: PreTrainedModel, path: Path) -> None:
 
 
 def old_name(model: PreTrainedModel, name: str) -> str:
-    """Return what transformers 4.32 calls a parameter."""
+    """Return the name of a parameter in transformers 4.32."""
     if model.config.model_type == "gpt_neox":
         return re.sub(r"^lm_head\.", "embed_out.", name)
     return name
@@ -142,8 +145,8 @@ def old_config(config: PreTrainedConfig) -> dict[str, Any]:
         values["rotary_emb_base"] = values["rope_theta"]
         values["rotary_pct"] = values["partial_rotary_factor"]
     fields = f"model_type {_COMMON} {_FIELDS[family]}".split()
-    found = {name: values[name] for name in fields if name in values}
-    return found | {"architectures": [_CLASSES[family]], "torch_dtype": "float32"}
+    old = {name: values[name] for name in fields if name in values}
+    return old | {"architectures": [_CLASSES[family]], "torch_dtype": "float32"}
 
 
 def old_tokenizer(content: dict[str, Any]) -> dict[str, Any]:

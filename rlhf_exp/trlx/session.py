@@ -1,11 +1,10 @@
-"""A run of the worker, seen from here: its responses are scored, its evaluations judged.
+"""A run of trlx's worker: the process, and the conversation with it.
+
+The worker is a process of another interpreter, at the other end of a connection. Its responses are
+scored here, and its evaluations are judged here. Its output goes to a log. It ends with this
+process, because the connection does; a Ctrl-C of the terminal is this process's alone.
 
 n responses.
-
-The worker: a process of another interpreter, a connection to it, and its end.
-
-Its output goes to a log. It ends with this process, because the connection does; a Ctrl-C of the
-terminal is this process's alone.
 """
 
 from __future__ import annotations
@@ -31,33 +30,31 @@ from torch import Tensor
 
 from rlhf_exp.algo.advantages import subtract_original_scores
 from rlhf_exp.algo.preference import wins
-from rlhf_exp.config.training import PpoConfig
+from rlhf_exp.config.training import PpoConfig, Scale, Select
 from rlhf_exp.data.batching import right_padded
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes.channel import Channel, Message
 from rlhf_exp.tracking.tracker import Tracker
-from rlhf_exp.training.ppo_validation import SHOWN, objective, score_unit, selection_score
+from rlhf_exp.training.ppo_objective import SHOWN, objective, score_unit, selection_score
+from rlhf_exp.training.result import Diverged, TrainingResult
 from rlhf_exp.training.reward_scorer import Scorer, texts_of
-from rlhf_exp.training.task import Diverged
-from rlhf_exp.training.trainer import TrainingResult
-from rlhf_exp.trlx.settings import UPDATE, Iteration, TrlxSettings
+from rlhf_exp.trlx.metrics import UPDATE, Iteration
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What responses are judged by.
+class RunInputs:
+    """The scorer of responses, the prompts, and the rules for selecting weights.
 
     Attributes:
-        scorer: Scores them.
+        scorer: Scores responses.
         prompts: The training prompts.
         originals: [prompts] float32, scores of the data set's own responses; `None`: they are not
             subtracted.
         validation: The validation prompts.
-        section: How evaluations are judged.
-        select_best: Whether the weights best on validation are published, or the last.
-        codec: Of the policy.
+        section: Hyperparameters, also how the weights to publish are selected.
+        codec: Codec of the policy.
     """
 
     scorer: Scorer
@@ -65,7 +62,6 @@ class Judged:
     originals: Tensor | None
     validation: TokenizedPrompts
     section: PpoConfig
-    select_best: bool
     codec: Codec
 
 
@@ -84,9 +80,9 @@ class Session:
 
     Args:
         process: The worker, greeted.
-        settings: The run's.
-        judged: What responses are judged by.
-        tracker: Where metrics go.
+        steps: Optimizer steps of the run; a whole number of iterations.
+        inputs: Scorer, prompts and hyperparameters.
+        tracker: Records the metrics.
         before_write: Called before weights are saved; raises if this process may no longer write.
         on_step: Told the step and the latest metrics, for a progress display.
         given_up: Whether a search gives the run up, asked after each evaluation with the step and
@@ -96,14 +92,15 @@ class Session:
     def __init__(
         self,
         process: TrlxProcess,
-        settings: TrlxSettings,
-        judged: Judged,
+        steps: int,
+        inputs: RunInputs,
         tracker: Tracker,
         before_write: Callable[[], None],
         on_step: Callable[[int, Mapping[str, float]], None],
         given_up: Callable[[int, int], bool] | None = None,
     ) -> None:
-        self.process, self.settings, self.judged = process, settings, judged
+        self.process, self.steps, self.inputs = process, steps, inputs
+        self.section = inputs.section
         self.tracker, self.before_write = tracker, before_write
         self.on_step, self.given_up = on_step, given_up
         self.facts: dict[str, int] = {}
@@ -116,11 +113,11 @@ class Session:
         self._step, self._saved, self._pruned = 0, 0, False
 
     def run(self, plan: Path) -> TrainingResult:
-        """Let the worker do what the plan says.
+        """Let the worker carry out the plan.
 
         Raises:
             Diverged: A loss is not finite.
-            UserError: The worker has failed, or what scores its responses.
+            UserError: The worker or the scorer has failed.
         """
         handlers: dict[str, Callable[..., None]] = {
             "ready": self._ready,
@@ -141,23 +138,23 @@ class Session:
         self, evaluation: bool, index: list[int], ids: list[list[int]], ended: list[bool]
     ) -> None:
         """Send the scores: raw ones of an evaluation, else those that trlx clips and scales."""
-        judged, iteration = self.judged, self._iteration
-        source = judged.validation if evaluation else judged.prompts
+        inputs, iteration = self.inputs, self._iteration
+        source = inputs.validation if evaluation else inputs.prompts
         parts = [
             (source.prompt[row], np.array(answer, dtype=np.int64))
             for row, answer in zip(index, ids, strict=True)
         ]
         tokens, _ = right_padded(parts)
         lengths = torch.tensor([[len(part) for part in row] for row in parts])
-        raw = judged.scorer(tokens, lengths[:, 0], lengths[:, 1])
+        raw = inputs.scorer(tokens, lengths[:, 0], lengths[:, 1])
         finished = torch.tensor(ended)
         if evaluation:
             self._answers = _Answers(tokens, lengths, finished, raw)
             self.process.send(scores=raw.tolist())
             return
-        scores = raw - self.settings.missing_eos_penalty * ~finished
-        if judged.originals is not None:
-            scores = subtract_original_scores(scores, judged.originals[torch.tensor(index)])
+        scores = raw - self.section.reward.missing_eos_penalty * ~finished
+        if inputs.originals is not None:
+            scores = subtract_original_scores(scores, inputs.originals[torch.tensor(index)])
             iteration.deltas += scores.tolist()
         iteration.scores += raw.tolist()
         iteration.lengths += (lengths[:, 1] + finished).tolist()
@@ -168,7 +165,7 @@ class Session:
         self._iteration.seconds, self._iteration.kl = seconds, kl
 
     def _log(self, step: int, stats: dict[str, float]) -> None:
-        """Take in what trlx logs; at an iteration's end, report on it."""
+        """Take in metrics that trlx logs; at the end of an iteration, record them."""
         iteration = self._iteration
         if UPDATE not in stats:
             iteration.rollouts = {**iteration.rollouts, **stats}
@@ -177,24 +174,24 @@ class Session:
             raise self._diverged(f"the loss at step {step} is {stats[UPDATE]}", step)
         self._step = step
         iteration.updates.append(stats)
-        found: dict[str, float] = {}
-        if step % self.settings.updates == 0:
-            found = iteration.metrics()
+        metrics: dict[str, float] = {}
+        if step % self.section.updates == 0:
+            metrics = iteration.metrics()
             self.tracker.histogram("reward/histogram", iteration.scores, step)
             if iteration.kl:
                 self.tracker.histogram("kl/histogram", iteration.kl, step)
-            self.tracker.log(found, step)
+            self.tracker.log(metrics, step)
             self._iteration = self._begin()
-        self.on_step(step, found)
+        self.on_step(step, metrics)
 
     def _evaluated(self, step: int, kl: list[float]) -> None:
         """Report an evaluation; say whether to save the weights, and whether to go on."""
-        answers, section = self._answers, self.judged.section
+        answers, section = self._answers, self.section
         assert answers is not None, "an evaluation has its answers scored first"
         raw: list[float] = answers.raw.tolist()
         if self._initial is None:
             self._initial = answers.raw
-        found = {
+        metrics = {
             "eval/reward_mean": fmean(raw),
             "eval/reward_std": pstdev(raw),
             "eval/win_rate": float(wins(answers.raw, self._initial).mean()),
@@ -203,35 +200,36 @@ class Session:
             "eval/ended_fraction": float(answers.ended.double().mean()),
         }
         if self._unit is None:
-            self._unit = score_unit(section, found)
-        found["eval/objective"] = objective(section, found, self._unit)
+            self._unit = score_unit(section, metrics)
+        metrics["eval/objective"] = objective(section, metrics, self._unit)
         columns, rows = self._table(answers, kl)
         self.tracker.table("eval/samples", columns, rows, step)
         # The iteration that ends here is logged right after.
-        self.tracker.log(found, step, more=step > 0)
+        self.tracker.log(metrics, step, more=step > 0)
         self._step = step
-        save = self._takes(found, selection_score(section, found, self._unit), step)
+        save = self._takes(metrics, selection_score(section, metrics, self._unit), step)
         if save:
             self.before_write()
-        self._pruned = self.given_up is not None and self.given_up(step, self.settings.steps)
+        self._pruned = self.given_up is not None and self.given_up(step, self.steps)
         self.process.send(save=save, stop=self._pruned)
-        self.on_step(step, found)
+        self.on_step(step, metrics)
 
-    def _takes(self, found: dict[str, float], judged: float, step: int) -> bool:
+    def _takes(self, metrics: dict[str, float], score: float, step: int) -> bool:
         """Whether the weights of this step are to be published, as far as is known now."""
-        better = self._best is None or judged > self._best[0]
+        better = self._best is None or score > self._best[0]
         if better:
-            self._best = (judged, step)
-        takes = better if self.judged.select_best else True
+            self._best = (score, step)
+        select_best = self.section.select is Select.best
+        takes = better if select_best else True
         if takes:
-            self._published, self._saved = found, step
-        return takes and (self.judged.select_best or step >= self.settings.steps)
+            self._published, self._saved = metrics, step
+        return takes and (select_best or step >= self.steps)
 
     def _table(
         self, answers: _Answers, kl: list[float]
     ) -> tuple[list[str], list[list[str | float]]]:
         tokens, lengths = answers.tokens[:SHOWN], answers.lengths[:SHOWN]
-        texts = texts_of(tokens, lengths[:, 0], lengths[:, 1], self.judged.codec)
+        texts = texts_of(tokens, lengths[:, 0], lengths[:, 1], self.inputs.codec)
         rows = zip(*texts, answers.raw[:SHOWN].tolist(), kl[:SHOWN], strict=True)
         return ["prompt", "response", "score", "kl"], [list(row) for row in rows]
 
@@ -258,7 +256,7 @@ class Session:
         return Diverged(text)
 
     def _begin(self) -> Iteration:
-        return Iteration(scaled=self.settings.scale == "running")
+        return Iteration(scaled=self.section.reward.scale is Scale.running)
 
 
 # By name, so that the code of the worker counts as code of the stage.
@@ -268,7 +266,8 @@ _WORKER = (
     "rlhf_exp.trlx.worker.trlx_trainer",
 )
 _TAIL = 15
-# What launchers tell their processes: the worker is alone. And what would mix the two worlds.
+# Variables that launchers set for their processes: the worker is alone. And Python's own, which
+# would mix the two worlds.
 _NOT_PASSED = (
     *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_"),
     *("SLURM_", "PYTHON"),
@@ -281,7 +280,7 @@ class TrlxProcess:
     Args:
         python: Its interpreter.
         log: File for its output; replaced.
-        program: What it runs: a file, or a folder with a `__main__.py`.
+        program: The program that it runs: a file, or a folder with a `__main__.py`.
     """
 
     def __init__(self, python: str, log: Path, program: Path | None = None) -> None:
@@ -329,7 +328,7 @@ class TrlxProcess:
         return versions
 
     def send(self, **message: object) -> None:
-        """Answer; what is sent to a worker that is gone is lost, and `receive` says so."""
+        """Answer; a message to a worker that is gone is lost, and `receive` says so."""
         self._line.send(**message)
 
     def receive(self) -> Message:

@@ -15,7 +15,7 @@ import pytest
 from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, choice_of, display_side
 from rlhf_exp.cli import main
 from rlhf_exp.commands.annotate import annotate, sampled_pairs
-from rlhf_exp.stages.context import DataModule
+from rlhf_exp.stages.data_module import DataModule
 from rlhf_exp.training.reward_scorer import texts_of
 from tests.annotation.serving import Served
 from tests.lab import artifact, jsonl, launch, small_config

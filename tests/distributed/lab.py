@@ -21,8 +21,9 @@ from pathlib import Path
 from rlhf_exp.processes.failures import exit_after
 from rlhf_exp.stages import eval as eval_stage
 from rlhf_exp.stages import ppo, reward, sft
-from rlhf_exp.stages.context import DataModule, StageContext, StageJob
-from rlhf_exp.training.task import Interrupted
+from rlhf_exp.stages.context import StageContext, StageJob
+from rlhf_exp.stages.data_module import DataModule
+from rlhf_exp.training.result import Interrupted
 from tests.lab import ROOT, small_config
 
 STAGES = {"sft": sft, "reward": reward, "ppo": ppo, "eval": eval_stage}

@@ -21,7 +21,7 @@ from rlhf_exp.distributed.world import world_of
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import load_causal_lm
-from rlhf_exp.stages.context import DataModule
+from rlhf_exp.stages.data_module import DataModule
 from rlhf_exp.training.sft import SftTask
 from tests.distributed.lab import Job, rows, run_job, run_jobs
 from tests.lab import small_config

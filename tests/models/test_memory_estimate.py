@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_exp.algo.logprobs import MAX_CHUNK_LOGITS
+from rlhf_exp.distributed import deepspeed
 from rlhf_exp.models.architecture import Architecture, count_parameters
 from rlhf_exp.models.memory_estimate import (
+    BUCKET,
     FLOAT32,
     HALF_WITH_MASTER,
     LOGITS_CHUNK,
@@ -183,6 +185,10 @@ def test_a_reward_model_over_the_policys_trunk_holds_its_own_blocks() -> None:
     # GPT-J has blocks of 201_355_264 parameters.
     assert over.reward_model == 2 * 201_355_264 * 4
     assert whole.reward_model > 13 * over.reward_model
+
+
+def test_gradients_are_reduced_in_deepspeeds_buckets() -> None:
+    assert BUCKET == deepspeed.BUCKET
 
 
 def test_long_logits_are_made_in_chunks() -> None:

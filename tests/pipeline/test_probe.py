@@ -13,7 +13,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.executor import executor_for
 from rlhf_exp.pipeline.plan import plan
 from rlhf_exp.pipeline.probe import ProbeResult, probe, probe_table
-from rlhf_exp.training.memory import Recorder
+from rlhf_exp.stages.probe import Recorder
 from tests.lab import launch, small_config
 
 GIB = 1 << 30

@@ -11,7 +11,7 @@ import pytest
 from rlhf_exp.data.toy.gold_judge import gold_score
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.comparison import ModelComparison
-from rlhf_exp.stages.context import DataModule
+from rlhf_exp.stages.data_module import DataModule
 from tests.lab import artifact, jsonl, pairs, run, small_config
 
 

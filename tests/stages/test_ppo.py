@@ -15,7 +15,7 @@ from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.stages import ppo_inputs
-from rlhf_exp.stages.context import DataModule
+from rlhf_exp.stages.data_module import DataModule
 from rlhf_exp.store.store import Store
 from tests.lab import artifact, edit_manifest, jsonl, pairs, run, small_config, weights
 

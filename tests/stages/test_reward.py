@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 from rlhf_exp.data.tokenized import tokenize_demonstrations, tokenize_preferences
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.models.reward_model import RewardModel
-from rlhf_exp.stages.context import DataModule
+from rlhf_exp.stages.data_module import DataModule
 from tests.lab import artifact, jsonl, pairs, run, small_config
 
 

@@ -49,7 +49,10 @@ def test_a_served_reward_model_scores_as_one_in_the_process(
         near, far = artifact(small_run, "ppo").path, newest(run_copy, "ppo")
         for ours, theirs in zip(logged(near), logged(far), strict=True):
             assert theirs == pytest.approx(ours, abs=1e-4)
-        assert json.loads((far / SERVER_NOTE).read_text()) == {"url": server.url, "name": server.name}
+        assert json.loads((far / SERVER_NOTE).read_text()) == {
+            "url": server.url,
+            "name": server.name,
+        }
         assert Store(run_copy / "store").find("ppo/")[-1].manifest.parents.keys() == {"sft"}
         results = [artifact(small_run, "eval").path, newest(run_copy, "eval")]
         one, two = (json.loads((path / "result.json").read_text()) for path in results)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_exp.data.tokenized import tokenize_demonstrations
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
-from rlhf_exp.stages.context import DataModule
+from rlhf_exp.stages.data_module import DataModule
 from tests.lab import artifact, jsonl, pairs, run, small_config, weights
 
 

@@ -32,8 +32,8 @@ from rlhf_exp.models.reference import build_reference
 from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
-from rlhf_exp.training.task import Evaluation
-from rlhf_exp.training.trainer import TrainingContext, TrainingResult, train
+from rlhf_exp.training.result import Evaluation, TrainingResult
+from rlhf_exp.training.trainer import TrainingContext, train
 
 VOCABULARY, EOS, PAD = 48, 1, 0
 LIKED = 7

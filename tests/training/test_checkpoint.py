@@ -12,7 +12,8 @@ import pytest
 from torch import Tensor
 
 from rlhf_exp.distributed.world import World, world_of
-from rlhf_exp.training.task import Interrupted, Update
+from rlhf_exp.training.result import Interrupted
+from rlhf_exp.training.task import Update
 from tests.training.lab import build_task, run_loop
 
 

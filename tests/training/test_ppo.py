@@ -25,7 +25,8 @@ from rlhf_exp.data.batching import batch_index, prompts_batch
 from rlhf_exp.distributed.world import RowShare, World, world_of
 from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.ppo import PpoTask
-from rlhf_exp.training.task import Diverged, Interrupted, Update
+from rlhf_exp.training.result import Diverged, Interrupted
+from rlhf_exp.training.task import Update
 from tests.training.lab import (
     EOS,
     LIKED,

@@ -18,7 +18,7 @@ import torch
 
 from rlhf_exp.config.training import KlConfig, PpoConfig, Schedule, Select, SelectBy
 from rlhf_exp.distributed.world import world_of
-from rlhf_exp.training.ppo_validation import selection_score
+from rlhf_exp.training.ppo_objective import selection_score
 from rlhf_exp.training.trainer import TrainingProgress, passes
 from tests.training.lab import Evaluations, Run, build_task, run_loop
 

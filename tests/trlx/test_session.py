@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_exp.config.training import KlConfig, PpoConfig, SelectBy
+from rlhf_exp.config.training import KlConfig, PpoRewardConfig, Select, SelectBy
 from rlhf_exp.data.tokenized import RaggedArray, TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec, train_tokenizer
 from rlhf_exp.errors import UserError
 from rlhf_exp.tracking.tracker import NullTracker
-from rlhf_exp.training.task import Diverged
-from rlhf_exp.training.trainer import TrainingResult
-from rlhf_exp.trlx.session import Judged, Session, TrlxProcess, environment, worker_folder
-from tests.trlx.lab import settings_with
+from rlhf_exp.training.result import Diverged, TrainingResult
+from rlhf_exp.trlx.session import RunInputs, Session, TrlxProcess, environment, worker_folder
+from tests.trlx.lab import section_with
 
 Message = dict[str, Any]
 # 2 rollouts, one batch, one epoch: an iteration is one optimizer step.
@@ -106,14 +106,13 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def judged(tokenizer: PreTrainedTokenizerBase) -> Judged:
-    return Judged(
+def inputs(tokenizer: PreTrainedTokenizerBase) -> RunInputs:
+    return RunInputs(
         first_tokens,
         prompts=prompts_of([11], [12, 13], [14]),
         originals=torch.tensor([1.0, 2.0, 3.0]),
         validation=prompts_of([15, 16], [17]),
-        section=PpoConfig(kl=KlConfig(coef=0.5)),
-        select_best=True,
+        section=section_with(**SMALL, kl=KlConfig(coef=0.5)),
         codec=Codec(tokenizer, "hh"),
     )
 
@@ -157,19 +156,20 @@ def whole(*firsts: list[int]) -> list[Message]:
     ]
 
 
-def run(judged: Judged, *messages: Message, **more: Any) -> tuple[Script, Notes, TrainingResult]:
+def run(inputs: RunInputs, *messages: Message, **more: Any) -> tuple[Script, Notes, TrainingResult]:
     script, notes = Script(*messages), Notes()
-    settings = settings_with(**SMALL, missing_eos_penalty=more.pop("penalty", 0.0))
+    reward = PpoRewardConfig(missing_eos_penalty=more.pop("penalty", 0.0))
+    inputs = replace(inputs, section=replace(inputs.section, reward=reward))
     given: Any = {"before_write": lambda: None, "on_step": lambda step, metrics: None, **more}
     process: Any = script
-    session = Session(process, settings, judged, notes, **given)
+    session = Session(process, 2, inputs, notes, **given)
     outcome = session.run(Path("plan.json"))
     assert script.answers[0] == {"plan": "plan.json"}
     return script, notes, outcome
 
 
-def test_scores_of_rollouts_and_of_evaluations(judged: Judged) -> None:
-    script, notes, outcome = run(judged, *whole([3, 7], [9, 7], [3, 3]), penalty=0.25)
+def test_scores_of_rollouts_and_of_evaluations(inputs: RunInputs) -> None:
+    script, notes, outcome = run(inputs, *whole([3, 7], [9, 7], [3, 3]), penalty=0.25)
     answers = [one["scores"] for one in script.answers if "scores" in one]
     # Training: first token + 100 a prompt token - the original's: 5 + 100 - 1, 6 + 200 - 2.
     assert answers[0] == [104.0, 204.0]
@@ -194,10 +194,10 @@ def test_scores_of_rollouts_and_of_evaluations(judged: Judged) -> None:
     assert outcome.last_step == 2
 
 
-def test_an_answer_that_does_not_end_pays(judged: Judged) -> None:
+def test_an_answer_that_does_not_end_pays(inputs: RunInputs) -> None:
     messages = whole([3, 7], [9, 7], [3, 3])
     messages[1]["ended"] = [False, True]
-    script, notes, _ = run(judged, *messages, penalty=0.25)
+    script, notes, _ = run(inputs, *messages, penalty=0.25)
     assert script.answers[1]["scores"] == [103.75, 204.0]
     assert notes.rows[2][2]["response/length_mean"] == 2.5
     assert notes.rows[2][2]["reward/mean"] == 155.5, "raw"
@@ -207,43 +207,43 @@ def saves(script: Script) -> list[bool]:
     return [one["save"] for one in script.answers if "save" in one]
 
 
-def test_the_best_weights_are_saved(judged: Judged) -> None:
+def test_the_best_weights_are_saved(inputs: RunInputs) -> None:
     """Means 155, 158, 153; less 0.5 nats times 48 for each step: the objectives are ...
 
     155/48 = 3.23, 158/48 - 0.5 = 2.79, 153/48 - 1 = 2.19: the first is the best.
     """
-    script, _, outcome = run(judged, *whole([3, 7], [9, 7], [3, 3]))
+    script, _, outcome = run(inputs, *whole([3, 7], [9, 7], [3, 3]))
     assert saves(script) == [True, False, False]
     assert (outcome.published_step, outcome.best_step) == (0, 0)
     assert outcome.objective == pytest.approx(155 / 48)
     assert outcome.metrics["eval/reward_mean"] == 155.0
     # 230/48 - 0.5 = 4.29 is better than the first.
-    script, _, outcome = run(judged, *whole([3, 7], [80, 80], [3, 3]))
+    script, _, outcome = run(inputs, *whole([3, 7], [80, 80], [3, 3]))
     assert saves(script) == [True, True, False]
     assert outcome.metrics["published_step"] == 1.0
 
 
-def test_the_last_weights_are_saved_where_they_are_asked_for(judged: Judged) -> None:
-    last = Judged(**{**vars(judged), "select_best": False})
+def test_the_last_weights_are_saved_where_they_are_asked_for(inputs: RunInputs) -> None:
+    last = replace(inputs, section=replace(inputs.section, select=Select.last))
     script, _, outcome = run(last, *whole([3, 7], [9, 7], [3, 3]))
     assert saves(script) == [False, False, True]
     assert (outcome.published_step, outcome.best_step) == (2, 0)
     assert outcome.metrics["eval/reward_mean"] == 153.0
 
 
-def test_a_budget_of_kl_binds(judged: Judged) -> None:
+def test_a_budget_of_kl_binds(inputs: RunInputs) -> None:
     """Step 2 has the most reward and 2 nats, which is more than allowed."""
-    section = PpoConfig(kl=KlConfig(coef=0.5, budget=1.5))
-    bound = Judged(**{**vars(judged), "section": section})
+    section = replace(inputs.section, kl=KlConfig(coef=0.5, budget=1.5))
+    bound = replace(inputs, section=section)
     script, _, outcome = run(bound, *whole([3, 7], [9, 7], [90, 90]))
     assert saves(script) == [True, True, False]
     assert outcome.published_step == 1
 
 
-def test_wins_over_the_first_answers_select_where_they_are_asked_for(judged: Judged) -> None:
+def test_wins_over_the_first_answers_select_where_they_are_asked_for(inputs: RunInputs) -> None:
     """Against 3 and 7, 2 loses and 99 wins; 5 and 9 both win."""
-    section = PpoConfig(kl=KlConfig(coef=0.5), select_by=SelectBy.win_rate)
-    by_wins = Judged(**{**vars(judged), "section": section})
+    section = replace(inputs.section, select_by=SelectBy.win_rate)
+    by_wins = replace(inputs, section=section)
     script, notes, outcome = run(by_wins, *whole([3, 7], [2, 99], [5, 9]))
     rates = [row["eval/win_rate"] for *_, row in notes.rows if "eval/win_rate" in row]
     assert rates == [0.5, 0.5, 1.0], "against itself all are ties"
@@ -251,7 +251,7 @@ def test_wins_over_the_first_answers_select_where_they_are_asked_for(judged: Jud
     assert outcome.objective == 1.0
 
 
-def test_a_search_gives_the_run_up(judged: Judged) -> None:
+def test_a_search_gives_the_run_up(inputs: RunInputs) -> None:
     asked: list[tuple[int, int]] = []
 
     def given_up(step: int, steps: int) -> bool:
@@ -260,21 +260,21 @@ def test_a_search_gives_the_run_up(judged: Judged) -> None:
 
     messages = whole([3, 7], [9, 7], [3, 3])
     until = [one.get("step") for one in messages].index(1) + 1
-    script, _, outcome = run(judged, *messages[:until], {"kind": "done"}, given_up=given_up)
+    script, _, outcome = run(inputs, *messages[:until], {"kind": "done"}, given_up=given_up)
     assert asked == [(0, 2), (1, 2)]
     assert [one["stop"] for one in script.answers if "stop" in one] == [False, True]
     assert outcome.pruned
     assert outcome.last_step == 1
 
 
-def test_a_loss_that_is_no_number_stops_the_run(judged: Judged) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(inputs: RunInputs) -> None:
     messages = [*iteration(1, **{"losses/total_loss": float("nan")})]
     script, notes = Script(*messages), Notes()
     process: Any = script
     session = Session(
         process,
-        settings_with(**SMALL),
-        judged,
+        2,
+        inputs,
         notes,
         before_write=lambda: None,
         on_step=lambda step, metrics: None,
@@ -284,12 +284,12 @@ def test_a_loss_that_is_no_number_stops_the_run(judged: Judged) -> None:
     assert len(notes.alerts) == 1
 
 
-def test_nothing_is_saved_without_leave(judged: Judged) -> None:
+def test_nothing_is_saved_without_leave(inputs: RunInputs) -> None:
     def refuse() -> None:
         raise PermissionError("the lease is lost")
 
     with pytest.raises(PermissionError):
-        run(judged, *whole([3, 7], [9, 7], [3, 3]), before_write=refuse)
+        run(inputs, *whole([3, 7], [9, 7], [3, 3]), before_write=refuse)
 
 
 ROOT = Path(__file__).parents[2]

@@ -46,7 +46,7 @@ from rlhf_exp.stages.evaluation.evaluation import (
     pairs_part,
 )
 from rlhf_exp.stages.scorers import EvaluationScorers
-from rlhf_exp.stages.training import load_policy_model
+from rlhf_exp.stages.setup import load_policy_model
 from rlhf_exp.training.reward_scorer import Scorer, score_samples, score_shared, texts_of
 
 log = logging.getLogger(__name__)

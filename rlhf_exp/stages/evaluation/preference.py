@@ -46,7 +46,7 @@ from rlhf_exp.stages.evaluation.evaluation import DIALOGUE, Evaluation, PartResu
 from rlhf_exp.stages.evaluation.gold_judge import gold_judge
 from rlhf_exp.stages.evaluation.toxicity_scorer import shared_scores, toxicity_scorer
 from rlhf_exp.stages.scorers import reward_client
-from rlhf_exp.stages.training import attention_of, torch_dtype
+from rlhf_exp.stages.setup import attention_of, torch_dtype
 from rlhf_exp.tracking.progress_bar import StageProgress
 from rlhf_exp.training.scorers import UserReward, load_function
 

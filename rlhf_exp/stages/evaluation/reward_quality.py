@@ -33,6 +33,7 @@ from rlhf_exp.evaluation.reward_quality import (
     rank_correlation,
     scores_by_length,
 )
+from rlhf_exp.stages.data_module import pairs_of
 from rlhf_exp.stages.evaluation.evaluation import (
     BLANK,
     CHOSEN,
@@ -44,7 +45,6 @@ from rlhf_exp.stages.evaluation.evaluation import (
     test_prompts,
 )
 from rlhf_exp.stages.evaluation.gold_judge import gold_judge
-from rlhf_exp.stages.reward import pairs_of
 from rlhf_exp.store.artifact import MANIFEST, Manifest
 
 FILE = "reward_quality.json"

@@ -21,7 +21,7 @@ from rlhf_exp.evaluation.toxicity.scorers import (
     toxic_label,
 )
 from rlhf_exp.models.pretrained import load_config
-from rlhf_exp.stages.training import attention_of
+from rlhf_exp.stages.setup import attention_of
 from rlhf_exp.training.scorers import load_function
 
 KEY = "eval.toxicity.scorer"

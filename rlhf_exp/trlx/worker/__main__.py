@@ -1,8 +1,8 @@
 """PPO by trlx, run by an interpreter that has trlx and its old libraries: `python -I FOLDER FD`.
 
-FOLDER is this one, FD a connection to the process that starts it (`process.py`). It says hello, is
-told where its plan is (`handover.py`), has responses scored and evaluations judged (`session.py`),
-and ends when it is done or the other end is gone. It imports nothing of this project but the files
+FOLDER is this one, FD a connection to the process that starts it (`session.py`). It says hello, is
+told where its plan is (`plan.py`), has responses scored and evaluations judged (`session.py`), and
+ends when it is done or the other end is gone. It imports nothing of this project but the files
 beside it, which are named so that they hide none of trlx's world.
 """
 
@@ -30,9 +30,9 @@ TOLERANCE = 1e-3  # nats: between two versions of transformers, 1e-6 was seen
 
 
 def work(line: WorkerChannel) -> None:
-    """Do what the plan says."""
-    told = line.ask(kind="hello", versions={name: version(name) for name in LIBRARIES})
-    plan = json.loads(Path(told["plan"]).read_text(encoding="utf-8"))
+    """Carry out the plan."""
+    answer = line.ask(kind="hello", versions={name: version(name) for name in LIBRARIES})
+    plan = json.loads(Path(answer["plan"]).read_text(encoding="utf-8"))
     torch.set_num_threads(plan["threads"])
     config = TRLConfig.from_dict(plan["config"])
     check(config.model.model_path, plan["check"])
@@ -79,29 +79,29 @@ class Reward:
         ended = [text.endswith(tokenizer.eos_token) for text in outputs]
         texts = [text.removesuffix(tokenizer.eos_token) for text in outputs]
         ids = tokenizer(texts, add_special_tokens=False).input_ids
-        told = self.line.ask(
+        answer = self.line.ask(
             kind="score", evaluation=evaluation[0], index=index, ids=ids, ended=ended
         )
-        scores: list[float] = told["scores"]
+        scores: list[float] = answer["scores"]
         return scores
 
 
 @torch.no_grad()
 def check(folder: str, expected: dict[str, Any]) -> None:
-    """See whether model and tokenizer are what they were on the other side.
+    """Check that model and tokenizer compute here as they do on the other side.
 
     Raises:
         ValueError: They are read in another way here.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for text, ids in zip(expected["texts"], expected["text_ids"], strict=True):
-        found = tokenizer(text, add_special_tokens=False).input_ids
-        if found != ids:
-            raise ValueError(f"the tokenizer makes {found} of {text!r}, where {ids} is expected")
+        own_ids = tokenizer(text, add_special_tokens=False).input_ids
+        if own_ids != ids:
+            raise ValueError(f"the tokenizer makes {own_ids} of {text!r}, where {ids} is expected")
     tokens = torch.tensor([expected["ids"]])
     logits = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
-    found = logprobs_of_labels(logits[:, :-1], tokens[:, 1:])[0]
-    error = float((found - torch.tensor(expected["logprobs"])).abs().max())
+    logprobs = logprobs_of_labels(logits[:, :-1], tokens[:, 1:])[0]
+    error = float((logprobs - torch.tensor(expected["logprobs"])).abs().max())
     if not error < TOLERANCE:
         raise ValueError(f"log-probabilities differ by {error:.3g} nats from those expected")
 
@@ -114,8 +114,8 @@ def main() -> None:
         with suppress(Stopped):
             work(line)
     except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        end = {"kind": "failed", "error": what, "traceback": traceback.format_exc()}
+        message = f"{type(error).__name__}: {error}"
+        end = {"kind": "failed", "error": message, "traceback": traceback.format_exc()}
     sys.stdout.flush()  # once the other end knows, it ends this process
     line.send(**end)
     os._exit(0)  # libraries of that time leave threads behind

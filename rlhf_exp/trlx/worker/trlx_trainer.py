@@ -77,7 +77,7 @@ class HandedPrompts(BasePipeline):
 
 
 class Moments(RunningMoments):
-    """trlx's moments of scores; keeps what the scores of an iteration become."""
+    """trlx's moments of scores; keeps the scaled scores of an iteration."""
 
     def __init__(self, trainer: HandedPpo) -> None:
         super().__init__()
@@ -86,11 +86,11 @@ class Moments(RunningMoments):
 
     def update(self, xs: torch.Tensor) -> Any:  # noqa: ANN401 - trlx's own
         """Take in the scores [n] of a chunk."""
-        found = super().update(xs)
+        moments = super().update(xs)
         divisors = {"running": self.std, "ref": self.trainer.ref_std}
         divisor = divisors.get(self.trainer.config.method.scale_reward, 1.0)
         self.scaled += (xs / divisor).tolist()
-        return found
+        return moments
 
 
 @register_trainer
@@ -99,7 +99,7 @@ class HandedPpo(AcceleratePPOTrainer):
 
     Attributes:
         line: To the process that started this one.
-        plan: What it has been told to do.
+        plan: The plan, as `rlhf_exp.trlx.plan` wrote it.
         prompts: Ids of the validation prompts.
     """
 
@@ -133,8 +133,8 @@ class HandedPpo(AcceleratePPOTrainer):
         """Say how much there is to train."""
         model = self.accelerator.unwrap_model(self.model)
         parts = [*model.base_model.parameters(), *model.v_head.parameters()]
-        trained = sum(one.numel() for one in parts if one.requires_grad)
-        total = sum(one.numel() for one in parts)
+        trained = sum(part.numel() for part in parts if part.requires_grad)
+        total = sum(part.numel() for part in parts)
         self.line.send(kind="ready", parameters=total, trainable=trained)
         super().prepare_learning()
 
@@ -160,18 +160,18 @@ class HandedPpo(AcceleratePPOTrainer):
         beta = self.kl_ctl.value
         if beta == 0:
             return []
-        found = []
+        divergences = []
         rows = zip(self.store.history, self.running_moments.scaled, strict=True)
         for element, score in rows:
             count = int((element.response_tensor != self.tokenizer.pad_token_id).sum())
             penalty = float(element.rewards[:count].double().sum())
             if len(element.rewards) == count:
                 penalty -= score
-            found.append(-penalty / beta)
-        return found
+            divergences.append(-penalty / beta)
+        return divergences
 
     def report(self, stats: dict[str, Any], step: int | None = None, **_: Any) -> None:  # noqa: ANN401
-        """Send what trlx would send to a tracker."""
+        """Send the metrics that trlx would send to a tracker."""
         numbers = {name: float(value) for name, value in stats.items()}
         if "losses/total_loss" in numbers:
             numbers["time/update"] = perf_counter() - self.sampled - self.evaluating
@@ -185,22 +185,22 @@ class HandedPpo(AcceleratePPOTrainer):
             return {}
         began, self.last_eval, self.drawn = perf_counter(), step, []
         super().evaluate()
-        told = self.line.ask(kind="evaluated", step=step, kl=self._validation_kl())
-        if told["save"]:
+        answer = self.line.ask(kind="evaluated", step=step, kl=self._validation_kl())
+        if answer["save"]:
             self._save()
-        if told["stop"]:
+        if answer["stop"]:
             raise Stopped
         self.evaluating += perf_counter() - began
         return {}
 
     def generate_eval(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         """Keep the tokens that were drawn."""
-        found: torch.Tensor = super().generate_eval(input_ids, *args, **kwargs)
-        self.drawn += [self._ended(row) for row in found[:, input_ids.shape[1] :].tolist()]
-        return found
+        samples: torch.Tensor = super().generate_eval(input_ids, *args, **kwargs)
+        self.drawn += [self._ended(row) for row in samples[:, input_ids.shape[1] :].tolist()]
+        return samples
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """Return a response up to and with what ended it: trlx draws on behind a stop string."""
+        """Return a response up to its end token or stop string, after which trlx draws on."""
         if self.tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(self.tokenizer.eos_token_id) + 1]
         whole = self.tokenizer.decode(ids)
@@ -214,7 +214,7 @@ class HandedPpo(AcceleratePPOTrainer):
     @torch.no_grad()
     def _validation_kl(self) -> list[float]:
         """Return the sum of log policy - log reference over each validation answer, as drawn."""
-        found = []
+        divergences = []
         for prompt, answer in zip(self.prompts, self.drawn, strict=True):
             tokens = torch.tensor([prompt + answer], device=self.accelerator.device)
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
@@ -223,12 +223,12 @@ class HandedPpo(AcceleratePPOTrainer):
             reference = self.model.forward_hydra if whole else self.ref_model
             policy, other = (
                 logprobs_of_labels(
-                    one(tokens, return_dict=True, **inputs).logits[:, :-1], tokens[:, 1:]
+                    model(tokens, return_dict=True, **inputs).logits[:, :-1], tokens[:, 1:]
                 )
-                for one in (self.model, reference)
+                for model in (self.model, reference)
             )
-            found.append(float((policy - other)[0, len(prompt) - 1 :].sum()))
-        return found
+            divergences.append(float((policy - other)[0, len(prompt) - 1 :].sum()))
+        return divergences
 
     def _save(self) -> None:
         model = self.accelerator.unwrap_model(self.model).base_model

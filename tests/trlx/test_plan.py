@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,27 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_exp.config.training import (
+    GenerationConfig,
+    KlConfig,
+    PpoRewardConfig,
+    Scale,
+    Schedule,
+)
 from rlhf_exp.data.rows import Prompt, Turn
 from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
 from rlhf_exp.data.tokenizer import Codec, train_tokenizer
-from rlhf_exp.training.optim import SCHEDULES, Schedule, lr_multiplier
+from rlhf_exp.training.optim import SCHEDULES, lr_multiplier
+from rlhf_exp.training.optim import Schedule as ScheduleName
+from rlhf_exp.trlx.plan import chunks, hand_over, trl_config
 from rlhf_exp.trlx.session import worker_folder
-from rlhf_exp.trlx.settings import Iteration, chunks, hand_over, trl_config
-from tests.trlx.lab import settings_with
+from tests.trlx.lab import section_with
 from tests.trlx.test_convert import model_of
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    return trl_config(settings_with(**changes), Path("/in"), Path("/handed"))
+    section = section_with(**changes)
+    return trl_config(section, section.steps, Path("/in"), Path("/handed"))
 
 
 def test_trlx_is_told_all_of_it() -> None:
@@ -85,10 +93,10 @@ def test_trlx_is_told_all_of_it() -> None:
     ("changes", "section", "key", "value"),
     [
         ({"train_blocks": None}, "model", "num_layers_unfrozen", -1),
-        ({"kl_target": None}, "method", "target", None),
-        ({"reward_clip": None}, "method", "cliprange_reward", None),
-        ({"scale": "none"}, "method", "scale_reward", "ignored"),
-        ({"scale": "reference"}, "method", "scale_reward", "ref"),
+        ({"kl": KlConfig(target=None)}, "method", "target", None),
+        ({"reward": PpoRewardConfig(clip=None)}, "method", "cliprange_reward", None),
+        ({"reward": PpoRewardConfig(scale=Scale.none)}, "method", "scale_reward", "ignored"),
+        ({"reward": PpoRewardConfig(scale=Scale.reference)}, "method", "scale_reward", "ref"),
     ],
 )
 def test_values_that_trlx_writes_otherwise(
@@ -98,8 +106,8 @@ def test_values_that_trlx_writes_otherwise(
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_torchs_schedule_is_ours(schedule: Schedule) -> None:
-    found = config(schedule=schedule, steps=12)["scheduler"]
+def test_torchs_schedule_is_ours(schedule: ScheduleName) -> None:
+    found = config(schedule=Schedule(schedule), steps=12)["scheduler"]
     kind = {
         "cosine_annealing": torch.optim.lr_scheduler.CosineAnnealingLR,
         "linear": torch.optim.lr_scheduler.LinearLR,
@@ -133,8 +141,8 @@ def test_what_the_worker_is_given(tmp_path: Path) -> None:
     codec = Codec(train_tokenizer(["What is it plus it? It is so."], 300), "hh")
     model = model_of("gpt2")
     prompts, validation = prompts_of(codec, 7), prompts_of(codec, 9)
-    settings = settings_with(chunk=4, seed=5)
-    path = hand_over(tmp_path / "trlx", model, codec, prompts, validation, settings)
+    section = section_with(generation=GenerationConfig(max_new_tokens=8, batch=4), seed=5)
+    path = hand_over(tmp_path / "trlx", model, codec, prompts, validation, section, 12, 1)
     plan = json.loads(path.read_text())
     # 2 iterations of 10 rollouts over 7 prompts: passes laid end to end, each of all prompts.
     assert len(plan["order"]) == 20
@@ -154,7 +162,7 @@ def test_what_the_worker_compares(tmp_path: Path) -> None:
     codec = Codec(train_tokenizer(["What is it plus it? It is so."], 300), "hh")
     model = model_of("gpt_neox")
     prompts = prompts_of(codec, 3)
-    path = hand_over(tmp_path / "trlx", model, codec, prompts, prompts, settings_with())
+    path = hand_over(tmp_path / "trlx", model, codec, prompts, prompts, section_with(), 12, 1)
     check = json.loads(path.read_text())["check"]
     assert check["ids"] == [*prompts.prompt[0].tolist(), codec.eos_id]
     with torch.no_grad():
@@ -183,86 +191,3 @@ def test_the_worker_needs_nothing_of_this_project() -> None:
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
             assert not [name for name in names if name.split(".")[0] == "rlhf_exp"], path
-
-
-ROOT = Path(__file__).parents[2]
-
-
-def iteration(**changes: object) -> Iteration:
-    update = {
-        "losses/total_loss": 1.0,
-        "losses/policy_loss": 0.4,
-        "losses/value_loss": 0.6,
-        "policy/clipfrac": 0.1,
-        "policy/approx_kl": 0.02,
-        "old_values/mean": 0.5,
-        "values/clipfrac": 0.3,
-        "lr": 2e-4,
-        "grad_norm": 3.0,
-        "peak": 1000.0,
-        "time/update": 1.0,
-    }
-    later = {"losses/total_loss": 2.0, "lr": 1e-4, "grad_norm": 4.0, "time/update": 2.5}
-    rollouts = {
-        "kl_ctl_value": 0.05,
-        "policy/sqrt_kl": 0.7,
-        "rollout_scores/running_std": 1.5,
-        "time/rollout_generate": 0.25,
-        "time/rollout_score": 0.125,
-    }
-    values = {
-        "scaled": True,
-        "scores": [1.0, 3.0],
-        "deltas": [0.5, 0.0],
-        "lengths": [10, 20],
-        "parts": 2,
-        "kl": [0.5, 1.5],
-        "seconds": 1.5,
-        "rollouts": rollouts,
-        "updates": [update, update | later],
-    }
-    return Iteration(**{**values, **changes})
-
-
-def test_an_iteration_in_numbers() -> None:
-    assert iteration().metrics() == pytest.approx(
-        {
-            "reward/mean": 2.0,
-            "reward/std": 1.0,  # of the two scores as a whole, not as a sample
-            "reward/min": 1.0,
-            "reward/max": 3.0,
-            "reward/delta_mean": 0.25,
-            "reward/scale": 1.5,
-            "response/length_mean": 15.0,
-            "kl/sequence": 1.0,
-            "kl/beta": 0.05,
-            "trlx/sqrt_kl": 0.7,
-            "trlx/approx_kl": 0.02,
-            "loss/total": 1.5,
-            "loss/policy": 0.4,
-            "loss/value": 0.6,
-            "policy/clip_fraction": 0.1,
-            "value/mean": 0.5,
-            "value/clip_fraction": 0.3,
-            "optim/lr": 1e-4,
-            "optim/grad_norm": 4.0,
-            "memory/peak_bytes": 1000.0,
-            "time/rollout_s": 0.5,  # 2 parts of 0.25 s
-            "time/score_s": 0.25,
-            "time/assess_s": 0.75,  # 1.5 - 0.5 - 0.25
-            "time/update_s": 2.5,
-            "throughput/samples_per_s": 0.5,  # 2 in 1.5 + 2.5 s
-            "throughput/tokens_per_s": 7.5,
-        }
-    )
-
-
-def test_what_is_not_known_is_left_out() -> None:
-    found = iteration(scaled=False, deltas=[], kl=[]).metrics()
-    assert not {"reward/scale", "reward/delta_mean", "kl/sequence"} & found.keys()
-
-
-def test_every_metric_is_explained() -> None:
-    pages = [(ROOT / "docs" / name).read_text() for name in ("metrics.md", "trlx.md")]
-    explained = set(re.findall(r"`([a-z]+/[a-z0-9_]+)`", "".join(pages)))
-    assert iteration().metrics().keys() <= explained

@@ -1,0 +1,86 @@
+"""The data of an experiment, loaded once for all stages of a process."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from pathlib import Path
+
+from rlhf_exp.config.experiment import DataConfig, DataSource
+from rlhf_exp.data.rows import Corpus, Preference, part_number, prompt_key
+from rlhf_exp.data.sources import LoadOptions, load_hub, load_jsonl, load_toy
+from rlhf_exp.data.tokenizer import Codec
+from rlhf_exp.models.pretrained import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class DataModule:
+    """The corpus and codecs of one experiment.
+
+    Args:
+        config: The `data` section.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The rows; unusable ones are reported once."""
+        corpus = _load(self.config)
+        if corpus.unusable:
+            listed = "".join(f"\n  {row.origin}: {row.reason}" for row in corpus.unusable[:20])
+            log.warning("%d rows cannot be used:%s", len(corpus.unusable), listed)
+        return corpus
+
+    def codec(self, folder: str | Path, revision: str | None = None) -> Codec:
+        """Return the codec of the tokenizer in a model folder (or of a hub id)."""
+        return Codec(load_tokenizer(folder, revision), self.config.format.value)
+
+    def texts(self) -> list[str]:
+        """Return the training texts, from which a new tokenizer learns."""
+        rows = self.corpus
+        texts = [turn.text for row in rows.prompts.train for turn in row.history]
+        texts += [row.response for row in rows.demonstrations.train]
+        for pair in rows.preferences.train:
+            texts += [pair.chosen, pair.rejected]
+        return [f" {text}" for text in texts]
+
+
+def _load(config: DataConfig) -> Corpus:
+    options = LoadOptions(
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        max_bad_fraction=config.max_bad_fraction,
+        limit=config.limit,
+    )
+    if config.source == DataSource.toy:
+        toy = config.toy
+        return load_toy(
+            toy.seed,
+            demonstrations=toy.demonstrations,
+            preferences=toy.preferences,
+            prompts=toy.prompts,
+            validation=toy.validation,
+            test=toy.test,
+            label_noise=toy.label_noise,
+        )
+    if config.source == DataSource.hub:
+        assert config.path is not None, "checked with the config"
+        return load_hub(config.path, config.revision, options=options)
+    return load_jsonl(
+        preferences=config.preferences or (),
+        demonstrations=config.demonstrations or (),
+        prompts=config.prompts or (),
+        test=config.test or (),
+        options=options,
+    )
+
+
+def pairs_of(rows: list[Preference], part: str | None) -> list[Preference]:
+    """Return the pairs of a part such as `1/2`, by prompt; all of them without a part."""
+    if part is None:
+        return rows
+    number, parts = map(int, part.split("/"))
+    return [row for row in rows if part_number(prompt_key(row.history), parts) == number]

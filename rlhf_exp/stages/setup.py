@@ -1,0 +1,41 @@
+"""Processes and models, opened as the config says: number formats, strategy, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf_exp.config.experiment import Config, Dtype
+from rlhf_exp.distributed.world import Precision, World, world_of
+from rlhf_exp.models.pretrained import Attention, load_causal_lm
+
+
+@contextmanager
+def world_for(config: Config) -> Iterator[World]:
+    """Open the processes that the config asks for."""
+    section = config.distributed
+    half = Dtype.bfloat16 in (section.precision, config.model.dtype)
+    precision: Precision = "bfloat16" if half else "float32"
+    strategy = section.strategy.value
+    with world_of(precision, section.threads, strategy, section.offload) as world:
+        yield world
+
+
+def torch_dtype(config: Config) -> torch.dtype:
+    """Return the number format that weights are stored in."""
+    return torch.bfloat16 if config.model.dtype == Dtype.bfloat16 else torch.float32
+
+
+def attention_of(config: Config) -> Attention:
+    """Return the attention implementation."""
+    name: Any = config.model.attention.value
+    return name
+
+
+def load_policy_model(config: Config, path: str, revision: str | None = None) -> PreTrainedModel:
+    """Load a causal language model in the config's number format."""
+    return load_causal_lm(path, revision, torch_dtype(config), attention_of(config))

@@ -1,0 +1,123 @@
+"""The modules whose digests a stage's results depend on, by name.
+
+A stage's manifest keeps a digest of each of our modules that it computes with. A change to one of
+them puts every stored result of the stage in doubt, so a module must not get in by accident.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import grimp
+import pytest
+
+from rlhf_exp.pipeline.plan import stage_code
+
+ROOT = Path(__file__).parents[2]
+
+
+def names(folder: str, files: str) -> set[str]:
+    return {f"{folder}/{file}" for file in files.split()}
+
+
+# The data and the models that every stage is given, in the processes that it runs in.
+COMMON = (
+    {"batch"}
+    | names("algo", "logprobs masks")
+    | names("data", "batching parsing rows sources tokenized tokenizer toy/content toy/generate")
+    | names("distributed", "ddp deepspeed fsdp strategy world")
+    | names("models", "architecture frozen_trunk lora packing policy pretrained")
+    | names("stages", "context data_module setup")
+)
+# The native trainer, and the model that it leaves.
+TRAINER = (
+    {"algo/losses"}
+    | names("training", "checkpoint metrics optim result task trainer")
+    | names("stages", "publish training")
+)
+SAMPLING = {"models/reference"} | names("rollout", "decoder sampler token_sampling transcript")
+# The scores of responses: by the reward model, a function or a server.
+SCORING = (
+    {"algo/kl", "algo/preference", "http_client", "models/reward_model", "safe_text"}
+    | names("training", "reward_scorer scorers")
+    | {"stages/scorers"}
+)
+
+ALLOWED = {
+    "sft": COMMON | TRAINER | {"training/sft"} | names("stages", "sft shape"),
+    "reward": COMMON
+    | TRAINER
+    | {"algo/preference", "evaluation/statistics", "models/reward_model"}
+    | names("training", "reward reward_scorer")
+    | {"stages/reward"},
+    "ppo": COMMON
+    | TRAINER
+    | SAMPLING
+    | SCORING
+    | {"algo/advantages", "distributed/redistribute"}
+    | names("training", "ppo ppo_objective ppo_validation")
+    | names("stages", "ppo ppo_inputs"),
+    "trlx_ppo": COMMON
+    | SCORING
+    | {"algo/advantages"}
+    | names("training", "ppo_objective result")
+    | names("trlx", "convert metrics plan session")
+    | names("trlx/worker", "__main__ trlx_line trlx_trainer")
+    | names("stages", "ppo_inputs publish trlx_ppo"),
+    "eval": COMMON
+    | SAMPLING
+    | SCORING
+    | {"data/toy/gold_judge"}
+    | names("evaluation", "agreement answers comparison overoptimisation preference")
+    | names("evaluation", "reward_quality statistics")
+    | names("evaluation/judges", "human_agreement llm protocol reward_models")
+    | names("evaluation/toxicity", "prompts scorers summary")
+    | {"stages/eval"}
+    | names("stages/evaluation", "answer_sources bench gold_judge preference reward_quality")
+    | names("stages/evaluation", "toxicity toxicity_scorer"),
+}
+
+
+def chain(stage: str, module: str) -> str:
+    """Return the shortest way by which a stage imports a module, in words."""
+    graph = grimp.build_graph("rlhf_exp", exclude_type_checking_imports=True, cache_dir=None)
+    target = f"rlhf_exp.{module.replace('/', '.')}"
+    entries = [f"rlhf_exp.stages.{stage}", "rlhf_exp.stages.data_module"]
+    paths = deque([[entry] for entry in entries])
+    seen = set(entries)
+    while paths:
+        path = paths.popleft()
+        if path[-1] == target:
+            return " -> ".join(path)
+        for following in sorted(graph.find_modules_directly_imported_by(path[-1]) - seen):
+            seen.add(following)
+            paths.append([*path, following])
+    return f"{target} is named in a string"
+
+
+@pytest.mark.parametrize("stage", ALLOWED)
+def test_a_stage_digests_these_modules_and_no_others(stage: str) -> None:
+    digested = {path.removeprefix("rlhf_exp/").removesuffix(".py") for path in stage_code(stage)}
+    assert len(stage_code(stage)) == len(digested)
+    new, gone = sorted(digested - ALLOWED[stage]), sorted(ALLOWED[stage] - digested)
+    found = "".join(f"\n  {module}: {chain(stage, module)}" for module in new)
+    assert not new, (
+        f"{stage} now digests further modules, each change of which puts its stored results in "
+        f"doubt:{found}\nIf a module takes part in the numbers of the stage, add it to ALLOWED. If "
+        "not, move the imported part into a module of its own, pass it through the StageContext, "
+        "or import it under TYPE_CHECKING."
+    )
+    assert not gone, f"{stage} no longer digests {', '.join(gone)}: take them out of ALLOWED"
+
+
+def test_every_stage_has_its_list() -> None:
+    """All that `pipeline/` can run and keep; stand-ins for a probe's models are not kept."""
+    modules = {path.stem for path in (ROOT / "rlhf_exp" / "stages").glob("*.py")}
+    runs = {
+        name
+        for name in modules
+        if "def run(config: Config, context: StageContext)"
+        in (ROOT / "rlhf_exp" / "stages" / f"{name}.py").read_text(encoding="utf-8")
+    }
+    assert runs - {"placeholders"} == ALLOWED.keys()

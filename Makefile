@@ -18,13 +18,13 @@ SOURCES := rlhf_exp hydra_plugins tests $(wildcard benchmarks) $(wildcard *.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check lint types format clean
+.PHONY: help venv demo test check lint imports types format clean
 
 help:
 	@echo "make demo    train and evaluate the bundled example, then show its report's path"
-	@echo "make test    lint, type check and the tests (those that need no GPU or browser;"
+	@echo "make test    lint, types, imports and the tests (those that need no GPU or browser;"
 	@echo "             where Slurm is installed, those that start one)"
-	@echo "make check   lint and type check only"
+	@echo "make check   lint, types and imports only"
 	@echo "make format  let ruff format and mend what it can"
 	@echo "make venv    install into $(VENV)"
 	@echo "make clean   remove $(VENV) and caches; outputs/ stays"
@@ -56,11 +56,14 @@ ifeq ($(origin MARKERS),file)
 	$(PYTEST) -rs -m 'slurm and not slow' $(PYTEST_ARGS) || [ $$? = 5 ]
 endif
 
-check: lint types
+check: lint imports types
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+
+imports: $(STAMP)
+	$(BIN)/lint-imports
 
 types: $(STAMP)
 	$(BIN)/mypy rlhf_exp $(wildcard *.py)
@@ -70,5 +73,6 @@ format: $(STAMP)
 	$(BIN)/ruff format $(SOURCES)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
+	  .grimp_cache .import_linter_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -105,7 +105,8 @@ def run_bare(handed: Path) -> None:
     """Train with the engine alone (what `--bare` does)."""
     import importlib
 
-    from rlhf_exp.stages.context import DataModule, StageContext, StageJob
+    from rlhf_exp.stages.context import StageContext, StageJob
+    from rlhf_exp.stages.data_module import DataModule
 
     config, models = pickle.loads(handed.read_bytes())
     stage = importlib.import_module(f"rlhf_exp.stages.{config.stage.name}")
@@ -132,7 +133,7 @@ def bare_loop(
 ) -> object:
     """Do what `training.trainer.train` does to the weights, and nothing else."""
     from rlhf_exp.training.optim import build_optimizer, set_lr
-    from rlhf_exp.training.trainer import TrainingResult
+    from rlhf_exp.training.result import TrainingResult
 
     build = partial(build_optimizer, task.module, section)
     task.attach(world.prepare(task.module, build, section.grad_norm))
@@ -158,7 +159,7 @@ def inside(outputs: Path, stage: str, steps: int, seed: int) -> Seconds:
     """Run framed in this process; return the seconds a step takes in each part of the loop."""
     from rlhf_exp.hydra_app import main
     from rlhf_exp.tracking.progress_bar import StageProgress
-    from rlhf_exp.training.trainer import _Loop
+    from rlhf_exp.training.trainer import _Trainer  # noqa: PLC2701 - its methods are timed
 
     spent: Seconds = {"update": 0.0, **dict.fromkeys((*PARTS, "progress"), 0.0)}
 
@@ -173,7 +174,7 @@ def inside(outputs: Path, stage: str, steps: int, seed: int) -> Seconds:
         return call
 
     for part in ("update", *PARTS):
-        setattr(_Loop, part, watched(part, getattr(_Loop, part)))
+        setattr(_Trainer, part, watched(part, getattr(_Trainer, part)))
     StageProgress.update = watched("progress", StageProgress.update)  # type: ignore[method-assign]
     assert main(overrides(outputs, stage, steps, seed)) == 0
     spent["update"] -= spent["progress"]

@@ -100,7 +100,7 @@ def _launch(argv: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    from hydra._internal.utils import get_args_parser
+    from hydra._internal.utils import get_args_parser  # noqa: PLC2701 - Hydra has no public one
 
     arguments = get_args_parser().parse_intermixed_args(list(argv))
     if arguments.config_path or arguments.config_name:

@@ -38,6 +38,7 @@ class Pipeline:
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pipeline:
     stand_in, module = Pipeline(), ModuleType("rlhf_exp.experiment")
+    module.UNNAMED = "unnamed"  # type: ignore[attr-defined]
     module.run = stand_in.run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rlhf_exp.experiment", module)
     monkeypatch.setattr(sys, "argv", ["launch.py"])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.report.sweep.data import flatten, format_override, override_values, sort_key
+from rlhf_exp.report.sweep.settings import flatten, format_override, override_values, sort_key
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.run_records import Records, RunRecord
 from rlhf_exp.store.store import Store

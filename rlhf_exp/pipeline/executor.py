@@ -42,7 +42,7 @@ from rlhf_exp.processes.failures import TERMINATED, USER
 from rlhf_exp.processes.leader import Leader, StartedWorkers, joined_leader, joined_worker
 from rlhf_exp.processes.worker import Worker
 from rlhf_exp.search.pruning import PruningCallback, RunningTrial
-from rlhf_exp.stages.context import DataModule, StageContext, StageJob, StageResult
+from rlhf_exp.stages.context import StageContext, StageJob, StageResult
 from rlhf_exp.store.fingerprint import key_of
 from rlhf_exp.store.lease import Claim
 from rlhf_exp.tracking.create import import_early

@@ -74,7 +74,7 @@ ALLOWED = {
     | names("evaluation/judges", "human_agreement llm protocol reward_models")
     | names("evaluation/toxicity", "prompts scorers summary")
     | {"stages/eval"}
-    | names("stages/evaluation", "answer_sources bench gold_judge preference reward_quality")
+    | names("stages/evaluation", "answer_sources evaluation gold_judge preference reward_quality")
     | names("stages/evaluation", "toxicity toxicity_scorer"),
 }
 

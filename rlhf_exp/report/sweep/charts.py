@@ -20,9 +20,9 @@ from rlhf_exp.report.sweep.data import (
     group_runs,
     intervals,
     short_key,
-    sort_key,
 )
 from rlhf_exp.report.sweep.gather import evaluations
+from rlhf_exp.report.sweep.settings import sort_key
 
 COLOURS, DASHES = 6, 4
 # More bands than this in one chart hide each other.

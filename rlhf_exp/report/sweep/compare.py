@@ -15,13 +15,11 @@ from rlhf_exp.report.run.gather import RESULT
 from rlhf_exp.report.sweep.data import (
     SeedSummary,
     difference,
-    flatten,
-    format_override,
     is_ignored,
     is_seed,
-    sort_key,
     summarise_seeds,
 )
+from rlhf_exp.report.sweep.settings import flatten, format_override, sort_key
 from rlhf_exp.store.artifact import Artifact
 
 _PAIRED = (("Reward, raw", "score_b"), ("Gold judge", "gold_b"), ("Toxicity", "toxicity_b"))

@@ -25,9 +25,9 @@ from rlhf_exp.report.sweep.data import (
     SettingsSource,
     StageWork,
     Sweep,
-    flatten,
     varied_settings,
 )
+from rlhf_exp.report.sweep.settings import flatten
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.disk_usage import sizes
 from rlhf_exp.store.publish import staging_folder

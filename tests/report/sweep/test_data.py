@@ -16,14 +16,13 @@ from rlhf_exp.report.sweep.data import (
     RunPoint,
     SettingsSource,
     difference,
-    flatten,
     group_runs,
     intervals,
-    override_values,
     rank_groups,
     summarise_seeds,
     varied_settings,
 )
+from rlhf_exp.report.sweep.settings import flatten, override_values
 
 
 def point(key: str, objective: float | None, status: str = "done", **settings: str) -> RunPoint:

@@ -397,7 +397,7 @@ def _remove_torn_line(path: Path, lock: JournalFileOpenLock) -> None:
     """Remove a last line that a killed writer left incomplete: later ones would be unreadable."""
     if not path.exists():
         return
-    from optuna.storages.journal._file import get_lock_file  # there is no public one
+    from optuna.storages.journal._file import get_lock_file  # noqa: PLC2701 - no public one
 
     with path.open("rb") as file:
         if _is_complete(file.read()):

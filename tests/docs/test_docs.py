@@ -21,7 +21,7 @@ from rlhf_exp.data.toy.content import subjects
 from rlhf_exp.http_client import Service
 from rlhf_exp.hydra_app import main
 from rlhf_exp.training.scorers import RewardClient, ServerInfo, load_function
-from tests.annotation.lab import study
+from tests.annotation.lab import new_campaign
 from tests.lab import artifact
 
 ROOT = Path(__file__).parents[2]
@@ -111,12 +111,12 @@ def test_example_stand_in_votes_are_votes_of_a_study(tmp_path: Path) -> None:
         item_of(prompt, good, "Go away."),
         item_of(prompt, "", rude),
     ]
-    made = study(tmp_path, own=items, names=())
-    example["main"](made.path, tmp_path / "votes.jsonl")
-    made.add(read_votes(made, tmp_path / "votes.jsonl"))
-    by_item = {vote.item: vote.winner for vote in made.votes()}
+    campaign = new_campaign(tmp_path, own=items, names=())
+    example["main"](campaign.path, tmp_path / "votes.jsonl")
+    campaign.add(read_votes(campaign, tmp_path / "votes.jsonl"))
+    by_item = {vote.item: vote.winner for vote in campaign.votes()}
     assert [by_item[item.id] for item in items] == ["b", "a", "tie"]
-    assert {vote.annotator for vote in made.votes()} == {"gold-judge"}
+    assert {vote.annotator for vote in campaign.votes()} == {"gold-judge"}
 
 
 def test_example_reward_server() -> None:

@@ -75,7 +75,7 @@ class Evaluator(Protocol):
 
 
 class PpoTask:
-    """What PPO brings to the trainer.
+    """PPO's training task.
 
     Args:
         policy: The policy, with its value head.
@@ -242,7 +242,7 @@ class PpoTask:
 
 @dataclass(frozen=True)
 class PolicyOutputs:
-    """What policy and reference say of an iteration's responses.
+    """Outputs of policy and reference for an iteration's responses.
 
     Attributes:
         logprobs: [B, T] float32 of the policy.

@@ -28,11 +28,11 @@ class SampleTable:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """The result of an evaluation during training.
 
     Attributes:
         metrics: Scalars, named `eval/...`.
-        objective: What `select: best` maximises.
+        objective: Maximised by `select: best`.
         samples: A table to look at, if the stage makes one.
     """
 

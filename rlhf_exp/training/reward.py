@@ -6,13 +6,11 @@ forward pass.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_exp.algo.losses import pairwise_loss
 from rlhf_exp.config.training import RewardConfig
@@ -20,13 +18,12 @@ from rlhf_exp.data.batching import batch_index, length_sorted_micro_batches, pre
 from rlhf_exp.data.tokenized import TokenizedPreferences
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.reward_model import RewardModel
-from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.result import Evaluation
-from rlhf_exp.training.task import Update
+from rlhf_exp.training.task import SingleStepTask
 
 
-class RewardTask:
-    """What the reward model brings to the trainer.
+class RewardTask(SingleStepTask):
+    """The reward model's training task.
 
     Args:
         model: The reward model.
@@ -36,8 +33,6 @@ class RewardTask:
         world: The processes.
     """
 
-    updates = 1
-
     def __init__(
         self,
         model: RewardModel,
@@ -46,19 +41,9 @@ class RewardTask:
         section: RewardConfig,
         world: World,
     ) -> None:
-        self.module: nn.Module = model
-        self.model, self.pairs, self.validation = model, pairs, validation
-        self.section, self.world = section, world
-        self.meters = MetricAccumulator(world)
-        self._forward: Callable[..., tuple[Tensor, Tensor]] = model
-
-    def attach(self, wrapped: nn.Module) -> None:
-        """Send forward passes with gradients through the strategy's wrapper."""
-        self._forward = wrapped
-
-    def iterate(self, iteration: int, update: Update) -> None:
-        """Take one optimizer step on the next pairs."""
-        update(self._losses(iteration))
+        super().__init__(model, world)
+        self.model, self.section = model, section
+        self.pairs, self.validation = pairs, validation
 
     def _losses(self, step: int) -> Iterator[Tensor]:
         """Yield each micro-batch's part (0-dim) of the loss of optimizer step `step`."""
@@ -85,36 +70,16 @@ class RewardTask:
             chosen, rejected = self._forward(batch)
         return chosen, rejected, batch.weights
 
-    def metrics(self) -> dict[str, float]:
-        """Return loss, accuracy and margin since the last call."""
-        return self.meters.means()
-
-    def distributions(self) -> dict[str, list[float]]:
-        """Return none."""
-        return {}
-
     def evaluate(self) -> Evaluation:
         """Return loss, accuracy and margin on validation pairs."""
         first, second = pair_scores(self.scores, self.validation, self.section, self.world)
         loss, stats = pairwise_loss(first, second, torch.ones_like(first), float(len(first)))
-        found = {
+        metrics = {
             "eval/loss": float(loss),
             "eval/accuracy": float(stats.correct / stats.count),
             "eval/margin": float((first - second).mean()),
         }
-        return Evaluation(found, -found["eval/loss"])
-
-    def state(self) -> dict[str, Any]:
-        """Return nothing: the order of pairs is a function of the step."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take nothing back."""
-
-    def check(self, metrics: Mapping[str, float]) -> str | None:
-        """Return why training must stop, or `None`."""
-        loss = metrics["loss/total"]
-        return None if math.isfinite(loss) else f"the loss is {loss}"
+        return Evaluation(metrics, -metrics["eval/loss"])
 
 
 @torch.no_grad()
@@ -126,12 +91,12 @@ def pair_scores(
 ) -> tuple[Tensor, Tensor]:
     """Return the scores [pairs] float32 of both sides of all pairs, on the CPU."""
     share = world.share(len(pairs))
-    found = torch.zeros(len(share.rows), 2)
+    scores = torch.zeros(len(share.rows), 2)
     size = section.micro_batch or section.batch
     for part in length_sorted_micro_batches(_lengths(pairs, share.rows), size):
         first, second, _ = score(pairs, share.rows[part.numpy()], share.weights[part.numpy()])
-        found[part] = torch.stack([first, second], dim=1).float().cpu()
-    everyone = world.gather(found).cpu()[: len(pairs)]
+        scores[part] = torch.stack([first, second], dim=1).float().cpu()
+    everyone = world.gather(scores).cpu()[: len(pairs)]
     return everyone[:, 0], everyone[:, 1]
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_exp.algo.losses import language_model_loss
 from rlhf_exp.batch import Demonstrations
@@ -24,11 +23,11 @@ from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.result import Evaluation
-from rlhf_exp.training.task import Update
+from rlhf_exp.training.task import SingleStepTask
 
 
-class SftTask:
-    """What SFT brings to the trainer.
+class SftTask(SingleStepTask):
+    """SFT's training task.
 
     Args:
         policy: The model, without a value head.
@@ -38,8 +37,6 @@ class SftTask:
         world: The processes.
     """
 
-    updates = 1
-
     def __init__(
         self,
         policy: Policy,
@@ -48,20 +45,9 @@ class SftTask:
         section: SftConfig,
         world: World,
     ) -> None:
-        self.module: nn.Module = policy
-        self.rows, self.validation = rows, validation
-        self.section, self.world = section, world
-        self.meters = MetricAccumulator(world)
-        self._forward: Callable[..., Tensor] = policy
+        super().__init__(policy, world)
+        self.rows, self.validation, self.section = rows, validation, section
         self._since = time.perf_counter()
-
-    def attach(self, wrapped: Callable[..., Tensor]) -> None:
-        """Send forward passes with gradients through the strategy's wrapper."""
-        self._forward = wrapped
-
-    def iterate(self, iteration: int, update: Update) -> None:
-        """Take one optimizer step on the next rows."""
-        update(self._losses(iteration))
 
     def _losses(self, step: int) -> Iterator[Tensor]:
         """Yield each micro-batch's part (0-dim) of the loss of optimizer step `step`."""
@@ -90,10 +76,6 @@ class SftTask:
         self.meters.add("throughput/tokens_per_s", 0.0, elapsed / self.world.processes)
         return self.meters.means()
 
-    def distributions(self) -> dict[str, list[float]]:
-        """Return none."""
-        return {}
-
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """Return the loss a token and the perplexity on validation rows."""
@@ -107,18 +89,6 @@ class SftTask:
         loss = meters.means()["eval/loss"]
         self._since += time.perf_counter() - began
         return Evaluation({"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}, -loss)
-
-    def state(self) -> dict[str, Any]:
-        """Return nothing: the order of rows is a function of the step."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take nothing back."""
-
-    def check(self, metrics: Mapping[str, float]) -> str | None:
-        """Return why training must stop, or `None`."""
-        loss = metrics["loss/total"]
-        return None if math.isfinite(loss) else f"the loss is {loss}"
 
 
 def _micro_batches(

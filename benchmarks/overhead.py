@@ -51,7 +51,7 @@ SIZES = {
     "ppo.eval_every": NEVER,
     "ppo.eval_prompts": 16,
 }
-PARTS = ("report", "keep_if_due", "checkpoint_if_due", "leave_if_asked")
+PARTS = ("report", "snapshot_if_due", "checkpoint_if_due", "stop_if_interrupted")
 Seconds = dict[str, float]
 
 
@@ -159,6 +159,8 @@ def inside(outputs: Path, stage: str, steps: int, seed: int) -> Seconds:
     """Run framed in this process; return the seconds a step takes in each part of the loop."""
     from rlhf_exp.hydra_app import main
     from rlhf_exp.tracking.progress_bar import StageProgress
+    from rlhf_exp.training.ppo import PpoTask
+    from rlhf_exp.training.task import SingleStepTask
     from rlhf_exp.training.trainer import _Trainer  # noqa: PLC2701 - its methods are timed
 
     spent: Seconds = {"update": 0.0, **dict.fromkeys((*PARTS, "progress"), 0.0)}
@@ -173,8 +175,10 @@ def inside(outputs: Path, stage: str, steps: int, seed: int) -> Seconds:
 
         return call
 
-    for part in ("update", *PARTS):
+    for part in PARTS:
         setattr(_Trainer, part, watched(part, getattr(_Trainer, part)))
+    for task in (PpoTask, SingleStepTask):
+        task.iterate = watched("update", task.iterate)  # type: ignore[method-assign]
     StageProgress.update = watched("progress", StageProgress.update)  # type: ignore[method-assign]
     assert main(overrides(outputs, stage, steps, seed)) == 0
     spent["update"] -= spent["progress"]

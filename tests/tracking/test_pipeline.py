@@ -103,7 +103,8 @@ def test_two_processes_make_one_run(server: WandbServer, tmp_path: Path) -> None
 def test_a_killed_run_goes_on_as_the_same_run(
     server: WandbServer, tmp_path: Path, number: signal.Signals
 ) -> None:
-    given = small(tmp_path, "tracking=online", "stage=sft", "sft.steps=60")
+    # W&B sends rows every few seconds: the run must outlast the first ones.
+    given = small(tmp_path, "tracking=online", "stage=sft", "sft.steps=300")
     command = [sys.executable, str(LAUNCH), *given]
     first = subprocess.Popen(command, cwd=ROOT)
     while not any(len(run.history) > 4 for run in server.runs.values()):
@@ -113,7 +114,7 @@ def test_a_killed_run_goes_on_as_the_same_run(
     assert first.wait(timeout=60) == (143 if number == signal.SIGTERM else -number)
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
     run = server.run
-    assert run.column("global_step") == list(range(61))
+    assert run.column("global_step") == list(range(301))
     assert run.exit_code == 0
     assert run.preempting == (number == signal.SIGTERM)
     found = artifact(tmp_path, "sft")

@@ -44,7 +44,7 @@ from rlhf_exp.models.reward_model import RewardModel, share_frozen_trunk
 from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
-from rlhf_exp.training.result import Evaluation
+from rlhf_exp.training.result import EvaluationResult
 from rlhf_exp.training.reward_scorer import ModelScorer, Scorer, SharedTrunkScorer
 from rlhf_exp.training.trainer import TrainingContext, train
 from side_by_side.protocol import Line, Reading, peak_bytes, resident_bytes
@@ -198,7 +198,7 @@ def task_of(setting: Setting, world: World) -> PpoTask:
         reuse_states=True,
         world=world,
     )
-    return PpoTask(policy, collector, lambda: Evaluation({}, 0.0), section, world)
+    return PpoTask(policy, collector, lambda: EvaluationResult({}, 0.0), section, world)
 
 
 def iterate(setting: Setting, line: Line, started_bytes: int) -> None:

@@ -20,7 +20,7 @@ WIN_RATE = "eval/win_rate"
 
 
 @dataclass(frozen=True)
-class Objective:
+class TrialObjective:
     """The objective that a study maximises, from a PPO run's evaluations on validation prompts.
 
     Each evaluation i of a run, the one before training included, has a mean reward R_i of the
@@ -91,13 +91,13 @@ class RunningTrial:
 
     study: str
     id: int
-    objective: Objective
+    objective: TrialObjective
     pruning: Pruning
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Return the trial that `asdict` turned into JSON values."""
-        objective, pruning = Objective(**values["objective"]), Pruning(**values["pruning"])
+        objective, pruning = TrialObjective(**values["objective"]), Pruning(**values["pruning"])
         return cls(**{**values, "objective": objective, "pruning": pruning})
 
 

@@ -59,7 +59,7 @@ from rlhf_exp.models.policy import Policy, ResponseOutputs
 from rlhf_exp.models.reference import Reference, compare_with_reference
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.training.metrics import MetricAccumulator
-from rlhf_exp.training.result import Evaluation
+from rlhf_exp.training.result import EvaluationResult
 from rlhf_exp.training.reward_scorer import Scorer, score_samples
 from rlhf_exp.training.task import Update
 
@@ -70,7 +70,7 @@ class Evaluator(Protocol):
     unit: float | None
     initial: list[float] | None
 
-    def __call__(self) -> Evaluation:
+    def __call__(self) -> EvaluationResult:
         """Evaluate the policy as it is."""
 
 
@@ -209,7 +209,7 @@ class PpoTask:
         """Return the iteration's raw scores and its KL by response."""
         return self.meters.distributions()
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self) -> EvaluationResult:
         """Answer validation prompts and score the answers."""
         with self.world.gathered():
             return self.evaluator()

@@ -27,7 +27,7 @@ from rlhf_exp.models.reference import Reference, compare_with_reference
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.ppo_objective import SHOWN, objective, score_unit, selection_score
-from rlhf_exp.training.result import Evaluation, SampleTable
+from rlhf_exp.training.result import EvaluationResult, SampleTable
 from rlhf_exp.training.reward_scorer import Scorer, score_samples, texts_of
 
 
@@ -59,7 +59,7 @@ class Validator:
         self.initial: list[float] | None = None
 
     @torch.no_grad()
-    def __call__(self) -> Evaluation:
+    def __call__(self) -> EvaluationResult:
         """Sample, score and compare with the reference."""
         meters = MetricAccumulator(self.world)
         count = min(self.section.eval_prompts, len(self.prompts))
@@ -85,7 +85,7 @@ class Validator:
             self.unit = score_unit(self.section, metrics)
         metrics["eval/objective"] = objective(self.section, metrics, self.unit)
         selected_by = selection_score(self.section, metrics, self.unit)
-        return Evaluation(metrics, selected_by, self._table(samples, scores, kl))
+        return EvaluationResult(metrics, selected_by, self._table(samples, scores, kl))
 
     def sequence_kl(self, samples: Samples) -> Tensor:
         """Return the sum of k1 over each response [B], in nats."""

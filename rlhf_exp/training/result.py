@@ -27,7 +27,7 @@ class SampleTable:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationResult:
     """The result of an evaluation during training.
 
     Attributes:

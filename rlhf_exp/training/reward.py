@@ -18,7 +18,7 @@ from rlhf_exp.data.batching import batch_index, length_sorted_micro_batches, pre
 from rlhf_exp.data.tokenized import TokenizedPreferences
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.reward_model import RewardModel
-from rlhf_exp.training.result import Evaluation
+from rlhf_exp.training.result import EvaluationResult
 from rlhf_exp.training.task import SingleStepTask
 
 
@@ -70,7 +70,7 @@ class RewardTask(SingleStepTask):
             chosen, rejected = self._forward(batch)
         return chosen, rejected, batch.weights
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self) -> EvaluationResult:
         """Return loss, accuracy and margin on validation pairs."""
         first, second = pair_scores(self.scores, self.validation, self.section, self.world)
         loss, stats = pairwise_loss(first, second, torch.ones_like(first), float(len(first)))
@@ -79,7 +79,7 @@ class RewardTask(SingleStepTask):
             "eval/accuracy": float(stats.correct / stats.count),
             "eval/margin": float((first - second).mean()),
         }
-        return Evaluation(metrics, -metrics["eval/loss"])
+        return EvaluationResult(metrics, -metrics["eval/loss"])
 
 
 @torch.no_grad()

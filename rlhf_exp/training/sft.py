@@ -22,7 +22,7 @@ from rlhf_exp.data.batching import (
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.training.metrics import MetricAccumulator
-from rlhf_exp.training.result import Evaluation
+from rlhf_exp.training.result import EvaluationResult
 from rlhf_exp.training.task import SingleStepTask
 
 
@@ -77,7 +77,7 @@ class SftTask(SingleStepTask):
         return self.meters.means()
 
     @torch.no_grad()
-    def evaluate(self) -> Evaluation:
+    def evaluate(self) -> EvaluationResult:
         """Return the loss a token and the perplexity on validation rows."""
         began = time.perf_counter()
         meters = MetricAccumulator(self.world)
@@ -88,7 +88,9 @@ class SftTask(SingleStepTask):
             meters.add("eval/loss", self._negative_logprob(batch, weights), weights.sum())
         loss = meters.means()["eval/loss"]
         self._since += time.perf_counter() - began
-        return Evaluation({"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}, -loss)
+        return EvaluationResult(
+            {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}, -loss
+        )
 
 
 def _micro_batches(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_exp.distributed.world import World
 from rlhf_exp.training.metrics import MetricAccumulator
-from rlhf_exp.training.result import Evaluation
+from rlhf_exp.training.result import EvaluationResult
 
 Update = Callable[[Iterable[Tensor]], None]
 """One optimizer step: adds up the gradients of the losses (each 0-dim) of its micro-batches."""
@@ -45,7 +45,7 @@ class Task(Protocol):
         Called after `metrics`, for the same time; every process calls it.
         """
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self) -> EvaluationResult:
         """Evaluate on validation data."""
 
     def state(self) -> dict[str, Any]:

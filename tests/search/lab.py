@@ -8,13 +8,13 @@ from pathlib import Path
 
 from optuna.distributions import FloatDistribution, IntDistribution
 
-from rlhf_exp.search.pruning import Objective, RunningTrial, report_evaluations
+from rlhf_exp.search.pruning import RunningTrial, TrialObjective, report_evaluations
 from rlhf_exp.search.study import Pruning, Search, SearchSettings, TrialHandle
 from rlhf_exp.store.store import Store
 
 BEST = 1e-4
 STEPS = 6
-OBJECTIVE = Objective("reward_at_kl", kl_budget=5.0, kl_coef=0.05, scaled=False)
+OBJECTIVE = TrialObjective("reward_at_kl", kl_budget=5.0, kl_coef=0.05, scaled=False)
 SPACE = {"ppo.lr": FloatDistribution(1e-6, 1e-2, log=True), "ppo.epochs": IntDistribution(1, 8)}
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rlhf_exp.search.pruning import Objective, evaluation_rows
+from rlhf_exp.search.pruning import TrialObjective, evaluation_rows
 
 # Reward rises with KL until the policy exploits the reward model, and KL runs away.
 CURVE = [
@@ -20,8 +20,10 @@ for row, won in zip([CURVE[0], *CURVE[2:]], (0.5, 0.6, 0.8, 0.55), strict=True):
     row["eval/win_rate"] = won
 
 
-def measure(name: str, budget: float = 10.0, coef: float = 0.05, scaled: bool = False) -> Objective:
-    return Objective(name, budget, coef, scaled)
+def measure(
+    name: str, budget: float = 10.0, coef: float = 0.05, scaled: bool = False
+) -> TrialObjective:
+    return TrialObjective(name, budget, coef, scaled)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def measure(name: str, budget: float = 10.0, coef: float = 0.05, scaled: bool = 
         (measure("penalised_reward", scaled=True), 0.25),
     ],
 )
-def test_objectives(asked: Objective, expected: float) -> None:
+def test_objectives(asked: TrialObjective, expected: float) -> None:
     assert asked.value(CURVE) == pytest.approx(expected)
 
 

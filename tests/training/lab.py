@@ -32,7 +32,7 @@ from rlhf_exp.models.reference import build_reference
 from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
-from rlhf_exp.training.result import Evaluation, TrainingResult
+from rlhf_exp.training.result import EvaluationResult, TrainingResult
 from rlhf_exp.training.trainer import TrainingContext, train
 
 VOCABULARY, EOS, PAD = 48, 1, 0
@@ -147,11 +147,11 @@ class Evaluations:
         self.unit: float | None = None
         self.initial: list[float] | None = None
 
-    def __call__(self) -> Evaluation:
+    def __call__(self) -> EvaluationResult:
         objective = float(next(self.objectives))
         self.unit = 2.0 + objective if self.unit is None else self.unit
         self.initial = [objective, 0.1] if self.initial is None else self.initial
-        return Evaluation({"eval/number": 0.0}, objective)
+        return EvaluationResult({"eval/number": 0.0}, objective)
 
 
 @dataclass

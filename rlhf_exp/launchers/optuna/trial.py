@@ -34,7 +34,7 @@ from rlhf_exp.pipeline.executor import StageExecutor
 from rlhf_exp.pipeline.plan import Step, plan, records_of, refuse_changed, store_of
 from rlhf_exp.pipeline.run import Pruned, run_steps
 from rlhf_exp.processes.failures import WorkerGone
-from rlhf_exp.search.pruning import Objective, RunningTrial, report_evaluations
+from rlhf_exp.search.pruning import RunningTrial, TrialObjective, report_evaluations
 from rlhf_exp.search.study import (
     Pruning,
     Search,
@@ -221,11 +221,11 @@ def folder_of(config: Config) -> Path:
     return study_folder(Path(config.output_dir), config.name or UNNAMED)
 
 
-def measure_of(config: Config) -> Objective:
+def measure_of(config: Config) -> TrialObjective:
     """Return the objective that the study maximises."""
     study = config.study
     scaled = config.ppo.reward.scale is not Scale.none
-    return Objective(study.objective.value, study.kl_budget, study.kl_coef, scaled)
+    return TrialObjective(study.objective.value, study.kl_budget, study.kl_coef, scaled)
 
 
 def pruning_of(config: Config) -> Pruning:

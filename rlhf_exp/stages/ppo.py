@@ -34,7 +34,6 @@ from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.ppo_inputs import (
     original_scores,
     ppo_prompts,
-    round_up_to_iterations,
 )
 from rlhf_exp.stages.publish import save_models
 from rlhf_exp.stages.scorers import SERVER_NOTE, longest_input, scorer_for
@@ -75,7 +74,7 @@ def run(config: Config, context: StageContext) -> StageResult:
             section,
             world,
         )
-        steps = round_up_to_iterations(section.steps, task.updates)
+        steps = section.iterations * section.updates
         conclude = partial(save_models, config, context, world, policy, codec.tokenizer)
         outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
         if outcome.pruned:

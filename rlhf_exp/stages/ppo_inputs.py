@@ -91,7 +91,7 @@ def original_scores(
 def _used(config: Config, count: int, only: int | None = None) -> list[np.ndarray]:
     """Return the prompts that each iteration is the first to meet, of all or the first `only`."""
     section = config.ppo
-    iterations = only or -(-section.steps // section.updates)
+    iterations = only or section.iterations
     seen = np.zeros(count, dtype=bool)
     found = []
     for iteration in range(iterations):
@@ -157,8 +157,3 @@ def _save(path: Path, scores: Tensor) -> None:
     partial = path.with_name(f".{path.stem}-{os.getpid()}.npy")
     np.save(partial, scores.numpy())
     partial.rename(path)
-
-
-def round_up_to_iterations(steps: int, updates: int) -> int:
-    """Return `steps`, rounded up to whole iterations of so many optimizer steps."""
-    return -(-steps // updates) * updates

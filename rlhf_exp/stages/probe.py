@@ -25,7 +25,7 @@ from rlhf_exp.stages.context import StageContext
 from rlhf_exp.tracking.progress_bar import StageProgress
 from rlhf_exp.training.memory import device_peak_bytes, forget_peaks, host_bytes, host_peak_bytes
 from rlhf_exp.training.task import Task
-from rlhf_exp.training.trainer import TrainingContext, train
+from rlhf_exp.training.trainer import TrainingContext, passes, train
 
 ITERATIONS = {"sft": 4, "reward": 4, "ppo": 2}
 """Iterations of a stage that are run; of SFT and the reward model, each is an optimizer step."""
@@ -109,7 +109,7 @@ class Recorder:
     def alert(self, title: str, text: str, step: int) -> None:
         """Nothing: a run that diverges raises an error too."""
 
-    def model(self, name: str, made: Path, place: Path, facts: Mapping[str, Any]) -> None:
+    def model(self, name: str, path: Path, final_path: Path, metadata: Mapping[str, Any]) -> None:
         """Nothing: none is kept."""
 
     def mark_preempting(self) -> None:
@@ -201,5 +201,5 @@ class Probe:
 
 def _due(ends: list[int], every: int) -> int:
     """Return how often something is due that happens every `every` steps and at the end."""
-    passed = sum(step // every > before // every for before, step in pairwise([0, *ends]))
-    return passed + (ends[-1] // every == ([0, *ends][-2]) // every)
+    at_ends = [passes(step, before, every) for before, step in pairwise([0, *ends])]
+    return sum(at_ends) + (not at_ends[-1])

@@ -19,7 +19,6 @@ from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.ppo_inputs import (
     original_scores,
     ppo_prompts,
-    round_up_to_iterations,
 )
 from rlhf_exp.stages.publish import record_model, save_models
 from rlhf_exp.stages.scorers import scorer_for
@@ -51,7 +50,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         originals = None
         if config.ppo.reward.delta:
             originals = original_scores(prompts, scorer, config, context, world)
-        steps = round_up_to_iterations(config.ppo.steps, config.ppo.updates)
+        steps = config.ppo.iterations * config.ppo.updates
         threads = torch.get_num_threads()
         model = load_policy_model(config, context.models["sft"])
         plan = hand_over(handed, model, codec, prompts, validation, config.ppo, steps, threads)

@@ -13,6 +13,7 @@ products themselves run in that precision with float32 accumulation; on a CPU, i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,39 @@ MAX_KEPT_LOGITS = 1 << 23
 """Up to this number of logits in all (32 MiB), keeping them is cheaper than recomputing them."""
 
 
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its head's outputs x: logits = cap * tanh(scale * x / cap).
+
+    Attributes:
+        scale: factor of the head's outputs, such as 1 / `logits_scaling` of Granite.
+        cap: largest absolute value of a logit (Gemma 2's `final_logit_softcapping`); `None`: no
+            limit, so that logits = scale * x.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """Transform a head's outputs [N, V] in place."""
+        if self.cap is not None:
+            return logits.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+        return logits if self.scale == 1.0 else logits.mul_(self.scale)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Return the derivative of transformed `logits` [N, V] with respect to the head's outputs.
+
+        d/dx cap tanh(scale x / cap) = scale (1 - tanh^2) = scale (1 - (logit / cap)^2).
+        """
+        if self.cap is None:
+            return self.scale
+        return logits.div(self.cap).square_().neg_().add_(1.0).mul_(self.scale)
+
+
+UNCHANGED = LogitTransform()
+"""The transform of most models: logits are what their head computes."""
+
+
 def gather_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -34,6 +68,7 @@ def gather_logprobs(
     temperature: float,
     chunk: int = 4096,
     with_entropy: bool = False,
+    transform: LogitTransform = UNCHANGED,
 ) -> tuple[Tensor, Tensor | None]:
     """Return log-probabilities of `targets`, and entropies, under softmax(logits / temperature).
 
@@ -48,6 +83,7 @@ def gather_logprobs(
         temperature: above 0; logits are divided by it.
         chunk: most rows of a chunk; a large vocabulary makes it smaller.
         with_entropy: also return the entropy of each row's distribution.
+        transform: makes logits of the head's outputs, before the temperature divides them.
 
     Returns:
         Log-probabilities [N] float32 and entropies [N] float32 (nats) or None.
@@ -62,12 +98,19 @@ def gather_logprobs(
     keep = differentiable and hidden.shape[0] * weight.shape[0] <= MAX_KEPT_LOGITS
     dtype = product_dtype(hidden, weight)
     logprobs, entropy = _GatherLogprobs.apply(
-        hidden, weight, bias, targets, 1.0 / temperature, rows, with_entropy, keep, dtype
+        *(hidden, weight, bias, targets, transform, 1.0 / temperature),
+        *(rows, with_entropy, keep, dtype),
     )
     return logprobs, entropy if with_entropy else None
 
 
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float = 1.0,
+    transform: LogitTransform = UNCHANGED,
+) -> Tensor:
     """Return float32 logits [N, V] times `scale`; for use without gradients.
 
     Args:
@@ -75,10 +118,12 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: floa
         weight: [V, D], of the same type as `hidden`.
         bias: [V] or None.
         scale: one over the temperature.
+        transform: makes logits of the head's outputs.
     """
     logits = _float32_matmul(hidden, weight.t())
     if bias is not None:
         logits += bias
+    logits = transform.apply_(logits)
     return logits if scale == 1.0 else logits.mul_(scale)
 
 
@@ -109,6 +154,7 @@ class _GatherLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        transform: LogitTransform,
         scale: float,
         rows: int,
         with_entropy: bool,
@@ -124,7 +170,7 @@ class _GatherLogprobs(torch.autograd.Function):
             head = weight.to(dtype)
             for start in range(0, total, rows):
                 part = slice(start, start + rows)
-                logits = head_logits(hidden[part].to(dtype), head, bias, scale)
+                logits = head_logits(hidden[part].to(dtype), head, bias, scale, transform)
                 normaliser[part] = torch.logsumexp(logits, dim=-1)
                 target_logits = logits.gather(1, targets[part, None]).squeeze(1)
                 logprobs[part] = target_logits - normaliser[part]
@@ -136,6 +182,7 @@ class _GatherLogprobs(torch.autograd.Function):
                     kept_logits.append(logits)
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy, *kept_logits)
         ctx.scale, ctx.rows, ctx.with_entropy, ctx.dtype = scale, rows, with_entropy, dtype
+        ctx.transform = transform
         if not with_entropy:
             ctx.mark_non_differentiable(entropy)
         ctx.set_materialize_grads(False)
@@ -161,7 +208,7 @@ class _GatherLogprobs(torch.autograd.Function):
                 logits = (
                     kept_logits[number]
                     if kept_logits
-                    else head_logits(states, head, bias, ctx.scale)
+                    else head_logits(states, head, bias, ctx.scale, ctx.transform)
                 )
                 grad = _logits_gradient(
                     logits,
@@ -171,6 +218,8 @@ class _GatherLogprobs(torch.autograd.Function):
                     None if grad_entropy is None else grad_entropy[part, None],
                     entropy[part, None] if ctx.with_entropy else None,
                 ).mul_(ctx.scale)
+                if ctx.transform != UNCHANGED:
+                    grad *= ctx.transform.slope(logits / ctx.scale)
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
                 grad_in_dtype = grad.to(ctx.dtype)
@@ -182,7 +231,7 @@ class _GatherLogprobs(torch.autograd.Function):
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, *[None] * 7
 
 
 def _logits_gradient(

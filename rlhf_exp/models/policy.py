@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_exp.algo.logprobs import gather_logprobs
+from rlhf_exp.algo.logprobs import LogitTransform, gather_logprobs
 from rlhf_exp.batch import Demonstrations
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.frozen_trunk import Branch, Trunk, check_branch, decoder_parts
+from rlhf_exp.models.logit_transform import logit_transform
 from rlhf_exp.models.lora import LoraSettings, add_lora, lora_layers, merged_state
 from rlhf_exp.models.packing import packed_mask_for
 from rlhf_exp.models.pretrained import save_policy, without_dropout
@@ -52,6 +53,7 @@ class Policy(nn.Module):
 
     Attributes:
         model: the causal language model.
+        logit_transform: what the model does to its head's outputs.
         value_head: reads values from final states; `None` without one.
         value_trunk: the model (or branch) that the value head reads; `None` for the policy's own.
         train_blocks: number of training blocks; `None`: all.
@@ -98,6 +100,7 @@ class Policy(nn.Module):
             self.value_trunk.requires_grad_(True)
         self._value_branch: Branch | None = None
         self.value_head = ValueHead(model.config.hidden_size, seed) if value_head else None
+        self.logit_transform = logit_transform(model)
         parts = decoder_parts(model)
         assert parts.head is not None, "a policy needs a language-model head"
         count = len(parts.blocks)
@@ -185,7 +188,9 @@ class Policy(nn.Module):
         if states is None and self.frozen_blocks is not None:
             states = self.trunk_states(tokens)
         hidden = self.predicting_states(index, tokens, states)
-        logprobs, entropy = response_logprobs(hidden, self.head, index, temperature, with_entropy)
+        logprobs, entropy = response_logprobs(
+            hidden, self.head, self.logit_transform, index, temperature, with_entropy
+        )
         if self.value_head is None:
             return ResponseOutputs(logprobs, torch.zeros_like(logprobs), entropy)
         if self._value_branch is not None:
@@ -218,7 +223,11 @@ class Policy(nn.Module):
         source = batch.target_mask.flatten().nonzero().squeeze(1) - 1
         hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, source)
         targets = batch.tokens[batch.target_mask]
-        return gather_logprobs(hidden, self.head.weight, self.head.bias, targets, 1.0)[0]
+        head = self.head
+        transform = self.logit_transform
+        return gather_logprobs(
+            hidden, head.weight, head.bias, targets, temperature=1.0, transform=transform
+        )[0]
 
     def forward(
         self,
@@ -318,6 +327,7 @@ class ResponseIndex:
 def response_logprobs(
     hidden: Tensor,
     head: nn.Linear,
+    transform: LogitTransform,
     index: ResponseIndex,
     temperature: float,
     with_entropy: bool = False,
@@ -327,12 +337,15 @@ def response_logprobs(
     Args:
         hidden: [N, D], the states that predict them.
         head: the language-model head.
+        transform: what the model does to the head's outputs.
         index: the response tokens.
         temperature: divides the logits.
         with_entropy: whether entropies are returned, in nats; else `None`.
     """
     logprobs, entropy = gather_logprobs(
-        hidden, head.weight, head.bias, index.targets, temperature, with_entropy=with_entropy
+        *(hidden, head.weight, head.bias, index.targets, temperature),
+        with_entropy=with_entropy,
+        transform=transform,
     )
     return index.scatter(logprobs), None if entropy is None else index.scatter(entropy)
 

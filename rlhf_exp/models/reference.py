@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from rlhf_exp.batch import Samples
 from rlhf_exp.data.batching import length_sorted_micro_batches
 from rlhf_exp.models.frozen_trunk import Branch, decoder_parts
+from rlhf_exp.models.logit_transform import logit_transform
 from rlhf_exp.models.lora import adapter_off
 from rlhf_exp.models.policy import Policy, ResponseIndex, ResponseOutputs, response_logprobs
 
@@ -87,7 +88,8 @@ class SharedTrunkReference:
         if states is None:
             states = self._policy.trunk_states(tokens)
         hidden = index.run_branch(self._branch, states, self._policy.run_all_positions)
-        return response_logprobs(hidden, self._head, index, temperature)[0]
+        transform = self._policy.logit_transform
+        return response_logprobs(hidden, self._head, transform, index, temperature)[0]
 
 
 class LoraReference:
@@ -112,7 +114,8 @@ class LoraReference:
         index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
         with adapter_off(self._policy.model):
             hidden = self._policy.predicting_states(index, tokens, states)
-        return response_logprobs(hidden, self._policy.head, index, temperature)[0]
+        policy = self._policy
+        return response_logprobs(hidden, policy.head, policy.logit_transform, index, temperature)[0]
 
 
 class FullReference:
@@ -121,6 +124,7 @@ class FullReference:
     def __init__(self, model: PreTrainedModel) -> None:
         """Freeze `model`, which must not be the policy's own."""
         self._model = model.requires_grad_(False).eval()
+        self._transform = logit_transform(model)
 
     @torch.no_grad()
     def logprobs(
@@ -136,7 +140,7 @@ class FullReference:
         index = ResponseIndex.of(tokens, prompt_lengths, response_lengths, width)
         hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         head = self._model.get_output_embeddings()
-        return response_logprobs(index.select(hidden), head, index, temperature)[0]
+        return response_logprobs(index.select(hidden), head, self._transform, index, temperature)[0]
 
 
 def _cast(module: Module, dtype: torch.dtype | None) -> Module:

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from rlhf_exp.algo.logprobs import head_logits, product_dtype
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.frozen_trunk import to_attention_mask
+from rlhf_exp.models.logit_transform import logit_transform
 
 
 class Decoder:
@@ -45,7 +46,7 @@ class Decoder:
         self.captured: Tensor | None = None
         self._model = model
         self._embedding = model.get_input_embeddings()
-        self._head = _Head(model.get_output_embeddings())
+        self._head = _Head(model)
         self._additive_mask = model.config._attn_implementation == "eager"
         device = model.device
         layers = model.config.get_text_config().num_hidden_layers
@@ -119,10 +120,12 @@ class Decoder:
 
 
 class _Head:
-    """The language-model head, with float32 logits whatever its weights' number format."""
+    """The model's logits, in float32 whatever its head's number format."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
+        module = model.get_output_embeddings()
         assert isinstance(module.weight, Tensor), f"no linear head: {type(module).__name__}"
+        self._transform = logit_transform(model)
         self._weight = module.weight
         self._bias = getattr(module, "bias", None)
         self._cast: Tensor | None = None
@@ -136,7 +139,8 @@ class _Head:
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)  # entering a context is not free
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            return head_logits(hidden.to(self._cast.dtype), self._cast, self._bias, scale)
+            states = hidden.to(self._cast.dtype)
+            return head_logits(states, self._cast, self._bias, scale, self._transform)
 
 
 @contextmanager

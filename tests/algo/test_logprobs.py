@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.algo import logprobs as module
-from rlhf_exp.algo.logprobs import gather_logprobs
+from rlhf_exp.algo.logprobs import LogitTransform, gather_logprobs
 
 N, D, V, TEMPERATURE = 13, 5, 11, 0.7
 
@@ -81,6 +81,39 @@ def test_gradients_match_plain_autograd(
         torch.testing.assert_close(gradient, reference.float(), rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_scaled_and_capped_logits_by_plain_autograd(
+    keep: bool, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_KEPT_LOGITS", 10**9 if keep else 0)
+    tensors = problem()[:3]
+    targets = problem()[3]
+    wide = tuple(tensor.detach().double().requires_grad_() for tensor in tensors)
+    logits = 0.6 * (wide[0] @ wide[1].t() + wide[2])
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    table = torch.log_softmax(logits / TEMPERATURE, dim=-1)
+    logprobs = table[torch.arange(N), targets]
+    entropy = -(table.exp() * table).sum(-1)
+    gradients = torch.autograd.grad(logprobs.sum() + 0.3 * entropy.sum(), wide)
+
+    found, found_entropy = gather_logprobs(
+        *tensors,
+        targets,
+        TEMPERATURE,
+        chunk=4,
+        with_entropy=True,
+        transform=LogitTransform(scale=0.6, cap=cap),
+    )
+    assert found_entropy is not None
+    torch.testing.assert_close(found, logprobs.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found_entropy, entropy.float(), rtol=0, atol=1e-5)
+    loss = found.sum() + 0.3 * found_entropy.sum()
+    for gradient, expected in zip(torch.autograd.grad(loss, tensors), gradients, strict=True):
+        torch.testing.assert_close(gradient, expected.float(), rtol=1e-5, atol=5e-6)
+
+
 def test_only_what_requires_gradients_gets_them() -> None:
     hidden, weight, bias, targets = problem()
     frozen = weight.detach()
@@ -109,9 +142,9 @@ def test_chunks_shrink_with_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> N
     sizes: list[int] = []
     original = module.head_logits
 
-    def spy(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+    def spy(hidden: Tensor, *args: object) -> Tensor:
         sizes.append(hidden.shape[0])
-        return original(hidden, weight, bias, scale)
+        return original(hidden, *args)
 
     monkeypatch.setattr(module, "head_logits", spy)
     monkeypatch.setattr(module, "MAX_CHUNK_LOGITS", 5 * V)

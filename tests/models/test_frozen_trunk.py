@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GraniteConfig, OPTConfig, PreTrainedModel
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.frozen_trunk import (
@@ -89,16 +89,36 @@ def test_number_of_blocks_out_of_range(tiny: Build, k: int) -> None:
         Branch.of(tiny("llama"), k, share=True)
 
 
-def test_family_that_scales_its_logits_is_refused(tiny: Build) -> None:
+def test_a_family_that_does_more_than_its_blocks_is_refused(tiny: Build) -> None:
     model = tiny("llama")
     model.config.model_type = "another"
     check_branch(model, 2)
-    head = model.lm_head
-    model.forward = lambda **inputs: type(
-        "Output", (), {"logits": head(model.base_model(**inputs).last_hidden_state) * 1.5}
-    )
-    with pytest.raises(UserError, match="'another' model cannot be cut"):
+
+    def scaled(module: nn.Module, args: object, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * 1.001
+        return output
+
+    model.base_model.register_forward_hook(scaled)
+    with pytest.raises(UserError, match=r"'another' model cannot be cut.*differ by 0\.001 of"):
         check_branch(model, 2)
+
+
+def test_a_factor_at_the_entry_is_not_put_on_states_that_enter_a_branch(rows: Batch) -> None:
+    # Granite multiplies its embeddings by 12 in the forward that the branch runs too.
+    config = GraniteConfig(
+        vocab_size=89,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        embedding_multiplier=12.0,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    whole = model.base_model(rows["tokens"]).last_hidden_state
+    for k in (1, 3):
+        found = Branch.of(model, k, share=True)(Trunk(model, 4 - k)(rows["tokens"]))
+        torch.testing.assert_close(found, whole, rtol=0, atol=2e-5)
 
 
 NAMES = {  # blocks, final norm, learned positions: transformers' own names

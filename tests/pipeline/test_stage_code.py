@@ -27,7 +27,7 @@ COMMON = (
     | names("algo", "logprobs masks")
     | names("data", "batching parsing rows sources tokenized tokenizer toy/content toy/generate")
     | names("distributed", "ddp deepspeed fsdp strategy world")
-    | names("models", "architecture frozen_trunk lora packing policy pretrained")
+    | names("models", "architecture frozen_trunk logit_transform lora packing policy pretrained")
     | names("stages", "context data_module setup")
 )
 # The native trainer, and the model that it leaves.

@@ -166,10 +166,11 @@ class Rollouts(Batch):
         response_lengths: [B] int64.
         mask: [B, T] bool, True on response tokens.
         logprobs: [B, T] float32, under the policy that sampled.
-        values: [B, T] float32, of the value function at the time of sampling.
-        advantages: [B, T] float32, whitened over the whole iteration.
-        returns: [B, T] float32.
+        values: [B, T] float32, of the value function at the time of sampling; `None` without one.
+        advantages: [B, T] float32, of each token.
+        returns: [B, T] float32, what values are trained towards; `None` without a value function.
         weights: [B] float32, 0 for a padding row.
+        ref_logprobs: [B, T] float32 of the reference, where the KL penalty is in the loss.
         states: [B, S, D] as in `Samples`, or `None`.
     """
 
@@ -178,10 +179,11 @@ class Rollouts(Batch):
     response_lengths: Tensor
     mask: Tensor
     logprobs: Tensor
-    values: Tensor
     advantages: Tensor
-    returns: Tensor
     weights: Tensor
+    values: Tensor | None = None
+    returns: Tensor | None = None
+    ref_logprobs: Tensor | None = None
     states: Tensor | None = None
 
     def __len__(self) -> int:

@@ -1,10 +1,13 @@
-"""From scores of responses to advantages of tokens: reward shaping, GAE (Schulman et al. 2016).
+"""From scores of responses to advantages of tokens: reward shaping, and the estimators.
 
-Dimensions: B rows, T response tokens.
+Dimensions: B rows, T response tokens, N responses of all processes in groups of k to one prompt.
 
 The order in PPO: `subtract_original_scores`, `clip_scores`, `RewardScaler.scale`, `shape_rewards`,
 `gae`, `whiten`. Scores are never centred, because the advantages are whitened. A response is an
 episode: its first L columns are its tokens, and the value after the last one is 0.
+
+Instead of `gae` and `whiten`, without a value function: `leave_one_out` (RLOO) or `group_relative`
+(GRPO) of whole responses' rewards, or `rewards_to_go` and `whiten` (REINFORCE++).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_exp.algo.kl import k1
+from rlhf_exp.algo.kl import ESTIMATORS, KlEstimatorName
 from rlhf_exp.algo.masks import masked_mean, masked_var
 
 WHITEN_EPSILON = 1e-8
@@ -125,19 +128,26 @@ class RunningMoments:
 
 
 def shape_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    beta: float,
+    estimator: KlEstimatorName = "k1",
 ) -> Tensor:
-    """Return rewards [B, T]: -beta k1 on every response token, and the score on the last of them.
+    """Return rewards [B, T]: -beta KL on every response token, and the score on the last of them.
 
     Args:
         scores: [B] of whole responses, scaled.
         logprobs: [B, T] under the policy that sampled.
         ref_logprobs: [B, T] under the reference policy.
         mask: [B, T] bool, True on response tokens. A row without any gets no reward.
-        beta: weight of the KL penalty.
+        beta: weight of the KL penalty; 0 where it is in the loss.
+        estimator: of KL, k1, k2 or k3.
     """
     mask = mask.bool()
-    rewards = (-beta * k1(logprobs, ref_logprobs)).float().masked_fill(~mask, 0.0)
+    penalty = ESTIMATORS[estimator](logprobs, ref_logprobs)
+    rewards = (-beta * penalty).float().masked_fill(~mask, 0.0)
     columns = torch.arange(mask.shape[1], device=mask.device)
     last_column = (columns * mask).amax(dim=1, keepdim=True)
     # The score of a row without tokens is undefined and may be NaN.
@@ -174,6 +184,56 @@ def gae(
         next_value = values[:, t]
         advantages[:, t] = next_advantage
     return advantages, advantages + values
+
+
+@torch.no_grad()
+def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Return the discounted sum [B, T] of each token's reward and all later ones (Hu et al. 2025).
+
+    It is `gae` with lambda 1 and no values.
+
+    Args:
+        rewards: [B, T] per token.
+        mask: [B, T] bool, True on the first L columns of each row.
+        gamma: discount per token.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
+def leave_one_out(rewards: Tensor, size: int) -> Tensor:
+    """Return each response's reward less the mean of the others' [N] (Ahmadian et al. 2024, eq. 6).
+
+    The baseline does not depend on the response itself, so the gradient stays unbiased.
+
+    Args:
+        rewards: [N] of whole responses, groups one after the other.
+        size: k, at least 2.
+    """
+    assert size >= 2, f"groups of {size} have no others to compare with"
+    groups = rewards.view(-1, size)
+    others = (groups.sum(1, keepdim=True) - groups) / (size - 1)
+    return (groups - others).flatten()
+
+
+GROUP_EPSILON = 1e-4
+"""Added to a group's standard deviation, as in TRL: rewards that differ by rounding stay small."""
+
+
+def group_relative(rewards: Tensor, size: int, divide: bool) -> Tensor:
+    """Return each response's reward relative to its group [N] (GRPO, Shao et al. 2024, 4.1.2).
+
+    Args:
+        rewards: [N] of whole responses, groups one after the other.
+        size: k, at least 2.
+        divide: whether by the group's standard deviation (over k - 1); without it, prompts whose
+            rewards differ little weigh less (Liu et al. 2025).
+    """
+    assert size >= 2, f"groups of {size} have no others to compare with"
+    groups = rewards.view(-1, size)
+    relative = groups - groups.mean(1, keepdim=True)
+    if divide:
+        relative = relative / (groups.std(1, keepdim=True) + GROUP_EPSILON)
+    return relative.flatten()
 
 
 @torch.no_grad()

@@ -3,12 +3,14 @@
 Dimensions: B rows, T response tokens.
 
 The estimators are Schulman's (http://joschu.net/blog/kl-approx.html), for tokens sampled from the
-policy: with d = log pi - log ref, both k1 = d and k3 = exp(-d) - 1 + d estimate KL(pi || ref).
+policy: with d = log pi - log ref, both k1 = d and k3 = exp(-d) - 1 + d estimate KL(pi || ref)
+without bias. k2 = d^2 / 2 is biased, but small where d is small, and never negative.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +37,21 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """
     difference = logprobs - ref_logprobs
     return torch.expm1(-difference) + difference
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Return d^2 / 2 [B, T], d = log pi - log ref: biased, of low variance, never negative.
+
+    Args:
+        logprobs: [B, T] under the policy that sampled.
+        ref_logprobs: [B, T] under the reference policy.
+    """
+    return 0.5 * (logprobs - ref_logprobs).square()
+
+
+Estimator = Callable[[Tensor, Tensor], Tensor]
+KlEstimatorName = Literal["k1", "k2", "k3"]
+ESTIMATORS: dict[KlEstimatorName, Estimator] = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -36,7 +36,19 @@ from rlhf_exp.config.experiment import (
 )
 from rlhf_exp.config.problems import ConfigChecker, Problem
 from rlhf_exp.config.search_space import check_study
-from rlhf_exp.config.training import RewardInit, Schedule, Select, ValueInit, ValueTrunk
+from rlhf_exp.config.training import (
+    AdvantageEstimator,
+    GroupScale,
+    KlEstimator,
+    KlPlace,
+    LossMean,
+    PpoConfig,
+    RewardInit,
+    Schedule,
+    Select,
+    ValueInit,
+    ValueTrunk,
+)
 
 _SECTIONS_USED = {
     StageName.sft: ("sft",),
@@ -262,12 +274,47 @@ def check_ppo(check: ConfigChecker) -> None:
         check.add("ppo.kl.coef", message)
     if ppo.kl.stop is not None and ppo.kl.target is not None and ppo.kl.stop <= ppo.kl.target:
         check.add("ppo.kl.stop", f"must be above the target that KL aims at, {ppo.kl.target:g}.")
+    _check_advantage(check)
+    _check_kl_term(check)
     if ppo.value_trunk is ValueTrunk.branch:
         _check_value_branch(check)
     modelless = not ppo.reward.model_scores and check.config.reward.use is None
     if modelless and ppo.value_init is ValueInit.reward:
         message = f"with a {ppo.reward.kind} there is no reward model; use value_init=small."
         check.add("ppo.value_init", message)
+
+
+def _check_advantage(check: ConfigChecker) -> None:
+    ppo, key = check.config.ppo, "ppo.samples_per_prompt"
+    estimator, size = ppo.advantage, ppo.samples_per_prompt
+    check.at_least(1, key)
+    if size > 1 and ppo.rollouts % size:
+        check.add(key, f"must divide ppo.rollouts={ppo.rollouts} into whole groups.")
+    if estimator.groups:
+        message = f"ppo.advantage={estimator.name} compares the responses to a prompt; use at least"
+        check.require(size >= 2, key, f"{message} 2.")
+        message = f"ppo.advantage={estimator.name} takes a response's reward as a whole; use 1."
+        check.require(ppo.gamma == 1, "ppo.gamma", message)
+    if estimator is not AdvantageEstimator.grpo:
+        message = "is of ppo.advantage=grpo; leave it out."
+        check.require(ppo.grpo_scale is GroupScale.std, "ppo.grpo_scale", message)
+    if not ppo.uses_values:
+        for name in ("lam", "vf_coef", "clip_range_value", "value_init", "value_trunk"):
+            message = f"ppo.advantage={estimator.name} has no value function; leave it out."
+            untouched = getattr(ppo, name) == getattr(PpoConfig, name)
+            check.require(untouched, f"ppo.{name}", message)
+
+
+def _check_kl_term(check: ConfigChecker) -> None:
+    kl = check.config.ppo.kl
+    if kl.unbiased:
+        return
+    if kl.where is KlPlace.reward:
+        message = "is of a penalty in the loss; leave it out, or set ppo.kl.where=loss."
+        check.add("ppo.kl.unbiased", message)
+    elif kl.estimator is KlEstimator.k1:
+        message = "k1's own gradient is 0 on average; use k2 or k3, or ppo.kl.unbiased=true."
+        check.add("ppo.kl.estimator", message)
 
 
 def _check_value_branch(check: ConfigChecker) -> None:
@@ -407,6 +454,14 @@ def _check_trlx_algorithm(check: ConfigChecker) -> None:
     message = "trlx's value head is small and reads the policy's states; use "
     check.require(ppo.value_init is ValueInit.small, "ppo.value_init", f"{message}small.")
     check.require(ppo.value_trunk is ValueTrunk.shared, "ppo.value_trunk", f"{message}shared.")
+    message = "trlx has one response to a prompt, and advantages by gae; use engine=native."
+    check.require(ppo.uses_values, "ppo.advantage", message)
+    check.require(ppo.samples_per_prompt == 1, "ppo.samples_per_prompt", message)
+    message = "trlx means over the tokens of a minibatch; use tokens."
+    check.require(ppo.loss_mean is LossMean.tokens, "ppo.loss_mean", message)
+    message = "trlx has the penalty k1 in the reward; leave it out, or use engine=native."
+    check.require(ppo.kl.where is KlPlace.reward, "ppo.kl.where", message)
+    check.require(ppo.kl.estimator is KlEstimator.k1, "ppo.kl.estimator", message)
     check.require(ppo.entropy_coef == 0, "ppo.entropy_coef", "trlx has no entropy bonus; use 0.")
     check.require(ppo.kl.stop is None, "ppo.kl.stop", "trlx does not stop by KL; use null.")
     message = "trlx takes log-probabilities at temperature 1, whatever it samples at; use 1."

@@ -157,6 +157,64 @@ class ValueTrunk(Enum):
     own = "own"
 
 
+class AdvantageEstimator(Enum):
+    """How advantages are estimated from rewards.
+
+    `gae` (Schulman et al. 2016) reads a value function. The others have none: `rloo` (Ahmadian et
+    al. 2024) and `grpo` (Shao et al. 2024) compare the responses to one prompt, `reinforce_pp` (Hu
+    et al. 2025) whitens the rewards to come over all responses.
+    """
+
+    gae = "gae"
+    rloo = "rloo"
+    grpo = "grpo"
+    reinforce_pp = "reinforce_pp"
+
+    @property
+    def groups(self) -> bool:
+        """Whether the responses to one prompt are compared with each other."""
+        return self in (AdvantageEstimator.rloo, AdvantageEstimator.grpo)
+
+
+class GroupScale(Enum):
+    """What GRPO divides by: the standard deviation of a prompt's rewards, or nothing.
+
+    `none` is the variant without that bias (Liu et al. 2025, https://arxiv.org/abs/2503.20783).
+    """
+
+    std = "std"
+    none = "none"
+
+
+class LossMean(Enum):
+    """What the policy's loss is a mean of.
+
+    `tokens`: all response tokens of a minibatch alike. `sequences`: the means of its responses, so
+    that a token of a long response counts less.
+    """
+
+    tokens = "tokens"
+    sequences = "sequences"
+
+
+class KlPlace(Enum):
+    """Where the KL penalty is: in the reward of each token, or in the loss."""
+
+    reward = "reward"
+    loss = "loss"
+
+
+class KlEstimator(Enum):
+    """Estimators of the KL penalty, with d = log pi - log pi_ref.
+
+    `k1`: d. `k2`: d^2 / 2. `k3`: exp(-d) - 1 + d. See http://joschu.net/blog/kl-approx.html.
+    """
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
 class SelectBy(Enum):
     """What `select=best` takes the most of.
 
@@ -177,6 +235,18 @@ class KlConfig:
         6.0, "Sequence KL in nats that the adaptive controller aims at; null: fixed `coef`."
     )
     horizon: int = setting(10000, "Rollouts over which the controller reacts.")
+    where: KlPlace = setting(
+        KlPlace.reward, "The penalty is in the reward, or in the loss.", neutral=KlPlace.reward
+    )
+    estimator: KlEstimator = setting(
+        KlEstimator.k1, "Estimator of the penalty.", neutral=KlEstimator.k1
+    )
+    unbiased: bool = setting(
+        True,
+        "In the loss: give the penalty the gradient of the KL divergence; false: that of the "
+        "estimator alone, as GRPO was published.",
+        neutral=True,
+    )
     stop: float | None = setting(
         None, "Stop training, with the last good weights, above this sequence KL in nats."
     )
@@ -271,8 +341,23 @@ class PpoConfig(TrainingConfig):
 
     steps: int = setting(1000, "Optimizer steps; whole iterations are run.")
     rollouts: int = setting(128, "Responses sampled per iteration, over all processes.")
+    samples_per_prompt: int = setting(
+        1, "Responses sampled for each prompt; divides `rollouts`.", neutral=1
+    )
     epochs: int = setting(4, "Passes over an iteration's rollouts.")
     seq_length: int = setting(256, "Longest prompt and response together, in tokens.")
+    advantage: AdvantageEstimator = setting(
+        AdvantageEstimator.gae,
+        "Estimator of advantages; all but `gae` do without a value function. See "
+        "docs/algorithms.md.",
+        neutral=AdvantageEstimator.gae,
+    )
+    grpo_scale: GroupScale = setting(
+        GroupScale.std, "What GRPO divides a group's rewards by.", neutral=GroupScale.std
+    )
+    loss_mean: LossMean = setting(
+        LossMean.tokens, "The policy's loss is a mean of these.", neutral=LossMean.tokens
+    )
     gamma: float = setting(1.0, "Discount per token.")
     lam: float = setting(0.95, "Lambda of generalised advantage estimation.")
     clip_range: float = setting(0.2, "Clip range of the probability ratio.")
@@ -305,6 +390,16 @@ class PpoConfig(TrainingConfig):
         "docs/resume.md.",
         neutral=None,
     )
+
+    @property
+    def uses_values(self) -> bool:
+        """Whether there is a value function."""
+        return self.advantage is AdvantageEstimator.gae
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of one iteration."""
+        return self.rollouts // self.samples_per_prompt
 
     @property
     def updates(self) -> int:

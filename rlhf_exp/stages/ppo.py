@@ -142,7 +142,7 @@ def build_policy(config: Config, context: StageContext) -> Policy:
         load_policy_model(config, context.models["sft"]),
         train_blocks=section.train_blocks,
         lora=lora_of(section),
-        value_head=True,
+        value_head=section.uses_values,
         value_model=value_model,
         value_branch=section.value_trunk == ValueTrunk.branch,
         seed=section.seed,

@@ -95,7 +95,7 @@ def _used(config: Config, count: int, only: int | None = None) -> list[np.ndarra
     seen = np.zeros(count, dtype=bool)
     found = []
     for iteration in range(iterations):
-        rows = np.unique(batch_index(count, section.rollouts, section.seed, iteration))
+        rows = np.unique(batch_index(count, section.prompts, section.seed, iteration))
         rows = rows[~seen[rows]]
         seen[rows] = True
         if len(rows):

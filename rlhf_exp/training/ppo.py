@@ -12,10 +12,14 @@ One iteration is `PpoTask.iterate`: collect experience, then learn from it.
    with the ratio rho = pi_new / pi.
 7. The KL controller sets beta for the next iteration.
 
+With `advantage: rloo | grpo | reinforce_pp` there is no value function: step 5 takes another
+estimator, and L has no L_V. With `kl.where: loss`, the penalty leaves step 4 and is added to L.
+
 The run stops and resumes between iterations: the rollouts of the next one depend on nothing but
 the weights, beta and the moments of the scores.
 
-Source: Schulman et al. 2017 (PPO), Ziegler et al. 2019 (KL-penalised rewards for language models).
+Source: Schulman et al. 2017 (PPO), Ziegler et al. 2019 (KL-penalised rewards for language models);
+Ahmadian et al. 2024 (RLOO), Shao et al. 2024 (GRPO), Hu et al. 2025 (REINFORCE++).
 
 B rollouts of this process in an iteration, n of them in a minibatch, S tokens, T response tokens,
 D width.
@@ -37,15 +41,31 @@ from rlhf_exp.algo.advantages import (
     RewardScaler,
     clip_scores,
     gae,
+    group_relative,
+    leave_one_out,
+    rewards_to_go,
     shape_rewards,
     subtract_original_scores,
     whiten,
 )
 from rlhf_exp.algo.kl import KLController, k1, k3, sequence_kl
-from rlhf_exp.algo.losses import PolicyStats, ValueStats, entropy_bonus, policy_loss, value_loss
+from rlhf_exp.algo.losses import (
+    PolicyStats,
+    ValueStats,
+    entropy_bonus,
+    kl_loss,
+    policy_loss,
+    value_loss,
+)
 from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.batch import FinishReason, Rollouts, Samples
-from rlhf_exp.config.training import PpoConfig
+from rlhf_exp.config.training import (
+    AdvantageEstimator,
+    GroupScale,
+    KlPlace,
+    LossMean,
+    PpoConfig,
+)
 from rlhf_exp.data.batching import (
     batch_index,
     epoch_permutation,
@@ -135,8 +155,8 @@ class PpoTask:
     def _losses(self, minibatch: Rollouts, count: int, first: bool) -> Iterator[Tensor]:
         """Yield each micro-batch's part (0-dim) of the loss of a minibatch.
 
-        The loss is a mean over the response tokens of the whole minibatch, so that neither
-        micro-batches nor processes change the gradient.
+        The loss is a mean over the response tokens of the whole minibatch, or over its responses,
+        so that neither micro-batches nor processes change the gradient.
 
         Args:
             minibatch: This process's share, filled up to the size of the others'.
@@ -146,17 +166,22 @@ class PpoTask:
         real = torch.from_numpy(self.world.share(count).weights) > 0
         mask = minibatch.mask & real[:, None].to(self.world.device)
         minibatch = replace(minibatch, mask=mask)
-        tokens = self.world.sum(mask.sum().double()).float()
+        if self.section.loss_mean is LossMean.tokens:
+            total = self.world.sum(mask.sum().double()).float()
+        else:
+            total = torch.tensor(float(count), device=self.world.device)
         lengths = (minibatch.prompt_lengths + minibatch.response_lengths).cpu()
         parts = length_sorted_micro_batches(lengths, self.section.micro_batch)
         for rows in self.world.micro_batches(parts):
-            yield self._loss(minibatch.select(rows), int(lengths[rows].max()), tokens, first)
+            yield self._loss(minibatch.select(rows), int(lengths[rows].max()), total, first)
 
-    def _loss(self, batch: Rollouts, longest: int, tokens: Tensor, first: bool) -> Tensor:
-        """Return the loss (0-dim) of a micro-batch, divided by the minibatch's `tokens`."""
+    def _loss(self, batch: Rollouts, longest: int, total: Tensor, first: bool) -> Tensor:
+        """Return the loss (0-dim) of a micro-batch, divided by the minibatch's `total` weight."""
         section = self.section
         width = int(batch.response_lengths.max())
         mask = batch.mask[:, :width]
+        if section.loss_mean is LossMean.sequences:
+            mask = mask / batch.response_lengths[:, None]
         states = None if batch.states is None else batch.states[:, :longest]
         with self.world.autocast():
             outputs: ResponseOutputs = self._forward(
@@ -174,20 +199,37 @@ class PpoTask:
             batch.advantages[:, :width],
             mask,
             section.clip_range,
-            tokens,
+            total,
         )
-        value, value_stats = value_loss(
-            outputs.values,
-            batch.values[:, :width],
-            batch.returns[:, :width],
-            mask,
-            section.clip_range_value,
-            tokens,
-        )
-        loss = policy + section.vf_coef * value
+        loss = policy
+        report_policy_loss(policy, policy_stats, total, self.meters)
+        if batch.values is not None:
+            assert batch.returns is not None, "values without returns"
+            value, value_stats = value_loss(
+                outputs.values,
+                batch.values[:, :width],
+                batch.returns[:, :width],
+                mask,
+                section.clip_range_value,
+                total,
+            )
+            loss = loss + section.vf_coef * value
+            report_value_loss(value, value_stats, total, self.meters)
+        if batch.ref_logprobs is not None:
+            kl = kl_loss(
+                outputs.logprobs,
+                batch.logprobs[:, :width],
+                batch.ref_logprobs[:, :width],
+                mask,
+                total,
+                section.kl.estimator.value,
+                section.kl.unbiased,
+            )
+            loss = loss + self.collector.controller.coef * kl
+            self.meters.add("loss/kl", kl, policy_stats.count / total)
         if outputs.entropy is not None:
-            loss = loss - section.entropy_coef * entropy_bonus(outputs.entropy, mask, tokens)
-        report_losses(loss, policy, value, policy_stats, value_stats, tokens, self.meters)
+            loss = loss - section.entropy_coef * entropy_bonus(outputs.entropy, mask, total)
+        self.meters.add("loss/total", loss, policy_stats.count / total)
         if first:
             # Away from 1 here, sampling and training would not see the same policy.
             self.meters.extreme("policy/ratio_first", policy_stats.ratio_max, largest=True)
@@ -309,21 +351,34 @@ class ExperienceCollector:
         outputs = self._compare(samples)
         mask = response_mask(samples.response_lengths, outputs.logprobs.shape[1])
         mask = mask & (weights > 0)[:, None]
-        rewards = shape_rewards(scores, outputs.logprobs, outputs.ref_logprobs, mask, beta)
-        advantages, returns = gae(rewards, outputs.values, mask, section.gamma, section.lam)
-        mean, std = moments(advantages, mask, self.world)
+        in_loss = section.kl.where is KlPlace.loss
+        rewards = shape_rewards(
+            scores,
+            outputs.logprobs,
+            outputs.ref_logprobs,
+            mask,
+            0.0 if in_loss else beta,
+            section.kl.estimator.value,
+        )
+        values, returns = outputs.values, None
+        if section.uses_values:
+            advantages, returns = gae(rewards, values, mask, section.gamma, section.lam)
+            advantages = self._whiten(advantages, mask)
+            report_values(values, returns, mask, meters, self.world)
+        else:
+            advantages = self._advantages_without_values(rewards, mask, weights, meters)
         report_kl(outputs.logprobs, outputs.ref_logprobs, outputs.entropy, mask, weights, meters)
         meters.add("kl/beta", beta, 1.0)
-        report_values(outputs.values, returns, mask, meters, self.world)
         rollouts = Rollouts(
             tokens=samples.tokens,
             prompt_lengths=samples.prompt_lengths,
             response_lengths=samples.response_lengths,
             mask=mask,
             logprobs=outputs.logprobs,
-            values=outputs.values,
-            advantages=whiten(advantages, mask, mean, std),
+            values=values if section.uses_values else None,
+            advantages=advantages,
             returns=returns,
+            ref_logprobs=outputs.ref_logprobs if in_loss else None,
             weights=weights,
             states=outputs.states,
         )
@@ -339,8 +394,9 @@ class ExperienceCollector:
         The noise is a function of the rollout's number in the whole run. A row of weight 0 only
         fills this process's share up.
         """
-        count = self.section.rollouts
-        chosen = batch_index(len(self.prompts), count, self.section.seed, iteration)
+        section, count = self.section, self.section.rollouts
+        chosen = batch_index(len(self.prompts), section.prompts, section.seed, iteration)
+        chosen = np.repeat(chosen, section.samples_per_prompt)
         share = self.world.share(count)
         numbers = np.arange(iteration * count, (iteration + 1) * count)
         batch = prompts_batch(self.prompts, chosen[share.rows], numbers[share.rows])
@@ -363,6 +419,38 @@ class ExperienceCollector:
         scaled = self.scaler.scale(scores, self.world.gather(scores[weights > 0]))
         meters.add("reward/scale", self.scaler.moments.std, 1.0)
         return scaled
+
+    def _advantages_without_values(
+        self, rewards: Tensor, mask: Tensor, weights: Tensor, meters: MetricAccumulator
+    ) -> Tensor:
+        """Return the advantages [B, T] by RLOO, GRPO or REINFORCE++, and report on the groups.
+
+        A group may lie in several processes: each looks at the rewards of all.
+
+        Args:
+            rewards: [B, T] per token.
+            mask: [B, T] bool.
+            weights: [B], 0 for a row that fills up.
+            meters: For the metrics.
+        """
+        section = self.section
+        if section.advantage is AdvantageEstimator.reinforce_pp:
+            return self._whiten(rewards_to_go(rewards, mask, section.gamma), mask)
+        size = section.samples_per_prompt
+        everyone = self.world.gather(rewards.sum(1)[weights > 0])
+        if section.advantage is AdvantageEstimator.rloo:
+            advantages = leave_one_out(everyone, size)
+        else:
+            divide = section.grpo_scale is GroupScale.std
+            advantages = group_relative(everyone, size, divide)
+        spread = everyone.view(-1, size).std(1)
+        meters.add("reward/group_std", spread.mean(), 1.0)
+        meters.add("reward/group_equal_fraction", (spread == 0).float().mean(), 1.0)
+        own = torch.from_numpy(self.world.share(section.rollouts).rows).to(advantages.device)
+        return advantages[own, None].expand(mask.shape).masked_fill(~mask, 0.0)
+
+    def _whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
+        return whiten(advantages, mask, *moments(advantages, mask, self.world))
 
     def _compare(self, samples: Samples) -> PolicyOutputs:
         """Run policy and reference over all responses, with the states that training will use."""
@@ -394,25 +482,22 @@ class ExperienceCollector:
         return PolicyOutputs(logprobs, values, entropy, ref_logprobs, states)
 
 
-def report_losses(
-    loss: Tensor,
-    policy: Tensor,
-    value: Tensor,
-    policy_stats: PolicyStats,
-    value_stats: ValueStats,
-    tokens: Tensor,
-    meters: MetricAccumulator,
+def report_policy_loss(
+    loss: Tensor, stats: PolicyStats, total: Tensor, meters: MetricAccumulator
 ) -> None:
-    """Report a micro-batch's losses (each 0-dim), which are divided by the minibatch's `tokens`."""
-    count = policy_stats.count
-    share = count / tokens
-    meters.add("loss/total", loss, share)
-    meters.add("loss/policy", policy, share)
-    meters.add("loss/value", value, share)
-    meters.add("policy/clip_fraction", policy_stats.clipped, count)
-    meters.add("policy/approx_kl", policy_stats.approx_kl, count)
-    meters.extreme("policy/ratio_max", policy_stats.ratio_max, largest=True)
-    meters.add("value/clip_fraction", value_stats.clipped, count)
+    """Report a micro-batch's policy loss (0-dim), divided by the minibatch's `total` weight."""
+    meters.add("loss/policy", loss, stats.count / total)
+    meters.add("policy/clip_fraction", stats.clipped, stats.count)
+    meters.add("policy/approx_kl", stats.approx_kl, stats.count)
+    meters.extreme("policy/ratio_max", stats.ratio_max, largest=True)
+
+
+def report_value_loss(
+    loss: Tensor, stats: ValueStats, total: Tensor, meters: MetricAccumulator
+) -> None:
+    """Report a micro-batch's value loss (0-dim), divided by the minibatch's `total` weight."""
+    meters.add("loss/value", loss, stats.count / total)
+    meters.add("value/clip_fraction", stats.clipped, stats.count)
 
 
 def report_scores(raw: Tensor, weights: Tensor, meters: MetricAccumulator) -> None:

@@ -16,6 +16,9 @@ from rlhf_exp.algo.advantages import (
     RunningMoments,
     clip_scores,
     gae,
+    group_relative,
+    leave_one_out,
+    rewards_to_go,
     shape_rewards,
     subtract_original_scores,
     whiten,
@@ -149,3 +152,36 @@ def test_score_lands_on_the_last_response_token() -> None:
     rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, beta=0.5)
     # Row 0: k1 = 2, -1 -> -1, 0.5 + 10. Row 1: k1 = 0.5 -> -0.25 - 5.
     assert rewards.tolist() == [[-1.0, 10.5, 0.0], [-5.25, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_leave_one_out_by_hand() -> None:
+    # Group 1, 2, 6: the others' means are 4, 3.5, 1.5. Group 5, 5, 5: nothing to tell them apart.
+    advantages = leave_one_out(torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), size=3)
+    assert advantages.tolist() == [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]
+
+
+def test_group_relative_by_hand() -> None:
+    rewards = torch.tensor([1.0, 3.0, 10.0, 10.0])
+    # Group 1, 3: mean 2, distances -1 and 1, standard deviation sqrt(2). Group 10, 10: 0 / 1e-4.
+    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0]) / (math.sqrt(2) + 1e-4)
+    torch.testing.assert_close(group_relative(rewards, size=2, divide=True), expected)
+    assert group_relative(rewards, size=2, divide=False).tolist() == [-1.0, 1.0, 0.0, 0.0]
+
+
+def test_rewards_that_differ_by_rounding_give_no_group_an_advantage() -> None:
+    rewards = torch.tensor([0.3, 0.3 + 3e-8, 0.3 - 3e-8, 0.3])
+    assert group_relative(rewards, size=4, divide=True).abs().max() < 1e-3
+
+
+def test_rewards_to_go_by_hand() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 99.0]])
+    # 4; 2 + 4 / 2 = 4; 1 + 4 / 2 = 3. The second row has two tokens: 16; 8 + 16 / 2 = 16.
+    assert rewards_to_go(rewards, MASK, gamma=0.5).tolist() == [[3.0, 4.0, 4.0], [16.0, 16.0, 0.0]]
+
+
+def test_a_penalty_by_another_estimator() -> None:
+    logprobs, ref_logprobs = torch.tensor([[-1.0, -3.0]]), torch.tensor([[-2.0, -1.0]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    # d = 1, -2: d^2 / 2 = 0.5, 2.
+    rewards = shape_rewards(torch.tensor([10.0]), logprobs, ref_logprobs, mask, 0.5, "k2")
+    assert rewards.tolist() == [[-0.25, 9.0]]

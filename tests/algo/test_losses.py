@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
+from rlhf_exp.algo.kl import KlEstimatorName
 from rlhf_exp.algo.losses import (
     PolicyStats,
     entropy_bonus,
+    kl_loss,
     language_model_loss,
     pairwise_loss,
     policy_loss,
@@ -114,3 +116,45 @@ def test_language_model_loss_by_hand() -> None:
 def test_entropy_bonus_by_hand() -> None:
     entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     assert entropy_bonus(entropy, MASK, normaliser=5.0).item() == 2.0  # (1 + 2 + 3 + 4) / 5
+
+
+def test_kl_loss_by_hand() -> None:
+    new = torch.tensor([[-1.0, -2.0, 0.0], [-3.0, 0.0, math.nan]])
+    old = torch.tensor([[-1.0, -1.0, 0.0], [-3.0, 0.0, math.inf]])
+    ref = torch.tensor([[-2.0, -1.0, 0.0], [-3.0, 0.0, math.nan]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    # d = 1, -1, 0. k3 = exp(-d) - 1 + d = exp(-1), e - 2, 0; rho = 1, exp(-1), 1.
+    plain = kl_loss(new, old, ref, mask, 4.0, "k3", unbiased=False)
+    assert plain.item() == pytest.approx((math.exp(-1) + math.e - 2) / 4)
+    weighted = kl_loss(new, old, ref, mask, 4.0, "k3", unbiased=True)
+    assert weighted.item() == pytest.approx((math.exp(-1) + math.exp(-1) * (math.e - 2)) / 4)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_loss_has_the_gradient_of_the_divergence(estimator: KlEstimatorName) -> None:
+    """Averaged over all tokens that another policy might have sampled: no noise, no tolerance."""
+    scores = torch.tensor([0.3, -1.0, 0.5, 2.0], dtype=torch.float64)
+    ref = torch.tensor([1.0, 0.0, -0.5, 0.2], dtype=torch.float64).log_softmax(0)
+    old = torch.tensor([0.0, 0.1, 0.9, 1.0], dtype=torch.float64).log_softmax(0)
+    new = scores.clone().requires_grad_(True)
+    divergence = (new.softmax(0) * (new.log_softmax(0) - ref)).sum()
+    (expected,) = torch.autograd.grad(divergence, new)
+    tried = scores.clone().requires_grad_(True)
+    every = torch.ones(4, 1, dtype=torch.bool)
+    columns = (tried.log_softmax(0)[:, None], old[:, None], ref[:, None])
+    # One row for each token, weighted by how often the old policy samples it.
+    loss = kl_loss(*columns, every * old.exp()[:, None], 1.0, estimator, unbiased=True)
+    (found,) = torch.autograd.grad(loss, tried)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_k3_alone_has_another_gradient() -> None:
+    """It is that of KL(ref || pi) where the tokens are the policy's own: pi - ref."""
+    scores = torch.tensor([0.3, -1.0, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([1.0, 0.0, -0.5, 0.2], dtype=torch.float64).log_softmax(0)
+    own = scores.log_softmax(0)
+    columns = (own[:, None], own.detach()[:, None], ref[:, None])
+    loss = kl_loss(*columns, own.detach().exp()[:, None], 1.0, "k3", unbiased=False)
+    (found,) = torch.autograd.grad(loss, scores)
+    expected = scores.detach().softmax(0) - ref.exp()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

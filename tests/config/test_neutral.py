@@ -33,6 +33,13 @@ OTHERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ppo.reward.url": ("http://127.0.0.1:1", "", PPO),
     "ppo.reward.name": ("judge", "ppo.reward.url=http://127.0.0.1:1", PPO),
     "ppo.select_by": ("win_rate", "", PPO),
+    "ppo.advantage": ("reinforce_pp", "", PPO),
+    "ppo.samples_per_prompt": ("2", "", PPO),
+    "ppo.grpo_scale": ("none", "ppo.advantage=grpo ppo.samples_per_prompt=2", PPO),
+    "ppo.loss_mean": ("sequences", "", PPO),
+    "ppo.kl.where": ("loss", "", PPO),
+    "ppo.kl.estimator": ("k3", "", PPO),
+    "ppo.kl.unbiased": ("false", "ppo.kl.where=loss ppo.kl.estimator=k3", PPO),
     "eval.top_p": ("0.5", "", EVAL),
     "eval.top_k": ("5", "", EVAL),
     "eval.judge.names": ("[llm]", "", EVAL),
@@ -58,7 +65,7 @@ def composed(field: str, folder: Path, other: bool) -> Config:
     """Return the config with what a field needs; the field has its default or its other value."""
     value, needed, _ = OTHERS[field]
     (folder / "labels.jsonl").write_text("votes\n")
-    overrides = [f"output_dir={folder / 'outputs'}", *([needed] if needed else [])]
+    overrides = [f"output_dir={folder / 'outputs'}", *needed.split()]
     if other:
         overrides.append(f"{field}={value.replace('LABELS', str(folder / 'labels.jsonl'))}")
     return compose(overrides, [CONF]).config

@@ -108,7 +108,7 @@ def build_task(
     """Return a task over a fresh random model, always the same."""
     shape = Architecture("gpt_neox", 2, 32, 2, 64, VOCABULARY, 64)
     model = build_causal_lm(shape, seed=5, eos_id=EOS, pad_id=PAD)
-    policy = Policy(model, train_blocks=train_blocks, seed=1)
+    policy = Policy(model, train_blocks=train_blocks, seed=1, value_head=section.uses_values)
     sampling = SamplingParams(6, section.generation.temperature, 8, EOS, PAD)
     block = (
         None if policy.frozen_blocks is None else decoder_parts(model).blocks[policy.frozen_blocks]

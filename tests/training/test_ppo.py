@@ -320,6 +320,7 @@ def test_a_response_that_does_not_end_pays_the_penalty(world: World) -> None:
         float(said.count(LIKED)) - (0.0 if said[-1] == EOS else 2.0) for said in responses(rollouts)
     ]
     assert min(expected) < 0
+    assert rollouts.returns is not None
     assert rollouts.returns[:, 0].tolist() == pytest.approx(expected, abs=1e-4)
 
 

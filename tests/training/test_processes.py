@@ -47,11 +47,20 @@ def launch(folder: Path, processes: int) -> dict:
     return torch.load(folder / "result.pt", weights_only=True)
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    one, two = launch(tmp_path / "one", 1), launch(tmp_path / "two", 2)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """Return what one process and two processes found."""
+    return [launch(tmp_path_factory.mktemp("runs") / str(count), count) for count in (1, 2)]
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo", "reinforce_pp"])
+def test_two_processes_equal_one(runs: list[dict], estimator: str) -> None:
+    one, two = (found[estimator] for found in runs)
     assert len(one["rows"]) == len(two["rows"]) == 2
+    own = {"gae": ["loss/value"], "rloo": ["reward/group_std"], "grpo": ["loss/kl"]}
     for ours, theirs in zip(one["rows"], two["rows"], strict=True):
-        for name in ("reward/mean", "reward/std", "kl/sequence", "loss/policy", "loss/value"):
+        compared = ["reward/mean", "reward/std", "kl/sequence", "loss/policy", "loss/total"]
+        for name in compared + own.get(estimator, []):
             assert theirs[name] == pytest.approx(ours[name], abs=1e-4), name
     for name, value in one["weights"].items():
         # A key's bias moves all of a query's scores alike, so its gradient is rounding alone, which

@@ -48,7 +48,7 @@ from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.serving.listen import address_of, is_local, listen, need_server, serve
 from rlhf_exp.stages.data_module import DataModule
 from rlhf_exp.store.artifact import Artifact
-from rlhf_exp.store.fingerprint import file_digest
+from rlhf_exp.store.sealed import file_digest
 from rlhf_exp.training.reward_scorer import texts_of
 
 READERS = {

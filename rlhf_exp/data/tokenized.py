@@ -2,13 +2,14 @@
 
 Every response ends with the end-of-sequence token, unless it was cut. The cache's key is made of
 the rows' content, the codec and the lengths: a changed row, tokenizer or limit builds a new entry,
-an unchanged set is read back memory-mapped.
+an unchanged set is read back memory-mapped, a damaged one is made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -22,6 +23,10 @@ import numpy as np
 from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Row, rows_digest
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
+from rlhf_exp.store.atomic_files import sync
+from rlhf_exp.store.sealed import DIGESTS, Damaged, check_sealed_folder, seal_folder
+
+log = logging.getLogger(__name__)
 
 # Raise it when the same rows would be tokenized differently.
 _CACHE_FORMAT = 1
@@ -312,8 +317,11 @@ def load_or_build(
 
 
 def _read(entry: Path) -> RaggedColumns | None:
-    """Return the columns in `entry`, memory-mapped; `None` if it is missing or incomplete."""
+    """Return the columns in `entry`, memory-mapped; `None` if it is missing or damaged."""
+    if not entry.is_dir():
+        return None
     try:
+        check_sealed_folder(entry)
         counts = json.loads((entry / "counts.json").read_text())
         columns = {
             path.name.removesuffix(".offsets.npy"): RaggedArray(
@@ -321,10 +329,20 @@ def _read(entry: Path) -> RaggedColumns | None:
             )
             for path in sorted(entry.glob("*.offsets.npy"))
         }
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        # An entry without digests was made by an earlier version, whose flushing was incomplete.
+        if isinstance(error, Damaged) or (entry / DIGESTS).exists():
+            log.warning("cache of tokenized data: %s; it is made again", error)
         return None
     complete = columns and all(len(c.flat) == c.offsets[-1] for c in columns.values())
     return RaggedColumns(columns, counts) if complete else None
+
+
+def _whole(entry: Path) -> bool:
+    try:
+        return bool(check_sealed_folder(entry))
+    except (OSError, Damaged):
+        return False
 
 
 def _load(path: Path) -> np.ndarray:
@@ -339,13 +357,15 @@ def _write(entry: Path, content: RaggedColumns) -> None:
             np.save(staging / f"{name}.flat.npy", column.flat)
             np.save(staging / f"{name}.offsets.npy", column.offsets)
         (staging / "counts.json").write_text(json.dumps(content.counts))
-        if entry.exists() and _read(entry) is None:
+        seal_folder(staging)
+        if not _whole(entry):
             shutil.rmtree(entry, ignore_errors=True)
         os.chmod(staging, 0o755)  # mkdtemp's folders are private
         try:
             staging.rename(entry)
         except OSError:
-            if _read(entry) is None:
+            if not _whole(entry):
                 raise
+        sync(entry.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

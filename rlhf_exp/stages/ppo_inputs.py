@@ -6,7 +6,7 @@ The scores are computed once for all runs that share prompts and reward, and kep
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,12 @@ from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.stages.context import StageContext
-from rlhf_exp.store.fingerprint import file_digest, key_of
+from rlhf_exp.store.fingerprint import key_of
+from rlhf_exp.store.sealed import Damaged, check_sealed_file, file_digest, seal_file
 from rlhf_exp.training.reward_scorer import Scorer, score_shared
 from rlhf_exp.training.scorers import ServerScorer
+
+log = logging.getLogger(__name__)
 
 
 def ppo_prompts(
@@ -78,8 +81,9 @@ def original_scores(
     # Of a server that gives no name, nobody can say that it scored the same in an earlier run.
     folder = context.folder if judge is None else context.cache
     path = folder / FOLDER / f"{key}.npy"
-    if world.broadcast_object(path.is_file()):
-        return torch.from_numpy(np.load(path))
+    stored = world.broadcast_object(_read(path) if world.is_main else None)
+    if stored is not None:
+        return torch.from_numpy(stored)
     scores = torch.full((len(prompts),), float("nan"))
     for rows in used:
         scores[torch.from_numpy(rows)] = _score(prompts, rows, scorer, world)
@@ -154,6 +158,18 @@ def _key(
 
 def _save(path: Path, scores: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}-{os.getpid()}.npy")
-    np.save(partial, scores.numpy())
-    partial.rename(path)
+    with seal_file(path) as draft, draft.open("wb") as file:
+        np.save(file, scores.numpy())
+
+
+def _read(path: Path) -> np.ndarray | None:
+    """Return the scores in a file; `None` if it is missing or damaged."""
+    try:
+        check_sealed_file(path)
+        scores: np.ndarray = np.load(path, allow_pickle=False)
+        return scores
+    except FileNotFoundError:
+        return None
+    except (OSError, Damaged) as error:
+        log.warning("scores of original responses: %s; they are computed again", error)
+        return None

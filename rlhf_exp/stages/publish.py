@@ -24,7 +24,8 @@ from rlhf_exp.models.policy import Policy
 from rlhf_exp.stages.context import MODEL, SNAPSHOTS, StageContext, snapshot_name
 from rlhf_exp.stages.setup import torch_dtype
 from rlhf_exp.stages.tracking import lineage
-from rlhf_exp.store.fingerprint import file_digest, key_of
+from rlhf_exp.store.fingerprint import key_of
+from rlhf_exp.store.sealed import file_digest
 from rlhf_exp.tracking.tracker import Tracker
 from rlhf_exp.training.result import TrainingResult
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any, Self
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.store.fingerprint import file_digest
+from rlhf_exp.store.sealed import file_digest
 
 MANIFEST = "manifest.json"
 # Left by whoever copies the code away from its work tree: the state of that, as `git_state` had it.

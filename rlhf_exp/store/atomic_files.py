@@ -1,4 +1,8 @@
-"""File-system helpers of the store: atomic writes, flushing to disk, sizes, disk-full errors."""
+"""Files that outlast a kill and a power cut: the one place for durable writing.
+
+`atomic_file` and its kin write so that a reader sees the old content or the new, whole. Digests are
+added by `sealed`. Here too: full disks in the user's words, and sizes.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ import ctypes
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,12 +29,14 @@ DRAFTS = ".*.draft"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
-def write_text_atomic(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write `path` so that a reader sees the old or the new text, whole, whenever the writer dies.
+@contextmanager
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield the path of a draft, which becomes `path` when the block has ended.
+
+    A reader sees the old content or the new, whole, whenever the writer dies.
 
     Args:
         path: the file; its folder must exist.
-        text: the new content.
         durable: also flush file and folder to disk, so that the file survives a power cut.
 
     Raises:
@@ -37,21 +44,27 @@ def write_text_atomic(path: Path, text: str, *, durable: bool = True) -> None:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.draft")
     try:
-        with draft.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            if durable:
-                handle.flush()
-                os.fsync(handle.fileno())
+        yield draft
+        if durable:
+            sync(draft)
         draft.replace(path)
     except BaseException:
-        draft.unlink(missing_ok=True)
+        # On a file system that has become read-only nothing can be deleted: the first error counts.
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
         raise
     if durable:
-        sync_folder(path.parent)
+        sync(path.parent)
+
+
+def write_text_atomic(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace the file's content by `text`, in UTF-8 (see `atomic_file`)."""
+    with atomic_file(path, durable=durable) as draft:
+        draft.write_bytes(text.encode("utf-8"))
 
 
 def write_json_atomic(path: Path, content: Any, *, durable: bool = True) -> None:  # noqa: ANN401
-    """Write `content` as indented JSON, atomically (see `write_text_atomic`)."""
+    """Write `content` as indented JSON, atomically (see `atomic_file`)."""
     write_text_atomic(path, json.dumps(content, indent=1) + "\n", durable=durable)
 
 
@@ -76,14 +89,14 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(error, os.strerror(error), str(first), None, str(second))
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries (names, renames) to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's entries (names, renames), to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
         # Some network file systems cannot flush a folder; their renames are synchronous.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
         os.close(descriptor)
@@ -94,14 +107,9 @@ def sync_tree(folder: Path) -> None:
     for place, _, names in os.walk(folder):
         for name in names:
             path = Path(place) / name
-            if path.is_symlink():
-                continue
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_folder(Path(place))
+            if not path.is_symlink():
+                sync(path)
+        sync(Path(place))
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -159,24 +167,53 @@ def human_size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+# What libraries that are not written in Python, or hide the number, say of a full disk.
+_FULL = re.compile(r"No space left on device|os error 28\b|\d+ requested and \d+ written")
+_QUOTA = re.compile(r"[Qq]uota exceeded|os error 122\b")
+
+
+def disk_full(error: BaseException) -> str | None:
+    """Return in words that an exception comes of a full disk or quota; `None` for any other."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number == errno.EDQUOT or _QUOTA.search(str(cause)):
+            return "the disk quota is used up"
+        if number == errno.ENOSPC or _FULL.search(str(cause)):
+            return "the disk is full"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 @contextmanager
-def disk_full_is_user_error(folder: Path, what: str, needed: int, remedy: str) -> Iterator[None]:
-    """Turn a full disk or quota into a `UserError`; every other `OSError` passes.
+def disk_full_is_user_error(
+    folder: Path, what: str, needed: int | None, remedy: str
+) -> Iterator[None]:
+    """Turn a full disk or quota into a `UserError`; every other exception passes.
 
     Args:
-        folder: where is written; names the file system.
+        folder: where is written; names the file system. It need not exist yet.
         what: the work that was being done, such as `publishing ppo 1f3a...`.
-        needed: bytes it takes, at least.
+        needed: bytes it takes, at least; `None` where nobody knows.
         remedy: the next step for the user, as a sentence.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL:
+    except UserError:
+        raise
+    except Exception as error:
+        reason = disk_full(error)
+        if reason is None:
             raise
-        free = shutil.disk_usage(folder).free
-        limit = "the disk quota is used up" if error.errno == errno.EDQUOT else "the disk is full"
-        raise UserError(
-            f"{what}: {limit} at {folder}: {human_size(needed)} needed, "
-            f"{human_size(free)} free on its file system. {remedy}"
-        ) from error
+        place = existing_folder(folder)
+        room = f"{human_size(shutil.disk_usage(place).free)} free on its file system"
+        if needed is not None:
+            room = f"{human_size(needed)} needed, {room}"
+        raise UserError(f"{what}: {reason} at {place}: {room}. {remedy}") from error
+
+
+def existing_folder(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    return folder if folder.is_dir() else existing_folder(folder.parent)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
@@ -22,6 +21,7 @@ from typing import NamedTuple
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.atomic_files import write_json_atomic
+from rlhf_exp.store.sealed import seal_values, sealed_values
 
 
 def code_digests(
@@ -243,7 +243,7 @@ class CodeNotes:
         modules = self._read() | self._fresh
         try:
             content = {"made_by": self._made_by, "modules": modules}
-            write_json_atomic(self.path, content, durable=False)
+            write_json_atomic(self.path, seal_values(content), durable=False)
         except OSError:
             return
         self._fresh = {}
@@ -252,7 +252,7 @@ class CodeNotes:
         if self.path is None:
             return {}
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = sealed_values(self.path)
             known = content["modules"] if content["made_by"] == self._made_by else {}
         except (OSError, ValueError, KeyError, TypeError):
             return {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from rlhf_exp.store.atomic_files import write_json_atomic
+from rlhf_exp.store.sealed import Damaged, file_digest, seal_values, sealed_values
+
+log = logging.getLogger(__name__)
 
 KEY_LENGTH = 16
 # A file changed twice within the clock's grain keeps its time: too young a file is not cached.
@@ -57,12 +61,6 @@ def _canonical(value: Any, place: str) -> Any:  # noqa: ANN401
         return [_canonical(item, f"{place}[{number}]") for number, item in enumerate(value)]
     hint = "; take the digest of its content instead" if isinstance(value, PurePath) else ""
     raise TypeError(f"{place or 'key'}: {type(value).__name__} {value!r} cannot be in a key{hint}")
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 (64 hex characters) of the file's content."""
-    with Path(path).open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def folder_digest(path: Path, patterns: Iterable[str] = ("*",)) -> str:
@@ -140,13 +138,23 @@ class DigestCache:
 
     def _read(self) -> dict[str, list[Any]]:
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            return {
+                name: note
+                for name, note in sealed_values(self.path).items()
+                if isinstance(note, list) and len(note) == 3
+            }
+        except FileNotFoundError:
             return {}
-        return content if isinstance(content, dict) else {}
+        except Damaged as error:
+            log.warning("%s; its digests are computed again", error)
+            return {}
 
     def _add(self, fresh: dict[str, list[Any]]) -> None:
         if not fresh:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(self.path, self._read() | fresh, durable=False)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(self.path, seal_values(self._read() | fresh), durable=False)
+        except OSError as error:
+            # Only time is lost: on a read-only file system, for example, a plan works as well.
+            log.info("%s: digests are not remembered (%s)", self.path, error)

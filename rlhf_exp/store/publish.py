@@ -26,12 +26,12 @@ from rlhf_exp.store.atomic_files import (
     disk_full_is_user_error,
     exchange,
     files_below,
-    sync_folder,
+    sync,
     sync_tree,
     unallocated,
     write_json_atomic,
 )
-from rlhf_exp.store.fingerprint import file_digest
+from rlhf_exp.store.sealed import file_digest
 
 ATTEMPTS, PAUSE_S = 5, 0.02
 Read = Callable[[Path], Artifact | None]
@@ -178,8 +178,8 @@ def _rename(plan: Publication, read: Read) -> Artifact:
             if not exchange(plan.folder, plan.target):
                 delete(plan.root, plan.target)
                 continue
-        sync_folder(plan.target.parent)
-        sync_folder(plan.folder.parent)
+        sync(plan.target.parent)
+        sync(plan.folder.parent)
         published = read(plan.target)
         if published is None:
             raise FileNotFoundError(errno.ENOENT, "removed while publishing", str(plan.target))

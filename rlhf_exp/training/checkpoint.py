@@ -5,17 +5,18 @@ only what trains (`trainable.safetensors`), each process's part of the optimizer
 random numbers (`process-<rank>.pt`), the trainer's and the task's own state (`state.json`) and a
 digest of each of these; one that does not match its digests is passed over for the one before it.
 
-Snapshots are kept beside the checkpoints: the best weights so far, and those asked for.
+Snapshots are kept beside the checkpoints: the best weights so far, and those asked for. Each has
+its digest beside it, and a checkpoint that refers to a damaged one is passed over as well: going on
+from the one before makes it again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,22 @@ from torch import Tensor
 
 from rlhf_exp.distributed.strategy import OptimizerState
 from rlhf_exp.distributed.world import World
-from rlhf_exp.store.atomic_files import disk_full_is_user_error
+from rlhf_exp.errors import UserError
+from rlhf_exp.store.atomic_files import disk_full_is_user_error, sync
+from rlhf_exp.store.sealed import (
+    Damaged,
+    check_sealed_file,
+    check_sealed_folder,
+    digest_path,
+    file_digest,
+    seal_file,
+    seal_folder,
+)
 
 log = logging.getLogger(__name__)
 
-_WEIGHTS, _STATE, _DIGESTS = "trainable.safetensors", "state.json", "digests.json"
+_WEIGHTS, _STATE = "trainable.safetensors", "state.json"
+_REMEDY = "Make room and run again: it goes on from the checkpoint before."
 
 
 @dataclass(frozen=True)
@@ -89,21 +101,20 @@ class Checkpoints:
 
         def write() -> dict[str, str]:
             bundle = {"optimizer": strategy.state(), "rng": torch.get_rng_state()}
-            torch.save(bundle, partial / _process(world.rank))
+            # Given a path, torch hides the reason why it cannot write.
+            with (partial / _process(world.rank)).open("wb") as file:
+                torch.save(bundle, file)
             names = [_process(world.rank)]
             if world.is_main:
                 save_file(weights, partial / _WEIGHTS)
                 (partial / _STATE).write_text(json.dumps(content))
                 names += [_WEIGHTS, _STATE]
             for name in names:
-                _sync(partial / name)
-            return {name: _digest(partial / name) for name in names}
+                sync(partial / name)
+            return {name: file_digest(partial / name) for name in names}
 
         with disk_full_is_user_error(
-            _existing(self.folder),
-            f"saving the checkpoint of step {step}",
-            needed,
-            "Make room and run again: it goes on from the checkpoint before.",
+            self.folder, f"saving the checkpoint of step {step}", needed, _REMEDY
         ):
             world.run_on_all(begin)
             parts = world.run_on_all(write)
@@ -113,31 +124,42 @@ class Checkpoints:
     def _publish(self, step: int, partial: Path, digests: Mapping[str, str]) -> Path:
         target = self.folder / f"step-{step:08d}"
         if self.world.is_main:
-            (partial / _DIGESTS).write_text(json.dumps(digests))
-            _sync(partial / _DIGESTS)
+            seal_folder(partial, digests)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
-            _sync(self.folder)
+            sync(self.folder)
             for old in self._folders()[: -self.keep]:
                 shutil.rmtree(old)
         return target
 
-    def latest(self) -> Checkpoint | None:
-        """Return the newest intact checkpoint, or `None`; warn of each damaged one."""
-        folder = self.world.run_on_all(lambda: self._intact() if self.world.is_main else None)[0]
+    def latest(
+        self, snapshots: Callable[[Mapping[str, Any]], Iterable[Path]] = lambda state: ()
+    ) -> Checkpoint | None:
+        """Return the newest intact checkpoint, or `None`; warn of each damaged one.
+
+        Args:
+            snapshots: Returns the files of `Snapshots` that a checkpoint's state refers to.
+        """
+
+        def find() -> Path | None:
+            return self._intact(snapshots) if self.world.is_main else None
+
+        folder = self.world.run_on_all(find)[0]
         return None if folder is None else _read(folder, self.world.rank)
 
-    def _intact(self) -> Path | None:
+    def _intact(self, snapshots: Callable[[Mapping[str, Any]], Iterable[Path]]) -> Path | None:
         """Return the folder of the newest intact checkpoint; set damaged ones aside."""
         for leftover in self.folder.glob(".partial-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         for folder in reversed(self._folders()):
             try:
-                _check(folder)
+                for path in snapshots(_checked_state(folder)):
+                    _check_snapshot(path)
                 return folder
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, Damaged) as error:
                 log.warning(
-                    "checkpoint %s is damaged (%s); falling back to the one before it",
+                    "checkpoint %s is damaged (%s); falling back to the one before it, or to the "
+                    "beginning",
                     folder,
                     error,
                 )
@@ -150,19 +172,20 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"))
 
 
-def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
-    return folder if folder.is_dir() else _existing(folder.parent)
-
-
 def _process(rank: int) -> str:
     return f"process-{rank}.pt"
 
 
-def _check(folder: Path) -> None:
-    for name, expected in json.loads((folder / _DIGESTS).read_text()).items():
-        if _digest(folder / name) != expected:
-            raise ValueError(f"{name} does not match its digest")
+def _checked_state(folder: Path) -> dict[str, Any]:
+    """Return the state in a checkpoint all of whose files are there as they were written."""
+    names = check_sealed_folder(folder)
+    if _STATE not in names:
+        raise Damaged(f"{folder}: no {_STATE} among its digests")
+    state: dict[str, Any] = json.loads((folder / _STATE).read_text())
+    for name in (_WEIGHTS, *map(_process, range(state["processes"]))):
+        if name not in names:
+            raise Damaged(f"{folder}: no {name} among its digests")
+    return state
 
 
 def _read(folder: Path, rank: int) -> Checkpoint:
@@ -181,19 +204,6 @@ def _read(folder: Path, rank: int) -> Checkpoint:
         state=state,
         rng=bundle(min(rank, processes - 1))["rng"],
     )
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Snapshots:
@@ -215,11 +225,13 @@ class Snapshots:
             if self.world.is_main:
                 before_write()
                 self.folder.mkdir(parents=True, exist_ok=True)
-                partial = self.folder / f".partial-{os.getpid()}"
-                save_file(weights, partial)
-                partial.rename(self.path(step))
+                with seal_file(self.path(step)) as draft:
+                    save_file(weights, draft)
 
-        self.world.run_on_all(write)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+        work = f"keeping the weights of step {step}"
+        with disk_full_is_user_error(self.folder, work, needed, _REMEDY):
+            self.world.run_on_all(write)
 
     def prune(self, steps: Collection[int]) -> None:
         """Remove the files of all steps but these."""
@@ -229,11 +241,43 @@ class Snapshots:
         for path in self.folder.glob("step-*.safetensors"):
             if path not in keep:
                 path.unlink()
+                digest_path(path).unlink(missing_ok=True)
 
     def load(self, step: int) -> dict[str, Tensor]:
-        """Return the weights of `step`."""
-        return load_file(self.path(step))
+        """Return the weights of `step`.
+
+        Raises:
+            UserError: They are missing or damaged.
+        """
+        return load_file(self.checked_path(step, needed=True))
+
+    def checked_path(self, step: int, needed: bool = False) -> Path:
+        """Return where the weights of `step` are, if they are as they were written.
+
+        Args:
+            step: Of the weights.
+            needed: Whether they must be there.
+
+        Raises:
+            UserError: They are damaged, or missing and needed.
+        """
+        path = self.path(step)
+        try:
+            if needed or path.exists():
+                _check_snapshot(path)
+        except (OSError, Damaged) as error:
+            raise UserError(
+                f"the weights kept of step {step} are damaged: {error}. Run the same command "
+                "again: it goes on from a checkpoint before them, and makes them again"
+            ) from error
+        return path
 
     def path(self, step: int) -> Path:
         """Return where the weights of `step` are."""
         return self.folder / f"step-{step:08d}.safetensors"
+
+
+def _check_snapshot(path: Path) -> None:
+    """Raise unless a snapshot is as it was written; one of an earlier version has no digest."""
+    if digest_path(path).exists() or not path.exists():
+        check_sealed_file(path)

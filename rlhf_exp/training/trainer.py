@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,10 +48,20 @@ def train(
     """
     folder = context.folder / "checkpoints"
     checkpoints = Checkpoints(folder, section.keep_checkpoints, context.world)
-    checkpoint = checkpoints.latest()
+    best, kept = (Snapshots(context.folder / name, context.world) for name in ("best", "kept"))
+
+    def snapshots(state: Mapping[str, Any]) -> Iterator[Path]:
+        """Yield the files that the rest of a run from this state reads."""
+        progress = TrainingProgress.of(state, steps)
+        if section.select == Select.best and progress.best_step is not None:
+            yield best.path(progress.best_step)
+        # Weights that were asked for after their step are not there, and nobody misses them.
+        yield from filter(Path.exists, map(kept.path, progress.kept))
+
+    checkpoint = checkpoints.latest(snapshots)
     resumed = None if checkpoint is None else checkpoint.step
     with finishing(context.tracker(resumed)) as tracker:
-        trainer = _Trainer(task, section, steps, context, checkpoints, tracker)
+        trainer = _Trainer(task, section, steps, context, checkpoints, best, kept, tracker)
         start = trainer.begin(checkpoint)
         while trainer.progress.step < steps and not trainer.pruned:
             task.iterate(trainer.progress.step // task.updates, trainer.update)
@@ -77,6 +87,8 @@ class _Trainer:
         steps: int,
         context: TrainingContext,
         checkpoints: Checkpoints,
+        best: Snapshots,
+        kept: Snapshots,
         tracker: Tracker,
     ) -> None:
         self.task, self.section, self.steps, self.context = task, section, steps, context
@@ -85,8 +97,7 @@ class _Trainer:
         self.progress, self.before = TrainingProgress(), TrainingProgress()
         build = partial(build_optimizer, task.module, section)
         task.attach(self.world.prepare(task.module, build, section.grad_norm))
-        self.best = Snapshots(context.folder / "best", self.world)
-        self.kept = Snapshots(context.folder / "kept", self.world)
+        self.best, self.kept = best, kept
         self.latest: dict[str, float] = {}
         self.pruned = False
         self.select_best = section.select == Select.best
@@ -230,9 +241,9 @@ class _Trainer:
         metrics = self.progress.published_metrics | {"published_step": float(published)}
         metrics |= {} if objective is None else {"best_objective": objective}
         self.tracker.summary(metrics)
-        kept = {step: self.kept.path(step) for step in progress.kept}
+        kept = {step: self.kept.checked_path(step) for step in progress.kept}
         if Select.best in self.section.keep and progress.best_step is not None:
-            kept[progress.best_step] = self.best.path(progress.best_step)
+            kept[progress.best_step] = self.best.checked_path(progress.best_step)
         return TrainingResult(
             metrics,
             objective,

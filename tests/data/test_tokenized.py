@@ -146,17 +146,34 @@ class TestCache:
         assert len(tokenize_preferences([], codec, 8, tmp_path)) == 0
         assert len(tokenize_demonstrations([], codec, 8, tmp_path)) == 0
 
+    @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "missing"])
     @pytest.mark.parametrize(
-        "damage", ["counts.json", "prompt_ids.flat.npy", "response_ids.offsets.npy"]
+        "name", ["counts.json", "prompt_ids.flat.npy", "response_ids.offsets.npy", "digests.json"]
     )
-    def test_a_broken_set_is_built_again(
-        self, codec: Codec, tmp_path: Path, built: list[int], damage: str
+    def test_a_damaged_set_is_built_again_with_a_word(
+        self,
+        codec: Codec,
+        tmp_path: Path,
+        built: list[int],
+        caplog: pytest.LogCaptureFixture,
+        name: str,
+        damage: str,
     ) -> None:
-        tokenize_demonstrations(self.rows, codec, 8, tmp_path)
+        whole = tokenize_demonstrations(self.rows, codec, 8, tmp_path)
         (place,) = tmp_path.iterdir()
-        content = (place / damage).read_bytes()
-        (place / damage).write_bytes(content[: len(content) // 2])
-        tokenize_demonstrations(self.rows, codec, 8, tmp_path)
+        path, content = place / name, bytearray((place / name).read_bytes())
+        expected = texts(codec, whole.prompt_ids)
+        del whole  # it is mapped from the file
+        path.unlink()
+        if damage == "flipped":
+            content[-2] ^= 1  # of the last token, offset or count
+        if damage != "missing":
+            kept = {"empty": 0, "truncated": len(content) // 2, "flipped": len(content)}[damage]
+            path.write_bytes(content[:kept])
+        again = tokenize_demonstrations(self.rows, codec, 8, tmp_path)
+        # Sets of earlier versions have no digests: that is no damage to be reported.
+        assert (name in caplog.text) is ((name, damage) != ("digests.json", "missing"))
+        assert texts(codec, again.prompt_ids) == expected
         tokenize_demonstrations(self.rows, codec, 8, tmp_path)
         assert len(built) == 2
 

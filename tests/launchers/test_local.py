@@ -19,9 +19,9 @@ from rlhf_exp.launchers import local
 from rlhf_exp.launchers.local import GpuPool, PointProcess
 from rlhf_exp.launchers.points import JobResult, SweepPoint, differing_overrides, jobs_failed_error
 from rlhf_exp.pipeline.plan import Step, StepState
-from rlhf_exp.store.fingerprint import file_digest
 from rlhf_exp.store.lease import holders
 from rlhf_exp.store.run_records import Records, RunRecord, Status
+from rlhf_exp.store.sealed import file_digest
 from rlhf_exp.store.store import Store
 from tests.lab import LAUNCH, launch, small, small_config
 

@@ -65,7 +65,7 @@ def newest(outputs: Path, stage: str) -> Path:
 
 def original_files(outputs: Path) -> list[Path]:
     return sorted(
-        (outputs / "cache" / "original_scores").iterdir(), key=lambda p: p.stat().st_mtime
+        (outputs / "cache" / "original_scores").glob("*.npy"), key=lambda p: p.stat().st_mtime
     )
 
 

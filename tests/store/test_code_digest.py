@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -182,8 +181,8 @@ def test_it_reads_the_real_package() -> None:
             "errors",
             "store/artifact",
             "store/atomic_files",
-            "store/fingerprint",
             "store/lease",
+            "store/sealed",
         )
     }
     assert set(digests) == expected
@@ -273,7 +272,7 @@ def test_other_parsers_and_broken_files_do_not_count(tmp_path: Path) -> None:
     parser.write_text("2")
     ask(second, second)
     ask(second, None)
-    for broken in ("{", "[]", json.dumps({**json.loads(path.read_text()), "modules": {"x": 1}})):
+    for broken in ("{", "[]", path.read_text().replace("34", "12")):
         path.write_text(broken)
         ask(first, first)
 

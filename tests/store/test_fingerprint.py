@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.store import fingerprint
-from rlhf_exp.store.fingerprint import DigestCache, file_digest, folder_digest, key_of
+from rlhf_exp.store.fingerprint import DigestCache, folder_digest, key_of
+from rlhf_exp.store.sealed import file_digest
 
 
 class Colour(StrEnum):

@@ -46,8 +46,8 @@ from rlhf_exp.launchers.slurm.submissions import (
 from rlhf_exp.pipeline.hub import missing, needs
 from rlhf_exp.pipeline.plan import PACKAGE, records_of
 from rlhf_exp.store.artifact import GIT_STATE, git_state
-from rlhf_exp.store.fingerprint import file_digest
 from rlhf_exp.store.run_records import RunRecord
+from rlhf_exp.store.sealed import file_digest
 
 _JOB_MODULE = "rlhf_exp.launchers.slurm.job"
 _LAUNCH_SCRIPT = "launch.py"

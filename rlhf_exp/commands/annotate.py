@@ -47,6 +47,7 @@ from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.serving.listen import address_of, is_local, listen, need_server, serve
 from rlhf_exp.stages.data_module import DataModule
+from rlhf_exp.stages.setup import cache_of
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.sealed import file_digest
 from rlhf_exp.training.reward_scorer import texts_of
@@ -376,6 +377,7 @@ def sampled_pairs(policy: Artifact, count: int, seed: int) -> list[Item]:
         batch=config.eval.batch,
         eos_id=codec.eos_id,
         pad_id=codec.pad_id,
+        cache=cache_of(config),
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_causal_lm(policy.path / "model")

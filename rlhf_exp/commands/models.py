@@ -21,6 +21,7 @@ from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.pretrained import load_causal_lm, load_tokenizer
 from rlhf_exp.report.run.gather import loading_code
+from rlhf_exp.rollout.decoder import CacheKind
 from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.safe_text import visible
@@ -87,6 +88,7 @@ class ChatModel:
         codec: Its tokenizer and prompt format.
         seq_length: Most tokens of prompt and answer together.
         max_new_tokens: Most tokens of an answer.
+        cache: Kind of cache that sampling uses.
         history: The conversation so far.
     """
 
@@ -95,6 +97,7 @@ class ChatModel:
     codec: Codec
     seq_length: int
     max_new_tokens: int
+    cache: CacheKind = "slots"
     history: tuple[Turn, ...] = ()
 
     @classmethod
@@ -103,7 +106,9 @@ class ChatModel:
         config, folder = artifact.manifest.config, artifact.path / "model"
         codec = Codec(load_tokenizer(folder), config["data"]["format"])
         new = config["ppo"]["generation"]["max_new_tokens"]
-        return cls(name, load_causal_lm(folder), codec, config["ppo"]["seq_length"], new)
+        # Results from before the field existed were sampled with slots.
+        cache = config["model"].get("cache", "slots")
+        return cls(name, load_causal_lm(folder), codec, config["ppo"]["seq_length"], new, cache)
 
     def answer(self, message: str, temperature: float, seed: int) -> str:
         """Return the answer to `message`; the prompt's beginning is cut if it is too long."""
@@ -118,6 +123,7 @@ class ChatModel:
             eos_id=self.codec.eos_id,
             pad_id=self.codec.pad_id,
             greedy=temperature == 0.0,
+            cache=self.cache,
         )
         stopper = Stopper(self.codec.tokenizer, self.codec.stop_strings)
         samples = sample(self.model, prompts, settings, seed, stopper)

@@ -112,6 +112,13 @@ class Attention(Enum):
     flash_attention_2 = "flash_attention_2"
 
 
+class CacheName(Enum):
+    """Who keeps what earlier tokens leave behind, while answers are sampled."""
+
+    slots = "slots"
+    library = "library"
+
+
 @dataclass
 class ArchitectureConfig:
     """The model's shape: builds `tiny`, and lets `plan` estimate any model with no network."""
@@ -136,6 +143,13 @@ class ModelConfig:
     revision: str | None = setting(None, "Revision of a hub id.")
     dtype: Dtype = setting(Dtype.float32, "Number format of the weights in memory.")
     attention: Attention = setting(Attention.sdpa, "Attention implementation.", key=False)
+    cache: CacheName = setting(
+        CacheName.slots,
+        "Cache that sampling uses: `slots` (fast: rows of any length), or `library` (the model's "
+        "own, rows in lockstep: for families whose blocks keep a state, and others that `slots` "
+        "cannot decode).",
+        neutral=CacheName.slots,
+    )
     architecture: ArchitectureConfig = setting(
         factory=ArchitectureConfig, doc="Shape; checked against the real config on load."
     )

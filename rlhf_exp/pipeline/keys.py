@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.config.evaluation import PREFERENCE, PROFANITY, ROLES, TOXICITY, ScorerKind, parts_of
-from rlhf_exp.config.experiment import Config, DataConfig, DataSource, EngineName, ModelConfig
+from rlhf_exp.config.experiment import (
+    CacheName,
+    Config,
+    DataConfig,
+    DataSource,
+    EngineName,
+    ModelConfig,
+)
 from rlhf_exp.config.fields import key_content
 from rlhf_exp.config.training import CONTINUED
 from rlhf_exp.store.fingerprint import DigestCache, key_of
@@ -107,13 +114,18 @@ class Keys:
             # Only PPO has other engines than the native one.
             "engine": self.config.engine.name.name if stage == "ppo" else EngineName.native.name,
         }
+        samples = stage in ("ppo", "eval")
+        if samples and self.config.model.cache is not CacheName.slots:
+            common["cache"] = self.config.model.cache.name
         return key_of(common | content)
 
     def _model(self) -> dict[str, Any]:
         section: ModelConfig = self.config.model
         if section.path is None:
-            return key_content(section)
-        content: dict[str, Any] = {"dtype": section.dtype.name}
+            content = key_content(section)
+            content.pop("cache", None)  # SFT and the reward model sample nothing: see `_key`
+            return content
+        content = {"dtype": section.dtype.name}
         folder = Path(section.path)
         if folder.is_dir():
             return content | {"digest": self.digests.folder(folder, MODEL_FILES)}

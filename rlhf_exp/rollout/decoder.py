@@ -1,56 +1,70 @@
-"""Incremental decoding: a causal language model with a key-value cache of slots.
+"""Incremental decoding: a causal language model over its cache, and the rows in the cache's slots.
 
 N prompts, P tokens of the longest, A active slots, W tokens a slot has room for, T response tokens,
-H key-value heads, Q queries of a row, E width of a head, D width, V vocabulary.
+D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rlhf_exp.algo.logprobs import head_logits, product_dtype
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.frozen_trunk import to_attention_mask
 from rlhf_exp.models.logit_transform import logit_transform
+from rlhf_exp.rollout.library_cache import LibraryCache
+from rlhf_exp.rollout.slot_cache import SlotCache
+
+CacheKind = Literal["slots", "library"]
+"""`slots`: rows join and leave while others are half done. `library`: the model's own cache."""
 
 
 class Decoder:
-    """Forward passes of a causal language model over a key-value cache of slots.
+    """Forward passes of a causal language model over prompts, then token by token.
 
     The model is a Hugging Face model as it is. Its decoder is called below the language-model head,
-    so that logits are computed at last positions only, with explicit positions and, when decoding,
-    an explicit mask: nothing has to be inferred from padding.
+    so that logits are computed at last positions only, with explicit positions: nothing has to be
+    inferred from padding.
 
     Args:
-        model: the causal language model, in evaluation mode.
+        model: the causal language model, in `decoding_mode`.
+        cache: who keeps the keys, values and states of earlier tokens.
         slots: rows decoded at the same time.
         width: W, most tokens of a row.
         capture: module of `model` whose incoming hidden states are captured, or None.
 
     Attributes:
         captured: states that entered `capture` in the last forward pass, [N, P, D] or [A, 1, D].
+        lockstep: whether all rows have to be at one position: those of one `prefill`, unpadded.
+
+    Raises:
+        UserError: `cache` cannot hold what the model's blocks keep.
     """
 
     def __init__(
-        self, model: PreTrainedModel, slots: int, width: int, capture: nn.Module | None
+        self,
+        model: PreTrainedModel,
+        cache: CacheKind,
+        slots: int,
+        width: int,
+        capture: nn.Module | None,
     ) -> None:
         self.captured: Tensor | None = None
-        self._model = model
-        self._embedding = model.get_input_embeddings()
+        self._base = cast(PreTrainedModel, model.base_model)
         self._head = _Head(model)
-        self._additive_mask = model.config._attn_implementation == "eager"
         device = model.device
-        layers = model.config.get_text_config().num_hidden_layers
-        self._cache = SlotCache(layers, slots, width, device)
+        self._cache: SlotCache | LibraryCache
+        if cache == "slots":
+            self._cache = SlotCache(self._base, slots, width)
+        else:
+            self._cache = LibraryCache(self._base)
+        self.lockstep = self._cache.lockstep
         self._columns = torch.arange(width, device=device)
         self._capture = capture
 
@@ -75,10 +89,9 @@ class Decoder:
             slots: N slots for these rows.
             scale: one over the temperature.
         """
-        self._cache.write_position.prefill = slots
         positions = self._columns[: tokens.shape[1]].expand(tokens.shape)
-        # Padding is on the right, where a causal mask lets no real token see it.
-        hidden = self._forward(tokens, positions, None)
+        with self._cache.prefilling(positions, slots) as arguments:
+            hidden = self._forward(tokens, arguments)
         rows = torch.arange(tokens.shape[0], device=tokens.device)
         return self._head(hidden[rows, lengths - 1], scale)
 
@@ -91,27 +104,18 @@ class Decoder:
             longest: number of columns to attend to; above every position.
             scale: one over the temperature.
         """
-        write = self._cache.write_position
-        write.prefill, write.positions, write.longest = None, positions, longest
-        mask = (self._columns[:longest] <= positions.unsqueeze(1))[:, None, None]
-        hidden = self._forward(tokens.unsqueeze(1), positions.unsqueeze(1), mask)
+        with self._cache.stepping(positions, longest) as arguments:
+            hidden = self._forward(tokens.unsqueeze(1), arguments)
         return self._head(hidden[:, 0], scale)
 
     def move(self, origins: Tensor, targets: Tensor, longest: int) -> None:
         """Copy the first `longest` columns of slots `origins` [N] to slots `targets` [N]."""
         self._cache.move(origins, targets, longest)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        embedded = self._embedding(tokens)
-        if mask is not None and self._additive_mask:
-            mask = to_attention_mask(mask, embedded.dtype)
-        return self._model.base_model(
-            inputs_embeds=embedded,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
+    def _forward(self, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:
+        output = self._base(input_ids=tokens, use_cache=True, **arguments)
+        self._cache.keep(output)
+        return output.last_hidden_state
 
     def _capture_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -173,120 +177,6 @@ def decoding_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-class SlotCache(Cache):
-    """A key-value cache of slots, allocated once, in which every row has its own length.
-
-    Rows stand in their slots without padding on the left: slot column = position. So a row can join
-    while others are half done, and leave without the others being moved. The library's own caches
-    grow by concatenation (a copy of everything at every token) or hold all rows at one length.
-
-    Before a forward pass over whole prompts, set `write_position.prefill` to a slice of slots.
-    Before one over the next token of the first A slots, set it to None, and set
-    `write_position.positions` and `write_position.longest`.
-
-    Args:
-        layers: number of decoder layers.
-        slots: rows held at the same time.
-        width: tokens a slot has room for.
-        device: of the model.
-    """
-
-    def __init__(self, layers: int, slots: int, width: int, device: torch.device) -> None:
-        numbers = torch.arange(slots, device=device)
-        self.write_position = WritePosition(slots, width, numbers, numbers[:0])
-        super().__init__(layers=[SlotLayer(self.write_position) for _ in range(layers)])
-
-    def move(self, origins: Tensor, targets: Tensor, longest: int) -> None:
-        """Copy the first `longest` columns of slots `origins` [N] to `targets` [N], all layers."""
-        for layer in self.layers:
-            assert isinstance(layer, SlotLayer)
-            layer.move(origins, targets, longest)
-
-
-class SlotLayer(CacheLayerMixin):
-    """Keys and values [slots, H, W, E] of one layer.
-
-    It holds the write position and not the cache: a reference back to the cache would keep hundreds
-    of megabytes alive until the next collection of cycles.
-    """
-
-    is_sliding = False
-
-    def __init__(self, write_position: WritePosition) -> None:
-        super().__init__()
-        self._write_position = write_position
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate zeros: masked keys and values must be finite."""
-        slots, width = self._write_position.slots, self._write_position.width
-        for name, states in (("keys", key_states), ("values", value_states)):
-            _, heads, _, size = states.shape
-            setattr(self, name, states.new_zeros(slots, heads, width, size))
-
-    def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        *args: Any,  # noqa: ANN401 - the library's signature
-        **kwargs: Any,  # noqa: ANN401
-    ) -> tuple[Tensor, Tensor]:
-        """Store [A, H, Q, E]: whole prompts (returned as they are), or the next token of each."""
-        if self.keys is None:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        write = self._write_position
-        if write.prefill is not None:
-            length = key_states.shape[2]
-            self.keys[write.prefill, :, :length] = key_states
-            self.values[write.prefill, :, :length] = value_states
-            return key_states, value_states
-        active = write.positions.shape[0]
-        self.keys[write.slot_numbers[:active], :, write.positions] = key_states[:, :, 0]
-        self.values[write.slot_numbers[:active], :, write.positions] = value_states[:, :, 0]
-        return self.keys[:active, :, : write.longest], self.values[:active, :, : write.longest]
-
-    def move(self, origins: Tensor, targets: Tensor, longest: int) -> None:
-        """Copy the first `longest` columns of slots `origins` [N] to slots `targets` [N]."""
-        for states in (self.keys, self.values):
-            assert states is not None
-            states[targets, :, :longest] = states[origins, :, :longest]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return key length and offset of a causal mask over prompts; decoding has its own mask."""
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Return 0: positions are given explicitly, and prompts start at 0."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """Return the number of tokens a slot has room for."""
-        return self._write_position.width
-
-
-@dataclass
-class WritePosition:
-    """Position of the next keys and values: one object that all layers of a cache read.
-
-    Attributes:
-        slots: rows held at the same time.
-        width: W, tokens a slot has room for.
-        slot_numbers: [slots] int64, counting from 0.
-        positions: [A] int64, column of the next token of each active slot.
-        prefill: the slots that the next forward pass fills from column 0, or None.
-        longest: number of columns that attention reads; above every position.
-    """
-
-    slots: int
-    width: int
-    slot_numbers: Tensor
-    positions: Tensor
-    prefill: slice | None = None
-    longest: int = 0
-
-
 class SlotTable:
     """The row in each slot during one sampling call, on the host and on the device.
 
@@ -305,8 +195,9 @@ class SlotTable:
         held: row in each active slot, or None once it has ended.
         row: [slots] int64, the same on the device, an ended row included.
         token: [slots] int64, to feed next.
-        position: [slots] int64, of that token; before the first one, that of the prompt's end.
-        column: [slots] int64, number of the response token to draw next; T once all are drawn.
+        position: [slots] int64, of that token; before the first one, that of the last token fed.
+        column: [slots] int64, number of the response token to draw next, counted from 0; below 0
+            while tokens of the prompt are still to be fed; T once all are drawn.
         closing: of each active slot, number of tokens still fed to a row that has ended.
     """
 
@@ -342,18 +233,26 @@ class SlotTable:
         """Number of columns in use; above the position of every active slot."""
         return int(self._host_position[: self.active].max()) + 1
 
-    def fill(self, rows: Sequence[int], prompt_lengths: Sequence[int]) -> slice:
-        """Assign a free slot to each of `rows` and return these slots."""
+    def fill(self, rows: Sequence[int], prompt_lengths: Sequence[int], fed: Sequence[int]) -> slice:
+        """Assign a free slot to each of `rows` and return these slots.
+
+        Args:
+            rows: N rows.
+            prompt_lengths: N lengths of their prompts.
+            fed: N numbers of prompt tokens that are prefilled, each at least 1.
+        """
         slots = slice(self.active, self.active + len(rows))
         self.held.extend(rows)
         self.closing.extend([0] * len(rows))
-        ends = np.asarray(prompt_lengths, dtype=np.int64) - 1
-        zeros = np.zeros_like(ends)
+        lengths = np.asarray(prompt_lengths, dtype=np.int64)
+        position = np.asarray(fed, dtype=np.int64) - 1
+        zeros = np.zeros_like(lengths)
         last_column = zeros + self._max_new_tokens
-        last_position = ends + last_column + self._spare
-        values = np.stack([np.asarray(rows), zeros, ends, zeros, last_position, last_column, zeros])
-        self._state[:, slots] = torch.from_numpy(values).to(self._state.device)
-        self._host_position[slots] = ends
+        last_position = lengths - 1 + last_column + self._spare
+        column = position + 1 - lengths
+        values = [np.asarray(rows), zeros, position, column, last_position, last_column, zeros]
+        self._state[:, slots] = torch.from_numpy(np.stack(values)).to(self._state.device)
+        self._host_position[slots] = position
         return slots
 
     def advance(self, slots: slice, tokens: Tensor) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.errors import UserError
-from rlhf_exp.rollout.decoder import Decoder, SlotTable, decoding_mode
+from rlhf_exp.rollout.decoder import CacheKind, Decoder, SlotTable, decoding_mode
 from rlhf_exp.rollout.token_sampling import draw_tokens, to_float32, truncate_logits, uniform
 from rlhf_exp.rollout.transcript import CapturedStates, Stopper, Transcript
 
@@ -41,6 +41,10 @@ Rows that ended meanwhile have surplus tokens, which are cut off."""
 CLOSING_ROOM = 2
 """Positions that the closing token takes after a row's last token: its own and a spare one."""
 
+SCALED_BY_LENGTH = ("longrope", "dynamic")
+"""Rotary embeddings that beyond their original length turn every position by another angle: what is
+in the cache by then would be wrong, and so would shorter rows in a batch with a longer one."""
+
 ACCELERATOR_COLUMNS = 64
 """On an accelerator attention reads a multiple of so many columns: its kernels are faster then."""
 
@@ -59,6 +63,7 @@ class SamplingParams:
         top_p: above 0, at most 1: sample from the nucleus of this probability only. With this and
             `top_k`, `Samples.logprobs` are those of the truncated, renormalised distribution.
         top_k: sample from so many most probable tokens only; 0 for all.
+        cache: who keeps the keys, values and states of earlier tokens.
     """
 
     max_new_tokens: int
@@ -69,6 +74,7 @@ class SamplingParams:
     greedy: bool = False
     top_p: float = 1.0
     top_k: int = 0
+    cache: CacheKind = "slots"
 
     @property
     def untruncated(self) -> bool:
@@ -102,7 +108,7 @@ def sample(
         stopper: finds stop strings, or None.
         capture: a decoder block of `model`; the hidden states entering it become `Samples.states`.
         close: a token to feed after each response's content; its states become `Samples.closing`,
-            unless the model has no position left for it.
+            unless the model has no position left for it, or rows are decoded in lockstep.
 
     Raises:
         UserError: a prompt and its response exceed the model's positions.
@@ -113,7 +119,9 @@ def sample(
     limits = _limits(model)
     _check(limits, prompts, settings)
     room = min([*limits.values(), math.inf]) - int(prompts.lengths.max()) - settings.max_new_tokens
-    close = close if capture is not None and room >= CLOSING_ROOM else None
+    # The content may end before the response does, and the library's cache does not go back.
+    closable = capture is not None and room >= CLOSING_ROOM and settings.cache == "slots"
+    close = close if closable else None
     with decoding_mode(model):
         loop = DecodeLoop(model, prompts, settings, seed, stopper, capture, close)
         with torch.inference_mode():
@@ -125,9 +133,12 @@ def _limits(model: PreTrainedModel) -> dict[str, int]:
     """Return the longest sequences that the model allows, in tokens, by field of its config."""
     config = model.config.get_text_config()
     limits = {"max_position_embeddings": getattr(config, "max_position_embeddings", None)}
-    if getattr(config, "use_sliding_window", True):
-        # Within the window sliding attention is full attention; beyond it the mask would be wrong.
-        limits["sliding_window"] = getattr(config, "sliding_window", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Some families have parameters of their own for each type of layer.
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") in SCALED_BY_LENGTH:
+            name = "original_max_position_embeddings"
+            limits[name] = parameters.get(name)
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
@@ -160,6 +171,10 @@ class DecodeLoop:
     last active rows, and once enough slots are free, waiting prompts move in, longest first. None
     of this changes a response: its random numbers are a function of (seed, rollout, position), and
     attention sees nothing but the row.
+
+    In lockstep, as the library's cache wants it, a group of rows begins and ends together. Prompts
+    are prefilled up to the shortest one's end; the longer ones' other tokens are then fed one by
+    one, in place of drawn ones.
 
     Args:
         model: the causal language model, in evaluation mode.
@@ -195,7 +210,10 @@ class DecodeLoop:
         self._table = SlotTable(slots, limit, device, spare)
         # A multiple of 8: attention kernels want aligned masks.
         self._width = -(-(max(self._lengths) + limit + spare) // 8) * 8
-        self._decoder = Decoder(model, slots, self._width, capture)
+        self._decoder = Decoder(model, settings.cache, slots, self._width, capture)
+        lockstep = self._decoder.lockstep
+        self._refill_share = 1 if lockstep else REFILL_SHARE
+        self._compact_share = 1 if lockstep else COMPACT_SHARE
         # One column more than tokens, for slots that run on.
         self._logprobs = torch.zeros(rows, limit + 1, device=device)
         steps = torch.arange(limit + 1, device=device)
@@ -209,12 +227,13 @@ class DecodeLoop:
         stride = 1 if self._on_host else ACCELERATOR_STRIDE
         with self._decoder.capturing():
             while self._waiting or table.active:
-                if table.ended * COMPACT_SHARE >= table.active > 0:
+                if table.ended * self._compact_share >= table.active > 0:
                     origins, targets = table.compact()
                     if len(origins):
                         self._decoder.move(origins, targets, self._width)
-                if self._waiting and table.free * REFILL_SHARE >= table.slots:
-                    while self._waiting and table.free:
+                if self._waiting and table.free * self._refill_share >= table.slots:
+                    self._admit()
+                    while self._waiting and table.free and not self._decoder.lockstep:
                         self._admit()
                 elif table.active:
                     active = slice(0, table.active)
@@ -225,17 +244,22 @@ class DecodeLoop:
 
     def _admit(self) -> None:
         """Prefill free slots with a group of waiting prompts and draw their first tokens."""
+        lockstep = self._decoder.lockstep
         longest = self._lengths[self._waiting[-1]]
-        most = HOST_PREFILL_TOKENS if self._on_host else ACCELERATOR_PREFILL_TOKENS
+        # In lockstep a larger group pays at every later token.
+        small = self._on_host and not lockstep
+        most = HOST_PREFILL_TOKENS if small else ACCELERATOR_PREFILL_TOKENS
         count = min(self._table.free, max(1, most // longest), len(self._waiting))
         rows = [self._waiting.pop() for _ in range(count)]
-        slots = self._table.fill(rows, [self._lengths[row] for row in rows])
+        lengths = [self._lengths[row] for row in rows]
+        fed = [min(lengths)] * count if lockstep else lengths
+        slots = self._table.fill(rows, lengths, fed)
         index = self._table.row[slots]
-        tokens = self._prompts.tokens[index, :longest]
-        lengths = self._prompts.lengths[index]
-        logits = self._decoder.prefill(tokens, lengths, slots, self._scale)
+        tokens = self._prompts.tokens[index, : fed[0]]
+        ends = self._table.position[slots] + 1
+        logits = self._decoder.prefill(tokens, ends, slots, self._scale)
         if self._decoder.captured is not None:
-            self._states.store(index, slice(0, longest), self._decoder.captured)
+            self._states.store(index, slice(0, fed[0]), self._decoder.captured)
         self._record(slots, [self._draw(logits, slots)])
 
     def _step(self) -> Tensor:
@@ -255,25 +279,38 @@ class DecodeLoop:
         return self._draw(logits, active)
 
     def _draw(self, logits: Tensor, slots: slice) -> Tensor:
+        """Draw the next tokens [A] of `slots`; -1 where a prompt's own token comes next."""
         row, column = self._table.row[slots], self._table.column[slots]
+        in_prompt = None
+        if self._decoder.lockstep:
+            in_prompt = column < 0
+            column = column.clamp(min=0)  # what is written there meanwhile is overwritten
         settings = self._settings
         uniforms = None if settings.greedy else self._uniforms[row, column]
         if not (settings.greedy or settings.untruncated):
             logits = truncate_logits(logits, settings.top_p, settings.top_k)
         tokens, logprobs = draw_tokens(logits, uniforms)
         self._logprobs[row, column] = logprobs
-        self._table.advance(slots, tokens)
-        return tokens
+        if in_prompt is None:
+            self._table.advance(slots, tokens)
+            return tokens
+        following = (self._table.position[slots] + 1).clamp(max=self._prompts.tokens.shape[1] - 1)
+        prompt_tokens = self._prompts.tokens[row, following]
+        self._table.advance(slots, torch.where(in_prompt, prompt_tokens, tokens))
+        return tokens.masked_fill_(in_prompt, -1)
 
     def _record(self, slots: slice, steps: list[Tensor]) -> None:
-        """Append the tokens [A] drawn for `slots` in each of `steps`, and end finished rows."""
+        """Append the tokens [A] drawn for `slots` in each of `steps`, and end finished rows.
+
+        Tokens below 0 were not drawn.
+        """
         table, ended = self._table, []
         for offset, tokens in enumerate(zip(*torch.stack(steps).tolist(), strict=True)):
             slot = slots.start + offset
             row = table.held[slot]
             if row is None or table.closing[slot]:
                 continue
-            if any(self._transcript.add(row, token) for token in tokens):
+            if any(self._transcript.add(row, token) for token in tokens if token >= 0):
                 ended.append(slot)
         if self._close is None:
             for slot in ended:

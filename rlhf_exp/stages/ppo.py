@@ -37,7 +37,7 @@ from rlhf_exp.stages.ppo_inputs import (
 )
 from rlhf_exp.stages.publish import save_models
 from rlhf_exp.stages.scorers import SERVER_NOTE, longest_input, scorer_for
-from rlhf_exp.stages.setup import attention_of, load_policy_model, torch_dtype, world_for
+from rlhf_exp.stages.setup import attention_of, cache_of, load_policy_model, torch_dtype, world_for
 from rlhf_exp.stages.training import (
     keep_small_updates,
     lora_of,
@@ -209,6 +209,7 @@ def sampler_for(
         batch=section.batch,
         eos_id=codec.eos_id,
         pad_id=codec.pad_id,
+        cache=cache_of(config),
     )
     stopper = Stopper(codec.tokenizer, codec.stop_strings)
     block: nn.Module | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 from rlhf_exp.config.experiment import Config, Dtype
 from rlhf_exp.distributed.world import Precision, World, world_of
 from rlhf_exp.models.pretrained import Attention, load_causal_lm
+
+if TYPE_CHECKING:
+    from rlhf_exp.rollout.decoder import CacheKind
 
 
 @contextmanager
@@ -33,6 +36,12 @@ def torch_dtype(config: Config) -> torch.dtype:
 def attention_of(config: Config) -> Attention:
     """Return the attention implementation."""
     name: Any = config.model.attention.value
+    return name
+
+
+def cache_of(config: Config) -> CacheKind:
+    """Return the kind of cache that sampling uses."""
+    name: Any = config.model.cache.value
     return name
 
 

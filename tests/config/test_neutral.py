@@ -28,6 +28,7 @@ REWARD, PPO, EVAL = ("reward", "ppo", "eval"), ("ppo", "eval"), ("eval",)
 OTHERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     # field: another value, what else must be set for it to count, the stages it counts in
     "reward.part": ("1/2", "", REWARD),
+    "model.cache": ("library", "", PPO),
     "ppo.kl.budget": ("2.0", "", PPO),
     "ppo.kl.select_coef": ("0.5", "", PPO),
     "ppo.reward.url": ("http://127.0.0.1:1", "", PPO),

@@ -36,7 +36,9 @@ TRAINER = (
     | names("training", "checkpoint metrics optim result task trainer")
     | names("stages", "publish training")
 )
-SAMPLING = {"models/reference"} | names("rollout", "decoder sampler token_sampling transcript")
+SAMPLING = {"models/reference"} | names(
+    "rollout", "decoder library_cache sampler slot_cache token_sampling transcript"
+)
 # The scores of responses: by the reward model, a function or a server.
 SCORING = (
     {"algo/kl", "algo/preference", "http_client", "models/reward_model", "safe_text"}

@@ -10,7 +10,7 @@ from rlhf_exp.rollout.decoder import SlotTable
 def table_of_three(spare: int = 0) -> SlotTable:
     """Four slots for three new tokens; rows 7, 8 and 9 with prompts of 5, 2 and 4 tokens."""
     table = SlotTable(4, 3, torch.device("cpu"), spare)
-    assert table.fill([7, 8, 9], [5, 2, 4]) == slice(0, 3)
+    assert table.fill([7, 8, 9], [5, 2, 4], [5, 2, 4]) == slice(0, 3)
     return table
 
 
@@ -45,7 +45,7 @@ def test_running_on_stops_at_the_last_column_and_position() -> None:
 
 def test_clearing_moves_the_last_slots_into_the_holes() -> None:
     table = SlotTable(5, 3, torch.device("cpu"))
-    table.fill([10, 11, 12, 13, 14], [1, 9, 2, 3, 8])
+    table.fill([10, 11, 12, 13, 14], [1, 9, 2, 3, 8], [1, 9, 2, 3, 8])
     table.advance(slice(0, 5), torch.tensor([20, 21, 22, 23, 24]))
     table.held[1] = table.held[4] = None
     assert table.ended == 2
@@ -55,7 +55,7 @@ def test_clearing_moves_the_last_slots_into_the_holes() -> None:
     assert state(table) == [[10, 13, 12], [20, 23, 22], [1, 3, 2], [1, 1, 1]]
     # The longest remaining is the prompt of 3 tokens, one further; not that of 9, which is gone.
     assert table.longest == 4
-    assert table.fill([15], [6]) == slice(3, 4)
+    assert table.fill([15], [6], [6]) == slice(3, 4)
 
 
 def test_rows_that_have_ended_are_fed_what_closes_them() -> None:
@@ -83,7 +83,7 @@ def test_rows_that_have_ended_are_fed_what_closes_them() -> None:
         "two positions after the prompt's 5 and 3 new ones"
     )
     # A new row in a used slot keeps its states where its tokens are.
-    table.fill([10, 11], [6, 1])
+    table.fill([10, 11], [6, 1], [6, 1])
     assert table.state_columns(20).tolist() == [9, 5, 0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,11 +14,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
+    GptOssConfig,
+    Lfm2Config,
     LlamaConfig,
+    Mamba2Config,
     MistralConfig,
+    OpenAIGPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -29,6 +36,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from rlhf_exp.batch import FinishReason, Prompts, Samples
 from rlhf_exp.errors import UserError
 from rlhf_exp.rollout import sampler
+from rlhf_exp.rollout.decoder import CacheKind
 from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.rollout.token_sampling import uniform
 from rlhf_exp.rollout.transcript import Stopper
@@ -62,7 +70,55 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**LLAMA_STYLE),
     "qwen2": lambda: Qwen2Config(**LLAMA_STYLE),
     "qwen3": lambda: Qwen3Config(**LLAMA_STYLE, head_dim=4),
+    # Attention to less than everything: one window for all layers, or one for some of them.
+    "mistral": lambda: MistralConfig(**LLAMA_STYLE, sliding_window=6),
+    "qwen2_windows": lambda: Qwen2Config(
+        **LLAMA_STYLE, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **LLAMA_STYLE,
+        head_dim=4,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gpt_oss": lambda: GptOssConfig(
+        **LLAMA_STYLE,
+        head_dim=4,
+        sliding_window=5,
+        num_local_experts=4,
+        attn_implementation="eager",
+    ),
+    # Blocks that keep a state, alone and among blocks of attention.
+    "mamba2": lambda: Mamba2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_heads=4,
+        head_dim=8,
+        state_size=4,
+        n_groups=2,
+        chunk_size=4,
+    ),
+    "lfm2": lambda: Lfm2Config(
+        **LLAMA_STYLE, layer_types=["conv", "full_attention", "conv"], block_multiple_of=8
+    ),
+    # It attends locally in a way of its own.
+    "gpt_neo": lambda: GPTNeoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        intermediate_size=32,
+        max_position_embeddings=CONTEXT,
+        attention_types=[[["global", "local"], 1], [["local"], 1]],
+        window_size=6,
+    ),
 }
+ONLY_LIBRARY = ("mamba2", "lfm2", "gpt_neo")
+DECODED = [(family, "slots") for family in FAMILIES if family not in ONLY_LIBRARY] + [
+    (family, "library") for family in (*ONLY_LIBRARY, "gpt2", "llama", "gemma3")
+]
+"""Families, and the cache that they are decoded with."""
 
 
 def build(family: str = "gpt_neox") -> PreTrainedModel:
@@ -95,18 +151,28 @@ def settings(**changes: float) -> SamplingParams:
 
 def full_forward(model: PreTrainedModel, row: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Logits [S, V] and the states entering each block, of one row without cache or padding."""
+    states: list[Tensor] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0]))
+        for block in blocks(model)
+    ]
     with torch.no_grad():
-        output = model(row.unsqueeze(0), output_hidden_states=True, use_cache=False)
-    return output.logits[0], [states[0] for states in output.hidden_states]
+        output = model(row.unsqueeze(0), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return output.logits[0], states
 
 
 LENGTHS = [7, 3, 12, 1, 5, 12, 9]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_logprobs_and_states_are_those_of_the_full_forward(family: str) -> None:
+@pytest.mark.parametrize(("family", "cache"), DECODED)
+def test_tokens_logprobs_and_states_are_those_of_the_full_forward(
+    family: str, cache: CacheKind
+) -> None:
     model, prompts = build(family), make_prompts(LENGTHS)
-    samples = sample(model, prompts, settings(), seed=5, capture=blocks(model)[1])
+    cached = replace(settings(), cache=cache)
+    samples = sample(model, prompts, cached, seed=5, capture=blocks(model)[1])
     assert samples.index.tolist() == prompts.index.tolist()
     assert samples.states is not None
     for row, length in enumerate(LENGTHS):
@@ -328,13 +394,58 @@ def test_one_new_token() -> None:
     assert torch.equal(samples.tokens.gather(1, starts), longer.tokens.gather(1, starts))
 
 
+def test_both_caches_give_the_same_samples() -> None:
+    model, prompts = build("llama"), make_prompts(LENGTHS)
+    stopper = Stopper(tokenizer_of_letters(), ["D"])
+    results = []
+    for cache in get_args(CacheKind):
+        cached = replace(settings(max_new_tokens=14, batch=3, eos_id=9), cache=cache)
+        results.append(sample(model, prompts, cached, 5, stopper, blocks(model)[1]))
+    slots, library = results
+    assert len(set(slots.finish.tolist())) == 3, "every way to end is seen"
+    for name in ("tokens", "response_lengths", "content_lengths", "finish", "index"):
+        assert torch.equal(getattr(slots, name), getattr(library, name)), name
+    torch.testing.assert_close(slots.logprobs, library.logprobs, rtol=0, atol=1e-4)
+    assert slots.states is not None
+    torch.testing.assert_close(slots.states, library.states, rtol=1e-4, atol=1e-4)
+
+
+def test_the_librarys_cache_has_no_closing_states() -> None:
+    model = build("llama")
+    cached = replace(settings(), cache="library")
+    samples = sample(model, make_prompts([4, 2]), cached, 0, capture=blocks(model)[1], close=1)
+    assert (samples.states is None, samples.closing) == (False, None)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "lfm2"])
+def test_slots_are_refused_where_blocks_keep_a_state(family: str) -> None:
+    with pytest.raises(UserError, match=f"'{family}' model.*model.cache=library"):
+        sample(build(family), make_prompts([5, 3]), settings(), seed=0)
+
+
+def test_the_librarys_cache_is_refused_where_there_is_none() -> None:
+    model = AutoModelForCausalLM.from_config(OpenAIGPTConfig(**GPT_STYLE))
+    with pytest.raises(UserError, match=r"'openai-gpt' model.*returns no cache"):
+        sample(model, make_prompts([5, 3]), replace(settings(), cache="library"), seed=0)
+
+
+SCALED = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.0],
+    "long_factor": [2.0, 4.0],
+    "original_max_position_embeddings": 32,
+}
+
+
 @pytest.mark.parametrize(
     ("config", "name"),
     [
         (GPT2Config(**GPT_STYLE), "max_position_embeddings=64"),
+        # From there on every position of a row is turned by another angle.
         (
-            MistralConfig(**{**LLAMA_STYLE, "max_position_embeddings": 99}, sliding_window=20),
-            "sliding_window=20",
+            LlamaConfig(**{**LLAMA_STYLE, "max_position_embeddings": 99}, rope_parameters=SCALED),
+            "original_max_position_embeddings=32",
         ),
     ],
 )

@@ -46,7 +46,7 @@ from rlhf_exp.stages.evaluation.evaluation import (
     pairs_part,
 )
 from rlhf_exp.stages.scorers import EvaluationScorers
-from rlhf_exp.stages.setup import load_policy_model
+from rlhf_exp.stages.setup import cache_of, load_policy_model
 from rlhf_exp.training.reward_scorer import Scorer, score_samples, score_shared, texts_of
 
 log = logging.getLogger(__name__)
@@ -171,6 +171,7 @@ class SampledSource:
             greedy=greedy,
             top_p=generation.top_p,
             top_k=generation.top_k,
+            cache=cache_of(self.config),
         )
         stopper = Stopper(codec.tokenizer, codec.stop_strings) if generation.stop else None
         return sample(self._policy(model).model, prompts, params, generation.seed, stopper)

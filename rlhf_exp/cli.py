@@ -54,9 +54,13 @@ def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     cancel.add_argument("name", metavar="NAME")
     cancel.set_defaults(command=_run_cancel)
 
+    doctor = commands.add_parser("doctor", help="list what will not work of a run, before it runs")
     fetch = commands.add_parser("fetch", help="download what a run needs from the hub, and pin it")
-    fetch.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as launch.py takes them")
-    fetch.add_argument("--config-dir", type=Path, metavar="DIR", help="as launch.py takes it")
+    for command in (doctor, fetch):
+        add = command.add_argument
+        add("overrides", nargs="*", metavar="OVERRIDE", help="as launch.py takes them")
+        add("--config-dir", type=Path, metavar="DIR", help="as launch.py takes it")
+    doctor.set_defaults(command=_run_doctor)
     fetch.add_argument("--update", action="store_true", help="take the newest revisions")
     fetch.set_defaults(command=_run_fetch)
 
@@ -228,6 +232,12 @@ def _run_cancel(arguments: argparse.Namespace) -> None:
     from rlhf_exp.commands.inspect import cancel
 
     print(cancel(arguments.outputs, arguments.name), end="")
+
+
+def _run_doctor(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.doctor import doctor
+
+    print(doctor(arguments.overrides, arguments.config_dir), end="")
 
 
 def _run_fetch(arguments: argparse.Namespace) -> None:

@@ -104,7 +104,7 @@ def _run(
     console = Console(stderr=True)
     steps = _show(config, console)
     refuse_changed(steps)
-    preflight(config, steps)
+    preflight(config, steps, executor.materials)
     if not recorded:
         done = run_steps(config, steps, executor, lambda text: console.print(Text(text)))
         return _objective(done)

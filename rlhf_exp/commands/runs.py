@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rlhf_exp.config.compose import compose
+from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.overrides import override_problems, sweep_points, wrap_list_values
+from rlhf_exp.config.problems import raise_problems
+from rlhf_exp.config.schema_keys import CONF, read_groups
 from rlhf_exp.errors import UserError
 from rlhf_exp.report.sweep.settings import flatten, format_override, override_values, sort_key
 from rlhf_exp.store.artifact import Artifact
@@ -128,6 +133,23 @@ def _keep_with_value(
         )
         raise UserError(f"{runs}: of {len(candidates)} runs none has {key}={value}; {available}")
     return matches
+
+
+def composed_points(overrides: Sequence[str], config_dir: Path | None) -> Iterator[Config]:
+    """Yield the config of a run, or of each point of a multirun.
+
+    Args:
+        overrides: As on `launch.py`'s command line.
+        config_dir: A further config folder.
+
+    Raises:
+        UserError: The command line is wrong.
+    """
+    folders = [CONF, *([config_dir.expanduser().resolve()] if config_dir else [])]
+    expanded = wrap_list_values(overrides)
+    raise_problems(override_problems(expanded, read_groups(folders)))
+    for point in sweep_points(expanded):
+        yield compose(point, folders).config
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> str:

@@ -11,11 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_exp.commands.runs import OutputFolder, table
-from rlhf_exp.config.compose import compose
-from rlhf_exp.config.overrides import override_problems, sweep_points, wrap_list_values
-from rlhf_exp.config.problems import raise_problems
-from rlhf_exp.config.schema_keys import CONF, read_groups
+from rlhf_exp.commands.runs import OutputFolder, composed_points, table
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline import hub
 from rlhf_exp.pipeline.plan import plan
@@ -170,12 +166,8 @@ def fetch(
     Raises:
         UserError: Something cannot be fetched, or the command line is wrong.
     """
-    folders = [CONF, *([config_dir.expanduser().resolve()] if config_dir else [])]
-    expanded = wrap_list_values(overrides)
-    raise_problems(override_problems(expanded, read_groups(folders)))
     output_dirs: dict[hub.Need, Path] = {}
-    for point in sweep_points(expanded):
-        config = compose(point, folders).config
+    for config in composed_points(overrides, config_dir):
         output_dirs |= dict.fromkeys(hub.needs(config, plan(config)), Path(config.output_dir))
     for need, output_dir in output_dirs.items():
         pin = hub.fetch(output_dir, need, update)

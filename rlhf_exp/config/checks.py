@@ -12,6 +12,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,10 +113,22 @@ def _check_run(check: ConfigChecker, multirun: bool) -> None:
     stages = [stage.name for stage in StageName if stage is not StageName.pipeline]
     unknown = [stage for stage in config.rerun if stage not in stages]
     check.require(not unknown, "rerun", f"the stages are {', '.join(stages)}.")
-    output = Path(config.output_dir).expanduser().resolve()
-    check.require(
-        output.is_dir() or not output.exists(), "output_dir", f"{output} is not a folder."
-    )
+    _check_output(check)
+
+
+def _check_output(check: ConfigChecker) -> None:
+    """Report an output folder that cannot be made, or in which nothing can be written."""
+    output = Path(check.config.output_dir).expanduser().absolute()
+    existing = next(path for path in (output, *output.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        check.add("output_dir", f"{existing} is not a folder; name another one.")
+    elif existing != output or not check.config.plan:
+        # The file system alone knows: permissions say nothing to root, or of a read-only mount.
+        try:
+            Path(tempfile.mkdtemp(prefix=".writable-", dir=existing)).rmdir()
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            check.add("output_dir", f"nothing can be made in {existing} ({reason}); name another.")
 
 
 def _check_reward(check: ConfigChecker) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.architecture import TYPES, Architecture
@@ -93,7 +93,7 @@ def load_pretrained(
             revision=revision or "main",
             config=without_dropout(config),
             dtype=dtype,
-            attn_implementation=supported_attention(config, attention),
+            attn_implementation=supported_attention(config, attention, auto_class),
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -235,12 +235,47 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     )
 
 
-def supported_attention(config: PreTrainedConfig, attention: Attention) -> str:
-    """Return `attention`, or `eager` where the family has no scaled-dot-product attention."""
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+def supported_attention(
+    config: PreTrainedConfig,
+    attention: Attention,
+    auto_class: Any = AutoModelForCausalLM,  # noqa: ANN401 - one of transformers' auto classes
+) -> str:
+    """Return `attention`, or `eager` where the model has no scaled-dot-product attention.
+
+    Args:
+        config: the model's config.
+        attention: the implementation asked for.
+        auto_class: the auto class that loads the model: an encoder is no causal language model.
+    """
+    model_class: Any = auto_class._model_mapping.get(type(config), None)
+    if isinstance(model_class, tuple):  # some families have a class for each variant
+        model_class = model_class[0]
     if attention == "sdpa" and model_class is not None and not model_class._supports_sdpa:
         return "eager"
     return attention
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Return whether the model of a config reads in both directions, as BERT does."""
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    return masked and not getattr(config, "is_decoder", False)
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in a safetensors file, from its header.
+
+    Raises:
+        UserError: the file is missing, damaged or cut off.
+    """
+    try:
+        with safe_open(path, "numpy") as content:
+            return {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy the whole model") from error
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: damaged safetensors file ({error}); copy the model again"
+        ) from error
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -22,9 +22,11 @@ from torch.nn.functional import pad
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from rlhf_exp.batch import Preferences
 from rlhf_exp.errors import UserError
@@ -39,10 +41,12 @@ from rlhf_exp.models.policy import (
 )
 from rlhf_exp.models.pretrained import (
     Attention,
+    is_encoder,
     load_config,
     load_head,
     load_pretrained,
     save_head,
+    tensor_shapes,
     with_state_dict,
     write_model,
 )
@@ -162,16 +166,8 @@ class RewardModel(nn.Module):
         Raises:
             UserError: `path` is neither, or a file of it is missing or damaged.
         """
-        config = load_config(path, revision)
+        config = reward_model_config(path, revision)
         has_head = (Path(path) / REWARD_HEAD_FILE).is_file()
-        classifier = any(
-            str(name).endswith("ForSequenceClassification") for name in config.architectures or ()
-        )
-        if not has_head and not (classifier and config.num_labels == 1):
-            raise UserError(
-                f"{path}: no reward model (neither {REWARD_HEAD_FILE} beside the trunk, nor a "
-                "sequence classifier with one label); give a folder that the reward stage wrote"
-            )
         auto_class: Any = AutoModel if has_head else AutoModelForSequenceClassification
         model = load_pretrained(auto_class, path, config, revision, dtype, attention)
         reward = cls(model)
@@ -182,6 +178,60 @@ class RewardModel(nn.Module):
         else:
             load_score_layer(reward.head, model)
         return reward.eval()
+
+
+def reward_model_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """Return the config of a reward model, checked without loading its weights.
+
+    Args:
+        path: a folder, or a hub id.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        UserError: there is no model that `RewardModel.load` can load.
+    """
+    config, folder = load_config(path, revision), Path(path)
+    if not (folder / REWARD_HEAD_FILE).is_file():
+        _check_classifier(path, config)
+        return config
+    if is_encoder(config):
+        raise UserError(
+            f"{path}: a {config.model_type} reads in both directions, and a reward model's trunk "
+            "is a decoder; give a folder that the reward stage wrote"
+        )
+    head, shape = folder / REWARD_HEAD_FILE, (1, config.hidden_size)
+    if (found := tensor_shapes(head).get("weight")) != shape:
+        raise UserError(
+            f"{head}: holds a head of shape {found}, and the trunk beside it needs {shape}; copy "
+            "the whole folder that the reward stage wrote"
+        )
+    for name in ("mean", "std"):
+        _read_number(folder, name)
+    return config
+
+
+def _check_classifier(path: str | Path, config: PreTrainedConfig) -> None:
+    """Check that a sequence classifier can be read as a reward model.
+
+    Raises:
+        UserError: it is none, has another number of labels, or no score at its last token.
+    """
+    architectures = [str(name) for name in config.architectures or ()]
+    named = any(name.endswith("ForSequenceClassification") for name in architectures)
+    if not named or config.num_labels != 1:
+        labels = f", with {config.num_labels} labels" if named else ""
+        raise UserError(
+            f"{path}: no reward model (neither {REWARD_HEAD_FILE} beside the trunk, nor a "
+            f"sequence classifier with one label; it is a {', '.join(architectures)}"
+            f"{labels}); give a folder that the reward stage wrote"
+        )
+    if is_encoder(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{path}: a {config.model_type} classifier reads in both directions and has no score "
+            "at its last token, as a reward of PPO needs it; give a decoder's classifier, or a "
+            "folder that the reward stage wrote. As a judge it can be asked: "
+            f"eval.judge.names=[model] eval.judge.model={path}"
+        )
 
 
 def write_reward_head(head: nn.Linear, mean: float, std: float, folder: Path) -> None:

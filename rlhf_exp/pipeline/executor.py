@@ -61,6 +61,9 @@ Interrupts = Callable[[], AbstractContextManager[Callable[[], bool]]]
 class StageExecutor(Protocol):
     """Runs the stages of an experiment; called by the leader."""
 
+    def materials(self) -> DataModule:
+        """Return the data that the stages of this process read, loaded once."""
+
     def run(self, job: StageJob, check: LeaseCheck) -> StageResult:
         """Run a stage.
 
@@ -129,6 +132,10 @@ class InProcessExecutor:
     def __init__(self, config: Config) -> None:
         self.runner = StageRunner(config)
 
+    def materials(self) -> DataModule:
+        """See `StageExecutor`."""
+        return self.runner.materials
+
     def run(self, job: StageJob, check: LeaseCheck) -> StageResult:
         """See `StageExecutor`."""
         return self.runner.run(job, polite_interrupts, check)
@@ -159,6 +166,10 @@ class LeaderExecutor:
         self.runner = StageRunner(with_threads(config, leader.transport.local_processes))
         self.kept = study is not None
         self.header = {"config": digest_of(study or config), "values": values}
+
+    def materials(self) -> DataModule:
+        """See `StageExecutor`."""
+        return self.runner.materials
 
     def run(self, job: StageJob, check: LeaseCheck) -> StageResult:
         """See `StageExecutor`."""

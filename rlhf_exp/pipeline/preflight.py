@@ -1,39 +1,90 @@
 """Preflight checks: requirements of late stages are checked before an early one begins.
 
-Here too: files that the config asks for and that finished results in the store lack.
+All that cannot work is reported together, by a run before its first stage and by `rlhf-exp doctor`.
+What data, models and judges have to be like is in `stages/readiness.py`; a further check goes into
+its list. Here too: files that the config asks for and that finished results in the store lack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from rlhf_exp.config.evaluation import TOXICITY, ScorerKind, needs_reward, parts_of, scores_toxicity
+from rlhf_exp.config.evaluation import needs_reward
 from rlhf_exp.config.experiment import Config, StrategyName
-from rlhf_exp.config.training import TrainingConfig
+from rlhf_exp.config.training import CONTINUED, TrainingConfig
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.plan import Step, StepState
+from rlhf_exp.pipeline.stage_graph import stages_of
 from rlhf_exp.processes.environment import find_launch_environment
+from rlhf_exp.tracking.create import import_early
+
+if TYPE_CHECKING:
+    from rlhf_exp.stages.data_module import DataModule
 
 
-def preflight(config: Config, steps: Iterable[Step]) -> None:
-    """Raise if PPO or the evaluation would fail after hours of training for a known reason.
+def preflight(config: Config, steps: Iterable[Step], materials: Callable[[], DataModule]) -> None:
+    """Raise if a stage would fail, perhaps after hours of training, for a reason known now.
+
+    Args:
+        config: The experiment.
+        steps: Its plan.
+        materials: Returns its data; called if anything will run.
 
     Raises:
-        UserError: Names what is missing and the remedy.
+        UserError: Names everything that will not work, each with its remedy.
     """
-    work = {step.stage for step in steps if step.needs_work}
+    problems = preflight_problems(config, list(steps), materials)
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        raise UserError(f"{len(problems)} things will not work:{listed}")
+
+
+def preflight_problems(
+    config: Config, steps: list[Step] | None, materials: Callable[[], DataModule]
+) -> list[str]:
+    """Return everything that will not work, each with its remedy.
+
+    Args:
+        config: The experiment.
+        steps: Its plan; `None` if there is none, so that every stage it needs counts as to be run.
+        materials: Returns its data; called if anything will run.
+    """
+    work = frozenset(stages_of(config) if steps is None else _to_run(steps))
+    if not work:
+        return []
+    problems = list(_service_problems(config, work))
+    import_early(config.tracking.mode.value)  # before torch, which the checks import
+    from rlhf_exp.stages.readiness import CHECKS, Prospect, readiness_problems
+
+    prospect = Prospect(config, materials(), work, _given_models(config, steps or []))
+    return problems + readiness_problems(prospect, CHECKS)
+
+
+def _to_run(steps: Iterable[Step]) -> set[str]:
+    return {step.stage for step in steps if step.needs_work}
+
+
+def _given_models(config: Config, steps: Iterable[Step]) -> dict[str, str]:
+    """Return the models that exist already and that the plan's own stages have not made."""
+    given = {} if config.model.path is None else {"base": config.model.path}
+    for step in steps:
+        if step.model is not None:
+            given[step.stage] = step.model
+        given |= {role: extra.model for role, extra in step.extra.items() if role != CONTINUED}
+    return given
+
+
+def _service_problems(config: Config, work: frozenset[str]) -> Iterator[str]:
+    """Yield why what scores is not there: a server, or the reward model's own GPU."""
     judged = "eval" in work and config.eval.samples is None and needs_reward(config.eval.suite)
     if "ppo" in work or judged:
-        reward_ready(config)
-    if "eval" not in work:
-        return
-    usual = config.eval.toxicity.scorer_kind is ScorerKind.profanity
-    if TOXICITY in parts_of(config.eval.suite) or (
-        scores_toxicity(config.eval.suite) and not usual
-    ):
-        from rlhf_exp.stages.evaluation import toxicity
-
-        toxicity.check(config)
+        try:
+            reward_ready(config)
+        except UserError as error:
+            yield str(error)
 
 
 def reward_ready(config: Config) -> None:

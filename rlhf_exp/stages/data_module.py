@@ -7,9 +7,18 @@ from functools import cached_property
 from pathlib import Path
 
 from rlhf_exp.config.experiment import DataConfig, DataSource
-from rlhf_exp.data.rows import Corpus, Preference, part_number, prompt_key
+from rlhf_exp.data.rows import (
+    Corpus,
+    Demonstration,
+    Preference,
+    Prompt,
+    Splits,
+    part_number,
+    prompt_key,
+)
 from rlhf_exp.data.sources import LoadOptions, load_hub, load_jsonl, load_toy
 from rlhf_exp.data.tokenizer import Codec
+from rlhf_exp.errors import UserError
 from rlhf_exp.models.pretrained import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -37,6 +46,72 @@ class DataModule:
     def codec(self, folder: str | Path, revision: str | None = None) -> Codec:
         """Return the codec of the tokenizer in a model folder (or of a hub id)."""
         return Codec(load_tokenizer(folder, revision), self.config.format.value)
+
+    def training_demonstrations(self) -> list[Demonstration]:
+        """Return what SFT imitates.
+
+        Raises:
+            UserError: The data have no demonstrations.
+        """
+        rows = self.corpus.demonstrations.train
+        if not rows:
+            raise UserError(
+                "data: no demonstrations to train on; give data.demonstrations, or preferences "
+                "whose chosen sides serve as such"
+            )
+        return rows
+
+    def training_pairs(self, part: str | None) -> list[Preference]:
+        """Return the pairs that a reward model learns from.
+
+        Args:
+            part: A part such as `1/2`; all pairs without.
+
+        Raises:
+            UserError: The data have none, or none in this part.
+        """
+        rows = self.corpus.preferences.train
+        if not rows:
+            raise UserError("data: no preference pairs to train on; give data.preferences")
+        chosen = pairs_of(rows, part)
+        if not chosen:
+            raise UserError(f"reward.part={part}: none of {len(rows)} pairs is in it")
+        return chosen
+
+    def training_prompts(self, with_response: bool) -> Splits[Prompt]:
+        """Return the prompts of PPO: to train on, and for validation (the same without any).
+
+        Args:
+            with_response: Whether each needs the data's own response (`ppo.reward.delta`).
+
+        Raises:
+            UserError: There are none, or one lacks its response.
+        """
+        rows = self.corpus.prompts
+        if not rows.train:
+            raise UserError("data: no prompts; give data.prompts or data.preferences")
+        splits = Splits(rows.train, rows.validation or rows.train)
+        bare = [row.origin for row in rows.train + rows.validation if row.original is None]
+        if with_response and bare:
+            raise UserError(
+                "ppo.reward.delta=true subtracts the score of the data set's own response, but "
+                f"{bare[0]} has none; give prompts with responses or set ppo.reward.delta=false"
+            )
+        return splits
+
+    def test_prompts(self) -> list[Prompt]:
+        """Return the held-out dialogues of an evaluation.
+
+        Raises:
+            UserError: The data have none.
+        """
+        rows = self.corpus.prompts.test
+        if not rows:
+            raise UserError(
+                "data: no test prompts to evaluate on; give data.test, raise "
+                f"data.test_fraction={self.config.test_fraction}, or evaluate nothing (eval=none)"
+            )
+        return rows
 
     def texts(self) -> list[str]:
         """Return the training texts, from which a new tokenizer learns."""

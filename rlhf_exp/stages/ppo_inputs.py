@@ -19,7 +19,6 @@ from rlhf_exp.data.rows import Prompt
 from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
-from rlhf_exp.errors import UserError
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.store.fingerprint import key_of
 from rlhf_exp.store.sealed import Damaged, check_sealed_file, file_digest, seal_file
@@ -37,23 +36,15 @@ def ppo_prompts(
     Raises:
         UserError: There are no prompts, or one lacks the response that scores are compared with.
     """
-    rows = context.materials.corpus.prompts
+    rows = context.materials.training_prompts(with_response=config.ppo.reward.delta)
     train = _tokenized(rows.train, codec, config, context)
-    return train, _tokenized(rows.validation or rows.train, codec, config, context)
+    return train, _tokenized(rows.validation, codec, config, context)
 
 
 def _tokenized(
     rows: list[Prompt], codec: Codec, config: Config, context: StageContext
 ) -> TokenizedPrompts:
     section = config.ppo
-    if not rows:
-        raise UserError("data: no prompts; give data.prompts or data.preferences")
-    bare = [row.origin for row in rows if row.original is None] if section.reward.delta else []
-    if bare:
-        raise UserError(
-            "ppo.reward.delta=true subtracts the score of the data set's own response, but "
-            f"{bare[0]} has none; give prompts with responses or set ppo.reward.delta=false"
-        )
     return tokenize_prompts(
         rows,
         codec,

@@ -20,11 +20,9 @@ from rlhf_exp.data.tokenized import (
 )
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
-from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.statistics import calibration, clopper_pearson
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.stages.context import StageContext, StageResult
-from rlhf_exp.stages.data_module import pairs_of
 from rlhf_exp.stages.publish import save_models
 from rlhf_exp.stages.setup import load_policy_model, world_for
 from rlhf_exp.stages.training import (
@@ -45,12 +43,8 @@ CALIBRATION = "calibration.json"
 def run(config: Config, context: StageContext) -> StageResult:
     """Train, normalise on held-out demonstrations, and leave `context.folder/model`."""
     section = config.reward
+    chosen = context.materials.training_pairs(section.part)
     rows = context.materials.corpus.preferences
-    if not rows.train:
-        raise UserError("data: no preference pairs to train on; give data.preferences")
-    chosen = pairs_of(rows.train, section.part)
-    if not chosen:
-        raise UserError(f"reward.part={section.part}: none of {len(rows.train)} pairs is in it")
     with world_for(config) as world:
         codec, model = _initial(config, context)
         pairs = _tokenize(chosen, codec, config, context)

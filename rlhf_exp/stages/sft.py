@@ -14,7 +14,6 @@ from rlhf_exp.data.batching import PackedRow, pack_demonstrations
 from rlhf_exp.data.rows import Demonstration
 from rlhf_exp.data.tokenized import tokenize_demonstrations
 from rlhf_exp.data.tokenizer import Codec, train_tokenizer
-from rlhf_exp.errors import UserError
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import architecture_of, build_causal_lm, load_causal_lm
 from rlhf_exp.stages.context import StageContext, StageResult
@@ -41,15 +40,11 @@ def run(config: Config, context: StageContext) -> StageResult:
     section = config.sft
     with world_for(config) as world:
         codec, model = base_model(config.model, context.materials)
-        rows = context.materials.corpus.demonstrations
-        if not rows.train:
-            raise UserError(
-                "data: no demonstrations to train on; give data.demonstrations, or preferences "
-                "whose chosen sides serve as such"
-            )
-        train_rows, cut = _pack(rows.train, codec, config, context.cache)
+        rows = context.materials.training_demonstrations()
+        held_out = context.materials.corpus.demonstrations.validation
+        train_rows, cut = _pack(rows, codec, config, context.cache)
         # A small data set may leave nothing to validate on: the training rows then stand in.
-        validation, _ = _pack(rows.validation or rows.train[:100], codec, config, context.cache)
+        validation, _ = _pack(held_out or rows[:100], codec, config, context.cache)
         policy = Policy(
             model,
             train_blocks=section.train_blocks,
@@ -63,7 +58,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         conclude = partial(save_models, config, context, world, policy, codec.tokenizer)
         outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
         facts = parameter_facts(policy) | {
-            "rows": len(rows.train),
+            "rows": len(rows),
             "packed_rows": len(train_rows),
             "cut_prompts": cut,
             "rejected": len(context.materials.corpus.unusable),

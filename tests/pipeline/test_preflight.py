@@ -11,6 +11,7 @@ from rlhf_exp.config.experiment import Config
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.plan import plan
 from rlhf_exp.pipeline.preflight import preflight, reward_ready
+from rlhf_exp.stages.data_module import DataModule
 from tests.lab import launch, small_config
 
 NO_GPU = pytest.mark.skipif(torch.cuda.device_count() > 0, reason="shows what happens without GPUs")
@@ -68,7 +69,7 @@ def test_a_gpu_where_a_process_trains(tmp_path: Path, monkeypatch: pytest.Monkey
 @NO_GPU
 def test_only_what_scores_is_looked_for(small_run: Path) -> None:
     cached = small_config(small_run, "ppo.reward.placement=gpu:1")
-    preflight(cached, plan(cached))
+    preflight(cached, plan(cached), lambda: DataModule(cached.data))
     toxicity = ["eval=toxicity", "eval.toxicity.data=prompts.jsonl", "stage=sft"]
     other = small_config(small_run, "ppo.reward.placement=gpu:1", *toxicity)
-    preflight(other, plan(other))
+    preflight(other, plan(other), lambda: DataModule(other.data))

@@ -175,8 +175,7 @@ class ClassifierTextScorer:
         attention: Attention = "sdpa",
         batch: int = 16,
     ) -> None:
-        config = load_config(path, revision)
-        _check_classifier(path, config)
+        config = check_classifier(path, revision)
         self.name = Path(path).name if Path(path).is_dir() else str(path)
         self.tokenizer = load_tokenizer(path, revision)
         kind: Any = AutoModelForSequenceClassification
@@ -270,7 +269,13 @@ class ClassifierTextScorer:
         return next(number for number in range(len(last) + 1) if number not in last)
 
 
-def _check_classifier(path: str | Path, config: PreTrainedConfig) -> None:
+def check_classifier(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """Return the config of a classifier, checked without loading its weights.
+
+    Raises:
+        UserError: there is no model, it is no sequence classifier, or has three labels or more.
+    """
+    config = load_config(path, revision)
     labels = int(config.num_labels or 0)
     named = any(str(name).endswith("SequenceClassification") for name in config.architectures or ())
     if not named or labels > 2:
@@ -279,6 +284,7 @@ def _check_classifier(path: str | Path, config: PreTrainedConfig) -> None:
             f"{path}: {actual}; a judge is a sequence classifier with one label (the reward) or "
             "two (bad, good)"
         )
+    return config
 
 
 def _longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -16,7 +16,6 @@ from rlhf_exp.config.experiment import Config
 from rlhf_exp.data.parsing import format_dialogue
 from rlhf_exp.data.rows import History, Preference
 from rlhf_exp.distributed.world import World
-from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.answers import Answer
 from rlhf_exp.stages.context import StageContext
 
@@ -240,11 +239,7 @@ def test_prompts(evaluation: Evaluation, part: str) -> list[EvalPrompt]:
     """
 
     def load() -> list[EvalPrompt]:
-        rows = evaluation.context.materials.corpus.prompts.test[: evaluation.config.eval.prompts]
-        if not rows:
-            raise UserError(
-                "data: no test prompts to evaluate on; give data.test or a test_fraction"
-            )
+        rows = evaluation.context.materials.test_prompts()[: evaluation.config.eval.prompts]
         # Stored because the prompt as the model reads it may hold a template's tokens and be cut.
         return [
             EvalPrompt(row.history, facts={DIALOGUE: format_dialogue(row.history)}) for row in rows

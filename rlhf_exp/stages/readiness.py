@@ -1,0 +1,234 @@
+"""What of data and models will stop a stage, found before the first stage begins.
+
+Each check looks at one subject (the data, the models that are given, the judges), loads no weights
+and yields a sentence for each problem. A check may also raise `UserError`, as the loaders that it
+shares with the stages do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_exp.config.evaluation import (
+    PREFERENCE,
+    REFEREE,
+    REWARD_QUALITY,
+    TOXICITY,
+    JudgeName,
+    ScorerKind,
+    needs_reward,
+    parts_of,
+    scores_toxicity,
+)
+from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.training import RewardInit, ValueInit
+from rlhf_exp.errors import UserError
+from rlhf_exp.evaluation.judges.human_agreement import read_judged_pairs
+from rlhf_exp.evaluation.judges.reward_models import check_classifier
+from rlhf_exp.models.inspection import (
+    check_weight_files,
+    context_of,
+    policy_problems,
+    vocabulary_problems,
+)
+from rlhf_exp.models.pretrained import load_config
+from rlhf_exp.models.reward_model import reward_model_config
+from rlhf_exp.stages.data_module import DataModule
+from rlhf_exp.stages.evaluation import toxicity
+from rlhf_exp.stages.scorers import longest_input
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """The stages that are about to run, and what they start from.
+
+    Attributes:
+        config: The experiment.
+        materials: Its data.
+        work: The stages that will run.
+        given: Folder or hub id by role, of the models that exist already and that no stage of
+            this experiment has made: `base`, `sft`, `reward`, `ppo`, referee, those of
+            `eval.models`.
+    """
+
+    config: Config
+    materials: DataModule
+    work: frozenset[str]
+    given: Mapping[str, str]
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether models are evaluated; stored answers need neither models nor prompts."""
+        return "eval" in self.work and self.config.eval.samples is None
+
+    @property
+    def reward_model_scores(self) -> bool:
+        """Whether a reward model scores responses."""
+        judged = self.evaluates and needs_reward(self.config.eval.suite)
+        return self.config.ppo.reward.model_scores and ("ppo" in self.work or judged)
+
+
+Check = Callable[[Prospect], Iterable[str]]
+
+
+def readiness_problems(prospect: Prospect, checks: Iterable[Check]) -> list[str]:
+    """Return the problems that the checks find, each once."""
+    problems: list[str] = []
+    for check in checks:
+        try:
+            problems += check(prospect)
+        except UserError as error:
+            problems.append(str(error))
+    return list(dict.fromkeys(problems))
+
+
+def data_problems(prospect: Prospect) -> Iterator[str]:
+    """Yield which rows are missing that a stage needs."""
+    config, materials = prospect.config, prospect.materials
+    _ = materials.corpus  # no more can be said of data that cannot be read
+    needs: list[Callable[[], object]] = []
+    if "sft" in prospect.work:
+        needs.append(materials.training_demonstrations)
+    if "reward" in prospect.work:
+        needs.append(lambda: materials.training_pairs(config.reward.part))
+    if "ppo" in prospect.work:
+        needs.append(lambda: materials.training_prompts(config.ppo.reward.delta))
+    if prospect.evaluates and {PREFERENCE, REWARD_QUALITY} & set(parts_of(config.eval.suite)):
+        needs.append(materials.test_prompts)
+    for need in needs:
+        yield from _refusal(need)
+
+
+def policy_model_problems(prospect: Prospect) -> Iterator[str]:
+    """Yield why a model that is given cannot be trained or evaluated as a policy."""
+    config = prospect.config
+    lengths: dict[str, int] = {}
+    if "sft" in prospect.work or _reward_starts_from_base(prospect):
+        lengths["base"] = max(config.sft.seq_length, config.ppo.seq_length)
+    lengths |= dict.fromkeys(_roles_of_policies(prospect), config.ppo.seq_length)
+    if "reward" in prospect.work and config.reward.init is RewardInit.sft:
+        lengths["sft"] = max(config.reward.seq_length, lengths.get("sft", 0))
+    for role, length in lengths.items():
+        if role in prospect.given:
+            revision = config.model.revision if role == "base" else None
+            yield from _model_problems(prospect, role, revision, length, policy=True)
+
+
+def _roles_of_policies(prospect: Prospect) -> Iterator[str]:
+    if "ppo" in prospect.work:
+        yield "sft"
+    if prospect.evaluates:
+        yield from prospect.config.eval.models
+
+
+def _reward_starts_from_base(prospect: Prospect) -> bool:
+    return "reward" in prospect.work and prospect.config.reward.init is RewardInit.base
+
+
+def reward_model_problems(prospect: Prospect) -> Iterator[str]:
+    """Yield why a reward model that is given cannot score."""
+    config, roles = prospect.config, list[str]()
+    if prospect.reward_model_scores or config.ppo.value_init is ValueInit.reward:
+        roles.append("reward")
+    if prospect.evaluates and REWARD_QUALITY in parts_of(config.eval.suite):
+        roles.append(REFEREE)
+    for role in roles:
+        if role in prospect.given:
+            yield from _model_problems(prospect, role, None, longest_input(config), policy=False)
+
+
+def _model_problems(
+    prospect: Prospect, role: str, revision: str | None, length: int, *, policy: bool
+) -> Iterator[str]:
+    """Yield the problems of one model.
+
+    Args:
+        prospect: Names the model.
+        role: Its role.
+        revision: Revision of a hub id.
+        length: Most tokens of a row that it will read.
+        policy: Whether it writes answers; otherwise it scores them.
+    """
+    path, option = prospect.given[role], _option(prospect, role)
+    try:
+        config = load_config(path, revision) if policy else reward_model_config(path, revision)
+        check_weight_files(path)
+        codec = prospect.materials.codec(path, revision)
+    except UserError as error:
+        yield f"{option}: {error}"
+        return
+    problems = list(policy_problems(config)) if policy else []
+    problems += vocabulary_problems(config, codec.tokenizer)
+    context = context_of(config)
+    if context is not None and length > context:
+        problems.append(
+            f"its positions end at {context} tokens, and rows of up to {length} are to be read; "
+            f"lower {_lengths_of(prospect, role)} to {context}"
+        )
+    yield from (f"{option}: {problem}" for problem in problems)
+
+
+def _option(prospect: Prospect, role: str) -> str:
+    """Return the option that gives the model of a role, as the user wrote it."""
+    config = prospect.config
+    if role == "base":
+        return f"model.path={config.model.path}"
+    if role == REFEREE:
+        return f"eval.reward_quality.referee={config.eval.reward_quality.referee}"
+    if role in ("sft", "reward", "ppo"):
+        return f"{role}.use={getattr(config, role).use}"
+    return f"eval.models: {role}"
+
+
+def _lengths_of(prospect: Prospect, role: str) -> str:
+    lengths = {"base": "sft.seq_length and ppo.seq_length", "sft": "ppo.seq_length"}
+    if role in ("reward", REFEREE):
+        return "reward.seq_length and ppo.seq_length"
+    if role == "sft" and "reward" in prospect.work:
+        return "reward.seq_length and ppo.seq_length"
+    return lengths.get(role, "ppo.seq_length")
+
+
+def judge_problems(prospect: Prospect) -> Iterator[str]:
+    """Yield why a judge of the evaluation cannot judge: a classifier, or a file of votes."""
+    config = prospect.config
+    section = config.eval.judge
+    if "eval" not in prospect.work or PREFERENCE not in parts_of(config.eval.suite):
+        return
+    if JudgeName.model in section.names and section.model is not None:
+        try:
+            check_classifier(section.model, section.revision)
+            check_weight_files(section.model)
+        except UserError as error:
+            yield f"eval.judge.model={section.model}: {error}"
+    if section.labels is not None:
+        read_judged_pairs(Path(section.labels), "eval.judge.labels")
+
+
+def toxicity_problems(prospect: Prospect) -> Iterator[str]:
+    """Yield why toxicity cannot be scored: the scorer, or the prompts that are to be continued."""
+    config = prospect.config
+    usual = config.eval.toxicity.scorer_kind is ScorerKind.profanity
+    asks = TOXICITY in parts_of(config.eval.suite)
+    if "eval" in prospect.work and (asks or (scores_toxicity(config.eval.suite) and not usual)):
+        yield from _refusal(lambda: toxicity.check(config))
+
+
+def _refusal(need: Callable[[], object]) -> Iterator[str]:
+    """Yield the message of the `UserError` that a call ends with, if it does."""
+    try:
+        need()
+    except UserError as error:
+        yield str(error)
+
+
+CHECKS: tuple[Check, ...] = (
+    data_problems,
+    policy_model_problems,
+    reward_model_problems,
+    judge_problems,
+    toxicity_problems,
+)
+"""All checks, in the order in which their problems are reported."""

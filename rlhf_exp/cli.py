@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.redaction import install
 
 Command = Callable[[argparse.Namespace], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    install()
     arguments = parser().parse_args(argv)
     try:
         arguments.command(arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from rlhf_exp.pipeline.preflight import lacking_extras, preflight, reward_ready
 from rlhf_exp.pipeline.probe import probe, probe_table
 from rlhf_exp.pipeline.run import FinishedStep, run_steps
 from rlhf_exp.processes.environment import is_leader
+from rlhf_exp.processes.failures import exit_code_of
+from rlhf_exp.redaction import formatted_exception
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.run_records import Process, RunRecord, Status
 
@@ -132,14 +133,17 @@ def _run_recorded(
     records.write(record)
     try:
         return run_steps(config, steps, executor, lambda text: console.print(Text(text)))
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as error:
         records.write(replace(record, status=Status.interrupted))
+        if exit_code_of(error) == 0:
+            raise RuntimeError("a stage has ended the program, without a result") from error
         raise
     except UserError as error:
         records.write(replace(record, status=Status.failed, error=str(error)))
         raise
-    except Exception:
-        records.write(replace(record, status=Status.failed, error=traceback.format_exc()))
+    except Exception as error:
+        text = formatted_exception(error)
+        records.write(replace(record, status=Status.failed, error=text))
         raise
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.errors import Detached, JobsFailed, UserError
 from rlhf_exp.processes.environment import find_launch_environment, is_leader
+from rlhf_exp.redaction import install
 
 if TYPE_CHECKING:
     from rlhf_exp.config.compose import ComposedConfig
@@ -34,6 +35,7 @@ _FOLLOWER_OVERRIDES = (
 
 def main(argv: Sequence[str]) -> int:
     """Run `launch.py` with its arguments and return the exit code."""
+    install()
     try:
         if "-h" in argv or "--help" in argv:
             from rlhf_exp.config.help import help_text

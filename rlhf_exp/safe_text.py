@@ -29,6 +29,17 @@ def visible(text: str) -> str:
     return "".join(_visible_character(character) for character in text.replace("\r\n", "\n"))
 
 
+def well_formed(text: str) -> str:
+    """Return `text` with halves of surrogate pairs joined, or replaced by U+FFFD if alone.
+
+    JSON's escapes and bytes that are no UTF-8 can leave them in a text, which then can neither be
+    written nor sent.
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def clipped(text: str, limit: int = MAX_CHARACTERS) -> str:
     """Return `text` cut to `limit` characters, with a note of the number left out."""
     if len(text) <= limit:

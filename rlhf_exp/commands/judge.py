@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from rlhf_exp.evaluation.judges.reward_models import (
 from rlhf_exp.evaluation.preference import DASH, format_estimate
 from rlhf_exp.models.pretrained import load_tokenizer
 from rlhf_exp.models.reward_model import REWARD_HEAD_FILE, RewardModel
+from rlhf_exp.redaction import secret_variable
 from rlhf_exp.stages.evaluation.preference import REPLIES, judge_with_progress, request_fields
 from rlhf_exp.store.atomic_files import write_json_atomic
 
@@ -122,7 +122,7 @@ def _judges(outputs: OutputFolder, panel: RequestedJudges) -> list[Judge]:
         return judges
     if panel.url is None:
         raise UserError("--llm: needs --url, such as http://127.0.0.1:8000/v1")
-    api_key = None if panel.key_env is None else os.environ.get(panel.key_env)
+    api_key = None if panel.key_env is None else secret_variable(panel.key_env)
     if panel.key_env is not None and not api_key:
         raise UserError(f"--key-env {panel.key_env}: no such environment variable, or it is empty")
     if panel.concurrency < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.pretrained import load_tokenizer
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.pipeline.keys import MODEL_FILES
+from rlhf_exp.redaction import secret_variable
 from rlhf_exp.serving.listen import address_of, is_local, listen, need_server, serve
 from rlhf_exp.serving.reward_server import RequestScorer
 from rlhf_exp.stages.setup import attention_of, torch_dtype
@@ -59,7 +59,7 @@ def serve_reward(outputs: Path, run: str, options: ServeOptions) -> None:
     need_server("serve-reward", "serve")
     from rlhf_exp.serving.reward_server import make_app
 
-    key = None if options.key_env is None else os.environ.get(options.key_env)
+    key = None if options.key_env is None else secret_variable(options.key_env)
     if options.key_env is not None and not key:
         raise UserError(
             f"--key-env {options.key_env}: no such environment variable, or it is empty"

@@ -22,6 +22,7 @@ from rlhf_exp.config.checks_shared import (
     check_address,
     check_function,
     check_model,
+    check_secrets,
     context_length,
     layer_count,
     model_family,
@@ -73,6 +74,7 @@ def config_problems(config: Config, multirun: bool = False) -> list[Problem]:
     check = ConfigChecker(config)
     sections = ("eval",) if _evaluates_stored_answers(config) else _SECTIONS_USED[config.stage]
     _check_run(check, multirun)
+    check_secrets(check)
     check_model(check)
     check_data(check)
     for stage in ("sft", "reward", "ppo"):

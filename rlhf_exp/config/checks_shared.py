@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 from rlhf_exp.config.experiment import Family, ModelConfig
 from rlhf_exp.config.problems import ConfigChecker
+from rlhf_exp.config.schema_keys import all_keys
+from rlhf_exp.redaction import note_secret_variable, without_secrets
 
 # 256 bytes, end of text and padding; imported from nowhere, so that checks need no tokenizer.
 _SMALLEST_VOCABULARY = 258
@@ -137,6 +139,17 @@ def check_function(check: ConfigChecker, key: str) -> None:
         check.add(key, f"{path} has no function {name}; {available}.")
 
 
+def check_secrets(check: ConfigChecker) -> None:
+    """Report values that hold a password or a key: configs are stored with every result."""
+    for key in all_keys():
+        value = check.value(key)
+        texts = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(text, str) and without_secrets(text) != text for text in texts):
+            section = key.rpartition(".")[0]
+            remedy = f"; see {section}.key_env" if key.endswith(".url") else ""
+            check.add(key, f"must not hold a password or key, which would be stored{remedy}.")
+
+
 def check_address(check: ConfigChecker, section: str, example: str) -> None:
     """Report an invalid address or a missing API key; no request is sent.
 
@@ -153,9 +166,9 @@ def check_address(check: ConfigChecker, section: str, example: str) -> None:
         check.add(key, f"needs an address such as {example}.")
         return
     check.require(valid, key, f"needs an address such as {example}.")
-    if url.username or url.password:
-        check.add(key, f"must not hold a password; see {section}.key_env.")
     name = check.value(f"{section}.key_env")
+    if name is not None:
+        note_secret_variable(name)
     if name is not None and not os.environ.get(name) and not check.config.plan:
         message = "no such environment variable is set, or it is empty."
         check.add(f"{section}.key_env", message)

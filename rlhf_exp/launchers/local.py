@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,6 +46,7 @@ from rlhf_exp.processes.environment import (
     find_launch_environment,
     visible_devices,
 )
+from rlhf_exp.redaction import formatted_exception
 from rlhf_exp.store.atomic_files import write_json_atomic
 
 POLL_S = 0.1
@@ -136,7 +136,7 @@ class _Multirun:
         try:
             objective = run_job(point.config, list(point.overrides))
         except Exception as error:
-            text = str(error) if isinstance(error, UserError) else traceback.format_exc()
+            text = str(error) if isinstance(error, UserError) else formatted_exception(error)
             record_failure(self.records, self.name, point, text)
             self.announce(f"failed: {text}")
             return JobResult(error=text, seconds=time.monotonic() - began)

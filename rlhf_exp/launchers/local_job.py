@@ -7,17 +7,18 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from pathlib import Path
 from typing import Any
 
 from rlhf_exp.config.compose import from_dict
 from rlhf_exp.errors import UserError
+from rlhf_exp.redaction import formatted_exception, install
 from rlhf_exp.store.atomic_files import write_json_atomic
 
 
 def main(file: str) -> int:
     """Run the job in a file and write its result; return the exit code."""
+    install()
     job_file = Path(file)
     job = json.loads(job_file.read_text(encoding="utf-8"))
     job_file.unlink()
@@ -40,9 +41,10 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return {"error": str(error)}
-    except Exception:
-        traceback.print_exc()
-        return {"error": traceback.format_exc()}
+    except Exception as error:
+        text = formatted_exception(error)
+        print(text, end="", file=sys.stderr)
+        return {"error": text}
     return {"objective": objective}
 
 

@@ -10,7 +10,6 @@ import atexit
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -18,6 +17,7 @@ from threading import Event
 from typing import Any, NoReturn, Self
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.redaction import formatted_exception
 
 USER, INTERRUPTED, TERMINATED = 2, 130, 143
 """Exit codes: an error that the user can mend, Ctrl-C, SIGTERM."""
@@ -71,7 +71,7 @@ class ProcessFailure:
             return cls(rank, FailureKind.stopped, str(error.code))
         if isinstance(error, FailedElsewhere):
             return cls(rank, FailureKind.elsewhere, str(error))
-        return cls(rank, FailureKind.bug, "".join(traceback.format_exception(error)))
+        return cls(rank, FailureKind.bug, formatted_exception(error))
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> Self:

@@ -36,6 +36,7 @@ from rlhf_exp.processes.failures import (
     root_cause,
 )
 from rlhf_exp.processes.worker import GRACE_S, Work, Worker, open_store, process_group
+from rlhf_exp.redaction import install
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -409,6 +410,7 @@ def _run_worker(
 ) -> None:
     """Run a started worker from its first moment."""
     _exit_with(leader_pid)
+    install()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if "lo" in [name for _, name in socket.if_nameindex()]:
         # All workers are on this machine, and not every machine can resolve its own name.

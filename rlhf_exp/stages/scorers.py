@@ -7,7 +7,6 @@ another.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,7 @@ from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.http_client import Service
 from rlhf_exp.models.reward_model import RewardModel
+from rlhf_exp.redaction import secret_variable
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.stages.setup import attention_of, torch_dtype
 from rlhf_exp.store.atomic_files import write_json_atomic
@@ -30,7 +30,7 @@ from rlhf_exp.training.scorers import (
     RewardClient,
     ServerInfo,
     ServerScorer,
-    load_function,
+    reward_function,
 )
 
 SERVER_NOTE = "reward_server.json"
@@ -55,7 +55,7 @@ def scorer_for(
     """
     reward, folder = config.ppo.reward, context.models.get("reward")
     if reward.function is not None:
-        return FunctionScorer(load_function(reward.function), codec, reward.function)
+        return FunctionScorer(reward_function(reward.function), codec)
     if reward.url is not None:
         return ServerScorer(agreed_reward_client(config, context, world), codec)
     assert folder is not None, "what scores is a reward model"
@@ -160,7 +160,7 @@ def _model_of(scorer: Scorer) -> RewardModel | None:
 def reward_client(section: PpoRewardConfig) -> RewardClient:
     """Return the client of the server at `ppo.reward.url`."""
     assert section.url is not None, "a server scores"
-    key = None if section.key_env is None else os.environ[section.key_env]
+    key = None if section.key_env is None else secret_variable(section.key_env)
     service = Service(section.url, key, section.timeout_s, section.retries)
     return RewardClient(service, section.request_size, section.name)
 

@@ -14,26 +14,20 @@ B rows of this process, S tokens of a row.
 
 from __future__ import annotations
 
-import importlib.util
-import math
 import random
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import httpx2
 import torch
 from torch import Tensor
 
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
-from rlhf_exp.http_client import HttpClient, RequestFailed, Service
-from rlhf_exp.safe_text import visible
+from rlhf_exp.http_client import HttpClient, Service
 from rlhf_exp.training.reward_scorer import ModelScorer, texts_of
+from rlhf_exp.user_function import MAX_FLOAT32, UserFunction, load_function
 
 Rows = tuple[Tensor, Tensor, Tensor]
 
@@ -74,85 +68,35 @@ class CentralScorer:
         return self.scorer(tokens, *lengths)
 
 
-UserReward = Callable[[list[str], list[str]], Sequence[float]]
-
-
 class FunctionScorer:
     """Scores by a user's function of texts.
 
     Args:
-        function: Takes lists of prompts and responses, returns as many finite numbers.
+        function: Takes lists of prompts and responses.
         codec: Turns token ids into the texts that the function reads.
-        name: For error messages.
     """
 
-    def __init__(self, function: UserReward, codec: Codec, name: str) -> None:
-        self.function, self.codec, self.name = function, codec, name
+    def __init__(self, function: UserFunction, codec: Codec) -> None:
+        self.function, self.codec = function, codec
 
     def __call__(self, tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
         """See `Scorer`.
 
         Raises:
-            UserError: The function returned another number of scores, or one that is not finite.
+            UserError: See `UserFunction`.
         """
         prompts, responses = texts_of(tokens, prompt_lengths, content_lengths, self.codec)
-        scores = self._call(prompts, responses)
-        if len(scores) != len(prompts):
-            raise UserError(
-                f"ppo.reward.function={self.name} returned {len(scores)} scores for "
-                f"{len(prompts)} responses; return one number for each"
-            )
-        for response, score in zip(responses, scores, strict=True):
-            if not math.isfinite(score):
-                raise UserError(
-                    f"ppo.reward.function={self.name} returned {score} for the response "
-                    f"{response[:80]!r}; return a finite number"
-                )
-        return torch.tensor(scores, dtype=torch.float32)
-
-    def _call(self, prompts: list[str], responses: list[str]) -> list[float]:
-        try:
-            answer = self.function(prompts, responses)
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(
-                f"ppo.reward.function={self.name} failed on {len(prompts)} responses at "
-                f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
-            ) from error
-        try:
-            return [float(score) for score in answer]
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"ppo.reward.function={self.name} returned {type(answer).__name__} with {error}; "
-                "return a list of numbers, one for each response"
-            ) from error
+        return torch.tensor(self.function(prompts, responses), dtype=torch.float32)
 
 
-def load_function(reference: str, key: str = "ppo.reward.function") -> UserReward:
-    """Load a user's function, given as `file.py:name`.
-
-    Args:
-        reference: The file and the function's name.
-        key: The config key that named it, for errors.
+def reward_function(reference: str) -> UserFunction:
+    """Load the function that `ppo.reward.function` names.
 
     Raises:
         UserError: The file cannot be run, or has no function of that name.
     """
-    file, _, name = reference.rpartition(":")
-    path = Path(file)
-    spec = importlib.util.spec_from_file_location(f"user_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(f"{key}={reference}: no Python file at {path.absolute()}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{key}={reference}: running {path} failed: {error!r}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"{key}={reference}: {path} has no function {name!r}")
-    return function
+    key = "ppo.reward.function"
+    return UserFunction(load_function(reference, key), f"{key}={reference}", "response")
 
 
 class ServerScorer:
@@ -267,19 +211,9 @@ class RewardClient:
         body: dict[str, Any] = {"prompts": list(prompts), "responses": list(responses)}
         if tokens is not None:
             body["tokens"] = [list(row) for row in tokens]
-        return self._requests.post(
-            "", body, lambda response: self._read(response, responses), retries
-        )
+        return self._requests.post("", body, lambda answer: self._read(answer, responses), retries)
 
-    def _read(
-        self, response: httpx2.Response, responses: Sequence[str]
-    ) -> list[float] | RequestFailed:
-        try:
-            answer = response.json()
-        except ValueError:
-            # A proxy's page, or one that was cut off.
-            start = " ".join(visible(response.text[:80]).split())
-            return RequestFailed(f"no JSON in the answer ({start!r})")
+    def _read(self, answer: Any, responses: Sequence[str]) -> list[float]:  # noqa: ANN401 - JSON
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list):
             raise self._error('expected {"scores": [...]}, one number for each response')
@@ -288,7 +222,7 @@ class RewardClient:
         for score, text in zip(scores, responses, strict=True):
             if not _is_finite(score):
                 raise self._error(
-                    f"{score!r} for the response {text[:80]!r}; expected a finite number"
+                    f"{repr(score)[:80]} for the response {text[:80]!r}; expected a finite number"
                 )
         self._recognise(answer)
         return [float(score) for score in scores]
@@ -320,10 +254,7 @@ class RewardClient:
 
 
 def _is_finite(score: object) -> bool:
-    """Whether a JSON value is a number that a float can hold."""
+    """Whether a JSON value is a number that a 32-bit float can hold."""
     if isinstance(score, bool) or not isinstance(score, int | float):
         return False
-    try:
-        return math.isfinite(score)
-    except OverflowError:
-        return False
+    return abs(score) <= MAX_FLOAT32  # false for NaN

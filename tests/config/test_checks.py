@@ -60,7 +60,10 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         ),
         ("ppo.reward.url=127.0.0.1:8480", "needs an address such as http://127.0.0.1:8480"),
         ("ppo.reward.url=http://a:b", "url=http://a:b: needs an address"),
-        ("ppo.reward.url=http://me:pw@a", "must not hold a password; see ppo.reward.key_env"),
+        (
+            "ppo.reward.url=http://me:pw@a",
+            "must not hold a password or key, which would be stored; see ppo.reward.key_env",
+        ),
         ("ppo.reward.url=http://a ppo.reward.key_env=NO_SUCH_KEY", "no such environment variable"),
         ("ppo.reward.url=http://a ppo.reward.name=''", "ppo.reward.name=: must not be empty"),
         ("ppo.reward.url=http://a ppo.reward.request_size=0", "request_size=0: must be at least 1"),

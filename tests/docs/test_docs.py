@@ -20,7 +20,8 @@ from rlhf_exp.data.parsing import parse_row
 from rlhf_exp.data.toy.content import subjects
 from rlhf_exp.http_client import Service
 from rlhf_exp.hydra_app import main
-from rlhf_exp.training.scorers import RewardClient, ServerInfo, load_function
+from rlhf_exp.training.scorers import RewardClient, ServerInfo
+from rlhf_exp.user_function import load_function
 from tests.annotation.lab import new_campaign
 from tests.lab import artifact
 

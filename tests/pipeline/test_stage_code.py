@@ -42,6 +42,7 @@ SAMPLING = {"models/reference"} | names(
 # The scores of responses: by the reward model, a function or a server.
 SCORING = (
     {"algo/kl", "algo/preference", "http_client", "models/reward_model", "safe_text"}
+    | {"user_function"}
     | names("training", "reward_scorer scorers")
     | {"stages/scorers"}
 )

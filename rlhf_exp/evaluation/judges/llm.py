@@ -26,13 +26,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import httpx2
-
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.agreement import SideBias, side_bias
 from rlhf_exp.evaluation.judges.protocol import AnswerPair, Verdict
 from rlhf_exp.http_client import HttpClient, RequestFailed, Service
-from rlhf_exp.safe_text import visible
+from rlhf_exp.redaction import without_secrets
+from rlhf_exp.safe_text import visible, well_formed
 
 Message = dict[str, str]
 
@@ -388,22 +387,26 @@ class JudgeClient:
         )
 
 
-def _reply(response: httpx2.Response) -> Reply | RequestFailed:
+def _reply(answer: Any) -> Reply | RequestFailed:  # noqa: ANN401 - any JSON value
     try:
-        content = response.json()
-        message = content["choices"][0]["message"]
-        usage = content.get("usage") or {}
+        message = answer["choices"][0]["message"]
+        usage = answer.get("usage") or {}
         return Reply(
             # A refusal, or reasoning that used up all tokens, leaves no content.
             str(message.get("content") or ""),
-            int(usage.get("prompt_tokens") or 0),
-            int(usage.get("completion_tokens") or 0),
+            _token_count(usage.get("prompt_tokens")),
+            _token_count(usage.get("completion_tokens")),
         )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        start = " ".join(visible(response.text[:80]).split())
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        start = " ".join(visible(json.dumps(answer, ensure_ascii=False)[:80]).split())
         return RequestFailed(
             f"no chat completion in the answer ({type(error).__name__}: {start!r})"
         )
+
+
+def _token_count(value: object) -> int:
+    """Return a server's count of tokens; 0 for what is no count."""
+    return value if type(value) is int and 0 <= value < 2**53 else 0
 
 
 class ReplyCache:
@@ -452,12 +455,13 @@ def _read_replies(path: Path) -> dict[str, Reply]:
     for line in lines:
         try:
             record = json.loads(line)
+            # Made safe again: earlier versions kept replies as they came.
             reply = Reply(
-                str(record["content"]),
-                int(record["prompt_tokens"]),
-                int(record["completion_tokens"]),
+                without_secrets(well_formed(record["content"])),
+                _token_count(record["prompt_tokens"]),
+                _token_count(record["completion_tokens"]),
             )
             replies[str(record["request"])] = reply
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return replies

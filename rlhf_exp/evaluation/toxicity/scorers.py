@@ -9,7 +9,6 @@ Legend: N texts, B texts of a batch, L labels.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.toxicity.summary import LEXICAL
 from rlhf_exp.models.pretrained import Attention, load_config, load_pretrained, load_tokenizer
+from rlhf_exp.user_function import UserFunction
 
 # Names of the label in published classifiers; the first that a model has is used.
 TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "hatespeech", "offensive")
 LABEL_KEY = "eval.toxicity.label"
 # Tokenizers that know no limit give a number of this size.
 _NO_LIMIT = 1_000_000
-UserToxicity = Callable[[list[str]], Sequence[float]]
 
 
 class ToxicityScorer(Protocol):
@@ -115,9 +114,11 @@ class FunctionToxicity:
         key: the config key that named it, for errors.
     """
 
-    def __init__(self, function: UserToxicity, name: str, key: str) -> None:
-        self.function, self.name = function, Path(name).name
-        self._option = f"{key}={name}"
+    def __init__(
+        self, function: Callable[[list[str]], Sequence[float]], name: str, key: str
+    ) -> None:
+        self.name = Path(name).name
+        self._function = UserFunction(function, f"{key}={name}", "text", 0.0, 1.0)
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return the toxicity of each of N texts: [N], 0 to 1.
@@ -125,36 +126,7 @@ class FunctionToxicity:
         Raises:
             UserError: the function failed, or returned something else.
         """
-        scores = self._call(list(texts))
-        if len(scores) != len(texts):
-            raise UserError(
-                f"{self._option} returned {len(scores)} scores for {len(texts)} texts; return one "
-                "number for each"
-            )
-        for text, score in zip(texts, scores, strict=True):
-            if not 0 <= score <= 1:  # false for NaN too
-                raise UserError(
-                    f"{self._option} returned {score} for the text {text[:80]!r}; return a number "
-                    "from 0 to 1"
-                )
-        return np.array(scores, dtype=np.float64)
-
-    def _call(self, texts: list[str]) -> list[float]:
-        try:
-            answer = self.function(texts)
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(
-                f"{self._option} failed on {len(texts)} texts at {place.filename}:{place.lineno}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        try:
-            return [float(score) for score in answer]
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{self._option} returned {type(answer).__name__} with {error}; return a list of "
-                "numbers, one for each text"
-            ) from error
+        return np.array(self._function(texts), dtype=np.float64)
 
 
 class ClassifierToxicity:

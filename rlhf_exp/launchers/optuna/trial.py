@@ -7,7 +7,6 @@ compared.
 from __future__ import annotations
 
 import json
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from rlhf_exp.pipeline.executor import StageExecutor
 from rlhf_exp.pipeline.plan import Step, plan, records_of, refuse_changed, store_of
 from rlhf_exp.pipeline.run import Pruned, run_steps
 from rlhf_exp.processes.failures import WorkerGone
+from rlhf_exp.redaction import formatted_exception
 from rlhf_exp.search.pruning import RunningTrial, TrialObjective, report_evaluations
 from rlhf_exp.search.study import (
     Pruning,
@@ -195,7 +195,7 @@ class TrialRun:
             self._write(Status.interrupted)
             raise error
         is_user_error = isinstance(error, UserError)
-        text = str(error) if is_user_error else "".join(traceback.format_exception(error))
+        text = str(error) if is_user_error else formatted_exception(error)
         self.handle.fail(text)
         self._write(Status.failed, error=text)
         return TrialResult(Status.failed, error=text)

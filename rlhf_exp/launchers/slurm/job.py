@@ -30,6 +30,7 @@ from rlhf_exp.launchers.run_job import run_job
 from rlhf_exp.processes.environment import SlurmTask, slurm_task
 from rlhf_exp.processes.failures import WorkerGone, exit_after
 from rlhf_exp.processes.worker import HELD_S
+from rlhf_exp.redaction import install
 from rlhf_exp.store.run_records import Records, Status
 
 NOTICE_SIGNAL = signal.SIGUSR2
@@ -38,6 +39,7 @@ NOTICE_SIGNAL = signal.SIGUSR2
 def main(folder: str) -> int:
     """Run the function that submitit has stored for this job."""
     block_notices()
+    install()
     from submitit.core.submission import process_job
 
     from rlhf_exp.launchers.slurm.submissions import remove_result

@@ -9,8 +9,7 @@ report reads them when it is written.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,13 +41,14 @@ from rlhf_exp.evaluation.judges.reward_models import (
 from rlhf_exp.evaluation.preference import needed_pairs
 from rlhf_exp.evaluation.toxicity.scorers import TextScores
 from rlhf_exp.models.reward_model import RewardModel
+from rlhf_exp.redaction import secret_variable
 from rlhf_exp.stages.evaluation.evaluation import DIALOGUE, Evaluation, PartResult, test_prompts
 from rlhf_exp.stages.evaluation.gold_judge import gold_judge
 from rlhf_exp.stages.evaluation.toxicity_scorer import shared_scores, toxicity_scorer
 from rlhf_exp.stages.scorers import reward_client
 from rlhf_exp.stages.setup import attention_of, torch_dtype
 from rlhf_exp.tracking.progress_bar import StageProgress
-from rlhf_exp.training.scorers import UserReward, load_function
+from rlhf_exp.training.scorers import reward_function
 
 RESULT, COMPARISONS = "result.json", "comparisons.json"
 """The first comparison, and the list of all of them if there are several."""
@@ -247,7 +247,7 @@ class JudgePanel:
         endpoint = Endpoint(
             section.url,
             section.llm,
-            None if section.key_env is None else os.environ[section.key_env],
+            None if section.key_env is None else secret_variable(section.key_env),
             section.timeout_s,
             section.retries,
             request_fields(section.request),
@@ -281,7 +281,7 @@ class JudgePanel:
 
             def score(prompts: Sequence[str], answers: Sequence[str]) -> NDArray[np.float64]:
                 texts = [codec.render(history_of(prompt)) for prompt in prompts]
-                return np.asarray(function(texts, list(answers)), dtype=np.float64)
+                return np.asarray(function(texts, answers), dtype=np.float64)
 
             return RewardJudge(config.ppo.reward.kind, score, self._band())
         folder = context.models["reward"]
@@ -295,11 +295,11 @@ class JudgePanel:
         )
         return RewardJudge(config.ppo.reward.kind, own, self._band())
 
-    def _function(self) -> UserReward | None:
+    def _function(self) -> Callable[[Sequence[str], Sequence[str]], list[float]] | None:
         """Return the function or server that scores in place of a reward model; `None` without."""
         reward = self.evaluation.config.ppo.reward
         if reward.function is not None:
-            return load_function(reward.function)
+            return reward_function(reward.function)
         return None if reward.url is None else reward_client(reward).scores
 
     def _policy(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +16,11 @@ from rlhf_exp.evaluation.toxicity.scorers import (
     FunctionToxicity,
     ProfanityCheckScorer,
     ToxicityScorer,
-    UserToxicity,
     toxic_label,
 )
 from rlhf_exp.models.pretrained import load_config
 from rlhf_exp.stages.setup import attention_of
-from rlhf_exp.training.scorers import load_function
+from rlhf_exp.user_function import load_function
 
 KEY = "eval.toxicity.scorer"
 
@@ -82,8 +80,7 @@ def shared_scores(
 
 
 def _function(section: ToxicityConfig) -> FunctionToxicity:
-    function = cast(UserToxicity, load_function(section.scorer, KEY))
-    return FunctionToxicity(function, section.scorer, KEY)
+    return FunctionToxicity(load_function(section.scorer, KEY), section.scorer, KEY)
 
 
 def _folder_or_hub_id(section: ToxicityConfig) -> str:

@@ -154,8 +154,8 @@ def test_its_numbers() -> None:
         ([0.5, math.nan], "returned nan for the text 'second'; return a number from 0 to 1"),
         ([-0.1, 0.5], r"returned -0\.1 for the text 'first'"),
         ([0.5, 100], r"returned 100\.0 for the text 'second'"),
-        ([0.5, "much"], "returned list with could not convert string"),
-        (None, "returned NoneType with"),
+        ([0.5, "much"], r"returned 'much' \(str\) for the text 'second'"),
+        (None, "returned NoneType; return a list of numbers, one for each text"),
     ],
 )
 def test_what_it_must_not_return(answer: object, message: str) -> None:

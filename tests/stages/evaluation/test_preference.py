@@ -180,7 +180,7 @@ def test_a_reward_function_judges_labels(run_copy: Path, tmp_path: Path) -> None
                 "eval.judge.key_env=RLHF_EXP_NO_SUCH",
                 "eval.judge.request=[q]",
             ],
-            ["must not hold a password", "no such environment variable", "NAME:JSON"],
+            ["must not hold a password or key", "no such environment variable", "NAME:JSON"],
         ),
         (["eval.judge.concurrency=0", "eval.judge.timeout_s=0"], ["at least 1", "above 0"]),
     ],

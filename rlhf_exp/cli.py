@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.redaction import install
+from rlhf_exp.safe_text import accept_any_text
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -21,6 +22,7 @@ Command = Callable[[argparse.Namespace], None]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     install()
+    accept_any_text()
     arguments = parser().parse_args(argv)
     try:
         arguments.command(arguments)

@@ -19,6 +19,7 @@ from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.errors import Detached, JobsFailed, UserError
 from rlhf_exp.processes.environment import find_launch_environment, is_leader
 from rlhf_exp.redaction import install
+from rlhf_exp.safe_text import accept_any_text, well_formed
 
 if TYPE_CHECKING:
     from rlhf_exp.config.compose import ComposedConfig
@@ -36,6 +37,7 @@ _FOLLOWER_OVERRIDES = (
 def main(argv: Sequence[str]) -> int:
     """Run `launch.py` with its arguments and return the exit code."""
     install()
+    accept_any_text()
     try:
         if "-h" in argv or "--help" in argv:
             from rlhf_exp.config.help import help_text
@@ -79,6 +81,13 @@ def _launch(argv: Sequence[str]) -> None:
     from rlhf_exp.config.problems import raise_problems
     from rlhf_exp.config.schema_keys import read_groups
 
+    for argument in argv:
+        if well_formed(argument) != argument:
+            # Configs are stored as UTF-8.
+            raise UserError(
+                f"{argument!a}: holds bytes that are no UTF-8; rename the file, or pass it by a "
+                "link whose name is UTF-8"
+            )
     arguments = _parse(argv)
     folders = [CONF, *([arguments.config_dir] if arguments.config_dir else [])]
     flags = [argument for argument in argv if argument not in arguments.overrides]

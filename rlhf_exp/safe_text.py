@@ -6,6 +6,8 @@ elsewhere, by the templates and in SVG.
 
 from __future__ import annotations
 
+import io
+import sys
 import unicodedata
 
 # Line breaks and tabs are layout; the joiners shape letters in Persian, Indic scripts and emoji.
@@ -38,6 +40,17 @@ def well_formed(text: str) -> str:
     if text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def accept_any_text() -> None:
+    """Let this process read any bytes from its standard input, and print any text.
+
+    Bytes that are no UTF-8 are read as halves of surrogate pairs (see `well_formed`), and what the
+    terminal cannot show is printed as an escape.
+    """
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def clipped(text: str, limit: int = MAX_CHARACTERS) -> str:

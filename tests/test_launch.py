@@ -95,6 +95,12 @@ def test_mistakes_end_with_2_and_a_short_message(
     assert list(tmp_path.iterdir()) == [], "nothing is written before everything is checked"
 
 
+def test_an_argument_that_is_no_utf8(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the system hands over a file's name in Latin-1."""
+    assert main(["data.path=caf\udce9.jsonl"]) == 2
+    assert r"'data.path=caf\udce9.jsonl': holds bytes that are no UTF-8" in capsys.readouterr().err
+
+
 def test_one_run(pipeline: Pipeline, tmp_path: Path) -> None:
     assert main(["stage=ppo", "rerun=ppo", "output_dir=results"]) == 0
     (config,) = pipeline.configs

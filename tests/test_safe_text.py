@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_exp.safe_text import clipped, visible
+from rlhf_exp.safe_text import clipped, visible, well_formed
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,17 @@ def test_ordinary_text_stays(text: str) -> None:
 def test_long_text_is_cut_with_the_number_left_out() -> None:
     assert clipped("abc", limit=3) == "abc"
     assert clipped("x" * 12_003, limit=3) == "xxx\n… 12,000 more characters not shown"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("naïve 👩\u200d🔬", "naïve 👩\u200d🔬"),
+        ("half \ud83d", "half \ufffd"),
+        ("\udce9 x", "\ufffd x"),
+        ("\ud83d\ude00", "\U0001f600"),
+        ("\ud83d\ud83d\ude00\ude00", "\ufffd\U0001f600\ufffd"),
+    ],
+)
+def test_halves_of_surrogate_pairs(text: str, expected: str) -> None:
+    assert well_formed(text) == expected

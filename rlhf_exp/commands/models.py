@@ -24,11 +24,12 @@ from rlhf_exp.report.run.gather import loading_code
 from rlhf_exp.rollout.decoder import CacheKind
 from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.rollout.transcript import Stopper
-from rlhf_exp.safe_text import visible
+from rlhf_exp.safe_text import visible, well_formed
 from rlhf_exp.stages.context import SNAPSHOTS, snapshot_name
 from rlhf_exp.store.artifact import Artifact
 
 CHAT_HELP = "Type a message; an empty line starts a new conversation, Ctrl-D ends."
+NOT_UTF8 = "(bytes that are no UTF-8 are read as \ufffd; a terminal in UTF-8 sends none)"
 # The value function is used in training only.
 _IGNORED_FILES = shutil.ignore_patterns("value_head.safetensors", "value_model")
 
@@ -60,7 +61,9 @@ def chat(
         speakers.append(ChatModel.of(second, second.stage if role else against))
     print(CHAT_HELP, file=sys.stderr)
     for line in lines if lines is not None else _typed_lines():
-        message = line.strip()
+        message = well_formed(line.strip())
+        if message != line.strip():
+            print(NOT_UTF8, file=sys.stderr)
         if not message:
             for speaker in speakers:
                 speaker.history = ()

@@ -193,6 +193,17 @@ def test_a_conversation_longer_than_the_context(
     assert run_command(capsys, two_runs, "chat", "small").startswith("ppo>")
 
 
+def test_a_message_in_another_encoding(
+    two_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO("café\n".encode("latin-1")), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert main(["--outputs", str(two_runs), "chat", "small", "--temperature", "0"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("ppo>")
+    assert "bytes that are no UTF-8 are read as \ufffd" in shown.err
+
+
 def test_chat_with_what_is_not_there(
     two_runs: Path, run_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +76,11 @@ def test_tokens_are_scored_as_they_are(client: TestClient, small_run: Path) -> N
         ('{"prompts": ["a"], "responses": ["b"], "tokens": [1]}', "lists of integers"),
         ('{"prompts": ["a"], "responses": ["b"], "tokens": [[true]]}', "lists of integers"),
         ('{"prompts": ["a"], "responses": ["b"], "tokens": [[99999]]}', "is not in 0 to"),
+        (f'{{"prompts": ["a"], "responses": ["b"], "tokens": [[1{"0" * 400}]]}}', "is not in 0"),
+        (f'{{"prompts": ["a"], "responses": ["b"], "tokens": [[1{"0" * 9000}]]}}', "not JSON"),
+        ('{"prompts": ["a"], "responses": ["b"], "tokens": [[1e999]]}', "lists of integers"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"prompts": "ab", "responses": "cd"}', "`prompts` must be a list of texts"),
     ],
 )
 def test_what_is_no_request_is_refused_in_words(client: TestClient, body: str, says: str) -> None:
@@ -97,6 +103,89 @@ def test_too_large_a_request(client: TestClient, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(reward_server, "BODY_LIMIT", 100)
     body = json.dumps({"prompts": ["a" * 200], "responses": ["b"]})
     assert client.post("/", content=body).status_code == 413
+
+
+def test_one_long_row_does_not_make_the_others_long(
+    scores: RequestScorer, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of all rows by the longest would have 300 times 200,000 tokens."""
+    shapes: list[tuple[int, ...]] = []
+    score = scores.scorer.__call__
+
+    class Spy:
+        batch, seq_length = scores.scorer.batch, scores.scorer.seq_length
+
+        def __call__(self, tokens: torch.Tensor, *lengths: torch.Tensor) -> torch.Tensor:
+            shapes.append(tuple(tokens.shape))
+            return score(tokens, *lengths)
+
+    monkeypatch.setattr(scores, "scorer", Spy())
+    rows = [[7] * 200_000, *([9, 11] for _ in range(300))]
+    texts = ["a"] * 301
+    body = {"prompts": texts, "responses": texts, "tokens": rows}
+    found = client.post("/", json=body).json()["scores"]
+    assert sum(lines * width for lines, width in shapes) < 1000 * scores.scorer.seq_length
+    assert max(width for _, width in shapes) == scores.scorer.seq_length
+    # What is left out is what the model would not have read.
+    end = {"prompts": ["a"], "responses": ["a"], "tokens": [[7] * scores.scorer.seq_length]}
+    assert found[:1] == pytest.approx(client.post("/", json=end).json()["scores"], abs=1e-6)
+    assert found[1:] == pytest.approx([found[1]] * 300, abs=1e-5)
+    assert abs(found[0] - found[1]) > 1e-4
+
+
+def test_a_long_text_is_scored_by_its_end(
+    scores: RequestScorer, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward_server, "TEXT_LIMIT", 20_000)
+    end = " the end of it" * 100
+    body = {"prompts": ["x" * 9000 + end, "y" * 9000 + end, "z"], "responses": ["a", "a", "a"]}
+    found = client.post("/", json=body).json()["scores"]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert abs(found[0] - found[2]) > 1e-4
+    body = {"prompts": ["x" * 20_001], "responses": ["a"]}
+    refused = client.post("/", json=body)
+    assert refused.status_code == 413
+    assert "a text of 20001 characters in `prompts`" in refused.json()["error"]
+
+
+def test_too_many_responses(client: TestClient) -> None:
+    texts = ["a"] * (reward_server.ROW_LIMIT + 1)
+    refused = client.post("/", json={"prompts": texts, "responses": texts})
+    assert refused.status_code == 413
+    assert "10001 responses; send at most 10000 at once" in refused.json()["error"]
+
+
+def test_half_a_surrogate_pair_is_scored(client: TestClient) -> None:
+    body = '{"prompts": ["a \\ud83d"], "responses": ["b"]}'
+    assert client.post("/", content=body).status_code == 200
+
+
+def of_parts(scores: RequestScorer, parts: list[dict[str, Any]]) -> tuple[int, str]:
+    """Send a request in parts, and then nothing; return the answer's status and body."""
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        if not parts:
+            await asyncio.sleep(60)
+        return {"type": "http.request", "more_body": True} | parts.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
+    asyncio.run(make_app(scores)(scope, receive, send))
+    return sent[0]["status"], b"".join(part.get("body", b"") for part in sent).decode()
+
+
+def test_a_request_that_does_not_end(
+    scores: RequestScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward_server, "BODY_TIMEOUT_S", 0.05)
+    status, text = of_parts(scores, [{"body": b"{"}, {"body": b" "}])
+    assert status == 408
+    assert "did not come within 0.05 s" in text
+    status, text = of_parts(scores, [{"body": b"{"}, {"type": "http.disconnect"}])
+    assert (status, "cut off" in text) == (400, True)
 
 
 @pytest.mark.parametrize(

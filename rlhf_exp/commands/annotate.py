@@ -7,7 +7,6 @@ campaign compares two models' answers (from the run's evaluation, or a file of p
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -343,7 +342,7 @@ def _answers_origin(outputs: OutputFolder, run: str, collect: bool) -> AnswersOr
             f"{run}: was not evaluated, so there are no answers to judge; run stage=eval first"
         )
     evaluation = artifacts["eval"]
-    result = json.loads((evaluation.path / RESULT_FILE).read_text(encoding="utf-8"))
+    result = evaluation.json(RESULT_FILE)
     rows = items_of_rows(result["rows"])
     names = (result["name_a"], result["name_b"])
     return AnswersOrigin(

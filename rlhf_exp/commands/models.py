@@ -106,6 +106,7 @@ class ChatModel:
     @classmethod
     def of(cls, artifact: Artifact, name: str) -> ChatModel:
         """Load the model of an artifact."""
+        artifact.verify(lambda name: name.startswith("model/"))
         config, folder = artifact.manifest.config, artifact.path / "model"
         codec = Codec(load_tokenizer(folder), config["data"]["format"])
         new = config["ppo"]["generation"]["max_new_tokens"]
@@ -152,8 +153,9 @@ def export(outputs: Path, run: str, folder: Path, step: int | None = None) -> Pa
         raise UserError(f"{folder} exists and is not an empty folder; name another one")
     output_folder = OutputFolder(outputs)
     artifact = output_folder.policy(run)
-    artifact.verify()
     source = artifact.path / "model" if step is None else _snapshot_folder(artifact, step)
+    prefix = f"{source.relative_to(artifact.path).as_posix()}/"
+    artifact.verify(lambda name: name.startswith(prefix))
     shutil.copytree(source, folder, ignore=_IGNORED_FILES, dirs_exist_ok=True)
     chain = output_folder.artifacts(run)
     (folder / "README.md").write_text(model_card(artifact, chain, folder, step))

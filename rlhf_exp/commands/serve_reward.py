@@ -121,6 +121,7 @@ def _model_and_config(
         if "reward" not in artifacts:
             stages = ", ".join(artifacts)
             raise UserError(f"serve-reward {run}: no reward model there, only {stages}")
+        artifacts["reward"].verify(lambda name: name.startswith("model/"))
         folder = artifacts["reward"].path / "model"
         # The last stage's config: the run may use other lengths than the reward model's training.
         config = from_dict(list(artifacts.values())[-1].manifest.config)

@@ -327,7 +327,7 @@ class PointProcess:
         seconds = time.monotonic() - self._began
         try:
             content = json.loads(self._result.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             error = f"{_log_tail(self.log)}\n{_exit_description(code)}".strip()
             return JobResult(None, error, seconds, self.log, killed=code < 0)
         self._result.unlink()

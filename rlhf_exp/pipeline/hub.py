@@ -170,6 +170,10 @@ class Pins:
             raise UserError(
                 f"{self.path}: not JSON ({error}); delete it and fetch again"
             ) from error
+        if not isinstance(pins, dict) or not all(
+            isinstance(pin, dict) and {"commit", "files"} <= pin.keys() for pin in pins.values()
+        ):
+            raise UserError(f"{self.path}: no pins by name; delete it and fetch again")
         return pins
 
 

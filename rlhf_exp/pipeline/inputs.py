@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +38,8 @@ from rlhf_exp.store.atomic_files import write_json_atomic
 from rlhf_exp.store.fingerprint import key_of
 from rlhf_exp.store.run_records import Records
 from rlhf_exp.store.store import Store
+
+log = logging.getLogger(__name__)
 
 MODEL = "model"
 
@@ -82,10 +85,14 @@ class ModelResolver:
         folder = Path(use)
         if (folder / MANIFEST).is_file():
             artifact = Artifact(folder, Manifest.read(folder))
+            artifact.verify(_of_model, contents=False)
             if not (folder / MODEL).is_dir():
                 raise UserError(f"{option}: {artifact.stage} {artifact.key} has no model")
             return ResolvedModel(artifact.key, str(folder / MODEL), artifact)
         if folder.is_dir():
+            if (folder.parent / MANIFEST).is_file():
+                within = Artifact(folder.parent, Manifest.read(folder.parent))
+                within.verify(lambda name: name.startswith(f"{folder.name}/"))
             return ResolvedModel(self.keys.given(use), use)
         try:
             artifact = self.artifact(option, use, stages)
@@ -93,6 +100,7 @@ class ModelResolver:
             if isinstance(error, _NoRun) and use.count("/") == 1 and use[0] not in "./~":
                 return ResolvedModel(self.keys.given(use), use)
             raise
+        artifact.verify(_of_model, contents=False)
         return ResolvedModel(artifact.key, str(artifact.path / MODEL), artifact)
 
     def artifact(self, option: str, run: str, stages: Sequence[str]) -> Artifact:
@@ -113,6 +121,10 @@ class ModelResolver:
         if artifact is None:
             raise UserError(f"{option}: its {stage} {record.keys[stage]} is no longer in the store")
         return artifact
+
+
+def _of_model(name: str) -> bool:
+    return name.startswith(f"{MODEL}/")
 
 
 class _NoRun(UserError):
@@ -313,10 +325,17 @@ class StartedNote:
     @classmethod
     def read(cls, folder: Path | None) -> Self | None:
         """Return the note in a staging folder; `None` if there is no readable one."""
-        try:
-            return None if folder is None else cls(**json.loads((folder / NOTE).read_text()))
-        except (OSError, ValueError, TypeError):
+        if folder is None or not (folder / NOTE).exists():
             return None
+        try:
+            note = cls(**json.loads((folder / NOTE).read_text()))
+            if all(isinstance(values, dict) for values in (note.code, note.inputs)):
+                return replace(note, seconds=float(note.seconds))
+            reason = "no digests"
+        except (OSError, ValueError, TypeError) as error:
+            reason = str(error)
+        log.warning("%s is damaged (%s): the stage is begun anew", folder / NOTE, reason)
+        return None
 
     def write(self, folder: Path) -> None:
         """Write the note into a staging folder."""

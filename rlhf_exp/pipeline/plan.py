@@ -27,9 +27,11 @@ from rlhf_exp.pipeline.stage_graph import module_of, stages_of
 from rlhf_exp.stages.context import StageJob
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.code_digest import changed, code_digests
+from rlhf_exp.store.disk_usage import TRACKED
 from rlhf_exp.store.fingerprint import DigestCache
 from rlhf_exp.store.run_records import Records
 from rlhf_exp.store.store import Store
+from rlhf_exp.tracking.local import ALERTS, METRICS
 
 if TYPE_CHECKING:
     from rlhf_exp.search.pruning import RunningTrial
@@ -55,11 +57,15 @@ NOT_COMPUTING = (
 )
 
 
+_LOGS = (METRICS, ALERTS, "facts.json", "summary.json", "run_id")
+
+
 class StepState(StrEnum):
     """Whether and how a step runs."""
 
     given = "given"
     cached = "cached"
+    damaged = "damaged"
     changed = "code changed"
     resume = "resume"
     run = "run"
@@ -79,7 +85,7 @@ class Step:
         artifact: The result, if it is in the store.
         model: Folder or hub id of a given model.
         files: The modules that have changed since the result was made or begun, and the parents
-            that were made anew since.
+            that were made anew since; of a damaged result, its damaged files.
         redo: Whether to make the result again if there is one.
         extra: The models and samples that it reads besides the results of other steps, by role.
     """
@@ -142,11 +148,14 @@ def plan(config: Config) -> list[Step]:
 
 
 def refuse_changed(steps: list[Step]) -> None:
-    """Raise if the code or the parents of a result have changed since it was made.
+    """Raise if a result is damaged, or its code or parents have changed since it was made.
 
     Raises:
-        UserError: Names the changed files and the ways on.
+        UserError: Names the files and the ways on.
     """
+    for step in steps:
+        if step.state == StepState.damaged and step.artifact is not None:
+            step.artifact.verify(computed_with, contents=False)
     stale = [step for step in steps if step.state == StepState.changed]
     if not stale:
         return
@@ -193,6 +202,9 @@ class _Planner:
             if CONTINUED in extra:
                 self._check_continued(step)
             return self._begun(step)
+        # Sizes cost nothing; digests are compared where a stage reads the files.
+        if damaged := artifact.damaged_files(computed_with):
+            return replace(step, state=StepState.damaged, files=tuple(damaged))
         files = stale_files(artifact.manifest.code, artifact.manifest.inputs, step)
         stops = files and self.config.cache == CachePolicy.strict
         return replace(step, state=StepState.changed if stops else StepState.cached, files=files)
@@ -267,6 +279,11 @@ class _Planner:
         """Return the step of a stage whose result is given."""
         given = self.finder.model(f"{stage}.use={use}", use, (stage,))
         return Step(stage, given.key, StepState.given, model=given.model, artifact=given.artifact)
+
+
+def computed_with(name: str) -> bool:
+    """Whether a result is of no use without one of its files; reports can do without a log."""
+    return not name.startswith((*TRACKED, "tables/")) and name not in _LOGS
 
 
 def stale_files(code: Mapping[str, str], inputs: Mapping[str, str], step: Step) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ _GPUS = (24, 40, 80)
 _COLOURS = {
     StepState.given: "cyan",
     StepState.cached: "green",
+    StepState.damaged: "red",
     StepState.changed: "red",
     StepState.resume: "yellow",
     StepState.run: "bold",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,14 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlhf_exp.config.compose import to_dict
+from rlhf_exp.config.evaluation import SAMPLES, SAMPLES_FILE
 from rlhf_exp.config.experiment import CachePolicy, Config
+from rlhf_exp.config.training import CONTINUED
 from rlhf_exp.pipeline.executor import StageExecutor
 from rlhf_exp.pipeline.inputs import CHECKPOINTS, MODEL, NOTE, StartedNote, weights_digest
 from rlhf_exp.pipeline.plan import PACKAGE, Step, StepState, refuse_changed, stale_files, store_of
 from rlhf_exp.search.pruning import RunningTrial
 from rlhf_exp.stages.context import StageJob, StageResult
 from rlhf_exp.store.artifact import Artifact, Manifest, git_state, package_versions
+from rlhf_exp.store.atomic_files import write_json_atomic
 from rlhf_exp.store.code_digest import changed
+from rlhf_exp.store.disk_usage import TRACKED
 from rlhf_exp.store.lease import Lease, hold
 from rlhf_exp.store.store import Store
 from rlhf_exp.tracking.local import METRICS, read_metrics
@@ -100,9 +103,18 @@ def run_steps(
         }
         step_trial = trial if step.stage == "ppo" else None
         step = replace(step, inputs=inputs)
-        run = _StepRun(config, step, store, models, executor, tell, step_trial)
+        run = _StepRun(config, step, store, models, parents, executor, tell, step_trial)
         done[step.stage] = run.run()
     return list(done.values())
+
+
+def _files_read(role: str) -> Callable[[str], bool]:
+    """Return which files a stage reads of a result that it is made from in this role."""
+    if role == CONTINUED:
+        return lambda name: not name.startswith(TRACKED)
+    if role == SAMPLES:
+        return lambda name: name == SAMPLES_FILE
+    return lambda name: name.startswith(f"{MODEL}/")
 
 
 class _StepRun:
@@ -114,12 +126,13 @@ class _StepRun:
         step: Step,
         store: Store,
         models: dict[str, str],
+        parents: dict[str, Artifact | None],
         executor: StageExecutor,
         tell: Callable[[str], None],
         trial: RunningTrial | None,
     ) -> None:
         self.config, self.step, self.store = config, step, store
-        self.models, self.executor = models, executor
+        self.models, self.parents, self.executor = models, parents, executor
         self.tell, self.trial = tell, trial
 
     def run(self) -> FinishedStep:
@@ -132,6 +145,9 @@ class _StepRun:
             artifact = self._made_meanwhile(lease)
             if artifact is not None:
                 return FinishedStep(step, artifact, trained=False)
+            for role, parent in self.parents.items():
+                if parent is not None:
+                    parent.verify(_files_read(role))
             folder, note = self._staging()
             return FinishedStep(step, self._make(folder, note, lease), trained=True)
 
@@ -209,7 +225,7 @@ class _StepRun:
         result, note = self._run_timed(job, note, lease)
         if result.pruned_step is not None:
             raise self._discard_pruned(folder, result.pruned_step, note.seconds)
-        (folder / FACTS).write_text(json.dumps(result.facts))
+        write_json_atomic(folder / FACTS, result.facts, durable=False)
         manifest = Manifest(
             stage=job.stage,
             key=job.key,

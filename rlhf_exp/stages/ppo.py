@@ -45,6 +45,7 @@ from rlhf_exp.stages.training import (
     run_loop,
 )
 from rlhf_exp.store.artifact import Manifest
+from rlhf_exp.store.atomic_files import write_text_atomic
 from rlhf_exp.tracking.local import ALERTS, METRICS, STEP
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.ppo_validation import Validator
@@ -290,7 +291,7 @@ def _remove_final_evaluation(folder: Path, checkpoints: Path) -> None:
         return
     path = folder / METRICS
     rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join(row for row in rows if not _is_evaluation(row, step)), encoding="utf-8")
+    write_text_atomic(path, "".join(row for row in rows if not _is_evaluation(row, step)))
     for table in (folder / "tables").rglob(f"*-{step}.jsonl"):
         table.unlink()
 

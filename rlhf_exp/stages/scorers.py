@@ -191,7 +191,14 @@ def _note_server(config: Config, context: StageContext, info: ServerInfo) -> Non
     """
     path, reward = context.folder / SERVER_NOTE, config.ppo.reward
     if path.is_file():
-        noted_name = json.loads(path.read_text(encoding="utf-8"))["name"]
+        try:
+            noted_name = json.loads(path.read_text(encoding="utf-8"))["name"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: not the note of the reward server that this run was begun with "
+                f"({type(error).__name__}: {error}). Remove it if the server is still that one, or "
+                "begin anew with rerun=[ppo]"
+            ) from error
         if noted_name != info.name:
             raise UserError(
                 f"ppo.reward.url={reward.url}: it scores with {info.name!r}, and this run was "

@@ -7,16 +7,18 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
 from importlib import metadata
 from pathlib import Path, PurePath
+from types import UnionType
 from typing import Any, Self
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.store.sealed import file_digest
+from rlhf_exp.store.sealed import file_digest_once
 
 MANIFEST = "manifest.json"
 # Left by whoever copies the code away from its work tree: the state of that, as `git_state` had it.
@@ -24,6 +26,7 @@ GIT_STATE = "git-state.json"
 # A diff beyond this is cut: it is a record for people, not a backup of their working tree.
 DIFF_LIMIT = 200_000
 GIT_TIMEOUT_S = 20
+HASHING_THREADS = 4
 PACKAGES = (
     "torch",
     "transformers",
@@ -102,6 +105,10 @@ class Manifest:
         """
         known = {entry.name for entry in dataclasses.fields(cls)}
         values = {name: value for name, value in content.items() if name in known}
+        for name in known & values.keys():
+            expected = _JSON_TYPES.get(name, str)
+            if not isinstance(values[name], expected):
+                raise TypeError(f"{name} is {values[name]!r}")
         values["files"] = {
             name: FileEntry(str(entry["sha256"]), int(entry["size"]))
             for name, entry in content["files"].items()
@@ -124,6 +131,17 @@ class Manifest:
                 f"{path}: not a readable manifest ({type(error).__name__}: {error}); the artifact "
                 f"is damaged. Remove the folder {folder}; the next run makes it again"
             ) from error
+
+
+# Of the manifest's fields that are no text.
+_JSON_TYPES: dict[str, type | UnionType] = {
+    **dict.fromkeys(("config", "parents", "inputs", "metrics", "git", "versions"), dict),
+    **dict.fromkeys(("code", "files"), dict),
+    "world_size": int,
+    "wandb_run_id": str | None,
+    "duration_s": float | int,
+    "objective": float | int | None,
+}
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
@@ -164,35 +182,87 @@ class Artifact:
         """Bytes in its files, the manifest left out."""
         return sum(entry.size for entry in self.manifest.files.values())
 
-    def verify(self, *, contents: bool = True) -> None:
+    def verify(
+        self, wanted: Callable[[str], bool] = lambda name: True, *, contents: bool = True
+    ) -> None:
         """Check that the files are those that were published.
 
         Args:
-            contents: also read every file and compare its digest; False compares only presence and
-                size, which takes no time.
+            wanted: which files, by relative name with slashes; all by default.
+            contents: also read every file and compare its digest, at a second or less per GB;
+                False compares only presence and size, which takes no time.
 
         Raises:
             UserError: naming the damaged file and the remedy.
         """
-        for name, entry in self.manifest.files.items():
-            path = self.path / name
-            if not path.is_file():
-                raise UserError(self._damage(path, "is missing"))
-            size = path.stat().st_size
-            if size != entry.size:
-                raise UserError(
-                    self._damage(path, f"has {size} bytes, {entry.size} were published")
-                )
-            if contents and (digest := file_digest(path)) != entry.sha256:
-                published = entry.sha256[:12]
-                raise UserError(
-                    self._damage(path, f"has sha256 {digest[:12]}..., not {published}...")
-                )
+        names = [name for name in self.manifest.files if wanted(name)]
+        for name in names:
+            self._check_size(name)
+        if contents:
+            # Hashing leaves the interpreter's lock.
+            with ThreadPoolExecutor(HASHING_THREADS) as pool:
+                list(pool.map(self._check_digest, names))
+
+    def damaged_files(self, wanted: Callable[[str], bool]) -> list[str]:
+        """Return those of the wanted files that are missing or of another size than published."""
+        damaged = []
+        for name in filter(wanted, self.manifest.files):
+            try:
+                self._check_size(name)
+            except UserError:
+                damaged.append(name)
+        return damaged
+
+    def file(self, name: str) -> Path | None:
+        """Return the path of a file that the stage left, or `None` if it left none.
+
+        Raises:
+            UserError: it is not as it was published.
+        """
+        path = self.path / name
+        if name not in self.manifest.files:
+            return path if path.is_file() else None
+        self._check_size(name)
+        self._check_digest(name)
+        return path
+
+    def json(self, name: str) -> Any:  # noqa: ANN401 - whatever the stage wrote
+        """Return the content of a JSON file that the stage left, or `None` if it left none.
+
+        Raises:
+            UserError: it is not as it was published.
+        """
+        path = self.file(name)
+        if path is None:
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(self._damage(path, f"is not JSON ({error})")) from error
+
+    def _check_size(self, name: str) -> None:
+        path, entry = self.path / name, self.manifest.files[name]
+        if not path.is_file():
+            raise UserError(self._damage(path, "is missing"))
+        size = path.stat().st_size
+        if size != entry.size:
+            raise UserError(self._damage(path, f"has {size} bytes, {entry.size} were published"))
+
+    def _check_digest(self, name: str) -> None:
+        path, published = self.path / name, self.manifest.files[name].sha256
+        try:
+            digest = file_digest_once(path)
+        except OSError as error:
+            raise UserError(self._damage(path, f"cannot be read ({error.strerror})")) from error
+        if digest != published:
+            found = f"has sha256 {digest[:12]}..., not {published[:12]}..."
+            raise UserError(self._damage(path, found))
 
     def _damage(self, path: Path, what: str) -> str:
         return (
-            f"{path} {what}: the artifact is damaged. Restore the file, or remove the artifact "
-            f"with `rlhf-exp store rm {self.stage}/{self.key}`; the next run makes it again"
+            f"{path} {what}: the artifact is damaged. Restore the file, make the artifact again "
+            f"with rerun=[{self.stage}], or remove it with `rlhf-exp store rm {self.stage}/"
+            f"{self.key}`; the next run makes it again"
         )
 
 

@@ -19,13 +19,18 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from rlhf_exp.store.atomic_files import write_json_atomic
-from rlhf_exp.store.sealed import Damaged, file_digest, seal_values, sealed_values
+from rlhf_exp.store.sealed import (
+    SETTLED_S,
+    Damaged,
+    file_digest,
+    seal_values,
+    sealed_values,
+    stamp_of,
+)
 
 log = logging.getLogger(__name__)
 
 KEY_LENGTH = 16
-# A file changed twice within the clock's grain keeps its time: too young a file is not cached.
-SETTLED_S = 2.0
 
 
 def key_of(content: Mapping[str, Any]) -> str:
@@ -87,7 +92,7 @@ def _names_below(folder: Path) -> Iterable[str]:
 
 
 class DigestCache:
-    """Digests of files, remembered by (path, size, modification time), so that 12 GB are read once.
+    """Digests of files, remembered by path, size, times and inode, so that 12 GB are read once.
 
     Several processes may share one cache file: a lost update only costs reading a file again.
     """
@@ -125,14 +130,12 @@ class DigestCache:
 
     def _one(self, path: Path, known: dict[str, list[Any]], fresh: dict[str, list[Any]]) -> str:
         name = str(path.absolute())
-        before = path.stat()
-        stamp = [before.st_size, before.st_mtime_ns]
-        if known.get(name, [])[:2] == stamp:
-            return str(known[name][2])
+        stamp = [*stamp_of(path)]
+        if known.get(name, [])[:-1] == stamp:
+            return str(known[name][-1])
         digest = file_digest(path)
-        after = path.stat()
-        settled = time.time() - after.st_mtime > SETTLED_S
-        if settled and stamp == [after.st_size, after.st_mtime_ns]:
+        settled = time.time() - path.stat().st_mtime > SETTLED_S
+        if settled and stamp == [*stamp_of(path)]:
             fresh[name] = [*stamp, digest]
         return digest
 
@@ -141,7 +144,7 @@ class DigestCache:
             return {
                 name: note
                 for name, note in sealed_values(self.path).items()
-                if isinstance(note, list) and len(note) == 3
+                if isinstance(note, list)
             }
         except FileNotFoundError:
             return {}

@@ -31,7 +31,7 @@ from rlhf_exp.store.atomic_files import (
     unallocated,
     write_json_atomic,
 )
-from rlhf_exp.store.sealed import file_digest
+from rlhf_exp.store.sealed import file_digest_once
 
 ATTEMPTS, PAUSE_S = 5, 0.02
 Read = Callable[[Path], Artifact | None]
@@ -85,14 +85,19 @@ def pending(root: Path, stage: str, key: str) -> Publication | None:
     note = note_path(root, stage, key)
     try:
         content = json.loads(note.read_text(encoding="utf-8"))
+        folder = Path(os.path.normpath(note.parent / content["folder"]))
+        manifest = Manifest.from_json(content["manifest"])
+        drop, replaces = tuple(map(str, content["drop"])), content["replaces"]
     except FileNotFoundError:
         return None
-    folder = Path(os.path.normpath(note.parent / content["folder"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{note}: not a readable note of a publication ({type(error).__name__}: {error}). "
+            f"Remove it; the next run goes on with {stage} from what is left of it"
+        ) from error
     if not folder.is_dir():
         return None
-    manifest = Manifest.from_json(content["manifest"])
-    drop = tuple(content["drop"])
-    return Publication(root, stage, key, folder, manifest, drop, content["replaces"])
+    return Publication(root, stage, key, folder, manifest, drop, replaces)
 
 
 def run(plan: Publication, read: Read, check: Callable[[], None] | None) -> Artifact:
@@ -156,7 +161,7 @@ def _prepare(plan: Publication) -> None:
     for path in files_below(plan.folder):
         name = path.relative_to(plan.folder).as_posix()
         if name != MANIFEST:
-            files[name] = FileEntry(file_digest(path), path.stat().st_size)
+            files[name] = FileEntry(file_digest_once(path), path.stat().st_size)
     if not files:
         raise FileNotFoundError(errno.ENOENT, "nothing to publish in", str(plan.folder))
     sync_tree(plan.folder)

@@ -89,11 +89,20 @@ class RunRecord:
         """Read the output of `to_json`; fields of a later version are left out."""
         known = {entry.name for entry in dataclasses.fields(cls)}
         values = {name: value for name, value in content.items() if name in known}
-        values["overrides"] = tuple(values.get("overrides", ()))
+        keys = values["keys"]
+        if not isinstance(keys, dict) or not keys or not all(map(_is_text, keys.values())):
+            raise TypeError(f"keys is {keys!r}, expected the key of each stage")
+        if not all(map(_is_text, (values["name"], values.get("created", "")))):
+            raise TypeError("name and created are not texts")
+        values["overrides"] = tuple(map(str, values.get("overrides", ())))
         values["status"] = Status(values.get("status", Status.done))
         if values.get("process"):
             values["process"] = Process(**values["process"])
         return cls(**values)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _order(record: RunRecord) -> tuple[str, str, str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,34 @@ def file_digest(path: Path) -> str:
     """Return the sha256 (64 hex characters) of the file's content."""
     with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+# A file changed twice within the clock's grain keeps its times: the digest of one that has just
+# been written is not remembered.
+SETTLED_S = 2.0
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """Return size, times of change and inode of a file: while they stay, so does its content."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+_digests: dict[tuple[int, ...], str] = {}
+
+
+def file_digest_once(path: Path) -> str:
+    """Return the digest of a file, which is read once in this process while it stays unchanged.
+
+    The digest is not kept for later processes: a bit that a disk loses changes no time.
+    """
+    stamp = (path.stat().st_dev, *stamp_of(path))
+    if stamp in _digests:
+        return _digests[stamp]
+    digest = file_digest(path)
+    if time.time() - path.stat().st_ctime > SETTLED_S and stamp[1:] == stamp_of(path):
+        _digests[stamp] = digest
+    return digest
 
 
 def digest_path(path: Path) -> Path:
@@ -106,7 +135,7 @@ def check_sealed_folder(folder: Path) -> Collection[str]:
 
 def seal_values(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return JSON values together with their digest, for a small file."""
-    return {"sha256": _values_digest(content), "content": content}
+    return {"sha256": values_digest(content), "content": content}
 
 
 def sealed_values(path: Path) -> dict[str, Any]:
@@ -119,14 +148,15 @@ def sealed_values(path: Path) -> dict[str, Any]:
     try:
         sealed = json.loads(path.read_text(encoding="utf-8"))
         content: dict[str, Any] = sealed["content"]
-        if isinstance(content, dict) and _values_digest(content) == sealed["sha256"]:
+        if isinstance(content, dict) and values_digest(content) == sealed["sha256"]:
             return content
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{path}: {type(error).__name__}: {error}") from error
     raise Damaged(f"{path}: does not match its digest")
 
 
-def _values_digest(content: Mapping[str, Any]) -> str:
+def values_digest(content: Mapping[str, Any]) -> str:
+    """Return the digest of JSON values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import secrets
 import string
 from collections.abc import Mapping, Sequence
@@ -9,12 +11,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_exp.store.atomic_files import write_text_atomic
 from rlhf_exp.tracking.alerts import AlertMonitor, AlertRules
 from rlhf_exp.tracking.local import MetricsLog, read_metrics
 from rlhf_exp.tracking.tracker import CompositeTracker, Tracker
 
 Mode = Literal["offline", "online", "disabled"]
 _ID_FILE = "run_id"
+log = logging.getLogger(__name__)
+
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ID_CHARACTERS = string.ascii_lowercase + string.digits
 
 
@@ -103,7 +109,11 @@ def _resolve_run_id(path: Path, run_id: str | None) -> str:
     A checkpoint contains the id too, but a run killed before its first checkpoint is the same run.
     """
     if run_id is None and path.exists():
-        run_id = path.read_text().strip()
+        noted = path.read_text(encoding="utf-8", errors="replace").strip()
+        if _RUN_ID.fullmatch(noted):
+            run_id = noted
+        else:
+            log.warning("%s is damaged: the run is tracked under a new id", path)
     run_id = run_id or "".join(secrets.choice(_ID_CHARACTERS) for _ in range(8))
-    path.write_text(run_id + "\n")
+    write_text_atomic(path, run_id + "\n")
     return run_id

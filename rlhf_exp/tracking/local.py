@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.store.atomic_files import write_text_atomic
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +74,13 @@ class MetricsLog:
         path = _table_path(self._folder, name, step)
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = (dict(zip(columns, map(_cell, row), strict=True)) for row in rows)
-        _write_atomically(path, (json.dumps(line, allow_nan=False) for line in lines))
+        _write_lines(path, (json.dumps(line, allow_nan=False) for line in lines))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Merge values into `summary.json`."""
         self._summary |= {name: _cell(value) for name, value in values.items()}
         text = json.dumps(self._summary, indent=1, allow_nan=False)
-        _write_atomically(self._folder / "summary.json", [text])
+        _write_lines(self._folder / "summary.json", [text])
 
     def alert(self, title: str, text: str, step: int) -> None:
         """Append to `alerts.jsonl`, and log a warning."""
@@ -103,7 +103,7 @@ class MetricsLog:
         for path in (self._folder / METRICS, self._folder / ALERTS):
             if path.exists():
                 rows = [(line, row[STEP]) for line, row in _complete_rows(path)]
-                _write_atomically(path, (line for line, step in rows if step <= last_step))
+                _write_lines(path, (line for line, step in rows if step <= last_step))
         if last_step == -math.inf:
             shutil.rmtree(self._folder / "tables", ignore_errors=True)
             (self._folder / "summary.json").unlink(missing_ok=True)
@@ -112,7 +112,19 @@ class MetricsLog:
             if _step_of(table) > last_step:
                 table.unlink()
         if (self._folder / "summary.json").exists():
-            self._summary = json.loads((self._folder / "summary.json").read_text())
+            self._summary = self._read_summary()
+
+    def _read_summary(self) -> dict[str, Any]:
+        path = self._folder / "summary.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(values, dict):
+                return values
+            reason = "no values by name"
+        except ValueError as error:
+            reason = str(error)
+        log.warning("%s is damaged (%s): the summary is begun anew", path, reason)
+        return {}
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -196,11 +208,5 @@ def _step_of(table: Path) -> int:
     return int(table.stem.rpartition("-")[2])
 
 
-def _write_atomically(path: Path, lines: Iterable[str]) -> None:
-    """Replace `path` by `lines`: a kill leaves the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    write_text_atomic(path, "".join(line + "\n" for line in lines))

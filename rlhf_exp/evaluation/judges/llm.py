@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -32,6 +33,9 @@ from rlhf_exp.evaluation.judges.protocol import AnswerPair, Verdict
 from rlhf_exp.http_client import HttpClient, RequestFailed, Service
 from rlhf_exp.redaction import without_secrets
 from rlhf_exp.safe_text import visible, well_formed
+from rlhf_exp.store.sealed import values_digest
+
+log = logging.getLogger(__name__)
 
 Message = dict[str, str]
 
@@ -431,6 +435,7 @@ class ReplyCache:
     def add(self, body: Mapping[str, Any], reply: Reply) -> None:
         """Keep a reply."""
         record = {"request": request_digest(body), "model": body.get("model"), **asdict(reply)}
+        record["sha256"] = values_digest(record)
         # The line break in front ends a line that a killed writer left unfinished.
         line = "\n" + json.dumps(record) + "\n"
         with self._lock:
@@ -450,11 +455,14 @@ def request_digest(body: Mapping[str, Any]) -> str:
 
 
 def _read_replies(path: Path) -> dict[str, Reply]:
-    replies = {}
+    replies, damaged = {}, 0
     lines = path.read_bytes().splitlines() if path.exists() else []
-    for line in lines:
+    for line in filter(None, lines):
         try:
             record = json.loads(line)
+            # Lines of earlier versions have no digest.
+            if (digest := record.pop("sha256", None)) not in (None, values_digest(record)):
+                raise ValueError(f"its digest is not {digest}")
             # Made safe again: earlier versions kept replies as they came.
             reply = Reply(
                 without_secrets(well_formed(record["content"])),
@@ -463,5 +471,7 @@ def _read_replies(path: Path) -> dict[str, Reply]:
             )
             replies[str(record["request"])] = reply
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
+            damaged += 1
+    if damaged:
+        log.warning("%s: %d damaged lines; these requests are sent again", path, damaged)
     return replies

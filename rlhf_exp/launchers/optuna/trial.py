@@ -43,7 +43,7 @@ from rlhf_exp.search.study import (
     distribution_of,
     round_values,
 )
-from rlhf_exp.store.atomic_files import write_json_atomic
+from rlhf_exp.store.atomic_files import write_json_atomic, write_text_atomic
 from rlhf_exp.store.lease import LeaseLost
 from rlhf_exp.store.run_records import RunRecord, Status
 from rlhf_exp.tracking.local import METRICS, read_metrics
@@ -158,7 +158,7 @@ class TrialRun:
             return self._pruned(pruned)
         artifact, trained = done[-1].artifact, done[-1].trained
         assert artifact is not None, "a trial trains PPO"
-        rows = read_metrics(artifact.path / METRICS)
+        rows = read_metrics(artifact.file(METRICS) or artifact.path / METRICS)
         ppo = self.config.ppo
         report_evaluations(self.search.study, trial, rows, ppo.iterations * ppo.updates)
         value = self.measure.value(rows)
@@ -176,7 +176,7 @@ class TrialRun:
         value = self.measure.value(pruned.rows)
         path = folder_of(self.study) / PRUNED / f"{self.record.key}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in pruned.rows), "utf-8")
+        write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in pruned.rows))
         self.handle.note(iterations_run=ran, seconds=pruned.seconds)
         self.handle.prune()
         self._write(Status.pruned, value)
@@ -264,10 +264,21 @@ def write_command(config: Config, overrides: list[str]) -> None:
 def read_command(config: Config) -> list[str]:
     """Return the command line that `write_command` saved."""
     try:
-        overrides: list[str] = json.loads((folder_of(config) / _COMMAND).read_text("utf-8"))
+        overrides = json.loads((folder_of(config) / _COMMAND).read_text("utf-8"))
     except FileNotFoundError:
         return []
+    except ValueError as error:
+        raise _damaged_command(config, str(error)) from error
+    if not isinstance(overrides, list) or not all(isinstance(text, str) for text in overrides):
+        raise _damaged_command(config, "no list of texts")
     return overrides
+
+
+def _damaged_command(config: Config, reason: str) -> UserError:
+    return UserError(
+        f"{folder_of(config) / _COMMAND}: not the command line of a study ({reason}); the command "
+        "that started the study writes it again"
+    )
 
 
 def _distribution(axis: Axis) -> BaseDistribution:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_exp.annotation.campaign import CAMPAIGNS
 from rlhf_exp.annotation.results import campaign_summaries
+from rlhf_exp.errors import UserError
 from rlhf_exp.report.run.data import CalibrationBar, ReportData, StageRow
 from rlhf_exp.report.run.sections import PEOPLE, SECTIONS
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.tracking.local import read_metrics
+
+log = logging.getLogger(__name__)
 
 # Names of files that stages leave in their artifacts.
 FACTS, RESULT, CALIBRATION, METRICS = (
@@ -34,11 +37,16 @@ def gather(
         trained: The stages that this run made itself.
     """
     final = list(artifacts.values())[-1]
-    facts = {stage: _json(artifact.path / FACTS) or {} for stage, artifact in artifacts.items()}
+    files = _Files()
+    facts = {stage: files.json(artifact, FACTS) or {} for stage, artifact in artifacts.items()}
     config = final.manifest.config
-    reward = artifacts.get("reward")
-    curve = None if reward is None else _json(reward.path / CALIBRATION)
+    curve = files.json(artifacts.get("reward"), CALIBRATION)
     evaluation = artifacts.get("eval")
+    metrics = {
+        stage: files.metrics(artifact) for stage, artifact in artifacts.items() if stage != "eval"
+    }
+    result = files.json(evaluation, RESULT)
+    parts = {} if evaluation is None else _parts(evaluation, files)
     return ReportData(
         title=title,
         identity=_identity(final),
@@ -48,17 +56,13 @@ def gather(
             _stage_row(artifact, facts[stage], stage not in trained)
             for stage, artifact in artifacts.items()
         ],
-        metrics={
-            stage: read_metrics(artifact.path / METRICS)
-            for stage, artifact in artifacts.items()
-            if stage != "eval"
-        },
-        evaluation=None if evaluation is None else _json(evaluation.path / RESULT),
-        parts={} if evaluation is None else _parts(evaluation),
+        metrics=metrics,
+        evaluation=result,
+        parts=parts,
         calibration=[CalibrationBar(**item) for item in curve["bins"]] if curve else [],
         kl_target=config.get("ppo", {}).get("kl", {}).get("target"),
         usage=_usage(artifacts),
-        warnings=_warnings(artifacts, facts),
+        warnings=[*files.damaged, *_warnings(artifacts, facts)],
     )
 
 
@@ -165,9 +169,9 @@ def _warnings(
     return notes
 
 
-def _parts(evaluation: Artifact) -> dict[str, Any]:
+def _parts(evaluation: Artifact, files: _Files) -> dict[str, Any]:
     """Return the files of the evaluation's parts that the page has a section for."""
-    parts = {section.file: _json(evaluation.path / section.file) for section in SECTIONS}
+    parts = {section.file: files.json(evaluation, section.file) for section in SECTIONS}
     # OUTPUTS/store/eval/KEY, OUTPUTS/human
     campaigns = campaign_summaries(evaluation.path.parents[2] / CAMPAIGNS, f"eval/{evaluation.key}")
     if campaigns or parts[PEOPLE] is not None:
@@ -175,5 +179,29 @@ def _parts(evaluation: Artifact) -> dict[str, Any]:
     return {file: value for file, value in parts.items() if value is not None}
 
 
-def _json(path: Path) -> Any:  # noqa: ANN401 - whatever the stage wrote
-    return json.loads(path.read_text()) if path.is_file() else None
+class _Files:
+    """Reads the files of artifacts; the page does without those that are damaged.
+
+    Attributes:
+        damaged: A sentence for each of them, with its path and the remedy.
+    """
+
+    def __init__(self) -> None:
+        self.damaged: list[str] = []
+
+    def json(self, artifact: Artifact | None, name: str) -> Any:  # noqa: ANN401 - see Artifact.json
+        """Return the content of a JSON file; `None` if there is none, or it is damaged."""
+        return None if artifact is None else self._read(lambda: artifact.json(name))
+
+    def metrics(self, artifact: Artifact) -> list[dict[str, float]]:
+        """Return the metrics that a stage logged; nothing if they are damaged."""
+        rows = self._read(lambda: read_metrics(artifact.file(METRICS) or artifact.path / METRICS))
+        return rows or []
+
+    def _read(self, read: Callable[[], Any]) -> Any:  # noqa: ANN401
+        try:
+            return read()
+        except UserError as error:
+            self.damaged.append(f"Left out: {error}.")
+            log.warning("left out of the report: %s", error)
+            return None

@@ -8,7 +8,6 @@ Everything is escaped twice over (`report/template.py`): by the templates' autoe
 from __future__ import annotations
 
 import hashlib
-import os
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from rlhf_exp.report.run.verdict import (
 )
 from rlhf_exp.report.template import FOLDER, fill
 from rlhf_exp.safe_text import clipped, visible
+from rlhf_exp.store.atomic_files import write_text_atomic
 
 _VALUE_LIMIT = 2_000
 
@@ -51,12 +51,7 @@ def build_report(data: ReportData, path: Path) -> Path:
 def write_page(page: str, path: Path) -> Path:
     """Write a page at once, whole, and return its path; its folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(page, encoding="utf-8", newline="\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text_atomic(path, page, durable=False)
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,10 +175,10 @@ def _metric_rows(a: ComparedSide, b: ComparedSide) -> list[MetricRow]:
 
 def _evaluation_rows(side: ComparedSide) -> list[Rows]:
     """Return the rows of each evaluation of a side."""
-    paths = [artifact.path / RESULT for artifact in side.of("eval")]
-    if not all(path.is_file() for path in paths):
+    results = [artifact.json(RESULT) for artifact in side.of("eval")]
+    if not all(results):
         return []
-    return [ModelComparison.from_json(json.loads(path.read_text("utf-8"))).rows for path in paths]
+    return [ModelComparison.from_json(result).rows for result in results]
 
 
 def _paired_differences(

@@ -7,6 +7,7 @@ search space. With few trials it fits noise, so nothing is shown below `FEWEST_T
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_exp.errors import UserError
 from rlhf_exp.report.chart import STEP, Row
 from rlhf_exp.report.run.gather import METRICS
 from rlhf_exp.report.sweep.data import (
@@ -37,6 +39,8 @@ from rlhf_exp.tracking.local import read_metrics
 
 if TYPE_CHECKING:
     from optuna import Study
+
+log = logging.getLogger(__name__)
 
 REWARD, KL = "eval/reward_mean", "eval/kl_sequence"
 TRAINING = ("ppo", "reward", "sft")
@@ -88,11 +92,16 @@ def gather_sweep(
         for record, artifacts in zip(records, artifacts_of_runs, strict=True)
     ]
     variation = varied_settings(origins)
+    damaged: list[str] = []
     users = Counter(pair for record in records for pair in record.keys.items())
     points = [
         replace(
             _point(
-                record, artifacts, stage, users, _rows(record, artifacts, store, all_records, stage)
+                record,
+                artifacts,
+                stage,
+                users,
+                _rows(record, artifacts, store, all_records, stage, damaged),
             ),
             settings=variation.settings[number],
             seed=variation.seeds[number],
@@ -115,9 +124,14 @@ def gather_sweep(
         importance=importance,
         disk=[(size.name, str(size)) for size in sizes(store, all_records, names)],
         kl_budget=kl_budget,
-        warnings=_warnings(
-            records, artifacts_of_runs, variation.varied if objective == OBJECTIVES["ppo"] else ()
-        ),
+        warnings=[
+            *damaged,
+            *_warnings(
+                records,
+                artifacts_of_runs,
+                variation.varied if objective == OBJECTIVES["ppo"] else (),
+            ),
+        ],
     )
 
 
@@ -187,9 +201,17 @@ def _metrics(artifacts: StageArtifacts) -> dict[str, float]:
 
 
 def _rows(
-    record: RunRecord, artifacts: StageArtifacts, store: Store, all_records: Records, stage: str
+    record: RunRecord,
+    artifacts: StageArtifacts,
+    store: Store,
+    all_records: Records,
+    stage: str,
+    damaged: list[str],
 ) -> Sequence[Row]:
-    """Return the metrics that a stage logged, also in a run that did not finish."""
+    """Return the metrics that a stage logged, also in a run that did not finish.
+
+    Of a damaged file the reason goes to `damaged`; the page does without it.
+    """
     if stage not in record.keys:
         return ()
     key = record.keys[stage]
@@ -197,9 +219,14 @@ def _rows(
         staging_folder(store.root, stage, key) / METRICS,
         all_records.root / record.name / _PRUNED / f"{key}.jsonl",
     ]
-    if stage in artifacts:
-        places.insert(0, artifacts[stage].path / METRICS)
-    return next((read_metrics(path) for path in places if path.is_file()), ())
+    try:
+        published = artifacts[stage].file(METRICS) if stage in artifacts else None
+        places = places if published is None else [published]
+        return next((read_metrics(path) for path in places if path.is_file()), ())
+    except UserError as error:
+        log.warning("left out of the report: %s", error)
+        damaged.append(f"Left out: {error}.")
+        return ()
 
 
 def _point(

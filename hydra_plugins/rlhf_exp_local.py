@@ -31,12 +31,13 @@ class LocalLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         """Run one batch of jobs, whose configs are composed here, once."""
         from rlhf_exp.config.compose import to_config
+        from rlhf_exp.config.text_values import keep_text
         from rlhf_exp.errors import UserError
         from rlhf_exp.launchers.local import launch
 
         jobs = []
         for overrides in job_overrides:
-            tree = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            tree = self.context.config_loader.load_sweep_config(self.config, keep_text(overrides))
             task = list(tree.hydra.overrides.task)
             with open_dict(tree):
                 del tree["hydra"]

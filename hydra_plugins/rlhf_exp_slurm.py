@@ -32,11 +32,12 @@ class SlurmLauncher(Launcher):
         """Submit one batch of jobs, whose configs are composed here, once, and wait for them."""
         from rlhf_exp.config.compose import to_config
         from rlhf_exp.config.launchers import SlurmConfig
+        from rlhf_exp.config.text_values import keep_text
         from rlhf_exp.launchers.slurm.launcher import launch
 
         jobs = []
         for overrides in job_overrides:
-            tree = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            tree = self.context.config_loader.load_sweep_config(self.config, keep_text(overrides))
             task = list(tree.hydra.overrides.task)
             with open_dict(tree):
                 del tree["hydra"]

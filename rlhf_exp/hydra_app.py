@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.errors import Detached, JobsFailed, UserError
 from rlhf_exp.processes.environment import find_launch_environment, is_leader
 from rlhf_exp.redaction import install
@@ -40,10 +39,7 @@ def main(argv: Sequence[str]) -> int:
     accept_any_text()
     try:
         if "-h" in argv or "--help" in argv:
-            from rlhf_exp.config.help import help_text
-
-            topics = [argument for argument in argv if not argument.startswith("-")]
-            print(help_text(topics[0] if topics else None), end="")
+            print(_help(argv), end="")
             return 0
         _launch(argv)
     except UserError as error:
@@ -73,13 +69,30 @@ def _print_error(error: UserError) -> None:
         print(f"error in the process of rank {environment.rank}: {error}", file=sys.stderr)
 
 
+def _help(argv: Sequence[str]) -> str:
+    from rlhf_exp.config.help import help_text
+
+    if not any("=" in argument or argument.startswith("--config") for argument in argv):
+        topics = [argument for argument in argv if not argument.startswith("-")]
+        return help_text(topics[0] if topics else None)
+    # Hydra takes a third of a second to import, which plain help does without.
+    from rlhf_exp.config.folders import config_folders
+
+    arguments = _parse(argv)
+    topics = [text for text in arguments.overrides if "=" not in text and not text.startswith("~")]
+    overrides = [text for text in arguments.overrides if text not in topics]
+    folders, overrides = config_folders(overrides, arguments.config_dir)
+    return help_text(topics[0] if topics else None, folders, overrides)
+
+
 def _launch(argv: Sequence[str]) -> None:
     import hydra
 
     from rlhf_exp.config.compose import as_user_errors, register_schema
-    from rlhf_exp.config.overrides import override_problems, wrap_list_values
+    from rlhf_exp.config.folders import config_folders, search_overrides
+    from rlhf_exp.config.overrides import override_problems, prepare
     from rlhf_exp.config.problems import raise_problems
-    from rlhf_exp.config.schema_keys import read_groups
+    from rlhf_exp.config.schema_keys import CONF, read_groups
 
     for argument in argv:
         if well_formed(argument) != argument:
@@ -89,10 +102,14 @@ def _launch(argv: Sequence[str]) -> None:
                 "link whose name is UTF-8"
             )
     arguments = _parse(argv)
-    folders = [CONF, *([arguments.config_dir] if arguments.config_dir else [])]
     flags = [argument for argument in argv if argument not in arguments.overrides]
-    overrides = wrap_list_values(arguments.overrides)
-    raise_problems(override_problems(overrides, read_groups(folders)))
+    if arguments.shell_completion:
+        folders, overrides = config_folders([], arguments.config_dir)[0], arguments.overrides
+    else:
+        folders, overrides = config_folders(arguments.overrides, arguments.config_dir)
+        groups = read_groups(folders)
+        overrides = prepare(overrides, groups)
+        raise_problems(override_problems(overrides, groups))
     if not (arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion):
         overrides, on_slurm = _check_jobs(overrides, arguments.multirun, folders)
         # Hydra uses launchers in multiruns only; on Slurm, a single run is a multirun of one.
@@ -101,7 +118,7 @@ def _launch(argv: Sequence[str]) -> None:
         overrides += _FOLLOWER_OVERRIDES
     # Without this, Hydra hides the exception and exits with 1, whatever the error.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [sys.argv[0], *flags, *overrides]
+    sys.argv = [sys.argv[0], *flags, *search_overrides(folders[1:]), *overrides]
     register_schema()
     _user_errors.clear()
     with as_user_errors():
@@ -116,10 +133,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = get_args_parser().parse_intermixed_args(list(argv))
     if arguments.config_path or arguments.config_name:
         raise UserError("--config-path and --config-name: add a folder with --config-dir instead")
+    if arguments.experimental_rerun:
+        raise UserError(
+            "--experimental-rerun: give the run's own command again, which `rlhf-exp status NAME` "
+            "and its report show; what is in the store is not made again"
+        )
     if arguments.config_dir is not None:
         arguments.config_dir = Path(arguments.config_dir).expanduser().resolve()
-        if not arguments.config_dir.is_dir():
-            raise UserError(f"--config-dir: there is no folder {arguments.config_dir}")
     return arguments
 
 
@@ -137,7 +157,13 @@ def _check_jobs(
     from rlhf_exp.config.checks import config_problems
     from rlhf_exp.config.checks_sweep import check_points, slurm_problems
     from rlhf_exp.config.compose import compose
-    from rlhf_exp.config.overrides import override_problems, sweep_points, swept_overrides
+    from rlhf_exp.config.overrides import (
+        override_problems,
+        prepare,
+        several_values_problem,
+        sweep_points,
+        swept_overrides,
+    )
     from rlhf_exp.config.problems import Problem, raise_problems
     from rlhf_exp.config.schema_keys import read_groups
 
@@ -146,18 +172,22 @@ def _check_jobs(
     problems: list[Problem | str] = []
     on_slurm = base.site is not None and not base.config.plan
     multirun = multirun or base.multirun
+    groups = read_groups(folders)
+    _print_notes(base, folders)
     if base.config.study.trials is not None:
         overrides = _study_overrides(overrides, base, multirun, folders)
         swept_texts = swept_overrides(overrides)
     if not multirun:
-        for text in swept_texts:
-            key, _, value = text.partition("=")
-            message = f"several values need -m; a list is written {key}=[{value}]."
-            problems.append(Problem(key, value, message))
-    raise_problems(override_problems(base.sweep, read_groups(folders)))
+        problems += [several_values_problem(text, groups) for text in swept_texts]
+    swept_by_files = prepare(base.sweep, groups)
+    raise_problems(override_problems(swept_by_files, groups))
     configs = [base.config]
     if multirun and base.choices["hydra/sweeper"] == "basic":
-        points = sweep_points([*base.sweep, *overrides])
+        # Hydra's sweeper reads the files' sweeps itself; on the command line it gets them as meant.
+        keys = {text.partition("=")[0] for text in overrides}
+        changed = [text for text in swept_by_files if text not in base.sweep]
+        overrides = [text for text in changed if text.partition("=")[0] not in keys] + overrides
+        points = sweep_points([*swept_by_files, *overrides])
         configs, messages = check_points(points, lambda point: compose(point, folders).config)
         problems += messages
     else:
@@ -166,6 +196,20 @@ def _check_jobs(
         problems += slurm_problems(base.site, configs)
     raise_problems(problems)
     return overrides, on_slurm
+
+
+def _print_notes(base: ComposedConfig, folders: Sequence[Path]) -> None:
+    """Say what of the user's has another meaning than it may seem."""
+    if not is_leader():
+        return
+    for folder in folders[1:]:
+        file = folder / "config.yaml"
+        if file.is_file() and file.read_bytes() != (folders[0] / "config.yaml").read_bytes():
+            remedy = f"write its values into {folder / 'experiment' / 'NAME.yaml'}"
+            print(f"note: {file} is not read; {remedy}", file=sys.stderr)
+    if base.choices.get("hydra/launcher") == "joblib":
+        text = "hydra/launcher=joblib is called `parallel` now, for it is not the library joblib"
+        print(f"note: {text}", file=sys.stderr)
 
 
 def _study_overrides(

@@ -83,6 +83,13 @@ def test_cfg_shows_the_whole_config(tmp_path: Path) -> None:
         ("hydra.foo=1", "error: hydra.foo: Key 'foo' not in 'HydraConf'"),
         ("--config-name other", "error: --config-path and --config-name: add a folder"),
         ("--config-dir nowhere", "error: --config-dir: there is no folder /"),
+        ("hydra.searchpath=[file:///nowhere]", "error: hydra.searchpath: file:///nowhere: there"),
+        ("--experimental-rerun a.pickle", "error: --experimental-rerun: give the run's own"),
+        ("hydra/sweeper=optuna", "error: hydra/sweeper=optuna: a search is sweep=ppo_optuna"),
+        ("hydra.job.chdir=true", "error: hydra.job.chdir=true: relative paths start where"),
+        ("eval=null", "error: eval=null: the group needs an option. eval=none"),
+        ("experiment=glob(*)", "error: experiment=choice(demo,hh_125m,"),
+        ("eval.judge.criterion=a,b", "quoted twice: eval.judge.criterion=\\'...\\'."),
     ],
 )
 def test_mistakes_end_with_2_and_a_short_message(
@@ -90,7 +97,8 @@ def test_mistakes_end_with_2_and_a_short_message(
 ) -> None:
     ended = launch(tmp_path, *arguments.split())
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith(message)
+    assert message in ended.stderr
+    assert ended.stderr.startswith("error: ")
     assert "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == [], "nothing is written before everything is checked"
 
@@ -131,11 +139,70 @@ def test_a_sweep_that_is_a_multirun_by_itself(pipeline: Pipeline) -> None:
     ]
 
 
-def test_an_option_of_the_users_own(pipeline: Pipeline, tmp_path: Path) -> None:
-    (tmp_path / "mine" / "ppo").mkdir(parents=True)
-    (tmp_path / "mine" / "ppo" / "bold.yaml").write_text("lr: 0.5\n")
-    assert main(["--config-dir", "mine", "ppo=bold"]) == 0
+@pytest.mark.parametrize(
+    ("folder", "given"),
+    [
+        ("mine", ["--config-dir", "mine"]),
+        ("mine", ["hydra.searchpath=[file://mine]"]),
+        ("conf", []),
+    ],
+)
+def test_an_option_of_the_users_own(
+    pipeline: Pipeline, tmp_path: Path, folder: str, given: list[str]
+) -> None:
+    (tmp_path / folder / "ppo").mkdir(parents=True)
+    (tmp_path / folder / "ppo" / "bold.yaml").write_text("lr: 0.5\n")
+    assert main([*given, "ppo=bold"]) == 0
     assert pipeline.configs[0].ppo.lr == 0.5
+
+
+def test_a_config_of_the_users_own_is_not_read_and_the_run_says_so(
+    pipeline: Pipeline, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text("seed: 5\n")
+    assert main(["seed=3"]) == 0
+    assert pipeline.configs[0].seed == 3
+    assert f"note: {tmp_path}/conf/config.yaml is not read; write" in capfd.readouterr().err
+
+
+def test_help_with_a_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "ppo").mkdir(parents=True)
+    (tmp_path / "mine" / "ppo" / "bold.yaml").write_text("# Large steps.\nlr: 0.5\n")
+    assert main(["--config-dir", "mine", "ppo=bold", "--help", "ppo"]) == 0
+    shown = capsys.readouterr().out
+    assert "  * bold            Large steps." in shown.replace("   * ", "  * ")
+    assert "  ppo.lr=0.5\n" in shown
+    assert main(["experiment=dmo", "--help"]) == 2
+    assert "Did you mean demo?" in capsys.readouterr().err
+
+
+def test_tab_completion(tmp_path: Path) -> None:
+    assert "complete -o nospace" in launch(tmp_path, "-sc", "install=bash").stdout
+
+
+def test_sweeps_of_options_and_texts(pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    sweep = 'hydra: {sweeper: {params: {data.revision: "1e5,choice_"}}}\n'
+    text = f"# @package _global_\n{sweep}data: {{source: hub, path: a/b}}\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
+    given = ["-m", "name=2024_01_02", "stage=sft", "experiment=mine", "model=glob(pythia_1?)"]
+    assert main([*given, "tracking.tags=choice([1e5])"]) == 0
+    found = [(c.name, c.model.name, c.data.revision, c.tracking.tags) for c in pipeline.configs]
+    assert found == [
+        ("2024_01_02", "pythia_1b", "1e5", ["1e5"]),
+        ("2024_01_02", "pythia_1b", "choice_", ["1e5"]),
+    ]
+
+
+def test_the_earlier_name_of_a_launcher(
+    pipeline: Pipeline, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["hydra/launcher=joblib", "stage=sft"]) == 0
+    assert "note: hydra/launcher=joblib is called `parallel` now" in capfd.readouterr().err
 
 
 def test_an_error_of_the_users_while_running(

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from rlhf_exp.config.compose import compose
 from rlhf_exp.config.experiment import Config
-from rlhf_exp.config.overrides import override_problems, sweep_points, wrap_list_values
+from rlhf_exp.config.folders import config_folders
+from rlhf_exp.config.overrides import override_problems, prepare, sweep_points
 from rlhf_exp.config.problems import raise_problems
-from rlhf_exp.config.schema_keys import CONF, read_groups
+from rlhf_exp.config.schema_keys import read_groups
 from rlhf_exp.errors import UserError
 from rlhf_exp.report.sweep.settings import flatten, format_override, override_values, sort_key
 from rlhf_exp.store.artifact import Artifact
@@ -145,10 +146,11 @@ def composed_points(overrides: Sequence[str], config_dir: Path | None) -> Iterat
     Raises:
         UserError: The command line is wrong.
     """
-    folders = [CONF, *([config_dir.expanduser().resolve()] if config_dir else [])]
-    expanded = wrap_list_values(overrides)
-    raise_problems(override_problems(expanded, read_groups(folders)))
-    for point in sweep_points(expanded):
+    folders, others = config_folders(overrides, config_dir)
+    groups = read_groups(folders)
+    prepared = prepare(others, groups)
+    raise_problems(override_problems(prepared, groups))
+    for point in sweep_points(prepared):
         yield compose(point, folders).config
 
 

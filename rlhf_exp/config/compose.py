@@ -23,10 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.folders import file_problems, search_overrides
 from rlhf_exp.config.launchers import SLURM_LAUNCHER, LocalConfig, SlurmConfig
 from rlhf_exp.config.overrides import unknown_option, value_problem
-from rlhf_exp.config.problems import Problem
+from rlhf_exp.config.problems import Problem, raise_problems
 from rlhf_exp.config.schema_keys import CONF, all_keys
+from rlhf_exp.config.text_values import keep_text, literal
 from rlhf_exp.errors import UserError
 
 
@@ -74,26 +76,29 @@ def compose(overrides: Sequence[str] = (), folders: Sequence[Path] = (CONF,)) ->
 
     Args:
         overrides: As on the command line, without sweeps.
-        folders: `conf/`, then further config folders, which take precedence over it.
+        folders: `conf/`, then further config folders, as `config_folders` returns them.
 
     Raises:
         UserError: For an unknown name, a wrong type, or a YAML file with a mistake.
     """
     register_schema()
-    search_path = [f"file://{folder.resolve()}" for folder in folders[1:]]
-    search_override = [f"hydra.searchpath=[{','.join(search_path)}]"] if search_path else []
+    given = [*search_overrides(folders[1:]), *keep_text(overrides)]
     previous_hydra = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with as_user_errors(), hydra.initialize_config_dir(str(folders[0]), version_base="1.3"):
-            tree = hydra.compose("config", [*search_override, *overrides], return_hydra_config=True)
+            tree = hydra.compose("config", given, return_hydra_config=True)
             hydra_section = tree.hydra
+            choices = dict(hydra_section.runtime.choices)
+            _check_files(folders, given, choices)
             swept = OmegaConf.select(hydra_section.sweeper, "params") or {}
             on_slurm = hydra_section.launcher.get("_target_") == SLURM_LAUNCHER
             site = OmegaConf.to_object(hydra_section.launcher) if on_slurm else None
     finally:
         GlobalHydra.instance().hydra = previous_hydra
-    choices = dict(hydra_section.runtime.choices)
+    if hydra_section.job.chdir:
+        message = "relative paths start where the command is given; leave it out."
+        raise UserError(str(Problem("hydra.job.chdir", "true", message)))
     multirun = hydra_section.mode == RunMode.MULTIRUN
     OmegaConf.set_readonly(tree, False)
     OmegaConf.set_struct(tree, False)
@@ -101,6 +106,32 @@ def compose(overrides: Sequence[str] = (), folders: Sequence[Path] = (CONF,)) ->
     sweep = [f"{key}={value}" for key, value in swept.items()]
     assert site is None or isinstance(site, SlurmConfig), "the option starts from the schema"
     return ComposedConfig(to_config(tree), choices, sweep, multirun, site)
+
+
+_checked_files: set[tuple[object, ...]] = set()
+"""Folders and options whose files have no problem: a sweep's points are composed of few sets."""
+
+
+def _check_files(
+    folders: Sequence[Path], overrides: list[str], choices: Mapping[str, str | None]
+) -> None:
+    """Raise the problems of the config files that are composed.
+
+    Raises:
+        UserError: Names file, line and key.
+    """
+    composed = (*folders, *choices.items())
+    if composed in _checked_files:
+        return
+    loader = GlobalHydra.instance().config_loader()
+    files = loader.compute_defaults_list("config", overrides, RunMode.RUN).defaults
+    raise_problems(
+        problem
+        for file in files
+        if file.config_path is not None
+        for problem in file_problems(folders, file.config_path, file.package or "")
+    )
+    _checked_files.add(composed)
 
 
 @contextmanager
@@ -118,7 +149,7 @@ def explain_error(error: BaseException) -> str:
     """Return the message for a composition error: file, key and remedy, without Hydra's advice."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return str(Problem(group, option, unknown_option(option, error.options)))
+        return str(Problem(group, option, unknown_option(group, option, error.options)))
     if isinstance(error, yaml.YAMLError):
         return "\n  ".join(str(error).splitlines())
     summary = (str(error) or type(error).__name__).splitlines()[0]
@@ -194,5 +225,12 @@ def _known_and_unknown(
             known[name], unknown_below = _known_and_unknown(value, f"{prefix}{name}.")
             unknown += unknown_below
         else:
-            known[name] = value
+            known[name] = _literal(value) if "text" in key.type else value
     return known, unknown
+
+
+def _literal(value: Any) -> Any:  # noqa: ANN401 - any field's value
+    """Return a stored value whose text stays text, also where it looks like an interpolation."""
+    if isinstance(value, list):
+        return [_literal(element) for element in value]
+    return literal(value) if isinstance(value, str) else value

@@ -7,7 +7,9 @@ Both come from the schema and from the first comments of the YAML files. A test 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 from rlhf_exp.config.fields import in_key
@@ -33,6 +35,7 @@ Trains a language model on human preferences: SFT, reward model, PPO, evaluation
   python launch.py -m name=NAME ppo.lr=1e-4,3e-4    one run for each value
   python launch.py --cfg job ...                    the whole config, without running
   python launch.py --help SECTION                   the keys of a section, such as ppo or ppo.kl
+  python launch.py GROUP=OPTION --help SECTION      the same, with that option's values
   python launch.py --config-dir DIR ...             with your own groups' options in DIR
 """
 _REFERENCE_HEAD = """\
@@ -48,19 +51,24 @@ how a result is computed, not the result: an artifact in the store does not depe
 """
 
 
-def help_text(topic: str | None = None) -> str:
+def help_text(
+    topic: str | None = None, folders: Sequence[Path] = (CONF,), overrides: Sequence[str] = ()
+) -> str:
     """Return the help on everything or on one topic.
 
     Args:
         topic: A group, a section or a key.
+        folders: The config folders.
+        overrides: A command line, whose options and values are shown in place of the defaults.
 
     Raises:
-        UserError: If there is no such topic.
+        UserError: If there is no such topic, or the command line is wrong.
     """
-    groups = read_groups()
+    groups, keys = read_groups(folders), dict(all_keys())
+    if overrides:
+        groups, keys = _with_values(groups, keys, folders, overrides)
     if topic is None:
-        return _overview(groups)
-    keys = all_keys()
+        return _overview(groups, keys)
     if topic not in groups and topic not in keys:
         similar = closest_keys(topic, list(groups))
         raise UserError(f"--help {topic}: there is no such group or key.{did_you_mean(similar)}")
@@ -71,8 +79,33 @@ def help_text(topic: str | None = None) -> str:
     return "\n".join(parts)
 
 
-def _overview(groups: dict[str, ConfigGroup]) -> str:
-    root = [key for key in all_keys().values() if not key.parent]
+def _with_values(
+    groups: dict[str, ConfigGroup],
+    keys: dict[str, ConfigKey],
+    folders: Sequence[Path],
+    overrides: Sequence[str],
+) -> tuple[dict[str, ConfigGroup], dict[str, ConfigKey]]:
+    """Return groups and keys with a command line's options and values as their defaults."""
+    from rlhf_exp.config.compose import compose  # with Hydra, which plain help does without
+    from rlhf_exp.config.overrides import override_problems, prepare, swept_overrides
+    from rlhf_exp.config.problems import format_value, raise_problems
+
+    prepared = prepare(overrides, groups)
+    raise_problems(override_problems(prepared, groups))
+    swept = swept_overrides(prepared)
+    composed = compose([text for text in prepared if text not in swept], folders)
+    groups = {
+        name: replace(group, default=composed.choices.get(name, group.default))
+        for name, group in groups.items()
+    }
+    return groups, {
+        name: replace(key, default=format_value(attrgetter(name)(composed.config)))
+        for name, key in keys.items()
+    }
+
+
+def _overview(groups: dict[str, ConfigGroup], keys: dict[str, ConfigKey]) -> str:
+    root = [key for key in keys.values() if not key.parent]
     root_keys = [key for key in root if key.section is None and key.name not in groups]
     sections = "".join(f"  {key.name:<14}{key.doc}\n" for key in root if key.section is not None)
     group_list = "\n".join(_describe_group(group) for group in groups.values())

@@ -1,4 +1,4 @@
-"""Config of Hydra's launchers: `hydra/launcher=slurm`, `local` and `joblib`.
+"""Config of Hydra's launchers: `hydra/launcher=slurm`, `local` and `parallel`.
 
 These are the schemas behind `conf/hydra/launcher/`. They belong to Hydra's own section, so nothing
 of them is in a key of the store.

@@ -5,6 +5,7 @@ For a misspelt name, `closest_keys` finds the similar valid ones.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -149,9 +150,9 @@ def read_groups(folders: Sequence[Path] = (CONF,)) -> dict[str, ConfigGroup]:
         folders: `conf/`, then a user's config folders, whose options are added.
     """
     defaults = _default_options(folders[0])
-    options: dict[str, dict[str, str]] = {name: {} for name in defaults if "override" not in name}
+    options: dict[str, dict[str, str]] = {name: {} for name in defaults if "/" not in name}
     for folder in folders:
-        for path in sorted(folder.rglob("*.yaml")):
+        for path in sorted(_yaml_files(folder)):
             name = path.parent.relative_to(folder).as_posix()
             if name != ".":
                 options.setdefault(name, {})[path.stem] = first_comment(path)
@@ -161,10 +162,16 @@ def read_groups(folders: Sequence[Path] = (CONF,)) -> dict[str, ConfigGroup]:
     }
 
 
+def _yaml_files(folder: Path) -> Iterator[Path]:
+    # Not by rglob, which fails where a folder vanishes or may not be read.
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent, name) for name in names if name.endswith(".yaml"))
+
+
 def _default_options(conf: Path) -> dict[str, str | None]:
     content = yaml.safe_load((conf / "config.yaml").read_text(encoding="utf-8"))
     return {
-        name: option
+        name.removeprefix("override "): option
         for entry in content["defaults"]
         if isinstance(entry, dict)
         for name, option in entry.items()
@@ -173,7 +180,7 @@ def _default_options(conf: Path) -> dict[str, str | None]:
 
 def first_comment(path: Path) -> str:
     """Return a YAML file's first comment line that is not a package directive."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         text = line.removeprefix("#").strip()
         if line.startswith("#") and text and not text.startswith("@package"):
             return text

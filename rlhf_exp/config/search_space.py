@@ -30,6 +30,7 @@ from rlhf_exp.config.overrides import parse_override
 from rlhf_exp.config.problems import ConfigChecker, Problem, format_value
 from rlhf_exp.config.schema_keys import all_keys, closest_keys, did_you_mean
 from rlhf_exp.config.study import Axis, Length, Objective, StudyConfig
+from rlhf_exp.config.text_values import override_of
 from rlhf_exp.config.training import PpoConfig, Select, SelectBy
 
 TrialValues = Mapping[str, float]
@@ -325,11 +326,7 @@ def _axis_of_sweep(override: Override) -> Axis | Problem:
 
 def space_override(space: Sequence[Axis]) -> str:
     """Return the override that sets `study.space`."""
-    listed = [
-        "{" + ",".join(f"{name}:{format_value(value)}" for name, value in vars(axis).items()) + "}"
-        for axis in space
-    ]
-    return f"study.space=[{','.join(listed)}]"
+    return override_of("study.space", list(space))
 
 
 def worker_job_overrides(workers: int, local: bool) -> list[str]:
@@ -360,7 +357,7 @@ def overrides_between(before: Config, after: Config) -> list[str]:
     """
     old, new = dict(_flatten(before)), dict(_flatten(after))
     return [
-        f"{key}={format_value(value)}"
+        override_of(key, value)
         for key, value in new.items()
         if value != old[key] and key.partition(".")[0] not in _NOT_COMPARED
     ]

@@ -11,14 +11,14 @@ import pytest
 from rlhf_exp.config import checks
 from rlhf_exp.config.checks import config_problems
 from rlhf_exp.config.compose import compose
-from rlhf_exp.config.overrides import wrap_list_values
+from rlhf_exp.config.overrides import prepare
 from rlhf_exp.config.problems import raise_problems
 from rlhf_exp.errors import UserError
 from rlhf_exp.trlx import convert
 
 
 def complaints(*overrides: str, multirun: bool = False) -> list[str]:
-    config = compose(wrap_list_values(overrides)).config
+    config = compose(prepare(overrides, {})).config
     return [str(problem) for problem in config_problems(config, multirun)]
 
 

@@ -25,7 +25,7 @@ PROMISED = {
     "tracking": "offline online disabled",
     "experiment": "demo smoke hh_small hh_125m hh_1b hh_gptj_6b hh_20b",
     "sweep": "ppo_grid ppo_optuna",
-    "hydra/launcher": "joblib local slurm",
+    "hydra/launcher": "joblib local parallel slurm",
 }
 
 

@@ -74,7 +74,7 @@ def test_points_side_by_side_survive_a_killed_one(
         "-m",
         "name=three",
         "stage=ppo",
-        "hydra/launcher=joblib",
+        "hydra/launcher=parallel",
         "hydra.launcher.n_jobs=2",
         f"ppo.reward.function={scorer}:score",
         "ppo.seed=0,1,2",
@@ -109,7 +109,13 @@ def test_a_number_of_jobs_that_makes_no_sense(
 
 def test_cores_are_divided(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Each of two jobs gets half of the cores, and not less than one."""
-    command = ["-m", "name=cores", "stage=sft", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    command = [
+        "-m",
+        "name=cores",
+        "stage=sft",
+        "hydra/launcher=parallel",
+        "hydra.launcher.n_jobs=2",
+    ]
     command += ["sft.seed=0,1", "distributed.threads=null"]
     assert launch(tmp_path, *command) == 0
     made = [one.manifest.config for one in Store(tmp_path / "store").all()]
@@ -137,7 +143,7 @@ def test_points_are_told_apart_by_what_differs() -> None:
 def test_eight_jobs_two_killed_and_the_same_command_again(tmp_path: Path) -> None:
     arguments = [
         "-m",
-        *small(tmp_path, "name=eight", "hydra/launcher=joblib", "hydra.launcher.n_jobs=8"),
+        *small(tmp_path, "name=eight", "hydra/launcher=parallel", "hydra.launcher.n_jobs=8"),
         "ppo.seed=0,1,2,3,4,5,6,7",
         "ppo.steps=60",
     ]
@@ -211,7 +217,7 @@ def score(prompts, responses):
 def swept(folder: Path, *overrides: str) -> int:
     scorer = folder / "scorer.py"
     scorer.write_text(SCORER)
-    given = ["-m", "name=gpus", "stage=ppo", "hydra/launcher=joblib", "ppo.seed=0,1,2"]
+    given = ["-m", "name=gpus", "stage=ppo", "hydra/launcher=parallel", "ppo.seed=0,1,2"]
     function = f"ppo.reward.function={scorer}:score"
     return launch(folder / "outputs", *given, function, *overrides)
 

@@ -26,6 +26,7 @@ from rlhf_exp.config.search_space import (
     with_values,
 )
 from rlhf_exp.config.study import Axis, StudyConfig
+from rlhf_exp.config.text_values import override_of
 from rlhf_exp.config.training import Scale
 from rlhf_exp.errors import UserError
 from rlhf_exp.experiment import UNNAMED
@@ -77,7 +78,7 @@ def trial_overrides(config: Config, values: TrialValues) -> list[str]:
     """Return the command line that runs a trial by itself."""
     plain = replace(config, study=StudyConfig())
     changed = overrides_between(plain, trial_config(config, values))
-    searched = [f"{key}={format_value(value)}" for key, value in values.items()]
+    searched = [override_of(key, value) for key, value in values.items()]
     others = [text for text in changed if text.partition("=")[0] not in values]
     new = [*searched, *others]
     replaced = {text.partition("=")[0] for text in new}

@@ -14,15 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import scipy  # its parts are imported on first use
+from numpy.typing import ArrayLike
 
-from rlhf_exp.evaluation.statistics import (
-    LEVEL,
-    RESAMPLES,
-    Estimate,
-    Floats,
-    Interval,
-    estimate_mean,
-)
+from rlhf_exp.evaluation.statistics import LEVEL, Estimate, Floats
 from rlhf_exp.report.chart import Row
 from rlhf_exp.report.sweep.settings import format_override, override_values, sort_key
 
@@ -42,7 +37,7 @@ IGNORED_SECTIONS = (
     "sweep",
 )
 UNKNOWN = "–"
-# Resampling two values adds nothing to the two values.
+# An interval of two values is 13 times as long as their distance; the values themselves say more.
 FEWEST_SEEDS = 3
 
 
@@ -317,13 +312,14 @@ class SeedSummary:
 
 
 def summarise_seeds(values: Iterable[float | None]) -> SeedSummary | None:
-    """Return mean and percentile-bootstrap interval of the finite values; `None` without any."""
+    """Return mean and Student's t interval of the finite values; `None` without any."""
     known = tuple(float(value) for value in values if value is not None and math.isfinite(value))
     if not known:
         return None
     if len(known) < FEWEST_SEEDS:
         return SeedSummary(known, Estimate(sum(known) / len(known), -math.inf, math.inf))
-    return SeedSummary(known, estimate_mean(known, seed=0))
+    mean, low, high = intervals(np.array(known)[:, None])
+    return SeedSummary(known, Estimate(float(mean[0]), float(low[0]), float(high[0])))
 
 
 @dataclass(frozen=True)
@@ -377,7 +373,7 @@ def rank_groups(groups: Sequence[RunGroup]) -> list[tuple[RunGroup, SeedSummary]
 
 
 def intervals(values: Floats) -> tuple[Floats, Floats, Floats]:
-    """Return mean and percentile-bootstrap interval over seeds at each of T steps.
+    """Return mean and Student's t interval over seeds at each of T steps.
 
     Args:
         values: [n, T], one row a seed; NaN where a seed has no value.
@@ -387,38 +383,34 @@ def intervals(values: Floats) -> tuple[Floats, Floats, Floats]:
     """
     known = np.isfinite(values)
     count = known.sum(axis=0)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(known, values, 0).sum(axis=0) / np.where(count, count, np.nan)
-    low, high = np.full(len(mean), np.nan), np.full(len(mean), np.nan)
-    for members in {tuple(column) for column in known.T.tolist()}:
-        rows = np.flatnonzero(members)
-        if len(rows) < FEWEST_SEEDS:
-            continue
-        steps = np.flatnonzero((np.array(members) == known.T).all(axis=1))
-        draws = np.random.default_rng(0).integers(0, len(rows), size=(RESAMPLES, len(rows)))
-        weights = np.apply_along_axis(np.bincount, 1, draws, minlength=len(rows)) / len(rows)
-        means = weights @ values[np.ix_(rows, steps)]
-        tail = (1 - LEVEL) / 2
-        low[steps], high[steps] = np.quantile(means, [tail, 1 - tail], axis=0)
-    return mean, low, high
+        squares = np.where(known, values - mean, 0) ** 2
+        error = np.sqrt(squares.sum(axis=0) / (count - 1) / count)
+        half = np.where(count >= FEWEST_SEEDS, _t_quantile(count - 1) * error, np.nan)
+    return mean, mean - half, mean + half
 
 
-def difference(a: SeedSummary, b: SeedSummary, seed: int = 0) -> Estimate:
+def difference(a: SeedSummary, b: SeedSummary) -> Estimate:
     """Return the difference of means, b - a, with its interval over seeds.
 
-    The seeds of both sides are resampled independently of each other. The interval is infinite
-    where a side has fewer than `FEWEST_SEEDS`.
+    The interval is Welch's (1947): the two sides' variances and numbers of seeds may differ. It is
+    infinite where a side has fewer than `FEWEST_SEEDS`.
     """
     left, right = np.array(a.values), np.array(b.values)
     mean = float(right.mean() - left.mean())
     if min(len(left), len(right)) < FEWEST_SEEDS:
         return Estimate(mean, -math.inf, math.inf)
-    generator = np.random.default_rng(seed)
-    means = [
-        side[generator.integers(0, len(side), size=(RESAMPLES, len(side)))].mean(axis=1)
-        for side in (left, right)
-    ]
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(means[1] - means[0], [tail, 1 - tail])
-    ends = Interval(float(low), float(high))
-    return Estimate(mean, ends.low, ends.high)
+    errors = [float(side.var(ddof=1)) / len(side) for side in (left, right)]
+    if not sum(errors):
+        return Estimate(mean, mean, mean)
+    # Welch and Satterthwaite's degrees of freedom.
+    parts = [error**2 / (len(side) - 1) for error, side in zip(errors, (left, right), strict=True)]
+    half = float(_t_quantile(sum(errors) ** 2 / sum(parts))) * math.sqrt(sum(errors))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def _t_quantile(freedom: ArrayLike) -> Floats:
+    """Return the upper end of `LEVEL` of Student's t distribution, in standard errors."""
+    quantile: Floats = scipy.special.stdtrit(freedom, (1 + LEVEL) / 2)
+    return quantile

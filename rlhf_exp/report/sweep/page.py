@@ -40,9 +40,9 @@ from rlhf_exp.report.sweep.gather import evaluations
 from rlhf_exp.report.template import FOLDER, fill
 
 _INTERVAL_NOTE = (
-    f"Brackets: 95 % percentile-bootstrap intervals of the mean over seeds, from {FEWEST_SEEDS} "
-    "seeds on (of exactly 3 that is their range); of fewer seeds the values themselves. With less "
-    "than about ten seeds such intervals are too narrow: read them as a hint of the spread."
+    f"Brackets: 95 % intervals of the mean over seeds (Student's t), from {FEWEST_SEEDS} seeds on; "
+    "of fewer seeds the values themselves. With 3 seeds they are wide: a mean and its spread are "
+    "then known that badly."
 )
 _WINNER_NOTE = (
     "The best of several is chosen for its luck too: expect somewhat less when it is run with new "

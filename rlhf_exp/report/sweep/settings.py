@@ -31,11 +31,13 @@ def format_override(value: object) -> str:
 
 
 def parse_override(text: str) -> str:
-    """Return the value of an override, written as `shown` writes it."""
+    """Return the value of an override, written as `format_override` writes it."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    if isinstance(value, str) and text[:1] in ("'", '"'):  # text that looks like a number
+        return value
     if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a word
         try:
             return format_override(float(value))

@@ -87,7 +87,7 @@ def test_the_failure_the_best_and_the_reason_for_no_importance(tmp_path: Path) -
     assert "Traceback &lt;b&gt;" in page
     # By hand: 1e-4 has (1 + 2 + 6) / 3 = 3, 1e-3 has (4 + 5) / 2 = 4.5 of two seeds.
     assert "4.50 (4, 5), 2 seeds" in page
-    assert "The next, lr 0.0001, has 3.00 [1.00, 6.00]" in page
+    assert "The next, lr 0.0001, has 3.00 [−3.57, 9.57]" in page
     assert "name=kl-best experiment=smoke ppo.lr=0.001" in page
     assert "ppo.seed" not in page.split('id="best"')[1].split("</section>")[0]
     assert "there is no Optuna study" in page

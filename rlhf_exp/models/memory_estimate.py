@@ -224,7 +224,7 @@ def estimate_memory(
         logits=2 * 4 * min(LOGITS_CHUNK, logits),
         kv_cache=kv_cache_bytes(architecture, workload, precision),
         trunk_states=states * precision.activation,
-        reference=copied * min(precision.weight, precision.gathered),
+        reference=copied * min(precision.trained, precision.gathered),
         reward_model=_reward_parameters(reward_model, reward_blocks) * precision.beside,
         host=host + (optimizer if sharding.offload else 0),
     )

@@ -45,7 +45,7 @@ def build_reference(policy: Policy, dtype: torch.dtype | None = None) -> Referen
     """Return the cheapest reference that is right for an untrained `policy`.
 
     Args:
-        policy: Not yet trained.
+        policy: Not yet trained, its weights in the number formats that they train in.
         dtype: Number format of a copy's weights; by default the policy's. A policy that computes
             with bfloat16 weights needs a reference that does, or rounding would count as
             divergence.

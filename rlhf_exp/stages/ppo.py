@@ -65,8 +65,9 @@ def run(config: Config, context: StageContext) -> StageResult:
         prompts, validation = ppo_prompts(config, context, codec)
         policy = build_policy(config, context)
         policy.to(world.device)
-        reference = build_reference(policy, world.weights_dtype)
         keep_small_updates(policy)
+        # After it: mixed precision computes otherwise with weights in float32 than in bfloat16.
+        reference = build_reference(policy, world.weights_dtype)
         scorer = training_scorer(config, context, codec, world, policy)
         task = PpoTask(
             policy,

@@ -42,6 +42,21 @@ def pair(request: pytest.FixtureRequest, tiny: Build, family: str) -> tuple[Poli
     return policy, reference
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_policy_exactly_in_mixed_precision(
+    kind: str, tiny: Build, family: str, rows: Batch
+) -> None:
+    policy = Policy(tiny(family).to(torch.bfloat16), **KINDS[kind][0])
+    for _, parameter in policy.trainable_named_parameters():
+        parameter.data = parameter.data.float()
+    reference = build_reference(policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = policy.response_outputs(**rows, temperature=TEMPERATURE).logprobs
+        theirs = reference.logprobs(**rows, temperature=TEMPERATURE)
+    assert ours.abs().sum() > 0
+    assert torch.equal(ours, theirs)
+
+
 def train_a_little(policy: Policy, rows: Batch) -> None:
     optimizer = torch.optim.SGD([p for _, p in policy.trainable_named_parameters()], lr=0.05)
     for _ in range(2):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlhf_exp.algo.kl import ESTIMATORS, KlEstimatorName
 from rlhf_exp.algo.masks import masked_mean, masked_var
+from rlhf_exp.algo.rounding import ROUNDING, divisor, is_rounding
 
 WHITEN_EPSILON = 1e-8
 ScaleMode = Literal["none", "running", "reference"]
@@ -37,7 +38,7 @@ def clip_scores(scores: Tensor, limit: float) -> Tensor:
 
 
 class RewardScaler:
-    """Divides scores by a standard deviation.
+    """Divides scores by a standard deviation, unless that is nothing but rounding.
 
     Args:
         mode: whose standard deviation: `none` divides by nothing, `running` by that of all scores
@@ -49,28 +50,47 @@ class RewardScaler:
             raise ValueError(f"reward scaling {mode!r}: expected one of {', '.join(SCALE_MODES)}")
         self.mode = mode
         self.moments = RunningMoments()
+        self._largest = 0.0
 
-    def scale(self, scores: Tensor, all_scores: Tensor | None = None) -> Tensor:
+    @property
+    def all_equal(self) -> bool:
+        """Whether the scores that count are known to be equal, but for rounding."""
+        return self.moments.count > 1 and is_rounding(self.moments.spread, self._largest)
+
+    @property
+    def divisor(self) -> float:
+        """What scores are divided by: their standard deviation; 1 if it is unknown or rounding."""
+        return divisor(self.moments.spread, self._largest)
+
+    def scale(
+        self, scores: Tensor, all_scores: Tensor | None = None, largest: float = 0.0
+    ) -> Tensor:
         """Return `scores` [B] divided by the standard deviation; call it once per iteration.
 
         Args:
             scores: [B] to be divided.
             all_scores: [N] the iteration's scores of all ranks, without padding rows; they update
                 the standard deviation. `scores` if None.
+            largest: absolute value of the largest number, on any rank, that the scores were
+                computed from, where it is above their own: a difference is rounded as its terms.
         """
         if self.mode == "none":
             return scores
         if self.mode == "running" or not self.moments.count:
-            self.moments.update(scores if all_scores is None else all_scores)
-        return scores / self.moments.std
+            counted = scores if all_scores is None else all_scores
+            self.moments.update(counted)
+            own = counted.abs().max().item() if counted.numel() else 0.0
+            self._largest = max(self._largest, largest, own)
+        return scores / self.divisor
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return self.moments.state_dict()
+        return self.moments.state_dict() | {"largest": self._largest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.moments.load_state_dict(state)
+        self._largest = float(state.get("largest", 0.0))  # absent in older checkpoints
 
 
 class RunningMoments:
@@ -86,11 +106,14 @@ class RunningMoments:
         self._squares = 0.0
 
     @property
+    def spread(self) -> float:
+        """Standard deviation (over count - 1); 0 if unknown."""
+        return math.sqrt(max(self._squares, 0.0) / max(self.count - 1, 1))
+
+    @property
     def std(self) -> float:
         """Standard deviation (over count - 1); 1 if unknown or 0, so that dividing is safe."""
-        if self.count < 2 or self._squares <= 0.0:
-            return 1.0
-        return math.sqrt(self._squares / (self.count - 1))
+        return self.spread or 1.0
 
     def update(self, values: Tensor) -> None:
         """Add `values` (of any shape, from all ranks)."""
@@ -246,7 +269,7 @@ def whiten(
     """Return (x - mean) / std inside the mask [B, T], and 0 outside.
 
     The variance is the biased one, divided by the number of tokens: the result has mean 0 and mean
-    square 1.
+    square 1, unless the values differ by rounding alone: that is not magnified.
 
     Args:
         values: [B, T].
@@ -257,4 +280,6 @@ def whiten(
     assert (mean is None) == (std is None), "mean and std go together"
     if mean is None or std is None:
         mean, std = masked_mean(values, mask), masked_var(values, mask).sqrt()
-    return ((values - mean) / (std + WHITEN_EPSILON)).masked_fill(~mask.bool(), 0.0)
+    floor = ROUNDING * torch.as_tensor(mean).abs()
+    std = torch.maximum(torch.as_tensor(std), floor) + WHITEN_EPSILON
+    return ((values - mean) / std).masked_fill(~mask.bool(), 0.0)

@@ -70,7 +70,8 @@ class ValueStats(Stats):
     """Statistics of the value loss.
 
     Attributes:
-        clipped: tokens whose clipped error is the larger one, so that they have no gradient.
+        clipped: tokens whose clipped error is the larger one, so that they have no gradient; a tie
+            is none of them.
         squared_error: sum of (value - return)^2.
         count: tokens.
     """
@@ -178,7 +179,11 @@ def value_loss(
     values, old_values, returns = (
         tensor.float().masked_fill(outside, 0.0) for tensor in (values, old_values, returns)
     )
-    clipped_values = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    change = values - old_values
+    # Within the range the value itself: the sum would differ from it by rounding, and count.
+    clipped_values = torch.where(
+        change.abs() <= clip_range, values, old_values + change.clamp(-clip_range, clip_range)
+    )
     error, clipped_error = (values - returns).square(), (clipped_values - returns).square()
     loss = 0.5 * (torch.maximum(error, clipped_error) * mask).sum() / normaliser
     with torch.no_grad():

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from rlhf_exp.algo.rounding import is_rounding
 from rlhf_exp.evaluation.preference import estimate_to_json
 from rlhf_exp.evaluation.statistics import Estimate, estimate_mean
 
@@ -81,7 +82,11 @@ class StartingPolicy:
         self.proxy = next(iter(self.scores))
         self.seed = seed
         # A judge that gives every answer the same score has no spread to measure gains in.
-        self.judges = [name for name, values in self.scores.items() if np.ptp(values) > 0]
+        self.judges = [
+            name
+            for name, values in self.scores.items()
+            if not is_rounding(float(np.ptp(values)), float(np.abs(values).max()))
+        ]
 
     def best_of(self, sizes: Sequence[int]) -> TrainingPath | None:
         """Return the path of best-of-n for each n; `None` without an n above 1."""

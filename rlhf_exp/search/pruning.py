@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from rlhf_exp.algo.rounding import divisor
 from rlhf_exp.search.study import Pruning, open_study
 from rlhf_exp.tracking.local import METRICS, STEP, read_metrics
 
@@ -65,7 +66,9 @@ class TrialObjective:
         if self.name == "final_reward":
             return measured[-1][REWARD]
         if self.name == "penalised_reward":
-            unit = (measured[0].get(REWARD_STD) or 1.0) if self.scaled else 1.0
+            first = measured[0]
+            deviation = first.get(REWARD_STD, 0.0) if self.scaled else 0.0
+            unit = divisor(deviation, abs(first[REWARD]))
             return max(row[REWARD] / unit - self.kl_coef * row[KL] for row in measured)
         maximised = WIN_RATE if self.name == "win_rate_at_kl" else REWARD
         return max(

@@ -27,6 +27,7 @@ D width.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -82,6 +83,8 @@ from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.result import EvaluationResult
 from rlhf_exp.training.reward_scorer import Scorer, score_samples
 from rlhf_exp.training.task import Update
+
+log = logging.getLogger(__name__)
 
 
 class Evaluator(Protocol):
@@ -338,6 +341,7 @@ class ExperienceCollector:
         self.sampler, self.scorer = sampler, scorer
         self.prompts, self.original_scores = prompts, original_scores
         self.scaler, self.controller = scaler, controller
+        self._warned = False
         self.section, self.reuse_states, self.world = section, reuse_states, world
 
     def collect(self, iteration: int, meters: MetricAccumulator) -> Rollouts:
@@ -409,16 +413,30 @@ class ExperienceCollector:
         raw = score_samples(self.scorer, samples).to(device)
         report_scores(raw, weights, meters)
         scores = raw - reward.missing_eos_penalty * (samples.finish == FinishReason.LENGTH)
+        sizes = raw.abs()
         if self.original_scores is not None:
-            scores = subtract_original_scores(
-                scores, self.original_scores[samples.index.cpu()].to(device)
-            )
+            originals = self.original_scores[samples.index.cpu()].to(device)
+            scores = subtract_original_scores(scores, originals)
+            sizes = torch.maximum(sizes, originals.abs())
             meters.add("reward/delta_mean", (scores * weights).sum(), weights.sum())
         if reward.clip is not None:
             scores = clip_scores(scores, reward.clip)
-        scaled = self.scaler.scale(scores, self.world.gather(scores[weights > 0]))
-        meters.add("reward/scale", self.scaler.moments.std, 1.0)
+        largest = self.world.gather(sizes[weights > 0]).max().item()
+        scaled = self.scaler.scale(scores, self.world.gather(scores[weights > 0]), largest)
+        meters.add("reward/scale", self.scaler.divisor, 1.0)
+        self._warn_of_equal_scores()
         return scaled
+
+    def _warn_of_equal_scores(self) -> None:
+        if self.scaler.all_equal and not self._warned and self.world.is_main:
+            self._warned = True
+            log.warning(
+                "ppo.reward.scale=%s: the %d scores so far are equal but for rounding (about %.6g, "
+                "standard deviation %.2g), so they are not divided by it; while no answer is "
+                "better than another, nothing but the KL penalty is learned",
+                *(self.scaler.mode, self.scaler.moments.count),
+                *(self.scaler.moments.mean, self.scaler.moments.spread),
+            )
 
     def _advantages_without_values(
         self, rewards: Tensor, mask: Tensor, weights: Tensor, meters: MetricAccumulator

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from rlhf_exp.algo.rounding import divisor
 from rlhf_exp.config.training import PpoConfig, Scale, SelectBy
 
 SHOWN = 20
@@ -16,7 +17,9 @@ SHOWN = 20
 
 def score_unit(section: PpoConfig, first: Mapping[str, float]) -> float:
     """Return the divisor of scores in the objective, from the first evaluation's metrics."""
-    return (first["eval/reward_std"] or 1.0) if section.reward.scale is not Scale.none else 1.0
+    if section.reward.scale is Scale.none:
+        return 1.0
+    return divisor(first["eval/reward_std"], abs(first["eval/reward_mean"]))
 
 
 def objective(section: PpoConfig, metrics: Mapping[str, float], unit: float) -> float:

@@ -14,6 +14,7 @@ import torch
 from rlhf_exp.algo.advantages import (
     RewardScaler,
     RunningMoments,
+    ScaleMode,
     clip_scores,
     gae,
     group_relative,
@@ -103,6 +104,47 @@ def test_std_is_one_until_it_means_something() -> None:
     assert moments.std == 1.0
     moments.update(torch.tensor([3.0, 3.0]))
     assert moments.std == 1.0
+
+
+@pytest.mark.parametrize("mode", ["running", "reference"])
+def test_scores_that_differ_by_rounding_are_not_divided(mode: ScaleMode) -> None:
+    scaler = RewardScaler(mode)
+    # A sum of a tenth in another order: neighbours in float32, 7e-9 apart.
+    scores = torch.tensor([0.1, 0.1, 0.1]).nextafter(torch.tensor([0.1, 0.0, 1.0]))
+    assert 0 < scores.std().item() < 1e-8
+    assert torch.equal(scaler.scale(scores), scores)
+    assert (scaler.divisor, scaler.all_equal) == (1.0, True)
+    # The same small deviation of small scores is one of the answers.
+    scaler = RewardScaler(mode)
+    assert scaler.scale((scores - 0.1) * 3).std().item() == pytest.approx(1.0)
+    assert not scaler.all_equal
+
+
+def test_differences_are_rounded_as_their_terms_are() -> None:
+    differences = torch.tensor([2e-6, -1e-6, -1e-6])  # of scores of 8 or so
+    scaler = RewardScaler("running")
+    assert torch.equal(scaler.scale(differences, largest=8.0), differences)
+    resumed = RewardScaler("running")
+    resumed.load_state_dict(scaler.state_dict())
+    assert torch.equal(resumed.scale(differences), differences)
+    assert resumed.all_equal
+    # 1e-6, 2e-6 and 3e-6 from their mean: without the terms the deviation counts.
+    assert RewardScaler("running").scale(differences).std().item() == pytest.approx(1.0)
+
+
+def test_scores_are_divided_again_once_they_differ() -> None:
+    scaler = RewardScaler("running")
+    scaler.scale(torch.tensor([5.0, 5.0]))
+    assert scaler.all_equal
+    # 5, 5, 5, 9: mean 6, squared distances 1 + 1 + 1 + 9 = 12, std sqrt(12 / 3) = 2.
+    assert scaler.scale(torch.tensor([5.0, 9.0])).tolist() == [2.5, 4.5]
+    assert not scaler.all_equal
+
+
+def test_whitening_does_not_magnify_rounding() -> None:
+    x = torch.full((2, 3), 5.0)
+    x[0, 0], x[1, 1] = 5.0000005, 4.9999995
+    assert whiten(x, MASK).abs().max().item() < 0.1
 
 
 def test_running_scaler_by_hand() -> None:

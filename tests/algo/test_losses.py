@@ -95,6 +95,20 @@ def test_value_loss_by_hand() -> None:
     torch.testing.assert_close(values.grad, expected)
 
 
+def test_values_within_the_range_are_not_clipped_by_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(1, 1000, generator=generator)
+    values = old + 0.19 * (2 * torch.rand(1, 1000, generator=generator) - 1)
+    returns = torch.randn(1, 1000, generator=generator)
+    mask = torch.ones(1, 1000, dtype=torch.bool)
+    loss, stats = value_loss(values, old, returns, mask, 0.2, normaliser=1000.0)
+    assert stats.clipped.item() == 0.0
+    assert loss.item() == pytest.approx(0.5 * (values - returns).square().mean().item())
+    # A tie beyond the range: V = 1.5 and Vclip = 0.5 are equally far from R = 1.
+    tie = [torch.tensor([[number]]) for number in (1.5, 0.0, 1.0)]
+    assert value_loss(*tie, torch.tensor([[True]]), 0.5, 1.0)[1].clipped.item() == 0.0
+
+
 def test_pairwise_loss_by_hand() -> None:
     chosen = torch.tensor([2.0, 0.0, 1.0, 5.0])
     rejected = torch.tensor([1.0, 3.0, 1.0, math.nan])

@@ -62,7 +62,12 @@ def test_gains_by_hand() -> None:
 
 
 def test_a_judge_without_an_opinion_is_left_out() -> None:
-    start = StartingPolicy({"proxy": [[0.0, 1.0]], "blind": [[1.0, 1.0]]}, seed=0)
+    scores = {
+        "proxy": [[0.0, 1.0]],
+        "blind": [[1.0, 1.0]],
+        "blind but for rounding": [[0.1, 0.10000001]],
+    }
+    start = StartingPolicy(scores, seed=0)
     assert start.judges == ["proxy"]
     assert start.best_of([1]) is None
 

@@ -58,12 +58,12 @@ ALLOWED = {
     | TRAINER
     | SAMPLING
     | SCORING
-    | {"algo/advantages", "distributed/redistribute"}
+    | {"algo/advantages", "algo/rounding", "distributed/redistribute"}
     | names("training", "ppo ppo_objective ppo_validation")
     | names("stages", "ppo ppo_inputs"),
     "trlx_ppo": COMMON
     | SCORING
-    | {"algo/advantages"}
+    | {"algo/advantages", "algo/rounding"}
     | names("training", "ppo_objective result")
     | names("trlx", "convert metrics plan session")
     | names("trlx/worker", "__main__ trlx_line trlx_trainer")
@@ -71,7 +71,7 @@ ALLOWED = {
     "eval": COMMON
     | SAMPLING
     | SCORING
-    | {"data/toy/gold_judge"}
+    | {"algo/rounding", "data/toy/gold_judge"}
     | names("evaluation", "agreement answers comparison overoptimisation preference")
     | names("evaluation", "reward_quality statistics")
     | names("evaluation/judges", "human_agreement llm protocol reward_models")

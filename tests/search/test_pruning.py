@@ -51,6 +51,11 @@ def test_objectives(asked: TrialObjective, expected: float) -> None:
     assert asked.value(CURVE) == pytest.approx(expected)
 
 
+def test_rewards_that_differ_by_rounding_are_not_divided() -> None:
+    rows = [row | {"eval/reward_std": 1e-9} for row in CURVE]
+    assert measure("penalised_reward", scaled=True).value(rows) == pytest.approx(1.0)
+
+
 def test_nothing_within_the_budget_is_below_everything() -> None:
     assert measure("reward_at_kl", budget=1.0).value(CURVE[2:]) == -math.inf
 

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import operator
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -322,6 +323,25 @@ def test_a_response_that_does_not_end_pays_the_penalty(world: World) -> None:
     assert min(expected) < 0
     assert rollouts.returns is not None
     assert rollouts.returns[:, 0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_scores_that_differ_by_rounding_are_not_divided(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    def a_tenth(tokens: Tensor, *lengths: Tensor) -> Tensor:
+        return torch.full((len(tokens),), 0.1) + 7e-9 * (torch.arange(len(tokens)) % 2)
+
+    assert len(a_tenth(torch.zeros(8, 1)).unique()) == 2
+    collector = build_task(world, scorer=a_tenth).collector
+    meters = MetricAccumulator(world)
+    rollouts = collector.collect(0, meters)
+    collector.collect(1, meters)
+    assert meters.means()["reward/scale"] == 1.0
+    assert rollouts.returns is not None
+    assert rollouts.returns.abs().max() < 1.0
+    assert len(caplog.messages) == 1, "said once"
+    # Half of them are 7.45e-9 above the others: 3.7e-9 from their mean.
+    assert re.search(r"rounding \(about 0\.1, standard deviation (3\.[789]|4)e-09", caplog.text)
 
 
 def test_each_iteration_has_prompts_and_noise_of_its_own(world: World) -> None:

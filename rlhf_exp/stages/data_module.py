@@ -6,7 +6,7 @@ import logging
 from functools import cached_property
 from pathlib import Path
 
-from rlhf_exp.config.experiment import DataConfig, DataSource
+from rlhf_exp.config.experiment import DataConfig, DataSource, PromptFormat
 from rlhf_exp.data.rows import (
     Corpus,
     Demonstration,
@@ -36,12 +36,24 @@ class DataModule:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The rows; unusable ones are reported once."""
+        """The rows; what was normalised, left out or cannot be used is reported once."""
         corpus = _load(self.config)
+        if corpus.counts:
+            listed = "".join(f"\n  {number}: {what}" for what, number in corpus.counts.items())
+            log.warning("data, numbers of rows:%s", listed)
         if corpus.unusable:
             listed = "".join(f"\n  {row.origin}: {row.reason}" for row in corpus.unusable[:20])
             log.warning("%d rows cannot be used:%s", len(corpus.unusable), listed)
         return corpus
+
+    def facts(self) -> dict[str, float | int | str]:
+        """Return what became of the rows, for a result's manifest."""
+        counts = self.corpus.counts
+        return {
+            "rejected": len(self.corpus.unusable),
+            "dropped": self.corpus.dropped,
+            "data": "; ".join(f"{number}: {what}" for what, number in counts.items()),
+        }
 
     def codec(self, folder: str | Path, revision: str | None = None) -> Codec:
         """Return the codec of the tokenizer in a model folder (or of a hub id)."""
@@ -129,6 +141,7 @@ def _load(config: DataConfig) -> Corpus:
         test_fraction=config.test_fraction,
         max_bad_fraction=config.max_bad_fraction,
         limit=config.limit,
+        turns_in_responses=config.format is PromptFormat.hh,
     )
     if config.source == DataSource.toy:
         toy = config.toy

@@ -61,9 +61,8 @@ def run(config: Config, context: StageContext) -> StageResult:
             "rows": len(rows),
             "packed_rows": len(train_rows),
             "cut_prompts": cut,
-            "rejected": len(context.materials.corpus.unusable),
-            "dropped": context.materials.corpus.dropped,
         }
+        facts |= context.materials.facts()
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 
 

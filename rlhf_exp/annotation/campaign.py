@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_exp.data.parsing import UnreadableLine, read_jsonl
+from rlhf_exp.data.jsonl import UnreadableLine, read_jsonl
 from rlhf_exp.errors import UserError
 
 NAME_LENGTH = 100

@@ -31,7 +31,8 @@ from rlhf_exp.annotation.campaign import (
     display_side,
     ratings,
 )
-from rlhf_exp.data.parsing import UnreadableLine, read_jsonl, split_turns
+from rlhf_exp.data.jsonl import UnreadableLine, read_jsonl
+from rlhf_exp.data.parsing import split_turns
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.agreement import majority
 from rlhf_exp.store.atomic_files import write_text_atomic

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, question
 from rlhf_exp.annotation.export import LabelledPair, PairNames, judged_pairs, pairs_to_judge
-from rlhf_exp.data.parsing import UnreadableLine, read_jsonl
+from rlhf_exp.data.jsonl import UnreadableLine, read_jsonl
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.atomic_files import write_text_atomic
 

@@ -4,8 +4,10 @@ Every source yields these rows, before any tokenizer is known. A *history* is a 
 including the human turn that asks for a response. A row's `origin` ("file:line", "toy:17") lets
 errors point at it.
 
-Prompts are held out by the hash of their own text. So a prompt stays in its split when a file grows
-or is shuffled, and all rows of one prompt, of whatever kind, are in one split.
+Prompts are held out by the hash of their own text, levelled (`prompt_key`). So a prompt stays in
+its split when a file grows or is shuffled, and all rows of one prompt, of whatever kind, are in one
+split, with those of near copies. Two prompts are the same only if their texts are: `x²` and `x2`
+are different questions.
 """
 
 from __future__ import annotations
@@ -93,8 +95,9 @@ class Corpus:
         preferences: for the reward model.
         prompts: for PPO (train) and evaluation (validation, test).
         unusable: rows that could not be used, with reasons.
-        dropped: usable rows left out because their prompt belongs to another split.
+        dropped: usable rows left out because their prompt is a test prompt.
         digest: sha256 of all rows' content, in order.
+        counts: numbers of rows that were normalised or not used in some way, by what was done.
     """
 
     demonstrations: Splits[Demonstration]
@@ -103,6 +106,7 @@ class Corpus:
     unusable: list[UnusableRow]
     dropped: int
     digest: str
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 def make_corpus(
@@ -111,13 +115,16 @@ def make_corpus(
     prompts: Splits[Prompt],
     unusable: list[UnusableRow],
     dropped: int = 0,
+    counts: dict[str, int] | None = None,
 ) -> Corpus:
     """Return the corpus of these rows, with its digest."""
     digest = hashlib.sha256()
     for kind in (demonstrations, preferences, prompts):
         for name, rows in kind.all():
             digest.update(f"{name}:{rows_digest(rows)}\n".encode())
-    return Corpus(demonstrations, preferences, prompts, unusable, dropped, digest.hexdigest())
+    return Corpus(
+        demonstrations, preferences, prompts, unusable, dropped, digest.hexdigest(), counts or {}
+    )
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
@@ -154,41 +161,37 @@ def _as_prompt(row: Row) -> Prompt:
     return Prompt(row.history, original, row.origin)
 
 
-def responses_of(row: Row) -> tuple[str, ...]:
-    """Return a row's responses, the one to imitate first."""
-    if isinstance(row, Preference):
-        return row.chosen, row.rejected
-    if isinstance(row, Demonstration):
-        return (row.response,)
-    return () if row.original is None else (row.original,)
-
-
 def preferences_of(rows: Sequence[Row]) -> list[Preference]:
     """Return the preference pairs among the rows."""
     return [row for row in rows if isinstance(row, Preference)]
 
 
-def demonstrations_of(rows: Sequence[Row]) -> list[Demonstration]:
-    """Return the demonstrations among the rows; if there are none, the pairs' chosen responses."""
-    demonstrations = [row for row in rows if isinstance(row, Demonstration)]
-    return demonstrations or [
+def demonstrations_of(rows: Iterable[Row], derived: bool) -> list[Demonstration]:
+    """Return the demonstrations among the rows; `derived`: the pairs' chosen responses instead."""
+    if not derived:
+        return [row for row in rows if isinstance(row, Demonstration)]
+    return [
         Demonstration(row.history, row.chosen, row.origin)
-        for row in preferences_of(rows)
-        if row.chosen
+        for row in rows
+        if isinstance(row, Preference) and row.chosen
     ]
 
 
-def prompts_of(rows: Sequence[Row]) -> list[Prompt]:
-    """Return the prompts among the rows, or else those of all rows; the first of equal prompts."""
-    prompts = [row for row in rows if isinstance(row, Prompt)]
-    first_by_key: dict[str, Prompt] = {}
-    for prompt in prompts or map(_as_prompt, rows):
-        first_by_key.setdefault(prompt_key(prompt.history), prompt)
-    return list(first_by_key.values())
+def prompts_of(rows: Iterable[Row], derived: bool) -> list[Prompt]:
+    """Return the prompts among the rows; `derived`: those of all rows. Equal ones stay."""
+    return [_as_prompt(row) for row in rows if derived or isinstance(row, Prompt)]
+
+
+def first_of_equal(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Return the first of the prompts with the same text, for each text."""
+    first: dict[History, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.history, prompt)
+    return list(first.values())
 
 
 def prompt_key(history: History) -> str:
-    """Return the sha256 that decides a prompt's split.
+    """Return the sha256 that decides a prompt's split; it does not tell whether two are the same.
 
     Case, white space and compatible Unicode characters are normalised first, so that near copies of
     a prompt are in the same split.

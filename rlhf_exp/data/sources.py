@@ -2,21 +2,32 @@
 
 Each returns a `Corpus`. Preferences also serve as demonstrations (the chosen side) and as prompts,
 demonstrations also as prompts, unless a source has rows of that kind.
+
+Every row that is read is used, or counted: as unusable, with its reason, or in the corpus's counts.
+Where nothing is left of an input, that is an error which says what became of its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.data.parsing import FORMATS, UnreadableLine, parse_row, read_jsonl
+from rlhf_exp.data.jsonl import UnreadableLine, read_jsonl
+from rlhf_exp.data.parsing import (
+    FORMATS,
+    REPEATED_PROMPT,
+    SEVERAL_TURNS,
+    end_of_response,
+    parse_row,
+    require_difference,
+)
 from rlhf_exp.data.rows import (
     Corpus,
     Demonstration,
-    History,
     Preference,
     Prompt,
     Row,
@@ -24,19 +35,21 @@ from rlhf_exp.data.rows import (
     UnusableRow,
     convert_row,
     demonstrations_of,
+    first_of_equal,
     held_out_keys,
     make_corpus,
     preferences_of,
     prompt_key,
     prompts_of,
-    responses_of,
 )
 from rlhf_exp.errors import UserError
 
 FilePaths = Path | str | Sequence[Path | str]
-Refusal = Callable[[History, Sequence[str]], str | None]
 MAX_ROWS_SHOWN = 5
 """Most unusable rows listed in an error."""
+_REPEATED_SHARE, _REPEATED_WORDS = 0.9, 20
+"""A file repeats its prompts if this share of its rows do, with this many words in all: fewer may
+do so by chance ("Hi": "Hi there!")."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +61,15 @@ class LoadOptions:
         test_fraction: the same for test, if the source has no test split of its own.
         max_bad_fraction: most unusable rows, as a share of those read; more are an error.
         limit: most rows read of each file or split; `None` reads all.
-        refusal: says why a dialogue with some responses cannot be written in the run's prompt
-            format, or returns `None`; `None` asks nobody.
+        turns_in_responses: whether the responses of a pair may go on with turns of their own, in
+            HH's markers; a prompt format with other markers cannot say them.
     """
 
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     max_bad_fraction: float = 0.05
     limit: int | None = None
-    refusal: Refusal | None = None
+    turns_in_responses: bool = True
 
 
 def load_toy(
@@ -110,10 +123,18 @@ def load_jsonl(
         ("test", test, None),
     ]
     for name, files, kind in inputs:
-        for path in [files] if isinstance(files, (str, Path)) else files:
-            records = read_jsonl(Path(path), f"data.{name}")
-            reader.read(islice(records, options.limit), kind, "test" if kind is None else "train")
-    return reader.corpus(options)
+        paths = [files] if isinstance(files, (str, Path)) else files
+        if paths:
+            records = _lines(paths, f"data.{name}", options.limit)
+            reader.read(f"data.{name}", records, kind, is_test=kind is None)
+    return reader.corpus()
+
+
+def _lines(
+    paths: Sequence[Path | str], key: str, limit: int | None
+) -> Iterator[tuple[str, object]]:
+    for path in paths:
+        yield from islice(read_jsonl(Path(path), key), limit)
 
 
 def load_hub(
@@ -145,11 +166,12 @@ def load_hub(
             f"data.path: {path} has no split {train_split!r}; it has {', '.join(splits)}"
         )
     reader = _RowReader(options)
-    for name, purpose in ((train_split, "train"), (test_split, "test")):
-        if name in splits:
-            records = ((f"{path}[{name}]:{n}", record) for n, record in enumerate(splits[name]))
-            reader.read(islice(records, options.limit), None, purpose)
-    return reader.corpus(options)
+    for name in (train_split, test_split):
+        if name in splits and (name == train_split or len(splits[name])):
+            label = f"{path}[{name}]"
+            records = ((f"{label}:{n}", record) for n, record in enumerate(splits[name]))
+            reader.read(label, islice(records, options.limit), None, is_test=name == test_split)
+    return reader.corpus()
 
 
 def _load_dataset(path: str, revision: str | None, data_dir: str | None) -> Any:  # noqa: ANN401
@@ -166,84 +188,240 @@ def _load_dataset(path: str, revision: str | None, data_dir: str | None) -> Any:
 
 
 @dataclass
+class _Input:
+    """The rows of one config key or split, and those that cannot be used."""
+
+    label: str
+    is_test: bool
+    rows: list[Row] = field(default_factory=list)
+    unusable: list[UnusableRow] = field(default_factory=list)
+
+
 class _RowReader:
     """Reads records into rows to train and to test on; keeps those that cannot be used apart."""
 
-    options: LoadOptions
-    train: list[Row] = field(default_factory=list)
-    test: list[Row] = field(default_factory=list)
-    unusable: list[UnusableRow] = field(default_factory=list)
+    def __init__(self, options: LoadOptions) -> None:
+        self._options = options
+        self._inputs: list[_Input] = []
+        self._counts: Counter[str] = Counter()
 
     def read(
-        self, records: Iterable[tuple[str, object]], kind: type[Row] | None, purpose: str
+        self,
+        label: str,
+        records: Iterable[tuple[str, object]],
+        kind: type[Row] | None,
+        is_test: bool,
     ) -> None:
         """Parse `records`; with a `kind`, rows that cannot serve as that kind are unusable."""
-        rows = self.test if purpose == "test" else self.train
+        source, parsed = _Input(label, is_test), []
+        self._inputs.append(source)
         for origin, record in records:
+            notes: set[str] = set()
             try:
                 if isinstance(record, UnreadableLine):
                     raise ValueError(record.reason)
-                rows.append(self._accepted(convert_row(parse_row(record, origin), kind)))
+                parsed.append((parse_row(record, origin, notes), notes))
             except ValueError as error:
-                self.unusable.append(UnusableRow(origin, str(error)))
+                source.unusable.append(UnusableRow(origin, str(error)))
+        repeated = _prompts_are_repeated([row for row, _ in parsed])
+        for row, notes in parsed:
+            try:
+                source.rows.append(self._usable(row, kind, repeated, notes))
+                self._counts.update(notes)
+            except ValueError as error:
+                source.unusable.append(UnusableRow(row.origin, str(error)))
 
-    def _accepted(self, row: Row) -> Row:
-        """Return the row.
+    def _usable(self, row: Row, kind: type[Row] | None, repeated: bool, notes: set[str]) -> Row:
+        """Return the row as one of `kind`.
 
         Raises:
-            ValueError: the run's prompt format cannot write it.
+            ValueError: it cannot serve as such.
         """
-        refusal = self.options.refusal
-        reason = None if refusal is None else refusal(row.history, responses_of(row))
-        if reason is not None:
-            raise ValueError(reason)
+        if repeated and _repeats_prompt(row):
+            row = _without_prompt(row)
+            notes.add(REPEATED_PROMPT)
+        row = convert_row(row, kind)
+        goes_on = [end_of_response(response) is not None for response in _responses(row)]
+        if isinstance(row, Preference) and any(goes_on) and not self._options.turns_in_responses:
+            raise ValueError(
+                f"`{'chosen' if goes_on[0] else 'rejected'}` goes on with turns of its own, which "
+                "only data.format=hh can say; give pairs that part at their last response"
+            )
+        if any(goes_on[:1]):
+            notes.add(SEVERAL_TURNS)
         return row
 
-    def corpus(self, options: LoadOptions) -> Corpus:
+    def corpus(self) -> Corpus:
         """Return the rows in their splits.
 
         Raises:
-            UserError: too many rows are unusable, or none is usable.
+            UserError: too many rows are unusable, or nothing is left of an input.
         """
-        self._check(options.max_bad_fraction)
-        keys = [prompt_key(row.history) for row in self.train]
-        test_keys = {prompt_key(row.history) for row in self.test}
+        self._check_unusable()
+        test_rows = [row for source in self._inputs if source.is_test for row in source.rows]
+        test_histories = {row.history for row in test_rows}
+        train, dropped = [], 0
+        for source in self._inputs:
+            if not source.is_test:
+                kept = [row for row in source.rows if row.history not in test_histories]
+                self._check_kept(source, kept)
+                train += kept
+                dropped += len(source.rows) - len(kept)
+        self._count("training rows left out: their prompt is a test prompt", dropped)
+        splits = self._split(train, {prompt_key(row.history) for row in test_rows})
+        demonstrations, prompts = self._demonstrations(splits), self._prompts(splits)
+        preferences = [preferences_of(rows) for rows in splits]
+        _check_train("preference pairs", preferences)
+        _check_train("demonstrations", demonstrations)
+        _check_train("prompts", prompts)
+        if test_rows:
+            demonstrations += self._demonstrations([test_rows])
+            prompts += self._prompts([test_rows])
+            preferences.append(preferences_of(test_rows))
+        unusable = [row for source in self._inputs for row in source.unusable]
+        return make_corpus(
+            Splits(*demonstrations),
+            Splits(*preferences),
+            Splits(*prompts),
+            unusable,
+            dropped,
+            dict(self._counts),
+        )
+
+    def _split(self, rows: list[Row], test_keys: set[str]) -> list[list[Row]]:
+        """Return the rows for training, for validation and, without a test input, for test."""
+        keys = [prompt_key(row.history) for row in rows]
+        options = self._options
         validation, test = held_out_keys(
             keys, test_keys, options.validation_fraction, options.test_fraction
         )
-        splits: Splits[Row] = Splits(test=self.test)
-        dropped = 0
-        for key, row in zip(keys, self.train, strict=True):
-            if key in test_keys:
-                dropped += 1
-            elif key in test:
-                splits.test.append(row)
-            else:
-                (splits.validation if key in validation else splits.train).append(row)
-        return make_corpus(
-            Splits(*(demonstrations_of(rows) for _, rows in splits.all())),
-            Splits(*(preferences_of(rows) for _, rows in splits.all())),
-            Splits(*(prompts_of(rows) for _, rows in splits.all())),
-            self.unusable,
-            dropped,
+        self._count(
+            "training rows whose prompt differs from a test prompt in case, white space or "
+            "compatible characters alone",
+            sum(key in test_keys for key in keys),
+        )
+        splits: list[list[Row]] = [[], []] if test_keys else [[], [], []]
+        for key, row in zip(keys, rows, strict=True):
+            splits[1 if key in validation else 2 if key in test - test_keys else 0].append(row)
+        return splits
+
+    def _demonstrations(self, splits: list[list[Row]]) -> list[list[Demonstration]]:
+        """Return the demonstrations of each split; if none has any, the pairs' chosen sides."""
+        derived = not any(isinstance(row, Demonstration) for rows in splits for row in rows)
+        if derived:
+            pairs = [row for rows in splits for row in preferences_of(rows)]
+            empty = sum(not row.chosen for row in pairs)
+            self._count("pairs with an empty chosen side: nothing to imitate", empty)
+        return [
+            [replace(row, response=_first_response(row.response)) for row in rows]
+            for rows in (demonstrations_of(rows, derived) for rows in splits)
+        ]
+
+    def _prompts(self, splits: list[list[Row]]) -> list[list[Prompt]]:
+        """Return the prompts of each split, each once; if none has any, those of all rows."""
+        derived = not any(isinstance(row, Prompt) for rows in splits for row in rows)
+        prompts = [prompts_of(rows, derived) for rows in splits]
+        first = [first_of_equal(rows) for rows in prompts]
+        repeated = sum(map(len, prompts)) - sum(map(len, first))
+        self._count("rows with the prompt of another row: each prompt is asked once", repeated)
+        return [
+            [replace(row, original=row.original and _first_response(row.original)) for row in rows]
+            for rows in first
+        ]
+
+    def _count(self, what: str, number: int) -> None:
+        if number:
+            self._counts[what] += number
+
+    def _check_unusable(self) -> None:
+        """Raise if an input has no usable row, or all of them together too few."""
+        for source in self._inputs:
+            if not source.rows:
+                total = len(source.unusable)
+                raise UserError(
+                    f"{source.label}: no usable row to {'test' if source.is_test else 'train'} on "
+                    f"({total} of {total} rows read are unusable); expected {FORMATS}"
+                    f"{_listed(source.unusable)}"
+                )
+        unusable = [row for source in self._inputs for row in source.unusable]
+        total = len(unusable) + sum(len(source.rows) for source in self._inputs)
+        allowed = self._options.max_bad_fraction
+        if len(unusable) > allowed * total:
+            raise UserError(
+                f"data: {len(unusable)} of {total} rows are unusable, more than "
+                f"data.max_bad_fraction={allowed} allows; mend them or raise it{_listed(unusable)}"
+            )
+
+    def _check_kept(self, source: _Input, kept: list[Row]) -> None:
+        """Raise if all rows of an input are test rows."""
+        if kept:
+            return
+        test = " and ".join(other.label for other in self._inputs if other.is_test)
+        raise UserError(
+            f"{source.label}: all {len(source.rows)} rows are left out, because their prompts are "
+            f"test prompts, those of {test}. Give it rows with other prompts, or no test rows: "
+            "data.test_fraction then holds some prompts out"
         )
 
-    def _check(self, max_bad_fraction: float) -> None:
-        unusable = len(self.unusable)
-        total = unusable + len(self.train) + len(self.test)
-        if self.train and unusable <= max_bad_fraction * total:
-            return
-        listed = "".join(
-            f"\n  {row.origin}: {row.reason}" for row in self.unusable[:MAX_ROWS_SHOWN]
-        )
-        if unusable > MAX_ROWS_SHOWN:
-            listed += f"\n  and {unusable - MAX_ROWS_SHOWN} more"
-        if not self.train:
-            raise UserError(
-                f"data: no usable row to train on ({unusable} of {total} rows read are unusable); "
-                f"expected {FORMATS}{listed}"
-            )
+
+def _check_train(name: str, splits: Sequence[Sequence[Row]]) -> None:
+    """Raise if the rows of a kind are all held out."""
+    if not splits[0] and any(splits):
         raise UserError(
-            f"data: {unusable} of {total} rows are unusable, more than "
-            f"data.max_bad_fraction={max_bad_fraction} allows; mend them or raise it{listed}"
+            f"data: all {sum(map(len, splits))} {name} are held out for validation or test, and "
+            "none is left to train on; give more of them, or lower data.validation_fraction and "
+            "data.test_fraction"
         )
+
+
+def _listed(unusable: Sequence[UnusableRow]) -> str:
+    listed = "".join(f"\n  {row.origin}: {row.reason}" for row in unusable[:MAX_ROWS_SHOWN])
+    more = len(unusable) - MAX_ROWS_SHOWN
+    return f"{listed}\n  and {more} more" if more > 0 else listed
+
+
+def _first_response(response: str) -> str:
+    """Return a response up to where it goes on with turns of its own."""
+    return response[: end_of_response(response)].strip()
+
+
+def _responses(row: Row) -> tuple[str, ...]:
+    """Return a row's responses, the one to imitate first."""
+    if isinstance(row, Preference):
+        return row.chosen, row.rejected
+    if isinstance(row, Demonstration):
+        return (row.response,)
+    return () if row.original is None else (row.original,)
+
+
+def _repeats_prompt(row: Row) -> bool:
+    """Return whether every response begins with the prompt, a single turn."""
+    responses = _responses(row)
+    if not responses or len(row.history) > 1:
+        return False
+    return all(response.startswith(row.history[0].text) for response in responses)
+
+
+def _prompts_are_repeated(rows: Sequence[Row]) -> bool:
+    """Return whether a file's responses are whole texts, which begin with their prompts."""
+    single = [row for row in rows if len(row.history) == 1 and _responses(row)]
+    repeated = [row for row in single if _repeats_prompt(row)]
+    words = sum(len(text.split()) for text in {row.history[0].text for row in repeated})
+    return words >= _REPEATED_WORDS and len(repeated) >= max(2, _REPEATED_SHARE * len(single))
+
+
+def _without_prompt(row: Row) -> Row:
+    """Return a row that repeats its prompt with the rest of its responses.
+
+    Raises:
+        ValueError: the responses do not differ after the prompt, or are empty.
+    """
+    start = len(row.history[0].text)
+    rest = [response[start:].strip() for response in _responses(row)]
+    if isinstance(row, Preference):
+        require_difference(*rest)
+        return replace(row, chosen=rest[0], rejected=rest[1])
+    if not rest[0]:
+        raise ValueError("the response is the prompt alone")
+    assert isinstance(row, Demonstration), "records yield no prompts with responses"
+    return replace(row, response=rest[0])

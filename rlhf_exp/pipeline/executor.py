@@ -16,10 +16,10 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -61,12 +61,8 @@ Interrupts = Callable[[], AbstractContextManager[Callable[[], bool]]]
 class StageExecutor(Protocol):
     """Runs the stages of an experiment; called by the leader."""
 
-    def materials(self, models: Mapping[str, str]) -> DataModule:
-        """Return the data that the stages of this process read, loaded once.
-
-        Args:
-            models: Folder or hub id by role, of the models that exist.
-        """
+    def materials(self) -> DataModule:
+        """Return the data that the stages of this process read, loaded once."""
 
     def run(self, job: StageJob, check: LeaseCheck) -> StageResult:
         """Run a stage.
@@ -136,9 +132,9 @@ class InProcessExecutor:
     def __init__(self, config: Config) -> None:
         self.runner = StageRunner(config)
 
-    def materials(self, models: Mapping[str, str]) -> DataModule:
+    def materials(self) -> DataModule:
         """See `StageExecutor`."""
-        return self.runner.materials(models)
+        return self.runner.materials
 
     def run(self, job: StageJob, check: LeaseCheck) -> StageResult:
         """See `StageExecutor`."""
@@ -171,9 +167,9 @@ class LeaderExecutor:
         self.kept = study is not None
         self.header = {"config": digest_of(study or config), "values": values}
 
-    def materials(self, models: Mapping[str, str]) -> DataModule:
+    def materials(self) -> DataModule:
         """See `StageExecutor`."""
-        return self.runner.materials(models)
+        return self.runner.materials
 
     def run(self, job: StageJob, check: LeaseCheck) -> StageResult:
         """See `StageExecutor`."""
@@ -290,20 +286,14 @@ class StageRunner:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._materials: DataModule | None = None
 
-    def materials(self, models: Mapping[str, str]) -> DataModule:
-        """Return the data, loaded at the first stage that runs.
+    @cached_property
+    def materials(self) -> DataModule:
+        """The data, loaded at the first stage that runs."""
+        # Late: a run that finds everything done must not load torch.
+        from rlhf_exp.stages.data_module import DataModule
 
-        Args:
-            models: Folder or hub id by role, of the models that exist.
-        """
-        if self._materials is None:
-            # Late: a run that finds everything done must not load torch.
-            from rlhf_exp.stages.data_module import DataModule
-
-            self._materials = DataModule.of_run(self.config, models)
-        return self._materials
+        return DataModule(self.config.data)
 
     def run(
         self, job: StageJob, interrupts: Interrupts, check: LeaseCheck | None = None
@@ -323,7 +313,7 @@ class StageRunner:
         stage = importlib.import_module(f"rlhf_exp.stages.{module_of(self.config, job.stage)}")
         context = StageContext(
             job=job,
-            materials=self.materials(job.models),
+            materials=self.materials,
             before_write=check or (job.claim.check if job.claim else _allow_writing),
             polite_interrupts=_immediate_interrupts if job.probe else interrupts,
             probe=Probe(job.stage) if job.probe else None,

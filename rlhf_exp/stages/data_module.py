@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Self
 
-from rlhf_exp.config.experiment import Config, DataConfig, DataSource, PromptFormat
+from rlhf_exp.config.experiment import DataConfig, DataSource, PromptFormat
 from rlhf_exp.data.rows import (
     Corpus,
     Demonstration,
     Preference,
     Prompt,
-    Row,
     Splits,
     part_number,
     prompt_key,
 )
-from rlhf_exp.data.sources import LoadOptions, Refusal, load_hub, load_jsonl, load_toy
+from rlhf_exp.data.sources import LoadOptions, load_hub, load_jsonl, load_toy
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.pretrained import end_token_ids, load_tokenizer
+from rlhf_exp.models.pretrained import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -32,54 +29,35 @@ class DataModule:
 
     Args:
         config: The `data` section.
-        model: Folder or hub id of the model whose chat template the rows must suit; it is read for
-            `data.format=chat_template` alone.
-        revision: Revision of a hub id.
     """
 
-    def __init__(
-        self, config: DataConfig, model: str | Path | None = None, revision: str | None = None
-    ) -> None:
+    def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self._model, self._revision = model, revision
-
-    @classmethod
-    def of_run(cls, config: Config, models: Mapping[str, str]) -> Self:
-        """Return the data of an experiment, whose rows suit its policy's chat template.
-
-        Args:
-            config: The experiment.
-            models: Folder or hub id by role; SFT keeps the tokenizer of its base model.
-        """
-        if "sft" in models:
-            return cls(config.data, models["sft"])
-        return cls(config.data, models.get("base"), config.model.revision)
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The rows; unusable ones are reported once."""
-        refusal = None
-        if self._model is not None and self.config.format is PromptFormat.chat_template:
-            codec = self.codec(self._model, self._revision)
-            refusal = codec.refusal
-            for warning in codec.warnings:
-                log.warning("%s", warning)
-        corpus = _load(self.config, refusal)
+        """The rows; what was normalised, left out or cannot be used is reported once."""
+        corpus = _load(self.config)
+        if corpus.counts:
+            listed = "".join(f"\n  {number}: {what}" for what, number in corpus.counts.items())
+            log.warning("data, numbers of rows:%s", listed)
         if corpus.unusable:
             listed = "".join(f"\n  {row.origin}: {row.reason}" for row in corpus.unusable[:20])
             log.warning("%d rows cannot be used:%s", len(corpus.unusable), listed)
         return corpus
 
+    def facts(self) -> dict[str, float | int | str]:
+        """Return what became of the rows, for a result's manifest."""
+        counts = self.corpus.counts
+        return {
+            "rejected": len(self.corpus.unusable),
+            "dropped": self.corpus.dropped,
+            "data": "; ".join(f"{number}: {what}" for what, number in counts.items()),
+        }
+
     def codec(self, folder: str | Path, revision: str | None = None) -> Codec:
         """Return the codec of the tokenizer in a model folder (or of a hub id)."""
-        ends = end_token_ids(folder, revision)
-        return Codec(load_tokenizer(folder, revision), self.config.format.value, ends)
-
-    def rows(self) -> list[Row]:
-        """Return all rows, of every kind and split."""
-        corpus = self.corpus
-        kinds = (corpus.demonstrations, corpus.preferences, corpus.prompts)
-        return [row for kind in kinds for _, split in kind.all() for row in split]
+        return Codec(load_tokenizer(folder, revision), self.config.format.value)
 
     def training_demonstrations(self) -> list[Demonstration]:
         """Return what SFT imitates.
@@ -157,13 +135,13 @@ class DataModule:
         return [f" {text}" for text in texts]
 
 
-def _load(config: DataConfig, refusal: Refusal | None) -> Corpus:
+def _load(config: DataConfig) -> Corpus:
     options = LoadOptions(
         validation_fraction=config.validation_fraction,
         test_fraction=config.test_fraction,
         max_bad_fraction=config.max_bad_fraction,
         limit=config.limit,
-        refusal=refusal,
+        turns_in_responses=config.format is PromptFormat.hh,
     )
     if config.source == DataSource.toy:
         toy = config.toy

@@ -82,6 +82,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         if outcome.pruned:
             return StageResult({}, pruned_step=outcome.last_step)
         facts = parameter_facts(policy) | {"prompts": len(prompts), "cut_prompts": prompts.cut}
+        facts |= context.materials.facts()
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 
 
@@ -210,7 +211,6 @@ def sampler_for(
         temperature=section.temperature,
         batch=section.batch,
         eos_id=codec.eos_id,
-        end_ids=codec.end_ids,
         pad_id=codec.pad_id,
         cache=cache_of(config),
     )

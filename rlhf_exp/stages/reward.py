@@ -52,6 +52,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         task = RewardTask(model, pairs, held_out, section, world)
         # Counted before scoring freezes the model.
         facts = parameter_facts(model) | {"pairs": len(pairs), "cut_prompts": pairs.cut}
+        facts |= context.materials.facts()
         steps = steps_of(section.steps, section.epochs, len(pairs), section.batch)
         normalise = partial(_normalise, model, codec, config, context, world)
 

@@ -15,12 +15,7 @@ from rlhf_exp.data.rows import Demonstration
 from rlhf_exp.data.tokenized import tokenize_demonstrations
 from rlhf_exp.data.tokenizer import Codec, train_tokenizer
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.models.pretrained import (
-    architecture_of,
-    build_causal_lm,
-    end_texts_at,
-    load_causal_lm,
-)
+from rlhf_exp.models.pretrained import architecture_of, build_causal_lm, load_causal_lm
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.data_module import DataModule
 from rlhf_exp.stages.publish import save_models
@@ -66,9 +61,8 @@ def run(config: Config, context: StageContext) -> StageResult:
             "rows": len(rows),
             "packed_rows": len(train_rows),
             "cut_prompts": cut,
-            "rejected": len(context.materials.corpus.unusable),
-            "dropped": context.materials.corpus.dropped,
         }
+        facts |= context.materials.facts()
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 
 
@@ -82,9 +76,7 @@ def base_model(config: ModelConfig, materials: DataModule) -> tuple[Codec, PreTr
     if config.path is not None:
         model = load_causal_lm(config.path, config.revision, dtype, config.attention.value)
         _compare_shapes(config, model)
-        codec = materials.codec(config.path, config.revision)
-        end_texts_at(model, codec.eos_id, codec.end_ids)
-        return codec, model
+        return materials.codec(config.path, config.revision), model
     tokenizer = train_tokenizer(materials.texts(), config.architecture.vocabulary)
     codec = Codec(tokenizer, materials.config.format.value)
     model = build_causal_lm(

@@ -62,6 +62,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         return StageResult({}, pruned_step=outcome.last_step)
     listed = ", ".join(f"{name} {version}" for name, version in libraries.items())
     facts |= {"prompts": len(prompts), "cut_prompts": prompts.cut, "libraries": listed}
+    facts |= context.materials.facts()
     return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 
 

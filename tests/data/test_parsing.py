@@ -7,14 +7,17 @@ Dialogues as HH writes them, from tidy to real.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 from pathlib import Path
 
 import pytest
 
+from rlhf_exp.data import parsing
 from rlhf_exp.data.parsing import (
-    parse_dialogue,
+    DialogueReader,
+    end_of_response,
     parse_prompt,
     parse_row,
     split_pair,
@@ -98,10 +101,11 @@ def test_unusable_records_say_why(record: object, reason: str) -> None:
 
 
 H, A = "\n\nHuman:", "\n\nAssistant:"
+SPELLED = {parsing.SPELLING}
 
 
 def test_parses_turns_and_strips_them() -> None:
-    assert parse_dialogue(f"{H} hi {A}  hello\nthere {H} bye{A}") == (
+    assert DialogueReader().dialogue(f"{H} hi {A}  hello\nthere {H} bye{A}") == (
         Turn("human", "hi"),
         Turn("assistant", "hello\nthere"),
         Turn("human", "bye"),
@@ -110,23 +114,25 @@ def test_parses_turns_and_strips_them() -> None:
 
 
 def test_the_blank_line_before_the_first_marker_may_be_missing() -> None:
-    assert parse_dialogue(f"Human: hi{A} yes")[0] == Turn("human", "hi")
+    assert DialogueReader().dialogue(f"Human: hi{A} yes")[0] == Turn("human", "hi")
 
 
 def test_a_marker_inside_a_line_is_text() -> None:
-    (_, answer) = parse_dialogue(f"{H} hi{A} I said so. Human: Then why?\nAssistant: odd")
+    (_, answer) = DialogueReader().dialogue(
+        f"{H} hi{A} I said so. Human: Then why?\nAssistant: odd"
+    )
     assert answer.text == "I said so. Human: Then why?\nAssistant: odd"
 
 
 def test_two_turns_of_one_speaker_stay_two() -> None:
-    roles = [turn.role for turn in parse_dialogue(f"{H} hi{A} the key:{A} ok")]
+    roles = [turn.role for turn in DialogueReader().dialogue(f"{H} hi{A} the key:{A} ok")]
     assert roles == ["human", "assistant", "assistant"]
 
 
 @pytest.mark.parametrize("text", ["", "no markers", "Once, Human: said"])
 def test_text_without_a_leading_marker_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="beginning"):
-        parse_dialogue(text)
+        DialogueReader().dialogue(text)
 
 
 def test_a_prompt_is_plain_text_or_a_dialogue_with_its_cue() -> None:
@@ -179,6 +185,138 @@ def test_one_empty_side_is_kept() -> None:
 def test_pairs_that_cannot_be_used_say_why(chosen: str, rejected: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         split_pair(chosen, rejected)
+
+
+def turns(*texts: str) -> tuple[Turn, ...]:
+    """Return turns of human and assistant in turn."""
+    return tuple(
+        Turn("assistant" if number % 2 else "human", text) for number, text in enumerate(texts)
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "history", "notes"),
+    [
+        ("Human: Hi", turns("Hi"), set()),
+        (f"{H} Hi{A}{A}", turns("Hi"), set()),
+        ("\r\n\r\nHuman: Hi\r\nyou\r\n\r\nAssistant:", turns("Hi\nyou"), {parsing.LINE_ENDS}),
+        ("Human: Hi\nAssistant: Yo\nHuman: Bye\nAssistant:", turns("Hi", "Yo", "Bye"), SPELLED),
+        ("human: Hi\n\nassistant : Yo\n\nHUMAN: Bye", turns("Hi", "Yo", "Bye"), SPELLED),
+        ("Human: Hi\n \n  Assistant:", turns("Hi"), SPELLED),
+        (f"Be kind.{H} Hi{A}", turns("Be kind.\n\nHi"), {parsing.PREAMBLE}),
+        (
+            f"Be kind.{H} Hi{A} Yo{H} Bye",
+            turns("Be kind.\n\nHi", "Yo", "Bye"),
+            {parsing.PREAMBLE},
+        ),
+        (
+            "Be kind.\nHuman: Hi\nAssistant:",
+            turns("Be kind.\n\nHi"),
+            {parsing.PREAMBLE, parsing.SPELLING},
+        ),
+        (" Human: Hi Assistant:", turns("Hi"), {parsing.CUE_IN_TEXT}),
+        (f"What is it?{A} ", turns("What is it?"), {parsing.CUE_IN_TEXT}),
+        ("\ufeffHuman: Hi", turns("Hi"), set()),
+        ("Who is human: you?\nhuman: me", turns("Who is human: you?\nhuman: me"), set()),
+    ],
+)
+def test_prompts_that_can_be_read_in_one_way_are(
+    prompt: str, history: tuple[Turn, ...], notes: set[str]
+) -> None:
+    found: set[str] = set()
+    assert parse_row({"prompt": prompt}, "f:1", found) == Prompt(history, None, "f:1")
+    assert found == notes
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        (f"Sum this up:{H} hi{A} hello", "does not end with a human turn"),
+        (f"He wrote:{H} a being that speaks", "has markers but does not begin"),
+        (f"Hello!{A} Hi{H} Bye{A}", "has markers but does not begin"),
+        (f"Human: Hi\nAssistant: Yo\nHuman: Bye{A}", "mark all turns alike"),
+        ("Human: a Assistant: b Human: c Assistant:", "inside a line"),
+    ],
+)
+def test_prompts_that_can_be_read_in_several_ways_are_refused(prompt: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_row({"prompt": prompt}, "f:1")
+
+
+TWO = f"{H} one{A} two{H} three"
+REPEATED, CUE = {parsing.REPEATED_PROMPT}, {parsing.REPEATED_CUE}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "expected", "notes"),
+    [
+        (f"{TWO}{A}", f"{TWO}{A} four", "four", REPEATED),
+        (TWO, f"{TWO}{A} four", "four", REPEATED),
+        (f"{TWO}{A}", f"{H}  one{A}two{H} three{A} four", "four", REPEATED),
+        (f"{TWO}{A}", f"{H} three{A} four", "four", REPEATED),  # the end of the prompt
+        ("three", f"{H} three{A} four", "four", REPEATED),
+        ("three", f"three{A} four", "four", REPEATED),
+        (" Human: three Assistant:", "Human: three Assistant: four", "four", REPEATED),
+        (f"Be kind.{TWO}{A}", f"Be kind.{TWO}{A} four", "four", REPEATED),
+        (f"{H} three{A}", "Assistant: four", "four", CUE),
+        ("three", f"{A}\n four", "four", CUE),
+        ("three", "assistant :four", "four", CUE),
+        ("three", f"Assistant:{A} four", "four", CUE),
+        ("three", "four Assistant: five", "four Assistant: five", set()),
+        # As in HH, where a writer took the wrong side.
+        (f"{H} three{A}", " Human: What do you mean?", "Human: What do you mean?", set()),
+        (f"{H} three{A}", " Human: three", "Human: three", set()),
+    ],
+)
+def test_a_response_is_the_last_turn(
+    prompt: str, response: str, expected: str, notes: set[str]
+) -> None:
+    found: set[str] = set()
+    row = parse_row({"prompt": prompt, "response": response}, "f:1", found)
+    assert isinstance(row, Demonstration)
+    assert row.response == expected
+    assert found & (REPEATED | CUE) == notes
+    pair = {"prompt": prompt, "chosen": response, "rejected": f"{A} other"}
+    assert parse_row(pair, "f:1") == Preference(row.history, expected, "other", "f:1")
+
+
+def test_a_response_that_is_another_dialogue_is_refused() -> None:
+    with pytest.raises(ValueError, match="`response` is a dialogue that does not begin with the"):
+        parse_row({"prompt": "one", "response": f"{H} two{A} three"}, "f:1")
+
+
+def test_a_pairs_response_may_have_a_second_cue() -> None:
+    assert split_pair(f"{H} q{A} Assistant: a", f"{H} q{A} b")[1:] == ("a", "b")
+
+
+def test_half_a_character_is_refused_where_it_is_needed() -> None:
+    with pytest.raises(ValueError, match=r"`response` holds half of a character \(\\ud83d\)"):
+        parse_row({"prompt": "a", "response": "b \ud83d"}, "f:1")
+    assert parse_row({"prompt": "a", "by": "\ud83d"}, "f:1") == Prompt(turns("a"), None, "f:1")
+
+
+@pytest.mark.parametrize(
+    ("response", "end"),
+    [
+        (f"Yo{H} And?{A} Ok", 2),
+        ("Yo\r\n\r\nhuman: And?", 2),
+        (f"Yo{A} again", 2),
+        ("Yo\nHuman: And?\nAssistant: Ok", 2),
+        ("Yo\nHuman: a being that speaks", None),
+        ("Yo, Human: And?", None),
+    ],
+)
+def test_a_response_ends_where_another_turn_begins(response: str, end: int | None) -> None:
+    assert end_of_response(response) == end
+
+
+@pytest.mark.parametrize("filler", ["\n", " ", "\r\n", "\n ", "\nHuman:", "Assistant:\n\n"])
+def test_long_runs_cost_no_more_than_their_length(filler: str) -> None:
+    # Of the square of its length, one of these would take minutes.
+    text = filler * 50_000
+    with contextlib.suppress(ValueError):
+        parse_row({"prompt": f"a{text}b", "response": f"a{text}b"}, "f:1")
+    assert split_turns(f"a{text}b")
 
 
 def test_real_pairs_can_be_put_together_again(shared_data: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,125 @@ def test_rows_given_for_a_kind_replace_those_made_of_pairs(tmp_path: Path) -> No
     assert len(corpus.preferences.train) == 2
 
 
+def counted(corpus: Corpus, words: str) -> int:
+    """Return the number that the corpus has counted under a reason with these words."""
+    (number,) = [number for reason, number in corpus.counts.items() if words in reason]
+    return number
+
+
 def test_training_rows_whose_prompt_is_tested_are_dropped_and_counted(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [pair(1), {**pair(2), "chosen": "x"}, pair(2), pair(3)])
-    test = write(tmp_path / "b.jsonl", [{"prompt": "Question  2"}])
+    test = write(tmp_path / "b.jsonl", [{"prompt": "question 2"}])
     corpus = load_jsonl(preferences=train, test=test, options=LoadOptions(validation_fraction=0))
     assert [row.chosen for row in corpus.preferences.train] == ["good 1", "good 3"]
-    assert corpus.dropped == 2
-    assert corpus.prompts.test == [Prompt((Turn("human", "Question  2"),), None, f"{test}:1")]
+    assert corpus.dropped == counted(corpus, "their prompt is a test prompt") == 2
+    assert corpus.prompts.test == [Prompt((Turn("human", "question 2"),), None, f"{test}:1")]
+
+
+def test_prompts_that_differ_in_anything_are_different_prompts(tmp_path: Path) -> None:
+    texts = ["What is x\u00b2?", "What is x2?", "what is x2?", "What is  x2?"]
+    pairs = [{**pair(n), "prompt": text} for n, text in enumerate([*texts, texts[0], "Why?"])]
+    none_held_out = LoadOptions(validation_fraction=0, test_fraction=0)
+    train = write(tmp_path / "a.jsonl", pairs)
+    corpus = load_jsonl(preferences=train, options=none_held_out)
+    assert [row.history[0].text for row in corpus.prompts.train] == [*texts, "Why?"]
+    assert corpus.counts == {"rows with the prompt of another row: each prompt is asked once": 1}
+    test = write(tmp_path / "b.jsonl", [pair(0) | {"prompt": texts[1]}])
+    corpus = load_jsonl(preferences=train, test=test, options=LoadOptions(validation_fraction=0.5))
+    trained = [row.history[0].text for row in corpus.preferences.train]
+    assert trained == [texts[0], texts[2], texts[3], texts[0], "Why?"]
+    assert (corpus.dropped, len(corpus.preferences.test)) == (1, 1)
+    assert counted(corpus, "differs from a test prompt in case, white space") == 4
+
+
+def test_near_copies_are_held_out_together(tmp_path: Path) -> None:
+    texts = [f"What is x\u00b2 + {n}?" for n in range(60)] + [
+        f"what is x2 + {n}?" for n in range(60)
+    ]
+    pairs = [{**pair(n), "prompt": text} for n, text in enumerate(texts)]
+    corpus = load_jsonl(
+        preferences=write(tmp_path / "a.jsonl", pairs),
+        options=LoadOptions(validation_fraction=0.3, test_fraction=0.3),
+    )
+    numbers = [
+        sorted(int(row.chosen.removeprefix("good ")) for row in rows)
+        for _, rows in corpus.preferences.all()
+    ]
+    assert all(numbers)
+    for split in numbers:
+        assert {number % 60 for number in split} == {number for number in split if number < 60}
+        assert len(split) == 2 * len({number % 60 for number in split})
+
+
+def test_every_row_is_a_test_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [pair(n) for n in range(7)])
+    with pytest.raises(UserError) as error:
+        load_jsonl(preferences=path, test=path)
+    message = str(error.value)
+    assert message.startswith("data.preferences: all 7 rows are left out, because their prompts")
+    assert "test prompts, those of data.test" in message
+    # One of several inputs that lose all their rows: its place is not taken by another.
+    own = write(tmp_path / "b.jsonl", [{"prompt": "question 1", "response": "yes"}])
+    test = write(tmp_path / "c.jsonl", [pair(1)])
+    with pytest.raises(UserError, match=r"data\.demonstrations: all 1 rows are left out"):
+        load_jsonl(preferences=path, demonstrations=own, test=test)
+
+
+def test_no_usable_row_in_one_of_several_inputs(tmp_path: Path) -> None:
+    good = write(tmp_path / "a.jsonl", [pair(n) for n in range(99)])
+    bad = write(tmp_path / "b.jsonl", [{"prompt": "p", "response": ""}])
+    for name in ("demonstrations", "test"):
+        with pytest.raises(UserError, match=rf"data\.{name}: no usable row to \w+ on \(1 of 1 .*\n.*empty"):
+            load_jsonl(preferences=good, **{name: bad})
+
+
+def test_every_row_of_a_kind_is_held_out(tmp_path: Path) -> None:
+    prompts = [f"question {n}" for n in range(40)]
+    lowest = min(prompts, key=lambda prompt: prompt_key((Turn("human", prompt),)))
+    own = write(tmp_path / "b.jsonl", [{"prompt": lowest, "response": "yes"}])
+    pairs = write(tmp_path / "a.jsonl", [pair(n) for n in range(40)])
+    with pytest.raises(UserError, match="all 1 demonstrations are held out for validation or test"):
+        load_jsonl(preferences=pairs, demonstrations=own)
+
+
+def dialogue(*texts: str) -> str:
+    return "".join(
+        f"\n\n{'Assistant' if number % 2 else 'Human'}: {text}" for number, text in enumerate(texts)
+    )
+
+
+def test_responses_with_turns_of_their_own(tmp_path: Path) -> None:
+    early = {"chosen": dialogue("q", "a", "b", "c"), "rejected": dialogue("q", "d")}
+    path = write(tmp_path / "a.jsonl", [early, *(pair(n) for n in range(20))])
+    none_held_out = LoadOptions(validation_fraction=0, test_fraction=0)
+    corpus = load_jsonl(preferences=path, options=none_held_out)
+    # The whole rest was judged; what is imitated, and what a sample is compared with, is one turn.
+    assert corpus.preferences.train[0].chosen == "a\n\nHuman: b\n\nAssistant: c"
+    assert corpus.demonstrations.train[0].response == corpus.prompts.train[0].original == "a"
+    assert counted(corpus, "cut before a turn of its own") == 1
+    single = replace(none_held_out, turns_in_responses=False)
+    corpus = load_jsonl(preferences=path, options=single)
+    assert [row.origin for row in corpus.unusable] == [f"{path}:1"]
+    assert "`chosen` goes on with turns of its own" in corpus.unusable[0].reason
+
+
+def test_a_file_whose_responses_are_whole_texts(tmp_path: Path) -> None:
+    stories = [f"The {n}th tale begins" for n in range(12)]
+    rows = [{"prompt": text, "response": f"{text} and ends."} for text in stories]
+    none_held_out = LoadOptions(validation_fraction=0, test_fraction=0)
+    path = write(tmp_path / "a.jsonl", rows)
+    corpus = load_jsonl(demonstrations=path, options=none_held_out)
+    assert {row.response for row in corpus.demonstrations.train} == {"and ends."}
+    assert counted(corpus, "prompt repeated at the start of a response taken off") == 12
+    # Where most do not, those that do mean it.
+    mixed = write(tmp_path / "b.jsonl", [*rows[:3], *({**row, "response": "Yes"} for row in rows)])
+    corpus = load_jsonl(demonstrations=mixed, options=none_held_out)
+    assert corpus.demonstrations.train[0].response == f"{stories[0]} and ends."
+    greetings = [{"prompt": "Hi", "response": "Hi there!"}] * 30
+    corpus = load_jsonl(
+        demonstrations=write(tmp_path / "c.jsonl", greetings), options=none_held_out
+    )
+    assert corpus.demonstrations.train[0].response == "Hi there!"
 
 
 def test_limit_counts_rows_of_each_file(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf_exp.data.parsing import UnreadableLine, format_dialogue, parse_row, read_jsonl
+from rlhf_exp.data.jsonl import UnreadableLine, read_jsonl
+from rlhf_exp.data.parsing import format_dialogue, parse_row
 from rlhf_exp.data.rows import Preference
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.agreement import (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.data.parsing import UnreadableLine, read_jsonl
+from rlhf_exp.data.jsonl import UnreadableLine, read_jsonl
 from rlhf_exp.errors import UserError
 
 KEY = "eval.toxicity.data"

@@ -38,9 +38,10 @@ _values: set[str] = set()
 _SHORTEST = 4
 # A shorter value is hidden as a word of its own only.
 _LONG = 8
+# Each begins with a literal text, so that a long or hostile text takes time by its length only.
 _CASES = (
     # The password or token before a host; a user's name alone is often a token, too.
-    (re.compile(r"([a-z][a-z0-9+.-]*://)[^\s/?#\"'<>]*@", re.I), rf"\g<1>{HIDDEN}@"),
+    (re.compile(r"(?<=://)[^\s/?#\"'<>]+@"), f"{HIDDEN}@"),
     (
         re.compile(
             r"([?&;][\w.\-\[\]]*(?:key|token|secret|passwd|password|signature|sig|auth|credential)"

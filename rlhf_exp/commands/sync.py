@@ -5,16 +5,17 @@ Both are for a machine with a network that sees the same files as one without, s
 
 from __future__ import annotations
 
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_exp.commands.runs import OutputFolder, composed_points, table
 from rlhf_exp.errors import UserError
+from rlhf_exp.http_client import HttpClient, Service
 from rlhf_exp.pipeline import hub
 from rlhf_exp.pipeline.plan import plan
+from rlhf_exp.redaction import without_secrets
+from rlhf_exp.safe_text import clipped, visible
 from rlhf_exp.store.lease import holders
 from rlhf_exp.tracking.wandb_sync import RunStart, last_step_sent, send, starts_of, unsent
 
@@ -122,15 +123,18 @@ def _send(tracked: TrackedRun, dry_run: bool) -> tuple[str, str]:
 
 
 def _send_pieces(tracked: TrackedRun) -> tuple[str, str]:
-    from rlhf_exp.tracking.wandb_tracker import wandb
-
     url = ""
     try:
         last_step = last_step_sent(tracked.starts)
-    except wandb.Error as error:
-        return FAILED, f"W&B does not say what it has of the run: {error}"
+    except Exception as error:  # of `requests`, and several families of W&B's own
+        text = without_secrets(f"{type(error).__name__}: {error}")
+        said = visible(clipped(" ".join(text.split()), 300))
+        return FAILED, f"W&B does not say what it has of the run: {said}"
     for piece in unsent(tracked.starts, last_step):
-        result = send(piece, tracked.folder)
+        try:
+            result = send(piece, tracked.folder)
+        except (OSError, UserError) as error:
+            return FAILED, f"{piece.start.path}: {error}"
         if result.error is not None:  # W&B would put later starts in the place of these rows
             return FAILED, result.error
         url = result.url or url
@@ -141,15 +145,18 @@ def _check_server() -> None:
     from rlhf_exp.tracking.wandb_tracker import wandb
 
     url = str(wandb.setup().settings.base_url)
+
+    def unreachable(reason: str) -> UserError:
+        return UserError(
+            f"W&B cannot be reached at {url} ({reason}). Run this where there is a network, such "
+            "as a login node that sees the same files; WANDB_BASE_URL names another server"
+        )
+
+    client = HttpClient(Service(url, timeout_s=CONNECT_TIMEOUT_S), unreachable)
     try:
-        urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_S).close()
-    except urllib.error.HTTPError:  # the server answers
-        return
-    except OSError as error:
-        raise UserError(
-            f"W&B cannot be reached at {url} ({error}). Run this where there is a network, such as "
-            "a login node that sees the same files; WANDB_BASE_URL names another server"
-        ) from error
+        client.check_reachable("")
+    finally:
+        client.close()
 
 
 def fetch(

@@ -29,7 +29,7 @@ from rlhf_exp.store.sealed import DIGESTS, Damaged, check_sealed_folder, seal_fo
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would be tokenized differently.
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,15 @@ class TokenizedPrompts:
 
     Attributes:
         prompt: the prompts.
-        original: the data set's responses, whole and ended; an empty row if there is none.
+        original: the data set's responses; an empty row if there is none.
         cut: number of prompts cut.
+        cut_responses: number of original responses cut.
     """
 
     prompt: RaggedArray
     original: RaggedArray
     cut: int
+    cut_responses: int
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -184,8 +186,8 @@ def tokenize_prompts(
 ) -> TokenizedPrompts:
     """Tokenize prompts so that `max_new_tokens` more tokens fit into `seq_length`.
 
-    Prompts are cut from the left to `seq_length - max_new_tokens` tokens. Original responses stay
-    whole: they are scored, not sampled.
+    Prompts are cut from the left to `seq_length - max_new_tokens` tokens, original responses from
+    the right to `max_new_tokens`.
 
     Raises:
         UserError: nothing would remain of a prompt.
@@ -197,15 +199,14 @@ def tokenize_prompts(
         prompts = codec.encode_prompts([row.history for row in rows])
         originals = codec.encode_responses([row.original or "" for row in rows])
         for row, prompt, original in zip(rows, prompts, originals, strict=True):
-            builder.add(
-                prompt=builder.cut_left(prompt, prompt_length),
-                original=[] if row.original is None else [*original, codec.eos_id],
+            original_ids = (
+                [] if row.original is None else builder.with_eos(max_new_tokens, original)[0]
             )
+            builder.add(prompt=builder.cut_left(prompt, prompt_length), original=original_ids)
         return builder.build()
 
     lengths = [seq_length, max_new_tokens]
-    fields = _tokenized(cache, "prompts", rows, codec, lengths, build)
-    return TokenizedPrompts(fields["prompt"], fields["original"], fields["cut"])
+    return TokenizedPrompts(**_tokenized(cache, "prompts", rows, codec, lengths, build))
 
 
 def tokenize_texts(
@@ -221,8 +222,8 @@ def tokenize_texts(
     for ids in codec.encode_texts(texts):
         builder.add(prompt=builder.cut_left(ids, prompt_length), original=[])
     tokenized = builder.build()
-    columns = tokenized.columns
-    return TokenizedPrompts(columns["prompt"], columns["original"], tokenized.counts["cut"])
+    fields: dict[str, Any] = {**tokenized.columns, **tokenized.counts}
+    return TokenizedPrompts(**fields)
 
 
 def _max_prompt_length(seq_length: int, max_new_tokens: int) -> int:

@@ -5,7 +5,7 @@ other processes run its jobs, and exit when it does.
 
 While training, the first Ctrl-C saves at the end of the iteration and the second exits at once.
 Everywhere else (loading, waiting for another process, evaluating) there is nothing to save, and
-Ctrl-C exits at once. SIGTERM exits at once, too.
+Ctrl-C exits at once. SIGTERM and SIGHUP (a closed terminal) exit at once, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf_exp.config.compose import to_dict
 from rlhf_exp.config.experiment import Config, StrategyName
@@ -38,10 +38,11 @@ from rlhf_exp.processes.environment import (
     is_leader,
     threads_per_process,
 )
-from rlhf_exp.processes.failures import TERMINATED, USER
+from rlhf_exp.processes.failures import USER
 from rlhf_exp.processes.leader import Leader, StartedWorkers, joined_leader, joined_worker
 from rlhf_exp.processes.worker import Worker
 from rlhf_exp.search.pruning import PruningCallback, RunningTrial
+from rlhf_exp.signals import exiting_on_signals
 from rlhf_exp.stages.context import StageContext, StageJob, StageResult
 from rlhf_exp.store.fingerprint import key_of
 from rlhf_exp.store.lease import Claim
@@ -178,7 +179,7 @@ class LeaderExecutor:
             return asdict(self.runner.run(job, polite_interrupts, check))
 
         message = {"job": asdict(job), **self.header}
-        with sigterm_as_exit(), polite_interrupts(lambda: self.leader.saving) as interrupted:
+        with exiting_on_signals(), polite_interrupts(lambda: self.leader.saving) as interrupted:
             return StageResult(**self.leader.run(message, work, interrupted))
 
     def end(self, error: BaseException | None, objective: float | None = None) -> None:
@@ -374,26 +375,3 @@ def polite_interrupts(
     if interrupted.is_set():
         # Ctrl-C in the last iteration: the block is done, but the user does not want what follows.
         raise KeyboardInterrupt
-
-
-@contextmanager
-def sigterm_as_exit() -> Iterator[None]:
-    """Turn SIGTERM into `SystemExit(143)`, so that leases are released and workers end, too.
-
-    A handler that other code has set stays.
-    """
-    is_default = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    )
-    if is_default:
-        signal.signal(signal.SIGTERM, _exit_on_sigterm)
-    try:
-        yield
-    finally:
-        if is_default:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _exit_on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(TERMINATED)

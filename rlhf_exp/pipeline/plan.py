@@ -50,6 +50,7 @@ NOT_COMPUTING = (
     "rlhf_exp/errors.py",
     "rlhf_exp/processes/",
     "rlhf_exp/redaction.py",
+    "rlhf_exp/signals.py",
     "rlhf_exp/stages/tracking.py",
     "rlhf_exp/store/",
     "rlhf_exp/tracking/",

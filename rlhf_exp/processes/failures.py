@@ -18,9 +18,10 @@ from typing import Any, NoReturn, Self
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.redaction import formatted_exception
+from rlhf_exp.signals import INTERRUPTED, TERMINATED
 
-USER, INTERRUPTED, TERMINATED = 2, 130, 143
-"""Exit codes: an error that the user can mend, Ctrl-C, SIGTERM."""
+USER = 2
+"""Exit code of an error that the user can mend."""
 
 
 class WorkerFailed(RuntimeError):

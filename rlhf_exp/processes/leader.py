@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rlhf_exp.processes.channel import Channel, accept_workers, connect_to_leader
 from rlhf_exp.processes.environment import LaunchEnvironment
 from rlhf_exp.processes.failures import (
-    TERMINATED,
     FailureKind,
     ProcessFailure,
     WorkerGone,
@@ -37,6 +36,7 @@ from rlhf_exp.processes.failures import (
 )
 from rlhf_exp.processes.worker import GRACE_S, Work, Worker, open_store, process_group
 from rlhf_exp.redaction import install
+from rlhf_exp.signals import TERMINATED
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes.channel import JOIN_S, Channel, Message
 from rlhf_exp.processes.environment import LaunchEnvironment
-from rlhf_exp.processes.failures import TERMINATED, ProcessFailure, exit_code_of, note_group
+from rlhf_exp.processes.failures import ProcessFailure, exit_code_of, note_group
+from rlhf_exp.signals import TERMINATED, ending_signals, leave_terminal
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -53,7 +54,8 @@ class Worker:
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._working, self._released = False, False
         self._exit_code, self._must_exit = TERMINATED, False
-        signal.signal(signal.SIGTERM, self._handle_sigterm)
+        for number in {signal.SIGTERM, *ending_signals()}:
+            signal.signal(number, self._handle_ending)
         threading.Thread(target=self._listen, name="channel to the leader", daemon=True).start()
 
     def serve(self, store: Store, work: Work) -> Message:
@@ -111,8 +113,10 @@ class Worker:
             time.sleep(HELD_S)
         os._exit(exit_code_of(error) or 1)
 
-    def _handle_sigterm(self, number: int, frame: FrameType | None) -> None:
+    def _handle_ending(self, number: int, frame: FrameType | None) -> None:
         if self._must_exit or not self.environment.cluster:
+            if number == signal.SIGHUP:
+                leave_terminal()
             raise SystemExit(self._exit_code)
 
     def _listen(self) -> None:

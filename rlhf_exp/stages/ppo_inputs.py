@@ -22,7 +22,7 @@ from rlhf_exp.distributed.world import World
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.store.fingerprint import key_of
 from rlhf_exp.store.sealed import Damaged, check_sealed_file, file_digest, seal_file
-from rlhf_exp.training.reward_scorer import ModelScorer, Scorer, score_shared
+from rlhf_exp.training.reward_scorer import Scorer, score_shared
 from rlhf_exp.training.scorers import ServerScorer
 
 log = logging.getLogger(__name__)
@@ -62,9 +62,6 @@ def original_scores(
 ) -> Tensor:
     """Return the score of each prompt's own response: [prompts] float32, NaN where not needed.
 
-    A response is scored whole, however short the policy's are to be. What a reward model's context
-    cuts is counted in the log.
-
     Only the prompts that this run will meet are scored, all before training and an iteration's
     together: a score's last bits depend on the batch it was computed in, and this batch is the same
     however often the run is interrupted, and however many iterations follow.
@@ -79,8 +76,6 @@ def original_scores(
     if stored is not None:
         return torch.from_numpy(stored)
     scores = torch.full((len(prompts),), float("nan"))
-    if world.is_main:
-        _warn_of_cuts(prompts, used, scorer)
     for rows in used:
         scores[torch.from_numpy(rows)] = _score(prompts, rows, scorer, world)
     if world.is_main:
@@ -103,23 +98,6 @@ def _used(config: Config, count: int, only: int | None = None) -> list[np.ndarra
         if seen.all():
             break
     return found
-
-
-def _warn_of_cuts(prompts: TokenizedPrompts, used: list[np.ndarray], scorer: Scorer) -> None:
-    """Say how many of the dialogues to score are longer than the reward model reads."""
-    if not isinstance(scorer, ModelScorer) or scorer.reward_codec is not None:
-        return  # texts, of whatever tokens they are made there
-    lengths = prompts.prompt.lengths() + prompts.original.lengths()
-    rows = np.concatenate(used)
-    cut = int((lengths[rows] > scorer.seq_length).sum())
-    if cut:
-        log.warning(
-            "%d of the data's own %d responses are, with their prompts, longer than the %d tokens "
-            "that the reward model reads, and lose their start",
-            cut,
-            len(rows),
-            scorer.seq_length,
-        )
 
 
 def _score(prompts: TokenizedPrompts, rows: np.ndarray, scorer: Scorer, world: World) -> Tensor:

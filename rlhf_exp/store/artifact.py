@@ -18,6 +18,7 @@ from types import UnionType
 from typing import Any, Self
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.redaction import without_secrets
 from rlhf_exp.store.sealed import file_digest_once
 
 MANIFEST = "manifest.json"
@@ -286,7 +287,7 @@ def git_state(repo: Path) -> dict[str, Any]:
     return {
         "revision": revision.strip(),
         "dirty": bool(diff or untracked),
-        "diff": diff,
+        "diff": without_secrets(diff),
         "untracked": untracked[:100],
     }
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.redaction import redacted
 from rlhf_exp.store.artifact import MANIFEST, Manifest, now
 from rlhf_exp.store.atomic_files import write_json_atomic
 from rlhf_exp.store.lease import namespace
@@ -130,7 +131,7 @@ class Records:
         check_name(record.name)
         path = self.root / record.name / f"{record.key}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, record.to_json())
+        write_json_atomic(path, redacted(record.to_json()))
         return path
 
     def names(self) -> list[str]:

@@ -7,13 +7,19 @@ the others use `NullTracker`.
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
+from rlhf_exp.redaction import redacted, without_secrets
+from rlhf_exp.signals import (
+    HUNG_UP,
+    INTERRUPTED,
+    TERMINATED,
+    ending_signals,
+    exit_on_signal,
+)
 from rlhf_exp.tracking.alerts import AlertMonitor
 
 
@@ -111,7 +117,7 @@ class NullTracker:
 
 
 class CompositeTracker:
-    """Reports to several trackers, in order, and raises alerts.
+    """Reports to several trackers, in order and without secrets, and raises alerts.
 
     Args:
         trackers: The trackers; the first has the run's id.
@@ -139,16 +145,19 @@ class CompositeTracker:
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
     ) -> None:
         """See `Tracker`."""
+        rows = redacted(rows)
         for tracker in self._trackers:
             tracker.table(name, columns, rows, step)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """See `Tracker`."""
+        values = redacted(dict(values))
         for tracker in self._trackers:
             tracker.summary(values)
 
     def alert(self, title: str, text: str, step: int) -> None:
         """See `Tracker`."""
+        text = without_secrets(text)
         for tracker in self._trackers:
             tracker.alert(title, text, step)
 
@@ -168,10 +177,6 @@ class CompositeTracker:
             tracker.finish(exit_code)
 
 
-INTERRUPTED = 130  # what shells report for a process that SIGINT ended
-TERMINATED = 143  # ... SIGTERM
-
-
 @contextmanager
 def finishing(tracker: Tracker) -> Iterator[Tracker]:
     """Finish `tracker` however the block ends: done, failed, interrupted or terminated.
@@ -180,18 +185,15 @@ def finishing(tracker: Tracker) -> Iterator[Tracker]:
     with the next job of the same process.
 
     The exit code is 0 at the end of the block, 1 for an exception, 130 for Ctrl-C, and that of a
-    `SystemExit`. After 130 and 143 the run is marked as preempted: it will be continued.
+    `SystemExit`. After 129, 130 and 143 the run is marked as preempted: it will be continued.
 
-    SIGTERM is turned into `SystemExit(143)` inside the block, so that the work unwinds to here
-    instead of W&B being called from a signal handler. A handler that has been set before (one that
-    writes a checkpoint first) stays; it should end in `SystemExit(143)`.
+    SIGTERM and SIGHUP are turned into `SystemExit` inside the block, so that the work unwinds to
+    here instead of W&B being called from a signal handler. A handler that has been set before (one
+    that writes a checkpoint first) stays; it should end in `SystemExit`.
     """
-    handles_sigterm = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    )
-    if handles_sigterm:
-        signal.signal(signal.SIGTERM, _terminate)
+    handled = ending_signals()
+    for number in handled:
+        signal.signal(number, exit_on_signal)
     code = 1
     try:
         yield tracker
@@ -203,16 +205,12 @@ def finishing(tracker: Tracker) -> Iterator[Tracker]:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
     finally:
-        if handles_sigterm:  # a second signal must not cut off the writing
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in handled:  # a second signal must not cut off the writing
+            signal.signal(number, signal.SIG_IGN)
         try:
-            if code in (INTERRUPTED, TERMINATED):
+            if code in (INTERRUPTED, TERMINATED, HUNG_UP):
                 tracker.mark_preempting()
             tracker.finish(code)
         finally:
-            if handles_sigterm:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _terminate(signal_number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(TERMINATED)
+            for number in handled:
+                signal.signal(number, signal.SIG_DFL)

@@ -12,8 +12,9 @@ import json
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,8 @@ _FILE_HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
 _CHUNK_HEADER = struct.Struct("<IHB")
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 _DATA_DIR = "wandb-data"
+_NOTE = "start.json"
+_OF_THE_RUN = ("header", "run", "config", "metric", "summary", "telemetry")
 
 
 @dataclass
@@ -60,10 +63,55 @@ class WandbRun:
     preempting: bool = False
 
 
+@dataclass(frozen=True)
+class StartNote:
+    """What we note of a start, beside its log.
+
+    Attributes:
+        number: 1 for the run's first start, then 2 and so on: clocks go back, and W&B names the
+            directories of starts by the local time.
+        first: the first step that this start runs itself. What earlier starts logged from it on is
+            void; earlier steps in this start's log are those that no log held.
+    """
+
+    number: int = 0
+    first: float | None = None
+
+    @classmethod
+    def read(cls, log: Path) -> StartNote:
+        """Return the note beside a log; an empty one for starts of earlier versions."""
+        try:
+            content = json.loads((log.parent / _NOTE).read_text(encoding="utf-8"))
+            return cls(int(content["number"]), float(content["first"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls()
+
+    def write(self, log: Path) -> None:
+        """Write the note beside a log."""
+        (log.parent / _NOTE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
 def wandb_files(folder: Path) -> list[Path]:
     """Return the transaction logs under a run's folder, one for each start, in order."""
     logs = (folder / "wandb").glob("*run-*/run-*.wandb")
-    return sorted(logs, key=lambda path: path.parent.name.removeprefix("offline-"))
+    return sorted(
+        logs,
+        key=lambda path: (
+            StartNote.read(path).number,
+            path.parent.name.removeprefix("offline-"),
+        ),
+    )
+
+
+def recorded_steps(folder: Path) -> set[int]:
+    """Return the steps of all rows in a run's logs; of a damaged log, those before the damage."""
+    steps = set()
+    for path in wandb_files(folder):
+        with suppress(UserError, OSError):
+            for record in _records(path):
+                if record.WhichOneof("record_type") == "history":
+                    steps.add(_row(record).get(STEP, -1))
+    return steps
 
 
 def read_wandb_file(path: Path) -> WandbRun:
@@ -145,6 +193,43 @@ def copy_log(
                 for entry in record.artifact.manifest.contents:
                     entry.local_path = _moved(entry.local_path, folder)
             _write_record(file, record.SerializeToString())
+
+
+def copy_rows(source: Path, target: Path, rows: Iterable[Mapping[str, float]]) -> None:
+    """Write a transaction log of the run in `source` with other rows than its own.
+
+    Args:
+        source: the log of a start; its run, config and summary are taken over.
+        target: the new log.
+        rows: the rows, each with its `global_step`.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    number = position = 0
+    exit_record = None
+    with open(target, "wb") as file:
+        file.write(_FILE_HEADER)
+        for record in _records(source):
+            kind = record.WhichOneof("record_type")
+            number = max(number, record.num)
+            if kind == "history":
+                position = max(position, record.history.step.num + 1)
+            elif kind == "exit":
+                exit_record = record
+            elif kind in _OF_THE_RUN:
+                _write_record(file, record.SerializeToString())
+        for row in rows:
+            number += 1
+            added = wandb_internal_pb2.Record(num=number)  # type: ignore[attr-defined]
+            for name, value in {**row, "_step": position}.items():
+                item = added.history.item.add(value_json=json.dumps(value))
+                item.nested_key.append(name)
+            added.history.step.num = position
+            position += 1
+            _write_record(file, added.SerializeToString())
+        if exit_record is not None:
+            exit_record.num = number + 1
+            _write_record(file, exit_record.SerializeToString())
 
 
 def _moved(path: str, folder: Path) -> str:

@@ -14,15 +14,18 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rlhf_exp.tracking.local import STEP
+from rlhf_exp.redaction import without_secrets
+from rlhf_exp.tracking.local import METRICS, STEP, read_metrics
 from rlhf_exp.tracking.wandb_log import (
+    StartNote,
     copy_log,
+    copy_rows,
     is_complete,
     mark_synced,
     read_wandb_file,
@@ -55,6 +58,8 @@ class RunStart:
         complete: Whether it was finished.
         steps: The global steps of its rows.
         sent: Its last step that was sent; `None`: it has not been sent.
+        first: The first step that it ran itself; `None`: not noted, so the lowest of its rows.
+        rows: Rows to send that no log holds, by a further log of this start; `None` for a start.
     """
 
     path: Path
@@ -65,6 +70,8 @@ class RunStart:
     complete: bool
     steps: tuple[int, ...]
     sent: float | None
+    first: float | None = None
+    rows: tuple[Mapping[str, float], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class SyncPiece:
     after: float
     before: float
 
-    def keeps(self, row: dict[str, Any]) -> bool:
+    def keeps(self, row: Mapping[str, Any]) -> bool:
         """Return whether a row is to be sent; a row without a step always is."""
         return STEP not in row or self.after < row[STEP] < self.before
 
@@ -106,6 +113,9 @@ class SyncResult:
 def starts_of(folder: Path) -> list[RunStart]:
     """Return the starts recorded in a run's folder, in order.
 
+    Rows of `metrics.jsonl` that no log holds, because W&B's process was killed, follow as a last
+    start.
+
     Raises:
         UserError: A log is damaged.
     """
@@ -118,7 +128,21 @@ def starts_of(folder: Path) -> list[RunStart]:
         online = not path.parent.name.startswith("offline-")
         sent = _last_sent(path, steps)
         names = run.run_id, run.project, run.entity
-        starts.append(RunStart(path, *names, online, is_complete(path), steps, sent))
+        first = StartNote.read(path).first
+        starts.append(RunStart(path, *names, online, is_complete(path), steps, sent, first))
+    if starts and (folder / METRICS).is_file():
+        held = {step for start in starts for step in start.steps}
+        sent = max((start.sent for start in starts if start.sent is not None), default=-math.inf)
+        rows = tuple(
+            row
+            for row in read_metrics(folder / METRICS)
+            if row[STEP] not in held and row[STEP] > sent
+        )
+        if rows:
+            steps = tuple(int(row[STEP]) for row in rows)
+            starts.append(
+                replace(starts[-1], online=False, steps=steps, sent=None, first=None, rows=rows)
+            )
     return starts
 
 
@@ -126,9 +150,13 @@ def _last_sent(path: Path, steps: tuple[int, ...]) -> float | None:
     marker = synced_marker(path)
     if not marker.exists():
         return None
-    note = marker.read_text(encoding="utf-8")
-    # `wandb sync` itself writes no note: it has sent everything.
-    return float(json.loads(note)[_LAST]) if note else max(steps, default=-1)
+    note = marker.read_text(encoding="utf-8", errors="replace")
+    if not note:  # `wandb sync` itself writes none: it has sent everything
+        return max(steps, default=-1)
+    try:
+        return float(json.loads(note)[_LAST])
+    except (ValueError, KeyError, TypeError):  # damaged: the server knows what it has
+        return None
 
 
 def unsent(starts: Sequence[RunStart], after: float = -math.inf) -> list[SyncPiece]:
@@ -149,8 +177,14 @@ def unsent(starts: Sequence[RunStart], after: float = -math.inf) -> list[SyncPie
         if start.sent is not None:
             after = max(after, start.sent)
         elif start.steps or not start.online:  # else no server answered: an offline start followed
-            later = [min(other.steps) for other in starts[index + 1 :] if other.steps]
+            later = [
+                min(other.steps) if other.first is None else other.first
+                for other in starts[index + 1 :]
+                if other.steps and other.rows is None
+            ]
             piece = SyncPiece(start, after, min(later, default=math.inf))
+            if start.rows is not None and not piece.steps:
+                continue
             pieces.append(piece)
             after = max(after, piece.last)
     return pieces
@@ -163,7 +197,7 @@ def last_step_sent(starts: Sequence[RunStart]) -> float:
     may be ahead of its rows; their number may include rows sent twice by other means.
 
     Raises:
-        wandb.Error: The server does not answer.
+        Exception: The server does not answer, or with an error; the client raises many classes.
     """
     from rlhf_exp.tracking.wandb_tracker import wandb
 
@@ -196,7 +230,10 @@ def send(piece: SyncPiece, folder: Path) -> SyncResult:
         if files.is_dir():
             shutil.copytree(files, copy / "files")
         copy.mkdir(exist_ok=True)
-        copy_log(path, copy / path.name, piece.keeps, folder.resolve())
+        if piece.start.rows is None:
+            copy_log(path, copy / path.name, piece.keeps, folder.resolve())
+        else:
+            copy_rows(path, copy / path.name, [row for row in piece.start.rows if piece.keeps(row)])
         output = _wandb_sync(copy)
         sent = synced_marker(copy / path.name).exists()
     if not sent:
@@ -223,6 +260,7 @@ def _wandb_sync(folder: Path) -> str:
             timeout=SYNC_TIMEOUT_S,
             check=False,
             text=True,
+            errors="replace",
         )
     except subprocess.TimeoutExpired:
         return f"wandb sync took more than {SYNC_TIMEOUT_S:g} s"
@@ -233,4 +271,4 @@ def _reason(output: str) -> str:
     """Return the line of `wandb sync` that names the error."""
     lines = [line.removeprefix("wandb: ").strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"(?i)error|fail|not auth|took more", line)]
-    return (errors or lines or ["wandb sync said nothing"])[-1]
+    return without_secrets((errors or lines or ["wandb sync said nothing"])[-1])

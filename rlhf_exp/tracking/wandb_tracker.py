@@ -10,6 +10,8 @@ Measured with wandb 0.31, and the reason for what looks odd here:
   twice, and rows that are known to have been lost are sent before them.
 - The transaction log is flushed every 15 s by default, so that a kill in the first seconds leaves
   nothing, not even the config. Every second costs nothing noticeable.
+- W&B's own process may be killed, by a system out of memory: every call then raises, of several
+  families, until `teardown`. So the calls are guarded, and W&B is started again.
 - Even offline, wandb sends telemetry over the network unless error reporting is off.
 - The directory of a start is named by the second: another start within it would write over it.
 - Without a server, `wandb.init` waits for 90 s by default and then fails.
@@ -37,8 +39,15 @@ os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb reads it while 
 import wandb
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.tracking.local import STEP
-from rlhf_exp.tracking.wandb_log import is_complete, mark_synced
+from rlhf_exp.redaction import redacted, without_secrets
+from rlhf_exp.tracking.local import METRICS, STEP, read_metrics
+from rlhf_exp.tracking.wandb_log import (
+    StartNote,
+    is_complete,
+    mark_synced,
+    recorded_steps,
+    wandb_files,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +55,7 @@ FLUSH_S = 1.0
 START_S = 15.0  # after that the run is recorded offline: a lost server must not hold up training
 FINISH_S = 60.0  # a lost server must not hold a finished job; the rest can be synced later
 WRITTEN_S = 10.0
+RESTARTS = 3  # of W&B's own process, in one start of a stage
 BINS = 64
 DIFF_FILE = "git-diff.patch"  # W&B's own, of the working directory, is called diff.patch
 
@@ -72,7 +82,8 @@ class WandbTracker:
         tags: W&B tags.
         config: The resolved config, nested; enums are recorded by name, paths as text.
         diff: Text of the file `git-diff.patch`; empty: none.
-        earlier: Rows from before the resume; online, those that the server lacks are sent.
+        earlier: Rows from before the resume; online, those that the server lacks are sent,
+            offline, those that no earlier start's log holds are recorded again.
 
     Raises:
         UserError: W&B refuses the run, such as for a missing API key.
@@ -95,37 +106,96 @@ class WandbTracker:
         earlier: Sequence[Mapping[str, float]] = (),
     ) -> None:
         self.run_id = run_id
+        self._mode: Literal["offline", "online"] = mode
+        self._folder, self._diff = folder, diff
+        self._names: dict[str, Any] = {
+            "project": project,
+            "entity": entity,
+            "group": group,
+            "job_type": job_type,
+            "name": name,
+            "tags": list(tags),
+            "config": redacted(dict(config)),
+        }
         self._data_dir_before = os.environ.get("WANDB_DATA_DIR")
-        self._finished = False
+        self._finished = self._lost = False
+        self._restarts = 0
+        self._open_step: int | None = None  # of a row that is still to be added to
         self._postponed: list[Callable[[], object]] = []
         os.environ["WANDB_DATA_DIR"] = str(folder.resolve() / "wandb-data")
         try:
-            self._run, self._online = start_run(
-                mode,
-                folder,
-                run_id,
-                project=project,
-                entity=entity,
-                group=group,
-                job_type=job_type,
-                name=name,
-                tags=list(tags),
-                config=config,
-            )
-        except UserError:
+            self._begin(earlier)
+        except BaseException:
             self._restore_environment()
             raise
+
+    def _begin(self, earlier: Sequence[Mapping[str, float]]) -> None:
+        """Make a start that first gets the rows that W&B lacks.
+
+        Args:
+            earlier: The rows so far. Online, those that the server lacks are sent, offline, those
+                that no log holds.
+        """
+        logs, held = wandb_files(self._folder), recorded_steps(self._folder)
+        number = 1 + max([len(logs), *(StartNote.read(log).number for log in logs)])
+        self._run, self._online = start_run(self._mode, self._folder, self.run_id, **self._names)
+        last = max((row[STEP] for row in earlier), default=-math.inf)
+        StartNote(number, last + 1).write(self._log_file())
         self.url = self._run.url if self._online else None  # offline wandb prints a warning
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
         self._sent = self._last_step_sent()
-        if self._online:
-            for row in earlier:
-                self.log({key: row[key] for key in row if key != STEP}, int(row[STEP]))
-        if diff:
+        for row in earlier:
+            if row[STEP] > self._sent and (self._online or row[STEP] not in held):
+                self._run.log(_plain_numbers(row), commit=row[STEP] != self._open_step)
+        if self._diff:
             path = Path(self._run.dir) / DIFF_FILE
-            path.write_text(diff, encoding="utf-8", errors="replace")
+            path.write_text(without_secrets(self._diff), encoding="utf-8", errors="replace")
             self._run.save(str(path), base_path=self._run.dir, policy="now")
+
+    def _log_file(self) -> Path:
+        """Return the transaction log of the present start."""
+        return Path(self._run.dir).parent / f"run-{self.run_id}.wandb"
+
+    def _record(self, action: Callable[[], object]) -> None:
+        """Have W&B record something. It never ends a stage: the local record has everything.
+
+        If its process has ended, W&B is started again, a few times, and gets the rows that it lacks
+        from the local record.
+        """
+        if self._lost:
+            return
+        try:
+            action()
+        except Exception as error:  # of the connection to the process, and many of W&B's own
+            self._start_again(error)
+
+    def _start_again(self, error: Exception) -> None:
+        self._restarts += 1
+        why, metrics = _said(error), self._folder / METRICS
+        with suppress(Exception):
+            wandb.teardown()
+        try:
+            if self._restarts > RESTARTS:
+                raise error
+            self._begin(read_metrics(metrics) if metrics.is_file() else [])
+        except Exception as again:
+            self._lost = True
+            log.warning(
+                "W&B's own process has ended (%s), as it may if memory runs out, and cannot be "
+                "started again (%s). The stage goes on; %s and tables/ beside it have everything. "
+                "Rows that W&B lacks are sent from there by `rlhf-exp sync`, or recorded again if "
+                "the stage is resumed; its histograms and tables from now on are missing",
+                *(why, _said(again), metrics),
+            )
+            return
+        log.warning(
+            "W&B's own process has ended (%s), as it may if memory runs out, and was started "
+            "again. Its record goes on in a further log, which begins with the rows that it "
+            "lacked; at most a histogram and a table of this step are missing. The stage goes on; "
+            "%s has everything, and `rlhf-exp sync` sends all logs",
+            *(why, metrics),
+        )
 
     def _last_step_sent(self) -> float:
         """Return the last step of a continued run that the server has."""
@@ -137,8 +207,9 @@ class WandbTracker:
     def log(self, metrics: Mapping[str, float], step: int, *, more: bool = False) -> None:
         """See `Tracker`."""
         if step > self._sent:
-            values = {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}
-            self._run.log({**values, STEP: step}, commit=not more)
+            row = _plain_numbers({**metrics, STEP: step})
+            self._open_step = step if more else None
+            self._record(lambda: self._run.log(row, commit=not more))
 
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
         """See `Tracker`. Values that are not finite are left out."""
@@ -146,7 +217,9 @@ class WandbTracker:
         finite = finite[np.isfinite(finite)]
         if step > self._sent and finite.size:
             histogram = wandb.Histogram(np_histogram=np.histogram(finite, bins=BINS))
-            self._run.log({name: histogram, STEP: step}, commit=False)
+            row = {name: histogram, STEP: step}
+            self._open_step = step
+            self._record(lambda: self._run.log(row, commit=False))
 
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
@@ -158,6 +231,7 @@ class WandbTracker:
             return wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
 
         if step > self._sent:
+            self._open_step = step
             self._if_server(
                 lambda: self._run.log({name: build()}, commit=False),
                 # Its row has been sent by then.
@@ -166,12 +240,12 @@ class WandbTracker:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """See `Tracker`."""
-        self._run.summary.update(dict(values))
+        self._record(lambda: self._run.summary.update(dict(values)))
 
     def alert(self, title: str, text: str, step: int) -> None:
         """See `Tracker`."""
         if step > self._sent:
-            self._run.alert(title, f"Step {step}: {text}", "WARN")
+            self._record(lambda: self._run.alert(title, f"Step {step}: {text}", "WARN"))
 
     def model(self, name: str, path: Path, final_path: Path, metadata: Mapping[str, Any]) -> None:
         """See `Tracker`. W&B records a file only if it exists, so it is read at `path`."""
@@ -189,42 +263,50 @@ class WandbTracker:
 
     def mark_preempting(self) -> None:
         """See `Tracker`."""
-        self._run.mark_preempting()
+        self._record(self._run.mark_preempting)
 
     def finish(self, exit_code: int = 0) -> None:
         """See `Tracker`. Waits for the server at most `FINISH_S` seconds."""
         if self._finished:
             return
         self._finished = True
-        start = Path(self._run.dir).parent
-        written = start / f"run-{self.run_id}.wandb"
         try:
             for action in self._postponed:
                 with suppress(wandb.Error):
-                    action()
-            self._finish_run(exit_code, written)
-            _await_exit_record(written)
+                    self._record(action)
+            # A second time if its process has ended meanwhile, for the new start.
+            restarts = self._restarts
+            self._record(lambda: self._finish_run(exit_code))
+            if self._restarts > restarts:
+                self._record(lambda: self._finish_run(exit_code))
+            if not self._lost:
+                _await_exit_record(self._log_file())
             # A link to a file in the user's cache, which later runs write to as well.
-            (start / "logs" / "debug-core.log").unlink(missing_ok=True)
+            for logs in self._folder.glob("wandb/*run-*/logs"):
+                (logs / "debug-core.log").unlink(missing_ok=True)
         finally:
             self._restore_environment()
 
-    def _finish_run(self, exit_code: int, written: Path) -> None:
+    def _finish_run(self, exit_code: int) -> None:
         try:
             self._run.finish(exit_code=exit_code)
         except TimeoutError:
             log.warning("W&B took more than %g s: `rlhf-exp sync` sends the rest", FINISH_S)
             return
         if self._online:
-            mark_synced(written)
+            mark_synced(self._log_file())
 
     def _if_server(self, action: Callable[[], object], later: Callable[[], object]) -> None:
         """Run `action`, which may need the server; if it is lost, run `later` in `finish`."""
-        try:
-            action()
-        except wandb.Error as error:
-            log.warning("W&B: %s; trying again at the end of the run", error)
-            self._postponed.append(later)
+
+        def run() -> None:
+            try:
+                action()
+            except wandb.Error as error:
+                log.warning("W&B: %s; trying again at the end of the run", error)
+                self._postponed.append(later)
+
+        self._record(run)
 
     def _restore_environment(self) -> None:
         if self._data_dir_before is None:
@@ -270,23 +352,63 @@ def start_run(
         reinit="create_new",  # do not continue a run that other code left open
         config=json.loads(json.dumps(dict(config), default=_plain)),
     )
-    _await_free_directory(folder / "wandb", run_id)
     try:
-        return wandb.init(mode=mode, settings=_settings(mode), **arguments), mode == "online"
+        return _initialised(mode, arguments), mode == "online"
     except wandb.errors.CommError as error:
+        if mode == "offline":
+            raise _no_start(mode, error) from error
         log.warning(
             "tracking=online: W&B could not be reached, so this is recorded offline; "
             "`rlhf-exp sync` sends it later. (%s)",
             str(error).splitlines()[0],
         )
         wandb.teardown()  # else the failed attempt keeps the id in use
-        return wandb.init(mode="offline", settings=_settings("offline"), **arguments), False
+        return _initialised("offline", arguments), False
     except wandb.Error as error:
-        raise UserError(
-            f"tracking=online: W&B did not accept the run: {error} "
-            "Log in with `wandb login` (or set WANDB_API_KEY) and check the connection, or "
-            "record locally with tracking=offline and send it later."
-        ) from error
+        advice = (
+            "Log in with `wandb login` (or set WANDB_API_KEY) and check the connection, or record "
+            "locally with tracking=offline and send it later."
+            if mode == "online"
+            else "tracking=disabled records metrics.jsonl alone."
+        )
+        raise UserError(f"tracking={mode}: W&B did not accept the run: {error} {advice}") from error
+
+
+def _initialised(mode: Literal["offline", "online"], arguments: dict[str, Any]) -> wandb.Run:
+    """Call `wandb.init`, once more if W&B's own process has ended.
+
+    Raises:
+        wandb.Error: W&B refuses the run, or its server does not answer.
+        UserError: The process does not start.
+    """
+    for attempt in (1, 2):
+        _await_free_directory(arguments["dir"] / "wandb", arguments["id"])
+        try:
+            return wandb.init(mode=mode, settings=_settings(mode), **arguments)
+        except (wandb.errors.CommError, wandb.errors.AuthenticationError, wandb.errors.UsageError):
+            raise
+        except Exception as error:  # many classes, of W&B's and of the connection to its process
+            with suppress(Exception):
+                wandb.teardown()  # forgets the process, so that the next call starts another
+            if attempt == 2:
+                raise _no_start(mode, error) from error
+    raise AssertionError("the loop returns or raises")
+
+
+def _no_start(mode: str, error: Exception) -> UserError:
+    return UserError(
+        f"tracking={mode}: W&B's own process (wandb-core) does not start or was killed "
+        f"({_said(error)}), as it may be if memory runs out. The same command tries again; "
+        "tracking=disabled records metrics.jsonl alone"
+    )
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
+
+
+def _plain_numbers(row: Mapping[str, float]) -> dict[str, float]:
+    return {name: v if isinstance(v, int) else float(v) for name, v in row.items()}
 
 
 def _await_free_directory(parent: Path, run_id: str) -> None:

@@ -111,7 +111,7 @@ def test_preferences_batch() -> None:
 
 
 def test_prompts_batch() -> None:
-    prompts = TokenizedPrompts(RaggedArray.of([[1], [2, 2]]), RaggedArray.of([[], []]), 0)
+    prompts = TokenizedPrompts(RaggedArray.of([[1], [2, 2]]), RaggedArray.of([[], []]), 0, 0)
     batch = prompts_batch(prompts, np.array([1, 0]), np.array([40, 41]))
     assert batch.tokens.tolist() == [[2, 2], [1, 0]]
     assert batch.lengths.tolist() == [2, 1]

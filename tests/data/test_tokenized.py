@@ -73,10 +73,9 @@ def test_prompts_leave_room_for_the_response(codec: Codec) -> None:
     ]
     tokenized = tokenize_prompts(rows, codec, seq_length=8, max_new_tokens=4)
     assert texts(codec, tokenized.prompt) == ["cdef", "a", "b"]
-    # No original is no token; an empty one is a space and the end. Four tokens are no limit to it.
-    end = "<|endoftext|>"
-    assert texts(codec, tokenized.original) == [f" wxyz{end}", "", f" {end}"]
-    assert tokenized.cut == 1
+    # No original is no token; an empty one is a space and the end.
+    assert texts(codec, tokenized.original) == [" wxy", "", " <|endoftext|>"]
+    assert (tokenized.cut, tokenized.cut_responses) == (1, 1)
 
 
 def test_a_beginning_of_sequence_token_survives_the_cut() -> None:

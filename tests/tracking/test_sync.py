@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import wandb
 
 from rlhf_exp.cli import main
 from rlhf_exp.store.artifact import Manifest
@@ -18,6 +24,7 @@ from rlhf_exp.tracking.create import Mode, open_tracker
 from rlhf_exp.tracking.wandb_log import copy_log, read_wandb_file, synced_marker, wandb_files
 from rlhf_exp.tracking.wandb_sync import RunStart, unsent
 from tests.tracking.server import WandbServer
+from tests.tracking.service import kill_service
 
 KEY = "0123456789abcdef"
 FOREVER = float("inf")
@@ -38,6 +45,20 @@ def test_which_rows_of_which_start_are_sent() -> None:
     assert spans(one, two) == [(0, -FOREVER, 3), (1, 2, FOREVER)]
     # A start without a row, killed at once, changes nothing.
     assert spans(one, start(), two) == [(0, -FOREVER, 3), (1, 2, 3), (2, 2, FOREVER)]
+
+
+def test_what_a_start_ran_itself_replaces_what_the_starts_before_it_logged() -> None:
+    """And the rows before that, which no log held, replace nothing."""
+    one = start(steps=(0, 1, 2, 3, 6, 7))
+    two = replace(start(steps=(4, 5, 6, 7, 8)), first=6)
+    assert [piece.steps for piece in unsent([one, two])] == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+
+
+def test_rows_that_no_log_holds_follow_once() -> None:
+    one, lost = start(steps=(0, 1)), replace(start(steps=(2, 3)), rows=({}, {}))
+    assert [piece.steps for piece in unsent([one, lost])] == [[0, 1], [2, 3]]
+    assert [piece.steps for piece in unsent([one, lost], after=2)] == [[], [3]]
+    assert [piece.steps for piece in unsent([one, lost], after=3)] == [[]]
 
 
 def test_what_was_sent_before_the_resume_is_not_sent_again() -> None:
@@ -185,6 +206,87 @@ def test_an_online_run_that_lost_its_server_is_completed(
     assert recorded.sync() == 0
     assert server.run.column("global_step") == [0, 1, 2, 3]
     assert server.run.exit_code == 0
+
+
+def test_rows_that_wandb_lost_are_sent_from_the_local_record(
+    server: WandbServer, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process was killed and could not be started again; the stage went on to its end."""
+    monkeypatch.setattr(wandb_tracker, "RESTARTS", 0)
+    tracker = open_tracker("offline", recorded.folder, name="sft-01")
+    tracker.log({"loss/total": 0.0}, 0)
+    tracker.log({"loss/total": 0.25}, 1)
+    time.sleep(1.5)  # until it is on disk
+    kill_service()
+    tracker.log({"loss/total": float("nan")}, 2)
+    tracker.log({"loss/total": 0.75}, 3)
+    tracker.finish(0)
+    assert recorded.sync() == 0
+    assert server.unknown == []
+    assert server.run.column("global_step") == [0, 1, 2, 3]
+    assert server.run.column("loss/total")[-1] == 0.75
+    steps = server.run.column("_step")
+    assert steps == sorted(set(steps))
+    assert recorded.sync() == 0
+    assert server.run.column("global_step") == [0, 1, 2, 3]
+
+
+ERROR = json.dumps({"errors": [{"message": f"rate limit for {'0' * 40}"}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"), [(200, ERROR), (200, b"[" * 50_000), (200, b'{"data": null}')]
+)
+def test_a_server_that_answers_with_an_error_stops_no_other_run(
+    status: int,
+    body: bytes,
+    recorded: Recorded,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recorded.run(0, 1)
+    other = open_tracker("offline", recorded.store.staging("reward", KEY))
+    other.log({"loss/total": 1.0}, 7)
+    other.finish(1)
+    keys = {"sft": KEY, "reward": KEY}
+    Records(recorded.outputs / "sweeps").write(RunRecord("study", "reward", keys))
+    with answering(status, body) as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        wandb.teardown()
+        assert recorded.sync() == 2
+    shown = capsys.readouterr()
+    assert shown.out.count(" failed ") == 2
+    assert "W&B does not say what it has of the run" in shown.out
+    assert "2 runs were not sent; the same command tries them again" in shown.err
+    assert "0" * 40 not in shown.out + shown.err
+
+
+@contextmanager
+def answering(status: int, body: bytes) -> Iterator[str]:
+    """Yield the address of a server that answers everything alike."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_run_in_progress_is_left_alone(

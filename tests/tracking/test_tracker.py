@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -67,23 +69,70 @@ def test_every_end_has_its_code(error: BaseException | None, calls: list[object]
     assert ended(error) == calls
 
 
-def test_sigterm_unwinds_the_work_and_the_handler_is_put_back() -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_unwinds_the_work_and_the_handler_is_put_back(number: int, code: int) -> None:
     tracker = Recorder()
     unwound = []
 
     def work() -> None:
         with finishing(tracker):
             try:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
             finally:
                 unwound.append(True)
 
     with pytest.raises(SystemExit) as end:
         work()
-    assert end.value.code == 143
+    assert end.value.code == code
     assert unwound == [True]
-    assert tracker.calls == ["preempting", 143]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert tracker.calls == ["preempting", code]
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_closed_terminal_does_not_end_what_nohup_protects() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        tracker = Recorder()
+        with finishing(tracker):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert tracker.calls == [0]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_what_a_closed_terminal_can_no_longer_take_is_no_error() -> None:
+    """The work is unwound although its terminal has gone: writing to it fails."""
+    program = """
+import os, signal, sys, time
+from rlhf_exp.signals import exiting_on_signals
+with exiting_on_signals():
+    try:
+        os.write(int(sys.argv[1]), b"1")
+        time.sleep(60)
+    finally:
+        print("unwinding", flush=True)
+        print("unwinding", file=sys.stderr, flush=True)
+        os.write(int(sys.argv[1]), b"2")
+"""
+    terminal, inner = os.openpty()
+    read, write = os.pipe()
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(write)],
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+        pass_fds=[write],
+        preexec_fn=os.setsid,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    os.close(inner)
+    os.close(write)
+    assert os.read(read, 1) == b"1"
+    os.close(terminal)
+    child.send_signal(signal.SIGHUP)
+    assert child.wait(30) == 129
+    assert os.read(read, 9) == b"2"
 
 
 def test_a_second_sigterm_does_not_cut_off_the_closing() -> None:

@@ -21,6 +21,7 @@ from rlhf_exp.tracking import wandb_tracker
 from rlhf_exp.tracking.create import open_tracker
 from rlhf_exp.tracking.local import read_metrics
 from rlhf_exp.tracking.wandb_log import joined_history, read_wandb_file, wandb_files
+from tests.tracking.service import kill_service
 
 # Logs a row every 100 ms, says which, and goes on until it is killed. Faster, and W&B would fill a
 # buffer of 32 KiB and flush it whatever the interval.
@@ -235,3 +236,115 @@ def test_disabled_needs_no_wandb(tmp_path: Path) -> None:
     assert done.stdout == "mine\n"
     assert not (tmp_path / "wandb").exists()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def values(folder: Path) -> list[tuple[int, float | None]]:
+    """Return step and value of every row of all logs, in order, repetitions included."""
+    rows = [row for path in wandb_files(folder) for row in read_wandb_file(path).history]
+    return [(row["global_step"], row.get("loss/total")) for row in rows]
+
+
+def test_a_killed_service_costs_no_row_and_no_stage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_tracker("offline", tmp_path, config={"lr": 0.5})
+    # At once: not even the config is on disk.
+    kill_service()
+    tracker.log({"loss/total": 1.0}, 1)
+    tracker.log({"loss/total": 2.0}, 2)
+    kill_service()
+    tracker.histogram("reward/histogram", [1.0, 2.0], 3)
+    tracker.log({"loss/total": 3.0}, 3, more=True)
+    kill_service()
+    tracker.log({"loss/total": 3.5}, 3)
+    tracker.summary({"best": 3.5})
+    tracker.finish(0)
+    assert values(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.5)]
+    assert len(wandb_files(tmp_path)) == 4
+    last = read_wandb_file(wandb_files(tmp_path)[-1])
+    assert (last.exit_code, last.config["lr"], last.summary["best"]) == (0, 0.5, 3.5)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 3
+    assert "was started again" in said[0]
+    assert "metrics.jsonl has everything" in said[0]
+
+
+def test_a_service_that_does_not_stay_is_given_up_and_the_stage_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_tracker("offline", tmp_path)
+    tracker.log({"loss/total": 1.0}, 1)
+    time.sleep(1.5)  # until the row is on disk
+    monkeypatch.setattr(wandb_tracker, "RESTARTS", 0)
+    kill_service()
+    for step in (2, 3):
+        tracker.log({"loss/total": float(step)}, step)
+    tracker.alert("a", "b", 3)
+    tracker.mark_preempting()
+    tracker.finish(0)
+    assert [row["global_step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert values(tmp_path) == [(1, 1.0)]
+    warned = [r.getMessage() for r in caplog.records if "own process" in r.getMessage()]
+    assert len(warned) == 1
+    assert "are sent from there by `rlhf-exp sync`, or recorded again" in warned[0]
+    # The next stage of this process has another service, and what was lost is recorded again.
+    tracker = open_tracker("offline", tmp_path, resume_step=2)
+    tracker.log({"loss/total": 3.25}, 3)
+    tracker.finish(0)
+    assert values(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.25)]
+
+
+def test_a_service_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(**_: object) -> None:
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(wandb_tracker.wandb, "init", killed)
+    with pytest.raises(UserError, match=r"^tracking=offline: W&B's own process") as caught:
+        open_tracker("offline", tmp_path)
+    assert "The same command tries again" in str(caught.value)
+    assert "wandb login" not in str(caught.value)
+
+
+def test_a_resumed_run_records_again_what_a_kill_lost(tmp_path: Path) -> None:
+    tracker = open_tracker("offline", tmp_path)
+    for step in (1, 2, 3):
+        tracker.log({"loss/total": step / 2}, step)
+    tracker.finish(143)
+    (log,) = wandb_files(tmp_path)
+    local = tmp_path / "metrics.jsonl"
+    # Rows 4 and 5 were logged, and the kill came before W&B had flushed them.
+    with local.open("a") as file:
+        for step in (4, 5):
+            file.write(json.dumps({"global_step": step, "loss/total": step / 2}) + "\n")
+    tracker = open_tracker("offline", tmp_path, resume_step=4)
+    tracker.log({"loss/total": 7.0}, 5)
+    tracker.finish(0)
+    assert [step for step, _ in values(tmp_path)] == [1, 2, 3, 4, 5]
+    assert joined_history(wandb_files(tmp_path))[-1]["loss/total"] == 7.0
+    (again,) = set(wandb_files(tmp_path)) - {log}
+    assert [row["global_step"] for row in read_wandb_file(again).history] == [4, 5]
+
+
+def test_starts_are_ordered_by_their_number_whatever_the_clock_said(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        tracker = open_tracker("offline", tmp_path, resume_step=step - 1 or None)
+        tracker.log({"loss/total": float(step)}, step)
+        tracker.finish(143)
+    # The clock went back by years between the first start and the others.
+    for number, path in enumerate(wandb_files(tmp_path)[1:]):
+        parent = path.parent
+        parent.rename(parent.with_name(f"offline-run-2001010{9 - number}_000000-{tracker.run_id}"))
+    assert values(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_no_key_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "wandb-key-0123456789"
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    tracker = open_tracker(
+        "offline", tmp_path, config={"note": f"key {key}"}, diff=f"+key = '{key}'\n"
+    )
+    tracker.summary({"said": f"with {key}"})
+    tracker.finish(0)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert [path for path in files if key.encode() in path.read_bytes()] == []

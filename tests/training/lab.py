@@ -95,7 +95,7 @@ def prompts(count: int = 12) -> TokenizedPrompts:
     drawn = np.random.default_rng(0)
     rows = [drawn.integers(2, VOCABULARY, size=3 + number % 4).tolist() for number in range(count)]
     answers = [[LIKED, EOS] for _ in rows]
-    return TokenizedPrompts(RaggedArray.of(rows), RaggedArray.of(answers), cut=0)
+    return TokenizedPrompts(RaggedArray.of(rows), RaggedArray.of(answers), cut=0, cut_responses=0)
 
 
 def build_task(

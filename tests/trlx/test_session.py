@@ -97,7 +97,7 @@ def first_tokens(tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor
 
 def prompts_of(*rows: list[int]) -> TokenizedPrompts:
     ids = [np.array(row, dtype=np.int32) for row in rows]
-    return TokenizedPrompts(RaggedArray.of(ids), RaggedArray.of(ids), 0)
+    return TokenizedPrompts(RaggedArray.of(ids), RaggedArray.of(ids), 0, 0)
 
 
 @pytest.fixture(scope="module")

@@ -360,7 +360,7 @@ def sampled_pairs(policy: Artifact, count: int, seed: int) -> list[Item]:
         UserError: the run's data cannot be read.
     """
     config = from_dict(policy.manifest.config)
-    data = DataModule(config.data)
+    data = DataModule(config.data, policy.path / "model")
     held_out = {prompt_key(row.history) for row in data.corpus.prompts.test}
     # A test file of the user's may hold near copies of training prompts.
     far = [row for row in data.corpus.prompts.train if prompt_key(row.history) not in held_out]

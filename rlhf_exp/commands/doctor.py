@@ -53,7 +53,7 @@ def _problems(config: Config) -> list[str]:
     except UserError as error:
         problems, steps = [*problems, str(error)], None
     try:
-        return problems + preflight_problems(config, steps, partial(DataModule, config.data))
+        return problems + preflight_problems(config, steps, partial(DataModule.of_run, config))
     except Exception:
         if not problems:
             raise

@@ -19,7 +19,7 @@ from rlhf_exp.commands.runs import POLICIES, OutputFolder
 from rlhf_exp.data.rows import Turn
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.pretrained import load_causal_lm, load_tokenizer
+from rlhf_exp.models.pretrained import end_token_ids, load_causal_lm, load_tokenizer
 from rlhf_exp.report.run.gather import loading_code
 from rlhf_exp.rollout.decoder import CacheKind
 from rlhf_exp.rollout.sampler import SamplingParams, sample
@@ -108,7 +108,7 @@ class ChatModel:
         """Load the model of an artifact."""
         artifact.verify(lambda name: name.startswith("model/"))
         config, folder = artifact.manifest.config, artifact.path / "model"
-        codec = Codec(load_tokenizer(folder), config["data"]["format"])
+        codec = Codec(load_tokenizer(folder), config["data"]["format"], end_token_ids(folder))
         new = config["ppo"]["generation"]["max_new_tokens"]
         # Results from before the field existed were sampled with slots.
         cache = config["model"].get("cache", "slots")
@@ -125,6 +125,7 @@ class ChatModel:
             temperature=temperature or 1.0,
             batch=1,
             eos_id=self.codec.eos_id,
+            end_ids=self.codec.end_ids,
             pad_id=self.codec.pad_id,
             greedy=temperature == 0.0,
             cache=self.cache,

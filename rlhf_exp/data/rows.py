@@ -161,6 +161,15 @@ def _as_prompt(row: Row) -> Prompt:
     return Prompt(row.history, original, row.origin)
 
 
+def responses_of(row: Row) -> tuple[str, ...]:
+    """Return a row's responses, the one to imitate first."""
+    if isinstance(row, Preference):
+        return row.chosen, row.rejected
+    if isinstance(row, Demonstration):
+        return (row.response,)
+    return () if row.original is None else (row.original,)
+
+
 def preferences_of(rows: Sequence[Row]) -> list[Preference]:
     """Return the preference pairs among the rows."""
     return [row for row in rows if isinstance(row, Preference)]

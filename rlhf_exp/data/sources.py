@@ -10,7 +10,7 @@ Where nothing is left of an input, that is an error which says what became of it
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from rlhf_exp.data.parsing import (
 from rlhf_exp.data.rows import (
     Corpus,
     Demonstration,
+    History,
     Preference,
     Prompt,
     Row,
@@ -41,10 +42,13 @@ from rlhf_exp.data.rows import (
     preferences_of,
     prompt_key,
     prompts_of,
+    responses_of,
 )
 from rlhf_exp.errors import UserError
 
 FilePaths = Path | str | Sequence[Path | str]
+Refusal = Callable[[History, Sequence[str]], str | None]
+"""Says why a dialogue with these responses cannot be written; `None` if it can."""
 MAX_ROWS_SHOWN = 5
 """Most unusable rows listed in an error."""
 _REPEATED_SHARE, _REPEATED_WORDS = 0.9, 20
@@ -63,6 +67,7 @@ class LoadOptions:
         limit: most rows read of each file or split; `None` reads all.
         turns_in_responses: whether the responses of a pair may go on with turns of their own, in
             HH's markers; a prompt format with other markers cannot say them.
+        refusal: asked of every row, for the run's prompt format; `None` refuses none.
     """
 
     validation_fraction: float = 0.05
@@ -70,6 +75,7 @@ class LoadOptions:
     max_bad_fraction: float = 0.05
     limit: int | None = None
     turns_in_responses: bool = True
+    refusal: Refusal | None = None
 
 
 def load_toy(
@@ -241,12 +247,16 @@ class _RowReader:
             row = _without_prompt(row)
             notes.add(REPEATED_PROMPT)
         row = convert_row(row, kind)
-        goes_on = [end_of_response(response) is not None for response in _responses(row)]
+        goes_on = [end_of_response(response) is not None for response in responses_of(row)]
         if isinstance(row, Preference) and any(goes_on) and not self._options.turns_in_responses:
             raise ValueError(
                 f"`{'chosen' if goes_on[0] else 'rejected'}` goes on with turns of its own, which "
                 "only data.format=hh can say; give pairs that part at their last response"
             )
+        refusal = self._options.refusal
+        reason = None if refusal is None else refusal(row.history, responses_of(row))
+        if reason is not None:
+            raise ValueError(reason)
         if any(goes_on[:1]):
             notes.add(SEVERAL_TURNS)
         return row
@@ -385,18 +395,9 @@ def _first_response(response: str) -> str:
     return response[: end_of_response(response)].strip()
 
 
-def _responses(row: Row) -> tuple[str, ...]:
-    """Return a row's responses, the one to imitate first."""
-    if isinstance(row, Preference):
-        return row.chosen, row.rejected
-    if isinstance(row, Demonstration):
-        return (row.response,)
-    return () if row.original is None else (row.original,)
-
-
 def _repeats_prompt(row: Row) -> bool:
     """Return whether every response begins with the prompt, a single turn."""
-    responses = _responses(row)
+    responses = responses_of(row)
     if not responses or len(row.history) > 1:
         return False
     return all(response.startswith(row.history[0].text) for response in responses)
@@ -404,7 +405,7 @@ def _repeats_prompt(row: Row) -> bool:
 
 def _prompts_are_repeated(rows: Sequence[Row]) -> bool:
     """Return whether a file's responses are whole texts, which begin with their prompts."""
-    single = [row for row in rows if len(row.history) == 1 and _responses(row)]
+    single = [row for row in rows if len(row.history) == 1 and responses_of(row)]
     repeated = [row for row in single if _repeats_prompt(row)]
     words = sum(len(text.split()) for text in {row.history[0].text for row in repeated})
     return words >= _REPEATED_WORDS and len(repeated) >= max(2, _REPEATED_SHARE * len(single))
@@ -417,7 +418,7 @@ def _without_prompt(row: Row) -> Row:
         ValueError: the responses do not differ after the prompt, or are empty.
     """
     start = len(row.history[0].text)
-    rest = [response[start:].strip() for response in _responses(row)]
+    rest = [response[start:].strip() for response in responses_of(row)]
     if isinstance(row, Preference):
         require_difference(*rest)
         return replace(row, chosen=rest[0], rejected=rest[1])

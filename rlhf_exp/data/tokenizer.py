@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
+from rlhf_exp.data.chat_template import ChatTemplate
 from rlhf_exp.data.rows import History, Turn
 from rlhf_exp.errors import UserError
 
@@ -21,7 +22,9 @@ PromptFormat = Literal["hh", "chat_template", "plain"]
 HH_STOP_STRINGS = ("Human:", "human:", "Assistant:", "assistant:")
 _HH_GENERATION_PROMPT = "\n\nAssistant:"
 _HH_MARKERS = {"human": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-_CHAT_ROLES = {"human": "user", "assistant": "assistant"}
+_ANCHOR = "\n"
+# Raise it when the same dialogues would be written differently by a chat template.
+_RENDERING = 2
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
@@ -31,24 +34,37 @@ class Codec:
     r"""A tokenizer with a prompt format: encodes prompts and responses, decodes ids.
 
     Formats: `hh` writes the markers of Anthropic's HH data (`\n\nHuman: ...\n\nAssistant:`);
-    `chat_template` uses the tokenizer's template with its generation prompt; `plain` writes the
-    turns' texts, one a line, to be continued.
+    `chat_template` uses the tokenizer's template, checked against itself (`ChatTemplate`); `plain`
+    writes the turns' texts, one a line, to be continued.
 
     Attributes:
-        eos_id: end-of-sequence token, which ends a response.
+        eos_id: the token that ends a response in training: the chat template's own end of a turn,
+            or else the end-of-sequence token.
+        end_ids: all tokens that end a response when it is sampled, `eos_id` among them.
         pad_id: padding token (`eos_id` if the tokenizer has none).
         bos_id: beginning-of-sequence token, which begins every prompt, or `None`.
         vocab_size: number of tokens, added ones included.
-        stop_strings: texts that end a response, besides `eos_id`.
+        stop_strings: texts that end a response, besides the tokens of `end_ids`.
+        warnings: what a user should know of the chat template, a sentence each.
         digest: sha256 of everything that determines the ids of a text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_format: PromptFormat,
+        end_ids: Iterable[int] = (),
+    ) -> None:
         """Wrap a tokenizer.
 
+        Args:
+            tokenizer: the tokenizer.
+            prompt_format: how a dialogue is written.
+            end_ids: tokens that the model's own configs say end a text.
+
         Raises:
-            UserError: the format is unknown, or the tokenizer has no end-of-sequence token or no
-                chat template that the format needs.
+            UserError: the format is unknown, the tokenizer has no end-of-sequence token or no chat
+                template that the format needs, or the template contradicts itself.
         """
         _check_tokenizer(tokenizer, prompt_format)
         self.tokenizer = tokenizer
@@ -58,11 +74,24 @@ class Codec:
         self.pad_id = self.eos_id if pad is None else int(pad)
         self.vocab_size = len(tokenizer)
         self.stop_strings: tuple[str, ...] = HH_STOP_STRINGS if prompt_format == "hh" else ()
+        self.warnings: list[str] = []
+        self._template: ChatTemplate | None = None
+        self._response_suffix = ""
+        # A tokenizer that begins every text with a space gets a text before the response instead.
+        self._anchor: list[int] = []
+        lead = " "
+        if prompt_format == "chat_template":
+            self._template = ChatTemplate(tokenizer)
+            lead = self._template.lead
+            self.warnings += self._template.warnings
+            self._take_end_of_turn(self._template.end)
+        self.end_ids = frozenset({self.eos_id, int(tokenizer.eos_token_id), *end_ids})
         self._prefix = self._prompt_prefix()
         self.bos_id = self._find_bos()
-        self._response_prefix = (
-            "" if prompt_format == "chat_template" or self._adds_space() else " "
-        )
+        adds_space = self._adds_space()
+        self._response_prefix = "" if adds_space else lead
+        if adds_space and not lead:
+            self._anchor = self._encode([_ANCHOR], literal=True)[0]
         self.digest = self._digest()
 
     def render(self, history: History) -> str:
@@ -74,10 +103,15 @@ class Codec:
             )
         if self.prompt_format == "plain":
             return "\n".join(turn.text for turn in history)
-        messages = [{"role": _CHAT_ROLES[turn.role], "content": turn.text} for turn in history]
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        assert self._template is not None, "made with the format"
+        return self._template.prompt(history)
+
+    def refusal(self, history: History, answers: Sequence[str] = ()) -> str | None:
+        """Return why a dialogue with these answers cannot be written, or `None` if it can."""
+        if self._template is None:
+            return None
+        reason = self._template.refusal(history, [answer.strip() for answer in answers])
+        return None if reason is None else f"the chat template refuses it: {reason}"
 
     def encode_prompt(self, history: History) -> list[int]:
         """Return the ids of a prompt, with the beginning-of-sequence token if there is one."""
@@ -103,7 +137,15 @@ class Codec:
 
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of many responses, faster than one by one."""
-        return self._encode([self._response_prefix + text.strip() for text in texts], literal=True)
+        whole = [f"{self._response_prefix}{text.strip()}{self._response_suffix}" for text in texts]
+        if not self._anchor:
+            return self._encode(whole, literal=True)
+        size = len(self._anchor)
+        anchored = self._encode([_ANCHOR + text for text in whole], literal=True)
+        return [
+            ids[size:] if ids[:size] == self._anchor else self._encode([text], literal=True)[0]
+            for text, ids in zip(whole, anchored, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens included, without any clean-up."""
@@ -129,6 +171,25 @@ class Codec:
         # Special tokens in a text are read as such only if the chat template wrote them.
         literal = self.prompt_format != "chat_template"
         return [self._prefix + ids for ids in self._encode(texts, literal)]
+
+    def _take_end_of_turn(self, end: str) -> None:
+        """Let responses end as the template ends them: by its own token, or by its text."""
+        tokenizer = self.tokenizer
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        known = {**tokenizer.get_added_vocab(), **special}
+        # Some tokenizers have tokens of white space alone among these, which end nothing.
+        found = [text for text in known if text.strip() and text in end]
+        if found:
+            token = min(found, key=lambda text: (end.index(text), -len(text)))
+            self.eos_id, self._response_suffix = int(known[token]), end[: end.index(token)]
+            return
+        if end.strip():
+            self.stop_strings = (end.strip(),)
+        self.warnings.append(
+            f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template ends an answer with "
+            f"{end!r}, which holds no token of its own; answers are taught to end with "
+            f"{tokenizer.eos_token!r}"
+        )
 
     def _prompt_prefix(self) -> list[int]:
         """Return the tokens before every text; a chat template writes its own."""
@@ -157,7 +218,7 @@ class Codec:
             state = json.loads(backend.to_str())
         else:
             state = sorted(self.tokenizer.get_vocab().items())
-        template = self.tokenizer.chat_template if self.prompt_format == "chat_template" else None
+        template = None if self._template is None else [_RENDERING, self._template.text]
         parts = [state, self.prompt_format, template, self.eos_id, self.pad_id, self._prefix]
         content = json.dumps([*parts, self._response_prefix], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()

@@ -7,10 +7,11 @@ own. Only safetensors are read: nothing that is downloaded gets unpickled.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import cached_file
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.architecture import TYPES, Architecture
@@ -149,6 +151,61 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
             f"{path}: no tokenizer can be loaded from there ({_first_line(error)}); a model folder "
             "needs a tokenizer.json and tokenizer_config.json"
         ) from error
+
+
+def end_token_ids(path: str | Path, revision: str | None = None) -> list[int]:
+    """Return the tokens that end a text by a model's `config.json` and `generation_config.json`.
+
+    Chat models list several there, of which the tokenizer's end-of-sequence token is one.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        file = _optional_file(path, name, revision)
+        if file is None:
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); copy the model again") from error
+        text = content.get("text_config") if isinstance(content, dict) else None
+        for section in (content, text):
+            value = section.get("eos_token_id") if isinstance(section, dict) else None
+            values = value if isinstance(value, list) else [value]
+            found.update(number for number in values if type(number) is int and number >= 0)
+    return sorted(found)
+
+
+def end_texts_at(model: PreTrainedModel, taught: int, ends: Iterable[int]) -> None:
+    """Let `model.generate` end at the token that SFT teaches, unless it does so anyway.
+
+    Args:
+        model: its generation config is changed, and saved with it.
+        taught: the token that ends each response in training.
+        ends: all tokens that end a response, `taught` among them.
+    """
+    config = model.generation_config
+    assert config is not None, "a causal language model generates"
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if taught not in known:
+        config.eos_token_id = sorted(ends)
+
+
+def _optional_file(path: str | Path, name: str, revision: str | None) -> Path | None:
+    """Return a file of a folder or hub id; `None` if there is none."""
+    if Path(path).is_dir():
+        file = Path(path) / name
+        return file if file.is_file() else None
+    found = cached_file(
+        str(path),
+        name,
+        revision=revision or "main",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
 
 
 def build_causal_lm(

@@ -16,10 +16,10 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -62,8 +62,12 @@ Interrupts = Callable[[], AbstractContextManager[Callable[[], bool]]]
 class StageExecutor(Protocol):
     """Runs the stages of an experiment; called by the leader."""
 
-    def materials(self) -> DataModule:
-        """Return the data that the stages of this process read, loaded once."""
+    def materials(self, models: Mapping[str, str]) -> DataModule:
+        """Return the data that the stages of this process read, loaded once.
+
+        Args:
+            models: Folder or hub id by role, of the models that exist.
+        """
 
     def run(self, job: StageJob, check: LeaseCheck) -> StageResult:
         """Run a stage.
@@ -133,9 +137,9 @@ class InProcessExecutor:
     def __init__(self, config: Config) -> None:
         self.runner = StageRunner(config)
 
-    def materials(self) -> DataModule:
+    def materials(self, models: Mapping[str, str]) -> DataModule:
         """See `StageExecutor`."""
-        return self.runner.materials
+        return self.runner.materials(models)
 
     def run(self, job: StageJob, check: LeaseCheck) -> StageResult:
         """See `StageExecutor`."""
@@ -168,9 +172,9 @@ class LeaderExecutor:
         self.kept = study is not None
         self.header = {"config": digest_of(study or config), "values": values}
 
-    def materials(self) -> DataModule:
+    def materials(self, models: Mapping[str, str]) -> DataModule:
         """See `StageExecutor`."""
-        return self.runner.materials
+        return self.runner.materials(models)
 
     def run(self, job: StageJob, check: LeaseCheck) -> StageResult:
         """See `StageExecutor`."""
@@ -287,14 +291,20 @@ class StageRunner:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self._materials: DataModule | None = None
 
-    @cached_property
-    def materials(self) -> DataModule:
-        """The data, loaded at the first stage that runs."""
-        # Late: a run that finds everything done must not load torch.
-        from rlhf_exp.stages.data_module import DataModule
+    def materials(self, models: Mapping[str, str]) -> DataModule:
+        """Return the data, loaded at the first stage that runs.
 
-        return DataModule(self.config.data)
+        Args:
+            models: Folder or hub id by role, of the models that exist.
+        """
+        if self._materials is None:
+            # Late: a run that finds everything done must not load torch.
+            from rlhf_exp.stages.data_module import DataModule
+
+            self._materials = DataModule.of_run(self.config, models)
+        return self._materials
 
     def run(
         self, job: StageJob, interrupts: Interrupts, check: LeaseCheck | None = None
@@ -314,7 +324,7 @@ class StageRunner:
         stage = importlib.import_module(f"rlhf_exp.stages.{module_of(self.config, job.stage)}")
         context = StageContext(
             job=job,
-            materials=self.materials,
+            materials=self.materials(job.models),
             before_write=check or (job.claim.check if job.claim else _allow_writing),
             polite_interrupts=_immediate_interrupts if job.probe else interrupts,
             probe=Probe(job.stage) if job.probe else None,

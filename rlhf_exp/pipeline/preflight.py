@@ -7,7 +7,7 @@ its list. Here too: files that the config asks for and that finished results in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from rlhf_exp.config.evaluation import needs_reward
@@ -22,14 +22,16 @@ from rlhf_exp.tracking.create import import_early
 if TYPE_CHECKING:
     from rlhf_exp.stages.data_module import DataModule
 
+Materials = Callable[[Mapping[str, str]], "DataModule"]
 
-def preflight(config: Config, steps: Iterable[Step], materials: Callable[[], DataModule]) -> None:
+
+def preflight(config: Config, steps: Iterable[Step], materials: Materials) -> None:
     """Raise if a stage would fail, perhaps after hours of training, for a reason known now.
 
     Args:
         config: The experiment.
         steps: Its plan.
-        materials: Returns its data; called if anything will run.
+        materials: Returns its data, given the models that exist; called if anything will run.
 
     Raises:
         UserError: Names everything that will not work, each with its remedy.
@@ -42,15 +44,13 @@ def preflight(config: Config, steps: Iterable[Step], materials: Callable[[], Dat
         raise UserError(f"{len(problems)} things will not work:{listed}")
 
 
-def preflight_problems(
-    config: Config, steps: list[Step] | None, materials: Callable[[], DataModule]
-) -> list[str]:
+def preflight_problems(config: Config, steps: list[Step] | None, materials: Materials) -> list[str]:
     """Return everything that will not work, each with its remedy.
 
     Args:
         config: The experiment.
         steps: Its plan; `None` if there is none, so that every stage it needs counts as to be run.
-        materials: Returns its data; called if anything will run.
+        materials: Returns its data, given the models that exist; called if anything will run.
     """
     work = frozenset(stages_of(config) if steps is None else _to_run(steps))
     if not work:
@@ -59,7 +59,8 @@ def preflight_problems(
     import_early(config.tracking.mode.value)  # before torch, which the checks import
     from rlhf_exp.stages.readiness import CHECKS, Prospect, readiness_problems
 
-    prospect = Prospect(config, materials(), work, _given_models(config, steps or []))
+    given = _given_models(config, steps or [])
+    prospect = Prospect(config, materials(given), work, given)
     return problems + readiness_problems(prospect, CHECKS)
 
 

@@ -58,6 +58,7 @@ class SamplingParams:
         temperature: above 0; logits are divided by it.
         batch: most rows decoded at the same time.
         eos_id: ends a response; -1 for none.
+        end_ids: further tokens that do.
         pad_id: fills `Samples.tokens` on the right.
         greedy: take the most probable token instead of sampling.
         top_p: above 0, at most 1: sample from the nucleus of this probability only. With this and
@@ -75,6 +76,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     cache: CacheKind = "slots"
+    end_ids: frozenset[int] = frozenset()
 
     @property
     def untruncated(self) -> bool:
@@ -205,7 +207,7 @@ class DecodeLoop:
         self._settings = settings
         self._scale = 1.0 / settings.temperature
         self._on_host = not on_accelerator(device)
-        self._transcript = Transcript(rows, limit, settings.eos_id, stopper)
+        self._transcript = Transcript(rows, limit, {settings.eos_id, *settings.end_ids}, stopper)
         spare = 0 if close is None else CLOSING_ROOM
         self._table = SlotTable(slots, limit, device, spare)
         # A multiple of 8: attention kernels want aligned masks.

@@ -5,7 +5,7 @@ B rows, W most tokens of a row (prompt and response), D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Transcript:
     Args:
         rows: B.
         max_new_tokens: longest response.
-        eos_id: the token that ends a response and belongs to it, but not to its content.
+        end_ids: the tokens that end a response and belong to it, but not to its content.
         stopper: finds stop strings, or None.
 
     Attributes:
@@ -35,20 +35,20 @@ class Transcript:
     """
 
     def __init__(
-        self, rows: int, max_new_tokens: int, eos_id: int, stopper: Stopper | None
+        self, rows: int, max_new_tokens: int, end_ids: Collection[int], stopper: Stopper | None
     ) -> None:
         self.responses: list[list[int]] = [[] for _ in range(rows)]
         self.content_lengths = [0] * rows
         self.finish = [FinishReason.LENGTH] * rows
         self._max_new_tokens = max_new_tokens
-        self._eos_id = eos_id
+        self._end_ids = end_ids
         self._stopper = stopper
 
     def add(self, row: int, token: int) -> bool:
         """Append `token` to `row` and return whether this ends the row."""
         response = self.responses[row]
         response.append(token)
-        if token == self._eos_id:
+        if token in self._end_ids:
             return self._end(row, len(response) - 1, FinishReason.EOS)
         if self._stopper is not None and self._stopper.may_complete(token):
             content = self._stopper.content_length(response)

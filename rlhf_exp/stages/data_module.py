@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
-from rlhf_exp.config.experiment import DataConfig, DataSource, PromptFormat
+from rlhf_exp.config.experiment import Config, DataConfig, DataSource, PromptFormat
 from rlhf_exp.data.rows import (
     Corpus,
     Demonstration,
     Preference,
     Prompt,
+    Row,
     Splits,
     part_number,
     prompt_key,
 )
-from rlhf_exp.data.sources import LoadOptions, load_hub, load_jsonl, load_toy
+from rlhf_exp.data.sources import LoadOptions, Refusal, load_hub, load_jsonl, load_toy
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.pretrained import load_tokenizer
+from rlhf_exp.models.pretrained import end_token_ids, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +32,39 @@ class DataModule:
 
     Args:
         config: The `data` section.
+        model: Folder or hub id of the model whose chat template the rows must suit; it is read for
+            `data.format=chat_template` alone.
+        revision: Revision of a hub id.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(
+        self, config: DataConfig, model: str | Path | None = None, revision: str | None = None
+    ) -> None:
         self.config = config
+        self._model, self._revision = model, revision
+
+    @classmethod
+    def of_run(cls, config: Config, models: Mapping[str, str]) -> Self:
+        """Return the data of an experiment, whose rows suit its policy's chat template.
+
+        Args:
+            config: The experiment.
+            models: Folder or hub id by role; SFT keeps the tokenizer of its base model.
+        """
+        if "sft" in models:
+            return cls(config.data, models["sft"])
+        return cls(config.data, models.get("base"), config.model.revision)
 
     @cached_property
     def corpus(self) -> Corpus:
         """The rows; what was normalised, left out or cannot be used is reported once."""
-        corpus = _load(self.config)
+        refusal = None
+        if self._model is not None and self.config.format is PromptFormat.chat_template:
+            codec = self.codec(self._model, self._revision)
+            refusal = codec.refusal
+            for warning in codec.warnings:
+                log.warning("%s", warning)
+        corpus = _load(self.config, refusal)
         if corpus.counts:
             listed = "".join(f"\n  {number}: {what}" for what, number in corpus.counts.items())
             log.warning("data, numbers of rows:%s", listed)
@@ -57,7 +84,14 @@ class DataModule:
 
     def codec(self, folder: str | Path, revision: str | None = None) -> Codec:
         """Return the codec of the tokenizer in a model folder (or of a hub id)."""
-        return Codec(load_tokenizer(folder, revision), self.config.format.value)
+        ends = end_token_ids(folder, revision)
+        return Codec(load_tokenizer(folder, revision), self.config.format.value, ends)
+
+    def rows(self) -> list[Row]:
+        """Return all rows, of every kind and split."""
+        corpus = self.corpus
+        kinds = (corpus.demonstrations, corpus.preferences, corpus.prompts)
+        return [row for kind in kinds for _, split in kind.all() for row in split]
 
     def training_demonstrations(self) -> list[Demonstration]:
         """Return what SFT imitates.
@@ -135,13 +169,14 @@ class DataModule:
         return [f" {text}" for text in texts]
 
 
-def _load(config: DataConfig) -> Corpus:
+def _load(config: DataConfig, refusal: Refusal | None) -> Corpus:
     options = LoadOptions(
         validation_fraction=config.validation_fraction,
         test_fraction=config.test_fraction,
         max_bad_fraction=config.max_bad_fraction,
         limit=config.limit,
         turns_in_responses=config.format is PromptFormat.hh,
+        refusal=refusal,
     )
     if config.source == DataSource.toy:
         toy = config.toy

@@ -211,6 +211,7 @@ def sampler_for(
         temperature=section.temperature,
         batch=section.batch,
         eos_id=codec.eos_id,
+        end_ids=codec.end_ids,
         pad_id=codec.pad_id,
         cache=cache_of(config),
     )

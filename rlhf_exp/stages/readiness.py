@@ -24,16 +24,19 @@ from rlhf_exp.config.evaluation import (
 )
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.training import RewardInit, ValueInit
+from rlhf_exp.data.parsing import format_dialogue
+from rlhf_exp.data.rows import responses_of
+from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.human_agreement import read_judged_pairs
-from rlhf_exp.evaluation.judges.reward_models import check_classifier
+from rlhf_exp.evaluation.judges.reward_models import check_classifier, rendered_dialogue
 from rlhf_exp.models.inspection import (
     check_weight_files,
     context_of,
     policy_problems,
     vocabulary_problems,
 )
-from rlhf_exp.models.pretrained import load_config
+from rlhf_exp.models.pretrained import load_config, load_tokenizer
 from rlhf_exp.models.reward_model import reward_model_config
 from rlhf_exp.stages.data_module import DataModule
 from rlhf_exp.stages.evaluation import toxicity
@@ -81,7 +84,13 @@ def readiness_problems(prospect: Prospect, checks: Iterable[Check]) -> list[str]
             problems += check(prospect)
         except UserError as error:
             problems.append(str(error))
-    return list(dict.fromkeys(problems))
+    # Two checks may meet the same, one of them knowing more of where.
+    return [
+        problem
+        for number, problem in enumerate(problems)
+        if problem not in problems[:number]
+        and not any(problem in other for other in problems if other != problem)
+    ]
 
 
 def data_problems(prospect: Prospect) -> Iterator[str]:
@@ -160,6 +169,7 @@ def _model_problems(
         yield f"{option}: {error}"
         return
     problems = list(policy_problems(config)) if policy else []
+    problems += _template_problems(prospect, codec)
     problems += vocabulary_problems(config, codec.tokenizer)
     context = context_of(config)
     if context is not None and length > context:
@@ -168,6 +178,24 @@ def _model_problems(
             f"lower {_lengths_of(prospect, role)} to {context}"
         )
     yield from (f"{option}: {problem}" for problem in problems)
+
+
+def _template_problems(prospect: Prospect, codec: Codec) -> Iterator[str]:
+    """Yield which rows a model's chat template refuses that the policy's has let pass."""
+    if codec.prompt_format != "chat_template":
+        return
+    rows = prospect.materials.rows()
+    refused = [
+        (row.origin, reason)
+        for row in rows
+        if (reason := codec.refusal(row.history, responses_of(row))) is not None
+    ]
+    if refused:
+        origin, reason = refused[0]
+        yield (
+            f"{len(refused)} of {len(rows)} rows cannot be written for it, the first is {origin}: "
+            f"{reason}; take these rows out, or give a model whose chat template has room for them"
+        )
 
 
 def _option(prospect: Prospect, role: str) -> str:
@@ -201,6 +229,11 @@ def judge_problems(prospect: Prospect) -> Iterator[str]:
         try:
             check_classifier(section.model, section.revision)
             check_weight_files(section.model)
+            tokenizer = load_tokenizer(section.model, section.revision)
+            if tokenizer.chat_template and prospect.evaluates:
+                for row in prospect.materials.corpus.prompts.test[: config.eval.prompts]:
+                    prompt = format_dialogue(row.history)
+                    rendered_dialogue(tokenizer, section.model, prompt, row.original or "Yes.")
         except UserError as error:
             yield f"eval.judge.model={section.model}: {error}"
     if section.labels is not None:

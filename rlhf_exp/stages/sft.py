@@ -15,7 +15,12 @@ from rlhf_exp.data.rows import Demonstration
 from rlhf_exp.data.tokenized import tokenize_demonstrations
 from rlhf_exp.data.tokenizer import Codec, train_tokenizer
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.models.pretrained import architecture_of, build_causal_lm, load_causal_lm
+from rlhf_exp.models.pretrained import (
+    architecture_of,
+    build_causal_lm,
+    end_texts_at,
+    load_causal_lm,
+)
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.data_module import DataModule
 from rlhf_exp.stages.publish import save_models
@@ -76,7 +81,9 @@ def base_model(config: ModelConfig, materials: DataModule) -> tuple[Codec, PreTr
     if config.path is not None:
         model = load_causal_lm(config.path, config.revision, dtype, config.attention.value)
         _compare_shapes(config, model)
-        return materials.codec(config.path, config.revision), model
+        codec = materials.codec(config.path, config.revision)
+        end_texts_at(model, codec.eos_id, codec.end_ids)
+        return codec, model
     tokenizer = train_tokenizer(materials.texts(), config.architecture.vocabulary)
     codec = Codec(tokenizer, materials.config.format.value)
     model = build_causal_lm(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ def doctor(folder: Path, *overrides: str) -> int:
     return main(["doctor", *small(folder, *overrides)])
 
 
-def folder_of(run: Path, stage: str) -> Path:
-    return artifact(run, stage).path / "model"
+def copied(run: Path, stage: str, target: Path) -> Path:
+    """Copy a model out of the store, as a folder that somebody gives."""
+    return shutil.copytree(artifact(run, stage).path / "model", target / stage)
 
 
 def edited(folder: Path, **changes: object) -> Path:
@@ -43,10 +45,10 @@ def test_a_sound_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_everything_is_said_at_once(
-    run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    policy = edited(folder_of(run_copy, "sft"), max_position_embeddings=100)
-    reward = folder_of(run_copy, "reward")
+    policy = edited(copied(small_run, "sft", tmp_path), max_position_embeddings=100)
+    reward = copied(small_run, "reward", tmp_path)
     head = reward / "reward_head.safetensors"
     with safe_open(head, "pt") as content:
         save_file({"weight": content.get_tensor("weight")[:, :-1].contiguous()}, head)
@@ -82,11 +84,11 @@ def test_everything_is_said_at_once(
 def test_a_reward_model_that_cannot_score_is_refused_before_sft(
     changes: dict[str, object],
     expected: str,
-    run_copy: Path,
+    small_run: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    reward = edited(folder_of(run_copy, "reward"), **changes)
+    reward = edited(copied(small_run, "reward", tmp_path), **changes)
     if "architectures" in changes:
         (reward / "reward_head.safetensors").unlink()
     assert launch(tmp_path / "outputs", "stage=ppo", f"reward.use={reward}") == 2

@@ -176,7 +176,9 @@ def test_no_usable_row_in_one_of_several_inputs(tmp_path: Path) -> None:
     good = write(tmp_path / "a.jsonl", [pair(n) for n in range(99)])
     bad = write(tmp_path / "b.jsonl", [{"prompt": "p", "response": ""}])
     for name in ("demonstrations", "test"):
-        with pytest.raises(UserError, match=rf"data\.{name}: no usable row to \w+ on \(1 of 1 .*\n.*empty"):
+        with pytest.raises(
+            UserError, match=rf"data\.{name}: no usable row to \w+ on \(1 of 1 .*\n.*empty"
+        ):
             load_jsonl(preferences=good, **{name: bad})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_a_gpu_where_a_process_trains(tmp_path: Path, monkeypatch: pytest.Monkey
 @NO_GPU
 def test_only_what_scores_is_looked_for(small_run: Path) -> None:
     cached = small_config(small_run, "ppo.reward.placement=gpu:1")
-    preflight(cached, plan(cached), lambda: DataModule(cached.data))
+    preflight(cached, plan(cached), partial(DataModule.of_run, cached))
     toxicity = ["eval=toxicity", "eval.toxicity.data=prompts.jsonl", "stage=sft"]
     other = small_config(small_run, "ppo.reward.placement=gpu:1", *toxicity)
-    preflight(other, plan(other), lambda: DataModule(other.data))
+    preflight(other, plan(other), partial(DataModule.of_run, other))

@@ -299,6 +299,19 @@ def test_end_of_sequence_belongs_to_the_response_but_not_to_its_content() -> Non
     assert samples.logprobs.shape[1] == int(samples.response_lengths.max())
 
 
+def test_every_end_token_ends_a_response() -> None:
+    model, prompts = build(), make_prompts(LENGTHS)
+    free = sample(model, prompts, settings(), seed=5)
+    said = [row[size:].tolist() for row, size in zip(free.tokens, LENGTHS, strict=True)]
+    ends = {said[0][2], said[1][4]}
+    several = replace(settings(eos_id=said[0][2]), end_ids=frozenset({said[1][4]}))
+    samples = sample(model, prompts, several, seed=5)
+    for row, tokens in enumerate(said):
+        expected = next((n for n, token in enumerate(tokens[:9]) if token in ends), None)
+        assert samples.response_lengths[row] == (9 if expected is None else expected + 1)
+        assert samples.content_lengths[row] == (9 if expected is None else expected)
+
+
 def tokenizer_of_letters() -> PreTrainedTokenizerFast:
     """61 tokens: single characters, the first ones being those of "stop:"."""
     characters = list("stop:") + [chr(ord("A") + number) for number in range(VOCABULARY - 5)]

@@ -120,5 +120,5 @@ def test_the_same_seed_gives_the_same_bits(small_run: Path, tmp_path: Path) -> N
 def test_a_folder_that_lacks_its_weights(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt_neox"}')
-    with pytest.raises(UserError, match="no model can be loaded from there"):
+    with pytest.raises(UserError, match="no weights; a model"):
         run(tmp_path, "stage=sft", f"model.path={tmp_path / 'model'}")

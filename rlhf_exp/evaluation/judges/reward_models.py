@@ -15,16 +15,17 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from rlhf_exp.data.chat_template import TemplateRefusal, render_messages
 from rlhf_exp.data.parsing import parse_prompt, split_turns
 from rlhf_exp.data.rows import History
 from rlhf_exp.data.tokenizer import Codec
@@ -182,7 +183,7 @@ class ClassifierTextScorer:
         self.model = load_pretrained(kind, path, config, revision, dtype, attention).eval()
         torch.nn.Module.to(self.model, device)
         self.batch, self.cut = batch, 0
-        self._longest_input = _longest_input(config, self.tokenizer)
+        self._longest_input = _longest_input(self.model, self.tokenizer)
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> NDArray[np.float64]:
         """Return the rewards [N] of N answers."""
@@ -201,7 +202,7 @@ class ClassifierTextScorer:
         pair = tokenizer.cls_token is not None and tokenizer.sep_token is not None
         encoding: Any
         if tokenizer.chat_template:
-            text = self._rendered(prompt, answer)
+            text = rendered_dialogue(tokenizer, self.name, prompt, answer)
             # The template writes its own special tokens.
             encoding = tokenizer(text, add_special_tokens=False, verbose=False)
         elif pair:
@@ -222,15 +223,6 @@ class ClassifierTextScorer:
             self.cut += 1
             row = {name: values[-self._longest_input :] for name, values in row.items()}
         return row
-
-    def _rendered(self, prompt: str, answer: str) -> str:
-        try:
-            messages = messages_of(prompt, answer)
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except TemplateError as error:
-            raise UserError(
-                f"{self.name}: its chat template refuses the dialogue {prompt[:80]!r}: {error}"
-            ) from error
 
     @torch.no_grad()
     def _forward(self, rows: list[dict[str, list[int]]]) -> NDArray[np.float64]:
@@ -287,9 +279,37 @@ def check_classifier(path: str | Path, revision: str | None = None) -> PreTraine
     return config
 
 
-def _longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
+def _longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    limits = [_positions(model), tokenizer.model_max_length]
     return min(int(limit) for limit in (*limits, _NO_LIMIT) if limit)
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """Return the longest row that a model has positions for; `None` if nothing limits it."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            # Some encoders begin to count after the padding token's id.
+            return module.num_embeddings - (
+                0 if module.padding_idx is None else module.padding_idx + 1
+            )
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    return limit
+
+
+def rendered_dialogue(
+    tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, answer: str
+) -> str:
+    """Return a dialogue in a judge's chat template.
+
+    Raises:
+        UserError: the template refuses it.
+    """
+    try:
+        return render_messages(tokenizer, messages_of(prompt, answer))
+    except TemplateRefusal as error:
+        raise UserError(
+            f"{name}: its chat template refuses the dialogue {prompt[:80]!r}: {error}"
+        ) from error
 
 
 def messages_of(prompt: str, answer: str) -> list[dict[str, str]]:

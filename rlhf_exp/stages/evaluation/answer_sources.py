@@ -167,6 +167,7 @@ class SampledSource:
             temperature=1.0 if greedy else generation.temperature,
             batch=self.config.eval.batch,
             eos_id=codec.eos_id,
+            end_ids=codec.end_ids,
             pad_id=codec.pad_id,
             greedy=greedy,
             top_p=generation.top_p,

@@ -12,8 +12,14 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    PreTrainedConfig,
+    RobertaConfig,
 )
 
 from rlhf_exp.data.tokenizer import Codec
@@ -172,3 +178,24 @@ def test_a_template_that_refuses_the_dialogue_is_named(tmp_path: Path) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match=r"chat template refuses.*roles must alternate"):
         ClassifierTextScorer(decoder(tmp_path, template=template))(["why"], ["good"])
+
+
+@pytest.mark.parametrize(
+    "config", [DebertaV2Config, RobertaConfig, DistilBertConfig, ElectraConfig]
+)
+def test_an_encoder_judges_with_the_default_attention(
+    config: type[PreTrainedConfig], tmp_path: Path
+) -> None:
+    tokenizer = words_tokenizer()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "dim": 16}
+    values = {"vocab_size": len(tokenizer), "intermediate_size": 16, "num_labels": 1, "n_heads": 2}
+    limits = {"max_position_embeddings": 24, "pad_token_id": 1, "hidden_dim": 16, "n_layers": 1}
+    made = AutoModelForSequenceClassification.from_config(config(**sizes, **values, **limits))
+    made.save_pretrained(tmp_path)
+    tokenizer.model_max_length = 1000
+    tokenizer.save_pretrained(tmp_path)
+    judge = ClassifierTextScorer(tmp_path)
+    long = " ".join(["no one"] * 40)
+    scores = judge([PROMPT, PROMPT], ["The first one.", long])
+    assert np.isfinite(scores).all()
+    assert judge.cut == 1, "positions end at 24"

@@ -204,6 +204,17 @@ def test_a_local_model_counts_as_it_is(tmp_path: Path) -> None:
     assert any("the model's context is 300 tokens" in line for line in messages)
 
 
+def test_a_password_or_key_would_be_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "my-key-0123")
+    key = "ppo.reward.key_env=MY_KEY"
+    assert complaints("ppo.reward.url=http://127.0.0.1:1", key) == []
+    for text in ("http://a/?api_key=x", "http://a/my-key-0123"):
+        (complaint,) = complaints(f"ppo.reward.url='{text}'", key)
+        assert "must not hold a password or key, which would be stored; see ppo.rew" in complaint
+    (complaint,) = complaints("ppo.reward.url=http://a", key, "tracking.tags=[a,my-key-0123]")
+    assert complaint.endswith("must not hold a password or key, which would be stored.")
+
+
 def test_a_value_branch_needs_a_frozen_trunk() -> None:
     assert complaints("ppo.value_trunk=branch", "ppo.train_blocks=2") == []
     (whole,) = complaints("ppo.value_trunk=branch", "ppo.train_blocks=null")

@@ -25,6 +25,7 @@ from rlhf_exp.store.run_records import RunRecord
 from rlhf_exp.store.store import Store
 from rlhf_exp.training.checkpoint import Checkpoints
 from rlhf_exp.training.ppo import ExperienceCollector
+from tests.judge_server import JudgeServer
 from tests.lab import LAUNCH, artifact, edit_manifest, launch, small, small_config, weights
 
 ITERATIONS = [0, 1, 2]
@@ -269,15 +270,54 @@ def test_ctrl_c_where_nothing_can_be_saved_leaves_at_once(
     assert launch(run_copy, "eval=none", "rerun=[ppo]") == 130
 
 
-def test_sigterm_leaves_with_its_own_code(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_leaves_with_its_own_code(
+    number: int, code: int, run_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def told_to_stop(*_: Any) -> None:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
 
     monkeypatch.setattr(ExperienceCollector, "collect", told_to_stop)
     with pytest.raises(SystemExit) as caught:
         launch(run_copy, "eval=none", "rerun=[ppo]")
-    assert caught.value.code == 143
+    assert caught.value.code == code
     assert record(run_copy).status == "interrupted"
+
+
+def test_a_stage_that_exits_with_success_and_no_result_is_no_success(
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exits(*_: Any) -> None:
+        raise SystemExit(0)
+
+    monkeypatch.setattr(ExperienceCollector, "collect", exits)
+    with pytest.raises(RuntimeError, match="ended the program, without a result"):
+        launch(run_copy, "eval=none", "rerun=[ppo]")
+
+
+def test_the_key_of_a_server_is_in_no_file_of_the_run(
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one that answers a few times, and then repeats the request's header."""
+    # In parts: a manifest holds the difference of the code from its revision.
+    key = "-".join(["rk", "secret", "of", "the", "test"])
+    monkeypatch.setenv("REWARD_KEY", key)
+    answered = 0
+
+    def rule(body: dict[str, Any]) -> tuple[int, dict[str, str], str]:
+        nonlocal answered
+        answered += 1
+        if answered > 4:
+            return 200, {}, f"bad header Bearer {key}"
+        return 200, {}, json.dumps({"scores": [0.0] * len(body["responses"])})
+
+    with JudgeServer(rule) as server:
+        reward = [f"ppo.reward.url={server.url}", "ppo.reward.key_env=REWARD_KEY"]
+        more = ["ppo.reward.request_size=4", "ppo.reward.retries=0", "stage=ppo"]
+        assert launch(run_copy, "eval=none", *reward, *more) == 2
+    assert "bad header Bearer ***" in capsys.readouterr().err
+    files = [path for path in run_copy.rglob("*") if path.is_file()]
+    assert [path for path in files if key.encode() in path.read_bytes()] == []
 
 
 def test_two_runs_of_one_config_train_once(tmp_path: Path) -> None:

@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from rlhf_exp.errors import UserError
@@ -100,10 +107,11 @@ class SlotCache(Cache):
 
 
 def _keeps_states(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
-    """Return whether blocks keep something that a token cannot be added to at a column."""
+    """Return whether blocks keep something besides the keys and values of tokens."""
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return True
-    return any(DynamicCache(config=config).is_linear)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    return any(type(layer) not in plain for layer in DynamicCache(config=config).layers)
 
 
 class SlotLayer(CacheLayerMixin):

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    FalconH1Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
@@ -102,6 +103,16 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "lfm2": lambda: Lfm2Config(
         **LLAMA_STYLE, layer_types=["conv", "full_attention", "conv"], block_multiple_of=8
     ),
+    "falcon_h1": lambda: FalconH1Config(
+        **LLAMA_STYLE,
+        head_dim=4,
+        mamba_d_ssm=16,
+        mamba_n_heads=2,
+        mamba_d_head=8,
+        mamba_d_state=4,
+        mamba_n_groups=1,
+        mamba_chunk_size=4,
+    ),
     # It attends locally in a way of its own.
     "gpt_neo": lambda: GPTNeoConfig(
         vocab_size=VOCABULARY,
@@ -114,7 +125,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         window_size=6,
     ),
 }
-ONLY_LIBRARY = ("mamba2", "lfm2", "gpt_neo")
+ONLY_LIBRARY = ("mamba2", "lfm2", "falcon_h1", "gpt_neo")
 DECODED = [(family, "slots") for family in FAMILIES if family not in ONLY_LIBRARY] + [
     (family, "library") for family in (*ONLY_LIBRARY, "gpt2", "llama", "gemma3")
 ]
@@ -430,7 +441,7 @@ def test_the_librarys_cache_has_no_closing_states() -> None:
     assert (samples.states is None, samples.closing) == (False, None)
 
 
-@pytest.mark.parametrize("family", ["mamba2", "lfm2"])
+@pytest.mark.parametrize("family", ["mamba2", "lfm2", "falcon_h1"])
 def test_slots_are_refused_where_blocks_keep_a_state(family: str) -> None:
     with pytest.raises(UserError, match=f"'{family}' model.*model.cache=library"):
         sample(build(family), make_prompts([5, 3]), settings(), seed=0)

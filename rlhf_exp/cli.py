@@ -15,6 +15,7 @@ from pathlib import Path
 from rlhf_exp.errors import UserError
 from rlhf_exp.redaction import install
 from rlhf_exp.safe_text import accept_any_text
+from rlhf_exp.store.atomic_files import write_error
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -28,6 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.command(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        refused = write_error(error, arguments.outputs)
+        if refused is None:
+            raise
+        print(f"error: {refused}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from rlhf_exp.processes.environment import is_leader
 from rlhf_exp.processes.failures import exit_code_of
 from rlhf_exp.redaction import formatted_exception
 from rlhf_exp.store.artifact import Artifact
-from rlhf_exp.store.run_records import Process, RunRecord, Status
+from rlhf_exp.store.atomic_files import write_error
+from rlhf_exp.store.run_records import Process, Records, RunRecord, Status
 
 UNNAMED = "unnamed"
 
@@ -71,7 +73,10 @@ def run(
         else:
             objective = _run(config, overrides, executor, recorded)
     except BaseException as error:
-        executor.end(error)
+        refused = write_error(error, Path(config.output_dir))
+        executor.end(refused or error)
+        if refused is not None:
+            raise refused from error
         raise
     executor.end(None, objective)
     return objective
@@ -139,12 +144,18 @@ def _run_recorded(
             raise RuntimeError("a stage has ended the program, without a result") from error
         raise
     except UserError as error:
-        records.write(replace(record, status=Status.failed, error=str(error)))
+        _record_failure(records, record, str(error))
         raise
     except Exception as error:
-        text = formatted_exception(error)
-        records.write(replace(record, status=Status.failed, error=text))
+        refused = write_error(error, Path(config.output_dir))
+        _record_failure(records, record, str(refused or formatted_exception(error)))
         raise
+
+
+def _record_failure(records: Records, record: RunRecord, error: str) -> None:
+    """Record that a run has failed; where that cannot be written, its own error says more."""
+    with suppress(OSError):
+        records.write(replace(record, status=Status.failed, error=error))
 
 
 def _objective(done: list[FinishedStep]) -> float | None:

@@ -19,6 +19,7 @@ from rlhf_exp.errors import Detached, JobsFailed, UserError
 from rlhf_exp.processes.environment import find_launch_environment, is_leader
 from rlhf_exp.redaction import install
 from rlhf_exp.safe_text import accept_any_text, well_formed
+from rlhf_exp.store.atomic_files import write_error
 
 if TYPE_CHECKING:
     from rlhf_exp.config.compose import ComposedConfig
@@ -31,6 +32,8 @@ _FOLLOWER_OVERRIDES = (
     "hydra.run.dir=${output_dir}/hydra/followers",
     "hydra.sweep.dir=${output_dir}/hydra/followers",
 )
+# A plan leaves nothing behind, and is made of a read-only folder as well.
+_PLAN_OVERRIDES = ("hydra.output_subdir=null", "hydra.run.dir=.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,6 +54,12 @@ def main(argv: Sequence[str]) -> int:
     except Detached as detached:
         print(detached, file=sys.stderr)
         return 130
+    except Exception as error:
+        refused = write_error(error)
+        if refused is None:
+            raise
+        _print_error(refused)
+        return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -195,6 +204,8 @@ def _check_jobs(
     if base.site is not None and on_slurm:
         problems += slurm_problems(base.site, configs)
     raise_problems(problems)
+    if base.config.plan and not multirun:
+        overrides = [*overrides, *_PLAN_OVERRIDES]
     return overrides, on_slurm
 
 

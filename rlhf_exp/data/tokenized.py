@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ import numpy as np
 from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Row, rows_digest
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
-from rlhf_exp.store.atomic_files import sync
+from rlhf_exp.store.atomic_files import draft_of, sync
 from rlhf_exp.store.sealed import DIGESTS, Damaged, check_sealed_folder, seal_folder
 
 log = logging.getLogger(__name__)
@@ -351,8 +349,9 @@ def _load(path: Path) -> np.ndarray:
 
 def _write(entry: Path, content: RaggedColumns) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=entry.parent))
+    staging = draft_of(entry)
     try:
+        staging.mkdir()
         for name, column in content.columns.items():
             np.save(staging / f"{name}.flat.npy", column.flat)
             np.save(staging / f"{name}.offsets.npy", column.offsets)
@@ -360,7 +359,6 @@ def _write(entry: Path, content: RaggedColumns) -> None:
         seal_folder(staging)
         if not _whole(entry):
             shutil.rmtree(entry, ignore_errors=True)
-        os.chmod(staging, 0o755)  # mkdtemp's folders are private
         try:
             staging.rename(entry)
         except OSError:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Self
 from rlhf_exp.errors import UserError
 from rlhf_exp.redaction import formatted_exception
 from rlhf_exp.signals import INTERRUPTED, TERMINATED
+from rlhf_exp.store.atomic_files import write_error
 
 USER = 2
 """Exit code of an error that the user can mend."""
@@ -72,6 +73,8 @@ class ProcessFailure:
             return cls(rank, FailureKind.stopped, str(error.code))
         if isinstance(error, FailedElsewhere):
             return cls(rank, FailureKind.elsewhere, str(error))
+        if isinstance(error, Exception) and (refused := write_error(error)) is not None:
+            return cls(rank, FailureKind.user, str(refused))
         return cls(rank, FailureKind.bug, formatted_exception(error))
 
     @classmethod

@@ -24,6 +24,7 @@ from rlhf_exp.models.policy import Policy
 from rlhf_exp.stages.context import MODEL, SNAPSHOTS, StageContext, snapshot_name
 from rlhf_exp.stages.setup import torch_dtype
 from rlhf_exp.stages.tracking import lineage
+from rlhf_exp.store.atomic_files import disk_full_is_user_error
 from rlhf_exp.store.fingerprint import key_of
 from rlhf_exp.store.sealed import file_digest
 from rlhf_exp.tracking.tracker import Tracker
@@ -62,8 +63,13 @@ def save_models(
     plain: nn.Module = module.model if isinstance(module, Policy) else module.trunk
     plain.to(dtype=torch_dtype(config))
 
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
+    remedy = "Make room and run again: it goes on from the last checkpoint."
+
     def write(folder: Path) -> None:
-        world.run_on_all(lambda: module.save(folder, tokenizer) if world.is_main else None)
+        work = f"saving the model of {context.stage} {context.key}"
+        with disk_full_is_user_error(folder, work, needed, remedy):
+            world.run_on_all(lambda: module.save(folder, tokenizer) if world.is_main else None)
 
     write(context.folder / MODEL)
     folder = context.folder / SNAPSHOTS

@@ -24,9 +24,15 @@ from rlhf_exp.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a writer that was killed leaves behind; never part of an artifact.
-DRAFTS = ".*.draft"
+_DRAFT = re.compile(r"\..+\.\d+(\.[0-9a-f]{8})?\.draft")
+_OF_LIBRARIES = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # safetensors
 # Of renameat2(2), which Python has no function for.
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+
+def draft_of(path: Path) -> Path:
+    """Return a new name beside `path`, for what is to be renamed to `path` once it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.draft")
 
 
 @contextmanager
@@ -42,7 +48,7 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     Raises:
         OSError: as the file system says (disk full, read-only); no partial file is left.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.draft")
+    draft = draft_of(path)
     try:
         yield draft
         if durable:
@@ -122,6 +128,20 @@ def files_below(folder: Path) -> Iterator[Path]:
                 yield path
 
 
+def drafts_below(folder: Path, *, of_libraries: bool) -> Iterator[Path]:
+    """Yield the files and folders that killed writers have left below `folder`.
+
+    Args:
+        folder: hidden folders below it are left out.
+        of_libraries: also what a library's writer leaves, whose names others may use as well.
+    """
+    for place, folders, names in os.walk(folder):
+        for name in sorted([*folders, *names]):
+            if _DRAFT.fullmatch(name) or (of_libraries and _OF_LIBRARIES.fullmatch(name)):
+                yield Path(place) / name
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
 def tree_size(path: Path) -> int:
     """Bytes in the files below `path` (or of `path`); a file that vanishes meanwhile counts 0."""
     total = 0
@@ -172,19 +192,72 @@ _FULL = re.compile(r"No space left on device|os error 28\b|\d+ requested and \d+
 _QUOTA = re.compile(r"[Qq]uota exceeded|os error 122\b")
 
 
+# What else a file system may say of a place where nothing can be written.
+_REFUSED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
+
+
 def disk_full(error: BaseException) -> str | None:
     """Return in words that an exception comes of a full disk or quota; `None` for any other."""
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
+    for cause in _causes(error):
         number = cause.errno if isinstance(cause, OSError) else None
         if number == errno.EDQUOT or _QUOTA.search(str(cause)):
             return "the disk quota is used up"
         if number == errno.ENOSPC or _FULL.search(str(cause)):
             return "the disk is full"
-        cause = cause.__cause__ or cause.__context__
     return None
+
+
+def write_error(error: BaseException, folder: Path | None = None) -> UserError | None:
+    """Return a `UserError` for an exception whose cause is that nothing can be written.
+
+    Args:
+        error: any exception; not a `UserError`.
+        folder: the output folder. Of paths elsewhere only full disks and read-only file systems
+            count: why they cannot be written may be a bug's fault.
+    """
+    if isinstance(error, UserError):
+        return None
+    paths = [Path(os.fsdecode(name)) for cause in _causes(error) if (name := _file_name(cause))]
+    reason = disk_full(error)
+    if reason is not None:
+        places = [*(path.parent for path in paths), *([] if folder is None else [folder])]
+        at = f" at {places[0]}: {_free(places[0])}" if places else ""
+        return UserError(
+            f"{reason}{at}. Make room and run the same command again: what is done is kept"
+        )
+    for cause in _causes(error):
+        if not isinstance(cause, OSError):
+            continue
+        within = folder is not None and any(
+            path.absolute().is_relative_to(folder.absolute()) for path in paths
+        )
+        if cause.errno == errno.EROFS or (cause.errno in _REFUSED and within):
+            place = f"{paths[0]}: " if paths else ""
+            return UserError(
+                f"{place}cannot be written ({cause.strerror}). Make the place writable, or name "
+                "another one (output_dir=..., or --outputs of rlhf-exp)"
+            )
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and those that led to it."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _file_name(error: BaseException) -> str | bytes | None:
+    name = error.filename if isinstance(error, OSError) else None
+    return name if isinstance(name, str | bytes) else None
+
+
+def _free(folder: Path) -> str:
+    free = shutil.disk_usage(existing_folder(folder.absolute())).free
+    return f"{human_size(free)} free on its file system"
 
 
 @contextmanager
@@ -207,8 +280,8 @@ def disk_full_is_user_error(
         reason = disk_full(error)
         if reason is None:
             raise
-        place = existing_folder(folder)
-        room = f"{human_size(shutil.disk_usage(place).free)} free on its file system"
+        place = existing_folder(folder.absolute())
+        room = _free(place)
         if needed is not None:
             room = f"{human_size(needed)} needed, {room}"
         raise UserError(f"{what}: {reason} at {place}: {room}. {remedy}") from error

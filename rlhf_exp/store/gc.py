@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.artifact import MANIFEST, Artifact
-from rlhf_exp.store.atomic_files import DRAFTS, FULL, last_change, tree_size
+from rlhf_exp.store.atomic_files import FULL, drafts_below, last_change, tree_size
 from rlhf_exp.store.lease import ABANDONED_S, holders, lease_path, try_hold
 from rlhf_exp.store.publish import delete, shred
 
@@ -154,8 +154,9 @@ def _leftovers(
     for path in damaged():
         if path.name not in kept and last_change(path) <= time.time() - grace_s:
             yield path, "has no readable manifest"
-    for folder in (root / ".staging", root / ".leases"):
-        for path in sorted(folder.glob(DRAFTS)):
+    # Drafts lie where they were to be: also beside the store, of records, notes, caches, reports.
+    for folder in (root.parent, root / ".staging", root / ".leases"):
+        for path in drafts_below(folder, of_libraries=folder != root.parent):
             if last_change(path) <= time.time() - grace_s:
                 yield path, "half written"
     live = {f"{holder.stage}-{holder.key}" for holder in holders(root)}
@@ -170,7 +171,7 @@ def _leftovers(
 
 
 def _discard(root: Path, path: Path) -> None:
-    if path.parent.name == ".trash" or path.match(DRAFTS):
+    if path.parent.name == ".trash" or (path.is_file() and path.suffix != ".lease"):
         shred(path)
     elif path.is_dir():
         delete(root, path)

@@ -28,7 +28,7 @@ from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.artifact import now
-from rlhf_exp.store.atomic_files import disk_full_is_user_error, write_json_atomic
+from rlhf_exp.store.atomic_files import disk_full_is_user_error, draft_of, write_json_atomic
 
 DURATION_S = 30.0
 POLL_S = 0.2
@@ -328,7 +328,7 @@ def break_stale(path: Path, judged: tuple[int, int]) -> None:
 
 def server_time(folder: Path) -> float:
     """Seconds since the epoch by the clock that stamps files in `folder`."""
-    probe = folder / f".clock.{os.getpid()}.{secrets.token_hex(4)}.draft"
+    probe = draft_of(folder / "clock")
     probe.touch()
     try:
         return probe.stat().st_mtime

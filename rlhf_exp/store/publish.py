@@ -22,8 +22,8 @@ from pathlib import Path
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.artifact import MANIFEST, Artifact, FileEntry, Manifest
 from rlhf_exp.store.atomic_files import (
-    DRAFTS,
     disk_full_is_user_error,
+    drafts_below,
     exchange,
     files_below,
     sync,
@@ -154,8 +154,8 @@ def _prepare(plan: Publication) -> None:
     }
     write_json_atomic(plan.note, content)
     _drop(plan.folder, plan.drop)
-    for draft in plan.folder.rglob(DRAFTS):
-        draft.unlink(missing_ok=True)
+    for draft in list(drafts_below(plan.folder, of_libraries=True)):
+        shred(draft)
     _settle_links(plan.folder)
     files = {}
     for path in files_below(plan.folder):

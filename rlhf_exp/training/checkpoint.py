@@ -116,10 +116,15 @@ class Checkpoints:
         with disk_full_is_user_error(
             self.folder, f"saving the checkpoint of step {step}", needed, _REMEDY
         ):
-            world.run_on_all(begin)
-            parts = world.run_on_all(write)
-            digests = {name: digest for part in parts for name, digest in part.items()}
-            return world.run_on_all(lambda: self._publish(step, partial, digests))[world.rank]
+            try:
+                world.run_on_all(begin)
+                parts = world.run_on_all(write)
+                digests = {name: digest for part in parts for name, digest in part.items()}
+                return world.run_on_all(lambda: self._publish(step, partial, digests))[world.rank]
+            finally:
+                # A full disk has no room for half a checkpoint.
+                if world.is_main:
+                    shutil.rmtree(partial, ignore_errors=True)
 
     def _publish(self, step: int, partial: Path, digests: Mapping[str, str]) -> Path:
         target = self.folder / f"step-{step:08d}"

@@ -17,6 +17,7 @@ from rlhf_exp.store.atomic_files import (
     atomic_file,
     disk_full,
     disk_full_is_user_error,
+    write_error,
     write_text_atomic,
 )
 
@@ -65,6 +66,42 @@ def test_a_quota_is_no_full_disk_and_other_errors_are_neither() -> None:
     assert disk_full(RuntimeError("I/O error: Disk quota exceeded (os error 122)")) == QUOTA
     assert disk_full(OSError(errno.EACCES, os.strerror(errno.EACCES))) is None
     assert disk_full(RuntimeError("line 28 of the file")) is None
+
+
+def raised(error: OSError, cause: Exception | None = None) -> Exception:
+    """Return an exception as it is caught, with what led to it."""
+    if cause is None:
+        return error
+    cause.__context__ = error
+    return cause
+
+
+def os_error(number: int, path: Path | None = None) -> OSError:
+    return OSError(number, os.strerror(number), *([] if path is None else [str(path)]))
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    path = outputs / "reports" / "a.html"
+    full = raised(os_error(errno.ENOSPC, path), RuntimeError("unexpected pos 704 vs 598"))
+    assert str(write_error(full, outputs)).startswith(f"the disk is full at {path.parent}: ")
+    assert str(write_error(full)).endswith("run the same command again: what is done is kept")
+    for number in (errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EIO):
+        said = str(write_error(os_error(number, path), outputs))
+        assert said.startswith(f"{path}: cannot be written ({os.strerror(number)})"), said
+    assert write_error(os_error(errno.EROFS, path)) is not None
+
+
+def test_other_errors_are_left_to_whoever_mends_bugs(tmp_path: Path) -> None:
+    outside = os_error(errno.EACCES, Path("/etc/shadow"))
+    for error in (
+        outside,
+        os_error(errno.ENOENT, tmp_path / "a"),
+        OSError("no number"),
+        KeyError(),
+    ):
+        assert write_error(error, tmp_path) is None
+    assert write_error(UserError("No space left on device"), tmp_path) is None
 
 
 def test_an_error_of_the_user_stays_what_it_is(tmp_path: Path) -> None:

@@ -149,6 +149,34 @@ def test_leftovers_go(store: Store) -> None:
     assert precious.exists()  # a run refers to it: people decide
 
 
+def test_drafts_of_every_kind_go_and_those_of_others_stay(store: Store) -> None:
+    outputs = store.root.parent
+    drafts = [
+        outputs / "sweeps" / "lr" / ".ab12.json.31500.4f055761.draft",
+        outputs / "cache" / "tokenized" / ".0123.77.00ff00ff.draft" / "flat.npy",
+        outputs / "reports" / ".eval-1.html.7.0a0b0c0d.draft",
+        outputs / ".pins.json.12.12345678.draft",
+        store.staging("ppo", "p1") / "model" / ".tmpAb3xYz",
+    ]
+    others = [
+        outputs / "sweeps" / "lr" / "ab12.json",
+        outputs / ".git" / ".x.1.00000000.draft",
+        outputs / ".tmpAb3xYz",
+        outputs / "letter.draft",
+    ]
+    for path in [*drafts, *others]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    assert store.gc(["p1"]) == []  # a writer may be at work
+    aged(outputs, 7200)
+    removed = {one.path: one.reason for one in store.gc(["p1"])}
+    expected = [path.parent if path.name == "flat.npy" else path for path in drafts]
+    assert removed == dict.fromkeys(expected, "half written")
+    assert not any(map(os.path.lexists, drafts))
+    assert all(path.read_text() == "half" for path in others)
+    assert store.gc(["p1"]) == []
+
+
 def test_the_files_of_dead_leases_go(store: Store) -> None:
     folder = store.root / ".leases"
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""`rlhf-exp`: looks at runs, serves their models and tidies up; `launch.py` trains and evaluates.
+"""`rlhf-exp` trains and evaluates (`run`), looks at runs, serves their models and tidies up.
 
 A RUN is `latest`, a name, the beginning of a key, or a folder. Commands import their modules only
 when they run, so that `--help` is fast.
@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rlhf_exp import __version__
 from rlhf_exp.errors import UserError
+from rlhf_exp.processes.failures import exit_after
 from rlhf_exp.redaction import install
 from rlhf_exp.safe_text import accept_any_text
 from rlhf_exp.store.atomic_files import write_error
@@ -22,9 +24,14 @@ Command = Callable[[argparse.Namespace], None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["run"]:
+        from rlhf_exp.hydra_app import main as run
+
+        exit_after(lambda: run(given[1:]))
     install()
     accept_any_text()
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_args(given)
     try:
         arguments.command(arguments)
     except UserError as error:
@@ -44,10 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     root = argparse.ArgumentParser(prog="rlhf-exp", description=__doc__.split("\n\n")[0])
+    root.add_argument("--version", action="version", version=f"rlhf-exp {__version__}")
     root.add_argument(
         "--outputs", type=Path, default=Path("outputs"), help="output_dir of the runs (outputs)"
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
+    # `main` hands it over before anything is parsed: its options are Hydra's.
+    commands.add_parser("run", help="train and evaluate, as launch.py: rlhf-exp run --help")
     _add_run_commands(commands)
     _add_model_commands(commands)
     _add_annotate_command(commands)

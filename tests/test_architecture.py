@@ -5,6 +5,7 @@ Layers, who sees a config, and circles: the contracts of `[tool.importlinter]` i
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ def test_import_contracts_are_kept() -> None:
 
 def test_init_files_are_empty() -> None:
     filled = [path for path in PACKAGE.rglob("__init__.py") if path.stat().st_size]
-    assert filled == []
+    assert filled == [PACKAGE / "__init__.py"], "the version, and nothing else"
+    assert re.fullmatch(r'__version__ = "\d+\.\d+\.\d+"\n', filled[0].read_text())
 
 
 @pytest.mark.parametrize(

@@ -328,5 +328,5 @@ def cancel(outputs: Path, name: str) -> str:
     lines = [
         f"  {view.job.id}  {view.progress}  {view.job.stage} {view.job.key}" for view in cancelled
     ]
-    resume_note = "What they have done is kept: the same command of launch.py goes on.\n"
+    resume_note = "What they have done is kept: the command that started them goes on.\n"
     return "\n".join([f"{name}: cancelled {len(cancelled)} jobs", *lines, resume_note])

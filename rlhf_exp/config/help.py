@@ -23,6 +23,7 @@ from rlhf_exp.config.schema_keys import (
     read_groups,
 )
 from rlhf_exp.errors import UserError
+from rlhf_exp.program import PROGRAM
 
 REFERENCE_PATH = CONF.parent / "docs" / "config.md"
 _WIDTH = 100
@@ -109,8 +110,9 @@ def _overview(groups: dict[str, ConfigGroup], keys: dict[str, ConfigKey]) -> str
     root_keys = [key for key in root if key.section is None and key.name not in groups]
     sections = "".join(f"  {key.name:<14}{key.doc}\n" for key in root if key.section is not None)
     group_list = "\n".join(_describe_group(group) for group in groups.values())
+    usage = _USAGE.replace("python launch.py", PROGRAM)
     return (
-        f"{_USAGE}\nGroups (* is the default option)\n\n{group_list}\n"
+        f"{usage}\nGroups (* is the default option)\n\n{group_list}\n"
         f"Sections (--help SECTION lists the keys)\n\n{sections}\n"
         f"Keys of no section\n\n{_describe_keys(root_keys)}"
     )

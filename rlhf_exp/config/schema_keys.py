@@ -21,7 +21,12 @@ from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.fields import documentation
 from rlhf_exp.config.problems import format_value
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a wheel the folder is inside the package, in a checkout beside it.
+CONF = next(
+    (folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir()),
+    _PACKAGE / "conf",
+)
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,14 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).resolve().parents[1]
 # Modules that compute nothing: a message or a help text may change in them without putting a
 # trained model in doubt.
+# - __init__.py: the version.
 # - config/: its values are in the key.
 # - tracking/, stages/tracking.py, training/memory.py: they record what others have computed.
 # - store/: results are found by their key and checked by their digests.
 # - processes/: starts and ends processes, and carries messages between them. The number of
 #   processes and of their threads, and the devices, are fields with `key=False`.
 NOT_COMPUTING = (
+    "rlhf_exp/__init__.py",
     "rlhf_exp/config/",
     "rlhf_exp/errors.py",
     "rlhf_exp/processes/",

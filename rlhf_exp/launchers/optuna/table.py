@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_exp.launchers.optuna.trial import study_folder
+from rlhf_exp.program import PROGRAM
 from rlhf_exp.search.study import TRIALS, StudySummary, TrialView, open_study, summary_of
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.run_records import Records, RunRecord
@@ -45,7 +46,7 @@ def study_text(outputs: Path, name: str) -> str:
         overrides = next((record.overrides for record in records if record.key == best.key), ())
         parts.append(
             f"Best: trial {best.number}. Its policy is {best.key} in the store; by itself:\n"
-            f"  python launch.py {shlex.join([f'name={name}-best', *overrides])}\n"
+            f"  {PROGRAM} {shlex.join([f'name={name}-best', *overrides])}\n"
         )
     return "\n".join(parts)
 

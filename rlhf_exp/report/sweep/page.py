@@ -21,6 +21,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rlhf_exp.evaluation.preference import DASH, format_estimate
+from rlhf_exp.program import PROGRAM
 from rlhf_exp.report import chart as chart_module
 from rlhf_exp.report.chart import duration, render, short
 from rlhf_exp.report.run.page import write_page
@@ -151,7 +152,7 @@ def command_of(group: RunGroup) -> str:
         varied_seed = is_seed(key) and len(seeds) > 1
         if key.replace("/", ".").split(".")[0] not in _LAUNCH_KEYS and not varied_seed:
             overrides.append(text)
-    return f"python launch.py {shlex.join([f'name={point.name}-best', *overrides])}"
+    return f"{PROGRAM} {shlex.join([f'name={point.name}-best', *overrides])}"
 
 
 @dataclass(frozen=True)

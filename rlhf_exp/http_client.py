@@ -158,11 +158,15 @@ class HttpClient:
         for request in under_way:
             request.cancel()
 
-    def check_reachable(self, path: str) -> None:
-        """Check with one GET that the service answers; any status but 401 and 403 will do.
+    def check_reachable(self, path: str, *, admits: bool = True) -> None:
+        """Check with one GET that the service answers.
+
+        Args:
+            path: below the service's address.
+            admits: whether it must also admit us: any status but 401 and 403 will do.
 
         Raises:
-            UserError: there is no answer, or the key is refused.
+            UserError: there is no answer, or the key is refused or missing.
         """
         try:
             answer = self._exchange("GET", path, None)
@@ -170,7 +174,7 @@ class HttpClient:
             return
         if isinstance(answer, RequestFailed):
             raise self._error(answer.reason)
-        if answer.status in (401, 403):
+        if admits and answer.status in (401, 403):
             raise self._error(self._reason(answer))
 
     def post(

@@ -201,6 +201,15 @@ def test_an_address_that_is_none(url: str) -> None:
         HttpClient(Service(url, retries=0), UserError).post("", {}, lambda answer: answer)
 
 
+def test_a_service_that_is_there_need_not_admit_us() -> None:
+    with server(says(b"", status="403 Forbidden")) as url:
+        client = HttpClient(Service(url, timeout_s=5.0), UserError)
+        client.check_reachable("/models", admits=False)
+        with pytest.raises(UserError, match="HTTP 403 Forbidden"):
+            client.check_reachable("/models")
+        client.close()
+
+
 def test_another_thread_can_stop_a_request() -> None:
     reached = threading.Event()
 

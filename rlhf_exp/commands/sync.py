@@ -154,7 +154,7 @@ def _check_server() -> None:
 
     client = HttpClient(Service(url, timeout_s=CONNECT_TIMEOUT_S), unreachable)
     try:
-        client.check_reachable("")
+        client.check_reachable("", admits=False)
     finally:
         client.close()
 

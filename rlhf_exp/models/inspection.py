@@ -49,12 +49,6 @@ def _weight_files(folder: Path) -> list[str]:
         raise UserError(f"{index}: damaged ({error!r}); copy the model again") from error
 
 
-def context_of(config: PreTrainedConfig) -> int | None:
-    """Return the longest sequence that a model's positions allow; `None` if nothing limits it."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
 def policy_problems(config: PreTrainedConfig) -> Iterator[str]:
     """Yield why a model of this config cannot be a policy."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or is_encoder(config):

@@ -292,6 +292,23 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     )
 
 
+SCALED_BY_LENGTH = ("longrope", "dynamic")
+"""Rotary embeddings that beyond their original length turn every position by another angle: keys
+that are cached by then would be wrong, and so would shorter rows in a batch with a longer one."""
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Return the longest sequence that a model's positions allow; `None` if nothing limits it."""
+    config = config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Some families have parameters of their own for each type of layer.
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") in SCALED_BY_LENGTH:
+            limits.append(parameters.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
 def supported_attention(
     config: PreTrainedConfig,
     attention: Attention,

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.errors import UserError
+from rlhf_exp.models.pretrained import context_of
 from rlhf_exp.rollout.decoder import CacheKind, Decoder, SlotTable, decoding_mode
 from rlhf_exp.rollout.token_sampling import draw_tokens, to_float32, truncate_logits, uniform
 from rlhf_exp.rollout.transcript import CapturedStates, Stopper, Transcript
@@ -40,10 +41,6 @@ Rows that ended meanwhile have surplus tokens, which are cut off."""
 
 CLOSING_ROOM = 2
 """Positions that the closing token takes after a row's last token: its own and a spare one."""
-
-SCALED_BY_LENGTH = ("longrope", "dynamic")
-"""Rotary embeddings that beyond their original length turn every position by another angle: what is
-in the cache by then would be wrong, and so would shorter rows in a batch with a longer one."""
 
 ACCELERATOR_COLUMNS = 64
 """On an accelerator attention reads a multiple of so many columns: its kernels are faster then."""
@@ -118,11 +115,18 @@ def sample(
     unwrap_peft = getattr(model, "get_base_model", None)
     if unwrap_peft is not None:
         model = unwrap_peft()
-    limits = _limits(model)
-    _check(limits, prompts, settings)
-    room = min([*limits.values(), math.inf]) - int(prompts.lengths.max()) - settings.max_new_tokens
+    context = context_of(model.config) or math.inf
+    longest = int(prompts.lengths.max()) + settings.max_new_tokens
+    _check(prompts, settings)
+    if longest > context:
+        raise UserError(
+            f"a prompt of {longest - settings.max_new_tokens} tokens and max_new_tokens="
+            f"{settings.max_new_tokens} exceed the {context} tokens at which the model's positions "
+            "end: cut prompts shorter (seq_length) or lower max_new_tokens"
+        )
     # The content may end before the response does, and the library's cache does not go back.
-    closable = capture is not None and room >= CLOSING_ROOM and settings.cache == "slots"
+    room = context - longest >= CLOSING_ROOM
+    closable = capture is not None and room and settings.cache == "slots"
     close = close if closable else None
     with decoding_mode(model):
         loop = DecodeLoop(model, prompts, settings, seed, stopper, capture, close)
@@ -131,34 +135,13 @@ def sample(
     return loop.samples()
 
 
-def _limits(model: PreTrainedModel) -> dict[str, int]:
-    """Return the longest sequences that the model allows, in tokens, by field of its config."""
-    config = model.config.get_text_config()
-    limits = {"max_position_embeddings": getattr(config, "max_position_embeddings", None)}
-    rope = getattr(config, "rope_parameters", None) or {}
-    # Some families have parameters of their own for each type of layer.
-    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if parameters.get("rope_type") in SCALED_BY_LENGTH:
-            name = "original_max_position_embeddings"
-            limits[name] = parameters.get(name)
-    return {name: limit for name, limit in limits.items() if limit is not None}
-
-
-def _check(limits: dict[str, int], prompts: Prompts, settings: SamplingParams) -> None:
+def _check(prompts: Prompts, settings: SamplingParams) -> None:
     assert len(prompts), "no prompts"
     assert settings.max_new_tokens > 0, f"max_new_tokens {settings.max_new_tokens} is not above 0"
     assert settings.temperature > 0, f"temperature {settings.temperature} is not above 0"
     assert 0 < settings.top_p <= 1, f"top_p {settings.top_p} is not above 0 and at most 1"
     assert settings.top_k >= 0, f"top_k {settings.top_k} is below 0"
     assert int(prompts.lengths.min()) > 0, "a prompt without tokens"
-    longest = int(prompts.lengths.max())
-    for name, limit in limits.items():
-        if longest + settings.max_new_tokens > limit:
-            raise UserError(
-                f"a prompt of {longest} tokens and max_new_tokens={settings.max_new_tokens} exceed "
-                f"the model's {name}={limit}: cut prompts shorter (seq_length) or lower "
-                "max_new_tokens"
-            )
 
 
 def on_accelerator(device: torch.device) -> bool:

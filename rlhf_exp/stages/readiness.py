@@ -32,11 +32,10 @@ from rlhf_exp.evaluation.judges.human_agreement import read_judged_pairs
 from rlhf_exp.evaluation.judges.reward_models import check_classifier, rendered_dialogue
 from rlhf_exp.models.inspection import (
     check_weight_files,
-    context_of,
     policy_problems,
     vocabulary_problems,
 )
-from rlhf_exp.models.pretrained import load_config, load_tokenizer
+from rlhf_exp.models.pretrained import context_of, load_config, load_tokenizer
 from rlhf_exp.models.reward_model import reward_model_config
 from rlhf_exp.stages.data_module import DataModule
 from rlhf_exp.stages.evaluation import toxicity

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BartConfig, BertConfig, BloomConfig, GPT2Config, LlamaConfig
+from transformers import BartConfig, BertConfig, LlamaConfig
 
 from rlhf_exp.data.tokenizer import train_tokenizer
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.inspection import (
     check_weight_files,
-    context_of,
     policy_problems,
     vocabulary_problems,
 )
@@ -57,12 +56,6 @@ def test_only_a_decoder_is_a_policy() -> None:
     assert "a bert is no causal language model" in problem
     (problem,) = policy_problems(BartConfig())
     assert "bart" in problem
-
-
-def test_positions_by_any_familys_name() -> None:
-    assert context_of(GPT2Config(n_positions=77)) == 77
-    assert context_of(LlamaConfig(max_position_embeddings=88)) == 88
-    assert context_of(BloomConfig()) is None, "its biases go by distance"
 
 
 def test_a_token_without_a_row_is_named() -> None:

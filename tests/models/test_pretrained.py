@@ -16,13 +16,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedModel,
+)
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.pretrained import (
     architecture_of,
     build_causal_lm,
+    context_of,
     load_causal_lm,
     load_tokenizer,
     save_causal_lm,
@@ -206,3 +214,22 @@ def test_the_folder_is_the_one_that_transformers_writes(tiny: Build, tmp_path: P
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == files
     for name in files:
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+def test_positions_by_any_familys_name() -> None:
+    assert context_of(GPT2Config(n_positions=77)) == 77
+    assert context_of(LlamaConfig(max_position_embeddings=88)) == 88
+    assert context_of(BloomConfig()) is None, "its biases go by distance"
+
+
+def test_positions_end_where_longer_rows_would_change_shorter_ones() -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 128}
+    factors = [1.0] * (8 // 2)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4}
+    rope |= {"short_factor": factors, "long_factor": factors}
+    scaled = Phi3Config(**sizes, original_max_position_embeddings=32, rope_parameters=rope)
+    assert context_of(scaled) == 32
+    # This one turns its angles once and for all.
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    fixed = {"rope_theta": 1e4, "original_max_position_embeddings": 32}
+    assert context_of(LlamaConfig(**sizes, rope_parameters=llama3 | fixed)) == 128

@@ -9,14 +9,14 @@ renderings; those that change an answer, or refuse a dialogue, are named.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, TemplateError, nodes
 
-from rlhf_exp.data.rows import History
+from rlhf_exp.data.rows import History, Role, Turn
 from rlhf_exp.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 FROZEN_DATE = date(2024, 7, 26)
 """The day that templates print which ask for today's; Llama's print it where they know no other."""
 
-_CHAT_ROLES = {"human": "user", "assistant": "assistant"}
+_CHAT_ROLES: dict[Role, str] = {"human": "user", "assistant": "assistant"}
+Shape = tuple[Role, ...]
+"""The roles of a dialogue's turns."""
 _DIRECTIVES = "aAwdbBmyYHIpMSfjUW"
 # Texts with whatever a template might trim, escape, split at or cut. No two of them are equal.
 _CHARACTERS = "Aa1 \"'`\\ <b>&amp; {x} {{y}} %s  two\tspaces\n\nnew - line é東🍅 ."
@@ -41,7 +43,7 @@ class Frame:
     Attributes:
         cued: Whether the prompt is rendered with the generation prompt.
         cue: The text between that rendering and the answer.
-        lead: A space that begins the answer, where it is no end of the prompt.
+        lead: The space that this text ends with, which begins the answer then; or nothing.
         end: The text after the answer.
     """
 
@@ -70,7 +72,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._name = tokenizer.name_or_path or "the tokenizer"
         self.text = frozen_template(tokenizer)
-        self._frames: dict[tuple[str, ...], Frame | str] = {}
+        self._frames: dict[Shape, Frame | str] = {}
         self._words = _words_of(self.text)
         frame = self._derived(("human",))
         if isinstance(frame, str):
@@ -92,7 +94,7 @@ class ChatTemplate:
         if isinstance(frame, str):
             raise UserError(f"{self._name}: its chat template cannot say a dialogue: {frame}")
         try:
-            return self._render(history, frame.cued) + frame.cue
+            return (self._render(history, frame.cued) + frame.cue).removesuffix(frame.lead)
         except TemplateRefusal as error:
             raise UserError(
                 f"{self._name}: its chat template cannot say a dialogue: {error}"
@@ -118,9 +120,8 @@ class ChatTemplate:
         ]
         try:
             for answer in unusual:
-                around = self._render(history, frame.cued) + frame.cue + frame.lead, frame.end
-                expected = around[0] + answer + around[1]
-                if self._render(history, False, answer) != expected:
+                before = self._render(history, frame.cued) + frame.cue
+                if self._render(history, False, answer) != before + answer + frame.end:
                     return "it changes the text of this dialogue"
         except TemplateRefusal as error:
             return str(error)
@@ -140,7 +141,7 @@ class ChatTemplate:
             self._frames[shape] = frame
         return self._frames[shape]
 
-    def _derived(self, shape: tuple[str, ...]) -> Frame | str:
+    def _derived(self, shape: Shape) -> Frame | str:
         """Return what stands around the answer to dialogues of a shape, or why nothing can."""
         texts = [f"Turn {number} {_CHARACTERS} {number}." for number in range(len(shape))]
         history = list(zip(shape, texts, strict=True))
@@ -159,10 +160,9 @@ class ChatTemplate:
         head, end = parts[0]
         for rendering, with_cue in ((cued, True), (plain, False)):
             if head.startswith(rendering):
-                cue = head.removeprefix(rendering)
                 # Tokenizers join a space to the word after it, not to the prompt before it.
-                lead = " " if cue.endswith(" ") else ""
-                return Frame(with_cue, cue.removesuffix(lead), lead, end)
+                lead = " " if head.endswith(" ") else ""
+                return Frame(with_cue, head.removeprefix(rendering), lead, end)
         return (
             f"its generation prompt after {_named(shape)} is not where it puts the answer: "
             f"{_shown(cued[-_SHOWN:])} and {_shown(head[-_SHOWN:])}"
@@ -172,9 +172,9 @@ class ChatTemplate:
         return self._rendered([(turn.role, turn.text) for turn in history], cued, answer)
 
     def _rendered(
-        self, turns: Sequence[tuple[str, str]], cued: bool, answer: str | None = None
+        self, turns: Sequence[tuple[Role, str]], cued: bool, answer: str | None = None
     ) -> str:
-        messages = [{"role": _CHAT_ROLES[role], "content": text} for role, text in turns]
+        messages = _messages(turns)
         if answer is not None:
             messages.append({"role": _CHAT_ROLES["assistant"], "content": answer})
         return render_messages(self._tokenizer, messages, cued, self.text)
@@ -194,6 +194,21 @@ class ChatTemplate:
                 f"before an answer in it; prompts end with {_shown(frame.cue)}, where answers begin"
             )
         return warnings
+
+
+def messages_of_history(history: History) -> list[dict[str, str]]:
+    """Return a dialogue as messages with `role` and `content`."""
+    return _messages([(turn.role, turn.text) for turn in history])
+
+
+def history_of_messages(messages: Sequence[Mapping[str, str]]) -> History:
+    """Return the dialogue that `messages_of_history` made messages of."""
+    roles = {name: role for role, name in _CHAT_ROLES.items()}
+    return tuple(Turn(roles[message["role"]], message["content"]) for message in messages)
+
+
+def _messages(turns: Iterable[tuple[Role, str]]) -> list[dict[str, str]]:
+    return [{"role": _CHAT_ROLES[role], "content": text} for role, text in turns]
 
 
 class TemplateRefusal(Exception):
@@ -276,7 +291,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _named(shape: tuple[str, ...]) -> str:
+def _named(shape: Shape) -> str:
     if shape == ("human",):
         return "one human turn"
     return f"turns of {', '.join(shape)}"

@@ -25,6 +25,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from rlhf_exp.data.chat_template import history_of_messages
+from rlhf_exp.data.rows import History
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.safe_text import clipped, well_formed
 from rlhf_exp.training.reward_scorer import ModelScorer
@@ -87,11 +89,14 @@ class ScoreRequest:
         prompts: Texts.
         responses: As many texts.
         tokens: As many rows of token ids of prompt and response, or `None`.
+        histories: The prompts' dialogues, to be written by the reward model's own chat template, or
+            `None`.
     """
 
     prompts: list[str]
     responses: list[str]
     tokens: list[list[int]] | None
+    histories: list[History] | None
 
 
 def _check_key(request: Request, key: str | None) -> None:
@@ -154,16 +159,33 @@ def _parse_request(content: Any) -> ScoreRequest:  # noqa: ANN401 - JSON
             raise HTTPException(413, message)
     if tokens is not None and not (isinstance(tokens, list) and all(map(_is_row_of_ids, tokens))):
         raise HTTPException(400, "`tokens` must be a list of lists of integers")
-    sizes = [len(values) for values in (prompts, responses, tokens) if values is not None]
+    dialogues = fields.get("dialogues")
+    if dialogues is not None and not (
+        isinstance(dialogues, list) and all(map(_is_dialogue, dialogues))
+    ):
+        raise HTTPException(400, "`dialogues` must be lists of messages with `role` and `content`")
+    given = (prompts, responses, tokens, dialogues)
+    sizes = [len(values) for values in given if values is not None]
     if max(sizes) > ROW_LIMIT:
         raise HTTPException(413, f"{max(sizes)} responses; send at most {ROW_LIMIT} at once")
     if len(set(sizes)) > 1:
         raise HTTPException(400, f"the lists have different lengths: {sizes}")
-    return ScoreRequest(fields["prompts"], fields["responses"], tokens)
+    histories = None if dialogues is None else [history_of_messages(d) for d in dialogues]
+    return ScoreRequest(fields["prompts"], fields["responses"], tokens, histories)
 
 
 def _is_row_of_ids(row: object) -> bool:
     return isinstance(row, list) and all(type(number) is int for number in row)
+
+
+def _is_dialogue(row: object) -> bool:
+    return isinstance(row, list) and all(
+        isinstance(message, dict)
+        and message.get("role") in ("user", "assistant")
+        and isinstance(message.get("content"), str)
+        and len(message["content"]) <= TEXT_LIMIT
+        for message in row
+    )
 
 
 def _error_response(request: Request, error: Exception) -> Response:
@@ -198,14 +220,36 @@ class RequestScorer:
             request = _parse_request(_json_value(body))
             if request.tokens is not None:
                 return self.of_tokens(request.tokens)
-            return self.of_texts(request.prompts, request.responses)
+            own_template = self.codec.prompt_format == "chat_template"
+            histories = request.histories if own_template else None
+            return self.of_texts(request.prompts, request.responses, histories)
 
-    def of_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        """Return the scores of responses, each ended by the end-of-sequence token."""
+    def of_texts(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        histories: Sequence[History] | None = None,
+    ) -> list[float]:
+        """Return the scores of responses, each ended by the end-of-sequence token.
+
+        Args:
+            prompts: Texts in the prompt format, or in that of a policy with another tokenizer.
+            responses: As many texts.
+            histories: The dialogues that are then read in the prompts' place.
+
+        Raises:
+            ValueError: The reward model's chat template refuses a dialogue.
+        """
         rows: list[list[int]] = []
-        sizes = [len(head) + len(tail) for head, tail in zip(prompts, responses, strict=True)]
+        texts = prompts
+        if histories is not None:
+            texts = ["".join(turn.text for turn in history) for history in histories]
+        sizes = [len(head) + len(tail) for head, tail in zip(texts, responses, strict=True)]
         for part in _parts_of(sizes, TEXT_LIMIT):
-            heads = self.codec.encode_decoded([well_formed(text) for text in prompts[part]])
+            if histories is None:
+                heads = self.codec.encode_decoded([well_formed(text) for text in prompts[part]])
+            else:
+                heads = self.codec.encode_prompts(histories[part])
             tails = self.codec.encode_responses([well_formed(text) for text in responses[part]])
             rows += [self._end_of(head + tail) for head, tail in zip(heads, tails, strict=True)]
         return self.of_tokens(rows)

@@ -34,6 +34,7 @@ from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.ppo_inputs import (
     original_scores,
     ppo_prompts,
+    set_prompt_dialogues,
 )
 from rlhf_exp.stages.publish import save_models
 from rlhf_exp.stages.scorers import SERVER_NOTE, longest_input, scorer_for
@@ -69,6 +70,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         # After it: mixed precision computes otherwise with weights in float32 than in bfloat16.
         reference = build_reference(policy, world.weights_dtype)
         scorer = training_scorer(config, context, codec, world, policy)
+        set_prompt_dialogues(scorer, context, prompts, validation)
         task = PpoTask(
             policy,
             _collector(config, context, policy, reference, scorer, prompts, codec, world),

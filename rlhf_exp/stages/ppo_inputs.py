@@ -22,8 +22,8 @@ from rlhf_exp.distributed.world import World
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.store.fingerprint import key_of
 from rlhf_exp.store.sealed import Damaged, check_sealed_file, file_digest, seal_file
-from rlhf_exp.training.reward_scorer import Scorer, score_shared
-from rlhf_exp.training.scorers import ServerScorer
+from rlhf_exp.training.reward_scorer import Dialogues, Scorer, score_shared
+from rlhf_exp.training.scorers import ServerScorer, set_dialogues
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,16 @@ def ppo_prompts(
     rows = context.materials.training_prompts(with_response=config.ppo.reward.delta)
     train = _tokenized(rows.train, codec, config, context)
     return train, _tokenized(rows.validation, codec, config, context)
+
+
+def set_prompt_dialogues(
+    scorer: Scorer, context: StageContext, prompts: TokenizedPrompts, validation: TokenizedPrompts
+) -> None:
+    """Give a scorer the dialogues of the prompts that `ppo_prompts` returned."""
+    rows, dialogues = context.materials.training_prompts(with_response=False), Dialogues()
+    dialogues.add(prompts.prompt, (row.history for row in rows.train))
+    dialogues.add(validation.prompt, (row.history for row in rows.validation))
+    set_dialogues(scorer, dialogues)
 
 
 def _tokenized(

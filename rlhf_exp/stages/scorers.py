@@ -7,6 +7,7 @@ another.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,7 @@ from rlhf_exp.redaction import secret_variable
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.stages.setup import attention_of, torch_dtype
 from rlhf_exp.store.atomic_files import write_json_atomic
-from rlhf_exp.training.reward_scorer import ModelScorer, Scorer
+from rlhf_exp.training.reward_scorer import Dialogues, ModelScorer, Scorer
 from rlhf_exp.training.scorers import (
     CentralScorer,
     FunctionScorer,
@@ -31,6 +32,7 @@ from rlhf_exp.training.scorers import (
     ServerInfo,
     ServerScorer,
     reward_function,
+    set_dialogues,
 )
 
 SERVER_NOTE = "reward_server.json"
@@ -120,6 +122,11 @@ class EvaluationScorers:
     def __init__(self, config: Config, context: StageContext, world: World) -> None:
         self.config, self.context, self.world = config, context, world
         self._scorers: dict[tuple[str, str], Scorer] = {}
+        self._dialogues: defaultdict[str, Dialogues] = defaultdict(Dialogues)
+
+    def dialogues(self, codec: Codec) -> Dialogues:
+        """Return the dialogues of the prompts of policies with this codec, to be added to."""
+        return self._dialogues[codec.digest]
 
     def reward(self, codec: Codec) -> Scorer:
         """Return the scorer of the reward, for a policy with this codec."""
@@ -146,7 +153,9 @@ class EvaluationScorers:
         key = (role, codec.digest)
         if key not in self._scorers:
             loaded = [scorer for (other, _), scorer in self._scorers.items() if other == role]
-            self._scorers[key] = make(_model_of(loaded[0]) if loaded else None)
+            scorer = make(_model_of(loaded[0]) if loaded else None)
+            set_dialogues(scorer, self.dialogues(codec))
+            self._scorers[key] = scorer
         return self._scorers[key]
 
 

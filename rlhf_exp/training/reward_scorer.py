@@ -4,7 +4,8 @@
 (`SharedTrunkScorer`) then reads the states that the sampler has kept.
 
 A reward model with the policy's tokenizer reads the token ids as they were sampled; one with
-another tokenizer reads the text. It reads the prompt and the response's content, ended by the
+another tokenizer reads the text, and one with another chat template reads the dialogue as that
+template writes it (`Dialogues`). It reads the prompt and the response's content, ended by the
 end-of-sequence token whether the response ended by that token, by a stop string or not at all: the
 reward model was trained on ended responses only, and `missing_eos_penalty` says how an unfinished
 one is punished, not the model's extrapolation.
@@ -14,12 +15,16 @@ B rows, S tokens of a row, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf_exp.batch import Samples
+from rlhf_exp.data.rows import History
+from rlhf_exp.data.tokenized import RaggedArray
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.frozen_trunk import Branch
@@ -42,8 +47,33 @@ class Scorer(Protocol):
         """
 
 
+class Dialogues:
+    """The dialogues that prompts were written from, by the prompts' token ids.
+
+    Scorers are handed token ids, in which a policy's chat template and a cut have left their marks.
+    """
+
+    def __init__(self) -> None:
+        self._histories: dict[bytes, History] = {}
+
+    def add(self, prompts: RaggedArray, histories: Iterable[History]) -> None:
+        """Remember the dialogue of each prompt."""
+        for ids, history in zip(prompts, histories, strict=True):
+            self._histories[np.asarray(ids, np.int32).tobytes()] = history
+
+    def of(self, tokens: Tensor, prompt_lengths: Tensor) -> list[History]:
+        """Return the dialogues of the prompts at the beginning of `tokens` [B, S]."""
+        rows = zip(tokens.cpu().numpy(), prompt_lengths.tolist(), strict=True)
+        keys = [np.asarray(row[:length], np.int32).tobytes() for row, length in rows]
+        return [self._histories[key] for key in keys]
+
+
 class ModelScorer:
     """Scores by a reward model.
+
+    Attributes:
+        dialogues: What the prompts to be scored say; read where the reward model has a chat
+            template of its own.
 
     Args:
         model: The reward model.
@@ -68,7 +98,7 @@ class ModelScorer:
         self.device = device or world.device
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.half = world.setup.precision == "bfloat16"
-        self.codec, self.reward_codec = codec, reward_codec
+        self.codec, self.reward_codec, self.dialogues = codec, reward_codec, Dialogues()
         self.batch, self.seq_length = batch, seq_length
 
     def autocast(self) -> torch.autocast:
@@ -80,6 +110,14 @@ class ModelScorer:
         """See `Scorer`."""
         if self.reward_codec is None:
             whole, lengths = ended(tokens, prompt_lengths + content_lengths, self.codec.eos_id)
+        elif self.reward_codec.prompt_format == "chat_template":
+            histories = self.dialogues.of(tokens, prompt_lengths)
+            answers = contents_of(tokens, prompt_lengths, content_lengths, self.codec)
+            prompts = self.reward_codec.encode_prompts(histories)
+            responses = self.reward_codec.encode_responses(answers)
+            eos = self.reward_codec.eos_id
+            joined = [[*p, *r, eos] for p, r in zip(prompts, responses, strict=True)]
+            whole, lengths = _padded(joined, self.reward_codec.pad_id)
         else:
             rows = [
                 row[:length].tolist()
@@ -193,6 +231,19 @@ def texts_of(
     return prompts, responses
 
 
+def contents_of(
+    tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor, codec: Codec
+) -> list[str]:
+    """Return the responses' texts, without special tokens, which mean nothing to others."""
+    rows = zip(tokens.tolist(), prompt_lengths.tolist(), content_lengths.tolist(), strict=True)
+    texts: list[str] = codec.tokenizer.batch_decode(
+        [row[start : start + length] for row, start, length in rows],
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+    return texts
+
+
 def score_shared(
     scorer: Scorer,
     tokens: Tensor,
@@ -211,8 +262,13 @@ def _encode(texts: list[str], codec: Codec) -> tuple[Tensor, Tensor]:
     """Return the texts as a reward model's own tokenizer begins them, each ended by its eos."""
     found = codec.tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
     rows = [[*(ids[:-1] if ids[-1:] == [codec.eos_id] else ids), codec.eos_id] for ids in found]
+    return _padded(rows, codec.pad_id)
+
+
+def _padded(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return rows of ids as tokens [B, S], right-padded, and their lengths [B]."""
     lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.full((len(rows), int(lengths.max())), codec.pad_id)
+    tokens = torch.full((len(rows), int(lengths.max())), pad_id)
     for line, row in enumerate(rows):
         tokens[line, : len(row)] = torch.tensor(row)
     return tokens, lengths

@@ -7,7 +7,8 @@
 The server's protocol is in `docs/rewards.md`: POST `{"prompts": [...], "responses": [...]}`,
 answered by `{"scores": [...]}`. An answer may also hold `name` (of the reward) and `tokenizer` (the
 digest of the codec it reads with); a server that names the policy's own codec is sent the sampled
-`tokens`, so that it reads exactly the ids that a reward model in this process would.
+`tokens`, so that it reads exactly the ids that a reward model in this process would. One that names
+another codec is sent the `dialogues` of prompts in a chat template, to write them in its own.
 
 B rows of this process, S tokens of a row.
 """
@@ -22,11 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_exp.data.chat_template import messages_of_history
+from rlhf_exp.data.rows import History
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.http_client import HttpClient, Service
-from rlhf_exp.training.reward_scorer import ModelScorer, texts_of
+from rlhf_exp.training.reward_scorer import (
+    Dialogues,
+    ModelScorer,
+    Scorer,
+    contents_of,
+    texts_of,
+)
 from rlhf_exp.user_function import MAX_FLOAT32, UserFunction, load_function
 
 Rows = tuple[Tensor, Tensor, Tensor]
@@ -99,8 +108,18 @@ def reward_function(reference: str) -> UserFunction:
     return UserFunction(load_function(reference, key), f"{key}={reference}", "response")
 
 
+def set_dialogues(scorer: Scorer, dialogues: Dialogues) -> None:
+    """Give a scorer the dialogues of the prompts that it will be handed as token ids."""
+    inner = scorer.scorer if isinstance(scorer, CentralScorer) else scorer
+    if isinstance(inner, ModelScorer | ServerScorer):
+        inner.dialogues = dialogues
+
+
 class ServerScorer:
     """Scores by a server; each process sends its own rows.
+
+    Attributes:
+        dialogues: What the prompts to be scored say, for a server with another chat template.
 
     Args:
         client: Asks the server.
@@ -108,7 +127,7 @@ class ServerScorer:
     """
 
     def __init__(self, client: RewardClient, codec: Codec) -> None:
-        self.client, self.codec = client, codec
+        self.client, self.codec, self.dialogues = client, codec, Dialogues()
 
     def __call__(self, tokens: Tensor, prompt_lengths: Tensor, content_lengths: Tensor) -> Tensor:
         """See `Scorer`.
@@ -122,7 +141,12 @@ class ServerScorer:
         if info is not None and info.tokenizer == self.codec.digest:
             lengths = (prompt_lengths + content_lengths).tolist()
             ids = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-        return torch.tensor(self.client.scores(prompts, responses, ids), dtype=torch.float32)
+        histories = None
+        if self.client.reads_dialogues(self.codec):
+            histories = self.dialogues.of(tokens, prompt_lengths)
+            responses = contents_of(tokens, prompt_lengths, content_lengths, self.codec)
+        scores = self.client.scores(prompts, responses, ids, histories)
+        return torch.tensor(scores, dtype=torch.float32)
 
 
 PROBE = ("\n\nHuman: Hello!\n\nAssistant:", "Hello! How can I help you?")
@@ -183,6 +207,7 @@ class RewardClient:
         prompts: Sequence[str],
         responses: Sequence[str],
         tokens: Sequence[Sequence[int]] | None = None,
+        histories: Sequence[History] | None = None,
     ) -> list[float]:
         """Return a finite score for each response.
 
@@ -190,6 +215,7 @@ class RewardClient:
             prompts: As the policy read them.
             responses: Their contents.
             tokens: The ids of each prompt with its response, for a server with the same codec.
+            histories: The prompts' dialogues, for a server that writes them by its own template.
 
         Raises:
             UserError: See `check`; or the server failed again and again.
@@ -198,19 +224,28 @@ class RewardClient:
         for start in range(0, len(prompts), self.size):
             part = slice(start, start + self.size)
             ids = None if tokens is None else tokens[part]
-            scores += self._ask(prompts[part], responses[part], ids)
+            dialogues = None if histories is None else histories[part]
+            scores += self._ask(prompts[part], responses[part], ids, dialogues)
         return scores
+
+    def reads_dialogues(self, codec: Codec) -> bool:
+        """Return whether the server has a reward model with another chat template than a policy."""
+        own = None if self.info is None else self.info.tokenizer
+        return codec.prompt_format == "chat_template" and own not in (None, codec.digest)
 
     def _ask(
         self,
         prompts: Sequence[str],
         responses: Sequence[str],
         tokens: Sequence[Sequence[int]] | None,
+        histories: Sequence[History] | None = None,
         retries: int | None = None,
     ) -> list[float]:
         body: dict[str, Any] = {"prompts": list(prompts), "responses": list(responses)}
         if tokens is not None:
             body["tokens"] = [list(row) for row in tokens]
+        if histories is not None:
+            body["dialogues"] = [messages_of_history(history) for history in histories]
         return self._requests.post("", body, lambda answer: self._read(answer, responses), retries)
 
     def _read(self, answer: Any, responses: Sequence[str]) -> list[float]:  # noqa: ANN401 - JSON

@@ -32,6 +32,10 @@ CLOSED = MARKED.replace("{% endif %}", "{% else %}</s>{% endif %}")
 THINKING = MARKED.replace(
     "<|assistant|>\n{% endif %}", "<|assistant|>\n<think>\n{% endif %}"
 ).replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+SPACED = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 EMPTY_THOUGHT = (
     "{% for m in messages %}<|{{ m.role }}|>\n"
     "{% if loop.last and m.role == 'assistant' %}<think>\n</think>\n{% endif %}"
@@ -51,6 +55,7 @@ SAID = [
     (MARKED, "<|user|>\nHow are you?<|end|>\n<|assistant|>\nFine.<|end|>"),
     (UNCUED, "<|user|>\nHow are you?<|end|>\n<|assistant|>\nFine.<|end|>"),
     (CLOSED, "<|user|>\nHow are you?<|end|>\n<|assistant|>\nFine.<|end|>"),
+    (SPACED, "user: How are you?</s>\nassistant: Fine.</s>"),
     (BRACKETS, "[Q] How are you? [/Q] Fine. </s>"),
     (THINKING, "<|user|>\nHow are you?<|end|>\n<|assistant|>\nFine.<|end|>"),
     (
@@ -67,6 +72,7 @@ def test_prompt_answer_and_end_are_the_templates_own_text(template: str, text: s
     assert codec.decode(ids) == text
     assert codec.decode([codec.eos_id]) in ("<|end|>", "</s>"), "the template's own, not the eos"
     assert codec.end_ids == {codec.eos_id, codec.tokenizer.eos_token_id}
+    assert not codec.render(ASKED).endswith(" "), "a space belongs to the word after it"
 
 
 def test_the_end_of_a_turn_is_one_token(shared_data: Path) -> None:

@@ -146,6 +146,8 @@ class SampledSource:
             if texts
             else tokenize_prompts(rows, codec, *limits, self.context.cache / "tokenized")
         )
+        if generation.score or generation.referee:
+            self._scorers.dialogues(codec).add(tokenized.prompt, (row.history for row in rows))
         index = np.repeat(np.arange(len(prompts)), generation.count)
         return prompts_batch(tokenized, index, np.arange(len(index)))
 
@@ -323,6 +325,7 @@ def score_pairs(
     tokenized = tokenize_preferences(rows, codec, config.reward.seq_length, cache)
     reward, referee = scorers.reward(codec), scorers.referee(codec)
     prompts = tokenized.prompt
+    scorers.dialogues(codec).add(prompts, (row.history for row in rows))
     # An empty answer is its end-of-sequence token.
     empty = RaggedArray.of([[codec.eos_id]] * len(rows))
     sides: dict[str, list[Answer]] = {}

@@ -9,7 +9,7 @@ report reads them when it is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from rlhf_exp.config.evaluation import PREFERENCE, EvalJudgeConfig, JudgeName
 from rlhf_exp.config.experiment import Config
+from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.evaluation.answers import Answer, sampling_words
 from rlhf_exp.evaluation.comparison import ModelComparison, compare_models
 from rlhf_exp.evaluation.judges.human_agreement import (
@@ -35,6 +36,7 @@ from rlhf_exp.evaluation.judges.reward_models import (
     ClassifierTextScorer,
     RewardJudge,
     RewardModelTextScorer,
+    Score,
     history_of,
     score_verdicts,
 )
@@ -275,15 +277,9 @@ class JudgePanel:
     def _reward(self) -> Judge:
         """Return the reward that PPO maximised, as a judge of any texts."""
         config, context = self.evaluation.config, self.evaluation.context
-        function = self._function()
-        if function is not None:
+        if not config.ppo.reward.model_scores:
             codec = context.materials.codec(self._policy())
-
-            def score(prompts: Sequence[str], answers: Sequence[str]) -> NDArray[np.float64]:
-                texts = [codec.render(history_of(prompt)) for prompt in prompts]
-                return np.asarray(function(texts, answers), dtype=np.float64)
-
-            return RewardJudge(config.ppo.reward.kind, score, self._band())
+            return RewardJudge(config.ppo.reward.kind, self._asked(codec), self._band())
         folder = context.models["reward"]
         model = RewardModel.load(folder, None, torch_dtype(config), attention_of(config))
         own = RewardModelTextScorer(
@@ -295,12 +291,24 @@ class JudgePanel:
         )
         return RewardJudge(config.ppo.reward.kind, own, self._band())
 
-    def _function(self) -> Callable[[Sequence[str], Sequence[str]], list[float]] | None:
-        """Return the function or server that scores in place of a reward model; `None` without."""
+    def _asked(self, codec: Codec) -> Score:
+        """Return the function or server that scores in place of a reward model, asked for texts."""
         reward = self.evaluation.config.ppo.reward
-        if reward.function is not None:
-            return reward_function(reward.function)
-        return None if reward.url is None else reward_client(reward).scores
+        function = None if reward.function is None else reward_function(reward.function)
+        client = None if reward.url is None else reward_client(reward)
+        if client is not None:
+            client.check()
+
+        def score(prompts: Sequence[str], answers: Sequence[str]) -> NDArray[np.float64]:
+            histories = [history_of(prompt) for prompt in prompts]
+            texts = [codec.render(history) for history in histories]
+            if function is not None:
+                return np.asarray(function(texts, answers), dtype=np.float64)
+            assert client is not None, "a function or a server scores"
+            dialogues = histories if client.reads_dialogues(codec) else None
+            return np.asarray(client.scores(texts, answers, None, dialogues), dtype=np.float64)
+
+        return score
 
     def _policy(self) -> str:
         return self.evaluation.models[-1].source

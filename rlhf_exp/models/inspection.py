@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.pretrained import is_encoder, tensor_shapes
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+from rlhf_exp.models.pretrained import INDEX, WEIGHTS, is_encoder, shard_names, tensor_shapes
 
 
 def check_weight_files(model: str | Path) -> None:
@@ -42,11 +39,7 @@ def _weight_files(folder: Path) -> list[str]:
             f"{folder}: {found}; a model's folder needs {WEIGHTS}, or {INDEX} and the files that "
             "it names, as save_pretrained writes them"
         )
-    try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({str(name) for name in files})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: damaged ({error!r}); copy the model again") from error
+    return shard_names(index)
 
 
 def policy_problems(config: PreTrainedConfig) -> Iterator[str]:

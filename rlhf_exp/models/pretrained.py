@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,9 @@ logging.getLogger("transformers.modeling_utils").addFilter(
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+SAFETENSORS, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
+WEIGHTS, INDEX = f"model{SAFETENSORS}", f"model{INDEX_SUFFIX}"
+ADAPTER_CONFIG = "adapter_config.json"
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_MODEL_FOLDER = "value_model"
 
@@ -89,10 +92,12 @@ def load_pretrained(
     Raises:
         UserError: as for `load_causal_lm`.
     """
+    refuse_other_files(path, config, revision)
     try:
         model, report = auto_class.from_pretrained(
             path,
             revision=revision or "main",
+            trust_remote_code=False,
             config=without_dropout(config),
             dtype=dtype,
             attn_implementation=supported_attention(config, attention, auto_class),
@@ -119,6 +124,12 @@ def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConf
         UserError: there is no model at `path`.
     """
     folder = Path(path)
+    if (folder / ADAPTER_CONFIG).is_file():
+        # transformers would load the model that the adapter names, and put the adapter into it.
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG}: the model is an adapter over another one; merge them "
+            "(PEFT's merge_and_unload), save the result with save_pretrained, and give that folder"
+        )
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
             f"{path}: the folder has no config.json, so it is no model; give a folder "
@@ -127,9 +138,64 @@ def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConf
     if not folder.is_dir() and (folder.is_absolute() or str(path).startswith((".", "~"))):
         raise UserError(f"{path}: no such folder; give a model's folder, or a hub id")
     try:
-        return AutoConfig.from_pretrained(path, revision=revision or "main")
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(_load_error(path, error)) from error
+
+
+def refuse_other_files(
+    path: str | Path, config: PreTrainedConfig, revision: str | None = None
+) -> None:
+    """Raise if loading a model would read anything but safetensors of its own folder.
+
+    transformers follows the names that it finds in the config and in an index, and what is no
+    safetensors file it unpickles.
+
+    Raises:
+        UserError: names the file, what it names, and the remedy.
+    """
+    named = getattr(config, "transformers_weights", None)
+    if named is not None and not _is_own_file(named, SAFETENSORS, INDEX_SUFFIX):
+        raise UserError(
+            f"{path}: transformers_weights in its config.json names {named!r}, which is no "
+            "safetensors file of the model's own folder; only such files are read"
+        )
+    if named is None and _optional_file(path, WEIGHTS, revision) is not None:
+        return  # an index beside it is not read
+    name = named if named is not None and named.endswith(INDEX_SUFFIX) else INDEX
+    index = _optional_file(path, name, revision)
+    if index is not None:
+        shard_names(index)
+
+
+def shard_names(index: Path) -> list[str]:
+    """Return the names of the safetensors files that an index of weights names, sorted.
+
+    Raises:
+        UserError: it is damaged, or names anything else than such files beside it.
+    """
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: damaged ({error!r}); copy the model again") from error
+    others = [name for name in names if not _is_own_file(name, SAFETENSORS)]
+    if others:
+        raise UserError(
+            f"{index}: names {min(map(str, others))!r}, which is no safetensors file of the "
+            "model's own folder; only such files are read, for pickled ones can run programs. "
+            "Save the model with save_pretrained(safe_serialization=True)"
+        )
+    return sorted(names)
+
+
+def _is_own_file(name: object, *suffixes: str) -> bool:
+    """Whether a name is that of a file in the folder itself or below it, with such an ending."""
+    if not isinstance(name, str) or not name.endswith(suffixes) or "\\" in name:
+        return False
+    parts = PurePosixPath(name)
+    return not parts.is_absolute() and ".." not in parts.parts
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -145,7 +211,9 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
             "there with tokenizer.save_pretrained"
         )
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        return AutoTokenizer.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise UserError(
             f"{path}: no tokenizer can be loaded from there ({_first_line(error)}); a model folder "

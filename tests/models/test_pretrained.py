@@ -152,6 +152,87 @@ def test_damaged_weights(folder: Path) -> None:
         load_causal_lm(folder)
 
 
+OTHER_FILES = {
+    "pickled": "pytorch_model-00001.bin",
+    "without an ending": "weights",
+    "above": "../elsewhere/model.safetensors",
+    "absolute": "/elsewhere/model.safetensors",
+    "of Windows": "..\\\\elsewhere\\\\model.safetensors",
+    "a number": 1,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES.values(), ids=OTHER_FILES)
+@pytest.mark.parametrize("only", [True, False])
+def test_an_index_that_names_another_file_is_refused_unread(
+    folder: Path, name: object, only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the other names are as they should be; torch.load is never called."""
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    names = load_file(folder / "one.safetensors").keys()
+    weight_map = {
+        key: name if only or not place else "one.safetensors" for place, key in enumerate(names)
+    }
+    torch_file = folder / str(name) if str(name).endswith(".bin") else None
+    if torch_file is not None:
+        torch_file.write_bytes(b"\x80\x04N.")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"index\.json: names .*, which is no safetensors file"):
+        load_causal_lm(folder)
+
+
+def test_an_index_of_the_folders_own_files_is_followed(folder: Path) -> None:
+    whole = load_causal_lm(folder).state_dict()
+    (folder / "parts").mkdir()
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    half = len(weights) // 2
+    weight_map = {}
+    for name, part in (
+        ("one.safetensors", list(weights)[:half]),
+        ("parts/two.safetensors", list(weights)[half:]),
+    ):
+        save_file({key: weights[key] for key in part}, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    loaded = load_causal_lm(folder).state_dict()
+    assert all(torch.equal(loaded[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("named", ["adapter_model.bin", "../model.safetensors", "model.bin"])
+def test_a_config_that_names_another_file_is_refused(folder: Path, named: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": named}))
+    with pytest.raises(UserError, match=r"transformers_weights in its config\.json names"):
+        load_causal_lm(folder)
+
+
+def test_an_adapter_is_not_put_into_the_model_that_it_names(folder: Path) -> None:
+    content = {"base_model_name_or_path": "someone/elses", "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"adapter_config\.json: .*merge_and_unload"):
+        load_causal_lm(folder)
+
+
+def test_code_of_a_models_own_is_not_run_and_not_asked_for(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("raise SystemExit('it was run')\n")
+    with pytest.raises(UserError, match=r"no model can be loaded from there"):
+        load_causal_lm(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "1", "{", '{"model_type": []}', "\x00"])
+def test_a_damaged_config_names_the_folder(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=str(folder)):
+        load_causal_lm(folder)
+
+
 def test_folder_without_tokenizer(folder: Path) -> None:
     with pytest.raises(UserError, match="no tokenizer in the folder"):
         load_tokenizer(folder)

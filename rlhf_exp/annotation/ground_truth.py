@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, question
 from rlhf_exp.annotation.export import LabelledPair, PairNames, judged_pairs, pairs_to_judge
-from rlhf_exp.data.jsonl import UnreadableLine, read_jsonl
+from rlhf_exp.data.jsonl import UnreadableLine, parse_json, read_jsonl
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.atomic_files import write_text_atomic
 
@@ -138,7 +138,7 @@ def _votes(names: PairNames, criteria: tuple[str, ...], line: Any) -> Iterator[V
         if not isinstance(label, Mapping) or "annotationsFromAllWorkers" not in label:
             continue
         for answer in label["annotationsFromAllWorkers"]:
-            content = json.loads(answer["annotationData"]["content"])
+            content: Any = parse_json(answer["annotationData"]["content"])
             for criterion in criteria:
                 if criterion in content:
                     choice = content[criterion]["label"]

@@ -14,6 +14,7 @@ from xml.sax.saxutils import quoteattr
 
 from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, question
 from rlhf_exp.annotation.export import LabelledPair, PairNames, judged_pairs, pairs_to_judge
+from rlhf_exp.data.jsonl import parse_json
 from rlhf_exp.errors import UserError
 from rlhf_exp.store.atomic_files import write_text_atomic
 
@@ -98,7 +99,7 @@ def read_label_studio(campaign: Campaign, path: Path) -> list[Vote]:
         UserError: the file is no such export, or has a vote of another campaign.
     """
     try:
-        tasks = json.loads(path.read_text(encoding="utf-8"))
+        tasks = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"--import labelstudio: {path} cannot be read: {error}") from error
     if not isinstance(tasks, list):

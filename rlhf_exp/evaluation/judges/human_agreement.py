@@ -21,6 +21,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf_exp.data.jsonl import UnreadableLine, read_jsonl
+from rlhf_exp.data.jsonl import UnreadableLine, parse_json, read_jsonl, unpaired_surrogate
 from rlhf_exp.data.parsing import format_dialogue, parse_row
 from rlhf_exp.data.rows import Preference
 from rlhf_exp.errors import UserError
@@ -451,10 +452,11 @@ def _read_records(path: Path, option: str) -> Iterator[tuple[str, object]]:
                 start = handle.read(100).lstrip()
                 if start.startswith(b"["):
                     handle.seek(0)
-                    rows = enumerate(json.load(handle), 1)
+                    content: Any = parse_json(handle.read().decode("utf-8-sig"))
+                    rows = enumerate(content, 1)
                     yield from ((f"{path}: row {number}", row) for number, row in rows)
                     return
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise UserError(f"{option}: {path} cannot be read: {error}") from error
     yield from read_jsonl(path, option)
 
@@ -474,6 +476,8 @@ def _votes_of_row(record: Mapping[str, Any], origin: str) -> tuple[AnswerPair, d
         raise UserError(f"{origin}: {type(error).__name__} {error}; expected {_FORMS}") from error
     if not signs or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{origin}: a text or the judgment is missing; expected {_FORMS}")
+    if half := next(filter(None, map(unpaired_surrogate, texts)), None):
+        raise UserError(f"{origin}: a text holds half of a character ({half}); mend or remove it")
     return AnswerPair(*texts), signs
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.data.jsonl import UnreadableLine, read_jsonl
+from rlhf_exp.data.jsonl import UnreadableLine, read_jsonl, unpaired_surrogate
 from rlhf_exp.errors import UserError
 
 KEY = "eval.toxicity.data"
@@ -106,17 +106,20 @@ def _draw_key(text: str, seed: int) -> bytes:
 
 
 def _scored_text(name: str, value: object) -> ScoredText:
-    if isinstance(value, str):
-        return ScoredText(value, None)
-    if not isinstance(value, Mapping) or not isinstance(value.get("text"), str):
+    text = value.get("text") if isinstance(value, Mapping) else value
+    if not isinstance(text, str):
         raise ValueError(f"{name} is {str(value)[:80]}, without a text; {_EXPECTED}")
+    if half := unpaired_surrogate(text):
+        raise ValueError(f"{name} holds half of a character ({half}), which cannot be encoded")
+    if not isinstance(value, Mapping):
+        return ScoredText(text, None)
     score = value.get("toxicity")
     if score is None:
-        return ScoredText(value["text"], None)
+        return ScoredText(text, None)
     number = isinstance(score, int | float) and not isinstance(score, bool)
     if not number or not 0 <= score <= 1:
         raise ValueError(f"{name}.toxicity is {score!r}; expected a number from 0 to 1, or null")
-    return ScoredText(value["text"], float(score))
+    return ScoredText(text, float(score))
 
 
 def _hub_rows(data: str, revision: str | None) -> Iterator[tuple[str, object]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 from rlhf_exp.data.chat_template import ChatTemplate
+from rlhf_exp.data.literal_text import LiteralText
 from rlhf_exp.data.rows import History, Turn
 from rlhf_exp.errors import UserError
 
@@ -86,6 +87,7 @@ class Codec:
             self.warnings += self._template.warnings
             self._take_end_of_turn(self._template.end)
         self.end_ids = frozenset({self.eos_id, int(tokenizer.eos_token_id), *end_ids})
+        self._literal = LiteralText(tokenizer, self._written_tokens())
         self._prefix = self._prompt_prefix()
         self.bos_id = self._find_bos()
         adds_space = self._adds_space()
@@ -119,7 +121,17 @@ class Codec:
 
     def encode_prompts(self, histories: Sequence[History]) -> list[list[int]]:
         """Return the ids of many prompts, faster than one by one."""
-        return self._encode_rendered([self.render(history) for history in histories])
+        if self._template is None:
+            return self._encode_rendered([self.render(history) for history in histories])
+        # Special tokens are those that the template writes, not those that a turn names.
+        marked = [self._literal.mark_turns(history) for history in histories]
+        plain = [row for row, history in enumerate(histories) if marked[row] == history]
+        rendered = [self.render(histories[row]) for row in plain]
+        encoded = dict(zip(plain, self._encode_rendered(rendered), strict=True))
+        return [
+            encoded[row] if row in encoded else self._literal.encode_marked(self.render(history))
+            for row, history in enumerate(marked)
+        ]
 
     def encode_decoded(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the ids of prompts given as texts that `decode` returned."""
@@ -158,17 +170,21 @@ class Codec:
     def _encode(self, texts: Sequence[str], literal: bool) -> list[list[int]]:
         if not texts:
             return []
+        if literal:
+            return self._literal.encode(texts)
         encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=literal,
-            return_attention_mask=False,
-            verbose=False,
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         )
         return [list(ids) for ids in encoded["input_ids"]]
 
+    def _written_tokens(self) -> list[str]:
+        """Return the added tokens that the prompt format writes, special by name or not."""
+        if self._template is None:
+            return []
+        written = self.render((Turn("human", "x"),)) + self._template.end
+        return [name for name in self.tokenizer.get_added_vocab() if name in written]
+
     def _encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
-        # Special tokens in a text are read as such only if the chat template wrote them.
         literal = self.prompt_format != "chat_template"
         return [self._prefix + ids for ids in self._encode(texts, literal)]
 

@@ -25,7 +25,9 @@ def names(folder: str, files: str) -> set[str]:
 COMMON = (
     {"batch"}
     | names("algo", "logprobs masks")
-    | names("data", "batching chat_template jsonl parsing rows sources tokenized tokenizer")
+    | names(
+        "data", "batching chat_template jsonl literal_text parsing rows sources tokenized tokenizer"
+    )
     | names("data/toy", "content generate")
     | names("distributed", "ddp deepspeed fsdp strategy world")
     | names("models", "architecture frozen_trunk logit_transform lora packing policy pretrained")

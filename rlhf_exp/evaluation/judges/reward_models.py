@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from rlhf_exp.data.chat_template import TemplateRefusal, render_messages
+from rlhf_exp.data.literal_text import LiteralText
 from rlhf_exp.data.parsing import parse_prompt, split_turns
 from rlhf_exp.data.rows import History
 from rlhf_exp.data.tokenizer import Codec
@@ -179,6 +180,7 @@ class ClassifierTextScorer:
         config = check_classifier(path, revision)
         self.name = Path(path).name if Path(path).is_dir() else str(path)
         self.tokenizer = load_tokenizer(path, revision)
+        self._literal = LiteralText(self.tokenizer)
         kind: Any = AutoModelForSequenceClassification
         self.model = load_pretrained(kind, path, config, revision, dtype, attention).eval()
         torch.nn.Module.to(self.model, device)
@@ -202,18 +204,22 @@ class ClassifierTextScorer:
         pair = tokenizer.cls_token is not None and tokenizer.sep_token is not None
         encoding: Any
         if tokenizer.chat_template:
-            text = rendered_dialogue(tokenizer, self.name, prompt, answer)
-            # The template writes its own special tokens.
-            encoding = tokenizer(text, add_special_tokens=False, verbose=False)
+            # The template writes its own special tokens; those that a text names are text.
+            marked = self._literal.mark(prompt), self._literal.mark(answer)
+            text = rendered_dialogue(tokenizer, self.name, *marked)
+            encoding = {"input_ids": self._literal.encode_marked(text)}
         elif pair:
             # Either text is cut where both are too long, so that the marks between them stay.
             tokenizer.truncation_side = "left"
             texts = (prompt.strip(), answer)
-            uncut = len(tokenizer(*texts, verbose=False)["input_ids"])
+            options: dict[str, Any] = {"split_special_tokens": True, "verbose": False}
+            uncut = len(tokenizer(*texts, **options)["input_ids"])
             self.cut += uncut > self._longest_input
-            encoding = tokenizer(*texts, truncation=True, max_length=self._longest_input)
+            options |= {"truncation": True, "max_length": self._longest_input}
+            encoding = tokenizer(*texts, **options)
         else:
-            encoding = tokenizer(_plain_dialogue(prompt, answer), verbose=False)
+            text = _plain_dialogue(prompt, answer)
+            encoding = tokenizer(text, split_special_tokens=True, verbose=False)
         row = {
             name: list(encoding[name])
             for name in ("input_ids", "token_type_ids")

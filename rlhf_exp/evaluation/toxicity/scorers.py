@@ -198,7 +198,12 @@ class ClassifierToxicity:
     def probabilities(self, texts: list[str]) -> Tensor:
         """Return the probability of every label: [B, L] float64."""
         inputs = self.tokenizer(
-            texts, truncation=True, max_length=self._longest, padding=True, return_tensors="pt"
+            texts,
+            truncation=True,
+            max_length=self._longest,
+            padding=True,
+            split_special_tokens=True,
+            return_tensors="pt",
         )
         logits = self.model(**inputs.to(self.model.device)).logits.double()
         return logits.sigmoid() if self._independent else logits.softmax(dim=-1)

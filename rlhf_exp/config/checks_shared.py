@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,10 @@ from rlhf_exp.redaction import note_secret_variable, without_secrets
 
 # 256 bytes, end of text and padding; imported from nowhere, so that checks need no tokenizer.
 _SMALLEST_VOCABULARY = 258
+# A field of a request, `NAME:JSON`, whose name says that it is a key; but not `max_tokens`.
+_KEY_FIELD = re.compile(
+    r"\W*[\w-]*(api[_-]?key|secret|passw\w*|authorization|access[_-]?token)\W*:", re.I
+)
 # Names of the same sizes in the configs of different families.
 _LAYER_COUNT_NAMES = ("num_hidden_layers", "n_layer", "num_layers")
 _CONTEXT_LENGTH_NAMES = ("max_position_embeddings", "n_positions", "n_ctx")
@@ -143,10 +148,15 @@ def check_secrets(check: ConfigChecker) -> None:
     """Report values that hold a password or a key: configs are stored with every result."""
     for key in all_keys():
         value = check.value(key)
-        texts = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(text, str) and without_secrets(text) != text for text in texts):
-            section = key.rpartition(".")[0]
-            remedy = f"; see {section}.key_env" if key.endswith(".url") else ""
+        section, _, name = key.rpartition(".")
+        texts = [
+            text
+            for text in (value if isinstance(value, list | tuple) else [value])
+            if isinstance(text, str)
+        ]
+        named = name == "request" and any(map(_KEY_FIELD.match, texts))
+        if named or any(without_secrets(text) != text for text in texts):
+            remedy = f"; see {section}.key_env" if name in ("url", "request") else ""
             check.add(key, f"must not hold a password or key, which would be stored{remedy}.")
 
 

@@ -213,6 +213,10 @@ def test_a_password_or_key_would_be_stored(monkeypatch: pytest.MonkeyPatch) -> N
         assert "must not hold a password or key, which would be stored; see ppo.rew" in complaint
     (complaint,) = complaints("ppo.reward.url=http://a", key, "tracking.tags=[a,my-key-0123]")
     assert complaint.endswith("must not hold a password or key, which would be stored.")
+    judge = ["eval.judge.names=[llm]", "eval.judge.llm=m", "eval.judge.url=http://a"]
+    assert complaints(*judge, "eval.judge.request=['max_tokens:5']") == []
+    (complaint,) = complaints(*judge, "eval.judge.request=['api_key:x']")
+    assert complaint.endswith("which would be stored; see eval.judge.key_env.")
 
 
 def test_a_value_branch_needs_a_frozen_trunk() -> None:

@@ -22,7 +22,7 @@ from rlhf_exp.models.frozen_trunk import Branch, Trunk, check_branch, decoder_pa
 from rlhf_exp.models.logit_transform import logit_transform
 from rlhf_exp.models.lora import LoraSettings, add_lora, lora_layers, merged_state
 from rlhf_exp.models.packing import packed_mask_for
-from rlhf_exp.models.pretrained import save_policy, without_dropout
+from rlhf_exp.models.pretrained import is_noise, save_policy, with_state_dict, without_dropout
 
 HEAD_INIT_STD = 0.01
 """Standard deviation of a new value or reward head's weights."""
@@ -253,10 +253,15 @@ class Policy(nn.Module):
                 set_gradient_checkpointing(model, on)
         return self
 
+    def merged_model(self) -> PreTrainedModel:
+        """Return the model that is saved: the adapter, if there is one, added to the weights."""
+        if not lora_layers(self.model):
+            return self.model
+        return with_state_dict(self.model, merged_state(self.model))
+
     def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a Hugging Face folder, LoRA merged, and the value head in a file beside it."""
-        state = merged_state(self.model) if lora_layers(self.model) else None
-        save_policy(self.model, state, self.value_head, self.value_trunk, tokenizer, folder)
+        save_policy(self.merged_model(), self.value_head, self.value_trunk, tokenizer, folder)
 
 
 @dataclass(frozen=True)
@@ -374,14 +379,17 @@ class ValueHead(nn.Module):
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Set every dropout probability of `model` to 0, in its config and in its modules.
 
-    Eval mode would do it too, but in eval mode transformers silently skips gradient checkpointing.
+    So is other noise of train mode, such as the jitter of a router's inputs. Eval mode would do it
+    too, but in eval mode transformers silently skips gradient checkpointing.
     """
     without_dropout(model.config)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        # Families also keep the number itself and call `nn.functional.dropout`.
+        for name, value in vars(module).items():
+            if isinstance(value, float) and is_noise(name):
+                setattr(module, name, 0.0)
     return model
 
 

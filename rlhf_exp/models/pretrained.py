@@ -422,10 +422,17 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """Set every dropout in `config` to 0: PPO compares log-probabilities of two forward passes."""
-    for name, value in config.to_dict().items():
-        if isinstance(value, int | float) and name.endswith(("dropout", "pdrop")):
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            without_dropout(value)
+        elif isinstance(value, float) and is_noise(name):
             setattr(config, name, 0.0)
     return config
+
+
+def is_noise(name: str) -> bool:
+    """Return whether a number of this name is the strength of a noise in train mode."""
+    return any(part in name for part in ("drop", "jitter"))
 
 
 def train_padding_embedding(model: PreTrainedModel) -> PreTrainedModel:
@@ -453,7 +460,6 @@ def _first_line(error: BaseException) -> str:
 
 def save_policy(
     model: PreTrainedModel,
-    state: dict[str, Tensor] | None,
     value_head: nn.Module | None,
     value_trunk: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -462,16 +468,13 @@ def save_policy(
     """Write `model` as a Hugging Face folder, and the value head (and its model) beside it.
 
     Args:
-        model: causal language model.
-        state: with LoRA, the merged weights under the names of the model without adapter; else
-            `None`.
+        model: causal language model without an adapter.
         value_head: written to `value_head.safetensors`.
         value_trunk: written to the folder `value_model`.
         tokenizer: written with the model.
         folder: created if it does not exist.
     """
-    merged = model if state is None else with_state_dict(model, state)
-    save_causal_lm(merged, tokenizer, folder)
+    save_causal_lm(model, tokenizer, folder)
     if value_head is not None:
         save_head(value_head, Path(folder) / VALUE_HEAD_FILE)
     if value_trunk is not None:

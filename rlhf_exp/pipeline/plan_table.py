@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from rich.table import Table
+from rich.text import Text
 
 from rlhf_exp.config.experiment import Config, Dtype, ModelConfig, StrategyName
 from rlhf_exp.config.training import CONTINUED, RewardInit, TrainingConfig
-from rlhf_exp.models.architecture import Architecture, count_lora, count_parameters
+from rlhf_exp.models.architecture import TYPES, Architecture, count_lora, count_parameters
 from rlhf_exp.models.memory_estimate import (
     FLOAT32,
     HALF_WITH_MASTER,
@@ -58,10 +59,18 @@ def plan_table(steps: list[Step]) -> Table:
     return table
 
 
-def memory_table(config: Config) -> Table:
-    """Return parameter counts and estimated memory of each training stage, for one process."""
+def memory_table(config: Config) -> Table | Text:
+    """Return parameter counts and estimated memory of each training stage, for one process.
+
+    For a model of a family whose parameters are not counted here, a sentence that says so.
+    """
     stages = [stage for stage in stages_of(config) if stage != "eval"]
     shape = shape_for(config.model)
+    if shape is None:
+        return Text(
+            f"{config.model.path}: memory is estimated for {', '.join(TYPES)} only; probe=true "
+            "measures it"
+        )
     total = count_parameters(shape).total
     apart = _reward_apart(config, shape) if "ppo" in stages else ""
     table = Table(
@@ -111,13 +120,17 @@ def _reward_apart(config: Config, shape: Architecture) -> str:
     return f";\nfor PPO the main process also has the reward model, {size} GiB, in {place}"
 
 
-def shape_for(section: ModelConfig) -> Architecture:
-    """Return the model's shape: a folder's own, else what the config says of it."""
+def shape_for(section: ModelConfig) -> Architecture | None:
+    """Return the model's shape: a folder's own, else what the config says of it.
+
+    `None` for a folder's model of a family that `Architecture` does not describe.
+    """
     if section.path is not None and Path(section.path).is_dir():
         # Only here: transformers and torch take seconds to import.
         from rlhf_exp.models import pretrained
 
-        return pretrained.architecture_of(pretrained.load_config(section.path))
+        config = pretrained.load_config(section.path)
+        return pretrained.architecture_of(config) if config.model_type in TYPES else None
     return shape_of(section.architecture)
 
 

@@ -14,9 +14,11 @@ from rlhf_exp.config.evaluation import needs_reward
 from rlhf_exp.config.experiment import Config, StrategyName
 from rlhf_exp.config.training import CONTINUED, TrainingConfig
 from rlhf_exp.errors import UserError
+from rlhf_exp.pipeline.brought_models import model_problems
 from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.pipeline.stage_graph import stages_of
 from rlhf_exp.processes.environment import find_launch_environment
+from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.tracking.create import import_early
 
 if TYPE_CHECKING:
@@ -61,21 +63,42 @@ def preflight_problems(config: Config, steps: list[Step] | None, materials: Mate
 
     given = _given_models(config, steps or [])
     prospect = Prospect(config, materials(given), work, given)
-    return problems + readiness_problems(prospect, CHECKS)
+    problems += readiness_problems(prospect, CHECKS)
+    problems += model_problems(config, work, _given_models(config, steps or [], ours=False))
+    return list(dict.fromkeys(problems))
 
 
 def _to_run(steps: Iterable[Step]) -> set[str]:
     return {step.stage for step in steps if step.needs_work}
 
 
-def _given_models(config: Config, steps: Iterable[Step]) -> dict[str, str]:
-    """Return the models that exist already and that the plan's own stages have not made."""
+def _given_models(config: Config, steps: Iterable[Step], *, ours: bool = True) -> dict[str, str]:
+    """Return the models that exist already and that the plan's own stages have not made.
+
+    Args:
+        config: The experiment.
+        steps: Its plan.
+        ours: Whether results of other runs count whose base model this project built: it is of a
+            family that the tests compare, whatever was trained from it.
+    """
     given = {} if config.model.path is None else {"base": config.model.path}
     for step in steps:
+        models = {role: extra for role, extra in step.extra.items() if role != CONTINUED}
+        found = {role: (extra.model, extra.artifact) for role, extra in models.items()}
         if step.model is not None:
-            given[step.stage] = step.model
-        given |= {role: extra.model for role, extra in step.extra.items() if role != CONTINUED}
+            found[step.stage] = step.model, step.artifact
+        given |= {
+            role: model
+            for role, (model, artifact) in found.items()
+            if ours or artifact is None or _built_from(artifact) is not None
+        }
     return given
+
+
+def _built_from(artifact: Artifact) -> str | None:
+    """Return the base model that a result was trained from, `None` for one built here."""
+    path: str | None = artifact.manifest.config.get("model", {}).get("path")
+    return path
 
 
 def _service_problems(config: Config, work: frozenset[str]) -> Iterator[str]:

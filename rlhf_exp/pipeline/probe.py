@@ -16,6 +16,7 @@ from rich.table import Table
 
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.errors import UserError
+from rlhf_exp.models.memory_estimate import MemoryEstimate
 from rlhf_exp.pipeline.executor import StageExecutor
 from rlhf_exp.pipeline.inputs import MODEL
 from rlhf_exp.pipeline.plan import Step, StepState
@@ -143,7 +144,8 @@ def _stage_folder(folder: Path, stage: str) -> str:
 def probe_table(config: Config, result: ProbeResult) -> Table:
     """Return a table of a stage's memory and speed, beside the plan's estimate."""
     ranks = range(min(len(result.processes), _COLUMNS))
-    estimate = stage_memory(config, result.stage, shape_for(config.model))
+    shape = shape_for(config.model)
+    estimate = None if shape is None else stage_memory(config, result.stage, shape)
     table = Table(
         title=f"{result.stage}, probed",
         title_justify="left",
@@ -160,22 +162,27 @@ def probe_table(config: Config, result: ProbeResult) -> Table:
     gpu = any(result.peak("device", rank, "start", *names) for rank in ranks)
     rows = [("GPU memory", "device")] if gpu else []
     for label, where in [*rows, ("host memory", "host")]:
-        planned = estimate.peak + estimate.host if where == "host" and not gpu else estimate.peak
-        if where == "host" and gpu:
-            planned = estimate.host
+        planned = "" if estimate is None else gib(_planned(estimate, where, gpu))
         for text, phases in (
             (f"{label} in training, GiB", names),
             ("  while loading", ("start",)),
             ("  for checkpoints and at the end", ("end",)),
         ):
             peaks = [gib(result.peak(where, rank, *phases)) for rank in ranks]
-            table.add_row(text, gib(planned) if phases == names else "", *peaks)
+            table.add_row(text, planned if phases == names else "", *peaks)
     libraries = [gib(result.processes[rank]["libraries"]) for rank in ranks]
     table.add_row("  of host memory, libraries", "not in it", *libraries)
     table.add_section()
     for text, value in _speed(result):
         table.add_row(text, "", value)
     return table
+
+
+def _planned(estimate: MemoryEstimate, where: str, gpu: bool) -> int:
+    """Return the estimated peak, bytes, on the `device` or the `host` (all of it without a GPU)."""
+    if where == "device":
+        return estimate.peak
+    return estimate.host if gpu else estimate.peak + estimate.host
 
 
 def _speed(result: ProbeResult) -> Iterator[tuple[str, str]]:

@@ -7,28 +7,18 @@ by distance, scale its positions. Two rows of unequal length tell.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from rlhf_exp.models.comparison import random_rows, short_windows
 from rlhf_exp.rollout.decoder import CacheKind, Decoder, decoding_mode
 
-PROMPTS, STEPS, WINDOW = (13, 3), 11, 8
+PROMPTS, STEPS = (13, 3), 11
 """Lengths of two prompts, and tokens decoded after each: the longer prompt, and the shorter row as
 it grows, exceed the window that is set meanwhile."""
-
-SHORTENED = ("sliding_window", "attention_chunk_size")
-"""Fields of a config that the library reads at each forward pass; set to `WINDOW` meanwhile."""
-
-FIXED = ("window_size", "attention_window_size", "attention_window")
-"""Fields that are read when a model is built; the prompts are made longer than these instead."""
-
-LONGEST = 512
-"""Most tokens of a prompt; a fixed window above it is not looked beyond."""
 
 
 @torch.inference_mode()
@@ -51,8 +41,9 @@ def decoding_difference(model: PreTrainedModel, cache: CacheKind = "slots") -> f
         UserError: the model cannot be decoded like this, and says so.
         Exception: it cannot, and fails somewhere inside.
     """
-    with decoding_mode(model), _short_windows(model):
-        rows = _random_rows(model)
+    # The sampler refuses rows at whose lengths positions would be scaled (`longest=0`).
+    with decoding_mode(model), short_windows(model, longest=0):
+        rows = random_rows(model, [length + STEPS for length in PROMPTS])
         whole = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
         expected = [logits.float().log_softmax(-1) for logits in whole]
         decode = _decode_slots if cache == "slots" else _decode_lockstep
@@ -61,38 +52,6 @@ def decoding_difference(model: PreTrainedModel, cache: CacheKind = "slots") -> f
             for row, position, logits in decode(model, rows)
         ]
     return float(torch.stack(differences).max())
-
-
-@contextmanager
-def _short_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Let windows end within the rows that are compared."""
-    config = cast(PreTrainedModel, model.base_model).config.get_text_config()
-    found = {name: getattr(config, name, None) for name in SHORTENED}
-    wide = {
-        name: width for name, width in found.items() if isinstance(width, int) and width > WINDOW
-    }
-    try:
-        for name in wide:
-            setattr(config, name, WINDOW)
-        yield
-    finally:
-        for name, width in wide.items():
-            setattr(config, name, width)
-
-
-def _random_rows(model: PreTrainedModel) -> list[Tensor]:
-    """Return two rows of random tokens, the longer one first."""
-    config = cast(PreTrainedModel, model.base_model).config.get_text_config()
-    windows = [getattr(config, name, None) for name in FIXED]
-    window = max((width for width in windows if isinstance(width, int)), default=0)
-    room = getattr(config, "max_position_embeddings", None) or LONGEST + STEPS
-    long = max(PROMPTS[0], min(window + 5, LONGEST, room - STEPS))
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = config.vocab_size
-    return [
-        torch.randint(vocabulary, (length + STEPS,), generator=generator).to(model.device)
-        for length in (long, PROMPTS[1])
-    ]
 
 
 Decoded = Iterator[tuple[int, int | Tensor, Tensor]]

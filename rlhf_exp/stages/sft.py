@@ -14,6 +14,7 @@ from rlhf_exp.data.batching import PackedRow, pack_demonstrations
 from rlhf_exp.data.rows import Demonstration
 from rlhf_exp.data.tokenized import tokenize_demonstrations
 from rlhf_exp.data.tokenizer import Codec, train_tokenizer
+from rlhf_exp.models.architecture import TYPES
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import (
     architecture_of,
@@ -100,7 +101,8 @@ def base_model(config: ModelConfig, materials: DataModule) -> tuple[Codec, PreTr
 def _compare_shapes(config: ModelConfig, model: PreTrainedModel) -> None:
     """Say where `model.architecture`, by which plans are made, describes another model."""
     assert config.path is not None
-    if Path(config.path).is_dir():  # a plan reads a folder's own shape
+    # A plan reads a folder's own shape, and estimates no other families.
+    if Path(config.path).is_dir() or model.config.model_type not in TYPES:
         return
     said, real = config.architecture, architecture_of(model.config)
     odd = [

@@ -68,7 +68,7 @@ def find_launch_environment() -> LaunchEnvironment | None:
         return _from_submitit()
     # SLURM_NTASKS is also set in the shell of an allocation, where no other task would join. A step
     # of one task (`srun --pty bash`) is a machine of one's own.
-    if int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if _whole(variables, "SLURM_STEP_NUM_TASKS", 1) > 1:
         return _from_slurm_step(variables)
     return None
 
@@ -100,7 +100,26 @@ def threads_per_process(configured: int | None, local_processes: int) -> int:
         local_processes: Number of processes on this machine.
     """
     task_cores = os.environ.get("SLURM_CPUS_PER_TASK") if local_processes > 1 else None
-    return configured or (int(task_cores) if task_cores else max(1, cores() // local_processes))
+    if configured or not task_cores:
+        return configured or max(1, cores() // local_processes)
+    return _whole(os.environ, "SLURM_CPUS_PER_TASK")
+
+
+def _whole(variables: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Return a variable's whole number, or the default where it is not set.
+
+    Raises:
+        UserError: It is none.
+    """
+    value = variables.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None or not value.isascii() or not value.isdecimal():
+        raise UserError(
+            f"the environment has {name}={value or ''}, which is no whole number; what starts "
+            "several processes sets it, so start with that, or unset it"
+        )
+    return int(value)
 
 
 def _from_torchrun(variables: Mapping[str, str]) -> LaunchEnvironment:
@@ -111,14 +130,19 @@ def _from_torchrun(variables: Mapping[str, str]) -> LaunchEnvironment:
             f"the environment has {present}, as if torchrun had started this process, but not "
             f"{', '.join(missing)}; start with torchrun or `accelerate launch`, or unset them"
         )
-    processes = int(variables["WORLD_SIZE"])
+    rank, processes = _whole(variables, "RANK"), _whole(variables, "WORLD_SIZE")
+    if rank >= processes:
+        raise UserError(
+            f"the environment has RANK={rank} and WORLD_SIZE={processes}, and ranks begin at 0; "
+            "start with torchrun or `accelerate launch`, or unset them"
+        )
     return LaunchEnvironment(
-        rank=int(variables["RANK"]),
+        rank=rank,
         processes=processes,
-        local_rank=int(variables["LOCAL_RANK"]),
-        local_processes=int(variables.get("LOCAL_WORLD_SIZE", processes)),
+        local_rank=_whole(variables, "LOCAL_RANK"),
+        local_processes=_whole(variables, "LOCAL_WORLD_SIZE", processes),
         address=variables["MASTER_ADDR"],
-        port=int(variables["MASTER_PORT"]),
+        port=_whole(variables, "MASTER_PORT"),
         starter="torchrun (or what set RANK and WORLD_SIZE)",
     )
 

@@ -27,6 +27,15 @@ _CHUNK_HEADER = struct.Struct("<IHB")
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 _DATA_DIR = "wandb-data"
 _NOTE = "start.json"
+RUN_VARIABLES = frozenset(
+    f"WANDB_{name}"
+    for name in (
+        *("CONFIG_PATHS", "DATA_DIR", "DIR", "DISABLED", "IGNORE_GLOBS", "JOB_TYPE", "MODE"),
+        *("NAME", "NOTES", "PROJECT", "RESUME", "RUN_GROUP", "RUN_ID", "SWEEP_ID"),
+        *("SWEEP_PARAM_PATH", "TAGS"),
+    )
+)
+"""Variables that name a run, which a W&B agent sets: with a sweep's, they outrank arguments."""
 _OF_THE_RUN = ("header", "run", "config", "metric", "summary", "telemetry")
 
 

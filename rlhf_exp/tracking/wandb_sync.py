@@ -23,6 +23,7 @@ from typing import Any
 from rlhf_exp.redaction import without_secrets
 from rlhf_exp.tracking.local import METRICS, STEP, read_metrics
 from rlhf_exp.tracking.wandb_log import (
+    RUN_VARIABLES,
     StartNote,
     copy_log,
     copy_rows,
@@ -245,8 +246,8 @@ def send(piece: SyncPiece, folder: Path) -> SyncResult:
 
 def _wandb_sync(folder: Path) -> str:
     """Run `wandb sync` on a start's directory; return its output. Its exit code is always 0."""
-    environment = {**os.environ, **_ENVIRONMENT}
-    environment.pop("WANDB_MODE", None)
+    kept = {name: value for name, value in os.environ.items() if name not in RUN_VARIABLES}
+    environment = {**kept, **_ENVIRONMENT}
     environment.pop("WANDB_SILENT", None)
     command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(folder)]
     try:

@@ -26,8 +26,8 @@ import os
 import time
 import warnings
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from enum import Enum
 from hashlib import md5
 from pathlib import Path
@@ -42,6 +42,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.redaction import redacted, without_secrets
 from rlhf_exp.tracking.local import METRICS, STEP, read_metrics
 from rlhf_exp.tracking.wandb_log import (
+    RUN_VARIABLES,
     StartNote,
     is_complete,
     mark_synced,
@@ -384,7 +385,8 @@ def _initialised(mode: Literal["offline", "online"], arguments: dict[str, Any]) 
     for attempt in (1, 2):
         _await_free_directory(arguments["dir"] / "wandb", arguments["id"])
         try:
-            return wandb.init(mode=mode, settings=_settings(mode), **arguments)
+            with _own_run():
+                return wandb.init(mode=mode, settings=_settings(mode), **arguments)
         except (wandb.errors.CommError, wandb.errors.AuthenticationError, wandb.errors.UsageError):
             raise
         except Exception as error:  # many classes, of W&B's and of the connection to its process
@@ -393,6 +395,21 @@ def _initialised(mode: Literal["offline", "online"], arguments: dict[str, Any]) 
             if attempt == 2:
                 raise _no_start(mode, error) from error
     raise AssertionError("the loop returns or raises")
+
+
+@contextmanager
+def _own_run() -> Iterator[None]:
+    """Hide the variables that name another run, such as a W&B agent's."""
+    names = RUN_VARIABLES - {"WANDB_DATA_DIR"}  # which this tracker sets
+    hidden = {name: os.environ[name] for name in sorted(names) if name in os.environ}
+    if hidden.keys() - {"WANDB_MODE"}:
+        log.warning("%s: not followed; the config says what is recorded", ", ".join(hidden))
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ |= hidden
 
 
 def _no_start(mode: str, error: Exception) -> UserError:

@@ -112,6 +112,23 @@ def test_variables_that_are_half_there(only_variables: Set) -> None:
         find_launch_environment()
 
 
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"RANK": "one"}, "RANK=one, which is no whole number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=, which is no whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2, and ranks begin at 0"),
+    ],
+)
+def test_variables_that_are_no_numbers(
+    only_variables: Set, changed: dict[str, str], complaint: str
+) -> None:
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    only_variables(**whole | {"MASTER_PORT": "29500"} | changed)
+    with pytest.raises(UserError, match=complaint):
+        find_launch_environment()
+
+
 def test_a_step_of_several_tasks(only_variables: Set, scontrol: Path) -> None:
     only_variables(**STEP)
     environment = find_launch_environment()

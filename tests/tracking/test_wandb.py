@@ -159,6 +159,24 @@ def test_all_files_stay_in_the_folder_and_the_environment_is_as_before(
     assert not [path for path in tmp_path.rglob("*") if path.is_symlink()]
 
 
+def test_an_agents_variables_name_no_run_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    agent = {"SWEEP_ID": "theirs", "RUN_ID": "theirs12", "PROJECT": "theirs", "DIR": str(tmp_path)}
+    agent |= {"RUN_GROUP": "theirs", "TAGS": "theirs", "MODE": "disabled"}
+    for name, value in agent.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    tracker = open_tracker("offline", tmp_path / "run", project="ours")
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish()
+    (log,) = (tmp_path / "run" / "wandb").rglob("*.wandb")
+    run = read_wandb_file(log)
+    assert (run.run_id, run.project, run.group, run.tags) == (tracker.run_id, "ours", "", [])
+    assert "WANDB_RUN_ID" in caplog.text
+    assert "not followed; the config says what is recorded" in caplog.text
+    assert os.environ["WANDB_RUN_ID"] == "theirs12"
+
+
 def test_a_finished_run_is_complete_on_disk_at_once(tmp_path: Path) -> None:
     for number in range(10):
         tracker = open_tracker("offline", tmp_path / str(number))

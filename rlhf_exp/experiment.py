@@ -194,6 +194,6 @@ def _report(config: Config, done: list[FinishedStep]) -> None:
     if REWARD_QUALITY_FILE in data.parts:
         print_reward_quality(data.parts[REWARD_QUALITY_FILE], out)
     out.print(f"\nReport: {path.resolve()}", soft_wrap=True, highlight=False)
-    models = [finished for finished in done if finished.step.stage in ("sft", "ppo")]
+    models = [finished for finished in done if finished.step.stage in ("sft", "dpo", "ppo")]
     if models:
         out.print(f"\n{loading_code(Path(models[-1].model))}", soft_wrap=True, markup=False)

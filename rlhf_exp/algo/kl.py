@@ -1,4 +1,4 @@
-"""KL divergence between policy and reference policy: estimators and controllers of its weight.
+"""KL divergence of policy and reference: estimators, their loss, controllers of its weight.
 
 Dimensions: B rows, T response tokens.
 
@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from rlhf_exp.algo.masks import masked_sum
 
 ADAPTIVE_STEP_LIMIT = 0.2
 
@@ -63,6 +65,46 @@ def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
         mask: [B, T] bool, True on response tokens.
     """
     return k1(logprobs, ref_logprobs).masked_fill(~mask.bool(), 0.0).sum(1)
+
+
+def kl_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    normaliser: Tensor | float,
+    estimator: KlEstimatorName,
+    unbiased: bool,
+) -> Tensor:
+    """Return the estimated KL(pi || ref) (0-dim) as a term of the loss; add it times beta.
+
+    The gradient of an estimator's value is not the gradient of the divergence: that of k1 is 0 on
+    average, and that of k3 belongs to KL(ref || pi). What they leave out is that the policy also
+    chooses which tokens are sampled. With `unbiased`, k1 and k3 are weighted by the probability
+    ratio rho = pi / pi_old, with its gradient: E_old[rho k(d)] = E_pi[k(d)] = KL for every pi, so
+    the gradients are equal too. k2's own gradient, d grad log pi, is that of the divergence
+    already; it is weighted by rho without its gradient, for the tokens that the old policy chose.
+
+    Args:
+        logprobs: [B, T] under the policy being trained.
+        old_logprobs: [B, T] under the policy that sampled.
+        ref_logprobs: [B, T] under the reference policy.
+        mask: [B, T] bool or weights.
+        normaliser: sum of the weights of the global minibatch.
+        estimator: k1, k2 or k3.
+        unbiased: whether the gradient is that of the divergence; else that of the estimator alone,
+            as in GRPO (Shao et al. 2024, eqs. 3 and 4).
+    """
+    outside = mask == 0
+    logprobs, old_logprobs, ref_logprobs = (
+        tensor.float().masked_fill(outside, 0.0)
+        for tensor in (logprobs, old_logprobs, ref_logprobs)
+    )
+    penalty = ESTIMATORS[estimator](logprobs, ref_logprobs)
+    if unbiased:
+        ratio = (logprobs - old_logprobs).exp()
+        penalty = penalty * (ratio.detach() if estimator == "k2" else ratio)
+    return masked_sum(penalty, mask) / normaliser
 
 
 class KLController(Protocol):

@@ -1,4 +1,4 @@
-"""Losses of SFT, reward model and PPO.
+"""Losses of SFT, reward model, DPO and PPO.
 
 Dimensions: N tokens, B rows, T response tokens.
 
@@ -11,13 +11,12 @@ then divide by `count`. `mask` is bool, or float weights (0 for a padding row).
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_exp.algo.kl import ESTIMATORS, KlEstimatorName
 from rlhf_exp.algo.masks import masked_sum
 
 
@@ -45,6 +44,23 @@ class PairwiseStats(Stats):
     """
 
     correct: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class DpoStats(Stats):
+    """Statistics of DPO's losses, of implicit rewards r = beta (log pi - log pi_ref).
+
+    Attributes:
+        correct: weight of the pairs whose chosen side has the higher reward; a tie counts half.
+        chosen: sum of the chosen sides' rewards.
+        rejected: sum of the rejected sides' rewards.
+        count: weight of all pairs.
+    """
+
+    correct: Tensor
+    chosen: Tensor
+    rejected: Tensor
     count: Tensor
 
 
@@ -111,6 +127,56 @@ def pairwise_loss(
     with torch.no_grad():
         correct = (margin.sign() + 1) / 2
         return loss, PairwiseStats((correct * weights).sum(), weights.float().sum())
+
+
+DpoLossName = Literal["sigmoid", "ipo", "hinge"]
+
+
+def dpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    weights: Tensor,
+    normaliser: Tensor | float,
+    beta: float,
+    kind: DpoLossName,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, DpoStats]:
+    """Return DPO's loss, with h = chosen - rejected.
+
+    `sigmoid`: -log sigmoid(beta h) (Rafailov et al. 2023, eq. 7; https://arxiv.org/abs/2305.18290),
+    with label smoothing e: -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) (Mitchell 2023,
+    conservative DPO). `ipo`: (h - 1 / (2 beta))^2 (Azar et al. 2023, eq. 17;
+    https://arxiv.org/abs/2310.12036). `hinge`: max(0, 1 - beta h) (Zhao et al. 2023, SLiC).
+
+    Args:
+        chosen: [B] log pi - log pi_ref of the preferred responses.
+        rejected: [B] of the others.
+        weights: [B] of the pairs; what has weight 0 may be anything.
+        normaliser: weight of all pairs of the global minibatch.
+        beta: strength of the pull to the reference.
+        kind: which loss.
+        label_smoothing: the probability that a preference is the wrong way round; of `sigmoid`.
+
+    Returns:
+        The loss (0-dim) and its statistics.
+    """
+    chosen, rejected = (side.float().masked_fill(weights == 0, 0.0) for side in (chosen, rejected))
+    margin = chosen - rejected
+    if kind == "sigmoid":
+        right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
+        losses = -(1.0 - label_smoothing) * right - label_smoothing * wrong
+    elif kind == "ipo":
+        losses = (margin - 0.5 / beta).square()
+    else:
+        losses = torch.relu(1.0 - beta * margin)
+    with torch.no_grad():
+        stats = DpoStats(
+            correct=((margin.sign() + 1) / 2 * weights).sum(),
+            chosen=(beta * chosen * weights).sum(),
+            rejected=(beta * rejected * weights).sum(),
+            count=weights.float().sum(),
+        )
+    return (losses * weights).sum() / normaliser, stats
 
 
 def policy_loss(
@@ -204,43 +270,3 @@ def entropy_bonus(entropy: Tensor, mask: Tensor, normaliser: Tensor | float) -> 
         normaliser: response tokens of the global minibatch.
     """
     return masked_sum(entropy, mask) / normaliser
-
-
-def kl_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor,
-    mask: Tensor,
-    normaliser: Tensor | float,
-    estimator: KlEstimatorName,
-    unbiased: bool,
-) -> Tensor:
-    """Return the estimated KL(pi || ref) (0-dim) as a term of the loss; add it times beta.
-
-    The gradient of an estimator's value is not the gradient of the divergence: that of k1 is 0 on
-    average, and that of k3 belongs to KL(ref || pi). What they leave out is that the policy also
-    chooses which tokens are sampled. With `unbiased`, k1 and k3 are weighted by the probability
-    ratio rho = pi / pi_old, with its gradient: E_old[rho k(d)] = E_pi[k(d)] = KL for every pi, so
-    the gradients are equal too. k2's own gradient, d grad log pi, is that of the divergence
-    already; it is weighted by rho without its gradient, for the tokens that the old policy chose.
-
-    Args:
-        logprobs: [B, T] under the policy being trained.
-        old_logprobs: [B, T] under the policy that sampled.
-        ref_logprobs: [B, T] under the reference policy.
-        mask: [B, T] bool or weights.
-        normaliser: sum of the weights of the global minibatch.
-        estimator: k1, k2 or k3.
-        unbiased: whether the gradient is that of the divergence; else that of the estimator alone,
-            as in GRPO (Shao et al. 2024, eqs. 3 and 4).
-    """
-    outside = mask == 0
-    logprobs, old_logprobs, ref_logprobs = (
-        tensor.float().masked_fill(outside, 0.0)
-        for tensor in (logprobs, old_logprobs, ref_logprobs)
-    )
-    penalty = ESTIMATORS[estimator](logprobs, ref_logprobs)
-    if unbiased:
-        ratio = (logprobs - old_logprobs).exp()
-        penalty = penalty * (ratio.detach() if estimator == "k2" else ratio)
-    return masked_sum(penalty, mask) / normaliser

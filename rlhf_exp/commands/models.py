@@ -30,6 +30,8 @@ from rlhf_exp.store.artifact import Artifact
 
 CHAT_HELP = "Type a message; an empty line starts a new conversation, Ctrl-D ends."
 NOT_UTF8 = "(bytes that are no UTF-8 are read as \ufffd; a terminal in UTF-8 sends none)"
+ALGORITHMS = {"gae": "PPO", "rloo": "RLOO", "grpo": "GRPO", "reinforce_pp": "REINFORCE++"}
+"""Names of `ppo.advantage`, for model cards."""
 # The value function is used in training only.
 _IGNORED_FILES = shutil.ignore_patterns("value_head.safetensors", "value_model")
 
@@ -190,8 +192,11 @@ def model_card(
         head.append(f"base_model: {base}")
     origin = f"`{base}`" if base else "random weights, with a tokenizer trained on the same data"
     training = "supervised fine-tuning"
-    if artifact.stage == "ppo":
-        training += " and PPO against " + (
+    if artifact.stage == "dpo":
+        training += " and DPO on preferences"
+    elif artifact.stage == "ppo":
+        algorithm = ALGORITHMS[config["ppo"].get("advantage", "gae")]
+        training += f" and {algorithm} against " + (
             f"the reward function `{config['ppo']['reward']['function']}`"
             if config["ppo"]["reward"]["function"]
             else "a reward model"

@@ -19,7 +19,7 @@ from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.run_records import Records, RunRecord
 from rlhf_exp.store.store import Store
 
-POLICIES = ("ppo", "sft")
+POLICIES = ("ppo", "dpo", "sft")
 # A comma before the next key; those inside a value, such as a list, are the value's.
 _SEPARATOR = re.compile(r",(?=[A-Za-z_][\w./]*=)")
 TABLE_WIDTH = 140
@@ -93,7 +93,7 @@ class OutputFolder:
                 f"{record.status}); run it to the end first"
             )
         # The record of a single artifact has its key only: its parents complete the stages.
-        order = ("sft", "reward", "ppo", "eval")
+        order = ("sft", "reward", "dpo", "ppo", "eval")
         for artifact in list(artifacts.values()):
             for stage, key in artifact.manifest.parents.items():
                 # Further models of an evaluation are parents too, under names of their own.
@@ -104,11 +104,11 @@ class OutputFolder:
         return {stage: artifacts[stage] for stage in order if stage in artifacts}
 
     def policy(self, run: str, role: str | None = None) -> Artifact:
-        """Return the artifact of a run's policy: PPO's if there is one, else SFT's.
+        """Return the artifact of a run's policy: PPO's if there is one, else DPO's, else SFT's.
 
         Args:
             run: The run.
-            role: `sft` or `ppo` for that one.
+            role: `sft`, `dpo` or `ppo` for that one.
 
         Raises:
             UserError: The run has no such policy.

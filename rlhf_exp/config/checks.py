@@ -40,6 +40,7 @@ from rlhf_exp.config.problems import ConfigChecker, Problem
 from rlhf_exp.config.search_space import check_study
 from rlhf_exp.config.training import (
     AdvantageEstimator,
+    DpoLoss,
     GroupScale,
     KlEstimator,
     KlPlace,
@@ -55,6 +56,7 @@ from rlhf_exp.config.training import (
 _SECTIONS_USED = {
     StageName.sft: ("sft",),
     StageName.reward: ("sft", "reward"),
+    StageName.dpo: ("sft", "dpo"),
     StageName.ppo: ("sft", "reward", "ppo"),
     StageName.eval: ("sft", "reward", "ppo", "eval"),
     StageName.pipeline: ("sft", "reward", "ppo", "eval"),
@@ -73,16 +75,20 @@ def config_problems(config: Config, multirun: bool = False) -> list[Problem]:
     """
     check = ConfigChecker(config)
     sections = ("eval",) if _evaluates_stored_answers(config) else _SECTIONS_USED[config.stage]
+    if "eval" in sections and "dpo" in config.eval.models:
+        sections = (*sections, "dpo")
     _check_run(check, multirun)
     check_secrets(check)
     check_model(check)
     check_data(check)
-    for stage in ("sft", "reward", "ppo"):
+    for stage in ("sft", "reward", "dpo", "ppo"):
         if stage in sections and check.value(f"{stage}.use") is None:
             check_training(check, stage)
             check_sequence(check, stage)
     if "reward" in sections and config.reward.use is None:
         _check_reward(check)
+    if "dpo" in sections and config.dpo.use is None:
+        _check_dpo(check)
     if "ppo" in sections and config.ppo.use is None:
         check_ppo(check)
         if config.engine.name is EngineName.trlx:
@@ -135,13 +141,32 @@ def _check_output(check: ConfigChecker) -> None:
 
 def _check_reward(check: ConfigChecker) -> None:
     config = check.config
-    part = config.reward.part
-    if part is not None:
-        match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
-        if match is None or int(match[1]) > int(match[2]):
-            check.add("reward.part", "expected one part of how many, such as 1/2.")
+    _check_part(check, "reward.part")
     if config.reward.init is RewardInit.base and config.model.path is None:
         check.add("reward.init", "a model from scratch has no base weights; use reward.init=sft.")
+
+
+def _check_part(check: ConfigChecker, key: str) -> None:
+    part = check.value(key)
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part or "1/1")
+    if match is None or int(match[1]) > int(match[2]):
+        check.add(key, "expected one part of how many, such as 1/2.")
+
+
+def _check_dpo(check: ConfigChecker) -> None:
+    dpo = check.config.dpo
+    _check_part(check, "dpo.part")
+    check.positive("dpo.beta", "dpo.generation.temperature")
+    check.at_least(0, "dpo.eval_prompts")
+    check.at_least(1, "dpo.generation.batch", "dpo.generation.max_new_tokens")
+    if not 0 <= dpo.label_smoothing < 0.5:
+        check.add("dpo.label_smoothing", "must be at least 0 and below 0.5.")
+    elif dpo.label_smoothing and dpo.loss is not DpoLoss.sigmoid:
+        message = f"is of dpo.loss=sigmoid; leave it out with {dpo.loss.name}."
+        check.add("dpo.label_smoothing", message)
+    if dpo.generation.max_new_tokens >= dpo.seq_length:
+        message = f"leaves no room for a prompt in dpo.seq_length={dpo.seq_length}."
+        check.add("dpo.generation.max_new_tokens", message)
 
 
 def _check_distributed_and_tracking(check: ConfigChecker) -> None:
@@ -222,7 +247,7 @@ def check_training(check: ConfigChecker, stage: str) -> None:
 
     Args:
         check: The config, and the problems found in it.
-        stage: `sft`, `reward` or `ppo`.
+        stage: `sft`, `reward`, `dpo` or `ppo`.
     """
     key = f"{stage}.".__add__
     check.positive(key("lr"), key("grad_norm"), key("lora.alpha"), key("epochs"))

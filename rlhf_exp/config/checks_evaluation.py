@@ -12,11 +12,11 @@ from rlhf_exp.config.checks_shared import (
     local_folder,
 )
 from rlhf_exp.config.evaluation import (
+    COMPARED,
     FILE_SUFFIXES,
     PREFERENCE,
     PROFANITY,
     REWARD_QUALITY,
-    ROLES,
     TOXICITY,
     EvalJudgeConfig,
     JudgeName,
@@ -71,7 +71,7 @@ def _check_compared_models(check: ConfigChecker) -> None:
     least = 2 if PREFERENCE in parts_of(config.eval.suite) else 1
     if len(models) < least or not all(models):
         message = f"eval={config.eval.suite.name} needs at least {least}, such as "
-        check.add("eval.models", message + f"eval.models=[{','.join(ROLES)}].")
+        check.add("eval.models", message + f"eval.models=[{','.join(COMPARED)}].")
     if config.eval.samples is not None and config.stage is not StageName.eval:
         check.add("eval.samples", "trains nothing, so it goes with stage=eval only.")
 

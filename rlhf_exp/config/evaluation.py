@@ -154,8 +154,10 @@ class Suite(Enum):
     full = "full"
 
 
-ROLES = ("sft", "ppo")
-"""Models that the pipeline makes, as `eval.models` names them."""
+ROLES = ("sft", "dpo", "ppo")
+"""Models that the stages make, as `eval.models` names them."""
+COMPARED = ("sft", "ppo")
+"""Models that are compared by default."""
 REFEREE = "referee"
 """Role of the second reward model, which no policy was trained on."""
 SAMPLES, SAMPLES_FILE = "samples", "samples.jsonl"
@@ -193,8 +195,8 @@ class EvalConfig:
 
     suite: Suite = setting(Suite.quick, "What is evaluated.")
     models: list[str] = setting(
-        factory=lambda: list(ROLES),
-        doc="Models to compare, the baseline first: sft, ppo, a run, key, folder or hub id.",
+        factory=lambda: list(COMPARED),
+        doc="Models to compare, the baseline first: sft, dpo, ppo, a run, key, folder or hub id.",
         key=False,  # their weights count, not what they are called
     )
     samples: str | None = setting(

@@ -11,7 +11,7 @@ from enum import Enum
 from rlhf_exp.config.evaluation import EvalConfig
 from rlhf_exp.config.fields import setting
 from rlhf_exp.config.study import StudyConfig
-from rlhf_exp.config.training import PpoConfig, RewardConfig, SftConfig
+from rlhf_exp.config.training import DpoConfig, PpoConfig, RewardConfig, SftConfig
 
 
 class StageName(Enum):
@@ -19,6 +19,7 @@ class StageName(Enum):
 
     sft = "sft"
     reward = "reward"
+    dpo = "dpo"
     ppo = "ppo"
     eval = "eval"
     pipeline = "pipeline"
@@ -264,6 +265,7 @@ class Config:
     data: DataConfig = setting(factory=DataConfig)
     sft: SftConfig = setting(factory=SftConfig)
     reward: RewardConfig = setting(factory=RewardConfig)
+    dpo: DpoConfig = setting(factory=DpoConfig)
     ppo: PpoConfig = setting(factory=PpoConfig)
     engine: EngineConfig = setting(factory=EngineConfig)
     distributed: DistributedConfig = setting(factory=DistributedConfig)

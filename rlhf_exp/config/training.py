@@ -1,6 +1,6 @@
-"""Config sections of the training stages: `sft`, `reward` and `ppo`.
+"""Config sections of the training stages: `sft`, `reward`, `dpo` and `ppo`.
 
-`TrainingConfig` has the fields that the three share: optimizer, schedule, trained parameters,
+`TrainingConfig` has the fields that they share: optimizer, schedule, trained parameters,
 intervals of evaluations and checkpoints. How PPO uses a reward is `ppo.reward`; the section
 `reward` trains the reward model.
 """
@@ -333,6 +333,38 @@ class GenerationConfig:
     max_new_tokens: int = setting(48, "Longest response in tokens.")
     temperature: float = setting(1.0, "Sampling temperature, also of the log-probabilities.")
     batch: int = setting(64, "Rows decoded together in a process.", key=False)
+
+
+class DpoLoss(Enum):
+    """DPO's losses: Rafailov et al. 2023, Azar et al. 2023 (IPO), Zhao et al. 2023 (SLiC)."""
+
+    sigmoid = "sigmoid"
+    ipo = "ipo"
+    hinge = "hinge"
+
+
+@dataclass
+class DpoConfig(TrainingConfig):
+    """Direct preference optimisation (Rafailov et al. 2023)."""
+
+    steps: int | None = setting(None, "Optimizer steps; null: as `epochs` says.")
+    epochs: float | None = setting(1.0, "Passes over the pairs, where `steps` is null.")
+    seq_length: int = setting(256, "Longest sequence in tokens; longer prompts lose their start.")
+    part: str | None = setting(
+        None, "Train on one part of the pairs, chosen by prompt, such as 1/2; null: on all."
+    )
+    beta: float = setting(0.1, "Strength of the pull to the SFT policy, per nat.")
+    loss: DpoLoss = setting(DpoLoss.sigmoid, "The loss of a pair.")
+    label_smoothing: float = setting(
+        0.0, "Probability that a preference is the wrong way round; of `loss=sigmoid`."
+    )
+    length_normalised: bool = setting(
+        False, "Take means over a response's tokens instead of sums of log-probabilities."
+    )
+    eval_prompts: int = setting(
+        100, "Validation prompts answered at each evaluation, for the KL to SFT; 0: none."
+    )
+    generation: GenerationConfig = setting(factory=GenerationConfig, doc="Sampling of answers.")
 
 
 @dataclass

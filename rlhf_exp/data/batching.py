@@ -146,6 +146,12 @@ def preferences_batch(
     return Preferences(*chosen, *rejected, torch.from_numpy(weight_values.astype(np.float32)))
 
 
+def pair_lengths(preferences: TokenizedPreferences, index: np.ndarray) -> Tensor:
+    """Return the tokens [B] of the longer side, prompt included, of the pairs at `index` [B]."""
+    longer = np.maximum(preferences.chosen.lengths(), preferences.rejected.lengths())
+    return torch.from_numpy((preferences.prompt.lengths() + longer)[index].astype(np.int64))
+
+
 def prompts_batch(prompts: TokenizedPrompts, index: np.ndarray, rollout: np.ndarray) -> Prompts:
     """Return the prompts at `index` ([B] int64) with their numbers `rollout` ([B] int64)."""
     tokens, lengths = right_padded([(prompts.prompt[i],) for i in index])

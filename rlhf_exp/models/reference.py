@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_exp.algo.kl import sequence_kl
+from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.batch import Samples
 from rlhf_exp.data.batching import length_sorted_micro_batches
 from rlhf_exp.models.frozen_trunk import Branch, decoder_parts
@@ -207,3 +209,24 @@ def compare_with_reference(
                 tokens, *spans, temperature, states=entering, width=width
             )
         yield ReferenceComparison(rows, outputs, ref_logprobs, entering)
+
+
+@torch.no_grad()
+def sampled_kl(
+    policy: Policy,
+    reference: Reference,
+    samples: Samples,
+    temperature: float,
+    batch: int,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Tensor:
+    """Return the sum of log pi - log pi_ref over each response [B] float32, in nats.
+
+    Its mean over responses that the policy sampled estimates KL(pi || pi_ref). The arguments are
+    those of `compare_with_reference`.
+    """
+    kl = torch.zeros(len(samples), device=samples.tokens.device)
+    for part in compare_with_reference(policy, reference, samples, temperature, batch, autocast):
+        mask = response_mask(samples.response_lengths[part.rows], part.ref_logprobs.shape[1])
+        kl[part.rows] = sequence_kl(part.policy.logprobs, part.ref_logprobs, mask)
+    return kl

@@ -147,7 +147,7 @@ def compared(
     if section.samples is not None:
         return {SAMPLES: _samples(section.samples, finder)}
     models = {
-        spec: finder.model(f"eval.models: {spec}", spec, ("ppo", "sft"))
+        spec: finder.model(f"eval.models: {spec}", spec, ("ppo", "dpo", "sft"))
         for spec in section.models
         if spec not in ROLES
     }

@@ -9,7 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.config.evaluation import PREFERENCE, PROFANITY, ROLES, TOXICITY, ScorerKind, parts_of
+from rlhf_exp.config.evaluation import (
+    COMPARED,
+    PREFERENCE,
+    PROFANITY,
+    TOXICITY,
+    ScorerKind,
+    parts_of,
+)
 from rlhf_exp.config.experiment import (
     CacheName,
     Config,
@@ -47,6 +54,10 @@ class Keys:
             content["model"] = self._model()
         return self._key("reward", content)
 
+    def dpo(self, parents: dict[str, str]) -> str:
+        """Return the key of the DPO policy; `parents` as for `ppo`."""
+        return self._key("dpo", {"dpo": key_content(self.config.dpo), "parents": parents})
+
     def ppo(self, parents: dict[str, str], continued: str | None = None) -> str:
         """Return the key of the PPO policy.
 
@@ -81,7 +92,7 @@ class Keys:
             "parents": parents,
             "sizes": [section.seq_length, section.generation.max_new_tokens],
         }
-        if models != list(ROLES):
+        if models != list(COMPARED):
             content["models"] = models
         if referee is not None:
             content["referee"] = referee

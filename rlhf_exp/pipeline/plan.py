@@ -253,6 +253,8 @@ class _Planner:
             return self.keys.ppo(parents, None if before is None else before.key)
         if stage == "reward":
             return self.keys.reward(parents)
+        if stage == "dpo":
+            return self.keys.dpo(parents)
         if SAMPLES in extra:
             return self.keys.recomputed(Path(extra[SAMPLES].model))
         models = [extra[spec].key if spec in extra else spec for spec in self.config.eval.models]
@@ -273,8 +275,9 @@ class _Planner:
         roles: Mapping[str, tuple[str, ...]] = {
             "sft": (),
             "reward": ("sft",) if self.config.reward.init == RewardInit.sft else (),
+            "dpo": ("sft",),
             "ppo": ("sft", "reward"),
-            "eval": ("sft", "reward", "ppo"),
+            "eval": ("sft", "reward", "dpo", "ppo"),
         }
         return {role: self.done[role].key for role in roles[stage] if role in self.done}
 

@@ -157,6 +157,21 @@ def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstim
     if stage == "reward":
         work = Workload(2 * rows, length, 0, checkpointing, accumulates=accumulates)
         return estimate(work)
+    reference: Literal["none", "lora", "full", "shared"] = (
+        "lora" if rank else "full" if blocks is None else "shared"
+    )
+    if stage == "dpo":
+        dpo = config.dpo
+        asked = -(-dpo.eval_prompts // processes)
+        work = Workload(
+            2 * rows,
+            length,
+            length,
+            checkpointing,
+            decoded_rows=min(dpo.generation.batch, asked),
+            accumulates=accumulates,
+        )
+        return estimate(work, reference=reference if asked else "none")
     ppo = config.ppo
     rollouts = -(-ppo.rollouts // processes)
     work = Workload(
@@ -167,9 +182,6 @@ def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstim
         decoded_rows=min(ppo.generation.batch, rollouts),
         cached_rows=rollouts if blocks is not None else 0,
         accumulates=accumulates,
-    )
-    reference: Literal["lora", "full", "shared"] = (
-        "lora" if rank else "full" if blocks is None else "shared"
     )
     judge = shape if ppo.reward.model_scores and ppo.reward.device is None else None
     return estimate(

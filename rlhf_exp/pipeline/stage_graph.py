@@ -12,18 +12,19 @@ def stages_of(config: Config) -> tuple[str, ...]:
     needed = {
         StageName.sft: {"sft"},
         StageName.reward: {"sft", "reward"},
+        StageName.dpo: {"sft", "dpo"},
         StageName.ppo: {"sft", "reward", "ppo"},
         StageName.eval: _evaluated(config),
-        StageName.pipeline: {"sft", "reward", "ppo", "eval"},
+        StageName.pipeline: {"sft", "reward", "ppo", *_evaluated(config)},
     }[config.stage]
     if config.eval.suite == Suite.none:
         needed.discard("eval")
     judged = config.ppo.reward.model_scores or config.ppo.value_init == ValueInit.reward
-    if not judged and config.stage not in (StageName.reward, StageName.sft):
+    if not judged and config.stage not in (StageName.reward, StageName.sft, StageName.dpo):
         needed.discard("reward")
     if config.stage == StageName.reward and config.reward.init == RewardInit.base:
         needed.discard("sft")
-    return tuple(stage for stage in ("sft", "reward", "ppo", "eval") if stage in needed)
+    return tuple(stage for stage in ("sft", "reward", "dpo", "ppo", "eval") if stage in needed)
 
 
 def module_of(config: Config, stage: str) -> str:
@@ -41,6 +42,8 @@ def _evaluated(config: Config) -> set[str]:
         needed.add("reward")
     if "ppo" in needed and config.ppo.use is None:
         needed |= {"sft", "reward"}
+    if "dpo" in needed and config.dpo.use is None:
+        needed.add("sft")
     if "reward" in needed and config.reward.use is None and config.reward.init == RewardInit.sft:
         needed.add("sft")
     return needed

@@ -9,27 +9,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from rlhf_exp.algo.advantages import RewardScaler
 from rlhf_exp.algo.kl import AdaptiveKL, FixedKL, KLController
-from rlhf_exp.batch import Prompts, Samples
-from rlhf_exp.config.experiment import Config, Dtype, StrategyName
+from rlhf_exp.config.experiment import Config, StrategyName
 from rlhf_exp.config.training import CONTINUED, PpoConfig, ValueInit, ValueTrunk
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference, build_reference
 from rlhf_exp.models.reward_model import RewardModel, share_frozen_trunk
-from rlhf_exp.rollout.sampler import SamplingParams, sample
-from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.ppo_inputs import (
     original_scores,
@@ -37,8 +30,9 @@ from rlhf_exp.stages.ppo_inputs import (
     set_prompt_dialogues,
 )
 from rlhf_exp.stages.publish import save_models
+from rlhf_exp.stages.sampling import exact, sampler_for
 from rlhf_exp.stages.scorers import SERVER_NOTE, longest_input, scorer_for
-from rlhf_exp.stages.setup import attention_of, cache_of, load_policy_model, torch_dtype, world_for
+from rlhf_exp.stages.setup import attention_of, load_policy_model, torch_dtype, world_for
 from rlhf_exp.stages.training import (
     keep_small_updates,
     lora_of,
@@ -105,7 +99,15 @@ def _collector(
     return ExperienceCollector(
         policy,
         reference,
-        sampler_for(config, policy, codec, world, section.seed, capture=True, scorer=scorer),
+        sampler_for(
+            config,
+            policy,
+            codec,
+            world,
+            section.seed,
+            capture=True,
+            close=isinstance(scorer, SharedTrunkScorer),
+        ),
         scorer,
         prompts,
         originals,
@@ -184,56 +186,6 @@ def training_scorer(
         return scorer_for(config, context, codec, world, model)
     batch = config.ppo.generation.batch
     return SharedTrunkScorer(model, branch, codec, world, batch, longest_input(config))
-
-
-def sampler_for(
-    config: Config,
-    policy: Policy,
-    codec: Codec,
-    world: World,
-    seed: int,
-    capture: bool,
-    scorer: Scorer | None = None,
-) -> Callable[[Prompts], Samples]:
-    """Return a function that answers prompts as PPO's `generation` section says.
-
-    Args:
-        config: The experiment.
-        policy: Who answers.
-        codec: Of the policy.
-        world: Device and precision.
-        seed: Of the noise.
-        capture: Whether to keep the states entering the first training block, where these are
-            exact enough to train on.
-        scorer: Who scores the answers; one that shares the policy's trunk reads these states, too.
-    """
-    section = config.ppo.generation
-    settings = SamplingParams(
-        max_new_tokens=section.max_new_tokens,
-        temperature=section.temperature,
-        batch=section.batch,
-        eos_id=codec.eos_id,
-        end_ids=codec.end_ids,
-        pad_id=codec.pad_id,
-        cache=cache_of(config),
-    )
-    stopper = Stopper(codec.tokenizer, codec.stop_strings)
-    block: nn.Module | None = None
-    if capture and exact(config) and policy.frozen_blocks is not None:
-        block = decoder_parts(policy.model).blocks[policy.frozen_blocks]
-
-    close = codec.eos_id if isinstance(scorer, SharedTrunkScorer) else None
-
-    def answer(prompts: Prompts) -> Samples:
-        with world.autocast():
-            return sample(policy.model, prompts, settings, seed, stopper, block, close)
-
-    return answer
-
-
-def exact(config: Config) -> bool:
-    """Whether decoding and a full forward agree: to 1e-4 in fp32, but to 0.02 nats in bf16."""
-    return Dtype.float32 == config.distributed.precision == config.model.dtype
 
 
 def controller(section: PpoConfig) -> KLController:

@@ -6,7 +6,6 @@ The scores are computed once for all runs that share prompts and reward, and kep
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,11 @@ from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.stages.context import StageContext
+from rlhf_exp.stages.kept_tensor import kept_tensor
 from rlhf_exp.store.fingerprint import key_of
-from rlhf_exp.store.sealed import Damaged, check_sealed_file, file_digest, seal_file
+from rlhf_exp.store.sealed import file_digest
 from rlhf_exp.training.reward_scorer import Dialogues, Scorer, score_shared
 from rlhf_exp.training.scorers import ServerScorer, set_dialogues
-
-log = logging.getLogger(__name__)
 
 
 def ppo_prompts(
@@ -82,15 +80,14 @@ def original_scores(
     # Of a server that gives no name, nobody can say that it scored the same in an earlier run.
     folder = context.folder if judge is None else context.cache
     path = folder / FOLDER / f"{key}.npy"
-    stored = world.broadcast_object(_read(path) if world.is_main else None)
-    if stored is not None:
-        return torch.from_numpy(stored)
-    scores = torch.full((len(prompts),), float("nan"))
-    for rows in used:
-        scores[torch.from_numpy(rows)] = _score(prompts, rows, scorer, world)
-    if world.is_main:
-        _save(path, scores)
-    return scores
+
+    def compute() -> Tensor:
+        scores = torch.full((len(prompts),), float("nan"))
+        for rows in used:
+            scores[torch.from_numpy(rows)] = _score(prompts, rows, scorer, world)
+        return scores
+
+    return kept_tensor(path, "scores of original responses", compute, world)
 
 
 def _used(config: Config, count: int, only: int | None = None) -> list[np.ndarray]:
@@ -155,22 +152,3 @@ def _key(
         max(config.reward.seq_length, config.ppo.seq_length),
     ]
     return key_of({"prompts": digest.hexdigest(), "judge": judge, "how": how})
-
-
-def _save(path: Path, scores: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with seal_file(path) as draft, draft.open("wb") as file:
-        np.save(file, scores.numpy())
-
-
-def _read(path: Path) -> np.ndarray | None:
-    """Return the scores in a file; `None` if it is missing or damaged."""
-    try:
-        check_sealed_file(path)
-        scores: np.ndarray = np.load(path, allow_pickle=False)
-        return scores
-    except FileNotFoundError:
-        return None
-    except (OSError, Damaged) as error:
-        log.warning("scores of original responses: %s; they are computed again", error)
-        return None

@@ -27,8 +27,8 @@ from rlhf_exp.training.memory import device_peak_bytes, forget_peaks, host_bytes
 from rlhf_exp.training.task import Task
 from rlhf_exp.training.trainer import TrainingContext, passes, train
 
-ITERATIONS = {"sft": 4, "reward": 4, "ppo": 2}
-"""Iterations of a stage that are run; of SFT and the reward model, each is an optimizer step."""
+ITERATIONS = {"sft": 4, "reward": 4, "dpo": 4, "ppo": 2}
+"""Iterations of a stage that are run; of all but PPO, each is an optimizer step."""
 
 START, ITERATION, EVALUATION, END = "start", "iteration", "evaluation", "end"
 

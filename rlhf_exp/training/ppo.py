@@ -49,12 +49,11 @@ from rlhf_exp.algo.advantages import (
     subtract_original_scores,
     whiten,
 )
-from rlhf_exp.algo.kl import KLController, k1, k3, sequence_kl
+from rlhf_exp.algo.kl import KLController, k1, k3, kl_loss, sequence_kl
 from rlhf_exp.algo.losses import (
     PolicyStats,
     ValueStats,
     entropy_bonus,
-    kl_loss,
     policy_loss,
     value_loss,
 )

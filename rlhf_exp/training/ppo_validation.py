@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_exp.algo.kl import sequence_kl
-from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.algo.preference import wins
 from rlhf_exp.batch import FinishReason, Samples
 from rlhf_exp.config.training import PpoConfig
@@ -23,7 +21,7 @@ from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.models.reference import Reference, compare_with_reference
+from rlhf_exp.models.reference import Reference, sampled_kl
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.ppo_objective import SHOWN, objective, score_unit, selection_score
@@ -71,7 +69,15 @@ class Validator:
         if self.initial is None:
             self.initial = self.world.gather(scores)[:count].tolist()
         before = torch.tensor(self.initial)[share.rows].to(self.world.device)
-        kl = self.sequence_kl(samples)
+        generation = self.section.generation
+        kl = sampled_kl(
+            self.policy,
+            self.reference,
+            samples,
+            generation.temperature,
+            generation.batch,
+            self.world.autocast,
+        )
         total = weights.sum()
         meters.add("eval/reward_mean", (scores * weights).sum(), total)
         meters.spread("eval/reward_std", scores, weights)
@@ -86,23 +92,6 @@ class Validator:
         metrics["eval/objective"] = objective(self.section, metrics, self.unit)
         selected_by = selection_score(self.section, metrics, self.unit)
         return EvaluationResult(metrics, selected_by, self._table(samples, scores, kl))
-
-    def sequence_kl(self, samples: Samples) -> Tensor:
-        """Return the sum of k1 over each response [B], in nats."""
-        kl = torch.zeros(len(samples), device=self.world.device)
-        generation = self.section.generation
-        for part in compare_with_reference(
-            self.policy,
-            self.reference,
-            samples,
-            generation.temperature,
-            generation.batch,
-            self.world.autocast,
-        ):
-            lengths = samples.response_lengths[part.rows]
-            mask = response_mask(lengths, part.ref_logprobs.shape[1])
-            kl[part.rows] = sequence_kl(part.policy.logprobs, part.ref_logprobs, mask)
-        return kl
 
     def _table(self, samples: Samples, scores: Tensor, kl: Tensor) -> SampleTable:
         shown = samples.select(slice(0, SHOWN))

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from rlhf_exp.algo.losses import pairwise_loss
 from rlhf_exp.config.training import RewardConfig
-from rlhf_exp.data.batching import batch_index, length_sorted_micro_batches, preferences_batch
+from rlhf_exp.data.batching import (
+    batch_index,
+    length_sorted_micro_batches,
+    pair_lengths,
+    preferences_batch,
+)
 from rlhf_exp.data.tokenized import TokenizedPreferences
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.reward_model import RewardModel
@@ -50,7 +55,9 @@ class RewardTask(SingleStepTask):
         chosen = batch_index(len(self.pairs), self.section.batch, self.section.seed, step)
         share = self.world.share(len(chosen))
         rows, weights = chosen[share.rows], share.weights
-        parts = length_sorted_micro_batches(_lengths(self.pairs, rows), self.section.micro_batch)
+        parts = length_sorted_micro_batches(
+            pair_lengths(self.pairs, rows), self.section.micro_batch
+        )
         for part in self.world.micro_batches(parts):
             first, second, weight = self.scores(
                 self.pairs, rows[part.numpy()], weights[part.numpy()]
@@ -93,14 +100,8 @@ def pair_scores(
     share = world.share(len(pairs))
     scores = torch.zeros(len(share.rows), 2)
     size = section.micro_batch or section.batch
-    for part in length_sorted_micro_batches(_lengths(pairs, share.rows), size):
+    for part in length_sorted_micro_batches(pair_lengths(pairs, share.rows), size):
         first, second, _ = score(pairs, share.rows[part.numpy()], share.weights[part.numpy()])
         scores[part] = torch.stack([first, second], dim=1).float().cpu()
     everyone = world.gather(scores).cpu()[: len(pairs)]
     return everyone[:, 0], everyone[:, 1]
-
-
-def _lengths(pairs: TokenizedPreferences, rows: np.ndarray) -> Tensor:
-    """Return the tokens [n] of the longer side of each pair."""
-    longer = np.maximum(pairs.chosen.lengths(), pairs.rejected.lengths())
-    return torch.from_numpy((pairs.prompt.lengths() + longer)[rows].astype(np.int64))

@@ -59,7 +59,7 @@ class Task(Protocol):
 
 
 class SingleStepTask(ABC):
-    """The part that SFT and the reward model share: an iteration is one optimizer step.
+    """The part that SFT, reward model and DPO share: an iteration is one optimizer step.
 
     The order of rows is a function of the step, so a resume needs weights and step alone.
 

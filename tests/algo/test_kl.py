@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_exp.algo.kl import AdaptiveKL, FixedKL, k1, k3, sequence_kl
+from rlhf_exp.algo.kl import (
+    AdaptiveKL,
+    FixedKL,
+    KlEstimatorName,
+    k1,
+    k3,
+    kl_loss,
+    sequence_kl,
+)
 
 
 def test_both_estimators_have_the_divergence_as_their_mean() -> None:
@@ -63,3 +71,45 @@ def test_state_continues_and_the_fixed_weight_stays() -> None:
     other = FixedKL(0.3)
     other.load_state_dict(fixed.state_dict())
     assert other.coef == 0.1
+
+
+def test_kl_loss_by_hand() -> None:
+    new = torch.tensor([[-1.0, -2.0, 0.0], [-3.0, 0.0, math.nan]])
+    old = torch.tensor([[-1.0, -1.0, 0.0], [-3.0, 0.0, math.inf]])
+    ref = torch.tensor([[-2.0, -1.0, 0.0], [-3.0, 0.0, math.nan]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    # d = 1, -1, 0. k3 = exp(-d) - 1 + d = exp(-1), e - 2, 0; rho = 1, exp(-1), 1.
+    plain = kl_loss(new, old, ref, mask, 4.0, "k3", unbiased=False)
+    assert plain.item() == pytest.approx((math.exp(-1) + math.e - 2) / 4)
+    weighted = kl_loss(new, old, ref, mask, 4.0, "k3", unbiased=True)
+    assert weighted.item() == pytest.approx((math.exp(-1) + math.exp(-1) * (math.e - 2)) / 4)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_loss_has_the_gradient_of_the_divergence(estimator: KlEstimatorName) -> None:
+    """Averaged over all tokens that another policy might have sampled: no noise, no tolerance."""
+    scores = torch.tensor([0.3, -1.0, 0.5, 2.0], dtype=torch.float64)
+    ref = torch.tensor([1.0, 0.0, -0.5, 0.2], dtype=torch.float64).log_softmax(0)
+    old = torch.tensor([0.0, 0.1, 0.9, 1.0], dtype=torch.float64).log_softmax(0)
+    new = scores.clone().requires_grad_(True)
+    divergence = (new.softmax(0) * (new.log_softmax(0) - ref)).sum()
+    (expected,) = torch.autograd.grad(divergence, new)
+    tried = scores.clone().requires_grad_(True)
+    every = torch.ones(4, 1, dtype=torch.bool)
+    columns = (tried.log_softmax(0)[:, None], old[:, None], ref[:, None])
+    # One row for each token, weighted by how often the old policy samples it.
+    loss = kl_loss(*columns, every * old.exp()[:, None], 1.0, estimator, unbiased=True)
+    (found,) = torch.autograd.grad(loss, tried)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_k3_alone_has_another_gradient() -> None:
+    """It is that of KL(ref || pi) where the tokens are the policy's own: pi - ref."""
+    scores = torch.tensor([0.3, -1.0, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([1.0, 0.0, -0.5, 0.2], dtype=torch.float64).log_softmax(0)
+    own = scores.log_softmax(0)
+    columns = (own[:, None], own.detach()[:, None], ref[:, None])
+    loss = kl_loss(*columns, own.detach().exp()[:, None], 1.0, "k3", unbiased=False)
+    (found,) = torch.autograd.grad(loss, scores)
+    expected = scores.detach().softmax(0) - ref.exp()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

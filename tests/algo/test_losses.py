@@ -7,11 +7,10 @@ import math
 import pytest
 import torch
 
-from rlhf_exp.algo.kl import KlEstimatorName
 from rlhf_exp.algo.losses import (
     PolicyStats,
+    dpo_loss,
     entropy_bonus,
-    kl_loss,
     language_model_loss,
     pairwise_loss,
     policy_loss,
@@ -132,43 +131,39 @@ def test_entropy_bonus_by_hand() -> None:
     assert entropy_bonus(entropy, MASK, normaliser=5.0).item() == 2.0  # (1 + 2 + 3 + 4) / 5
 
 
-def test_kl_loss_by_hand() -> None:
-    new = torch.tensor([[-1.0, -2.0, 0.0], [-3.0, 0.0, math.nan]])
-    old = torch.tensor([[-1.0, -1.0, 0.0], [-3.0, 0.0, math.inf]])
-    ref = torch.tensor([[-2.0, -1.0, 0.0], [-3.0, 0.0, math.nan]])
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    # d = 1, -1, 0. k3 = exp(-d) - 1 + d = exp(-1), e - 2, 0; rho = 1, exp(-1), 1.
-    plain = kl_loss(new, old, ref, mask, 4.0, "k3", unbiased=False)
-    assert plain.item() == pytest.approx((math.exp(-1) + math.e - 2) / 4)
-    weighted = kl_loss(new, old, ref, mask, 4.0, "k3", unbiased=True)
-    assert weighted.item() == pytest.approx((math.exp(-1) + math.exp(-1) * (math.e - 2)) / 4)
+CHOSEN, REJECTED = torch.tensor([2.0, -1.0, math.nan]), torch.tensor([-1.0, 1.0, 0.0])
+# Margins 3 and -2; the third pair only fills up the batch.
+PAIRS = torch.tensor([1.0, 1.0, 0.0])
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_kl_loss_has_the_gradient_of_the_divergence(estimator: KlEstimatorName) -> None:
-    """Averaged over all tokens that another policy might have sampled: no noise, no tolerance."""
-    scores = torch.tensor([0.3, -1.0, 0.5, 2.0], dtype=torch.float64)
-    ref = torch.tensor([1.0, 0.0, -0.5, 0.2], dtype=torch.float64).log_softmax(0)
-    old = torch.tensor([0.0, 0.1, 0.9, 1.0], dtype=torch.float64).log_softmax(0)
-    new = scores.clone().requires_grad_(True)
-    divergence = (new.softmax(0) * (new.log_softmax(0) - ref)).sum()
-    (expected,) = torch.autograd.grad(divergence, new)
-    tried = scores.clone().requires_grad_(True)
-    every = torch.ones(4, 1, dtype=torch.bool)
-    columns = (tried.log_softmax(0)[:, None], old[:, None], ref[:, None])
-    # One row for each token, weighted by how often the old policy samples it.
-    loss = kl_loss(*columns, every * old.exp()[:, None], 1.0, estimator, unbiased=True)
-    (found,) = torch.autograd.grad(loss, tried)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+def test_dpo_by_hand() -> None:
+    loss, stats = dpo_loss(CHOSEN, REJECTED, PAIRS, 2.0, 0.5, "sigmoid")
+    # -ln sigmoid(x) = ln(1 + e^-x) at x = 0.5 * 3 and 0.5 * -2.
+    expected = (math.log1p(math.exp(-1.5)) + math.log1p(math.exp(1.0))) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert (stats.correct.item(), stats.count.item()) == (1.0, 2.0)
+    assert (stats.chosen.item(), stats.rejected.item()) == (0.5, 0.0)
 
 
-def test_k3_alone_has_another_gradient() -> None:
-    """It is that of KL(ref || pi) where the tokens are the policy's own: pi - ref."""
-    scores = torch.tensor([0.3, -1.0, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
-    ref = torch.tensor([1.0, 0.0, -0.5, 0.2], dtype=torch.float64).log_softmax(0)
-    own = scores.log_softmax(0)
-    columns = (own[:, None], own.detach()[:, None], ref[:, None])
-    loss = kl_loss(*columns, own.detach().exp()[:, None], 1.0, "k3", unbiased=False)
-    (found,) = torch.autograd.grad(loss, scores)
-    expected = scores.detach().softmax(0) - ref.exp()
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+def test_dpo_with_label_smoothing_by_hand() -> None:
+    loss, _ = dpo_loss(CHOSEN, REJECTED, PAIRS, 2.0, 0.5, "sigmoid", label_smoothing=0.1)
+    right = math.log1p(math.exp(-1.5)) + math.log1p(math.exp(1.0))
+    wrong = math.log1p(math.exp(1.5)) + math.log1p(math.exp(-1.0))
+    assert loss.item() == pytest.approx((0.9 * right + 0.1 * wrong) / 2, rel=1e-6)
+
+
+def test_ipo_and_hinge_by_hand() -> None:
+    ipo, _ = dpo_loss(CHOSEN, REJECTED, PAIRS, 2.0, 0.5, "ipo")
+    assert ipo.item() == pytest.approx(((3 - 1) ** 2 + (-2 - 1) ** 2) / 2)  # 1 / (2 * 0.5) = 1
+    hinge, _ = dpo_loss(CHOSEN, REJECTED, PAIRS, 2.0, 0.5, "hinge")
+    assert hinge.item() == pytest.approx((0 + (1 + 1)) / 2)  # 1 - 1.5 is below 0, 1 + 1 above
+
+
+def test_dpo_pushes_apart_what_it_has_the_wrong_way_round() -> None:
+    chosen, rejected = CHOSEN.clone().requires_grad_(True), REJECTED.clone().requires_grad_(True)
+    loss, _ = dpo_loss(chosen, rejected, PAIRS, 2.0, 0.5, "sigmoid")
+    loss.backward()
+    # d/dx -ln sigmoid(beta x) = -beta sigmoid(-beta x), divided by 2 pairs.
+    slopes = [0.25 / (1 + math.exp(1.5)), 0.25 / (1 + math.exp(-1.0)), 0.0]
+    torch.testing.assert_close(chosen.grad, -torch.tensor(slopes))
+    torch.testing.assert_close(rejected.grad, torch.tensor(slopes))

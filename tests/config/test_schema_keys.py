@@ -14,11 +14,12 @@ OPTIONS = [(group.name, option) for group in GROUPS.values() for option in group
 # The groups and options that the design promises.
 PROMISED = {
     "model": "tiny smollm2_135m pythia_160m pythia_1b pythia_6_9b gptj_6b gpt_neox_20b",
-    "stage": "sft reward ppo eval pipeline",
+    "stage": "sft reward dpo ppo eval pipeline",
     "data": "toy hh_rm_static hh_full hh_local",
     "sft": "default recipe",
     "reward": "default recipe",
-    "ppo": "default recipe",
+    "dpo": "default recipe",
+    "ppo": "default recipe rloo grpo reinforce_pp",
     "engine": "native trlx",
     "distributed": "single ddp zero1 zero2 zero2_bf16 zero3 zero3_offload fsdp",
     "eval": "none quick blog toxicity reward_quality human full",

@@ -171,6 +171,7 @@ def test_each_stage_needs_those_before_it() -> None:
     assert found == {
         "sft": ("sft",),
         "reward": ("sft", "reward"),
+        "dpo": ("sft", "dpo"),
         "ppo": ("sft", "reward", "ppo"),
         "eval": whole,
         "pipeline": whole,

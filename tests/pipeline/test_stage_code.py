@@ -57,20 +57,25 @@ ALLOWED = {
     | {"algo/preference", "evaluation/statistics", "models/reward_model"}
     | names("training", "reward reward_scorer")
     | {"stages/reward"},
+    "dpo": COMMON
+    | TRAINER
+    | SAMPLING
+    | {"algo/kl", "training/dpo"}
+    | names("stages", "dpo kept_tensor sampling"),
     "ppo": COMMON
     | TRAINER
     | SAMPLING
     | SCORING
     | {"algo/advantages", "algo/rounding", "distributed/redistribute"}
     | names("training", "ppo ppo_objective ppo_validation")
-    | names("stages", "ppo ppo_inputs"),
+    | names("stages", "kept_tensor ppo ppo_inputs sampling"),
     "trlx_ppo": COMMON
     | SCORING
     | {"algo/advantages", "algo/rounding"}
     | names("training", "ppo_objective result")
     | names("trlx", "convert metrics plan session")
     | names("trlx/worker", "__main__ trlx_line trlx_trainer")
-    | names("stages", "ppo_inputs publish trlx_ppo"),
+    | names("stages", "kept_tensor ppo_inputs publish trlx_ppo"),
     "eval": COMMON
     | SAMPLING
     | SCORING

@@ -33,6 +33,7 @@ from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.result import EvaluationResult, TrainingResult
+from rlhf_exp.training.task import Task
 from rlhf_exp.training.trainer import TrainingContext, train
 
 VOCABULARY, EOS, PAD = 48, 1, 0
@@ -158,7 +159,7 @@ class Evaluations:
 class Run:
     """What a test looks at after a run."""
 
-    task: PpoTask
+    task: Task
     tracker: RecordingTracker
     outcome: TrainingResult | None
     weights: dict[str, Tensor]
@@ -168,7 +169,7 @@ def run_loop(
     world: World,
     folder: Path,
     steps: int = 12,
-    task: PpoTask | None = None,
+    task: Task | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     given_up: Callable[[int, int], bool] | None = None,
     **changes: Any,

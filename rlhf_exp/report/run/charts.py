@@ -66,6 +66,7 @@ def charts_of(
     ]
     groups = [
         ("PPO", ppo_charts(metrics.get("ppo", ()), kl_target)),
+        ("DPO", dpo_charts(metrics.get("dpo", ()))),
         ("Before PPO: demonstrations and preferences", before),
     ]
     return [(heading, charts) for heading, charts in groups if charts]
@@ -91,6 +92,30 @@ def reward_charts(rows: Rows, calibration: Sequence[CalibrationBar] = ()) -> lis
                 "Reward model: accuracy on pairs", rows, accuracy, levels=[(0.5, "chance")]
             ),
             _calibration(calibration),
+        ]
+    )
+
+
+def dpo_charts(rows: Rows) -> list[Chart]:
+    """Return the charts of DPO."""
+    loss = [("train", _TRAIN_LOSS), ("validation", _EVAL_LOSS)]
+    accuracy: list[tuple[str, Names]] = [
+        ("train", ("dpo/accuracy",)),
+        ("validation", ("eval/accuracy",)),
+    ]
+    rewards: list[tuple[str, Names]] = [
+        ("chosen", ("eval/reward_chosen",)),
+        ("rejected", ("eval/reward_rejected",)),
+    ]
+    whole: list[tuple[str, Names]] = [("held-out prompts", ("eval/kl_sequence",))]
+    length: list[tuple[str, Names]] = [("held-out prompts", ("eval/length_mean",))]
+    return _without_missing(
+        [
+            _metric_chart("DPO: loss of a pair", rows, loss),
+            _metric_chart("DPO: accuracy on pairs", rows, accuracy, levels=[(0.5, "chance")]),
+            _metric_chart("DPO: rewards on validation pairs", rows, rewards, levels=[(0.0, "")]),
+            _metric_chart("DPO: KL, nats per answer", rows, whole),
+            _metric_chart("DPO: answer length, tokens", rows, length),
         ]
     )
 
@@ -204,7 +229,7 @@ def write_sheets(
     calibration: Sequence[CalibrationBar] = (),
     kl_target: float | None = None,
 ) -> list[Path]:
-    """Write `sft.svg`, `reward.svg` and `ppo.svg`, of the stages that have charts.
+    """Write `sft.svg`, `reward.svg`, `dpo.svg` and `ppo.svg`, of the stages that have charts.
 
     Args:
         metrics: Rows of `metrics.jsonl` by stage.
@@ -215,6 +240,7 @@ def write_sheets(
     sheets = {
         "sft": sft_charts(metrics.get("sft", ())),
         "reward": reward_charts(metrics.get("reward", ()), calibration),
+        "dpo": dpo_charts(metrics.get("dpo", ())),
         "ppo": ppo_charts(metrics.get("ppo", ()), kl_target),
     }
     folder.mkdir(parents=True, exist_ok=True)

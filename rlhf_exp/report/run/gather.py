@@ -83,7 +83,7 @@ def _identity(final: Artifact) -> list[tuple[str, str]]:
         rows.append(("Revision", f"{manifest.git['revision'][:12]}{changes}"))
     seeds = [
         f"{stage} {manifest.config[stage]['seed']}"
-        for stage in ("sft", "reward", "ppo", "eval")
+        for stage in ("sft", "reward", "dpo", "ppo", "eval")
         if "seed" in manifest.config.get(stage, {})
     ]
     rows.append(("Seeds", ", ".join(seeds)))
@@ -108,6 +108,7 @@ def _data_facts(
     counted = (
         ("sft", "rows", "Demonstrations"),
         ("reward", "pairs", "Preference pairs"),
+        ("dpo", "pairs", "Preference pairs of DPO"),
         ("ppo", "prompts", "Training prompts"),
         ("eval", "prompts", "Test prompts"),
         ("ppo", "cut_prompts", "Prompts cut to fit"),
@@ -125,6 +126,7 @@ def _stage_row(artifact: Artifact, facts: Mapping[str, Any], cached: bool) -> St
     main_metrics = {
         "sft": ("eval/perplexity", "validation perplexity {:.2f}"),
         "reward": ("test/accuracy", "test accuracy {:.3f}"),
+        "dpo": ("eval/accuracy", "validation accuracy {:.3f}"),
         "ppo": ("eval/reward_mean", "validation reward {:.3f}"),
         "eval": ("eval/outcome/win_rate", "{:.0%} of decided pairs won"),
     }
@@ -144,9 +146,9 @@ def _stage_row(artifact: Artifact, facts: Mapping[str, Any], cached: bool) -> St
 
 
 def _usage(artifacts: Mapping[str, Artifact]) -> list[tuple[str, str]]:
-    if "ppo" not in artifacts:
+    artifact = artifacts.get("ppo", artifacts.get("dpo"))
+    if artifact is None:
         return []
-    artifact = artifacts["ppo"]
     return [
         ("Load the model", loading_code(artifact.path / "model")),
         ("Talk to it", f"rlhf-exp chat {artifact.key} --against sft"),

@@ -33,6 +33,11 @@ CURVES = {
         ("KL on validation prompts, nats per answer", "eval/kl_sequence"),
         ("Answer length, tokens", "eval/length_mean"),
     ),
+    "dpo": (
+        ("Accuracy on validation pairs", "eval/accuracy"),
+        ("KL on validation prompts, nats per answer", "eval/kl_sequence"),
+        ("Validation loss of a pair", "eval/loss"),
+    ),
     "reward": (
         ("Accuracy on validation pairs", "eval/accuracy"),
         ("Validation loss, nats per pair", "eval/loss"),

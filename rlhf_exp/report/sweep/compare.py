@@ -22,7 +22,7 @@ from rlhf_exp.report.sweep.settings import flatten, format_override, sort_key
 from rlhf_exp.store.artifact import Artifact
 
 _PAIRED = (("Reward, raw", "score_b"), ("Gold judge", "gold_b"), ("Toxicity", "toxicity_b"))
-_STAGES = ("sft", "reward", "ppo", "eval")
+_STAGES = ("sft", "reward", "dpo", "ppo", "eval")
 Rows = Sequence[PromptRow]
 
 

@@ -43,9 +43,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REWARD, KL = "eval/reward_mean", "eval/kl_sequence"
-TRAINING = ("ppo", "reward", "sft")
+TRAINING = ("ppo", "dpo", "reward", "sft")
 OBJECTIVES = {
     "ppo": "validation reward in standard deviations of SFT's rewards, less β times the KL",
+    "dpo": "DPO's objective on validation pairs",
     "reward": "the reward model's objective on validation pairs",
     "sft": "SFT's objective on validation dialogues",
 }

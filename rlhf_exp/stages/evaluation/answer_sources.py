@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_exp.algo.kl import sequence_kl
-from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.batch import FinishReason, Prompts, Samples
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.data.batching import prompts_batch, right_padded
@@ -30,7 +28,7 @@ from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.answers import Answer, read_answers
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.models.reference import compare_with_reference
+from rlhf_exp.models.reference import sampled_kl
 from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.stages.context import MODEL, SNAPSHOTS, StageContext
@@ -199,26 +197,11 @@ class SampledSource:
                 )
             return None
         policies = self._policy(model), self._policy(baseline)
-        return kl_to_baseline(
-            *policies, samples, generation.temperature or 1.0, self.config.eval.batch
-        )
+        return sampled_kl(*policies, samples, generation.temperature or 1.0, self.config.eval.batch)
 
 
 def _scores(scorer: Scorer | None, samples: Samples) -> list[float] | None:
     return None if scorer is None else score_samples(scorer, samples).tolist()
-
-
-@torch.no_grad()
-def kl_to_baseline(
-    policy: Policy, reference: Policy, samples: Samples, temperature: float, batch: int
-) -> Tensor:
-    """Return the sum over each answer [N] of log policy - log reference, in nats."""
-    kl = torch.zeros(len(samples))
-    for part in compare_with_reference(policy, reference, samples, temperature, batch):
-        lengths = samples.response_lengths[part.rows]
-        mask = response_mask(lengths, part.ref_logprobs.shape[1])
-        kl[part.rows] = sequence_kl(part.policy.logprobs, part.ref_logprobs, mask).cpu()
-    return kl
 
 
 class StoredSource:

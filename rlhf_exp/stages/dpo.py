@@ -1,0 +1,192 @@
+"""The DPO stage: the SFT policy learns from preferences directly, without a reward model.
+
+The reference's log-probabilities are computed once for all runs that share pairs and SFT model, and
+kept by content. The reference itself stays in memory only if answers are sampled for the KL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_exp.config.experiment import Config, StrategyName
+from rlhf_exp.config.training import DpoConfig
+from rlhf_exp.data.batching import batch_index, length_sorted_micro_batches, pair_lengths
+from rlhf_exp.data.rows import Preference
+from rlhf_exp.data.tokenized import TokenizedPreferences, tokenize_preferences, tokenize_prompts
+from rlhf_exp.data.tokenizer import Codec
+from rlhf_exp.distributed.world import World
+from rlhf_exp.errors import UserError
+from rlhf_exp.models.policy import Policy
+from rlhf_exp.models.reference import Reference, build_reference
+from rlhf_exp.stages.context import StageContext, StageResult
+from rlhf_exp.stages.data_module import pairs_of
+from rlhf_exp.stages.kept_tensor import kept_tensor
+from rlhf_exp.stages.publish import save_models
+from rlhf_exp.stages.sampling import sampler_for
+from rlhf_exp.stages.setup import load_policy_model, world_for
+from rlhf_exp.stages.training import (
+    keep_small_updates,
+    lora_of,
+    parameter_facts,
+    run_loop,
+    steps_of,
+)
+from rlhf_exp.store.fingerprint import key_of
+from rlhf_exp.training.dpo import DpoTask, SampledAnswers, pair_logprobs
+
+WATCH = ("loss/total", "dpo/accuracy", "eval/kl_sequence")
+FOLDER = "reference_logprobs"
+
+
+def run(config: Config, context: StageContext) -> StageResult:
+    """Train, and leave the policy in `context.folder/model`."""
+    section = config.dpo
+    rows = context.materials.corpus.preferences
+    if not rows.train:
+        raise UserError("data: no preference pairs to train on; give data.preferences")
+    chosen = pairs_of(rows.train, section.part)
+    if not chosen:
+        raise UserError(f"dpo.part={section.part}: none of {len(rows.train)} pairs is in it")
+    with world_for(config) as world:
+        codec = context.materials.codec(context.models["sft"])
+        # A small data set may leave nothing to validate on: the training pairs then stand in.
+        held_out = rows.validation or rows.train[:100]
+        pairs, validation = (_tokenize(part, codec, config, context) for part in (chosen, held_out))
+        steps = steps_of(section.steps, section.epochs, len(pairs), section.batch)
+        policy = build_policy(config, context)
+        policy.to(world.device)
+        reference = build_reference(policy, world.weights_dtype)
+        keep_small_updates(policy)
+        met = _met(len(pairs), steps, section)
+        task = DpoTask(
+            policy,
+            pairs,
+            _ref_logprobs(reference, pairs, met, config, context, world),
+            validation,
+            _ref_logprobs(
+                reference, validation, np.arange(len(validation)), config, context, world
+            ),
+            _sampled(config, context, policy, reference, codec, world),
+            section,
+            world,
+        )
+        del reference
+        conclude = partial(save_models, config, context, world, policy, codec.tokenizer)
+        outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
+        facts = parameter_facts(policy) | {"pairs": len(pairs), "cut_prompts": pairs.cut}
+        return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
+
+
+def build_policy(config: Config, context: StageContext) -> Policy:
+    """Return the SFT model, set up for training."""
+    section = config.dpo
+    return Policy(
+        load_policy_model(config, context.models["sft"]),
+        train_blocks=section.train_blocks,
+        lora=lora_of(section),
+        value_head=False,
+        seed=section.seed,
+        # They hook into each block, and must see it called once and whole.
+        run_all_positions=config.distributed.strategy in (StrategyName.zero3, StrategyName.fsdp),
+    ).set_gradient_checkpointing(section.gradient_checkpointing)
+
+
+def _tokenize(
+    rows: list[Preference], codec: Codec, config: Config, context: StageContext
+) -> TokenizedPreferences:
+    return tokenize_preferences(rows, codec, config.dpo.seq_length, context.cache / "tokenized")
+
+
+def _met(count: int, steps: int, section: DpoConfig) -> np.ndarray:
+    """Return the pairs that the run meets, each once, in ascending order."""
+    found = np.zeros(count, dtype=bool)
+    for step in range(steps):
+        found[batch_index(count, section.batch, section.seed, step)] = True
+        if found.all():
+            break
+    return found.nonzero()[0]
+
+
+@torch.no_grad()
+def _ref_logprobs(
+    reference: Reference,
+    pairs: TokenizedPreferences,
+    rows: np.ndarray,
+    config: Config,
+    context: StageContext,
+    world: World,
+) -> Tensor:
+    """Return the reference's log-probabilities [pairs, 2] float32 of both responses; NaN elsewhere.
+
+    Args:
+        reference: The frozen model.
+        pairs: The pairs.
+        rows: [n] int64, those that are needed.
+        config: The experiment.
+        context: Names the cache, and the weights.
+        world: The processes.
+    """
+    size = config.dpo.micro_batch or config.dpo.batch
+
+    def compute() -> Tensor:
+        share = world.share(len(rows))
+        own = rows[share.rows]
+        found = torch.zeros(len(own), 2)
+        for part in length_sorted_micro_batches(pair_lengths(pairs, own), size):
+            with world.autocast():
+                found[part] = pair_logprobs(
+                    reference.logprobs, pairs, own[part.numpy()], world.device
+                ).cpu()
+        result = torch.full((len(pairs), 2), float("nan"))
+        result[torch.from_numpy(rows)] = world.gather(found).cpu()[: len(rows)]
+        return result
+
+    digest = hashlib.sha256(rows.tobytes())
+    for column in (pairs.prompt, pairs.chosen, pairs.rejected):
+        digest.update(np.ascontiguousarray(column.flat).tobytes())
+        digest.update(np.ascontiguousarray(column.offsets).tobytes())
+    # All that decides the numbers, to their last bits.
+    how = [
+        config.distributed.precision.name,
+        config.model.dtype.name,
+        torch.get_num_threads(),
+        world.processes,
+        size,
+    ]
+    weights = [context.parents.get("sft"), context.inputs.get("sft")]
+    key = key_of({"pairs": digest.hexdigest(), "weights": weights, "how": how})
+    path = context.cache / FOLDER / f"{key}.npy"
+    return kept_tensor(path, "log-probabilities of the reference", compute, world)
+
+
+def _sampled(
+    config: Config,
+    context: StageContext,
+    policy: Policy,
+    reference: Reference,
+    codec: Codec,
+    world: World,
+) -> Callable[[], Mapping[str, float]]:
+    """Return what answers validation prompts, or says nothing where `eval_prompts` is 0."""
+    section = config.dpo
+    rows = context.materials.corpus.prompts
+    asked = (rows.validation or rows.train)[: section.eval_prompts]
+    if not asked:
+        return dict
+    sampler = sampler_for(
+        config, policy, codec, world, section.seed, capture=False, section=section.generation
+    )
+    prompts = tokenize_prompts(
+        asked,
+        codec,
+        section.seq_length,
+        section.generation.max_new_tokens,
+        context.cache / "tokenized",
+    )
+    return SampledAnswers(policy, reference, sampler, prompts, section.generation, world)

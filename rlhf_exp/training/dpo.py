@@ -1,0 +1,213 @@
+"""Direct preference optimisation: a policy learns from pairs, without a reward model or sampling.
+
+The policy itself is the reward model: r(x, y) = beta (log pi(y|x) - log pi_ref(y|x)), and the loss
+asks that the preferred response has the higher one. The reference's log-probabilities never change,
+so they are computed once before training.
+
+Source: Rafailov et al. 2023 (https://arxiv.org/abs/2305.18290). Both sides of a pair go through one
+forward pass. n pairs, T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_exp.algo.losses import DpoStats, dpo_loss
+from rlhf_exp.batch import FinishReason
+from rlhf_exp.config.training import DpoConfig, GenerationConfig
+from rlhf_exp.data.batching import (
+    batch_index,
+    length_sorted_micro_batches,
+    pair_lengths,
+    prompts_batch,
+    right_padded,
+)
+from rlhf_exp.data.tokenized import TokenizedPreferences, TokenizedPrompts
+from rlhf_exp.distributed.world import World
+from rlhf_exp.models.policy import Policy
+from rlhf_exp.models.reference import Reference, sampled_kl
+from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.training.metrics import MetricAccumulator
+from rlhf_exp.training.result import EvaluationResult
+from rlhf_exp.training.task import SingleStepTask
+
+Forward = Callable[..., Tensor]
+"""Maps tokens, prompt_lengths, response_lengths and temperature to log-probabilities [rows, T]."""
+
+
+class DpoTask(SingleStepTask):
+    """DPO's training task.
+
+    Args:
+        policy: The policy, without a value head.
+        pairs: Training pairs.
+        ref_logprobs: [pairs, 2] float32, of the reference: chosen and rejected responses.
+        validation: Validation pairs.
+        validation_ref_logprobs: The same of these.
+        sampled: Metrics of answers to validation prompts by the policy as it is.
+        section: Sizes and coefficients.
+        world: The processes.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        pairs: TokenizedPreferences,
+        ref_logprobs: Tensor,
+        validation: TokenizedPreferences,
+        validation_ref_logprobs: Tensor,
+        sampled: Callable[[], Mapping[str, float]],
+        section: DpoConfig,
+        world: World,
+    ) -> None:
+        super().__init__(policy, world)
+        self.pairs, self.ref_logprobs = pairs, ref_logprobs
+        self.validation, self.validation_ref_logprobs = validation, validation_ref_logprobs
+        self.sampled, self.section = sampled, section
+
+    def _losses(self, step: int) -> Iterator[Tensor]:
+        """Yield each micro-batch's part (0-dim) of the loss of optimizer step `step`."""
+        section = self.section
+        chosen = batch_index(len(self.pairs), section.batch, section.seed, step)
+        share = self.world.share(len(chosen))
+        rows, weights = chosen[share.rows], torch.from_numpy(share.weights)
+        parts = length_sorted_micro_batches(pair_lengths(self.pairs, rows), section.micro_batch)
+        for part in self.world.micro_batches(parts):
+            index = rows[part.numpy()]
+            ratios = self._log_ratios(self.pairs, index, self.ref_logprobs)
+            weight = weights[part].to(self.world.device)
+            loss, stats = self._pair_loss(ratios, weight, float(len(chosen)))
+            yield loss
+            self.meters.add("loss/total", loss * len(chosen), stats.count)
+            self.meters.add("dpo/accuracy", stats.correct, stats.count)
+            self.meters.add("dpo/reward_chosen", stats.chosen, stats.count)
+            self.meters.add("dpo/reward_rejected", stats.rejected, stats.count)
+            self.meters.add("dpo/margin", stats.chosen - stats.rejected, stats.count)
+
+    def _pair_loss(
+        self, ratios: Tensor, weights: Tensor, normaliser: float
+    ) -> tuple[Tensor, DpoStats]:
+        section = self.section
+        return dpo_loss(
+            ratios[:, 0],
+            ratios[:, 1],
+            weights,
+            normaliser,
+            section.beta,
+            section.loss.value,
+            section.label_smoothing,
+        )
+
+    def _log_ratios(
+        self, pairs: TokenizedPreferences, rows: np.ndarray, ref_logprobs: Tensor
+    ) -> Tensor:
+        """Return log pi - log pi_ref [n, 2] of both sides, by token with `length_normalised`."""
+
+        def forward(**responses: Any) -> Tensor:  # noqa: ANN401 - those of `Forward`
+            logprobs: Tensor = self._forward(**responses).logprobs
+            return logprobs
+
+        with self.world.autocast():
+            logprobs = pair_logprobs(forward, pairs, rows, self.world.device)
+        ratios = logprobs - ref_logprobs[torch.from_numpy(rows)].to(logprobs.device)
+        if self.section.length_normalised:
+            ratios = ratios / response_lengths(pairs, rows).to(ratios.device)
+        return ratios
+
+    @torch.no_grad()
+    def evaluate(self) -> EvaluationResult:
+        """Return loss, accuracy and rewards on validation pairs, and metrics of answers."""
+        section, pairs, count = self.section, self.validation, len(self.validation)
+        share = self.world.share(count)
+        ratios = torch.zeros(len(share.rows), 2)
+        size = section.micro_batch or section.batch
+        for part in length_sorted_micro_batches(pair_lengths(pairs, share.rows), size):
+            found = self._log_ratios(pairs, share.rows[part.numpy()], self.validation_ref_logprobs)
+            ratios[part] = found.float().cpu()
+        everyone = self.world.gather(ratios).cpu()[:count]
+        loss, stats = self._pair_loss(everyone, torch.ones(count), float(count))
+        metrics = {
+            "eval/loss": float(loss),
+            "eval/accuracy": float(stats.correct / count),
+            "eval/reward_chosen": float(stats.chosen / count),
+            "eval/reward_rejected": float(stats.rejected / count),
+            "eval/margin": float((stats.chosen - stats.rejected) / count),
+        }
+        with self.world.gathered():
+            metrics |= self.sampled()
+        return EvaluationResult(metrics, -metrics["eval/loss"])
+
+
+class SampledAnswers:
+    """Answers validation prompts with the same noise each time, and compares with the reference."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Reference,
+        sampler: Sampler,
+        prompts: TokenizedPrompts,
+        section: GenerationConfig,
+        world: World,
+    ) -> None:
+        self.policy, self.reference, self.sampler = policy, reference, sampler
+        self.prompts, self.section, self.world = prompts, section, world
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        """Return the mean KL of an answer, in nats, its length, and how many ended."""
+        meters = MetricAccumulator(self.world)
+        share = self.world.share(len(self.prompts))
+        batch = prompts_batch(self.prompts, share.rows, np.asarray(share.rows))
+        samples = self.sampler(batch.to(self.world.device))
+        weights = torch.from_numpy(share.weights).to(self.world.device)
+        kl = sampled_kl(
+            self.policy,
+            self.reference,
+            samples,
+            self.section.temperature,
+            self.section.batch,
+            self.world.autocast,
+        )
+        total = weights.sum()
+        meters.add("eval/kl_sequence", (kl * weights).sum(), total)
+        meters.add("eval/length_mean", (samples.response_lengths * weights).sum(), total)
+        ended = (samples.finish != FinishReason.LENGTH) * weights
+        meters.add("eval/ended_fraction", ended.sum(), total)
+        return meters.means()
+
+
+def pair_logprobs(
+    forward: Forward, pairs: TokenizedPreferences, rows: np.ndarray, device: torch.device
+) -> Tensor:
+    """Return the summed log-probabilities [n, 2] float32 of the chosen and rejected responses.
+
+    Args:
+        forward: A policy's or reference's log-probabilities.
+        pairs: The pairs.
+        rows: [n] int64, which of them.
+        device: Of the model.
+    """
+    parts = [
+        (pairs.prompt[row], side[row]) for side in (pairs.chosen, pairs.rejected) for row in rows
+    ]
+    tokens, _ = right_padded(parts)
+    lengths = torch.tensor([[len(prompt), len(response)] for prompt, response in parts])
+    logprobs = forward(
+        tokens=tokens.to(device),
+        prompt_lengths=lengths[:, 0].to(device),
+        response_lengths=lengths[:, 1].to(device),
+        temperature=1.0,
+    )
+    return logprobs.float().sum(1).view(2, len(rows)).t()
+
+
+def response_lengths(pairs: TokenizedPreferences, rows: np.ndarray) -> Tensor:
+    """Return the tokens [n, 2] of the chosen and rejected responses."""
+    sides = np.stack([pairs.chosen.lengths()[rows], pairs.rejected.lengths()[rows]], axis=1)
+    return torch.from_numpy(sides.astype(np.int64))

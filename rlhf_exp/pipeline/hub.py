@@ -7,6 +7,7 @@ used where the config leaves the revision open, so that results do not depend on
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,10 @@ from rlhf_exp.config.experiment import Config, DataSource
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.keys import MODEL_FILES
 from rlhf_exp.pipeline.plan import Step, StepState
-from rlhf_exp.store.atomic_files import write_json_atomic
+from rlhf_exp.store.atomic_files import files_below, write_json_atomic
+from rlhf_exp.store.sealed import file_digest_once
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 PINS = "pins.json"
 MODEL, DATASET = "model", "dataset"
@@ -203,6 +207,32 @@ def _cached(need: Need, pin: Pin) -> bool:
         for name in pin.files
     )
     return all(isinstance(path, str) and Path(path).exists() for path in paths)
+
+
+def check_cached(model: str, revision: str | None) -> None:
+    """Check that a model from the hub is in this machine's cache as it was uploaded.
+
+    The cache names each large file by the sha256 of its content. A model that is not there yet is
+    not looked at: it will be downloaded.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return
+    for path in files_below(folder, links=True):
+        blob = path.resolve()
+        if _SHA256.fullmatch(blob.name) and file_digest_once(blob) != blob.name:
+            raise UserError(
+                f"{path}: damaged: the content is not what the hub has ({blob.stat().st_size} "
+                f"bytes). Remove {blob} and fetch the model again (rlhf-exp fetch, or the same "
+                "command with the network)"
+            )
 
 
 def fetch(output_dir: Path, need: Need, update: bool = False) -> Pin:

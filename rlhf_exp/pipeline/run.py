@@ -13,6 +13,7 @@ from rlhf_exp.config.evaluation import SAMPLES, SAMPLES_FILE
 from rlhf_exp.config.experiment import CachePolicy, Config
 from rlhf_exp.config.training import CONTINUED
 from rlhf_exp.pipeline.executor import StageExecutor
+from rlhf_exp.pipeline.hub import check_cached
 from rlhf_exp.pipeline.inputs import CHECKPOINTS, MODEL, NOTE, StartedNote, weights_digest
 from rlhf_exp.pipeline.plan import PACKAGE, Step, StepState, refuse_changed, stale_files, store_of
 from rlhf_exp.search.pruning import RunningTrial
@@ -148,6 +149,9 @@ class _StepRun:
             for role, parent in self.parents.items():
                 if parent is not None:
                     parent.verify(_files_read(role))
+            for role, model in self.models.items():
+                if not Path(model).exists():
+                    check_cached(model, self.config.model.revision if role == "base" else None)
             folder, note = self._staging()
             return FinishedStep(step, self._make(folder, note, lease), trained=True)
 

@@ -118,13 +118,13 @@ def sync_tree(folder: Path) -> None:
         sync(Path(place))
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Yield the regular files below `folder` in a fixed order; links are left out."""
+def files_below(folder: Path, *, links: bool = False) -> Iterator[Path]:
+    """Yield the regular files below `folder` in a fixed order; links to files only if asked for."""
     for place, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             path = Path(place) / name
-            if path.is_file() and not path.is_symlink():
+            if path.is_file() and (links or not path.is_symlink()):
                 yield path
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from rlhf_exp.commands.inspect import compare, report, status
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.plan import StepState, computed_with, plan
 from rlhf_exp.store.sealed import sealed_values
-from tests.lab import artifact, jsonl, pairs, run, small_config
+from tests.lab import LAUNCH, ROOT, artifact, jsonl, pairs, run, small, small_config, weights
 
 STAGES = ("sft", "reward", "ppo", "eval")
 # What nobody reads any more once the stage is done.
@@ -182,3 +184,56 @@ def test_a_plan_makes_its_notes_again(
         sealed_values(notes)  # whole again
     assert again == keys
     assert (str(notes) in caplog.text) is (damage != "missing")
+
+
+def launched(outputs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run `launch.py` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(LAUNCH), *small(outputs, *overrides)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+
+CACHED = {
+    "reward": ("chosen.flat.npy", "rejected.offsets.npy", "counts.json", "digests.json"),
+    "ppo": ("original.flat.npy", "prompt.offsets.npy", "original_scores"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("stage", CACHED)
+def test_damaged_caches_are_made_again_by_a_run(
+    small_run: Path, run_copy: Path, stage: str, damage: str
+) -> None:
+    """Each file of the stage's sets in turn; the result is the one of the undamaged cache."""
+    for name in CACHED[stage]:
+        pattern = f"tokenized/*/{name}" if "." in name else f"{name}/*.npy"
+        paths = sorted((run_copy / "cache").glob(pattern))
+        assert paths
+        for path in paths:
+            DAMAGES[damage](path)
+        shutil.rmtree(run_copy / "store" / stage)
+        done = launched(run_copy, f"stage={stage}")
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        assert damage == "missing" or "again" in done.stderr, (name, done.stderr)
+        assert weights(artifact(run_copy, stage)) == weights(artifact(small_run, stage)), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_names_what_is_damaged_in_the_store(run_copy: Path, damage: str) -> None:
+    for stage, asked in NEXT_STAGE.items():
+        for name in ("model.safetensors", "config.json", "tokenizer.json"):
+            path = artifact(run_copy, stage).path / "model" / name
+            with damaged(path, damage):
+                done = launched(run_copy, *asked)
+            assert (done.returncode, str(path) in done.stderr) == (2, True), done.stderr
+            assert "Traceback" not in done.stderr
+            assert f"rerun=[{stage}]" in done.stderr

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from rlhf_exp.config.compose import compose
@@ -13,7 +15,7 @@ from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline import hub
-from rlhf_exp.pipeline.hub import Need, Pin, Pins, missing, needs, pinned
+from rlhf_exp.pipeline.hub import Need, Pin, Pins, check_cached, missing, needs, pinned
 from rlhf_exp.pipeline.inputs import ResolvedModel
 from rlhf_exp.pipeline.plan import Step, StepState, plan
 from tests.lab import ROOT
@@ -21,6 +23,32 @@ from tests.pipeline.stand_in_hub import COMMIT, stand_in_hub
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickles"}
 MODEL = Need("model.path", "model", "org/small", None)
+
+
+def cached(home: Path, name: str, content: bytes) -> Path:
+    """Put a large file into a cache of the hub, as `huggingface_hub` lays it out; return it."""
+    folder = home / "models--org--small"
+    digest = hashlib.sha256(content).hexdigest()
+    for part in ("blobs", "refs", f"snapshots/{COMMIT}"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    (folder / "blobs" / digest).write_bytes(content)
+    path = folder / "snapshots" / COMMIT / name
+    path.symlink_to(Path("../../blobs") / digest)
+    return path
+
+
+@pytest.mark.parametrize("revision", [None, COMMIT])
+def test_a_damaged_file_of_the_hubs_cache_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    check_cached("org/small", revision)  # not there yet
+    path = cached(tmp_path, "model.safetensors", b"weights of a model")
+    check_cached("org/small", revision)
+    path.resolve().write_bytes(b"weights of a modem")
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged.*Remove .*/blobs/"):
+        check_cached("org/small", revision)
 
 
 def fetch(home: Path, address: str, *arguments: str) -> subprocess.CompletedProcess[str]:

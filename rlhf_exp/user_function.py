@@ -22,6 +22,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn, SupportsFloat, TypeVar
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.function_source import function_module, function_source
 
 T = TypeVar("T")
 MAX_FLOAT32 = 3.4028234663852886e38
@@ -106,17 +107,19 @@ class UserFunction:
 
 
 def load_function(reference: str, key: str = "ppo.reward.function") -> Callable[..., Any]:
-    """Load a user's function, given as `file.py:name`.
+    """Load a user's function, given as `file.py:name` or `package.module:name`.
 
     Args:
-        reference: the file and the function's name.
+        reference: the file or module, and the function's name.
         key: the config key that named it, for errors.
 
     Raises:
         UserError: the file cannot be run, or has no function of that name.
     """
-    file, _, name = reference.rpartition(":")
-    path = Path(file)
+    path, name = function_source(reference)
+    module_name = function_module(reference)
+    if module_name is not None:
+        return _of_module(module_name, name, f"{key}={reference}")
     spec = importlib.util.spec_from_file_location(f"user_{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise UserError(f"{key}={reference}: no Python file at {path.absolute()}")
@@ -127,6 +130,18 @@ def load_function(reference: str, key: str = "ppo.reward.function") -> Callable[
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{key}={reference}: {path} has no function {name!r}")
+    return function
+
+
+def _of_module(module_name: str, name: str, given: str) -> Callable[..., Any]:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # last: nothing of the user's takes the place of a library
+    with _guarded(f"{given}: importing {module_name} failed"):
+        module = importlib.import_module(module_name)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{given}: {module_name} has no function {name!r}")
     return function
 
 

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from rlhf_exp.config.experiment import Family, ModelConfig
 from rlhf_exp.config.problems import ConfigChecker
 from rlhf_exp.config.schema_keys import all_keys
+from rlhf_exp.function_source import function_module, function_source
 from rlhf_exp.redaction import note_secret_variable, without_secrets
 
 # 256 bytes, end of text and padding; imported from nowhere, so that checks need no tokenizer.
@@ -125,13 +126,19 @@ def check_function(check: ConfigChecker, key: str) -> None:
         check: The config, and the problems found in it.
         key: The config key that names the function.
     """
-    file, colon, name = check.value(key).rpartition(":")
+    reference = check.value(key)
+    file, colon, name = reference.rpartition(":")
     if not colon or not file or not name.isidentifier():
-        check.add(key, "expected a file and a function in it: my_reward.py:score.")
+        message = (
+            "expected a function of a file or module: my_reward.py:score, package.module:score."
+        )
+        check.add(key, message)
         return
-    path = Path(file).expanduser().resolve()
+    path = function_source(reference)[0].resolve()
     if not path.is_file():
-        check.add(key, f"there is no file {path}.")
+        module = function_module(reference)
+        missing = f"file {path}" if module is None else f"module {module} here, nor installed"
+        check.add(key, f"there is no {missing}.")
         return
     try:
         tree = ast.parse(path.read_bytes())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from rlhf_exp.config.fields import setting
+from rlhf_exp.function_source import names_function
 
 
 class JudgeName(Enum):
@@ -109,7 +110,8 @@ class ToxicityConfig:
     )
     scorer: str = setting(
         PROFANITY,
-        "alt-profanity-check, a text classifier (hub id or folder), or a function (file.py:name).",
+        "alt-profanity-check, a text classifier (hub id or folder), or a function (file.py:name or "
+        "package.module:name).",
     )
     scorer_revision: str | None = setting(None, "Commit, tag or branch of a classifier's hub id.")
     label: str | None = setting(
@@ -122,8 +124,7 @@ class ToxicityConfig:
         """The kind of scorer that `scorer` names."""
         if self.scorer == PROFANITY:
             return ScorerKind.profanity
-        file, _, _ = self.scorer.rpartition(":")
-        return ScorerKind.function if file.endswith(".py") else ScorerKind.classifier
+        return ScorerKind.function if names_function(self.scorer) else ScorerKind.classifier
 
 
 @dataclass

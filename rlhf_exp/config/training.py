@@ -272,7 +272,9 @@ class PpoRewardConfig:
         0.0, "Subtracted from the score of a response that had not ended."
     )
     function: str | None = setting(
-        None, "A Python function instead of the reward model: `file.py:name`, see docs/rewards.md."
+        None,
+        "A Python function instead of the reward model: `file.py:name` or `package.module:name`, "
+        "see docs/rewards.md.",
     )
     url: str | None = setting(
         None,

@@ -27,6 +27,7 @@ from rlhf_exp.config.experiment import (
 )
 from rlhf_exp.config.fields import key_content
 from rlhf_exp.config.training import CONTINUED
+from rlhf_exp.function_source import function_source
 from rlhf_exp.store.fingerprint import DigestCache, key_of
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -171,8 +172,8 @@ class Keys:
         if reference is None:
             # The length at which the reward model cuts, which need not be in its own key.
             return {"judge_length": max(self.config.reward.seq_length, self.config.ppo.seq_length)}
-        file, _, name = reference.rpartition(":")
-        return {"function": {"source": self.digests.file(Path(file)), "name": name}}
+        file, name = function_source(reference)
+        return {"function": {"source": self.digests.file(file), "name": name}}
 
     def _toxicity(self) -> dict[str, Any]:
         section = self.config.eval.toxicity
@@ -193,8 +194,8 @@ class Keys:
         section = self.config.eval.toxicity
         if section.scorer_kind is not ScorerKind.function:
             return self._content(section.scorer)
-        file, _, name = section.scorer.rpartition(":")
-        return {"source": self.digests.file(Path(file)), "name": name}
+        file, name = function_source(section.scorer)
+        return {"source": self.digests.file(file), "name": name}
 
     def _content(self, source: str) -> str:
         """Return the digest of a file or folder; a hub id unchanged."""

@@ -41,6 +41,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # Modules that compute nothing: a message or a help text may change in them without putting a
 # trained model in doubt.
 # - __init__.py: the version.
+# - function_source.py: where a user's function is; its content is in the key.
 # - config/: its values are in the key.
 # - tracking/, stages/tracking.py, training/memory.py: they record what others have computed.
 # - store/: results are found by their key and checked by their digests.
@@ -50,6 +51,7 @@ NOT_COMPUTING = (
     "rlhf_exp/__init__.py",
     "rlhf_exp/config/",
     "rlhf_exp/errors.py",
+    "rlhf_exp/function_source.py",
     "rlhf_exp/processes/",
     "rlhf_exp/redaction.py",
     "rlhf_exp/signals.py",

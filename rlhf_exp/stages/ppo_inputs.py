@@ -6,7 +6,6 @@ The scores are computed once for all runs that share prompts and reward, and kep
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from rlhf_exp.data.rows import Prompt
 from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
+from rlhf_exp.function_source import function_source
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.stages.kept_tensor import kept_tensor
 from rlhf_exp.store.fingerprint import key_of
@@ -119,8 +119,8 @@ def _judge(config: Config, context: StageContext, scorer: Scorer) -> list[str | 
     """Return what tells what scores from anything else, or `None` where nothing does."""
     reward = config.ppo.reward
     if reward.function is not None:
-        file, _, name = reward.function.rpartition(":")
-        return [file_digest(Path(file)), name]
+        file, name = function_source(reward.function)
+        return [file_digest(file), name]
     if isinstance(scorer, ServerScorer):
         info = scorer.client.info
         server_name = reward.name or (None if info is None else info.name)

@@ -244,7 +244,7 @@ def test_a_value_branch_needs_a_frozen_trunk() -> None:
     [
         ("reward.py:score", None),
         ("reward.py:scores", "has no function scores; its functions are score, other"),
-        ("reward.py", "expected a file and a function in it"),
+        ("reward.py", "expected a function of a file or module"),
         ("missing.py:score", "there is no file /"),
         ("broken.py:score", "is not valid Python"),
         ("empty.py:score", "has no function score; it has no function"),

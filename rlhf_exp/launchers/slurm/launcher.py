@@ -26,6 +26,7 @@ from rlhf_exp.config.launchers import SlurmConfig
 from rlhf_exp.config.problems import Problem, raise_problems
 from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.errors import Detached, JobsFailed, UserError
+from rlhf_exp.function_source import function_module, function_source
 from rlhf_exp.launchers.points import (
     SweepPoint,
     finished_records,
@@ -363,8 +364,10 @@ def copy_user_functions(config: Config, target: Path) -> Config:
 
 
 def _copy_function(reference: str, target: Path) -> str:
-    file, _, name = reference.rpartition(":")
-    copy = target / "functions" / file_digest(Path(file))[:16] / Path(file).name
+    if function_module(reference) is not None:
+        return reference  # it may import others of its package
+    file, name = function_source(reference)
+    copy = target / "functions" / file_digest(file)[:16] / file.name
     copy.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(file, copy)
     return f"{copy}:{name}"

@@ -28,7 +28,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.human_agreement import read_judged_pairs
 from rlhf_exp.evaluation.toxicity.prompts import load_prompts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 T = TypeVar("T")
 
 

@@ -376,6 +376,7 @@ def sampled_pairs(policy: Artifact, count: int, seed: int) -> list[Item]:
         temperature=generation.temperature,
         batch=config.eval.batch,
         eos_id=codec.eos_id,
+        end_ids=codec.end_ids,
         pad_id=codec.pad_id,
         cache=cache_of(config),
     )

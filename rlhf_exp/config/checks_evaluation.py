@@ -53,6 +53,10 @@ def check_eval(check: ConfigChecker) -> None:
     if context is not None and longest is not None and longest >= context:
         message = f"leaves no room for a prompt in the model's context of {context} tokens."
         check.add("eval.max_new_tokens", message)
+    elif longest is not None:
+        _check_room(check, "eval.max_new_tokens")
+    elif config.ppo.use is not None:  # else it is reported of PPO's training
+        _check_room(check, "ppo.generation.max_new_tokens")
     _check_compared_models(check)
     check_judge(check)
     if TOXICITY in parts_of(config.eval.suite):
@@ -61,6 +65,18 @@ def check_eval(check: ConfigChecker) -> None:
         check_scorer(check)
     if REWARD_QUALITY in parts_of(config.eval.suite):
         _check_reward_quality(check)
+
+
+def _check_room(check: ConfigChecker, key: str) -> None:
+    """Report answers so long that an evaluation's rows, as long as PPO's, have no room for prompts.
+
+    Args:
+        check: The config, and the problems found in it.
+        key: The key of the longest answer.
+    """
+    room = check.config.ppo.seq_length
+    if check.config.eval.samples is None and check.value(key) >= room:
+        check.add(key, f"leaves no room for a prompt in ppo.seq_length={room}.")
 
 
 def _check_compared_models(check: ConfigChecker) -> None:
@@ -136,6 +152,8 @@ def check_toxicity(check: ConfigChecker) -> None:
     if context is not None and section.max_new_tokens >= context:
         message = f"leaves no room for a prompt in the model's context of {context} tokens."
         check.add(key("max_new_tokens"), message)
+    else:
+        _check_room(check, key("max_new_tokens"))
 
 
 def _check_toxicity_data(check: ConfigChecker) -> None:

@@ -107,10 +107,11 @@ class DataModule:
             )
         return rows
 
-    def training_pairs(self, part: str | None) -> list[Preference]:
-        """Return the pairs that a reward model learns from.
+    def training_pairs(self, stage: str, part: str | None) -> list[Preference]:
+        """Return the pairs that a stage learns from.
 
         Args:
+            stage: `reward` or `dpo`, for errors.
             part: A part such as `1/2`; all pairs without.
 
         Raises:
@@ -121,7 +122,7 @@ class DataModule:
             raise UserError("data: no preference pairs to train on; give data.preferences")
         chosen = pairs_of(rows, part)
         if not chosen:
-            raise UserError(f"reward.part={part}: none of {len(rows)} pairs is in it")
+            raise UserError(f"{stage}.part={part}: none of {len(rows)} pairs is in it")
         return chosen
 
     def training_prompts(self, with_response: bool) -> Splits[Prompt]:

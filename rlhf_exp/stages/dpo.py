@@ -21,11 +21,9 @@ from rlhf_exp.data.rows import Preference
 from rlhf_exp.data.tokenized import TokenizedPreferences, tokenize_preferences, tokenize_prompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
-from rlhf_exp.errors import UserError
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference, build_reference
 from rlhf_exp.stages.context import StageContext, StageResult
-from rlhf_exp.stages.data_module import pairs_of
 from rlhf_exp.stages.kept_tensor import kept_tensor
 from rlhf_exp.stages.publish import save_models
 from rlhf_exp.stages.sampling import sampler_for
@@ -47,12 +45,8 @@ FOLDER = "reference_logprobs"
 def run(config: Config, context: StageContext) -> StageResult:
     """Train, and leave the policy in `context.folder/model`."""
     section = config.dpo
+    chosen = context.materials.training_pairs("dpo", section.part)
     rows = context.materials.corpus.preferences
-    if not rows.train:
-        raise UserError("data: no preference pairs to train on; give data.preferences")
-    chosen = pairs_of(rows.train, section.part)
-    if not chosen:
-        raise UserError(f"dpo.part={section.part}: none of {len(rows.train)} pairs is in it")
     with world_for(config) as world:
         codec = context.materials.codec(context.models["sft"])
         # A small data set may leave nothing to validate on: the training pairs then stand in.

@@ -39,7 +39,6 @@ from rlhf_exp.models.pretrained import context_of, load_config, load_tokenizer
 from rlhf_exp.models.reward_model import reward_model_config
 from rlhf_exp.stages.data_module import DataModule
 from rlhf_exp.stages.evaluation import toxicity
-from rlhf_exp.stages.scorers import longest_input
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Prospect:
         materials: Its data.
         work: The stages that will run.
         given: Folder or hub id by role, of the models that exist already and that no stage of
-            this experiment has made: `base`, `sft`, `reward`, `ppo`, referee, those of
+            this experiment has made: `base`, `sft`, `reward`, `dpo`, `ppo`, referee, those of
             `eval.models`.
     """
 
@@ -71,6 +70,9 @@ class Prospect:
         judged = self.evaluates and needs_reward(self.config.eval.suite)
         return self.config.ppo.reward.model_scores and ("ppo" in self.work or judged)
 
+
+_SCORED = ("reward", "ppo")
+"""The stages whose `seq_length` a reward model has to read (`longest_input`)."""
 
 Check = Callable[[Prospect], Iterable[str]]
 
@@ -100,7 +102,9 @@ def data_problems(prospect: Prospect) -> Iterator[str]:
     if "sft" in prospect.work:
         needs.append(materials.training_demonstrations)
     if "reward" in prospect.work:
-        needs.append(lambda: materials.training_pairs(config.reward.part))
+        needs.append(lambda: materials.training_pairs("reward", config.reward.part))
+    if "dpo" in prospect.work:
+        needs.append(lambda: materials.training_pairs("dpo", config.dpo.part))
     if "ppo" in prospect.work:
         needs.append(lambda: materials.training_prompts(config.ppo.reward.delta))
     if prospect.evaluates and {PREFERENCE, REWARD_QUALITY} & set(parts_of(config.eval.suite)):
@@ -112,27 +116,21 @@ def data_problems(prospect: Prospect) -> Iterator[str]:
 def policy_model_problems(prospect: Prospect) -> Iterator[str]:
     """Yield why a model that is given cannot be trained or evaluated as a policy."""
     config = prospect.config
-    lengths: dict[str, int] = {}
-    if "sft" in prospect.work or _reward_starts_from_base(prospect):
-        lengths["base"] = max(config.sft.seq_length, config.ppo.seq_length)
-    lengths |= dict.fromkeys(_roles_of_policies(prospect), config.ppo.seq_length)
-    if "reward" in prospect.work and config.reward.init is RewardInit.sft:
-        lengths["sft"] = max(config.reward.seq_length, lengths.get("sft", 0))
-    for role, length in lengths.items():
+    # The stages that read a model's rows; what SFT leaves has its base model's positions.
+    readers: dict[str, list[str]] = {}
+    trained = [stage for stage in ("sft", "reward", "dpo", "ppo") if stage in prospect.work]
+    for stage in trained:
+        from_base = stage == "sft" or (stage == "reward" and config.reward.init is RewardInit.base)
+        source = "base" if from_base or "sft" in prospect.work else "sft"
+        readers.setdefault(source, []).append(stage)
+    if prospect.evaluates:
+        for role in config.eval.models:
+            readers.setdefault(role, []).append("ppo")  # whose lengths an evaluation has
+    for role, stages in readers.items():
         if role in prospect.given:
             revision = config.model.revision if role == "base" else None
-            yield from _model_problems(prospect, role, revision, length, policy=True)
-
-
-def _roles_of_policies(prospect: Prospect) -> Iterator[str]:
-    if "ppo" in prospect.work:
-        yield "sft"
-    if prospect.evaluates:
-        yield from prospect.config.eval.models
-
-
-def _reward_starts_from_base(prospect: Prospect) -> bool:
-    return "reward" in prospect.work and prospect.config.reward.init is RewardInit.base
+            lengths = {f"{s}.seq_length": int(getattr(config, s).seq_length) for s in stages}
+            yield from _model_problems(prospect, role, revision, lengths, policy=True)
 
 
 def reward_model_problems(prospect: Prospect) -> Iterator[str]:
@@ -144,11 +142,17 @@ def reward_model_problems(prospect: Prospect) -> Iterator[str]:
         roles.append(REFEREE)
     for role in roles:
         if role in prospect.given:
-            yield from _model_problems(prospect, role, None, longest_input(config), policy=False)
+            lengths = {f"{s}.seq_length": int(getattr(config, s).seq_length) for s in _SCORED}
+            yield from _model_problems(prospect, role, None, lengths, policy=False)
 
 
 def _model_problems(
-    prospect: Prospect, role: str, revision: str | None, length: int, *, policy: bool
+    prospect: Prospect,
+    role: str,
+    revision: str | None,
+    lengths: Mapping[str, int],
+    *,
+    policy: bool,
 ) -> Iterator[str]:
     """Yield the problems of one model.
 
@@ -156,7 +160,7 @@ def _model_problems(
         prospect: Names the model.
         role: Its role.
         revision: Revision of a hub id.
-        length: Most tokens of a row that it will read.
+        lengths: Most tokens of a row that it will read, by the key that says so.
         policy: Whether it writes answers; otherwise it scores them.
     """
     path, option = prospect.given[role], _option(prospect, role)
@@ -171,10 +175,11 @@ def _model_problems(
     problems += _template_problems(prospect, codec)
     problems += vocabulary_problems(config, codec.tokenizer)
     context = context_of(config)
-    if context is not None and length > context:
+    too_long = {key: length for key, length in lengths.items() if length > (context or length)}
+    if too_long:
         problems.append(
-            f"its positions end at {context} tokens, and rows of up to {length} are to be read; "
-            f"lower {_lengths_of(prospect, role)} to {context}"
+            f"its positions end at {context} tokens, and rows of up to {max(too_long.values())} "
+            f"are to be read; lower {' and '.join(too_long)} to {context}"
         )
     yield from (f"{option}: {problem}" for problem in problems)
 
@@ -204,18 +209,9 @@ def _option(prospect: Prospect, role: str) -> str:
         return f"model.path={config.model.path}"
     if role == REFEREE:
         return f"eval.reward_quality.referee={config.eval.reward_quality.referee}"
-    if role in ("sft", "reward", "ppo"):
+    if role in ("sft", "reward", "dpo", "ppo"):
         return f"{role}.use={getattr(config, role).use}"
     return f"eval.models: {role}"
-
-
-def _lengths_of(prospect: Prospect, role: str) -> str:
-    lengths = {"base": "sft.seq_length and ppo.seq_length", "sft": "ppo.seq_length"}
-    if role in ("reward", REFEREE):
-        return "reward.seq_length and ppo.seq_length"
-    if role == "sft" and "reward" in prospect.work:
-        return "reward.seq_length and ppo.seq_length"
-    return lengths.get(role, "ppo.seq_length")
 
 
 def judge_problems(prospect: Prospect) -> Iterator[str]:
@@ -229,6 +225,11 @@ def judge_problems(prospect: Prospect) -> Iterator[str]:
             check_classifier(section.model, section.revision)
             check_weight_files(section.model)
             tokenizer = load_tokenizer(section.model, section.revision)
+            judge = load_config(section.model, section.revision)
+            yield from (
+                f"eval.judge.model={section.model}: {problem}"
+                for problem in vocabulary_problems(judge, tokenizer)
+            )
             if tokenizer.chat_template and prospect.evaluates:
                 for row in prospect.materials.corpus.prompts.test[: config.eval.prompts]:
                     prompt = format_dialogue(row.history)

@@ -43,7 +43,7 @@ CALIBRATION = "calibration.json"
 def run(config: Config, context: StageContext) -> StageResult:
     """Train, normalise on held-out demonstrations, and leave `context.folder/model`."""
     section = config.reward
-    chosen = context.materials.training_pairs(section.part)
+    chosen = context.materials.training_pairs("reward", section.part)
     rows = context.materials.corpus.preferences
     with world_for(config) as world:
         codec, model = _initial(config, context)

@@ -118,3 +118,13 @@ def test_a_folder_for_the_output_that_cannot_be_made(
     )
     assert launch(Path("/proc/none"), "plan=true") == 2
     assert "output_dir=/proc/none: nothing can be made in /proc" in capfd.readouterr().err
+
+
+def test_every_length_that_a_models_positions_must_hold(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = edited(copied(small_run, "sft", tmp_path), max_position_embeddings=100)
+    lengths = ["dpo.seq_length=110", "dpo.generation.max_new_tokens=8"]
+    assert doctor(tmp_path / "outputs", "stage=dpo", f"sft.use={policy}", *lengths) == 2
+    error = capsys.readouterr().err
+    assert "rows of up to 110 are to be read; lower dpo.seq_length to 100" in error

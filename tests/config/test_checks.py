@@ -142,6 +142,10 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         ("eval.top_p=1.1", "eval.top_p=1.1: must be above 0 and at most 1"),
         ("eval.top_k=-1", "eval.top_k=-1: must be at least 0"),
         ("eval.max_new_tokens=256", "eval.max_new_tokens=256: leaves no room"),
+        (
+            "eval.max_new_tokens=130 ppo.seq_length=128",
+            "eval.max_new_tokens=130: leaves no room for a prompt in ppo.seq_length=128",
+        ),
         # the rest
         ("name=a/b", "name=a/b: use letters, digits"),
         ("name=latest", "name=latest: `latest` always means the latest run"),

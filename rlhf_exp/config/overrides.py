@@ -160,8 +160,11 @@ def unknown_option(group: str, option: str, valid: Sequence[str]) -> str:
 
 def _value_problems(key: str, override: Override) -> list[Problem]:
     value_text = (override.input_line or "").partition("=")[2]
+    value = override.value()
+    if all_keys()[key].section is not None and not isinstance(value, dict):
+        # Also an interpolation, which would take the place of the section's keys.
+        return [_section_problem(key, value_text)]
     try:
-        value = override.value()
         OmegaConf.update(_scratch_config(), key, value, merge=True)
     except OmegaConfBaseException as error:
         return [value_problem(error, key, value_text)]
@@ -186,15 +189,17 @@ def value_problem(error: OmegaConfBaseException, key: str, value: str) -> Proble
             full_key, value, f"there is no such key.{did_you_mean(closest_keys(full_key))}"
         )
     if config_key.section is not None:
-        example = next(name for name in all_keys() if name.startswith(full_key + "."))
-        return Problem(
-            full_key, value, f"this is a section; set the keys in it, such as {example}."
-        )
+        return _section_problem(full_key, value)
     if config_key.choices:
         near = closest_names(value, config_key.choices)
         ordered = [*near, *(name for name in config_key.choices if name not in near)]
         return Problem(full_key, value, f"expected one of {', '.join(ordered)}.")
     return Problem(full_key, value, f"expected {config_key.type}.")
+
+
+def _section_problem(key: str, value: str) -> Problem:
+    example = next(name for name in all_keys() if name.startswith(key + "."))
+    return Problem(key, value, f"this is a section; set the keys in it, such as {example}.")
 
 
 def parse_override(text: str) -> Override | Problem:
@@ -204,8 +209,8 @@ def parse_override(text: str) -> Override | Problem:
         return Problem(key, "", "expected key=value.")
     try:
         return OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        reason = str(error).splitlines()[0]
+    except (HydraException, ValueError, RecursionError) as error:  # also a number of 5000 digits
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         quoted = f"{key}=\\'...\\'"
         return Problem(key, value, f"cannot be read ({reason}). Text is quoted twice: {quoted}.")
 

@@ -54,7 +54,7 @@ def _keep_text(override: str) -> str:
         return override
     try:
         value = _parse(override).value()
-    except HydraException:
+    except (HydraException, RecursionError):
         return override
     for start, end in reversed(list(_spans_to_quote(value, annotation))):
         override = f"{override[:start]}'{override[start:end]}'{override[end:]}"

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rlhf_exp.data.jsonl import UnreadableLine, read_jsonl, unpaired_surrogate
 from rlhf_exp.errors import UserError
 
 
@@ -79,18 +80,41 @@ def read_answers(path: Path) -> list[Answer]:
     Raises:
         UserError: a line is not an answer.
     """
-    known = {item.name for item in fields(Answer)}
     answers = []
-    # Not `splitlines`, which also splits at characters that answers hold.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
+    for origin, record in read_jsonl(path, "eval.samples"):
         try:
-            content = json.loads(line)
-            answers.append(Answer(**{name: content[name] for name in content.keys() & known}))
-        except (ValueError, TypeError, AttributeError) as error:
+            if isinstance(record, UnreadableLine):
+                raise ValueError(record.reason)
+            answers.append(_answer(record))
+        except (ValueError, TypeError) as error:
             raise UserError(
-                f"{path}:{number}: not an answer ({error}); expected a line of the samples.jsonl "
-                "of an evaluation"
+                f"{origin}: not an answer ({error}); expected a line of the samples.jsonl of an "
+                "evaluation"
             ) from error
     return answers
+
+
+def _answer(record: object) -> Answer:
+    """Return the answer in a record.
+
+    Raises:
+        ValueError: A field is of another type, or holds half of a surrogate pair.
+        TypeError: A field is missing.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"a JSON object was expected, found {type(record).__name__}")
+    known = {item.name for item in fields(Answer)}
+    answer = Answer(**{name: record[name] for name in record.keys() & known})
+    for name in ("part", "model", "prompt", "text", "finish"):
+        value = getattr(answer, name)
+        if not isinstance(value, str) or unpaired_surrogate(value):
+            raise ValueError(f"`{name}` is {value!r:.80}, text was expected")
+    for name in ("row", "sample", "seed", "tokens"):
+        if type(getattr(answer, name)) is not int:
+            raise ValueError(f"`{name}` is {getattr(answer, name)!r:.80}, an integer was expected")
+    for name in ("score", "referee", "kl"):
+        if type(getattr(answer, name)) not in {int, float, type(None)}:
+            raise ValueError(f"`{name}` is {getattr(answer, name)!r:.80}, a number was expected")
+    if not isinstance(answer.facts, Mapping) or not isinstance(answer.sampling, Mapping):
+        raise ValueError("`facts` and `sampling` are to be JSON objects")
+    return answer

@@ -55,8 +55,9 @@ def run(config: Config, context: StageContext) -> StageResult:
         steps = steps_of(section.steps, section.epochs, len(pairs), section.batch)
         policy = build_policy(config, context)
         policy.to(world.device)
-        reference = build_reference(policy, world.weights_dtype)
         keep_small_updates(policy)
+        # After it: mixed precision computes otherwise with weights in float32 than in bfloat16.
+        reference = build_reference(policy, world.weights_dtype)
         met = _met(len(pairs), steps, section)
         task = DpoTask(
             policy,

@@ -31,3 +31,11 @@ def test_the_divergence_is_exactly_0_in_bfloat16(outputs: Path, way: str) -> Non
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     divergences = [row["kl/sequence"] for row in rows if "kl/sequence" in row]
     assert divergences[0] == 0.0, divergences
+
+
+def test_dpos_margins_are_exactly_0_in_bfloat16(outputs: Path) -> None:
+    sizes = ("dpo.steps=1", "dpo.epochs=null", "dpo.batch=8", "dpo.seq_length=128")
+    run(outputs, "stage=dpo", "model.dtype=bfloat16", "dpo.generation.max_new_tokens=8", *sizes)
+    (path,) = (outputs / "store" / "dpo").glob("*/metrics.jsonl")
+    first = json.loads(path.read_text().splitlines()[0])
+    assert (first["eval/margin"], first["eval/kl_sequence"]) == (0.0, 0.0)

@@ -98,6 +98,7 @@ class Corpus:
         dropped: usable rows left out because their prompt is a test prompt.
         digest: sha256 of all rows' content, in order.
         counts: numbers of rows that were normalised or not used in some way, by what was done.
+        left_out: why nothing of an input may be trained on, where that is so; or "".
     """
 
     demonstrations: Splits[Demonstration]
@@ -107,6 +108,7 @@ class Corpus:
     dropped: int
     digest: str
     counts: dict[str, int] = field(default_factory=dict)
+    left_out: str = ""
 
 
 def make_corpus(

@@ -271,10 +271,12 @@ class _RowReader:
         test_rows = [row for source in self._inputs if source.is_test for row in source.rows]
         test_histories = {row.history for row in test_rows}
         train, dropped = [], 0
+        left_out: list[str] = []
         for source in self._inputs:
             if not source.is_test:
                 kept = [row for row in source.rows if row.history not in test_histories]
-                self._check_kept(source, kept)
+                if not kept:
+                    left_out.append(self._why_left_out(source))
                 train += kept
                 dropped += len(source.rows) - len(kept)
         self._count("training rows left out: their prompt is a test prompt", dropped)
@@ -289,7 +291,7 @@ class _RowReader:
             prompts += self._prompts([test_rows])
             preferences.append(preferences_of(test_rows))
         unusable = [row for source in self._inputs for row in source.unusable]
-        return make_corpus(
+        corpus = make_corpus(
             Splits(*demonstrations),
             Splits(*preferences),
             Splits(*prompts),
@@ -297,6 +299,8 @@ class _RowReader:
             dropped,
             dict(self._counts),
         )
+        # An evaluation alone may well have nothing but test rows.
+        return replace(corpus, left_out="\n".join(left_out))
 
     def _split(self, rows: list[Row], test_keys: set[str]) -> list[list[Row]]:
         """Return the rows for training, for validation and, without a test input, for test."""
@@ -362,12 +366,10 @@ class _RowReader:
                 f"data.max_bad_fraction={allowed} allows; mend them or raise it{_listed(unusable)}"
             )
 
-    def _check_kept(self, source: _Input, kept: list[Row]) -> None:
-        """Raise if all rows of an input are test rows."""
-        if kept:
-            return
+    def _why_left_out(self, source: _Input) -> str:
+        """Return why nothing of an input, all of test rows, is trained on."""
         test = " and ".join(other.label for other in self._inputs if other.is_test)
-        raise UserError(
+        return (
             f"{source.label}: all {len(source.rows)} rows are left out, because their prompts are "
             f"test prompts, those of {test}. Give it rows with other prompts, or no test rows: "
             "data.test_fraction then holds some prompts out"

@@ -93,13 +93,19 @@ class DataModule:
         kinds = (corpus.demonstrations, corpus.preferences, corpus.prompts)
         return [row for kind in kinds for _, split in kind.all() for row in split]
 
+    def _training_corpus(self) -> Corpus:
+        """Return the rows, if something of each input is there to train on."""
+        if self.corpus.left_out:
+            raise UserError(self.corpus.left_out)
+        return self.corpus
+
     def training_demonstrations(self) -> list[Demonstration]:
         """Return what SFT imitates.
 
         Raises:
             UserError: The data have no demonstrations.
         """
-        rows = self.corpus.demonstrations.train
+        rows = self._training_corpus().demonstrations.train
         if not rows:
             raise UserError(
                 "data: no demonstrations to train on; give data.demonstrations, or preferences "
@@ -117,7 +123,7 @@ class DataModule:
         Raises:
             UserError: The data have none, or none in this part.
         """
-        rows = self.corpus.preferences.train
+        rows = self._training_corpus().preferences.train
         if not rows:
             raise UserError("data: no preference pairs to train on; give data.preferences")
         chosen = pairs_of(rows, part)
@@ -134,7 +140,7 @@ class DataModule:
         Raises:
             UserError: There are none, or one lacks its response.
         """
-        rows = self.corpus.prompts
+        rows = self._training_corpus().prompts
         if not rows.train:
             raise UserError("data: no prompts; give data.prompts or data.preferences")
         splits = Splits(rows.train, rows.validation or rows.train)

@@ -78,6 +78,7 @@ def load_pretrained(
     revision: str | None,
     dtype: torch.dtype,
     attention: Attention,
+    keep_dropout: bool = False,
 ) -> PreTrainedModel:
     """Load a model by one of transformers' auto classes, with every dropout set to 0.
 
@@ -88,6 +89,7 @@ def load_pretrained(
         revision: branch, tag or commit of a hub id.
         dtype: of the weights.
         attention: as for `load_causal_lm`.
+        keep_dropout: leave the model as its config describes it.
 
     Raises:
         UserError: as for `load_causal_lm`.
@@ -98,7 +100,7 @@ def load_pretrained(
             path,
             revision=revision or "main",
             trust_remote_code=False,
-            config=without_dropout(config),
+            config=config if keep_dropout else without_dropout(config),
             dtype=dtype,
             attn_implementation=supported_attention(config, attention, auto_class),
             use_safetensors=True,

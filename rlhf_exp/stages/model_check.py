@@ -31,7 +31,7 @@ from rlhf_exp.models.pretrained import Attention, load_config, load_pretrained, 
 from rlhf_exp.rollout.decoder import CacheKind
 from rlhf_exp.rollout.decoding_check import decoding_difference
 
-WHOLE_PARAMETERS = 600_000_000
+WHOLE_PARAMETERS = 100_000_000
 """Models of up to so many parameters are compared whole."""
 
 WHOLE = "model.path"
@@ -286,8 +286,12 @@ def _load_part(path: str, revision: str | None, attention: Attention) -> PreTrai
     """Load a model, or the lowest blocks of a large one, in float32."""
     config = load_config(path, revision)
     part = _lowest_blocks(config)
+    # With its noise, which eval mode is without: a family may compute with its strength even there.
     with _quiet():
-        return load_pretrained(AutoModelForCausalLM, path, part, revision, torch.float32, attention)
+        return load_pretrained(
+            *(AutoModelForCausalLM, path, part, revision, torch.float32, attention),
+            keep_dropout=True,
+        )
 
 
 def _lowest_blocks(config: PreTrainedConfig) -> PreTrainedConfig:

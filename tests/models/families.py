@@ -1,7 +1,7 @@
 """Every causal family of transformers, built tiny and compared: the table of docs/models.md.
 
-    python -m tests.models.families              # all of them, and writes the table
-    python -m tests.models.families gemma2 rwkv  # prints the lines of some
+    python -m tests.models.families              # all of them: the table anew, half an hour
+    python -m tests.models.families gemma2 rwkv  # the lines of some
 
 A family is built from its own config with small numbers, with weights so large that its logits
 differ, and with windows far below the rows' lengths. Each feature is judged by what the package
@@ -132,6 +132,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         ),
         LATENT,
     ),
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "whisper": {"decoder_attention_heads": 4},
+    "zaya": {"num_experts_per_tok": 1},
     "mamba2": {"hidden_size": 32, "expand": 2, "num_heads": 8, "head_dim": 8},
 }
 """Values that a family needs beside `SMALL`, by its name in transformers."""
@@ -213,7 +228,8 @@ class Line:
 
     Attributes:
         name: the family.
-        cells: `right`, `refused`, `wrong` or `right, refused`, by feature.
+        cells: by feature, `right`, `refused`, `wrong`, or `right, refused` for what is refused
+            although it would be right.
         reason: why something is refused, or the family is left out.
     """
 
@@ -441,15 +457,50 @@ def quiet() -> Iterator[None]:
     transformers.logging.set_verbosity(level)
 
 
+def table_of(page: str) -> dict[str, Line]:
+    """Return the lines of a page's table, by name."""
+    rows = page.partition(BEGIN)[2].partition(END)[0].splitlines()
+    lines = {}
+    for row in [row for row in rows if row.startswith("| ")][1:]:
+        name, *cells, reason = (cell.strip() for cell in row.strip("|").split("|"))
+        found = dict(zip(FEATURES, cells, strict=True)) if cells[0] else {}
+        lines[name] = Line(name, found, reason)
+    return lines
+
+
+def written(lines: dict[str, Line]) -> str:
+    """Return the table of a page, and how many families there are of each kind."""
+    built = [line for line in lines.values() if line.built]
+    right = [line for line in built if line.cells["rows"] == "right"]
+    wrong = [line.name for line in built if "wrong" in line.cells.values()]
+    head = [
+        BEGIN,
+        f"{len(lines)} families and variants; {len(built)} built tiny: {len(right)} right, "
+        f"{len(built) - len(right)} refused as a whole; silently wrong in some feature: "
+        f"{len(wrong)}{': ' + ', '.join(wrong) if wrong else ''}.",
+        "",
+        f"| family | {' | '.join(FEATURES)} | what is said first |",
+        "|---" * (len(FEATURES) + 2) + "|",
+    ]
+    rows = [
+        f"| {line.name} | {' | '.join(line.cells.get(name, '') for name in FEATURES)} | "
+        f"{line.reason.replace('|', '/')} |"
+        for _, line in sorted(lines.items())
+    ]
+    return "\n".join([*head, *rows, END])
+
+
 def main(names: list[str]) -> None:
-    """Judge families and print their lines; all of them are written to docs/models.md."""
-    lines = []
+    """Judge families, print their lines, and put them into the table of docs/models.md."""
+    page = PAGE.read_text(encoding="utf-8")
+    lines = {name: line for name, line in table_of(page).items() if name in KINDS}
     with quiet():
         for name in names or list(KINDS):
-            line = judge(name)
-            lines.append(line)
-            print(name, "|", " ".join(f"{k}={v}" for k, v in line.cells.items()), "|", line.reason)
-            sys.stdout.flush()
+            lines[name] = line = judge(name)
+            print(f"{name}: {line.cells} {line.reason}", flush=True)
+    before, _, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(before + written(lines) + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

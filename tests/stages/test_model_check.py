@@ -56,6 +56,13 @@ def test_positions_scaled_by_the_batch_limit_the_rows(tmp_path: Path) -> None:
     assert text.endswith("; lower the seq_length of every stage to 40")
 
 
+def test_a_family_that_computes_with_the_strength_of_its_noise(tmp_path: Path) -> None:
+    # PhiMoE masks experts by its jitter in eval mode, too: without it, it is another model.
+    ((option, text),) = check_model(saved(tmp_path, "phimoe"), None, EVERYTHING)
+    assert option == "model.path"
+    assert "'phimoe' model draws random numbers in training that cannot be switched off" in text
+
+
 def test_nothing_is_advised_that_is_wrong_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

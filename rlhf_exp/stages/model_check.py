@@ -44,6 +44,11 @@ SAVED_PARAMETERS = 200_000_000
 """What is compared is also saved and loaded again, up to so many parameters."""
 
 
+INEXACT = frozenset({"rwkv"})
+"""Families whose log-probabilities in longer rows were found off by more than rounding, in ways
+that the short rows compared here do not show."""
+
+
 @dataclass(frozen=True)
 class StageUse:
     """How one stage trains a model.
@@ -138,6 +143,12 @@ class _Check:
 
     def problems(self) -> list[Problem]:
         """Return what is not as it should be."""
+        if self._family in INEXACT:
+            text = (
+                f"log-probabilities of a {self._family!r} model in longer rows are not reproduced "
+                "(off by more than 0.001 nats a token); use another model"
+            )
+            return [Problem(WHOLE, text)]
         compared = self._comparison
         policy = Policy(self._model, value_head=False)
         noise = self._outcome(compared.noise)

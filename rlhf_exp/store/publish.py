@@ -158,7 +158,10 @@ def _prepare(plan: Publication) -> None:
         shred(draft)
     _settle_links(plan.folder)
     files = {}
+    # safetensors lets nobody but the owner read its files; a note is as readable as others' are.
+    readable = plan.note.stat().st_mode & 0o666
     for path in files_below(plan.folder):
+        path.chmod(path.stat().st_mode | readable)
         name = path.relative_to(plan.folder).as_posix()
         if name != MANIFEST:
             files[name] = FileEntry(file_digest_once(path), path.stat().st_size)

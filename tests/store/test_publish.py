@@ -55,6 +55,16 @@ def test_what_is_dropped_is_gone_and_the_rest_is_in_the_manifest(store: Store) -
     artifact.verify()
 
 
+def test_weights_are_as_readable_as_other_files(store: Store) -> None:
+    """A store may be shared; safetensors writes files that only their owner can read."""
+    folder = work(store)
+    (folder / "model" / "weights.bin").chmod(0o600)
+    weights = published(store, folder).path / "model" / "weights.bin"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert weights.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 @pytest.mark.parametrize("pattern", ["checkpoints", "checkpoints/*", "*/optimizer.bin", "*.bin"])
 def test_drop_patterns(store: Store, pattern: str) -> None:
     folder = work(store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -9,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save
 
 from rlhf_exp.config.compose import compose
 from rlhf_exp.config.experiment import Config
@@ -101,6 +104,21 @@ def artifact(folder: Path, stage: str) -> Artifact:
 def weights(found: Artifact) -> str:
     """Return the sha256 of a model's weights."""
     return found.manifest.files["model/model.safetensors"].sha256
+
+
+def put_file(found: Artifact, name: str, content: bytes) -> None:
+    """Give an artifact another file content, as though it had been made with it."""
+    path = found.path / name
+    path.write_bytes(content)
+    files = json.loads((found.path / MANIFEST).read_text())["files"]
+    files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    edit_manifest(found, files=files)
+
+
+def put_other_weights(found: Artifact, name: str = "model/model.safetensors") -> None:
+    """Give an artifact other weights, as though it had been made with them."""
+    tensors = load_file(found.path / name)
+    put_file(found, name, save({key: value + 0.01 for key, value in tensors.items()}))
 
 
 def edit_manifest(found: Artifact, **changes: Any) -> None:

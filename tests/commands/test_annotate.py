@@ -18,17 +18,17 @@ from rlhf_exp.commands.annotate import annotate, sampled_pairs
 from rlhf_exp.stages.data_module import DataModule
 from rlhf_exp.training.reward_scorer import texts_of
 from tests.annotation.serving import Served
-from tests.lab import artifact, jsonl, launch, small_config
+from tests.lab import artifact, jsonl, launch, put_file, small_config
 
 
 @pytest.fixture
 def run_copy(run_copy: Path) -> Path:
     """The small run, its two models' answers made different where so little training left none."""
-    path = artifact(run_copy, "eval").path / "result.json"
-    result = json.loads(path.read_text())
+    found = artifact(run_copy, "eval")
+    result = json.loads((found.path / "result.json").read_text())
     for number, row in enumerate(result["rows"]):
         row["answer_b"] += f" And {number}."
-    path.write_text(json.dumps(result))
+    put_file(found, "result.json", json.dumps(result).encode())
     return run_copy
 
 
@@ -88,11 +88,11 @@ def test_a_runs_answers_are_judged(run_copy: Path, capsys: pytest.CaptureFixture
 def test_answers_that_are_the_same_are_ties(
     run_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = artifact(run_copy, "eval").path / "result.json"
-    result = json.loads(path.read_text())
+    found = artifact(run_copy, "eval")
+    result = json.loads((found.path / "result.json").read_text())
     for row in result["rows"][:3]:
         row["answer_a"] = row["answer_b"] + " "
-    path.write_text(json.dumps(result))
+    put_file(found, "result.json", json.dumps(result).encode())
     create_campaign(capsys, run_copy, "small")
     campaign = Campaign(run_copy / "human" / "small.sqlite")
     assert (len(campaign.items), campaign.info.identical) == (5, 3)

@@ -26,7 +26,15 @@ from rlhf_exp.store.store import Store
 from rlhf_exp.training.checkpoint import Checkpoints
 from rlhf_exp.training.ppo import ExperienceCollector
 from tests.judge_server import JudgeServer
-from tests.lab import LAUNCH, artifact, edit_manifest, launch, small, small_config, weights
+from tests.lab import (
+    LAUNCH,
+    artifact,
+    launch,
+    put_other_weights,
+    small,
+    small_config,
+    weights,
+)
 
 ITERATIONS = [0, 1, 2]
 """Of a small PPO run: 6 steps, two an iteration."""
@@ -403,10 +411,7 @@ def test_killed_anywhere_it_ends_with_the_same_weights(tmp_path: Path) -> None:
 
 def test_parents_made_again_with_other_weights_are_noticed(run_copy: Path) -> None:
     """As where a parent was made again by edited code that its children do not run."""
-    found = artifact(run_copy, "sft")
-    files = json.loads((found.path / "manifest.json").read_text())["files"]
-    files["model/model.safetensors"]["sha256"] = "0" * 64
-    edit_manifest(found, files=files)
+    put_other_weights(artifact(run_copy, "sft"))
     assert launch(run_copy) == 2
     assert launch(run_copy, "cache=trust") == 0
     assert launch(run_copy, "rerun=[reward]") == 0

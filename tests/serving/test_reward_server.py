@@ -19,7 +19,7 @@ from rlhf_exp.models.pretrained import load_tokenizer
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.serving import reward_server
 from rlhf_exp.serving.reward_server import RequestScorer, make_app
-from tests.lab import artifact
+from tests.lab import artifact, put_file
 
 WANTED = ServeOptions(device="cpu")
 PROMPTS = ["\n\nHuman: How do I boil an egg?\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant:"]
@@ -211,7 +211,7 @@ def test_the_name_goes_with_what_decides_the_scores(run_copy: Path, scores: Requ
 
     assert name() == name(batch=3) == scores.name, "where it lies does not count"
     others = {name(seq_length=64), name(dtype="bfloat16")}
-    head = artifact(run_copy, "reward").path / "model" / "reward_model.json"
-    head.write_text(json.dumps({"mean": 5.0, "std": 1.0}))
+    content = json.dumps({"mean": 5.0, "std": 1.0}).encode()
+    put_file(artifact(run_copy, "reward"), "model/reward_model.json", content)
     others.add(name())
     assert len(others | {scores.name}) == 4

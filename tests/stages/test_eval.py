@@ -49,7 +49,9 @@ def test_a_model_against_itself(run_copy: Path) -> None:
 
 def test_no_test_rows(run_copy: Path, tmp_path: Path) -> None:
     preferences = jsonl(tmp_path / "pairs.jsonl", pairs(10))
-    with pytest.raises(UserError, match=r"no test prompts .*data\.test or a test_fraction"):
+    with pytest.raises(
+        UserError, match=r"no test prompts .*data\.test, raise data\.test_fraction=0\.0"
+    ):
         run(
             run_copy,
             "stage=eval",

@@ -46,7 +46,7 @@ def test_it_takes_the_reward_models_place(run_copy: Path, tmp_path: Path) -> Non
         ("nan", "returned nan for the response"),
         ("infinite", "returned inf for the response"),
         ("nothing", "returned NoneType"),
-        ("words", "could not convert string to float: 'good'"),
+        ("words", "returned 'good' (str) for the response"),
         ("raises", "mine.py:2: IndexError: list index out of range"),
     ],
 )
@@ -72,6 +72,6 @@ def test_a_file_that_cannot_be_used(
     good = "def score(prompts, responses):\n    return [0.0] * len(responses)\n"
     assert "has no function other; its functions are score" in told(good, "other")
     assert "is not valid Python" in told("def score(:\n")
-    assert "failed: ModuleNotFoundError(\"No module named 'nowhere'\")" in told(
+    assert "mine.py:1: ModuleNotFoundError: No module named 'nowhere'" in told(
         f"import nowhere\n{good}"
     )

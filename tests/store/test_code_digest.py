@@ -178,7 +178,9 @@ def test_it_reads_the_real_package() -> None:
     expected = {
         f"rlhf_exp/{name}.py"
         for name in (
+            "__init__",
             "errors",
+            "redaction",
             "store/artifact",
             "store/atomic_files",
             "store/lease",

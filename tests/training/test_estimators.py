@@ -190,6 +190,7 @@ def test_with_the_penalty_in_the_loss_rewards_are_the_scores(world: World, tmp_p
     assert rollouts.advantages[:, 0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", [RLOO, GRPO, REINFORCE_PP], ids=["rloo", "grpo", "rpp"])
 def test_the_reward_rises(world: World, tmp_path: Path, section: PpoConfig) -> None:
     task = build_task(world, section)

@@ -1,4 +1,4 @@
-"""Special tokens in what people wrote: `<|im_end|>` in a user's text is nine characters, no end.
+"""Special tokens in what people wrote: `<|im_end|>` in a user's text is ten characters, no end.
 
 A tokenizer makes the token itself of such a text, wherever the prompt format's own special tokens
 are to be read as such: the model would see a turn end where a user has only written so. Here the

@@ -80,10 +80,10 @@ def test_passwords_and_tokens_in_general(text: str, expected: str | None) -> Non
 
 def test_values_of_variables_are_read_when_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    monkeypatch.setenv("MY_KEY", "key-that-is-read-late")
+    monkeypatch.setenv("KEY_READ_LATE", "key-that-is-read-late")
     assert str(UserError("a " + "0123456789" * 4)) == "a ***"
     assert redaction.without_secrets("key-that-is-read-late") == "key-that-is-read-late"
-    assert secret_variable("MY_KEY") == "key-that-is-read-late"
+    assert secret_variable("KEY_READ_LATE") == "key-that-is-read-late"
     assert redaction.without_secrets("key-that-is-read-late") == "***"
 
 

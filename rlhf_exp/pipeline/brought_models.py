@@ -73,7 +73,7 @@ def brought_models(
         work: The stages that will run.
         given: Folder or hub id by role.
     """
-    to_do = [stage for stage in ("sft", "reward", "ppo", "eval") if stage in work]
+    to_do = [stage for stage in ("sft", "reward", "dpo", "ppo", "eval") if stage in work]
     if config.eval.samples is not None and "eval" in to_do:
         to_do.remove("eval")  # answers that are stored need no model
     base = [name for name in to_do if name == "sft"]
@@ -84,9 +84,9 @@ def brought_models(
         base += after_sft
     samples = tuple(name for name in to_do if name == "eval")
     stages = {"base": tuple(base), "sft": tuple(after_sft)}
-    stages |= dict.fromkeys(["ppo", *config.eval.models], samples) | stages
+    stages |= dict.fromkeys(["dpo", "ppo", *config.eval.models], samples) | stages
     options = {"base": f"model.path={config.model.path}"}
-    options |= {role: f"{role}.use={getattr(config, role).use}" for role in ("sft", "ppo")}
+    options |= {role: f"{role}.use={getattr(config, role).use}" for role in ("sft", "dpo", "ppo")}
     revision = config.model.revision
     return [
         BroughtModel(
@@ -107,7 +107,8 @@ def use_of(config: Config, stages: Sequence[str]) -> ModelUse:
     from rlhf_exp.stages.training import lora_of
 
     native = config.engine.name is EngineName.native
-    trained = [name for name in stages if name in ("sft", "reward") or (name == "ppo" and native)]
+    ours = {"sft", "reward", "dpo", *(["ppo"] if native else [])}
+    trained = [name for name in stages if name in ours]
     uses, lengths = [], []
     for name in trained:
         section: TrainingConfig = getattr(config, name)
@@ -121,7 +122,8 @@ def use_of(config: Config, stages: Sequence[str]) -> ModelUse:
             )
         )
         lengths.append(getattr(config, name).seq_length)
-    samples = "eval" in stages or ("ppo" in stages and native)
+    asked = "dpo" in stages and config.dpo.eval_prompts > 0
+    samples = asked or "eval" in stages or ("ppo" in stages and native)
     return ModelUse(
         tuple(uses),
         cache_of(config) if samples else None,

@@ -39,6 +39,7 @@ ALL = ("sft", "reward", "ppo", "eval")
         (("sft",), ("sft",)),
         (ALL, ALL),
         (("ppo", "eval"), ("ppo", "eval")),  # SFT and the reward model are in the store
+        (("sft", "dpo"), ("sft", "dpo")),
         ((), None),
     ],
 )
@@ -103,6 +104,8 @@ def test_what_is_asked_of_a_model(tmp_path: Path) -> None:
         "ppo.train_blocks=1",
         "reward.lora.rank=4",
         "reward.gradient_checkpointing=true",
+        "dpo.seq_length=64",
+        "dpo.train_blocks=1",
         "model.attention=eager",
     )
     sft = StageUse("sft", packing=True)
@@ -112,6 +115,11 @@ def test_what_is_asked_of_a_model(tmp_path: Path) -> None:
     assert use_of(config, ["sft", "reward", "ppo"]) == ModelUse(
         (sft, reward, ppo), "slots", "eager", 72
     )
+    # DPO samples too, for the KL of its answers.
+    dpo = StageUse("dpo", train_blocks=1)
+    assert use_of(config, ["sft", "dpo"]) == ModelUse((sft, dpo), "slots", "eager", 64)
+    config.dpo.eval_prompts = 0
+    assert use_of(config, ["sft", "dpo"]) == ModelUse((sft, dpo), None, "eager", 64)
 
 
 def test_a_comparison_is_made_once_and_again_when_its_file_is_damaged(

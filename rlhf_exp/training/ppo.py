@@ -420,8 +420,8 @@ class ExperienceCollector:
             meters.add("reward/delta_mean", (scores * weights).sum(), weights.sum())
         if reward.clip is not None:
             scores = clip_scores(scores, reward.clip)
-        largest = self.world.gather(sizes[weights > 0]).max().item()
-        scaled = self.scaler.scale(scores, self.world.gather(scores[weights > 0]), largest)
+        everyone = self.world.gather(torch.stack([scores, sizes], dim=1)[weights > 0])
+        scaled = self.scaler.scale(scores, everyone[:, 0], everyone[:, 1].max().item())
         meters.add("reward/scale", self.scaler.divisor, 1.0)
         self._warn_of_equal_scores()
         return scaled

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="fuzzing needs hypothesis, of the dev extra")
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_exp.config.checks import config_problems
@@ -15,21 +15,12 @@ from rlhf_exp.config.overrides import override_problems, prepare, sweep_points
 from rlhf_exp.config.problems import Problem
 from rlhf_exp.config.schema_keys import all_keys, read_groups
 from rlhf_exp.errors import UserError
+from tests.fuzz.lab import fuzz
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 GROUPS = read_groups()
 KEYS = all_keys()
 TEXT_KEYS = sorted(name for name, key in KEYS.items() if key.type.startswith("text"))
-
-
-def fuzz(examples: int) -> settings:
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 PIECES = st.one_of(

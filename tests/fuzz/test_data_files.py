@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="fuzzing needs hypothesis, of the dev extra")
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_exp.annotation.campaign import read_pairs
@@ -27,19 +27,10 @@ from rlhf_exp.data.sources import LoadOptions, load_jsonl
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.human_agreement import read_judged_pairs
 from rlhf_exp.evaluation.toxicity.prompts import load_prompts
+from tests.fuzz.lab import fuzz
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 T = TypeVar("T")
-
-
-def fuzz(examples: int) -> settings:
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, str]:

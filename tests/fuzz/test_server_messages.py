@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="fuzzing needs hypothesis, of the dev extra")
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_exp.errors import UserError
@@ -25,19 +25,10 @@ from rlhf_exp.evaluation.judges.llm import (
 )
 from rlhf_exp.http_client import Service
 from rlhf_exp.training.scorers import RewardClient
+from tests.fuzz.lab import fuzz
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 SECRET = "sk-of-this-fuzzing-4711"
-
-
-def fuzz(examples: int) -> settings:
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 class AnyServer:

@@ -7,7 +7,7 @@ kept by content. The reference itself stays in memory only if answers are sample
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -36,7 +36,9 @@ from rlhf_exp.stages.training import (
     steps_of,
 )
 from rlhf_exp.store.fingerprint import key_of
-from rlhf_exp.training.dpo import DpoTask, SampledAnswers, pair_logprobs
+from rlhf_exp.training.dpo import DpoTask, pair_logprobs
+from rlhf_exp.training.metrics import MetricAccumulator
+from rlhf_exp.training.validation_answers import sample_answers
 
 WATCH = ("loss/total", "dpo/accuracy", "eval/kl_sequence")
 FOLDER = "reference_logprobs"
@@ -167,13 +169,13 @@ def _sampled(
     reference: Reference,
     codec: Codec,
     world: World,
-) -> Callable[[], Mapping[str, float]]:
-    """Return what answers validation prompts, or says nothing where `eval_prompts` is 0."""
+) -> Callable[[MetricAccumulator], object]:
+    """Return what answers validation prompts and reports on it; nothing with `eval_prompts=0`."""
     section = config.dpo
     rows = context.materials.corpus.prompts
     asked = (rows.validation or rows.train)[: section.eval_prompts]
     if not asked:
-        return dict
+        return lambda meters: None
     sampler = sampler_for(
         config, policy, codec, world, section.seed, capture=False, section=section.generation
     )
@@ -184,4 +186,5 @@ def _sampled(
         section.generation.max_new_tokens,
         context.cache / "tokenized",
     )
-    return SampledAnswers(policy, reference, sampler, prompts, section.generation, world)
+    answered = (policy, reference, sampler, prompts, len(prompts), section.generation, world)
+    return lambda meters: sample_answers(*answered, meters)

@@ -10,7 +10,7 @@ forward pass. n pairs, T response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,20 +18,16 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.algo.losses import DpoStats, dpo_loss
-from rlhf_exp.batch import FinishReason
-from rlhf_exp.config.training import DpoConfig, GenerationConfig
+from rlhf_exp.config.training import DpoConfig
 from rlhf_exp.data.batching import (
     batch_index,
     length_sorted_micro_batches,
     pair_lengths,
-    prompts_batch,
     right_padded,
 )
-from rlhf_exp.data.tokenized import TokenizedPreferences, TokenizedPrompts
+from rlhf_exp.data.tokenized import TokenizedPreferences
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.models.reference import Reference, sampled_kl
-from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.result import EvaluationResult
 from rlhf_exp.training.task import SingleStepTask
@@ -49,7 +45,7 @@ class DpoTask(SingleStepTask):
         ref_logprobs: [pairs, 2] float32, of the reference: chosen and rejected responses.
         validation: Validation pairs.
         validation_ref_logprobs: The same of these.
-        sampled: Metrics of answers to validation prompts by the policy as it is.
+        sampled: Reports on answers to validation prompts by the policy as it is.
         section: Sizes and coefficients.
         world: The processes.
     """
@@ -61,7 +57,7 @@ class DpoTask(SingleStepTask):
         ref_logprobs: Tensor,
         validation: TokenizedPreferences,
         validation_ref_logprobs: Tensor,
-        sampled: Callable[[], Mapping[str, float]],
+        sampled: Callable[[MetricAccumulator], object],
         section: DpoConfig,
         world: World,
     ) -> None:
@@ -138,48 +134,11 @@ class DpoTask(SingleStepTask):
             "eval/reward_rejected": float(stats.rejected / count),
             "eval/margin": float((stats.chosen - stats.rejected) / count),
         }
-        with self.world.gathered():
-            metrics |= self.sampled()
-        return EvaluationResult(metrics, -metrics["eval/loss"])
-
-
-class SampledAnswers:
-    """Answers validation prompts with the same noise each time, and compares with the reference."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        reference: Reference,
-        sampler: Sampler,
-        prompts: TokenizedPrompts,
-        section: GenerationConfig,
-        world: World,
-    ) -> None:
-        self.policy, self.reference, self.sampler = policy, reference, sampler
-        self.prompts, self.section, self.world = prompts, section, world
-
-    @torch.no_grad()
-    def __call__(self) -> dict[str, float]:
-        """Return the mean KL of an answer, in nats, its length, and how many ended."""
         meters = MetricAccumulator(self.world)
-        share = self.world.share(len(self.prompts))
-        batch = prompts_batch(self.prompts, share.rows, np.asarray(share.rows))
-        samples = self.sampler(batch.to(self.world.device))
-        weights = torch.from_numpy(share.weights).to(self.world.device)
-        kl = sampled_kl(
-            self.policy,
-            self.reference,
-            samples,
-            self.section.temperature,
-            self.section.batch,
-            self.world.autocast,
-        )
-        total = weights.sum()
-        meters.add("eval/kl_sequence", (kl * weights).sum(), total)
-        meters.add("eval/length_mean", (samples.response_lengths * weights).sum(), total)
-        ended = (samples.finish != FinishReason.LENGTH) * weights
-        meters.add("eval/ended_fraction", ended.sum(), total)
-        return meters.means()
+        with self.world.gathered():
+            self.sampled(meters)
+        metrics |= meters.means()
+        return EvaluationResult(metrics, -metrics["eval/loss"])
 
 
 def pair_logprobs(

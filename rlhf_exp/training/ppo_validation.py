@@ -9,24 +9,23 @@ over-optimised policy.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf_exp.algo.preference import wins
-from rlhf_exp.batch import FinishReason, Samples
+from rlhf_exp.batch import Samples
 from rlhf_exp.config.training import PpoConfig
-from rlhf_exp.data.batching import prompts_batch
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.models.reference import Reference, sampled_kl
+from rlhf_exp.models.reference import Reference
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.ppo_objective import SHOWN, objective, score_unit, selection_score
 from rlhf_exp.training.result import EvaluationResult, SampleTable
 from rlhf_exp.training.reward_scorer import Scorer, score_samples, texts_of
+from rlhf_exp.training.validation_answers import sample_answers
 
 
 class Validator:
@@ -61,31 +60,24 @@ class Validator:
         """Sample, score and compare with the reference."""
         meters = MetricAccumulator(self.world)
         count = min(self.section.eval_prompts, len(self.prompts))
-        share = self.world.share(count)
-        batch = prompts_batch(self.prompts, share.rows, np.asarray(share.rows))
-        samples = self.sampler(batch.to(self.world.device))
-        weights = torch.from_numpy(share.weights).to(self.world.device)
+        samples, rows, weights, kl = sample_answers(
+            self.policy,
+            self.reference,
+            self.sampler,
+            self.prompts,
+            count,
+            self.section.generation,
+            self.world,
+            meters,
+        )
         scores = score_samples(self.scorer, samples).to(self.world.device)
         if self.initial is None:
             self.initial = self.world.gather(scores)[:count].tolist()
-        before = torch.tensor(self.initial)[share.rows].to(self.world.device)
-        generation = self.section.generation
-        kl = sampled_kl(
-            self.policy,
-            self.reference,
-            samples,
-            generation.temperature,
-            generation.batch,
-            self.world.autocast,
-        )
+        before = torch.tensor(self.initial)[rows].to(self.world.device)
         total = weights.sum()
         meters.add("eval/reward_mean", (scores * weights).sum(), total)
         meters.spread("eval/reward_std", scores, weights)
         meters.add("eval/win_rate", (wins(scores, before) * weights).sum(), total)
-        meters.add("eval/kl_sequence", (kl * weights).sum(), total)
-        meters.add("eval/length_mean", (samples.response_lengths * weights).sum(), total)
-        ended = (samples.finish != FinishReason.LENGTH) * weights
-        meters.add("eval/ended_fraction", ended.sum(), total)
         metrics = meters.means()
         if self.unit is None:
             self.unit = score_unit(self.section, metrics)

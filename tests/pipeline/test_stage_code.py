@@ -60,14 +60,14 @@ ALLOWED = {
     "dpo": COMMON
     | TRAINER
     | SAMPLING
-    | {"algo/kl", "training/dpo"}
+    | {"algo/kl", "training/dpo", "training/validation_answers"}
     | names("stages", "dpo kept_tensor sampling"),
     "ppo": COMMON
     | TRAINER
     | SAMPLING
     | SCORING
     | {"algo/advantages", "algo/rounding", "distributed/redistribute"}
-    | names("training", "ppo ppo_objective ppo_validation")
+    | names("training", "ppo ppo_objective ppo_validation validation_answers")
     | names("stages", "kept_tensor ppo ppo_inputs sampling"),
     "trlx_ppo": COMMON
     | SCORING

@@ -20,8 +20,10 @@ from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import build_causal_lm
 from rlhf_exp.models.reference import build_reference
 from rlhf_exp.rollout.sampler import SamplingParams, sample
-from rlhf_exp.training.dpo import DpoTask, SampledAnswers, pair_logprobs
+from rlhf_exp.training.dpo import DpoTask, pair_logprobs
+from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.result import Interrupted
+from rlhf_exp.training.validation_answers import sample_answers
 from tests.training.lab import EOS, LIKED, PAD, VOCABULARY, prompts, run_loop
 
 SECTION = DpoConfig(
@@ -62,15 +64,21 @@ def build(world: World, section: DpoConfig = SECTION, train_blocks: int | None =
         for side in (train, validation)
     ]
     sampling = SamplingParams(6, 1.0, 8, EOS, PAD)
-    asked = SampledAnswers(
+    asked = prompts(4)
+    answered = (
         policy,
         reference,
         lambda batch: sample(model, batch, sampling, section.seed, None, None),
-        prompts(4),
+        asked,
+        len(asked),
         section.generation,
         world,
     )
-    return DpoTask(policy, train, found[0], validation, found[1], asked, section, world)
+
+    def sampled(meters: MetricAccumulator) -> None:
+        sample_answers(*answered, meters)
+
+    return DpoTask(policy, train, found[0], validation, found[1], sampled, section, world)
 
 
 def gradients(task: DpoTask) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 
 from rlhf_exp.data.jsonl import unpaired_surrogate
@@ -63,8 +64,8 @@ _BYTE_ORDER_MARK = "\ufeff"
 def parse_row(record: object, origin: str, notes: set[str] | None = None) -> Row:
     r"""Return the row in `record`; its fields decide its kind.
 
-    Other fields are ignored. A text with HH's markers is a dialogue; a prompt without any is one
-    human turn.
+    Fields beside these are kept as they are (`fields`). A text with HH's markers is a dialogue; a
+    prompt without any is one human turn.
 
     Args:
         record: a JSON object.
@@ -76,20 +77,29 @@ def parse_row(record: object, origin: str, notes: set[str] | None = None) -> Row
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"a JSON object was expected, found {type(record).__name__}")
-    reading = DialogueReader(notes)
+    row, read = _row(record, origin, DialogueReader(notes))
+    others = {str(name): value for name, value in record.items() if name not in read}
+    return replace(row, fields=others)
+
+
+def _row(
+    record: Mapping[str, object], origin: str, reading: DialogueReader
+) -> tuple[Row, tuple[str, ...]]:
+    """Return the row in a record, and the names of the fields that it was read from."""
     if "chosen" in record and "rejected" in record:
-        return _preference(record, origin, reading)
+        return _preference(record, origin, reading), ("prompt", "chosen", "rejected")
     if "prompt" in record and "response" in record:
         prompt = _text(record, "prompt")
         history = reading.prompt(prompt)
         response = reading.response(history, prompt, _text(record, "response"), "response")
-        return _demonstration(history, response, origin)
+        return _demonstration(history, response, origin), ("prompt", "response")
     for name in ("dialogue", "text"):
         if name in record:
             history, response = split_dialogue(reading.dialogue(_text(record, name)))
-            return _demonstration(history, reading.without_cue(response), origin)
+            response = reading.without_cue(response)
+            return _demonstration(history, response, origin), (name,)
     if "prompt" in record:
-        return Prompt(reading.prompt(_text(record, "prompt")), None, origin)
+        return Prompt(reading.prompt(_text(record, "prompt")), None, origin), ("prompt",)
     fields = ", ".join(str(name)[:40] for name in list(record)[:20]) or "none"
     raise ValueError(f"fields found: {fields}; expected {FORMATS}")
 

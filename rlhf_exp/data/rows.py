@@ -2,7 +2,9 @@
 
 Every source yields these rows, before any tokenizer is known. A *history* is a dialogue up to and
 including the human turn that asks for a response. A row's `origin` ("file:line", "toy:17") lets
-errors point at it.
+errors point at it. Its `fields` are all that its record holds beside prompt and responses (a
+reference answer, a source), as the file has them: they travel with the prompt to rewards that ask
+for them, and take no part in what models read.
 
 Prompts are held out by the hash of their own text, levelled (`prompt_key`). So a prompt stays in
 its split when a file grows or is shuffled, and all rows of one prompt, of whatever kind, are in one
@@ -15,8 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Generic, Literal, TypeVar
 
 T = TypeVar("T")
@@ -32,6 +34,8 @@ class Turn:
 
 
 History = tuple[Turn, ...]
+Fields = Mapping[str, object]
+"""The other fields of a record, by name."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Prompt:
     history: History
     original: str | None
     origin: str
+    fields: Fields = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Demonstration:
     history: History
     response: str
     origin: str
+    fields: Fields = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Preference:
     chosen: str
     rejected: str
     origin: str
+    fields: Fields = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -130,11 +137,11 @@ def make_corpus(
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
-    """Return the sha256 of the rows' content in order; their origins do not count."""
+    """Return the sha256 of the rows' content in order; origins and other fields do not count."""
     digest = hashlib.sha256()
     for row in rows:
-        content = asdict(row)
-        del content["origin"]
+        content = asdict(replace(row, fields={}))
+        del content["origin"], content["fields"]
         line = json.dumps([type(row).__name__, content], sort_keys=True)
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
@@ -151,7 +158,7 @@ def convert_row(row: Row, kind: type[Row] | None) -> Row:
     if kind is Prompt:
         return _as_prompt(row)
     if kind is Demonstration and isinstance(row, Preference) and row.chosen:
-        return Demonstration(row.history, row.chosen, row.origin)
+        return Demonstration(row.history, row.chosen, row.origin, row.fields)
     expected = "a prompt with a response" if kind is Demonstration else "`chosen` and `rejected`"
     raise ValueError(f"{expected} expected, found a {type(row).__name__.lower()}")
 
@@ -160,7 +167,7 @@ def _as_prompt(row: Row) -> Prompt:
     if isinstance(row, Prompt):
         return row
     original = row.chosen if isinstance(row, Preference) else row.response
-    return Prompt(row.history, original, row.origin)
+    return Prompt(row.history, original, row.origin, row.fields)
 
 
 def responses_of(row: Row) -> tuple[str, ...]:
@@ -182,7 +189,7 @@ def demonstrations_of(rows: Iterable[Row], derived: bool) -> list[Demonstration]
     if not derived:
         return [row for row in rows if isinstance(row, Demonstration)]
     return [
-        Demonstration(row.history, row.chosen, row.origin)
+        Demonstration(row.history, row.chosen, row.origin, row.fields)
         for row in rows
         if isinstance(row, Preference) and row.chosen
     ]

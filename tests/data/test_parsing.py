@@ -334,3 +334,19 @@ def test_real_pairs_can_be_put_together_again(shared_data: Path) -> None:
         empty += "" in (good, bad)
     # Counted by hand in the file: 2 pairs differ before their last response, 4 have an empty side.
     assert (len(lines), different, empty) == (1750, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        {"prompt": "Hi", "chosen": "Yes", "rejected": "No"},
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
+        {"prompt": "Hi", "response": "Yes"},
+        {"text": "\n\nHuman: Hi\n\nAssistant: Yes"},
+        {"prompt": "Hi"},
+    ],
+)
+def test_what_is_not_read_is_kept(read: dict[str, str]) -> None:
+    others = {"answer": 42, "labels": ["a", None]}
+    assert parse_row(read | others, "f:1").fields == others
+    assert parse_row(read, "f:1").fields == {}

@@ -7,7 +7,18 @@ from __future__ import annotations
 
 import hashlib
 
-from rlhf_exp.data.rows import Demonstration, Prompt, Turn, held_out_keys, prompt_key, rows_digest
+from rlhf_exp.data.rows import (
+    Demonstration,
+    Preference,
+    Prompt,
+    Turn,
+    convert_row,
+    demonstrations_of,
+    held_out_keys,
+    prompt_key,
+    prompts_of,
+    rows_digest,
+)
 
 ASKED = (Turn("human", "How do I grow tomatoes?"),)
 
@@ -39,6 +50,24 @@ def test_digest_is_of_content_and_order_but_not_of_origin() -> None:
     assert rows_digest([first, second]) != rows_digest([second, first])
     assert rows_digest([first]) != rows_digest([first, second])
     assert rows_digest([Prompt(ASKED, None, "")]) != rows_digest([Prompt(ASKED, "", "")])
+
+
+def test_other_fields_travel_with_the_prompt_and_change_nothing_else() -> None:
+    pair = Preference(ASKED, "Water them.", "No.", "a:1", {"answer": 42, "source": ["x", "y"]})
+    (prompt,) = prompts_of([pair], derived=True)
+    (demonstration,) = demonstrations_of([pair], derived=True)
+    as_prompt = convert_row(convert_row(pair, Demonstration), Prompt)
+    for row in (prompt, demonstration, as_prompt):
+        assert row.fields == {"answer": 42, "source": ["x", "y"]}
+    bare = Preference(ASKED, "Water them.", "No.", "a:1")
+    assert rows_digest([pair]) == rows_digest([bare])
+    assert len({pair, bare}) == 1
+
+
+def test_the_digest_of_rows_is_that_of_earlier_versions() -> None:
+    # sha256 of '["Prompt", {"history": [{"role": "human", "text": "a"}], "original": null}]\n'
+    digest = "10ec27d00ea54aabe8e5558d967c1314d3542265a09ae677ffc38e0e9fb1898f"
+    assert rows_digest([Prompt((Turn("human", "a"),), None, "x:1", {"answer": 1})]) == digest
 
 
 KEYS = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(2000)]

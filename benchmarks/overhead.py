@@ -207,7 +207,7 @@ def measure(outputs: Path, stage: str, pairs: int, found: dict[str, Any]) -> Non
 
 
 def table(readings: dict[str, dict[str, Any]]) -> str:
-    """Return the tables of `docs/benchmarks.md`."""
+    """Return the tables of `docs/background/benchmarks.md`."""
     lines = ["| | bare | launch.py | overhead |", "|---|---:|---:|---|"]
     for stage, found in readings.items():
         short, long = LENGTHS[stage]

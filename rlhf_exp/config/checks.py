@@ -510,7 +510,7 @@ def _check_trlx_algorithm(check: ConfigChecker) -> None:
 
 def _check_trlx_interpreter(check: ConfigChecker) -> None:
     python = check.config.engine.python
-    remedy = f"`{TRLX_SETUP}` makes one (docs/trlx.md): engine.python=.venv-trlx/bin/python."
+    remedy = f"`{TRLX_SETUP}` makes one (docs/how-to/trlx.md): engine.python=.venv-trlx/bin/python."
     if python is None:
         check.add("engine.python", f"engine=trlx needs an interpreter that has trlx; {remedy}")
         return

@@ -172,7 +172,7 @@ class EngineConfig:
         EngineName.native, "Who does PPO: `native` (ours) or `trlx` (the library)."
     )
     python: str | None = setting(
-        None, "Interpreter that has trlx; docs/trlx.md says how to make one.", key=False
+        None, "Interpreter that has trlx; docs/how-to/trlx.md says how to make one.", key=False
     )
 
 

@@ -26,7 +26,7 @@ def setting(
 
     Args:
         default: The default value.
-        doc: One sentence for `--help` and `docs/config.md`, with the unit.
+        doc: One sentence for `--help` and `docs/reference/config.md`, with the unit.
         factory: Makes a mutable default.
         key: Whether the value changes what is computed, and so belongs in an artifact's key.
         neutral: For fields added after a release: the value that means "as before", which is left

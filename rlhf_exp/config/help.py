@@ -1,7 +1,7 @@
-"""Generated documentation of the config: `launch.py --help` and `docs/config.md`.
+"""Generated documentation of the config: `launch.py --help` and `docs/reference/config.md`.
 
-Both come from the schema and from the first comments of the YAML files. A test compares
-`docs/config.md` with what `python -m rlhf_exp.config.help` writes.
+Both come from the schema and from the first comments of the YAML files. A test compares the page
+with what `python -m rlhf_exp.config.help` writes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlhf_exp.config.schema_keys import (
 from rlhf_exp.errors import UserError
 from rlhf_exp.program import PROGRAM
 
-REFERENCE_PATH = CONF.parent / "docs" / "config.md"
+REFERENCE_PATH = CONF.parent / "docs" / "reference" / "config.md"
 _WIDTH = 100
 _USAGE = """\
 Trains a language model on human preferences: SFT, reward model, PPO, evaluation.
@@ -139,8 +139,8 @@ def _describe_keys(keys: Iterable[ConfigKey]) -> str:
 
 
 def write(path: Path = REFERENCE_PATH) -> None:
-    """Write the reference of the config, `docs/config.md` by default."""
-    path.parent.mkdir(exist_ok=True)
+    """Write the reference of the config, `docs/reference/config.md` by default."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(reference(), encoding="utf-8")
 
 

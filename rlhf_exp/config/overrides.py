@@ -152,7 +152,7 @@ def unknown_option(group: str, option: str, valid: Sequence[str]) -> str:
     if group == "hydra/launcher" and option in _HYDRAS_LAUNCHERS:
         return f"this project's own launcher is hydra/launcher={_HYDRAS_LAUNCHERS[option]}."
     if group == "hydra/sweeper":
-        return "a search is sweep=ppo_optuna (docs/sweeps.md); a grid needs no sweeper."
+        return "a search is sweep=ppo_optuna (docs/how-to/sweeps.md); a grid needs no sweeper."
     listed = ", ".join(name for name in valid if not name.endswith("_schema"))
     near = did_you_mean(closest_names(option, valid))
     return f"there is no such option.{near} The options: {listed}."

@@ -69,7 +69,7 @@ class Axis:
 
 @dataclass
 class StudyConfig:
-    """A search over PPO's hyperparameters, `sweep=ppo_optuna`; see docs/sweeps.md."""
+    """A search over PPO's hyperparameters, `sweep=ppo_optuna`; see docs/how-to/sweeps.md."""
 
     trials: int | None = setting(
         None, "Trials of the study, those of earlier commands included; null: no study.", key=False

@@ -274,12 +274,12 @@ class PpoRewardConfig:
     function: str | None = setting(
         None,
         "A Python function instead of the reward model: `file.py:name` or `package.module:name`, "
-        "see docs/rewards.md.",
+        "see docs/how-to/rewards.md.",
     )
     url: str | None = setting(
         None,
         "A reward server instead of the reward model, such as http://127.0.0.1:8480, see "
-        "docs/rewards.md; counts unless `name` is given.",
+        "docs/how-to/rewards.md; counts unless `name` is given.",
         neutral=None,
     )
     name: str | None = setting(
@@ -383,7 +383,7 @@ class PpoConfig(TrainingConfig):
     advantage: AdvantageEstimator = setting(
         AdvantageEstimator.gae,
         "Estimator of advantages; all but `gae` do without a value function. See "
-        "docs/algorithms.md.",
+        "docs/how-to/algorithms.md.",
         neutral=AdvantageEstimator.gae,
     )
     grpo_scale: GroupScale = setting(
@@ -421,7 +421,7 @@ class PpoConfig(TrainingConfig):
     continue_from: str | None = setting(
         None,
         "Extend this finished run, made with `keep_state`, to `steps` steps in all; see "
-        "docs/resume.md.",
+        "docs/how-to/resume.md.",
         neutral=None,
     )
 

@@ -1,4 +1,4 @@
-"""The web application of a reward server; the protocol is in `docs/rewards.md`.
+"""The web application of a reward server; the protocol is in `docs/how-to/rewards.md`.
 
 A reward model scores texts, or the token ids that the texts were sampled as. Whoever asks, memory
 is bounded: by limits on a request, and because rows are cut before they are padded, and padded with

@@ -4,7 +4,7 @@
 - `FunctionScorer`: a function of the user's own.
 - `ServerScorer`: a reward server, asked by a `RewardClient`.
 
-The server's protocol is in `docs/rewards.md`: POST `{"prompts": [...], "responses": [...]}`,
+The server's protocol is in `docs/how-to/rewards.md`: POST `{"prompts": [...], "responses": [...]}`,
 answered by `{"scores": [...]}`. An answer may also hold `name` (of the reward) and `tokenizer` (the
 digest of the codec it reads with); a server that names the policy's own codec is sent the sampled
 `tokens`, so that it reads exactly the ids that a reward model in this process would. One that names

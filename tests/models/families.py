@@ -1,4 +1,4 @@
-"""Every causal family of transformers, built tiny and compared: the table of docs/models.md.
+"""Every causal family of transformers, built tiny and compared: docs/reference/models.md lists them.
 
     python -m tests.models.families              # all of them: the table anew, half an hour
     python -m tests.models.families gemma2 rwkv  # the lines of some
@@ -38,7 +38,7 @@ from rlhf_exp.rollout.decoder import CacheKind
 from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.stages.model_check import WHOLE, ModelUse, StageUse, check_model
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 LAYERS, VOCABULARY, WINDOW = 4, 97, 8
@@ -491,7 +491,7 @@ def written(lines: dict[str, Line]) -> str:
 
 
 def main(names: list[str]) -> None:
-    """Judge families, print their lines, and put them into the table of docs/models.md."""
+    """Judge families, print their lines, and put them into docs/reference/models.md."""
     page = PAGE.read_text(encoding="utf-8")
     lines = {name: line for name, line in table_of(page).items() if name in KINDS}
     with quiet():

@@ -1,7 +1,7 @@
 """No family is silently wrong: what is accepted is equal to `model(...)`, whatever is asked of it.
 
-The comparisons are those of the table in docs/models.md (`tests/models/families.py`), which share
-no code with the check at load that accepts or refuses.
+The comparisons are those of the table in docs/reference/models.md (`tests/models/families.py`),
+which share no code with the check at load that accepts or refuses.
 """
 
 from __future__ import annotations

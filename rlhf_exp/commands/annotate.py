@@ -229,13 +229,15 @@ def open_campaign(
     Raises:
         UserError: there are no answers to judge, or the existing campaign has other options.
     """
-    origin = _answers_origin(OutputFolder(outputs), run, design.collect)
-    title = re.sub(r"[^A-Za-z0-9._-]+", "-", origin.title)
+    folder = OutputFolder(outputs)
+    title = re.sub(r"[^A-Za-z0-9._-]+", "-", _title(folder, run))
     path = file or outputs / CAMPAIGNS / f"{title}{'-collect' if design.collect else ''}.sqlite"
     if path.exists() or not create:
         campaign = Campaign(path)
-        _check_unchanged(campaign, origin, design)
+        run = _run_of_study(folder, run, campaign.info.source)
+        _check_unchanged(campaign, _answers_origin(folder, run, design.collect), design)
         return campaign
+    origin = _answers_origin(folder, run, design.collect)
     if design.prompts is not None and design.prompts < 1:
         raise UserError(f"--prompts {design.prompts}: must be at least 1")
     criteria = check_criteria(_criteria(design) or ["overall"])
@@ -255,6 +257,27 @@ def open_campaign(
         identical=0 if design.collect else len(drawn) - len(items),
     )
     return Campaign.create(path, info, items)
+
+
+def _title(outputs: OutputFolder, run: str) -> str:
+    """Return the name of a run, or of a file of pairs, that its study is named by."""
+    if _is_file_of_pairs(run):
+        return Path(run).name.partition(".")[0]
+    return outputs.records.resolve_all(run, outputs.store)[-1].name
+
+
+def _is_file_of_pairs(run: str) -> bool:
+    path = Path(run)
+    return path.suffix in (".jsonl", ".gz") and not path.is_dir()
+
+
+def _run_of_study(outputs: OutputFolder, run: str, source: str) -> str:
+    """Return which of several runs of one name a study asks about; else `run` as it is."""
+    if run not in outputs.records.names():
+        return run
+    stage, _, key = source.partition("/")
+    named = [record for record in outputs.records.sweep(run) if record.keys.get(stage) == key]
+    return f"{run}/{named[-1].key}" if named else run
 
 
 def _check_unchanged(campaign: Campaign, origin: AnswersOrigin, design: CampaignDesign) -> None:
@@ -305,14 +328,12 @@ class AnswersOrigin:
     """Source of a campaign's answers.
 
     Attributes:
-        title: name of the campaign's file.
         text: identifies the answers.
         name_a: name of the baseline.
         name_b: name of the other model; with `--collect` the same.
         load: `load(prompts, seed)` returns the items of a number of randomly drawn prompts.
     """
 
-    title: str
     text: str
     name_a: str
     name_b: str
@@ -320,23 +341,18 @@ class AnswersOrigin:
 
 
 def _answers_origin(outputs: OutputFolder, run: str, collect: bool) -> AnswersOrigin:
-    path = Path(run)
-    if path.suffix in (".jsonl", ".gz") and not path.is_dir():
+    if _is_file_of_pairs(run):
+        path = Path(run)
         names = ("the model", "the model") if collect else ("a", "b")
         load_pairs = lambda count, seed: sample_items(read_pairs(path), count, seed)  # noqa: E731
         digest = file_digest(path)[:12] if path.is_file() else ""
-        return AnswersOrigin(
-            path.name.partition(".")[0], f"{path.name} {digest}", *names, load_pairs
-        )
-    title = outputs.run(run).name
+        return AnswersOrigin(f"{path.name} {digest}", *names, load_pairs)
     if collect:
         policy = outputs.policy(run)
         name = policy.stage.upper()
         text = f"{policy.stage}/{policy.key}"
-        return AnswersOrigin(
-            title, text, name, name, lambda n, seed: sampled_pairs(policy, n, seed)
-        )
-    artifacts = outputs.artifacts(run)
+        return AnswersOrigin(text, name, name, lambda n, seed: sampled_pairs(policy, n, seed))
+    artifacts = outputs.artifacts(run, ("eval",))
     if "eval" not in artifacts:
         raise UserError(
             f"{run}: was not evaluated, so there are no answers to judge; run stage=eval first"
@@ -345,9 +361,8 @@ def _answers_origin(outputs: OutputFolder, run: str, collect: bool) -> AnswersOr
     result = evaluation.json(RESULT_FILE)
     rows = items_of_rows(result["rows"])
     names = (result["name_a"], result["name_b"])
-    return AnswersOrigin(
-        title, f"eval/{evaluation.key}", *names, lambda n, seed: sample_items(rows, n, seed)
-    )
+    text = f"eval/{evaluation.key}"
+    return AnswersOrigin(text, *names, lambda n, seed: sample_items(rows, n, seed))
 
 
 def sampled_pairs(policy: Artifact, count: int, seed: int) -> list[Item]:

@@ -139,13 +139,13 @@ def _reward_judge(outputs: OutputFolder, spec: str) -> Judge:
     prompt_format: Any = "hh"
     if not folder.is_dir():
         try:
-            outputs.run(spec)
+            outputs.run(spec, ("reward",))
         except UserError:
             if spec.count("/") != 1:
                 raise
             classifier = ClassifierTextScorer(spec, device=device)
             return RewardJudge(classifier.name, classifier)
-        artifacts = outputs.artifacts(spec)
+        artifacts = outputs.artifacts(spec, ("reward",))
         if "reward" not in artifacts:
             raise UserError(f"--reward {spec}: that run has no reward model")
         artifact = artifacts["reward"]

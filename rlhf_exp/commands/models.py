@@ -160,7 +160,7 @@ def export(outputs: Path, run: str, folder: Path, step: int | None = None) -> Pa
     prefix = f"{source.relative_to(artifact.path).as_posix()}/"
     artifact.verify(lambda name: name.startswith(prefix))
     shutil.copytree(source, folder, ignore=_IGNORED_FILES, dirs_exist_ok=True)
-    chain = output_folder.artifacts(run)
+    chain = output_folder.artifacts(run, POLICIES)
     (folder / "README.md").write_text(model_card(artifact, chain, folder, step))
     return folder.resolve()
 

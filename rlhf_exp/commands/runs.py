@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from rlhf_exp.config.schema_keys import read_groups
 from rlhf_exp.errors import UserError
 from rlhf_exp.report.sweep.settings import flatten, format_override, override_values, sort_key
 from rlhf_exp.store.artifact import Artifact
-from rlhf_exp.store.run_records import Records, RunRecord
+from rlhf_exp.store.run_records import Records, RunRecord, Status
 from rlhf_exp.store.store import Store
 
 POLICIES = ("ppo", "dpo", "sft")
@@ -36,10 +37,42 @@ class OutputFolder:
         self.path = path
         self.store = Store(path / "store")
         self.records = Records(path / "sweeps")
+        self._announced: set[str] = set()
 
-    def run(self, run: str) -> RunRecord:
-        """Return a run by `latest`, its name, the beginning of its key, or its folder."""
-        return self.records.resolve(run, self.store)
+    def run(self, run: str, stages: Sequence[str] = ()) -> RunRecord:
+        """Return a run by `latest`, its name, the beginning of its key, or its folder.
+
+        A name that several runs share means the newest that is done, and this is printed to the
+        standard error.
+
+        Args:
+            run: The run.
+            stages: Of several runs of that name, only those with one of these stages count, if any.
+
+        Raises:
+            UserError: There is no such run, or several and none of them is what is asked for.
+        """
+        if run not in self.records.names():
+            return self.records.resolve(run, self.store)
+        named = self.records.sweep(run)
+        usable = [
+            record
+            for record in named
+            if record.status is Status.done and (not stages or set(stages) & record.keys.keys())
+        ]
+        if len(named) == 1 or not usable:
+            return self.records.resolve(run, self.store)
+        chosen = usable[-1]
+        if run not in self._announced:
+            self._announced.add(run)
+            settings = " ".join(chosen.overrides)
+            print(
+                f"{run}: {len(named)} runs have this name; this is the newest that is done, "
+                f"{run}/{chosen.key} ({settings or 'no overrides'}). `rlhf-exp status {run}` lists "
+                f"them; {run}/KEY names another.",
+                file=sys.stderr,
+            )
+        return chosen
 
     def select(self, runs: str) -> list[RunRecord]:
         """Return runs as `run` does, but all points of a name.
@@ -72,13 +105,17 @@ class OutputFolder:
         overrides = override_values(record.overrides)
         return overrides | {name: format_override(value) for name, value in config.items()}
 
-    def artifacts(self, run: str) -> dict[str, Artifact]:
+    def artifacts(self, run: str, stages: Sequence[str] = ()) -> dict[str, Artifact]:
         """Return the artifacts of a run by stage, in the order of the stages.
+
+        Args:
+            run: The run.
+            stages: Of several runs of that name, only those with one of these stages count, if any.
 
         Raises:
             UserError: There is no such run, or none of its results is in the store.
         """
-        return self.artifacts_of(self.run(run), run)
+        return self.artifacts_of(self.run(run, stages), run)
 
     def artifacts_of(self, record: RunRecord, run: str) -> dict[str, Artifact]:
         """Return the artifacts of a record, as `artifacts` does; errors name it `run`."""
@@ -113,8 +150,8 @@ class OutputFolder:
         Raises:
             UserError: The run has no such policy.
         """
-        artifacts = self.artifacts(run)
         roles = POLICIES if role is None else (role,)
+        artifacts = self.artifacts(run, POLICIES)
         for name in roles:
             if name in artifacts:
                 return artifacts[name]

@@ -115,7 +115,7 @@ def _model_and_config(
         artifact = Artifact(folder, Manifest.read(folder))
         artifacts = {artifact.stage: artifact}
     elif not folder.is_dir():
-        artifacts = outputs.artifacts(run)
+        artifacts = outputs.artifacts(run, ("reward",))
     config = Config()
     if artifacts:
         if "reward" not in artifacts:

@@ -16,6 +16,7 @@ from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, choice_of, disp
 from rlhf_exp.cli import main
 from rlhf_exp.commands.annotate import annotate, sampled_pairs
 from rlhf_exp.stages.data_module import DataModule
+from rlhf_exp.store.run_records import Records, RunRecord
 from rlhf_exp.training.reward_scorer import texts_of
 from tests.annotation.serving import Served
 from tests.lab import artifact, jsonl, launch, put_file, small_config
@@ -83,6 +84,15 @@ def test_a_runs_answers_are_judged(run_copy: Path, capsys: pytest.CaptureFixture
     count = len(campaign.items)
     assert re.search(rf"PPO better\s+{count} \(100.0 %\)", text)
     assert re.search(r"anna\s+8 of 8", text)
+
+
+def test_a_study_is_found_again_after_newer_runs_of_its_name(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_campaign(capsys, run_copy, "small", "--annotators", "anna")
+    newer = RunRecord("small", "eval", {"eval": "ffff"}, created="2999-01-01T00:00:00+00:00")
+    Records(run_copy / "sweeps").write(newer)
+    assert "anna" in run_annotate(capsys, run_copy, "small", "--results")
 
 
 def test_answers_that_are_the_same_are_ties(

@@ -1,4 +1,4 @@
-"""Every causal family of transformers, built tiny and compared: docs/reference/models.md lists them.
+"""Every causal family of transformers, built tiny and compared: see docs/reference/models.md.
 
     python -m tests.models.families              # all of them: the table anew, half an hour
     python -m tests.models.families gemma2 rwkv  # the lines of some

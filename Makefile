@@ -1,16 +1,21 @@
 # `make demo`: from nothing to a trained, evaluated model. `make test`: everything CI checks.
-# Both make .venv first, from the pinned packages of constraints.txt.
+# Both make .venv first, from the pinned packages of constraints.txt: `demo` with what a user needs
+# (`make install`), `test` with the optional packages and a developer's tools, too (`make venv`).
 #
-# Variables: PYTHON (an interpreter of 3.11 or newer), TORCH_ARGS (further options for installing
-# torch, such as another index with a build for your GPU or for CPUs only), PYTEST_ARGS.
+# Variables: PYTHON (an interpreter of 3.11 or newer), EXTRAS (optional packages of a user, such as
+# EXTRAS=deepspeed,slurm), TORCH_ARGS (further options for installing torch, such as another index
+# with a build for your GPU or for CPUs only), PYTEST_ARGS.
 
 PYTHON ?= python3
+EXTRAS ?=
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
 MARKERS ?= not slow and not matrix and not slurm and not gpu and not trlx and not browser
 
 VENV := .venv
 BIN := $(VENV)/bin
+# A user's packages with these extras; a developer's.
+USER_STAMP := $(VENV)/.installed-user$(if $(EXTRAS),-$(EXTRAS))
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest
@@ -18,7 +23,7 @@ SOURCES := rlhf_exp hydra_plugins tests $(wildcard benchmarks) $(wildcard *.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check lint imports types format clean
+.PHONY: help install venv demo test check lint imports types format clean
 
 help:
 	@echo "make demo    train and evaluate the bundled example, then show its report's path"
@@ -26,12 +31,15 @@ help:
 	@echo "             where Slurm is installed, those that start one)"
 	@echo "make check   lint, types and imports only"
 	@echo "make format  let ruff format and mend what it can"
-	@echo "make venv    install into $(VENV)"
+	@echo "make install install into $(VENV) what running needs; EXTRAS=deepspeed,slurm,... adds to it"
+	@echo "make venv    install into $(VENV) a developer's tools, too"
 	@echo "make clean   remove $(VENV) and caches; outputs/ stays"
+
+install: $(USER_STAMP)
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(USER_STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: '$(PYTHON)' is missing or older than Python 3.11 (found:" \
 	    "$$($(PYTHON) --version 2>&1)). Name another one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; \
@@ -42,10 +50,14 @@ $(STAMP): pyproject.toml constraints.txt
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(TORCH_ARGS) -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@touch $@
+
+$(STAMP): $(USER_STAMP)
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)
+demo: $(USER_STAMP)
 	$(BIN)/python launch.py experiment=demo
 
 # The tests with a Slurm of their own start daemons and wait for nodes to die: alone, they are quick.

@@ -180,7 +180,7 @@ def _check_distributed_and_tracking(check: ConfigChecker) -> None:
         message = f"distributed.strategy={strategy.name} cannot offload; zero1 to 3 and fsdp can."
         check.add("distributed.offload", message)
     if strategy.name.startswith("zero") and not config.plan:
-        message = "needs DeepSpeed; run `pip install 'rlhf-exp[deepspeed]'`."
+        message = "needs DeepSpeed: `pip install deepspeed` (extra `deepspeed`)."
         check.require(find_spec("deepspeed") is not None, "distributed.strategy", message)
     check.require(bool(config.tracking.project.strip()), "tracking.project", "must not be empty.")
     alerts = "tracking.alerts."
@@ -268,6 +268,9 @@ def check_training(check: ConfigChecker, stage: str) -> None:
     if blocks is not None and check.value(key("lora.rank")) > 0:
         message = f"choose one: {stage}.train_blocks, or LoRA with {stage}.lora.rank."
         check.add(key("train_blocks"), message)
+    if check.value(key("lora.rank")) > 0 and not check.config.plan:
+        message = "needs peft: `pip install peft` (extra `lora`)."
+        check.require(find_spec("peft") is not None, key("lora.rank"), message)
 
 
 def _check_steps_or_epochs(check: ConfigChecker, stage: str) -> None:

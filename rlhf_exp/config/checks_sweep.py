@@ -119,7 +119,7 @@ def _site_problems(site: SlurmConfig) -> list[Problem]:
 def _missing_programs() -> list[Problem]:
     problems = []
     if importlib.util.find_spec("submitit") is None:
-        remedy = "needs submitit: pip install 'rlhf-exp[slurm]'."
+        remedy = "needs submitit: `pip install submitit` (extra `slurm`)."
         problems.append(Problem("hydra/launcher", "slurm", remedy))
     if shutil.which("sbatch") is None:
         remedy = "there is no sbatch here: start it on a login node of the cluster."

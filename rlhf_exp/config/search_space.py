@@ -154,7 +154,7 @@ def check_study(check: ConfigChecker, trial_problems: TrialChecker) -> None:
     check.require(config.ppo.use is None, "ppo.use", "a study trains PPO; leave it out.")
     check.require(not config.probe, "probe", "a study cannot be probed; leave sweep and study out.")
     if find_spec("optuna") is None:
-        check.add("study.trials", "needs Optuna; run `pip install 'rlhf-exp[sweeps]'`.")
+        check.add("study.trials", "needs Optuna: `pip install optuna` (extra `sweeps`).")
     check.require(bool(study.space), "study.space", "is empty; sweep=ppo_optuna has a usual one.")
     keys = [axis.key for axis in study.space]
     for key in sorted({key for key in keys if keys.count(key) > 1}):

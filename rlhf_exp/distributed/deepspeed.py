@@ -262,8 +262,8 @@ def import_deepspeed() -> Any:  # noqa: ANN401 - an untyped library
         import deepspeed.ops
     except ImportError as error:
         raise UserError(
-            f"distributed=zero*: deepspeed cannot be imported ({error}); install it with "
-            "`pip install --no-build-isolation 'rlhf-exp[deepspeed]'`"
+            f"distributed=zero*: deepspeed cannot be imported ({error}); install it: "
+            "`pip install --no-build-isolation deepspeed` (extra `deepspeed`)"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It calls functions of torch by their old names, and torch warns each time.

@@ -53,7 +53,7 @@ def add_lora(
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise UserError("lora.rank: LoRA needs peft; run `pip install rlhf-exp[lora]`") from error
+        raise UserError("lora.rank: LoRA needs peft: `pip install peft` (extra `lora`)") from error
 
     config = LoraConfig(
         r=settings.rank,

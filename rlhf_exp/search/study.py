@@ -309,7 +309,7 @@ def import_optuna():  # type: ignore[no-untyped-def] # noqa: ANN201 - the module
         import optuna
     except ImportError as error:
         raise UserError(
-            "a study needs Optuna, which is not installed: pip install 'rlhf-exp[sweeps]'"
+            "a study needs Optuna, which is not installed: `pip install optuna` (extra `sweeps`)"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

@@ -28,8 +28,8 @@ def need_server(command: str, extra: str) -> None:
     missing = [n for n in ("starlette", "uvicorn") if importlib.util.find_spec(n) is None]
     if missing:
         raise UserError(
-            f"{command}: {' and '.join(missing)} not installed, which it needs to serve; "
-            f"pip install 'rlhf-exp[{extra}]'"
+            f"{command}: {' and '.join(missing)} not installed, which it needs to serve: "
+            f"`pip install {' '.join(missing)}` (extra `{extra}`)"
         )
 
 

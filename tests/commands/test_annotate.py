@@ -224,7 +224,7 @@ def test_without_the_server_installed(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     error = refusal(capsys, run_copy, "small")
-    assert "pip install 'rlhf-exp[annotate]'" in error
+    assert "`pip install starlette uvicorn` (extra `annotate`)" in error
     create_campaign(capsys, run_copy, "small")
     assert "none judged yet" in run_annotate(capsys, run_copy, "small", "--results")
 

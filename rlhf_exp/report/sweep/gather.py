@@ -327,7 +327,7 @@ def importance_of(folders: Sequence[Path]) -> Importance:
     try:
         import optuna
     except ImportError:
-        return Importance(0, reason="Optuna is not installed (pip install 'rlhf-exp[sweeps]')")
+        return Importance(0, reason="Optuna is not installed (pip install optuna)")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -368,7 +368,7 @@ def _importance_of_study(study: Study | None) -> Importance:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
     except ImportError:
-        reason = "fANOVA needs scikit-learn (pip install 'rlhf-exp[sweeps]')"
+        reason = "fANOVA needs scikit-learn (pip install scikit-learn)"
         return Importance(count, reason=reason, objective=objective)
     except (ValueError, RuntimeError) as error:
         reason = f"fANOVA found nothing to explain ({error})"

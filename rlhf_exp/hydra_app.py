@@ -10,8 +10,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from omegaconf import DictConfig
 
@@ -23,8 +24,9 @@ from rlhf_exp.store.atomic_files import write_error
 
 if TYPE_CHECKING:
     from rlhf_exp.config.compose import ComposedConfig
+    from rlhf_exp.config.experiment import Config
 
-# Kept for `_launch` to raise: Hydra would print a job's user error with its own traceback.
+# Kept for `launch` to raise: Hydra would print a job's user error with its own traceback.
 _user_errors: list[UserError] = []
 # Only the leader writes Hydra's usual folder; other processes would write the same one.
 _FOLLOWER_OVERRIDES = (
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         if "-h" in argv or "--help" in argv:
             print(_help(argv), end="")
             return 0
-        _launch(argv)
+        launch(argv)
     except UserError as error:
         _print_error(error)
         return 2
@@ -94,7 +96,29 @@ def _help(argv: Sequence[str]) -> str:
     return help_text(topics[0] if topics else None, folders, overrides)
 
 
-def _launch(argv: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class Jobs:
+    """What a command line asks to run.
+
+    Attributes:
+        config: The config of the run; of a multirun, what its points have in common.
+        multirun: Whether it is a multirun, as every run on Slurm is.
+        overrides: The overrides that start it.
+    """
+
+    config: Config
+    multirun: bool
+    overrides: list[str]
+
+
+def launch(argv: Sequence[str]) -> Jobs | None:
+    """Run a command line to its end, and return what it ran, `None` where it only shows something.
+
+    Raises:
+        UserError: The command line or the config is wrong, or an error that the user can mend.
+        JobsFailed: Jobs of a multirun failed.
+        KeyboardInterrupt: The user stopped it; `Detached` if jobs go on elsewhere.
+    """
     import hydra
 
     from rlhf_exp.config.compose import as_user_errors, register_schema
@@ -119,10 +143,11 @@ def _launch(argv: Sequence[str]) -> None:
         groups = read_groups(folders)
         overrides = prepare(overrides, groups)
         raise_problems(override_problems(overrides, groups))
+    jobs = None
     if not (arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion):
-        overrides, on_slurm = _check_jobs(overrides, arguments.multirun, folders)
-        # Hydra uses launchers in multiruns only; on Slurm, a single run is a multirun of one.
-        flags += ["--multirun"] if on_slurm and not arguments.multirun else []
+        jobs = _check_jobs(overrides, arguments.multirun, folders)
+        overrides = jobs.overrides
+        flags += ["--multirun"] if jobs.multirun and not arguments.multirun else []
     if not is_leader():
         overrides += _FOLLOWER_OVERRIDES
     # Without this, Hydra hides the exception and exits with 1, whatever the error.
@@ -134,12 +159,18 @@ def _launch(argv: Sequence[str]) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     if _user_errors:
         raise _user_errors[0]
+    return jobs
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     from hydra._internal.utils import get_args_parser  # noqa: PLC2701 - Hydra has no public one
 
-    arguments = get_args_parser().parse_intermixed_args(list(argv))
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help and --hydra-help")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    arguments = parser.parse_intermixed_args(list(argv))
     if arguments.config_path or arguments.config_name:
         raise UserError("--config-path and --config-name: add a folder with --config-dir instead")
     if arguments.experimental_rerun:
@@ -152,13 +183,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _check_jobs(
-    overrides: list[str], multirun: bool, folders: Sequence[Path]
-) -> tuple[list[str], bool]:
+def _check_jobs(overrides: list[str], multirun: bool, folders: Sequence[Path]) -> Jobs:
     """Compose and check every job that would run.
-
-    Returns:
-        The overrides that start these jobs, and whether they run on Slurm.
 
     Raises:
         UserError: With the problems of all jobs.
@@ -206,7 +232,8 @@ def _check_jobs(
     raise_problems(problems)
     if base.config.plan and not multirun:
         overrides = [*overrides, *_PLAN_OVERRIDES]
-    return overrides, on_slurm
+    # Hydra uses launchers in multiruns only; on Slurm, a single run is a multirun of one.
+    return Jobs(base.config, multirun or on_slurm, overrides)
 
 
 def _print_notes(base: ComposedConfig, folders: Sequence[Path]) -> None:

@@ -26,8 +26,9 @@ def test_import_contracts_are_kept() -> None:
 
 def test_init_files_are_empty() -> None:
     filled = [path for path in PACKAGE.rglob("__init__.py") if path.stat().st_size]
-    assert filled == [PACKAGE / "__init__.py"], "the version, and nothing else"
-    assert re.fullmatch(r'__version__ = "\d+\.\d+\.\d+"\n', filled[0].read_text())
+    assert filled == [PACKAGE / "__init__.py"], "the version and the names of the interface"
+    # setuptools reads the version without importing anything.
+    assert re.search(r'^__version__ = "\d+\.\d+\.\d+"$', filled[0].read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize(

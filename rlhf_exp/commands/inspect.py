@@ -263,7 +263,7 @@ def report(outputs: Path, runs: Sequence[str], form: str, kl_budget: float | Non
     folder = OutputFolder(outputs)
     records = list({record.key: record for run in runs for record in folder.select(run)}.values())
     if form == "page" and len(records) == 1:
-        return f"{_write_run_report(folder, records[0], runs[0])}\n"
+        return f"{write_run_report(folder, records[0], runs[0])}\n"
     sweep = sweep_of(folder, ", ".join(dict.fromkeys(runs)), records, kl_budget)
     if form == "json":
         return json.dumps(to_json(sweep), indent=1, allow_nan=False) + "\n"
@@ -287,7 +287,8 @@ def sweep_of(
     return gather_sweep(title, records, folder.store, folder.records, logs, kl_budget)
 
 
-def _write_run_report(folder: OutputFolder, record: RunRecord, run: str) -> Path:
+def write_run_report(folder: OutputFolder, record: RunRecord, run: str) -> Path:
+    """Write the page of one run and return its path; errors name the run `run`."""
     artifacts = folder.artifacts_of(record, run)
     final = list(artifacts.values())[-1]
     path = folder.path / "reports" / f"{final.stage}-{final.key}.html"

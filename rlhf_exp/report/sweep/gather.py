@@ -215,19 +215,37 @@ def _rows(
     """
     if stage not in record.keys:
         return ()
-    key = record.keys[stage]
-    places = [
-        staging_folder(store.root, stage, key) / METRICS,
-        all_records.root / record.name / _PRUNED / f"{key}.jsonl",
-    ]
     try:
-        published = artifacts[stage].file(METRICS) if stage in artifacts else None
-        places = places if published is None else [published]
-        return next((read_metrics(path) for path in places if path.is_file()), ())
+        return logged_metrics(record, stage, artifacts.get(stage), store, all_records)
     except UserError as error:
         log.warning("left out of the report: %s", error)
         damaged.append(f"Left out: {error}.")
         return ()
+
+
+def logged_metrics(
+    record: RunRecord, stage: str, artifact: Artifact | None, store: Store, all_records: Records
+) -> Sequence[Row]:
+    """Return what a stage of a run logged, also of work that is under way or was stopped.
+
+    Args:
+        record: The run.
+        stage: One of its stages.
+        artifact: The stage's result, if there is one.
+        store: The store of the results.
+        all_records: All records, whose folder keeps what pruned trials logged.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    key = record.keys[stage]
+    published = None if artifact is None else artifact.file(METRICS)
+    places = [
+        staging_folder(store.root, stage, key) / METRICS,
+        all_records.root / record.name / _PRUNED / f"{key}.jsonl",
+    ]
+    places = places if published is None else [published]
+    return next((read_metrics(path) for path in places if path.is_file()), ())
 
 
 def _point(

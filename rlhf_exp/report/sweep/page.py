@@ -13,7 +13,7 @@ import math
 import shlex
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -446,16 +446,17 @@ def _finite_or_none(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def to_csv(sweep: Sweep) -> str:
-    """Return one line a run: identity, settings, final metrics, last line of the error."""
+def to_table(sweep: Sweep) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return a row for each run: identity, settings, final metrics, last line of the error.
+
+    Returns:
+        The columns, and each row by column; what a run has no value of is absent or None.
+    """
     names = sorted({name for point in sweep.points for name in point.metrics})
     fixed = ["name", "key", "status", "seed"]
     columns = [*fixed, *sweep.varied, "objective", "seconds", *names, "error", "log"]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    for point in sweep.points:
-        cells: Mapping[str, Any] = {
+    rows = [
+        {
             "name": point.name,
             "key": point.key,
             "status": point.status,
@@ -467,5 +468,17 @@ def to_csv(sweep: Sweep) -> str:
             "error": last_line(point.error),
             "log": point.log,
         }
-        writer.writerow("" if cells.get(name) is None else cells[name] for name in columns)
+        for point in sweep.points
+    ]
+    return columns, rows
+
+
+def to_csv(sweep: Sweep) -> str:
+    """Return `to_table` as CSV."""
+    columns, rows = to_table(sweep)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow("" if row.get(name) is None else row[name] for name in columns)
     return buffer.getvalue()

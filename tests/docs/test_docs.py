@@ -7,7 +7,6 @@ import re
 import runpy
 import shlex
 import threading
-from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,6 +15,9 @@ import pytest
 from rlhf_exp.annotation.campaign import item_of
 from rlhf_exp.annotation.export import read_votes
 from rlhf_exp.cli import parser
+from rlhf_exp.config.folders import config_folders
+from rlhf_exp.config.overrides import override_problems, prepare
+from rlhf_exp.config.schema_keys import read_groups
 from rlhf_exp.data.parsing import parse_row
 from rlhf_exp.data.toy.content import subjects
 from rlhf_exp.http_client import Service
@@ -23,13 +25,11 @@ from rlhf_exp.hydra_app import main
 from rlhf_exp.training.scorers import RewardClient, ServerInfo
 from rlhf_exp.user_function import load_function
 from tests.annotation.lab import new_campaign
+from tests.docs.pages import FOLLOWED, PAGES, ROOT, blocks
 from tests.lab import artifact
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # Written by measurements; a fresh checkout may be without them.
 MEASURED = {"results.md", "benchmarks.md"}
-_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 _METRIC = re.compile(
     r"""["']((?:reward|kl|loss|policy|value|response|optim|time|throughput|memory|eval|test|"""
@@ -37,43 +37,117 @@ _METRIC = re.compile(
 )
 
 
-def blocks(language: str) -> Iterator[tuple[str, str]]:
-    """Yield (page, line) of the lines of all blocks in a language."""
-    for page in PAGES:
-        for found, content in _BLOCK.findall(page.read_text(encoding="utf-8")):
-            if found == language:
-                yield from ((page.name, line) for line in content.splitlines() if line.strip())
+_BLOCKS = [block for page in PAGES for block in blocks(page)]
+_WALKED = {page.relative_to(ROOT).as_posix() for page in FOLLOWED}
+_RUN = "rlhf-exp run "
 
 
-COMMANDS = sorted({line for _, line in blocks("bash")})
-LAUNCHES = [line for line in COMMANDS if line.startswith("python launch.py")]
-OTHERS = [line for line in COMMANDS if line.startswith("rlhf-exp")]
+def _launches(*, walked: bool) -> list[str]:
+    """Return the commands that start runs: those that `test_walk.py` runs, or all others."""
+    lines = {
+        line.replace(_RUN, "python launch.py ")
+        for block in _BLOCKS
+        if (block.page in _WALKED and block.needs is None) == walked
+        for line in block.commands
+        if "launch.py" in line or _RUN in line
+    }
+    return sorted(lines)
+
+
+LAUNCHES = _launches(walked=False)
+WALKED_LAUNCHES = _launches(walked=True)
+OTHERS = sorted(
+    {
+        line
+        for block in _BLOCKS
+        for line in block.commands
+        if line.startswith("rlhf-exp") and _RUN not in line
+    }
+)
+# What a reader types besides, in blocks that a test does not run.
+_PREPARATIONS = {"make", "pip", "bash", "python", "export", "sinfo", "sacctmgr"}
+_LOOKS_LIKE_A_COMMAND = re.compile(
+    r"^(?:make \w|pip |rlhf-exp |(?:nohup |torchrun .*)?(?:python )?launch\.py)", re.MULTILINE
+)
 
 
 def test_every_command_is_checked() -> None:
-    assert set(COMMANDS) == {*LAUNCHES, *OTHERS}
-    assert len(LAUNCHES) > 8
-    assert len(OTHERS) > 8
+    launches = {*LAUNCHES, *WALKED_LAUNCHES}
+    assert len(launches) > 50
+    assert len(OTHERS) > 30
+    for block in _BLOCKS:
+        for line in block.commands:
+            first = shlex.split(line)[0]
+            known = (
+                line.replace(_RUN, "python launch.py ") in launches
+                or line in OTHERS
+                or line.startswith("python examples/")
+            )
+            assert known or (block.needs and first in _PREPARATIONS), (block.page, line)
+
+
+@pytest.mark.parametrize("page", FOLLOWED, ids=lambda page: page.name)
+def test_commands_of_followed_pages_are_in_blocks_of_bash(page: Path) -> None:
+    for block in blocks(page):
+        hidden = block.language != "bash" and _LOOKS_LIKE_A_COMMAND.search(block.content)
+        assert not hidden, f"{block.page}:{block.line} is a block in {block.language or 'nothing'}"
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the pages let a reader write, and empty ones of data."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    for block in _BLOCKS:
+        if block.file is not None:
+            file = folder / block.file
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.content)
+    for name in re.findall(r"=([\w-]+\.jsonl(?:\.gz)?)\b", " ".join(LAUNCHES)):
+        (folder / name).touch()
+    return folder
 
 
 @pytest.mark.parametrize("line", LAUNCHES)
 def test_launch_commands_compose(
-    line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: str,
+    reader: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(ROOT)
-    arguments = shlex.split(line)[2:]
+    monkeypatch.chdir(reader)
+    words = shlex.split(line)
+    arguments = words[words.index("launch.py") + 1 :]
+    arguments = arguments[: arguments.index(">")] if ">" in arguments else arguments
+    # Whether an interpreter has trlx is part of the check, and this machine may have none.
+    arguments = [argument for argument in arguments if not argument.startswith("engine")]
     monkeypatch.setattr("sys.argv", ["launch.py"])
     # Composed and checked in full, then only shown; with the job itself replaced nothing runs.
     monkeypatch.setattr("rlhf_exp.experiment.run", lambda config, overrides: None)
     monkeypatch.setattr(
         "rlhf_exp.launchers.optuna.worker.run_worker", lambda config, overrides: None
     )
-    monkeypatch.setattr(
-        "rlhf_exp.launchers.local.launch", lambda n_jobs, jobs: [None for _ in jobs]
-    )
+    for launcher in ("local", "slurm.launcher"):
+        monkeypatch.setattr(
+            f"rlhf_exp.launchers.{launcher}.launch", lambda site, jobs: [None for _ in jobs]
+        )
     if "--help" not in arguments and "--cfg" not in arguments:
         arguments.append(f"output_dir={tmp_path}")
     assert main(arguments) == 0, capsys.readouterr().err
+
+
+def test_keys_and_options_of_the_other_launch_commands_exist(
+    reader: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quick: `test_walk.py`, which is slow, runs these commands."""
+    monkeypatch.chdir(reader)
+    for line in WALKED_LAUNCHES:
+        words = shlex.split(line)
+        overrides = [word for word in words[words.index("launch.py") + 1 :] if "=" in word]
+        folders, others = config_folders(overrides)
+        groups = read_groups(folders)
+        assert override_problems(prepare(others, groups), groups) == [], line
 
 
 @pytest.mark.parametrize("line", OTHERS)
@@ -81,7 +155,15 @@ def test_other_commands_parse(line: str) -> None:
     parser().parse_args(shlex.split(line)[1:])
 
 
-@pytest.mark.parametrize(("page", "line"), list(blocks("jsonl")))
+_ROWS = [
+    (block.page, line)
+    for block in _BLOCKS
+    if block.language == "jsonl"
+    for line in block.content.splitlines()
+]
+
+
+@pytest.mark.parametrize(("page", "line"), _ROWS)
 def test_examples_of_rows_are_read(page: str, line: str) -> None:
     assert parse_row(json.loads(line), page)
 

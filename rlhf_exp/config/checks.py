@@ -28,6 +28,7 @@ from rlhf_exp.config.checks_shared import (
     model_family,
 )
 from rlhf_exp.config.experiment import (
+    Attention,
     Config,
     DataSource,
     Dtype,
@@ -159,6 +160,9 @@ def _check_dpo(check: ConfigChecker) -> None:
     check.positive("dpo.beta", "dpo.generation.temperature")
     check.at_least(0, "dpo.eval_prompts")
     check.at_least(1, "dpo.generation.batch", "dpo.generation.max_new_tokens")
+    if dpo.packing and check.config.model.attention is Attention.flash_attention_2:
+        message = "flash attention takes no packed rows; use model.attention=sdpa, or no packing."
+        check.add("dpo.packing", message)
     if not 0 <= dpo.label_smoothing < 0.5:
         check.add("dpo.label_smoothing", "must be at least 0 and below 0.5.")
     elif dpo.label_smoothing and dpo.loss is not DpoLoss.sigmoid:

@@ -355,6 +355,12 @@ class DpoConfig(TrainingConfig):
     part: str | None = setting(
         None, "Train on one part of the pairs, chosen by prompt, such as 1/2; null: on all."
     )
+    packing: bool = setting(
+        False,
+        "Put several responses with their prompts into one row of `seq_length` tokens; a "
+        "micro-batch then has more pairs in as many rows.",
+        key=False,
+    )
     beta: float = setting(0.1, "Strength of the pull to the SFT policy, per nat.")
     loss: DpoLoss = setting(DpoLoss.sigmoid, "The loss of a pair.")
     label_smoothing: float = setting(

@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.batch import Demonstrations, Preferences, Prompts
-from rlhf_exp.data.tokenized import TokenizedDemonstrations, TokenizedPreferences, TokenizedPrompts
+from rlhf_exp.data.tokenized import (
+    RaggedArray,
+    TokenizedDemonstrations,
+    TokenizedPreferences,
+    TokenizedPrompts,
+)
 
 LossOn = Literal["all", "response"]
 
@@ -150,6 +155,61 @@ def pair_lengths(preferences: TokenizedPreferences, index: np.ndarray) -> Tensor
     """Return the tokens [B] of the longer side, prompt included, of the pairs at `index` [B]."""
     longer = np.maximum(preferences.chosen.lengths(), preferences.rejected.lengths())
     return torch.from_numpy((preferences.prompt.lengths() + longer)[index].astype(np.int64))
+
+
+def pack_pairs(
+    preferences: TokenizedPreferences, index: np.ndarray, seq_length: int
+) -> tuple[Demonstrations, Tensor]:
+    """Return both sides of the pairs at `index` ([n] int64), packed into rows of `seq_length`.
+
+    Returns:
+        The rows, whose targets are the response tokens, and the side [N] int64 that each of their N
+        targets belongs to: 0 to n - 1 are the chosen ones, n to 2 n - 1 the rejected.
+    """
+    prompts = [preferences.prompt[i] for i in index]
+    responses = [side[i] for side in (preferences.chosen, preferences.rejected) for i in index]
+    sides = TokenizedDemonstrations(RaggedArray.of(prompts * 2), RaggedArray.of(responses), 0, 0)
+    rows = pack_demonstrations(sides, seq_length, packing=True, loss_on="response")
+    batch = demonstrations_batch(rows)
+    members = np.array([member for row in rows for member in row.members], dtype=np.int64)
+    # Without a prompt the first token has no context, and is no target.
+    targets = sides.response_ids.lengths() - (sides.prompt_ids.lengths() == 0)
+    return batch, torch.from_numpy(members.repeat(targets[members]))
+
+
+def packed_pair_parts(
+    preferences: TokenizedPreferences,
+    shares: Sequence[np.ndarray],
+    pairs: int | None,
+    seq_length: int,
+) -> list[list[Tensor]]:
+    """Return each process's micro-batches of pairs that are to be packed, by number in its share.
+
+    As few as have room: a micro-batch has no more packed rows than `pairs` of the longest pairs
+    would fill. Every process has as many, for some strategies wait for each other in each.
+
+    Args:
+        preferences: The pairs.
+        shares: [n] int64 for each process, the pairs of its share; n is the same in all.
+        pairs: Pairs of a micro-batch without packing; `None`: one micro-batch of the whole share.
+        seq_length: Tokens of a row.
+    """
+    if pairs is None or not len(shares[0]):
+        return [[torch.arange(len(share))] for share in shares]
+    prompts = preferences.prompt.lengths()
+    sides = [prompts + side.lengths() for side in (preferences.chosen, preferences.rejected)]
+    orders = [np.argsort(-np.maximum(*sides)[share], kind="stable") for share in shares]
+
+    def fits(share: np.ndarray, part: np.ndarray) -> bool:
+        lengths = np.concatenate([side[share[part]] for side in sides])
+        return len(_first_fit_decreasing(lengths.tolist(), seq_length)) <= 2 * pairs
+
+    for count in range(1, -(-len(shares[0]) // pairs) + 1):
+        # Dealt out by length, so that all are about as large.
+        parts = [[order[number::count] for number in range(count)] for order in orders]
+        if all(fits(shares[rank], part) for rank, own in enumerate(parts) for part in own):
+            break
+    return [[torch.from_numpy(part) for part in own] for own in parts]
 
 
 def prompts_batch(prompts: TokenizedPrompts, index: np.ndarray, rollout: np.ndarray) -> Prompts:

@@ -43,7 +43,7 @@ class RaggedArray:
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> RaggedArray:
+    def of(cls, rows: Sequence[Sequence[int] | np.ndarray]) -> RaggedArray:
         """Concatenate `rows`."""
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])

@@ -42,9 +42,14 @@ class Trunk:
             setattr(self._base, parts.positions, getattr(parts.base, parts.positions))
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Return the states [B, S, D] that leave the trunk, for right-padded `tokens` [B, S]."""
-        return self._base(input_ids=tokens, use_cache=False).last_hidden_state
+    def __call__(self, tokens: Tensor, **packed: Any) -> Tensor:  # noqa: ANN401 - the model's own
+        """Return the states [B, S, D] that leave the trunk.
+
+        Args:
+            tokens: [B, S] int64, right-padded.
+            packed: what the model is called with for packed rows, see `packed_inputs`.
+        """
+        return self._base(input_ids=tokens, use_cache=False, **packed).last_hidden_state
 
 
 class Branch:
@@ -100,13 +105,14 @@ class Branch:
             base = copy.deepcopy(base).requires_grad_(False).eval()
         return cls(base, parts)
 
-    def __call__(self, states: Tensor) -> Tensor:
+    def __call__(self, states: Tensor, **packed: Any) -> Tensor:  # noqa: ANN401 - the model's own
         """Return the hidden states [B, S, D] after the final norm.
 
         Args:
             states: [B, S, D] entering the first of the blocks, right-padded.
+            packed: what the model is called with for packed rows, see `packed_inputs`.
         """
-        return self._run(self._base, states)
+        return self._run(self._base, states, **packed)
 
     @property
     def supports_forward_at(self) -> bool:
@@ -127,10 +133,10 @@ class Branch:
             states = self._run(self._lower, states)
         return self._last(states, positions)
 
-    def _run(self, base: PreTrainedModel, states: Tensor) -> Tensor:
+    def _run(self, base: PreTrainedModel, states: Tensor, **packed: Any) -> Tensor:  # noqa: ANN401
         if self._entry_scale != 1.0:
             states = states / self._entry_scale
-        return base(inputs_embeds=states, use_cache=False).last_hidden_state
+        return base(inputs_embeds=states, use_cache=False, **packed).last_hidden_state
 
     def to(self, device: torch.device | str) -> Branch:
         """Move a copy to `device` (a shared branch goes where its model goes)."""

@@ -6,10 +6,13 @@ see the padding to its right. B rows, S tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rlhf_exp.batch import Demonstrations
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.frozen_trunk import to_attention_mask
 
@@ -51,8 +54,8 @@ def packed_mask_for(model: PreTrainedModel, segments: Tensor) -> Mask | None:
     attention = config._attn_implementation
     if "flash" in attention:
         raise UserError(
-            f"model.attention={attention} cannot run packed rows; set sft.packing=false or "
-            "model.attention=sdpa"
+            f"model.attention={attention} cannot run packed rows; set packing=false in the stage's "
+            "section (sft.packing, dpo.packing) or model.attention=sdpa"
         )
     dtype = torch.bool if attention == "sdpa" else model.dtype
     full = packed_attention_mask(segments, dtype)
@@ -64,6 +67,16 @@ def packed_mask_for(model: PreTrainedModel, segments: Tensor) -> Mask | None:
     return (
         sliding if layer_types is None else {"full_attention": full, "sliding_attention": sliding}
     )
+
+
+def packed_inputs(model: PreTrainedModel, batch: Demonstrations) -> dict[str, Any]:
+    """Return what `model`, or a slice of it, is called with beside the tokens of packed rows.
+
+    Raises:
+        UserError: see `packed_mask_for`.
+    """
+    mask = packed_mask_for(model, batch.segments)
+    return {} if mask is None else {"attention_mask": mask, "position_ids": batch.positions}
 
 
 def _window(config: PreTrainedConfig) -> int | None:

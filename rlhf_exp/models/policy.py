@@ -21,7 +21,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.frozen_trunk import Branch, Trunk, check_branch, decoder_parts
 from rlhf_exp.models.logit_transform import logit_transform
 from rlhf_exp.models.lora import LoraSettings, add_lora, lora_layers, merged_state
-from rlhf_exp.models.packing import packed_mask_for
+from rlhf_exp.models.packing import packed_inputs
 from rlhf_exp.models.pretrained import is_noise, save_policy, with_state_dict, without_dropout
 
 HEAD_INIT_STD = 0.01
@@ -134,10 +134,13 @@ class Policy(nn.Module):
         return self.model.get_output_embeddings()
 
     @torch.no_grad()
-    def trunk_states(self, tokens: Tensor) -> Tensor:
-        """Return the states [B, S, D] that enter the first training block, for `tokens` [B, S]."""
+    def trunk_states(self, tokens: Tensor, **packed: Any) -> Tensor:  # noqa: ANN401
+        """Return the states [B, S, D] that enter the first training block, for `tokens` [B, S].
+
+        `packed` is what the model is called with for packed rows, see `packed_inputs`.
+        """
         assert self._trunk_and_branch is not None, "no trunk is frozen: everything trains"
-        return self._trunk_and_branch[0](tokens)
+        return self._trunk_and_branch[0](tokens, **packed)
 
     @property
     def run_all_positions(self) -> bool:
@@ -217,17 +220,9 @@ class Policy(nn.Module):
 
     def target_logprobs(self, batch: Demonstrations) -> Tensor:
         """Return the log-probabilities [N] float32 of the batch's N target tokens, row by row."""
-        mask = packed_mask_for(self.model, batch.segments)
-        packed = {} if mask is None else {"attention_mask": mask, "position_ids": batch.positions}
+        packed = packed_inputs(self.model, batch)
         outputs = self.model.base_model(input_ids=batch.tokens, use_cache=False, **packed)
-        source = batch.target_mask.flatten().nonzero().squeeze(1) - 1
-        hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, source)
-        targets = batch.tokens[batch.target_mask]
-        head = self.head
-        transform = self.logit_transform
-        return gather_logprobs(
-            hidden, head.weight, head.bias, targets, temperature=1.0, transform=transform
-        )[0]
+        return target_logprobs(outputs.last_hidden_state, self.head, self.logit_transform, batch)
 
     def forward(
         self,
@@ -327,6 +322,26 @@ class ResponseIndex:
     def scatter(self, values: Tensor) -> Tensor:
         """Return `values` [N] as [B, T], 0 beyond each response's end."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+
+def target_logprobs(
+    hidden: Tensor, head: nn.Linear, transform: LogitTransform, batch: Demonstrations
+) -> Tensor:
+    """Return the log-probabilities [N] float32 of the batch's N target tokens, row by row.
+
+    Args:
+        hidden: [B, S, D], the final states of the batch's tokens.
+        head: the language-model head.
+        transform: what the model does to the head's outputs.
+        batch: packed rows.
+    """
+    source = batch.target_mask.flatten().nonzero().squeeze(1) - 1
+    return gather_logprobs(
+        hidden.flatten(0, 1).index_select(0, source),
+        *(head.weight, head.bias, batch.tokens[batch.target_mask]),
+        temperature=1.0,
+        transform=transform,
+    )[0]
 
 
 def response_logprobs(

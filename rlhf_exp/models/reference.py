@@ -17,12 +17,19 @@ from transformers import PreTrainedModel
 
 from rlhf_exp.algo.kl import sequence_kl
 from rlhf_exp.algo.masks import response_mask
-from rlhf_exp.batch import Samples
+from rlhf_exp.batch import Demonstrations, Samples
 from rlhf_exp.data.batching import length_sorted_micro_batches
 from rlhf_exp.models.frozen_trunk import Branch, decoder_parts
 from rlhf_exp.models.logit_transform import logit_transform
 from rlhf_exp.models.lora import adapter_off
-from rlhf_exp.models.policy import Policy, ResponseIndex, ResponseOutputs, response_logprobs
+from rlhf_exp.models.packing import packed_inputs
+from rlhf_exp.models.policy import (
+    Policy,
+    ResponseIndex,
+    ResponseOutputs,
+    response_logprobs,
+    target_logprobs,
+)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -40,6 +47,10 @@ class Reference(Protocol):
         width: int | None = None,
     ) -> Tensor:
         """Return [B, T] float32 without gradient; arguments as in `Policy.response_outputs`."""
+        ...
+
+    def target_logprobs(self, batch: Demonstrations) -> Tensor:
+        """Return those of packed rows [N] float32 without gradient, as `Policy` does."""
         ...
 
 
@@ -93,6 +104,13 @@ class SharedTrunkReference:
         transform = self._policy.logit_transform
         return response_logprobs(hidden, self._head, transform, index, temperature)[0]
 
+    @torch.no_grad()
+    def target_logprobs(self, batch: Demonstrations) -> Tensor:
+        """See `Reference`."""
+        packed = packed_inputs(self._policy.model, batch)
+        hidden = self._branch(self._policy.trunk_states(batch.tokens, **packed), **packed)
+        return target_logprobs(hidden, self._head, self._policy.logit_transform, batch)
+
 
 class LoraReference:
     """The policy with its adapter off."""
@@ -119,6 +137,12 @@ class LoraReference:
         policy = self._policy
         return response_logprobs(hidden, policy.head, policy.logit_transform, index, temperature)[0]
 
+    @torch.no_grad()
+    def target_logprobs(self, batch: Demonstrations) -> Tensor:
+        """See `Reference`."""
+        with adapter_off(self._policy.model):
+            return self._policy.target_logprobs(batch)
+
 
 class FullReference:
     """A frozen model of its own: for a policy that trains as a whole."""
@@ -143,6 +167,14 @@ class FullReference:
         hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         head = self._model.get_output_embeddings()
         return response_logprobs(index.select(hidden), head, self._transform, index, temperature)[0]
+
+    @torch.no_grad()
+    def target_logprobs(self, batch: Demonstrations) -> Tensor:
+        """See `Reference`."""
+        packed = packed_inputs(self._model, batch)
+        outputs = self._model.base_model(input_ids=batch.tokens, use_cache=False, **packed)
+        head = self._model.get_output_embeddings()
+        return target_logprobs(outputs.last_hidden_state, head, self._transform, batch)
 
 
 def _cast(module: Module, dtype: torch.dtype | None) -> Module:

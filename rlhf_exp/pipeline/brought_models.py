@@ -117,7 +117,7 @@ def use_of(config: Config, stages: Sequence[str]) -> ModelUse:
                 name,
                 section.train_blocks,
                 lora_of(section),
-                packing=name == "sft" and config.sft.packing,
+                packing=name in ("sft", "dpo") and getattr(config, name).packing,
                 checkpointing=section.gradient_checkpointing,
             )
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_exp.config.experiment import Config, StrategyName
 from rlhf_exp.config.training import DpoConfig
-from rlhf_exp.data.batching import batch_index, length_sorted_micro_batches, pair_lengths
+from rlhf_exp.data.batching import batch_index
 from rlhf_exp.data.rows import Preference
 from rlhf_exp.data.tokenized import TokenizedPreferences, tokenize_preferences, tokenize_prompts
 from rlhf_exp.data.tokenizer import Codec
@@ -36,7 +36,7 @@ from rlhf_exp.stages.training import (
     steps_of,
 )
 from rlhf_exp.store.fingerprint import key_of
-from rlhf_exp.training.dpo import DpoTask, pair_logprobs
+from rlhf_exp.training.dpo import DpoTask, pair_logprobs, pair_micro_batches
 from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.validation_answers import sample_answers
 
@@ -129,17 +129,16 @@ def _ref_logprobs(
         context: Names the cache, and the weights.
         world: The processes.
     """
-    size = config.dpo.micro_batch or config.dpo.batch
+    section = config.dpo
+    size = section.micro_batch or section.batch
 
     def compute() -> Tensor:
-        share = world.share(len(rows))
-        own = rows[share.rows]
+        own = rows[world.share(len(rows)).rows]
         found = torch.zeros(len(own), 2)
-        for part in length_sorted_micro_batches(pair_lengths(pairs, own), size):
+        for part in pair_micro_batches(pairs, rows, section, size, world):
+            index = own[part.numpy()]
             with world.autocast():
-                found[part] = pair_logprobs(
-                    reference.logprobs, pairs, own[part.numpy()], world.device
-                ).cpu()
+                found[part] = pair_logprobs(reference, pairs, index, section, world.device).cpu()
         result = torch.full((len(pairs), 2), float("nan"))
         result[torch.from_numpy(rows)] = world.gather(found).cpu()[: len(rows)]
         return result
@@ -155,6 +154,7 @@ def _ref_logprobs(
         torch.get_num_threads(),
         world.processes,
         size,
+        *(["packed", section.seq_length] if section.packing else []),
     ]
     weights = [context.parents.get("sft"), context.inputs.get("sft")]
     key = key_of({"pairs": digest.hexdigest(), "weights": weights, "how": how})

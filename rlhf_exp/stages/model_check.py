@@ -183,14 +183,14 @@ class _Check:
 
     def _training_problems(self, policy: Policy) -> Iterator[Problem]:
         use = self._use.stages
-        if any(stage.packing for stage in use):
-            packed = self._outcome(lambda: self._comparison.packed(policy))
-            if packed:
-                yield Problem(
-                    "sft.packing",
-                    f"a {self._family!r} model mixes the rows that are packed "
-                    f"into one ({packed}); set sft.packing=false",
-                )
+        packing = [f"{stage.stage}.packing" for stage in use if stage.packing]
+        packed = self._outcome(lambda: self._comparison.packed(policy)) if packing else ""
+        for option in packing if packed else ():
+            yield Problem(
+                option,
+                f"a {self._family!r} model mixes the rows that are packed into one ({packed}); "
+                f"set {option}=false",
+            )
         if self._small:
             saved = self._outcome(lambda: self._comparison.saved(policy))
             if saved:

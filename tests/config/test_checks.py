@@ -40,6 +40,10 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         ("stage=dpo dpo.loss=ipo dpo.label_smoothing=0.1", "is of dpo.loss=sigmoid; leave it out"),
         ("stage=dpo dpo.part=3/2", "dpo.part=3/2: expected one part of how many"),
         ("stage=dpo dpo.seq_length=48", "leaves no room for a prompt in dpo.seq_length=48"),
+        (
+            "stage=dpo dpo.packing=true model.attention=flash_attention_2",
+            "dpo.packing=true: flash attention takes no packed rows",
+        ),
         ("stage=dpo dpo.lr=0", "dpo.lr=0.0: must be a number above 0"),
         ("stage=eval eval.models=[sft,dpo] dpo.batch=0", "dpo.batch=0: must be at least 1"),
         ("ppo.samples_per_prompt=3", "=3: must divide ppo.rollouts=128 into whole groups"),

@@ -14,6 +14,8 @@ from rlhf_exp.data.batching import (
     demonstrations_batch,
     epoch_permutation,
     pack_demonstrations,
+    pack_pairs,
+    packed_pair_parts,
     preferences_batch,
     prompts_batch,
 )
@@ -151,3 +153,53 @@ def test_a_callers_change_to_a_batch_does_not_reach_the_next_one() -> None:
 
 
 PINNED = [2, 4, 3, 6, 5, 0, 1, 7]
+
+
+def preferences(*lengths: tuple[int, int, int]) -> TokenizedPreferences:
+    """Pairs of (prompt, chosen, rejected) lengths; tokens count on from 100 times the pair."""
+    columns: tuple[list[list[int]], ...] = ([], [], [])
+    for number, sizes in enumerate(lengths):
+        start = 100 * number
+        for column, size in zip(columns, sizes, strict=True):
+            column.append(list(range(start, start + size)))
+            start += size
+    return TokenizedPreferences(*map(RaggedArray.of, columns), 0, 0)
+
+
+def test_pairs_are_packed_by_hand() -> None:
+    # Sides: chosen 2+1 and 1+1 tokens, rejected 2+3 and 1+2. Room 6: 5 | 3+3 | 2.
+    batch, side = pack_pairs(preferences((9, 9, 9), (2, 1, 3), (1, 1, 2)), np.array([1, 2]), 6)
+    assert batch.tokens.tolist() == [
+        [100, 101, 103, 104, 105, 0],
+        [100, 101, 102, 200, 202, 203],
+        [200, 201, 0, 0, 0, 0],
+    ]
+    assert batch.target_mask.sum(1).tolist() == [3, 3, 1]
+    assert side.tolist() == [2, 2, 2, 0, 3, 3, 1]
+
+
+def test_a_response_without_a_prompt_has_one_target_less() -> None:
+    batch, side = pack_pairs(preferences((0, 2, 3)), np.array([0]), 9)
+    assert batch.tokens[batch.target_mask].tolist() == [3, 4, 1]
+    assert side.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_packed_micro_batches_have_no_more_rows_than_unpacked_ones(processes: int) -> None:
+    drawn = np.random.default_rng(0).integers(1, 16, (30, 3))
+    pairs = preferences(*((int(a), int(b), int(c)) for a, b, c in drawn))
+    shares = np.arange(30).reshape(processes, -1)
+    found = packed_pair_parts(pairs, list(shares), 2, 40)
+    counts = {len(parts) for parts in found}
+    assert len(counts) == 1
+    assert 1 < counts.pop() < len(shares[0]) / 2  # 2 pairs each is what it would be unpacked
+    for share, parts in zip(shares, found, strict=True):
+        assert sorted(torch.cat(parts).tolist()) == list(range(len(share)))
+        assert all(len(pack_pairs(pairs, share[part.numpy()], 40)[0]) <= 4 for part in parts)
+
+
+def test_pairs_of_full_rows_stay_alone() -> None:
+    parts = packed_pair_parts(preferences(*[(4, 4, 4)] * 6), [np.arange(6)], 1, 8)
+    assert [part.tolist() for part in parts[0]] == [[0], [1], [2], [3], [4], [5]]
+    (whole,) = packed_pair_parts(preferences(*[(4, 4, 4)] * 6), [np.arange(6)], None, 8)
+    assert [part.tolist() for part in whole] == [[0, 1, 2, 3, 4, 5]]

@@ -19,17 +19,18 @@ from functools import lru_cache
 from pathlib import Path
 
 from rlhf_exp.processes.failures import exit_after
+from rlhf_exp.stages import dpo, ppo, reward, sft
 from rlhf_exp.stages import eval as eval_stage
-from rlhf_exp.stages import ppo, reward, sft
 from rlhf_exp.stages.context import StageContext, StageJob
 from rlhf_exp.stages.data_module import DataModule
 from rlhf_exp.training.result import Interrupted
 from tests.lab import ROOT, small_config
 
-STAGES = {"sft": sft, "reward": reward, "ppo": ppo, "eval": eval_stage}
+STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "eval": eval_stage}
 PARENTS = {
     "sft": (),
     "reward": ("sft",),
+    "dpo": ("sft",),
     "ppo": ("sft", "reward"),
     "eval": ("sft", "reward", "ppo"),
 }
@@ -41,7 +42,7 @@ class Job:
 
     Attributes:
         name: Its folder is `FOLDER/name`; run again, it resumes.
-        stage: `sft`, `reward`, `ppo` or `eval`.
+        stage: `sft`, `reward`, `dpo`, `ppo` or `eval`.
         overrides: Of the small config.
         models: The folders of the models it starts from, by role.
         stop_at: Optimizer step at which it is interrupted, as seen by one process only.

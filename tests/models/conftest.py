@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from rlhf_exp.batch import Demonstrations
 from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.pretrained import build_causal_lm
 
@@ -23,6 +24,9 @@ FAMILIES = {
         "qwen3", 4, 32, 4, 64, VOCABULARY, 48, kv_heads=2, tied=True, head_width=16
     ),
 }
+
+PACKED_LENGTHS = [[5, 7, 3], [9, 2]]
+"""Tokens of the sequences in each packed row."""
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -57,3 +61,18 @@ def rows() -> dict[str, torch.Tensor]:
     for row, end in enumerate((prompts + responses).tolist()):
         tokens[row, end:] = 1
     return {"tokens": tokens, "prompt_lengths": prompts, "response_lengths": responses}
+
+
+@pytest.fixture
+def packed() -> Demonstrations:
+    """Two rows of three and two sequences; every token but each first is a target."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(2, 89, (2, 16), generator=generator)
+    positions, segments = torch.zeros(2, 16).long(), torch.zeros(2, 16).long()
+    for row, lengths in enumerate(PACKED_LENGTHS):
+        start = 0
+        for number, length in enumerate(lengths, start=1):
+            positions[row, start : start + length] = torch.arange(length)
+            segments[row, start : start + length] = number
+            start += length
+    return Demonstrations(tokens, positions, segments, (segments > 0) & (positions > 0))

@@ -14,29 +14,14 @@ from rlhf_exp.batch import Demonstrations
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.packing import packed_attention_mask, packed_mask_for
 from rlhf_exp.models.policy import Policy
+from tests.models.conftest import PACKED_LENGTHS
 
 Build = Callable[..., PreTrainedModel]
-LENGTHS = [[5, 7, 3], [9, 2]]
-
-
-@pytest.fixture
-def packed() -> Demonstrations:
-    """Two rows of three and two sequences; every token but each first is a target."""
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(2, 89, (2, 16), generator=generator)
-    positions, segments = torch.zeros(2, 16).long(), torch.zeros(2, 16).long()
-    for row, lengths in enumerate(LENGTHS):
-        start = 0
-        for number, length in enumerate(lengths, start=1):
-            positions[row, start : start + length] = torch.arange(length)
-            segments[row, start : start + length] = number
-            start += length
-    return Demonstrations(tokens, positions, segments, (segments > 0) & (positions > 0))
 
 
 def one_by_one(policy: Policy, batch: Demonstrations) -> Tensor:
     found = []
-    for row, lengths in enumerate(LENGTHS):
+    for row, lengths in enumerate(PACKED_LENGTHS):
         start = 0
         for length in lengths:
             tokens = batch.tokens[row : row + 1, start : start + length]
@@ -109,5 +94,5 @@ def test_rows_of_one_sequence_need_no_mask(tiny: Build) -> None:
 def test_flash_attention_takes_no_packed_rows(tiny: Build, packed: Demonstrations) -> None:
     model = tiny("llama")
     model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(UserError, match=r"sft\.packing=false or model\.attention=sdpa"):
+    with pytest.raises(UserError, match=r"dpo\.packing\) or model\.attention=sdpa"):
         packed_mask_for(model, packed.segments)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_exp.batch import Demonstrations
 from rlhf_exp.models.lora import LoraSettings
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import (
@@ -55,6 +56,22 @@ def test_equals_the_policy_exactly_in_mixed_precision(
         theirs = reference.logprobs(**rows, temperature=TEMPERATURE)
     assert ours.abs().sum() > 0
     assert torch.equal(ours, theirs)
+
+
+def test_equals_the_policy_exactly_in_packed_rows(
+    pair: tuple[Policy, Reference], packed: Demonstrations
+) -> None:
+    """And stays where it is; `test_packing.py` has the policy's own against separate rows."""
+    policy, reference = pair
+    before = reference.target_logprobs(packed)
+    assert torch.equal(before, policy.target_logprobs(packed))
+    assert not before.requires_grad
+    optimizer = torch.optim.SGD([p for _, p in policy.trainable_named_parameters()], lr=0.05)
+    for _ in range(2):  # an adapter's second matrix is 0 at first
+        policy(packed).sum().neg().backward()
+        optimizer.step()
+    assert torch.equal(reference.target_logprobs(packed), before)
+    assert (policy.target_logprobs(packed) - before).abs().max() > 1e-3
 
 
 def train_a_little(policy: Policy, rows: Batch) -> None:

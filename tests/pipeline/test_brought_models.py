@@ -118,7 +118,8 @@ def test_what_is_asked_of_a_model(tmp_path: Path) -> None:
     # DPO samples too, for the KL of its answers.
     dpo = StageUse("dpo", train_blocks=1)
     assert use_of(config, ["sft", "dpo"]) == ModelUse((sft, dpo), "slots", "eager", 64)
-    config.dpo.eval_prompts = 0
+    config.dpo.eval_prompts, config.dpo.packing = 0, True
+    dpo = StageUse("dpo", train_blocks=1, packing=True)
     assert use_of(config, ["sft", "dpo"]) == ModelUse((sft, dpo), None, "eager", 64)
 
 

@@ -39,6 +39,10 @@ def test_a_hybrid_is_refused_with_what_works(tmp_path: Path) -> None:
     assert list(problems) == ["sft.packing", "model.cache"]
     assert problems["sft.packing"].startswith("a 'lfm2' model mixes the rows that are packed into")
     assert problems["sft.packing"].endswith("nats a token); set sft.packing=false")
+    packing = ModelUse((StageUse("sft"), StageUse("dpo", packing=True)))
+    ((option, text),) = check_model(path, None, packing)
+    assert option == "dpo.packing"
+    assert text.endswith("nats a token); set dpo.packing=false")
     assert problems["model.cache"].endswith("; set model.cache=library")
     assert check_model(path, None, ModelUse((StageUse("sft"),), "library")) == []
 

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.config.training import DpoConfig, DpoLoss, GenerationConfig, Schedule, Select
+from rlhf_exp.data.batching import batch_index
 from rlhf_exp.data.tokenized import RaggedArray, TokenizedPreferences
 from rlhf_exp.distributed.world import World, world_of
 from rlhf_exp.models.architecture import Architecture
+from rlhf_exp.models.lora import LoraSettings
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import build_causal_lm
 from rlhf_exp.models.reference import build_reference
 from rlhf_exp.rollout.sampler import SamplingParams, sample
-from rlhf_exp.training.dpo import DpoTask, pair_logprobs
+from rlhf_exp.training.dpo import DpoTask, pair_logprobs, pair_micro_batches
 from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.result import Interrupted
 from rlhf_exp.training.validation_answers import sample_answers
@@ -52,15 +54,18 @@ def pairs(count: int = 10, seed: int = 0) -> TokenizedPreferences:
     return TokenizedPreferences(*map(RaggedArray.of, (rows, chosen, rejected)), 0, 0)
 
 
-def build(world: World, section: DpoConfig = SECTION, train_blocks: int | None = 1) -> DpoTask:
+def build(
+    world: World, section: DpoConfig = SECTION, train_blocks: int | None = 1, rank: int = 0
+) -> DpoTask:
     """Return a task over a fresh random model, always the same."""
     shape = Architecture("gpt_neox", 2, 32, 2, 64, VOCABULARY, 64)
     model = build_causal_lm(shape, seed=5, eos_id=EOS, pad_id=PAD)
-    policy = Policy(model, train_blocks=train_blocks, value_head=False, seed=1)
+    lora = LoraSettings(rank) if rank else None
+    policy = Policy(model, train_blocks=train_blocks, lora=lora, value_head=False, seed=1)
     reference = build_reference(policy)
     train, validation = pairs(), pairs(6, seed=1)
     found = [
-        pair_logprobs(reference.logprobs, side, np.arange(len(side)), world.device)
+        pair_logprobs(reference, side, np.arange(len(side)), section, world.device)
         for side in (train, validation)
     ]
     sampling = SamplingParams(6, 1.0, 8, EOS, PAD)
@@ -157,11 +162,49 @@ def test_accumulation_does_not_change_the_gradient(world: World, size: int) -> N
         assert torch.allclose(value, parts[name], atol=1e-6), name
 
 
-def test_resumed_equals_never_interrupted(world: World, tmp_path: Path) -> None:
-    whole = run_loop(world, tmp_path / "whole", task=build(world))
+KINDS: dict[str, tuple[int | None, int]] = {"whole": (None, 0), "top": (1, 0), "lora": (None, 2)}
+"""Training blocks, and the rank of an adapter."""
+
+
+@pytest.mark.parametrize("size", [None, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_changes_nothing_but_rounding(world: World, kind: str, size: int | None) -> None:
+    blocks, rank = KINDS[kind]
+    section = replace(SECTION, micro_batch=size, length_normalised=True)
+    plain, packed = (
+        build(world, replace(section, packing=packing, seq_length=24), blocks, rank)
+        for packing in (False, True)
+    )
+    chosen = batch_index(len(packed.pairs), section.batch, section.seed, 0)
+    parts = [
+        len(pair_micro_batches(packed.pairs, chosen, task.section, size, world))
+        for task in (plain, packed)
+    ]
+    assert parts == ([4, 2] if size else [1, 1]), "short pairs share a micro-batch"
+    assert torch.allclose(plain.ref_logprobs, packed.ref_logprobs, atol=1e-5)
+    ours, theirs = gradients(plain), gradients(packed)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.allclose(value, theirs[name], atol=1e-6), name
+    assert any(value.abs().max() > 1e-4 for value in ours.values())
+    # A move, so that there is a margin to compare.
+    for task in (plain, packed):
+        with torch.no_grad():
+            for parameter in task.module.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
+    ours, theirs = plain.evaluate().metrics, packed.evaluate().metrics
+    assert abs(ours["eval/margin"]) > 1e-4
+    assert theirs == pytest.approx(ours, abs=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_resumed_equals_never_interrupted(world: World, tmp_path: Path, packing: bool) -> None:
+    section = replace(SECTION, packing=packing)
+    whole = run_loop(world, tmp_path / "whole", task=build(world, section))
     stop: Callable[[], bool] = lambda: True  # noqa: E731 - a name for what it means
     with pytest.raises(Interrupted):
-        run_loop(world, tmp_path / "cut", task=build(world), interrupted=stop)
-    resumed = run_loop(world, tmp_path / "cut", task=build(world))
+        run_loop(world, tmp_path / "cut", task=build(world, section), interrupted=stop)
+    resumed = run_loop(world, tmp_path / "cut", task=build(world, section))
     for name, value in whole.weights.items():
         assert torch.equal(value, resumed.weights[name]), name

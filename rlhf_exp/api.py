@@ -187,6 +187,12 @@ class Run:
 
         return write_run_report(self._folder, self._record, self._label)
 
+    def figures(self, folder: str | Path) -> list[Path]:
+        """Write its charts into a folder, an SVG file for each stage, and return their paths."""
+        from rlhf_exp.commands.inspect import write_figures
+
+        return write_figures(self._folder.path, self._label, Path(folder))
+
     def metrics(self, stage: str | None = None) -> DataFrame:
         """Return what was logged while training: a row for each step at which something was.
 

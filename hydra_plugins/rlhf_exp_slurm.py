@@ -33,7 +33,6 @@ class SlurmLauncher(Launcher):
         from rlhf_exp.config.compose import to_config
         from rlhf_exp.config.launchers import SlurmConfig
         from rlhf_exp.config.text_values import keep_text
-        from rlhf_exp.launchers.slurm.launcher import launch
 
         jobs = []
         for overrides in job_overrides:
@@ -44,11 +43,20 @@ class SlurmLauncher(Launcher):
             jobs.append((task, to_config(tree)))
         site = OmegaConf.to_object(self.config.hydra.launcher)
         assert isinstance(site, SlurmConfig), "the option starts from the schema"
+        results: list[float | Exception | None]
+        if jobs[0][1].plan:  # is made here, also where submitit is not installed
+            from rlhf_exp.launchers.run_job import run_job
+
+            results = [run_job(config, overrides) for overrides, config in jobs]
+        else:
+            from rlhf_exp.launchers.slurm.launcher import launch
+
+            results = launch(site, jobs)
         return [
             JobReturn(
                 overrides=list(overrides),
                 status=JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED,
                 _return_value=result,
             )
-            for overrides, result in zip(job_overrides, launch(site, jobs), strict=True)
+            for overrides, result in zip(job_overrides, results, strict=True)
         ]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,10 +27,13 @@ Command = Callable[[argparse.Namespace], None]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
-    if given[:1] == ["run"]:
+    if given[:1] == ["-sc"] and not _completes_overrides():
+        print(*_command_names(parser()))
+        return 0
+    if given[:1] in (["run"], ["-sc"]):
         from rlhf_exp.hydra_app import main as run
 
-        exit_after(lambda: run(given[1:]))
+        exit_after(lambda: run(given[1:] if given[0] == "run" else given))
     install()
     accept_any_text()
     arguments = parser().parse_args(given)
@@ -46,6 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _completes_overrides() -> bool:
+    """Prepare a shell's completion of overrides; return whether the typed line has any.
+
+    The script of `rlhf-exp run -sc install=bash` asks with the typed line in a variable. Hydra
+    expects overrides behind the program's name, where `run` stands here.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    typed = re.match(r"(\S+\s+)run\s", line)
+    if typed is not None:
+        os.environ["COMP_LINE"] = typed[1] + line[typed.end() :]
+    return typed is not None
+
+
+def _command_names(root: argparse.ArgumentParser) -> list[str]:
+    (commands,) = (one for one in root._actions if isinstance(one, argparse._SubParsersAction))
+    return list(commands.choices)
 
 
 def parser() -> argparse.ArgumentParser:

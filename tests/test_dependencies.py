@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from rlhf_exp.config import checks, search_space
 from rlhf_exp.config.checks import config_problems
-from tests.lab import small_config
+from tests.lab import small, small_config
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -110,3 +111,15 @@ def test_what_lacks_a_package_is_refused_before_anything_runs(
     for module in (checks, search_space):
         monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else True)
     assert any(message in str(problem) for problem in config_problems(config))
+
+
+def test_a_plan_for_slurm_needs_no_submitit(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['submitit'] = None\n"
+        "from rlhf_exp.hydra_app import main\n"
+        "sys.argv = ['launch.py']\n"
+        f"sys.exit(main(['-m', 'hydra/launcher=slurm', 'plan=true', *{small(tmp_path, 'name=a')}]))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "fits 80 GB" in ended.stdout + ended.stderr

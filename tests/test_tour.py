@@ -12,6 +12,7 @@ import pytest
 import rlhf_exp
 from tests.lab import SMALL
 
+pytest.importorskip("IPython", reason="`make venv` brings it, by ipykernel")
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "tour.ipynb"
 
 

@@ -34,7 +34,6 @@ from rlhf_exp.launchers.points import (
     record_failure,
     shared_work,
 )
-from rlhf_exp.launchers.run_job import run_job
 from rlhf_exp.launchers.slurm import monitor
 from rlhf_exp.launchers.slurm.job import JobWork, perform
 from rlhf_exp.launchers.slurm.monitor import JobFailure, JobOutcome, wait
@@ -69,8 +68,6 @@ def launch(site: SlurmConfig, jobs: Sequence[tuple[list[str], Config]]) -> list[
         UserError: The jobs cannot be submitted.
         Detached: The user pressed Ctrl-C; submitted jobs go on.
     """
-    if jobs[0][1].plan:
-        return [run_job(config, overrides) for overrides, config in jobs]
     raise_problems(slurm_problems(site, [config for _, config in jobs]))
     points = [point_of(overrides, config) for overrides, config in jobs]
     if site.offline:

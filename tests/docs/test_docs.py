@@ -220,6 +220,20 @@ def test_links_lead_to_files(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_headings(page: Path) -> None:
+    for target, anchor in _LINK.findall(page.read_text(encoding="utf-8")):
+        other = page.parent / target if target else page
+        if anchor and other.suffix == ".md":
+            assert anchor[1:] in _anchors(other), f"{page.name} links to {target}{anchor}"
+
+
 def test_pages_named_in_code_exist() -> None:
     for folder in ("rlhf_exp", "conf", "hydra_plugins", "benchmarks", "examples"):
         for path in (ROOT / folder).rglob("*"):

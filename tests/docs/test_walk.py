@@ -34,7 +34,7 @@ model: {{architecture: {{layers: 3, width: 32, heads: 2}}}}
 data:
   toy: {{demonstrations: 80, preferences: 80, prompts: 80, validation: 16, test: 16}}
 sft: {{batch: 8, steps: 4, epochs: null, eval_every: 4, checkpoint_every: 4}}
-reward: {{batch: 8, steps: 4, epochs: null, eval_every: 4, checkpoint_every: 4}}
+reward: {{batch: 16, eval_every: 4, checkpoint_every: 4}}
 dpo:
   {{batch: 8, steps: 4, epochs: null, eval_prompts: 8, eval_every: 4, checkpoint_every: 4}}
 ppo:

@@ -65,9 +65,11 @@ OTHERS = sorted(
     }
 )
 # What a reader types besides, in blocks that a test does not run.
-_PREPARATIONS = {"make", "pip", "bash", "python", "export", "sinfo", "sacctmgr"}
+_PREPARATIONS = {"make", "pip", "bash", "python", "export", "mkdir", "sinfo", "sacctmgr"}
+_PREPARATIONS |= {"docker", "apptainer"}
 _LOOKS_LIKE_A_COMMAND = re.compile(
-    r"^(?:make \w|pip |rlhf-exp |(?:nohup |torchrun .*)?(?:python )?launch\.py)", re.MULTILINE
+    r"^(?:make \w|pip |docker |rlhf-exp |(?:nohup |torchrun .*)?(?:python )?launch\.py)",
+    re.MULTILINE,
 )
 
 

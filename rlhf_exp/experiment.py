@@ -169,6 +169,7 @@ def _objective(done: list[FinishedStep]) -> float | None:
 
 def _report(config: Config, done: list[FinishedStep]) -> None:
     """Write the report, and print the results, its path and how to load the model."""
+    from rlhf_exp.report.run.best_of import BEST_OF_FILE, print_best_of
     from rlhf_exp.report.run.gather import gather, loading_code
     from rlhf_exp.report.run.page import build_report, comparisons_of
     from rlhf_exp.report.run.reward_quality import REWARD_QUALITY_FILE, print_reward_quality
@@ -189,6 +190,8 @@ def _report(config: Config, done: list[FinishedStep]) -> None:
     out = Console()
     for comparison in comparisons_of(data):
         print_comparison(comparison, out)
+    if BEST_OF_FILE in data.parts:
+        print_best_of(data.parts[BEST_OF_FILE], out)
     if TOXICITY_FILE in data.parts:
         print_toxicity(data.parts[TOXICITY_FILE], out)
     if REWARD_QUALITY_FILE in data.parts:

@@ -12,8 +12,10 @@ from rlhf_exp.config.checks_shared import (
     local_folder,
 )
 from rlhf_exp.config.evaluation import (
+    BEST_OF,
     COMPARED,
     FILE_SUFFIXES,
+    PEOPLE,
     PREFERENCE,
     PROFANITY,
     REWARD_QUALITY,
@@ -59,12 +61,14 @@ def check_eval(check: ConfigChecker) -> None:
         _check_room(check, "ppo.generation.max_new_tokens")
     _check_compared_models(check)
     check_judge(check)
-    if TOXICITY in parts_of(config.eval.suite):
+    if TOXICITY in parts_of(config.eval):
         check_toxicity(check)
-    if scores_toxicity(config.eval.suite):
+    if scores_toxicity(config.eval):
         check_scorer(check)
-    if REWARD_QUALITY in parts_of(config.eval.suite):
+    if REWARD_QUALITY in parts_of(config.eval):
         _check_reward_quality(check)
+    if config.eval.best_of:
+        _check_best_of(check)
 
 
 def _check_room(check: ConfigChecker, key: str) -> None:
@@ -84,7 +88,10 @@ def _check_compared_models(check: ConfigChecker) -> None:
     models = config.eval.models
     if len(set(models)) < len(models):
         check.add("eval.models", "names a model twice.")
-    least = 2 if PREFERENCE in parts_of(config.eval.suite) else 1
+    parts = parts_of(config.eval)
+    # Best-of-n is one more model to compare the baseline with, but not the one that people judge.
+    compared = PEOPLE in parts or (PREFERENCE in parts and BEST_OF not in parts)
+    least = 2 if compared else 1
     if len(models) < least or not all(models):
         message = f"eval={config.eval.suite.name} needs at least {least}, such as "
         check.add("eval.models", message + f"eval.models=[{','.join(COMPARED)}].")
@@ -115,7 +122,8 @@ def _check_judge_names(check: ConfigChecker, section: EvalJudgeConfig) -> None:
     if len(set(names)) < len(names) or not names:
         check.add("eval.judge.names", "names each judge once, and at least one.")
     suite = check.config.eval.suite
-    if PREFERENCE not in parts_of(suite) and (section.labels or names != [JudgeName.reward]):
+    compares = PREFERENCE in parts_of(check.config.eval)
+    if not compares and (section.labels or names != [JudgeName.reward]):
         check.add("eval.judge.names", f"eval={suite.name} compares no answers; see eval.suite.")
     for judge, fields in _FIELDS_OF_JUDGE.items():
         for name in fields:
@@ -188,6 +196,18 @@ def check_scorer(check: ConfigChecker) -> None:
     elif folder is not None:
         exists = (folder / "config.json").is_file()
         check.require(exists, "eval.toxicity.scorer", f"there is no model at {folder}.")
+
+
+def _check_best_of(check: ConfigChecker) -> None:
+    """Report numbers of answers of which none is the best."""
+    config, key = check.config, "eval.best_of"
+    sizes = config.eval.best_of
+    if min(sizes) < 1 or len(set(sizes)) < len(sizes) or max(sizes) < 2:
+        message = "names numbers of answers from 1 on, each once, one of them at least 2, such as "
+        check.add(key, f"{message}eval.best_of=[1,4,16,64].")
+    if config.eval.temperature == 0:
+        message = "equal answers have no best one: eval.temperature must be above 0."
+        check.add(key, message)
 
 
 def _check_reward_quality(check: ConfigChecker) -> None:

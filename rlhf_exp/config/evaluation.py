@@ -164,6 +164,7 @@ REFEREE = "referee"
 SAMPLES, SAMPLES_FILE = "samples", "samples.jsonl"
 """Role and file of an evaluation's answers, from which it can be computed again."""
 PREFERENCE, TOXICITY, REWARD_QUALITY, PEOPLE = "preference", "toxicity", "reward_quality", "people"
+BEST_OF = "best_of"
 _PARTS_OF_SUITE = {
     Suite.none: (),
     Suite.quick: (PREFERENCE,),
@@ -173,21 +174,6 @@ _PARTS_OF_SUITE = {
     Suite.human: (PREFERENCE, PEOPLE),
     Suite.full: (PREFERENCE, TOXICITY, REWARD_QUALITY, PEOPLE),
 }
-
-
-def parts_of(suite: Suite) -> tuple[str, ...]:
-    """Return the parts of a suite in the order they run."""
-    return _PARTS_OF_SUITE[suite]
-
-
-def needs_reward(suite: Suite) -> bool:
-    """Return whether a suite scores answers by the reward that PPO maximised."""
-    return bool({PREFERENCE, REWARD_QUALITY} & set(parts_of(suite)))
-
-
-def scores_toxicity(suite: Suite) -> bool:
-    """Return whether a suite scores answers by `eval.toxicity.scorer`."""
-    return bool({PREFERENCE, TOXICITY} & set(parts_of(suite)))
 
 
 @dataclass
@@ -216,6 +202,37 @@ class EvalConfig:
     tie_low: float = setting(0.4, "Preference probability from which a pair is a tie.")
     tie_high: float = setting(0.6, "Preference probability up to which a pair is a tie.")
     seed: int = setting(0, "Seed of sampling and of the bootstrap.")
+    best_of: list[int] = setting(
+        factory=list,
+        doc="Numbers n of the baseline's answers to a prompt of which the reward picks the best: "
+        "best-of-n as one more policy, such as [1,4,16,64]; empty: none.",
+        neutral=[],
+    )
     judge: EvalJudgeConfig = setting(factory=EvalJudgeConfig)
     toxicity: ToxicityConfig = setting(factory=ToxicityConfig)
     reward_quality: RewardQualityConfig = setting(factory=RewardQualityConfig)
+
+    @property
+    def chooses_best(self) -> bool:
+        """Whether best-of-n is evaluated."""
+        return bool(self.best_of) and self.suite is not Suite.none
+
+
+def parts_of(section: EvalConfig) -> tuple[str, ...]:
+    """Return the parts of an evaluation in the order they run: the suite's, and those added."""
+    return _PARTS_OF_SUITE[section.suite] + ((BEST_OF,) if section.chooses_best else ())
+
+
+def needs_reward(section: EvalConfig) -> bool:
+    """Return whether answers are scored by the reward that PPO maximised."""
+    return bool({PREFERENCE, REWARD_QUALITY, BEST_OF} & set(parts_of(section)))
+
+
+def uses_referee(section: EvalConfig) -> bool:
+    """Return whether a second reward model, if there is one, scores answers."""
+    return bool({REWARD_QUALITY, BEST_OF} & set(parts_of(section)))
+
+
+def scores_toxicity(section: EvalConfig) -> bool:
+    """Return whether answers are scored by `eval.toxicity.scorer`."""
+    return bool({PREFERENCE, TOXICITY} & set(parts_of(section)))

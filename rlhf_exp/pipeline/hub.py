@@ -100,13 +100,14 @@ def needs(config: Config, steps: Iterable[Step]) -> list[Need]:
 
 def _of_toxicity(config: Config) -> list[Need]:
     """Return the prompts and the scorer of the evaluation's toxicity part, if they are used."""
-    section, suite = config.eval.toxicity, config.eval.suite
+    section = config.eval.toxicity
     wanted = []
-    asks = TOXICITY in parts_of(suite) and config.eval.samples is None
+    asks = TOXICITY in parts_of(config.eval) and config.eval.samples is None
     if asks and not Path(section.data).expanduser().exists():
         wanted.append(Need(TOXICITY_DATA, DATASET, section.data, section.revision))
     classifier = section.scorer_kind is ScorerKind.classifier
-    if scores_toxicity(suite) and classifier and not Path(section.scorer).expanduser().exists():
+    scores = scores_toxicity(config.eval) and classifier
+    if scores and not Path(section.scorer).expanduser().exists():
         wanted.append(Need(TOXICITY_SCORER, MODEL, section.scorer, section.scorer_revision))
     return wanted
 

@@ -21,12 +21,11 @@ from typing import Any, Self
 from rlhf_exp.config.compose import from_dict
 from rlhf_exp.config.evaluation import (
     REFEREE,
-    REWARD_QUALITY,
     ROLES,
     SAMPLES,
     SAMPLES_FILE,
     EvalConfig,
-    parts_of,
+    uses_referee,
 )
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.fields import key_content
@@ -151,7 +150,7 @@ def compared(
         for spec in section.models
         if spec not in ROLES
     }
-    if section.reward_quality.referee is not None and REWARD_QUALITY in parts_of(section.suite):
+    if section.reward_quality.referee is not None and uses_referee(section):
         models[REFEREE] = _referee(section.reward_quality.referee, finder, judge)
     return models
 

@@ -152,7 +152,7 @@ class Keys:
             judge["model"] = self.given(judge["model"])
         if "labels" in judge:
             judge["labels"] = self.digests.file(Path(judge["labels"]))
-        parts, scorer = parts_of(self.config.eval.suite), self.config.eval.toxicity.scorer
+        parts, scorer = parts_of(self.config.eval), self.config.eval.toxicity.scorer
         if TOXICITY in parts:
             section["toxicity"] = self._toxicity()
         elif PREFERENCE in parts and scorer != PROFANITY:

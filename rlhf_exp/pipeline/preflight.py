@@ -103,7 +103,7 @@ def _built_from(artifact: Artifact) -> str | None:
 
 def _service_problems(config: Config, work: frozenset[str]) -> Iterator[str]:
     """Yield why what scores is not there: a server, or the reward model's own GPU."""
-    judged = "eval" in work and config.eval.samples is None and needs_reward(config.eval.suite)
+    judged = "eval" in work and config.eval.samples is None and needs_reward(config.eval)
     if "ppo" in work or judged:
         try:
             reward_ready(config)

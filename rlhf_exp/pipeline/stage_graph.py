@@ -38,7 +38,7 @@ def _evaluated(config: Config) -> set[str]:
     if section.samples is not None:
         return {"eval"}
     needed = {"eval", *(role for role in ROLES if role in section.models)}
-    if needs_reward(section.suite):
+    if needs_reward(section):
         needed.add("reward")
     if "ppo" in needed and config.ppo.use is None:
         needed |= {"sft", "reward"}

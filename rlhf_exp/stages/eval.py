@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rlhf_exp.config.evaluation import (
+    BEST_OF,
     PEOPLE,
     PREFERENCE,
     REWARD_QUALITY,
@@ -18,7 +19,7 @@ from rlhf_exp.config.experiment import Config
 from rlhf_exp.distributed.world import World
 from rlhf_exp.evaluation.answers import write_answers
 from rlhf_exp.stages.context import StageContext, StageResult
-from rlhf_exp.stages.evaluation import preference, reward_quality, toxicity
+from rlhf_exp.stages.evaluation import best_of_n, preference, reward_quality, toxicity
 from rlhf_exp.stages.evaluation.answer_sources import SampledSource, StoredSource
 from rlhf_exp.stages.evaluation.evaluation import AnswerSource, Evaluation, Part, PartResult
 from rlhf_exp.stages.setup import world_for
@@ -30,6 +31,7 @@ PARTS: dict[str, Part] = {
     TOXICITY: toxicity.run,
     REWARD_QUALITY: reward_quality.run,
     PEOPLE: preference.run_people,
+    BEST_OF: best_of_n.run,
 }
 
 
@@ -37,7 +39,7 @@ def run(config: Config, context: StageContext) -> StageResult:
     """Run the parts of the suite; write `samples.jsonl` and the files of each part."""
     with world_for(config) as world:
         evaluation = Evaluation(config, context, world, _source(config, context, world))
-        results = [PARTS[part](evaluation) for part in parts_of(config.eval.suite)]
+        results = [PARTS[part](evaluation) for part in parts_of(config.eval)]
         metrics = {name: value for result in results for name, value in result.metrics.items()}
         run_id = evaluation.on_main_process(lambda: _save(evaluation, results, metrics))
         prompts = len({answer.row for answer in evaluation.collected if answer.part == PREFERENCE})

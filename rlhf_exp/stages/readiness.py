@@ -14,13 +14,13 @@ from pathlib import Path
 from rlhf_exp.config.evaluation import (
     PREFERENCE,
     REFEREE,
-    REWARD_QUALITY,
     TOXICITY,
     JudgeName,
     ScorerKind,
     needs_reward,
     parts_of,
     scores_toxicity,
+    uses_referee,
 )
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.training import RewardInit, ValueInit
@@ -67,7 +67,7 @@ class Prospect:
     @property
     def reward_model_scores(self) -> bool:
         """Whether a reward model scores responses."""
-        judged = self.evaluates and needs_reward(self.config.eval.suite)
+        judged = self.evaluates and needs_reward(self.config.eval)
         return self.config.ppo.reward.model_scores and ("ppo" in self.work or judged)
 
 
@@ -107,7 +107,7 @@ def data_problems(prospect: Prospect) -> Iterator[str]:
         needs.append(lambda: materials.training_pairs("dpo", config.dpo.part))
     if "ppo" in prospect.work:
         needs.append(lambda: materials.training_prompts(config.ppo.reward.delta))
-    if prospect.evaluates and {PREFERENCE, REWARD_QUALITY} & set(parts_of(config.eval.suite)):
+    if prospect.evaluates and needs_reward(config.eval):
         needs.append(materials.test_prompts)
     for need in needs:
         yield from _refusal(need)
@@ -138,7 +138,7 @@ def reward_model_problems(prospect: Prospect) -> Iterator[str]:
     config, roles = prospect.config, list[str]()
     if prospect.reward_model_scores or config.ppo.value_init is ValueInit.reward:
         roles.append("reward")
-    if prospect.evaluates and REWARD_QUALITY in parts_of(config.eval.suite):
+    if prospect.evaluates and uses_referee(config.eval):
         roles.append(REFEREE)
     for role in roles:
         if role in prospect.given:
@@ -218,7 +218,7 @@ def judge_problems(prospect: Prospect) -> Iterator[str]:
     """Yield why a judge of the evaluation cannot judge: a classifier, or a file of votes."""
     config = prospect.config
     section = config.eval.judge
-    if "eval" not in prospect.work or PREFERENCE not in parts_of(config.eval.suite):
+    if "eval" not in prospect.work or PREFERENCE not in parts_of(config.eval):
         return
     if JudgeName.model in section.names and section.model is not None:
         try:
@@ -244,8 +244,8 @@ def toxicity_problems(prospect: Prospect) -> Iterator[str]:
     """Yield why toxicity cannot be scored: the scorer, or the prompts that are to be continued."""
     config = prospect.config
     usual = config.eval.toxicity.scorer_kind is ScorerKind.profanity
-    asks = TOXICITY in parts_of(config.eval.suite)
-    if "eval" in prospect.work and (asks or (scores_toxicity(config.eval.suite) and not usual)):
+    asks = TOXICITY in parts_of(config.eval)
+    if "eval" in prospect.work and (asks or (scores_toxicity(config.eval) and not usual)):
         yield from _refusal(lambda: toxicity.check(config))
 
 

@@ -41,6 +41,7 @@ OTHERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ppo.kl.where": ("loss", "", PPO),
     "ppo.kl.estimator": ("k3", "", PPO),
     "ppo.kl.unbiased": ("false", "ppo.kl.where=loss ppo.kl.estimator=k3", PPO),
+    "eval.best_of": ("[1,4]", "", EVAL),
     "eval.top_p": ("0.5", "", EVAL),
     "eval.top_k": ("5", "", EVAL),
     "eval.judge.names": ("[llm]", "", EVAL),

@@ -80,13 +80,14 @@ ALLOWED = {
     | SAMPLING
     | SCORING
     | {"algo/rounding", "data/toy/gold_judge"}
-    | names("evaluation", "agreement answers comparison overoptimisation preference")
+    | names("evaluation", "agreement answers comparison frontier overoptimisation preference")
     | names("evaluation", "reward_quality statistics")
     | names("evaluation/judges", "human_agreement llm protocol reward_models")
     | names("evaluation/toxicity", "prompts scorers summary")
     | {"stages/eval"}
-    | names("stages/evaluation", "answer_sources evaluation gold_judge preference reward_quality")
-    | names("stages/evaluation", "toxicity toxicity_scorer"),
+    | {"stages/kept_tensor"}
+    | names("stages/evaluation", "answer_sources best_of_n evaluation gold_judge kept_samples")
+    | names("stages/evaluation", "preference reward_quality toxicity toxicity_scorer"),
 }
 
 

@@ -351,7 +351,7 @@ def copy_user_functions(config: Config, target: Path) -> Config:
     reward, toxicity = config.ppo.reward, config.eval.toxicity
     if reward.function is not None:
         reward = replace(reward, function=_copy_function(reward.function, target))
-    if toxicity.scorer_kind is ScorerKind.function and scores_toxicity(config.eval.suite):
+    if toxicity.scorer_kind is ScorerKind.function and scores_toxicity(config.eval):
         toxicity = replace(toxicity, scorer=_copy_function(toxicity.scorer, target))
     return replace(
         config,

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlhf_exp.report.run import preference, reward_quality, toxicity
+from rlhf_exp.report.run import best_of, preference, reward_quality, toxicity
 
 COMPARISONS = "comparisons.json"
 """File with the comparison of each model with the baseline, if there are three or more models."""
@@ -36,6 +36,7 @@ class Section:
 
 SECTIONS = (
     Section("comparisons", "All models", COMPARISONS, preference.render_comparisons),
+    Section("best-of-n", "Best of n", best_of.BEST_OF_FILE, best_of.render),
     Section("judges", "Judges", "judges.json", preference.render_judges),
     Section("toxicity", "Toxicity", toxicity.TOXICITY_FILE, toxicity.render),
     Section(

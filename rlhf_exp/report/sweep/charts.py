@@ -7,6 +7,7 @@ legend stays short however many lines there are.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ class Palette:
 
     def of(self, point: RunPoint) -> tuple[int, int]:
         """Return the colour and the dash of a run's line; dash 0 is the colour's own: solid."""
-        number = self.numbers[point.key]
+        number = self.numbers.get(point.key, 0)  # a run without a line of its own training
         return self.colour.numbers[number], self.dash.numbers[number]
 
     def legend(self) -> list[tuple[str, int, int, str]]:
@@ -108,6 +109,63 @@ def frontier(sweep: Sweep, palette: Palette) -> Chart | None:
         keys=palette.legend(),
         marks_x=levels,
     )
+
+
+def best_of_n_frontier(sweep: Sweep, palette: Palette) -> Chart | None:
+    """Return test reward against the square root of KL: best-of-n, and every evaluated model.
+
+    Runs with one SFT policy and one reward share a curve, which is drawn once.
+    """
+    curves_drawn: dict[tuple[tuple[float, float], ...], LineSeries] = {}
+    models = []
+    for point in sweep.points:
+        best = tuple(
+            (point.metrics[f"eval best_of/{n}/kl"], point.metrics[f"eval best_of/{n}/reward"])
+            for n in _best_of_sizes(point)
+        )
+        if not best:
+            continue
+        if best not in curves_drawn:
+            label = f"best of n, {point.label}" if curves_drawn else "best of n"
+            kl, reward = (np.array(column) for column in zip(*best, strict=True))
+            curves_drawn[best] = LineSeries(
+                label, root(kl), reward, COLOURS, smooth=False, unit="√KL"
+            )
+        models += _model_points(point, palette)
+    if not curves_drawn:
+        return None
+    return Chart(
+        "Test reward against √KL",
+        [*curves_drawn.values(), *models],
+        x_label="√KL, KL in nats per answer",
+        keys=[("best of n", COLOURS, 0, ""), *palette.legend()],
+    )
+
+
+def _best_of_sizes(point: RunPoint) -> list[int]:
+    """Return each n of which a run has evaluated the best, ascending."""
+    found = (re.fullmatch(r"eval best_of/(\d+)/reward", name) for name in point.metrics)
+    return sorted(int(match[1]) for match in found if match is not None)
+
+
+def _model_points(point: RunPoint, palette: Palette) -> list[LineSeries]:
+    """Return a line of one point for each model that a run's evaluation puts beside best-of-n."""
+    found = (re.fullmatch(r"eval frontier/([^/]+)/kl", name) for name in point.metrics)
+    names = [match[1] for match in found if match is not None]
+    colour, dash = palette.of(point)
+    return [
+        LineSeries(
+            f"{point.label}, {name}",
+            root(np.array([point.metrics[f"eval frontier/{name}/kl"]])),
+            np.array([point.metrics[f"eval frontier/{name}/reward"]]),
+            colour,
+            smooth=False,
+            unit="√KL",
+            dash=dash,
+            disc=0,
+        )
+        for name in names
+    ]
 
 
 def root(kl: Floats) -> Floats:

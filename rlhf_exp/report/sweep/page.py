@@ -25,7 +25,13 @@ from rlhf_exp.program import PROGRAM
 from rlhf_exp.report import chart as chart_module
 from rlhf_exp.report.chart import duration, render, short
 from rlhf_exp.report.run.page import write_page
-from rlhf_exp.report.sweep.charts import BANDS, Palette, curves, frontier
+from rlhf_exp.report.sweep.charts import (
+    BANDS,
+    Palette,
+    best_of_n_frontier,
+    curves,
+    frontier,
+)
 from rlhf_exp.report.sweep.data import (
     FEWEST_SEEDS,
     RunGroup,
@@ -56,6 +62,8 @@ COLUMNS = (
     ("KL, nats", "ppo eval/kl_sequence"),
     ("Length, tokens", "ppo eval/length_mean"),
     ("Test gain, SFT std", "eval eval/reward/gain_in_std"),
+    ("PPO over best of n, test", "eval frontier/PPO/over_best_of/reward"),
+    ("DPO over best of n, test", "eval frontier/DPO/over_best_of/reward"),
     ("Test win share", "eval eval/outcome/ties_as_half"),
     ("Accuracy, test", "reward test/accuracy"),
     ("Perplexity, validation", "sft eval/perplexity"),
@@ -82,6 +90,7 @@ def render_sweep(sweep: Sweep) -> str:
     script = (here / "sort.js").read_text("utf-8")
     groups, palette = group_runs(sweep.points), Palette(sweep)
     chart, several = frontier(sweep, palette), any(len(group.points) > 1 for group in groups)
+    best_of = best_of_n_frontier(sweep, palette)
     return fill(
         "sweep/sweep.html",
         sweep=sweep,
@@ -92,6 +101,7 @@ def render_sweep(sweep: Sweep) -> str:
         identity=_identity(sweep, groups),
         best=best_settings(sweep, groups),
         frontier=None if chart is None else render(chart),
+        best_of=None if best_of is None else render(best_of),
         second=palette.dash.name,
         curves=[
             (title, [render(chart) for chart in charts]) for title, charts in curves(sweep, palette)

@@ -43,6 +43,7 @@ from rlhf_exp.stages.evaluation.evaluation import (
     evaluated_models,
     pairs_part,
 )
+from rlhf_exp.stages.evaluation.kept_samples import kept_samples, samples_key
 from rlhf_exp.stages.scorers import EvaluationScorers
 from rlhf_exp.stages.setup import cache_of, load_policy_model
 from rlhf_exp.training.reward_scorer import Scorer, score_samples, score_shared, texts_of
@@ -83,7 +84,7 @@ class SampledSource:
         tokenized = self._prompts(prompts, codec, generation)
         share = self.world.share(len(tokenized))
         own_prompts = tokenized.select(torch.from_numpy(share.rows)).to(self.world.device)
-        samples = self._sample(model, own_prompts, codec, generation)
+        samples = self._sample(model, tokenized, own_prompts, codec, generation)
         texts = texts_of(samples.tokens, samples.prompt_lengths, samples.content_lengths, codec)
         scores = _scores(self._scorers.reward(codec) if generation.score else None, samples)
         referee = _scores(self._scorers.referee(codec) if generation.referee else None, samples)
@@ -159,8 +160,14 @@ class SampledSource:
         return self._policies[model.name]
 
     def _sample(
-        self, model: EvaluatedModel, prompts: Prompts, codec: Codec, generation: GenerationSettings
+        self,
+        model: EvaluatedModel,
+        prompts: Prompts,
+        own: Prompts,
+        codec: Codec,
+        generation: GenerationSettings,
     ) -> Samples:
+        """Return the answers to this process's own share of the prompts."""
         greedy = generation.temperature == 0.0
         params = SamplingParams(
             max_new_tokens=generation.max_new_tokens,
@@ -175,7 +182,26 @@ class SampledSource:
             cache=cache_of(self.config),
         )
         stopper = Stopper(codec.tokenizer, codec.stop_strings) if generation.stop else None
-        return sample(self._policy(model).model, prompts, params, generation.seed, stopper)
+
+        def compute() -> Samples:
+            return sample(self._policy(model).model, own, params, generation.seed, stopper)
+
+        folder = Path(model.source)
+        if not generation.keep or not folder.is_dir():  # a hub id does not say what is there
+            return compute()
+        settings = {
+            "sampling": generation.sampling,
+            "seed": generation.seed,
+            "stop": [codec.digest, *codec.stop_strings] if generation.stop else None,
+            "ends": [codec.eos_id, *sorted(codec.end_ids)],
+            "dtype": self.config.model.dtype.name,
+            "cache": params.cache,
+        }
+        key = self.world.broadcast_object(
+            samples_key(self.context.cache, folder, prompts, settings) if self.world.is_main else ""
+        )
+        path = self.context.cache / "samples" / f"{key}.npy"
+        return kept_samples(path, own, len(prompts), compute, self.world)
 
     def _kl(
         self, model: EvaluatedModel, samples: Samples, generation: GenerationSettings

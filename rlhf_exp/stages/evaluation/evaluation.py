@@ -70,6 +70,7 @@ class GenerationSettings:
         kl: Whether answers get their KL to the baseline, where the tokenizers are the same and
             every token can be drawn.
         stop: Whether the prompt format's stop strings end an answer.
+        keep: Whether the answers are kept by content, for other evaluations to score.
     """
 
     max_new_tokens: int
@@ -82,6 +83,7 @@ class GenerationSettings:
     referee: bool = False
     kl: bool = False
     stop: bool = True
+    keep: bool = False
 
     @property
     def sampling(self) -> dict[str, float | int]:

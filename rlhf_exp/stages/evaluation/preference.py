@@ -44,6 +44,7 @@ from rlhf_exp.evaluation.preference import needed_pairs
 from rlhf_exp.evaluation.toxicity.scorers import TextScores
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.redaction import secret_variable
+from rlhf_exp.stages.evaluation.best_of_n import best_answers
 from rlhf_exp.stages.evaluation.evaluation import DIALOGUE, Evaluation, PartResult, test_prompts
 from rlhf_exp.stages.evaluation.gold_judge import gold_judge
 from rlhf_exp.stages.evaluation.toxicity_scorer import shared_scores, toxicity_scorer
@@ -68,10 +69,13 @@ def run(evaluation: Evaluation) -> PartResult:
     panels: list[JudgePanel] = []
     evaluation.on_main_process(lambda: panels.append(JudgePanel(evaluation)))
     prompts = test_prompts(evaluation, PREFERENCE)
-    generation = evaluation.generation(score=True, kl=True)
+    chooses_best = evaluation.config.eval.chooses_best
+    generation = evaluation.generation(score=True, referee=chooses_best, kl=True)
     answers = [
         evaluation.answers(PREFERENCE, model, prompts, generation) for model in evaluation.models
     ]
+    if chooses_best:
+        answers.append(best_answers(evaluation))
     scored = _toxicity(evaluation, [answer.text for model in answers for answer in model])
     return evaluation.on_main_process(
         lambda: _conclude(evaluation.config, answers, scored, panels[0])

@@ -40,7 +40,7 @@ def check(config: Config) -> None:
     """
     section = config.eval.toxicity
     check_scorer(section)
-    if config.eval.samples is None and TOXICITY in parts_of(config.eval.suite):
+    if config.eval.samples is None and TOXICITY in parts_of(config.eval):
         load_prompts(section.data, section.revision)
 
 

@@ -6,12 +6,13 @@ import hashlib
 import math
 import re
 from base64 import b64encode
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from rlhf_exp.report.sweep.charts import Palette, curves, frontier
+from rlhf_exp.report.sweep.charts import Palette, best_of_n_frontier, curves, frontier
 from rlhf_exp.report.sweep.data import Importance, RunPoint, Sweep
 from rlhf_exp.report.sweep.page import render_sweep
 from tests.report.sweep.lab import Lab, swept
@@ -114,6 +115,43 @@ def test_the_frontier_has_one_line_a_run_over_the_root_of_kl() -> None:
     budget = frontier(sweep(*found.points, kl_budget=2.0), Palette(found))
     assert budget is not None
     assert budget.marks_x == [(math.sqrt(2.0), "KL budget")]
+
+
+def evaluated(number: int, best: float, **settings: str) -> RunPoint:
+    metrics = {
+        "eval best_of/1/kl": 0.0,
+        "eval best_of/1/reward": 0.5,
+        "eval best_of/16/kl": 1.84,
+        "eval best_of/16/reward": best,
+        "eval best_of/4/kl": 0.64,
+        "eval best_of/4/reward": 1.5,
+        "eval frontier/PPO/kl": 4.0,
+        "eval frontier/PPO/reward": 1.0 + number,
+        "eval frontier/PPO/over_best_of/reward": -0.25,
+    }
+    return replace(point(number, **settings), metrics=metrics)
+
+
+def test_best_of_n_is_one_line_that_the_runs_are_points_beside() -> None:
+    found = sweep(evaluated(0, 2.0, lr="1"), evaluated(1, 2.0, lr="2"), point(2, lr="3"))
+    chart = best_of_n_frontier(found, Palette(found))
+    assert chart is not None
+    curve, first, second = chart.lines
+    assert curve.label == "best of n"
+    assert curve.x.tolist() == [0.0, 0.64**0.5, 1.84**0.5]
+    assert curve.y.tolist() == [0.5, 1.5, 2.0]
+    assert [line.x.tolist() + line.y.tolist() for line in (first, second)] == [[2.0, 1], [2.0, 2]]
+    assert [line.label for line in (first, second)] == ["lr 1, PPO", "lr 2, PPO"]
+    assert first.colour != second.colour != curve.colour
+    page = render_sweep(found)
+    assert 'id="best-of-n"' in page
+    assert "PPO over best of n, test" in page
+    # Another SFT policy or reward has a curve of its own.
+    other = sweep(evaluated(0, 2.0, lr="1"), evaluated(1, 3.0, lr="2"))
+    again = best_of_n_frontier(other, Palette(other))
+    assert again is not None
+    assert [line.label for line in again.lines[:2]] == ["best of n", "best of n, lr 2"]
+    assert best_of_n_frontier(sweep(point(0)), Palette(sweep(point(0)))) is None
 
 
 def test_twenty_runs_have_a_short_legend() -> None:

@@ -171,6 +171,7 @@ def _report(config: Config, done: list[FinishedStep]) -> None:
     """Write the report, and print the results, its path and how to load the model."""
     from rlhf_exp.report.run.best_of import BEST_OF_FILE, print_best_of
     from rlhf_exp.report.run.gather import gather, loading_code
+    from rlhf_exp.report.run.harness import HARNESS_FILE, print_harness
     from rlhf_exp.report.run.page import build_report, comparisons_of
     from rlhf_exp.report.run.reward_quality import REWARD_QUALITY_FILE, print_reward_quality
     from rlhf_exp.report.run.terminal import print_comparison
@@ -196,6 +197,8 @@ def _report(config: Config, done: list[FinishedStep]) -> None:
         print_toxicity(data.parts[TOXICITY_FILE], out)
     if REWARD_QUALITY_FILE in data.parts:
         print_reward_quality(data.parts[REWARD_QUALITY_FILE], out)
+    if HARNESS_FILE in data.parts:
+        print_harness(data.parts[HARNESS_FILE], out)
     out.print(f"\nReport: {path.resolve()}", soft_wrap=True, highlight=False)
     models = [finished for finished in done if finished.step.stage in ("sft", "dpo", "ppo")]
     if models:

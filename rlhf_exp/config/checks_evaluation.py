@@ -69,6 +69,7 @@ def check_eval(check: ConfigChecker) -> None:
         _check_reward_quality(check)
     if config.eval.best_of:
         _check_best_of(check)
+    _check_harness(check)
 
 
 def _check_room(check: ConfigChecker, key: str) -> None:
@@ -208,6 +209,20 @@ def _check_best_of(check: ConfigChecker) -> None:
     if config.eval.temperature == 0:
         message = "equal answers have no best one: eval.temperature must be above 0."
         check.add(key, message)
+
+
+def _check_harness(check: ConfigChecker) -> None:
+    """Report tasks of lm-eval that are missing, or that nothing answers."""
+    config, key = check.config, "eval.harness.tasks"
+    section = config.eval.harness
+    check.at_least(1, "eval.harness.limit", "eval.harness.batch")
+    check.at_least(0, "eval.harness.few_shot")
+    if config.eval.suite is Suite.harness and not section.tasks:
+        check.add(key, "names no task; give some, such as eval.harness.tasks=[arc_easy,./my.yaml].")
+    if not all(section.tasks) or len(set(section.tasks)) < len(section.tasks):
+        check.add(key, "names each task once.")
+    elif config.eval.samples is not None and section.tasks:
+        check.add(key, "need the models, which eval.samples does not load; leave one of them out.")
 
 
 def _check_reward_quality(check: ConfigChecker) -> None:

@@ -143,6 +143,25 @@ class RewardQualityConfig:
     )
 
 
+@dataclass
+class HarnessConfig:
+    """Tasks of EleutherAI's lm-evaluation-harness: what alignment costs elsewhere."""
+
+    tasks: list[str] = setting(
+        factory=list,
+        doc="Tasks: names that lm-eval knows, .yaml files of your own, or folders of these.",
+        neutral=[],
+    )
+    few_shot: int | None = setting(
+        None, "Examples before each document; null: each task's own number.", neutral=None
+    )
+    limit: int | None = setting(
+        None, "Most documents of each task, the first ones; null: all.", neutral=None
+    )
+    chat_template: bool = setting(False, "Ask in the tokenizer's chat template.", neutral=False)
+    batch: int = setting(16, "Rows that a model reads at once.", key=False)
+
+
 class Suite(Enum):
     """Evaluation suites."""
 
@@ -152,6 +171,7 @@ class Suite(Enum):
     toxicity = "toxicity"
     reward_quality = "reward_quality"
     human = "human"
+    harness = "harness"
     full = "full"
 
 
@@ -164,14 +184,15 @@ REFEREE = "referee"
 SAMPLES, SAMPLES_FILE = "samples", "samples.jsonl"
 """Role and file of an evaluation's answers, from which it can be computed again."""
 PREFERENCE, TOXICITY, REWARD_QUALITY, PEOPLE = "preference", "toxicity", "reward_quality", "people"
-BEST_OF = "best_of"
-_PARTS_OF_SUITE = {
+BEST_OF, HARNESS = "best_of", "harness"
+_PARTS_OF_SUITE: dict[Suite, tuple[str, ...]] = {
     Suite.none: (),
     Suite.quick: (PREFERENCE,),
     Suite.blog: (PREFERENCE, TOXICITY),
     Suite.toxicity: (TOXICITY,),
     Suite.reward_quality: (REWARD_QUALITY,),
     Suite.human: (PREFERENCE, PEOPLE),
+    Suite.harness: (HARNESS,),
     Suite.full: (PREFERENCE, TOXICITY, REWARD_QUALITY, PEOPLE),
 }
 
@@ -211,6 +232,7 @@ class EvalConfig:
     judge: EvalJudgeConfig = setting(factory=EvalJudgeConfig)
     toxicity: ToxicityConfig = setting(factory=ToxicityConfig)
     reward_quality: RewardQualityConfig = setting(factory=RewardQualityConfig)
+    harness: HarnessConfig = setting(factory=HarnessConfig)
 
     @property
     def chooses_best(self) -> bool:
@@ -220,7 +242,12 @@ class EvalConfig:
 
 def parts_of(section: EvalConfig) -> tuple[str, ...]:
     """Return the parts of an evaluation in the order they run: the suite's, and those added."""
-    return _PARTS_OF_SUITE[section.suite] + ((BEST_OF,) if section.chooses_best else ())
+    parts = _PARTS_OF_SUITE[section.suite]
+    if section.chooses_best:
+        parts += (BEST_OF,)
+    if section.harness.tasks and section.suite not in (Suite.none, Suite.harness):
+        parts += (HARNESS,)
+    return parts
 
 
 def needs_reward(section: EvalConfig) -> bool:

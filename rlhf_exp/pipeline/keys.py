@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_exp.config.evaluation import (
     COMPARED,
+    HARNESS,
     PREFERENCE,
     PROFANITY,
     TOXICITY,
@@ -27,6 +28,7 @@ from rlhf_exp.config.experiment import (
 )
 from rlhf_exp.config.fields import key_content
 from rlhf_exp.config.training import CONTINUED
+from rlhf_exp.evaluation.harness_tasks import task_content
 from rlhf_exp.function_source import function_source
 from rlhf_exp.store.fingerprint import DigestCache, key_of
 
@@ -161,6 +163,11 @@ class Keys:
             section["toxicity"] = scorer_values | {"scorer": self._scorer()}
         else:
             del section["toxicity"]
+        if HARNESS not in parts:
+            section.pop("harness", None)
+        elif "harness" in section:
+            tasks = self.config.eval.harness.tasks
+            section["harness"]["tasks"] = [task_content(task, self.digests.file) for task in tasks]
         return section
 
     def _judge(self) -> dict[str, Any]:

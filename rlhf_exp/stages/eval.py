@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlhf_exp.config.evaluation import (
     BEST_OF,
+    HARNESS,
     PEOPLE,
     PREFERENCE,
     REWARD_QUALITY,
@@ -19,7 +20,7 @@ from rlhf_exp.config.experiment import Config
 from rlhf_exp.distributed.world import World
 from rlhf_exp.evaluation.answers import write_answers
 from rlhf_exp.stages.context import StageContext, StageResult
-from rlhf_exp.stages.evaluation import best_of_n, preference, reward_quality, toxicity
+from rlhf_exp.stages.evaluation import best_of_n, harness, preference, reward_quality, toxicity
 from rlhf_exp.stages.evaluation.answer_sources import SampledSource, StoredSource
 from rlhf_exp.stages.evaluation.evaluation import AnswerSource, Evaluation, Part, PartResult
 from rlhf_exp.stages.setup import world_for
@@ -32,6 +33,7 @@ PARTS: dict[str, Part] = {
     REWARD_QUALITY: reward_quality.run,
     PEOPLE: preference.run_people,
     BEST_OF: best_of_n.run,
+    HARNESS: harness.run,
 }
 
 
@@ -43,7 +45,8 @@ def run(config: Config, context: StageContext) -> StageResult:
         metrics = {name: value for result in results for name, value in result.metrics.items()}
         run_id = evaluation.on_main_process(lambda: _save(evaluation, results, metrics))
         prompts = len({answer.row for answer in evaluation.collected if answer.part == PREFERENCE})
-        return StageResult(metrics, None, run_id, {"prompts": prompts})
+        facts: dict[str, float | int | str] = {"prompts": prompts} if prompts else {}
+        return StageResult(metrics, None, run_id, facts)
 
 
 def _source(config: Config, context: StageContext, world: World) -> AnswerSource:

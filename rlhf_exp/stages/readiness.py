@@ -38,7 +38,7 @@ from rlhf_exp.models.inspection import (
 from rlhf_exp.models.pretrained import context_of, load_config, load_tokenizer
 from rlhf_exp.models.reward_model import reward_model_config
 from rlhf_exp.stages.data_module import DataModule
-from rlhf_exp.stages.evaluation import toxicity
+from rlhf_exp.stages.evaluation import harness, toxicity
 
 
 @dataclass(frozen=True)
@@ -249,6 +249,12 @@ def toxicity_problems(prospect: Prospect) -> Iterator[str]:
         yield from _refusal(lambda: toxicity.check(config))
 
 
+def harness_problems(prospect: Prospect) -> Iterator[str]:
+    """Yield why tasks of lm-eval cannot be done: the package, a name, a file, or their data."""
+    if prospect.evaluates:
+        yield from _refusal(lambda: harness.check(prospect.config))
+
+
 def _refusal(need: Callable[[], object]) -> Iterator[str]:
     """Yield the message of the `UserError` that a call ends with, if it does."""
     try:
@@ -263,5 +269,6 @@ CHECKS: tuple[Check, ...] = (
     reward_model_problems,
     judge_problems,
     toxicity_problems,
+    harness_problems,
 )
 """All checks, in the order in which their problems are reported."""

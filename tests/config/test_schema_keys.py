@@ -22,7 +22,7 @@ PROMISED = {
     "ppo": "default recipe rloo grpo reinforce_pp",
     "engine": "native trlx",
     "distributed": "single ddp zero1 zero2 zero2_bf16 zero3 zero3_offload fsdp",
-    "eval": "none quick blog toxicity reward_quality human full",
+    "eval": "none quick blog toxicity reward_quality human harness full",
     "tracking": "offline online disabled",
     "experiment": "demo smoke hh_small hh_125m hh_1b hh_gptj_6b hh_20b",
     "sweep": "ppo_grid ppo_optuna",

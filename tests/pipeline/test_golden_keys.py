@@ -65,6 +65,7 @@ FURTHER = (
     "eval.models=[sft,org/other]",
     "eval.models=[sft,dpo,ppo]",
     "eval.top_p=0.9 eval.top_k=5 eval.max_new_tokens=12",
+    "eval.best_of=[1,4] eval.harness.tasks=[arc_easy]",
     "eval.judge.names=[reward,model] eval.judge.model=FILES/model",
     "eval.judge.names=[llm] eval.judge.llm=judge eval.judge.url=http://127.0.0.1:1",
     "eval.judge.labels=FILES/labels.jsonl eval.judge.pairs=5",

@@ -80,14 +80,14 @@ ALLOWED = {
     | SAMPLING
     | SCORING
     | {"algo/rounding", "data/toy/gold_judge"}
-    | names("evaluation", "agreement answers comparison frontier overoptimisation preference")
-    | names("evaluation", "reward_quality statistics")
+    | names("evaluation", "agreement answers comparison frontier harness harness_tasks")
+    | names("evaluation", "overoptimisation preference reward_quality statistics")
     | names("evaluation/judges", "human_agreement llm protocol reward_models")
     | names("evaluation/toxicity", "prompts scorers summary")
     | {"stages/eval"}
     | {"stages/kept_tensor"}
-    | names("stages/evaluation", "answer_sources best_of_n evaluation gold_judge kept_samples")
-    | names("stages/evaluation", "preference reward_quality toxicity toxicity_scorer"),
+    | names("stages/evaluation", "answer_sources best_of_n evaluation gold_judge harness")
+    | names("stages/evaluation", "kept_samples preference reward_quality toxicity toxicity_scorer"),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlhf_exp.report.run import best_of, preference, reward_quality, toxicity
+from rlhf_exp.report.run import best_of, harness, preference, reward_quality, toxicity
 
 COMPARISONS = "comparisons.json"
 """File with the comparison of each model with the baseline, if there are three or more models."""
@@ -42,6 +42,7 @@ SECTIONS = (
     Section(
         "reward-quality", "Reward model", reward_quality.REWARD_QUALITY_FILE, reward_quality.render
     ),
+    Section("capability", "Capability", harness.HARNESS_FILE, harness.render),
     Section("people", "People", PEOPLE, preference.render_people),
 )
 

@@ -143,7 +143,7 @@ def _conclude(
     models = [
         curve.model(
             name,
-            [answer.kl for answer in own],  # type: ignore[misc]  # those with a KL
+            np.array([answer.kl for answer in own], dtype=np.float64),
             {key: scores for key, scores in own_values.items() if key in values},
         )
         for (name, own), own_values in zip(others.items(), measured_others, strict=True)

@@ -33,8 +33,8 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         ("ppo.generation.temperature=0", "temperature=0.0: must be a number above 0"),
         ("ppo.lam=1.1", "ppo.lam=1.1: must be in [0, 1]"),
         ("eval.best_of=[1]", "eval.best_of=[1]: names numbers of answers from 1 on, each once"),
-        ("eval.best_of=[0,4]", "eval.best_of=[0, 4]: names numbers of answers from 1 on"),
-        ("eval.best_of=[4,4]", "eval.best_of=[4, 4]: names numbers of answers from 1 on"),
+        ("eval.best_of=[0,4]", "eval.best_of=[0,4]: names numbers of answers from 1 on"),
+        ("eval.best_of=[4,4]", "eval.best_of=[4,4]: names numbers of answers from 1 on"),
         ("eval.best_of=[4] eval.temperature=0", "equal answers have no best one"),
         ("stage=dpo dpo.beta=0", "dpo.beta=0.0: must be a number above 0"),
         (

@@ -46,17 +46,17 @@ def results(right: list[float], **changes: Any) -> dict[str, Any]:
 
 
 def test_every_number_with_its_documents() -> None:
-    scores = {score.name: score for score in task_scores(results([1, 0, 1, 1, 0]))}
+    scores = {score.name: score for score in task_scores(results([1, 1, 0, 1, 0]))}
     assert scores.keys() == {"quiz/acc", "sums/acc", "words/acc", "words/ppl"}
     assert scores["sums/acc"] == TaskScore(
-        "sums", "acc", "none", 2 / 3, "higher", 3, 0.25, (1.0, 0.0, 1.0)
+        "sums", "acc", "none", 2 / 3, "higher", 3, 0.25, (1.0, 1.0, 0.0)
     )
     # A group's mean over all documents; were tasks weighed alike, it would be no mean of them.
     assert scores["quiz/acc"].value == 3 / 5
     assert sorted(scores["quiz/acc"].values or ()) == [0, 0, 1, 1, 1]
     assert scores["words/ppl"].better == "lower"
     assert scores["words/ppl"].values is None
-    weighed = results([1, 0, 1, 1, 0])
+    weighed = results([1, 1, 0, 1, 0])
     weighed["results"]["quiz"]["acc,none"] = (2 / 3 + 1 / 2) / 2
     (quiz, *_) = task_scores(weighed)
     assert quiz.values is None

@@ -108,6 +108,10 @@ def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     fetch.add_argument("--update", action="store_true", help="take the newest revisions")
     fetch.set_defaults(command=_run_fetch)
 
+    data = commands.add_parser("data", help="show how a data file is read, and what is left out")
+    data_options(data)
+    data.set_defaults(command=_run_data)
+
     sync = commands.add_parser("sync", help="send to W&B what was recorded offline")
     sync.add_argument("run", metavar="RUN")
     sync.add_argument("--dry-run", action="store_true", help="say what would be sent")
@@ -176,6 +180,18 @@ def _add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     for action, command in ((remove, _run_store_rm), (gc, _run_store_gc)):
         action.add_argument("--dry-run", action="store_true", help="say what would be deleted")
         action.set_defaults(command=command)
+
+
+def data_options(data: argparse.ArgumentParser) -> None:
+    """Add the options of `rlhf-exp data`."""
+    add = data.add_argument
+    add("source", nargs="?", metavar="FILE", help="a file, folder or hub id (the config's data)")
+    add("overrides", nargs="*", metavar="OVERRIDE", help="as launch.py takes them")
+    add("--config-dir", type=Path, metavar="DIR", help="as launch.py takes it")
+    roles = ("preferences", "demonstrations", "prompts")
+    add("--as", dest="role", choices=roles, help="what it serves as (what its layout gives)")
+    add("--rows", type=int, default=3, metavar="N", help="rows to show (3)")
+    add("--json", action="store_true", help="print JSON instead")
 
 
 def annotate_options(annotate: argparse.ArgumentParser) -> None:
@@ -282,6 +298,16 @@ def _run_doctor(arguments: argparse.Namespace) -> None:
     from rlhf_exp.commands.doctor import doctor
 
     print(doctor(arguments.overrides, arguments.config_dir), end="")
+
+
+def _run_data(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.data import as_json, as_text, describe_data
+
+    source, overrides = arguments.source, arguments.overrides
+    if source is not None and "=" in source and not Path(source).exists():
+        source, overrides = None, [source, *overrides]
+    found = describe_data(source, arguments.role, overrides, arguments.config_dir, arguments.rows)
+    print(as_json(found) if arguments.json else as_text(found), end="")
 
 
 def _run_fetch(arguments: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ NAME_LENGTH = 100
 CAMPAIGNS = "human"
 """Folder of campaigns in the output folder."""
 TEXTS = ("prompt", "answer_a", "answer_b")
-SPEAKERS = {"Human": "Person", "Assistant": "Assistant", "": "Prompt"}
+SPEAKERS = {"System": "System", "Human": "Person", "Assistant": "Assistant", "": "Prompt"}
 """The names that people read for the roles of a dialogue; plain text has no role."""
 CRITERION = re.compile(r"[a-z][a-z0-9_-]{0,30}")
 INSTRUCTIONS = "\n\n".join(

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
+from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -206,7 +207,13 @@ def check_data(check: ConfigChecker) -> None:
     for name in _FILE_FIELDS:
         _check_data_file(check, f"data.{name}")
     if data.source is DataSource.jsonl and data.preferences is None:
-        check.add("data.preferences", "data.source=jsonl needs a .jsonl or .jsonl.gz file.")
+        message = "data.source=jsonl needs a .jsonl, .json, .csv or .parquet file."
+        check.add("data.preferences", message)
+    for item in fields(data.columns):
+        key, column = f"data.columns.{item.name}", getattr(data.columns, item.name)
+        if column is not None and data.source not in (DataSource.jsonl, DataSource.hub):
+            check.add(key, f"data.source={data.source.name} has no columns of yours.")
+        check.require(column is None or bool(column.strip()), key, "must not be empty.")
     if data.source is DataSource.toy:
         _check_toy(check)
     _check_fractions(check)
@@ -224,7 +231,7 @@ def _check_data_file(check: ConfigChecker, key: str) -> None:
         check.add(key, "files are read with data=hh_local (data.source=jsonl) only.")
         return
     path = Path(value).expanduser().resolve()
-    check.require(path.is_file(), key, f"there is no file {path}.")
+    check.require(path.exists(), key, f"there is no file {path}.")
 
 
 def _check_toy(check: ConfigChecker) -> None:

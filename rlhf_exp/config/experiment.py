@@ -62,22 +62,46 @@ class ToyConfig:
 
 
 @dataclass
+class ColumnsConfig:
+    """The files' own columns, where no known layout has their names; all null: a known layout."""
+
+    prompt: str | None = setting(None, "Column of the prompt: text, or messages.", neutral=None)
+    response: str | None = setting(None, "Column of the response to imitate.", neutral=None)
+    chosen: str | None = setting(None, "Column of the preferred response.", neutral=None)
+    rejected: str | None = setting(None, "Column of the other response.", neutral=None)
+    messages: str | None = setting(None, "Column of a dialogue in messages.", neutral=None)
+    text: str | None = setting(None, "Column of a dialogue in marked text.", neutral=None)
+    rating: str | None = setting(
+        None, "Column of the response's rating: a number, higher is better.", neutral=None
+    )
+    label: str | None = setting(
+        None, "Column of the response's label: true (good) or false.", neutral=None
+    )
+    system: str | None = setting(
+        None, "Column of a text that becomes the prompt's system turn.", neutral=None
+    )
+
+
+@dataclass
 class DataConfig:
     """Sources, splits and the prompt format."""
 
     source: DataSource = setting(DataSource.toy, "Kind of source.")
-    path: str | None = setting(None, "Hub id of a `hub` source.")
+    path: str | None = setting(None, "Hub id, or folder of a data set, of a `hub` source.")
     revision: str | None = setting(None, "Revision of the hub id.")
-    preferences: str | None = setting(None, "JSONL(.gz) file of preference pairs.", key=False)
+    preferences: str | None = setting(
+        None, "File of preference pairs: JSONL, JSON, CSV, Parquet.", key=False
+    )
     demonstrations: str | None = setting(
-        None, "JSONL(.gz) file of demonstrations; null: prompt and chosen answer.", key=False
+        None, "File of demonstrations; null: prompt and chosen answer.", key=False
     )
     prompts: str | None = setting(
-        None, "JSONL(.gz) file of prompts; null: those of the preferences.", key=False
+        None, "File of prompts; null: those of the preferences.", key=False
     )
     test: str | None = setting(
-        None, "JSONL(.gz) file of held-out pairs; null: split off by prompt.", key=False
+        None, "File of held-out pairs; null: split off by prompt.", key=False
     )
+    columns: ColumnsConfig = setting(factory=ColumnsConfig, doc="The files' own columns.")
     format: PromptFormat = setting(PromptFormat.hh, "How a dialogue becomes text.")
     toy: ToyConfig = setting(factory=ToyConfig, doc="Sizes of the bundled data.")
     validation_fraction: float = setting(0.05, "Share of prompts split off for validation.")

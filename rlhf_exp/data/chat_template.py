@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FROZEN_DATE = date(2024, 7, 26)
 """The day that templates print which ask for today's; Llama's print it where they know no other."""
 
-_CHAT_ROLES: dict[Role, str] = {"human": "user", "assistant": "assistant"}
+_CHAT_ROLES: dict[Role, str] = {"system": "system", "human": "user", "assistant": "assistant"}
 Shape = tuple[Role, ...]
 """The roles of a dialogue's turns."""
 _DIRECTIVES = "aAwdbBmyYHIpMSfjUW"
@@ -158,6 +158,8 @@ class ChatTemplate:
         if parts[0] != parts[1]:
             return f"what it writes around an answer after {_named(shape)} depends on the answer"
         head, end = parts[0]
+        if shape[0] == "system" and texts[0] not in head:
+            return "it changes a system turn, or leaves it out"
         for rendering, with_cue in ((cued, True), (plain, False)):
             if head.startswith(rendering):
                 # Tokenizers join a space to the word after it, not to the prompt before it.

@@ -55,7 +55,7 @@ def read_jsonl(path: Path, key: str) -> Iterator[tuple[str, object]]:
     """
     number = 0
     try:
-        with _opened(path, key) as file:
+        with opened(path, key) as file:
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
@@ -72,8 +72,12 @@ def read_jsonl(path: Path, key: str) -> Iterator[tuple[str, object]]:
 
 
 @contextmanager
-def _opened(path: Path, key: str) -> Iterator[BinaryIO]:
-    """Open a file of lines, unpacked."""
+def opened(path: Path, key: str) -> Iterator[BinaryIO]:
+    """Open a file of text, unpacked if it is gzip.
+
+    Raises:
+        UserError: there is no such file, or it is something else.
+    """
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "nothing"
         raise UserError(f"{key}: no such file: {path} (found {kind}); give a .jsonl or .jsonl.gz")

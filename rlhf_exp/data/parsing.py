@@ -1,6 +1,6 @@
-r"""Parsing of rows: records to prompts and responses, HH's marked dialogues to turns.
+r"""Parsing of texts: HH's marked dialogues to turns, prompts and responses.
 
-A record may have any of the `FORMATS`. Anthropic's HH data marks turns by `\n\nHuman:` and
+Anthropic's HH data marks turns by `\n\nHuman:` and
 `\n\nAssistant:`. Real files hold two turns of one speaker in a row, empty responses, markers inside
 a line (part of the text, since a marker follows a blank line) and pairs whose sides differ before
 their last response.
@@ -13,18 +13,12 @@ way only is read so and *noted*; what can be read in several is refused, with th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import pairwise
 
-from rlhf_exp.data.jsonl import unpaired_surrogate
-from rlhf_exp.data.rows import Demonstration, History, Preference, Prompt, Role, Row, Turn
+from rlhf_exp.data.rows import History, Role, Turn
 
-FORMATS = (
-    '{"chosen", "rejected"}, {"prompt", "chosen", "rejected"}, {"prompt", "response"}, '
-    '{"dialogue"}, {"text"} or {"prompt"}'
-)
 # What was normalised, as the log says it: "3 rows: ...".
 LINE_ENDS = "line ends of marked turns made line feeds"
 SPELLING = "markers in another spelling read as markers"
@@ -56,89 +50,18 @@ _CUE_LINE = re.compile(rf"{_NEW_LINE}Assistant[ \t]*:\s*\Z", re.IGNORECASE)
 _END_CUE = re.compile(r"\bAssistant[ \t]*:\Z", re.IGNORECASE)
 _CUE_IN_LINE = re.compile(r"\sAssistant:\s*\Z")
 _MARKER_IN_LINE = re.compile(r"\s(Human|Assistant):\s")
+_SYSTEM_TURN = re.compile(r"\A\s*System:(.*?)(?=\n\n(?:Human|Assistant):)", re.DOTALL)
+_MARKER_IN_TEXT = re.compile(r"\n\n(Human|Assistant):")
 _DISPLAYED_MARKER = re.compile(rf"(?:\A\s*+|{_BLANK_LINE})(Human|Assistant):")
 _ROLES: dict[str, Role] = {"human": "human", "assistant": "assistant"}
-_BYTE_ORDER_MARK = "\ufeff"
-
-
-def parse_row(record: object, origin: str, notes: set[str] | None = None) -> Row:
-    r"""Return the row in `record`; its fields decide its kind.
-
-    Fields beside these are kept as they are (`fields`). A text with HH's markers is a dialogue; a
-    prompt without any is one human turn.
-
-    Args:
-        record: a JSON object.
-        origin: where it stands.
-        notes: takes what was normalised.
-
-    Raises:
-        ValueError: the record cannot be used; the message says why.
-    """
-    if not isinstance(record, Mapping):
-        raise ValueError(f"a JSON object was expected, found {type(record).__name__}")
-    row, read = _row(record, origin, DialogueReader(notes))
-    others = {str(name): value for name, value in record.items() if name not in read}
-    return replace(row, fields=others)
-
-
-def _row(
-    record: Mapping[str, object], origin: str, reading: DialogueReader
-) -> tuple[Row, tuple[str, ...]]:
-    """Return the row in a record, and the names of the fields that it was read from."""
-    if "chosen" in record and "rejected" in record:
-        return _preference(record, origin, reading), ("prompt", "chosen", "rejected")
-    if "prompt" in record and "response" in record:
-        prompt = _text(record, "prompt")
-        history = reading.prompt(prompt)
-        response = reading.response(history, prompt, _text(record, "response"), "response")
-        return _demonstration(history, response, origin), ("prompt", "response")
-    for name in ("dialogue", "text"):
-        if name in record:
-            history, response = split_dialogue(reading.dialogue(_text(record, name)))
-            response = reading.without_cue(response)
-            return _demonstration(history, response, origin), (name,)
-    if "prompt" in record:
-        return Prompt(reading.prompt(_text(record, "prompt")), None, origin), ("prompt",)
-    fields = ", ".join(str(name)[:40] for name in list(record)[:20]) or "none"
-    raise ValueError(f"fields found: {fields}; expected {FORMATS}")
-
-
-def _preference(record: Mapping[str, object], origin: str, reading: DialogueReader) -> Preference:
-    chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
-    if "prompt" not in record:
-        return Preference(*split_pair(chosen, rejected, reading.notes), origin)
-    prompt = _text(record, "prompt")
-    history = reading.prompt(prompt)
-    chosen = reading.response(history, prompt, chosen, "chosen")
-    rejected = reading.response(history, prompt, rejected, "rejected")
-    require_difference(chosen, rejected)
-    return Preference(history, chosen, rejected, origin)
+_SYSTEM_MARKER = "System:"
+BYTE_ORDER_MARK = "\ufeff"
 
 
 def require_difference(chosen: str, rejected: str) -> None:
     """Raise a `ValueError` if the two responses of a pair are the same."""
     if chosen == rejected:
         raise ValueError("the responses are identical" if chosen else "both responses are empty")
-
-
-def _demonstration(history: History, response: str, origin: str) -> Demonstration:
-    if not response:
-        raise ValueError("the response is empty")
-    return Demonstration(history, response, origin)
-
-
-def _text(record: Mapping[str, object], name: str) -> str:
-    value = record[name]
-    if (
-        isinstance(value, Mapping) and "text" in value
-    ):  # RealToxicityPrompts' prompts come with scores
-        value = value["text"]
-    if not isinstance(value, str):
-        raise ValueError(f"`{name}` is {type(value).__name__}, text was expected")
-    if half := unpaired_surrogate(value):
-        raise ValueError(f"`{name}` holds half of a character ({half}), which cannot be encoded")
-    return value.lstrip(_BYTE_ORDER_MARK)
 
 
 class DialogueReader:
@@ -207,7 +130,7 @@ class DialogueReader:
             repeated = len(history) - first
             if turns[:repeated] == history[first:] and len(turns) > repeated:
                 self.notes |= {REPEATED_PROMPT, *reading.notes}
-                return DialogueReader().without_cue(_continuation(turns[repeated:]))
+                return DialogueReader().without_cue(continuation(turns[repeated:]))
         # HH itself has responses such as "Human: What do you mean?", without a turn after it.
         if marker and len(turns) > 1 and turns[1].role == "assistant":
             raise ValueError(f"`{name}` is a dialogue that does not begin with the prompt")
@@ -316,6 +239,10 @@ def parse_prompt(text: str) -> History:
     Raises:
         ValueError: the text or the last human turn is empty, or the assistant spoke last.
     """
+    system = _SYSTEM_TURN.match(text)
+    if system is not None:
+        turns = _split(_MARKER, text[system.end() :])
+        return require_human_turn((Turn("system", system[1].strip()), *_without_end_cues(turns)))
     turns = _split(_MARKER, text) or (Turn("human", text.strip()),)
     return require_human_turn(_without_end_cues(turns))
 
@@ -326,7 +253,7 @@ def format_dialogue(history: History) -> str:
 
 
 def format_turns(turns: Sequence[Turn]) -> str:
-    """Return turns with HH's markers, whatever the run's prompt format."""
+    """Return turns with HH's markers, and `System:`, whatever the run's prompt format."""
     return "".join(f"\n\n{turn.role.capitalize()}: {turn.text}" for turn in turns)
 
 
@@ -367,7 +294,18 @@ def split_pair(
         ValueError: the dialogues share no history, do not differ, or are empty after it.
     """
     reading = DialogueReader(notes)
-    sides = reading.dialogue(chosen), reading.dialogue(rejected)
+    return split_turn_pair(reading.dialogue(chosen), reading.dialogue(rejected), reading)
+
+
+def split_turn_pair(
+    chosen: tuple[Turn, ...], rejected: tuple[Turn, ...], reading: DialogueReader
+) -> tuple[History, str, str]:
+    """Return what `split_pair` does, of dialogues in turns.
+
+    Raises:
+        ValueError: as there.
+    """
+    sides = chosen, rejected
     shared_turns = 0
     for number, (left, right) in enumerate(zip(*sides, strict=False), 1):
         if left != right:
@@ -378,18 +316,28 @@ def split_pair(
         raise ValueError("the two dialogues share no human turn to begin with")
     history = require_human_turn(sides[0][:shared_turns])
     chosen_response, rejected_response = (
-        reading.without_cue(_continuation(turns[shared_turns:])) for turns in sides
+        reading.without_cue(continuation(turns[shared_turns:])) for turns in sides
     )
     require_difference(chosen_response, rejected_response)
     return history, chosen_response, rejected_response
 
 
-def _continuation(turns: tuple[Turn, ...]) -> str:
+def continuation(turns: tuple[Turn, ...]) -> str:
+    """Return turns that go on after a history as one response, later ones with their markers.
+
+    Raises:
+        ValueError: the first is not the assistant's.
+    """
     if not turns:
         return ""
     if turns[0].role != "assistant":
         raise ValueError("a human turn stands where the response should be")
     return turns[0].text + format_turns(turns[1:])
+
+
+def names_a_turn(text: str) -> bool:
+    """Return whether a turn's text holds a marker, at which a marked dialogue would be split."""
+    return _MARKER_IN_TEXT.search(text) is not None
 
 
 def end_of_response(text: str) -> int | None:
@@ -421,5 +369,7 @@ def split_turns(prompt: str) -> list[tuple[str, str]]:
     parts = _DISPLAYED_MARKER.split(prompt)
     preamble, marked = parts[0].strip(), parts[1:]
     turns = [("", preamble)] if preamble or not marked else []
+    if marked and preamble.startswith(_SYSTEM_MARKER):
+        turns = [("System", preamble.removeprefix(_SYSTEM_MARKER).strip())]
     turns += [(role, text.strip()) for role, text in zip(marked[::2], marked[1::2], strict=True)]
     return [turn for number, turn in enumerate(turns) if turn[1] or number < len(turns) - 1]

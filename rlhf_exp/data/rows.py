@@ -1,10 +1,10 @@
 """Text rows of a data set: prompts, demonstrations and preferences, and their splits.
 
 Every source yields these rows, before any tokenizer is known. A *history* is a dialogue up to and
-including the human turn that asks for a response. A row's `origin` ("file:line", "toy:17") lets
-errors point at it. Its `fields` are all that its record holds beside prompt and responses (a
-reference answer, a source), as the file has them: they travel with the prompt to rewards that ask
-for them, and take no part in what models read.
+including the human turn that asks for a response; a system turn may begin it. A row's `origin`
+("file:line", "toy:17") lets errors point at it. Its `fields` are all that its record holds beside
+prompt and responses (a reference answer, a source), as the file has them: they travel with the
+prompt to rewards that ask for them, and take no part in what models read.
 
 Prompts are held out by the hash of their own text, levelled (`prompt_key`). So a prompt stays in
 its split when a file grows or is shuffled, and all rows of one prompt, of whatever kind, are in one
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Generic, Literal, TypeVar
 
 T = TypeVar("T")
-Role = Literal["human", "assistant"]
+Role = Literal["system", "human", "assistant"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,25 @@ class Splits(Generic[T]):
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """What was found in one file, or in one split of a data set.
+
+    Attributes:
+        name: its path, or the split's label.
+        kind: what the file is, in words.
+        layouts: numbers of records by layout.
+        kept: names of the fields that are kept beside prompt and responses.
+        read: number of records.
+    """
+
+    name: str
+    kind: str
+    layouts: dict[str, int]
+    kept: list[str]
+    read: int
+
+
+@dataclass(frozen=True)
 class Corpus:
     """All rows of one source.
 
@@ -106,6 +125,7 @@ class Corpus:
         digest: sha256 of all rows' content, in order.
         counts: numbers of rows that were normalised or not used in some way, by what was done.
         left_out: why nothing of an input may be trained on, where that is so; or "".
+        files: what was found in each file.
     """
 
     demonstrations: Splits[Demonstration]
@@ -116,6 +136,7 @@ class Corpus:
     digest: str
     counts: dict[str, int] = field(default_factory=dict)
     left_out: str = ""
+    files: list[SourceFile] = field(default_factory=list)
 
 
 def make_corpus(

@@ -10,19 +10,18 @@ Where nothing is left of an input, that is an error which says what became of it
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.data.jsonl import UnreadableLine, read_jsonl
+from rlhf_exp.data.files import is_saved, kind_of, read_records, saved_splits
+from rlhf_exp.data.layouts import KNOWN, Columns, ParsedRows, read_rows
 from rlhf_exp.data.parsing import (
-    FORMATS,
     REPEATED_PROMPT,
     SEVERAL_TURNS,
     end_of_response,
-    parse_row,
     require_difference,
 )
 from rlhf_exp.data.rows import (
@@ -32,6 +31,7 @@ from rlhf_exp.data.rows import (
     Preference,
     Prompt,
     Row,
+    SourceFile,
     Splits,
     UnusableRow,
     convert_row,
@@ -68,6 +68,8 @@ class LoadOptions:
         turns_in_responses: whether the responses of a pair may go on with turns of their own, in
             HH's markers; a prompt format with other markers cannot say them.
         refusal: asked of every row, for the run's prompt format; `None` refuses none.
+        columns: the files' column for prompt, chosen and so on (`layouts.TARGETS`); empty: those of
+            a known layout.
     """
 
     validation_fraction: float = 0.05
@@ -76,6 +78,7 @@ class LoadOptions:
     limit: int | None = None
     turns_in_responses: bool = True
     refusal: Refusal | None = None
+    columns: Columns = field(default_factory=dict)
 
 
 def load_toy(
@@ -113,7 +116,7 @@ def load_jsonl(
     test: FilePaths = (),
     options: LoadOptions | None = None,
 ) -> Corpus:
-    """Read `.jsonl` or `.jsonl.gz` files.
+    """Read files of any kind in `files`.
 
     `test` holds rows of any kind; without it, prompts are held out by hash.
 
@@ -131,16 +134,12 @@ def load_jsonl(
     for name, files, kind in inputs:
         paths = [files] if isinstance(files, (str, Path)) else files
         if paths:
-            records = _lines(paths, f"data.{name}", options.limit)
-            reader.read(f"data.{name}", records, kind, is_test=kind is None)
+            key = f"data.{name}"
+            files_of_input = [
+                (str(path), kind_of(Path(path)), read_records(Path(path), key)) for path in paths
+            ]
+            reader.read(key, files_of_input, kind, is_test=kind is None)
     return reader.corpus()
-
-
-def _lines(
-    paths: Sequence[Path | str], key: str, limit: int | None
-) -> Iterator[tuple[str, object]]:
-    for path in paths:
-        yield from islice(read_jsonl(Path(path), key), limit)
 
 
 def load_hub(
@@ -166,7 +165,7 @@ def load_hub(
         UserError: it cannot be loaded, has no such split, or too many rows are unusable.
     """
     options = options or LoadOptions()
-    splits = _load_dataset(path, revision, data_dir)
+    splits = load_splits(path, revision, data_dir)
     if train_split not in splits:
         raise UserError(
             f"data.path: {path} has no split {train_split!r}; it has {', '.join(splits)}"
@@ -176,14 +175,21 @@ def load_hub(
         if name in splits and (name == train_split or len(splits[name])):
             label = f"{path}[{name}]"
             records = ((f"{label}:{n}", record) for n, record in enumerate(splits[name]))
-            reader.read(label, islice(records, options.limit), None, is_test=name == test_split)
+            reader.read(label, [(label, "a data set", records)], None, is_test=name == test_split)
     return reader.corpus()
 
 
-def _load_dataset(path: str, revision: str | None, data_dir: str | None) -> Any:  # noqa: ANN401
+def load_splits(path: str, revision: str | None, data_dir: str | None = None) -> Any:  # noqa: ANN401
+    """Return the splits of a data set of the hub, or of a folder, unread.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     import datasets
 
     try:
+        if is_saved(Path(path)):
+            return saved_splits(Path(path))
         return datasets.load_dataset(path, revision=revision, data_dir=data_dir)
     except Exception as error:  # `datasets` raises some twenty unrelated classes
         raise UserError(
@@ -201,6 +207,7 @@ class _Input:
     is_test: bool
     rows: list[Row] = field(default_factory=list)
     unusable: list[UnusableRow] = field(default_factory=list)
+    read: int = 0
 
 
 class _RowReader:
@@ -210,25 +217,35 @@ class _RowReader:
         self._options = options
         self._inputs: list[_Input] = []
         self._counts: Counter[str] = Counter()
+        self.files: list[SourceFile] = []
 
     def read(
         self,
         label: str,
-        records: Iterable[tuple[str, object]],
+        files: Sequence[tuple[str, str, Iterable[tuple[str, object]]]],
         kind: type[Row] | None,
         is_test: bool,
     ) -> None:
-        """Parse `records`; with a `kind`, rows that cannot serve as that kind are unusable."""
-        source, parsed = _Input(label, is_test), []
+        """Parse the records of files; with a `kind`, rows that cannot serve as it are unusable.
+
+        Args:
+            label: The config key, or the split.
+            files: Name, kind and records of each file.
+            kind: What the rows are to serve as; None: whatever they are.
+            is_test: Whether they are held out.
+        """
+        source = _Input(label, is_test)
         self._inputs.append(source)
-        for origin, record in records:
-            notes: set[str] = set()
-            try:
-                if isinstance(record, UnreadableLine):
-                    raise ValueError(record.reason)
-                parsed.append((parse_row(record, origin, notes), notes))
-            except ValueError as error:
-                source.unusable.append(UnusableRow(origin, str(error)))
+        parsed: list[tuple[Row, set[str]]] = []
+        for name, file_kind, records in files:
+            content = read_rows(
+                islice(records, self._options.limit), name, kind, self._options.columns
+            )
+            parsed += content.rows
+            source.unusable += content.unusable
+            source.read += content.read
+            self._counts.update({what: n for what, n in content.counts.items() if n})
+            self.files.append(_summary(name, file_kind, content))
         repeated = _prompts_are_repeated([row for row, _ in parsed])
         for row, notes in parsed:
             try:
@@ -300,7 +317,7 @@ class _RowReader:
             dict(self._counts),
         )
         # An evaluation alone may well have nothing but test rows.
-        return replace(corpus, left_out="\n".join(left_out))
+        return replace(corpus, left_out="\n".join(left_out), files=self.files)
 
     def _split(self, rows: list[Row], test_keys: set[str]) -> list[list[Row]]:
         """Return the rows for training, for validation and, without a test input, for test."""
@@ -351,14 +368,21 @@ class _RowReader:
         """Raise if an input has no usable row, or all of them together too few."""
         for source in self._inputs:
             if not source.rows:
-                total = len(source.unusable)
+                total = source.read
+                if not source.unusable:
+                    listed = "".join(f"\n  {n}: {what}" for what, n in self._counts.items())
+                    raise UserError(
+                        f"{source.label}: no usable row to "
+                        f"{'test' if source.is_test else 'train'} on in {total} records{listed}"
+                    )
                 raise UserError(
                     f"{source.label}: no usable row to {'test' if source.is_test else 'train'} on "
-                    f"({total} of {total} rows read are unusable); expected {FORMATS}"
+                    f"({len(source.unusable)} of {total} rows read are unusable); expected "
+                    f"one of the layouts {KNOWN}"
                     f"{_listed(source.unusable)}"
                 )
         unusable = [row for source in self._inputs for row in source.unusable]
-        total = len(unusable) + sum(len(source.rows) for source in self._inputs)
+        total = sum(source.read for source in self._inputs)
         allowed = self._options.max_bad_fraction
         if len(unusable) > allowed * total:
             raise UserError(
@@ -374,6 +398,10 @@ class _RowReader:
             f"test prompts, those of {test}. Give it rows with other prompts, or no test rows: "
             "data.test_fraction then holds some prompts out"
         )
+
+
+def _summary(name: str, kind: str, content: ParsedRows) -> SourceFile:
+    return SourceFile(name, kind, dict(content.layouts), list(content.kept), content.read)
 
 
 def _check_train(name: str, splits: Sequence[Sequence[Row]]) -> None:

@@ -36,7 +36,8 @@ class Codec:
 
     Formats: `hh` writes the markers of Anthropic's HH data (`\n\nHuman: ...\n\nAssistant:`);
     `chat_template` uses the tokenizer's template, checked against itself (`ChatTemplate`); `plain`
-    writes the turns' texts, one a line, to be continued.
+    writes the turns' texts, one a line, to be continued. A system turn is the template's own; with
+    `hh` it begins the first human turn, before a blank line; with `plain` it is the first line.
 
     Attributes:
         eos_id: the token that ends a response in training: the chat template's own end of a turn,
@@ -99,8 +100,9 @@ class Codec:
     def render(self, history: History) -> str:
         """Return the text of a prompt, up to where the response begins."""
         if self.prompt_format == "hh":
+            turns = _without_system_turn(history)
             return (
-                "".join(_HH_MARKERS[turn.role] + turn.text for turn in history)
+                "".join(_HH_MARKERS[turn.role] + turn.text for turn in turns)
                 + _HH_GENERATION_PROMPT
             )
         if self.prompt_format == "plain":
@@ -238,6 +240,15 @@ class Codec:
         parts = [state, self.prompt_format, template, self.eos_id, self.pad_id, self._prefix]
         content = json.dumps([*parts, self._response_prefix], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _without_system_turn(history: History) -> History:
+    """Return a history whose system turn begins the first human turn."""
+    if history[0].role != "system":
+        return history
+    first = next(number for number, turn in enumerate(history) if turn.role == "human")
+    joined = Turn("human", f"{history[0].text}\n\n{history[first].text}")
+    return (*history[1:first], joined, *history[first + 1 :])
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> None:

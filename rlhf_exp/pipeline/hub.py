@@ -277,10 +277,10 @@ def fetch(output_dir: Path, need: Need, update: bool = False) -> Pin:
 
 def _prepare(need: Need, commit: str) -> None:
     """Let `datasets` convert a data set: without a network it finds only converted files."""
-    from rlhf_exp.data.sources import load_hub
+    from rlhf_exp.data.sources import load_splits
     from rlhf_exp.evaluation.toxicity.prompts import load_prompts
 
     if need.key == TOXICITY_DATA:
         load_prompts(need.id, commit)
     else:
-        load_hub(need.id, commit)
+        load_splits(need.id, commit)

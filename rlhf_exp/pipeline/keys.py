@@ -219,6 +219,10 @@ class Keys:
         whole = key_content(section)
         for name in ("validation_fraction", "test_fraction", "limit", "path", "revision"):
             content[name] = whole[name]
+        if "columns" in whole:
+            content["columns"] = whole["columns"]
+        if section.path is not None and Path(section.path).is_dir():
+            content["files"] = {"path": self.digests.folder(Path(section.path))}
         if section.source == DataSource.jsonl:
             files = {
                 "preferences": section.preferences,
@@ -230,7 +234,5 @@ class Keys:
                 if stage in ("ppo", "eval") or (stage == "sft" and self.config.model.path is None)
                 else None,
             }
-            content["files"] = {
-                name: self.digests.file(Path(path)) for name, path in files.items() if path
-            }
+            content["files"] = {name: self._content(path) for name, path in files.items() if path}
         return content

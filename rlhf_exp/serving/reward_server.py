@@ -179,7 +179,14 @@ def _is_row_of_ids(row: object) -> bool:
 
 
 def _is_dialogue(row: object) -> bool:
-    return isinstance(row, list) and all(
+    if not isinstance(row, list):
+        return False
+    if row[:1] and isinstance(row[0], dict) and row[0].get("role") == "system":
+        # Some prompt formats write it into the first human turn.
+        begins = isinstance(row[0].get("content"), str) and len(row[0]["content"]) <= TEXT_LIMIT
+        asked = any(isinstance(message, dict) and message.get("role") == "user" for message in row)
+        return begins and asked and _is_dialogue(row[1:])
+    return all(
         isinstance(message, dict)
         and message.get("role") in ("user", "assistant")
         and isinstance(message.get("content"), str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -35,12 +36,17 @@ class DataModule:
         model: Folder or hub id of the model whose chat template the rows must suit; it is read for
             `data.format=chat_template` alone.
         revision: Revision of a hub id.
+        report: Whether the log says what was normalised, left out or cannot be used.
     """
 
     def __init__(
-        self, config: DataConfig, model: str | Path | None = None, revision: str | None = None
+        self,
+        config: DataConfig,
+        model: str | Path | None = None,
+        revision: str | None = None,
+        report: bool = True,
     ) -> None:
-        self.config = config
+        self.config, self._report = config, report
         self._model, self._revision = model, revision
 
     @classmethod
@@ -62,9 +68,14 @@ class DataModule:
         if self._model is not None and self.config.format is PromptFormat.chat_template:
             codec = self.codec(self._model, self._revision)
             refusal = codec.refusal
-            for warning in codec.warnings:
+            for warning in codec.warnings if self._report else ():
                 log.warning("%s", warning)
         corpus = _load(self.config, refusal)
+        if not self._report:
+            return corpus
+        for file in corpus.files:
+            layouts = ", ".join(file.layouts) or "none"
+            log.info("%s: %s, %d records, layout: %s", file.name, file.kind, file.read, layouts)
         if corpus.counts:
             listed = "".join(f"\n  {number}: {what}" for what, number in corpus.counts.items())
             log.warning("data, numbers of rows:%s", listed)
@@ -176,6 +187,11 @@ class DataModule:
         return [f" {text}" for text in texts]
 
 
+def columns_of(config: DataConfig) -> dict[str, str]:
+    """Return the files' columns that the config names, by what they hold."""
+    return {name: column for name, column in asdict(config.columns).items() if column is not None}
+
+
 def _load(config: DataConfig, refusal: Refusal | None) -> Corpus:
     options = LoadOptions(
         validation_fraction=config.validation_fraction,
@@ -184,6 +200,7 @@ def _load(config: DataConfig, refusal: Refusal | None) -> Corpus:
         limit=config.limit,
         turns_in_responses=config.format is PromptFormat.hh,
         refusal=refusal,
+        columns=columns_of(config),
     )
     if config.source == DataSource.toy:
         toy = config.toy

@@ -82,11 +82,10 @@ def base_model(config: ModelConfig, materials: DataModule) -> tuple[Codec, PreTr
     if config.path is not None:
         model = load_causal_lm(config.path, config.revision, dtype, config.attention.value)
         _compare_shapes(config, model)
-        codec = materials.codec(config.path, config.revision)
+        codec = base_codec(config, materials)
         end_texts_at(model, codec.eos_id, codec.end_ids)
         return codec, model
-    tokenizer = train_tokenizer(materials.texts(), config.architecture.vocabulary)
-    codec = Codec(tokenizer, materials.config.format.value)
+    codec = base_codec(config, materials)
     model = build_causal_lm(
         shape_of(config.architecture, codec.vocab_size),
         config.seed,
@@ -96,6 +95,18 @@ def base_model(config: ModelConfig, materials: DataModule) -> tuple[Codec, PreTr
         attention=config.attention.value,
     )
     return codec, model
+
+
+def base_codec(config: ModelConfig, materials: DataModule) -> Codec:
+    """Return the codec of the model that SFT starts from; a new one learns from the data.
+
+    Raises:
+        UserError: `model.path` holds no usable tokenizer.
+    """
+    if config.path is not None:
+        return materials.codec(config.path, config.revision)
+    tokenizer = train_tokenizer(materials.texts(), config.architecture.vocabulary)
+    return Codec(tokenizer, materials.config.format.value)
 
 
 def _compare_shapes(config: ModelConfig, model: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ from rlhf_exp.annotation.campaign import Campaign, Choice, Vote, display_side, i
 from rlhf_exp.annotation.export import read_votes, write_preferences, write_votes
 from rlhf_exp.annotation.ground_truth import read_ground_truth, template, write_ground_truth
 from rlhf_exp.annotation.label_studio import interface, read_label_studio, write_label_studio
-from rlhf_exp.data.parsing import parse_row
+from rlhf_exp.data.layouts import parse_row
 from rlhf_exp.data.rows import Preference
 from rlhf_exp.errors import UserError
 from tests.annotation.lab import new_campaign

@@ -136,6 +136,7 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         ("data.path=a/b", "data.path=a/b: data.source=toy reads no hub id"),
         ("data.source=jsonl", "data.preferences=null: data.source=jsonl needs a .jsonl"),
         ("data.preferences=x.jsonl", "data.preferences=x.jsonl: files are read with data=hh_local"),
+        ("data.columns.prompt=q", "data.columns.prompt=q: data.source=toy has no columns of yours"),
         ("data.test_fraction=1", "data.test_fraction=1.0: must be in [0, 1)"),
         ("data.validation_fraction=-0.1", "data.validation_fraction=-0.1: must be in [0, 1)"),
         ("data.test_fraction=0.95", "data.test_fraction=0.95: leaves nothing to train on"),

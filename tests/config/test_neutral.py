@@ -25,9 +25,14 @@ NEUTRAL = {
 
 # Stages whose keys hold the field: the one it is of, and those built on it.
 REWARD, PPO, EVAL = ("reward", "ppo", "eval"), ("ppo", "eval"), ("eval",)
+ALL = ("sft", *REWARD)
 OTHERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     # field: another value, what else must be set for it to count, the stages it counts in
     "reward.part": ("1/2", "", REWARD),
+    **dict.fromkeys(
+        (key for key in NEUTRAL if key.startswith("data.columns.")),
+        ("COLUMN", "data=hh_local data.preferences=LABELS", ALL),
+    ),
     "model.cache": ("library", "", PPO),
     "ppo.kl.budget": ("2.0", "", PPO),
     "ppo.kl.select_coef": ("0.5", "", PPO),
@@ -70,10 +75,12 @@ BY_ANOTHER_WAY = {"ppo.continue_from"}
 def composed(field: str, folder: Path, other: bool) -> Config:
     """Return the config with what a field needs; the field has its default or its other value."""
     value, needed, _ = OTHERS[field]
-    (folder / "labels.jsonl").write_text("votes\n")
+    labels = folder / "labels.jsonl"
+    labels.write_text("votes\n")
     overrides = [f"output_dir={folder / 'outputs'}", *needed.split()]
     if other:
-        overrides.append(f"{field}={value.replace('LABELS', str(folder / 'labels.jsonl'))}")
+        overrides.append(f"{field}={value}")
+    overrides = [override.replace("LABELS", str(labels)) for override in overrides]
     return compose(overrides, [CONF]).config
 
 

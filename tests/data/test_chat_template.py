@@ -173,3 +173,13 @@ def test_a_template_of_several_names() -> None:
     tokenizer.chat_template = {"tools": "{{ 1 }}", "rag": MARKED}
     with pytest.raises(UserError, match="none of its chat templates can be used"):
         ChatTemplate(tokenizer)
+
+
+def test_a_system_turn_that_a_template_leaves_out_or_refuses() -> None:
+    told = (Turn("system", "Be kind."), *ASKED)
+    silent = MARKED.replace("{{ m.content }}", "{{ m.content if m.role != 'system' }}")
+    assert ChatTemplate(tokenizer_with(MARKED)).refusal(told, ["Fine."]) is None
+    reason = ChatTemplate(tokenizer_with(silent)).refusal(told, ["Fine."])
+    assert reason == "it changes a system turn, or leaves it out"
+    assert ChatTemplate(tokenizer_with(silent)).refusal(ASKED, ["Fine."]) is None
+    assert ChatTemplate(tokenizer_with(BRACKETS)).refusal(told, ["."]) == "roles must alternate"

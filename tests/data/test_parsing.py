@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.data import parsing
+from rlhf_exp.data.layouts import parse_row
 from rlhf_exp.data.parsing import (
     DialogueReader,
     end_of_response,
+    format_dialogue,
     parse_prompt,
-    parse_row,
     split_pair,
     split_turns,
 )
@@ -86,7 +87,7 @@ def test_formats_are_told_by_their_fields(record: dict[str, object], row: object
         ({"question": "hi"}, "fields found: question"),
         ({}, "fields found: none"),
         ({"prompt": 3}, "`prompt` is int"),
-        ({"prompt": "hi", "chosen": "a", "rejected": None}, "`rejected` is NoneType"),
+        ({"prompt": "hi", "chosen": "a", "rejected": None}, "`rejected` is null"),
         ({"prompt": "hi", "chosen": "a", "rejected": " a"}, "identical"),
         ({"prompt": "hi", "chosen": "", "rejected": " "}, "both responses are empty"),
         ({"prompt": "hi", "response": " "}, "response is empty"),
@@ -350,3 +351,19 @@ def test_what_is_not_read_is_kept(read: dict[str, str]) -> None:
     others = {"answer": 42, "labels": ["a", None]}
     assert parse_row(read | others, "f:1").fields == others
     assert parse_row(read, "f:1").fields == {}
+
+
+TOLD = (Turn("system", "Be kind.\n\nBe brief."), Turn("human", "Hi\n\nSystem: no"))
+
+
+def test_a_system_turn_survives_the_text_that_judges_read() -> None:
+    text = format_dialogue(TOLD)
+    assert text == ("\n\nSystem: Be kind.\n\nBe brief.\n\nHuman: Hi\n\nSystem: no\n\nAssistant:")
+    assert parse_prompt(text) == TOLD
+    assert split_turns(text) == [
+        ("System", "Be kind.\n\nBe brief."),
+        ("Human", "Hi\n\nSystem: no"),
+    ]
+    # Only a dialogue begins with a system turn.
+    assert parse_prompt("System: what is it?") == (Turn("human", "System: what is it?"),)
+    assert split_turns("System: what is it?") == [("", "System: what is it?")]

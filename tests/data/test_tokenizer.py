@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_exp.data.rows import Turn
-from rlhf_exp.data.tokenizer import Codec, train_tokenizer
+from rlhf_exp.data.tokenizer import Codec, PromptFormat, train_tokenizer
 from rlhf_exp.errors import UserError
 
 TEXTS = ["How do I grow tomatoes? Water them daily, please."] * 20
@@ -149,3 +149,32 @@ def test_a_missing_chat_template_is_refused(tokenizer: PreTrainedTokenizerFast) 
 def test_an_unknown_format_lists_the_valid_ones(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="hh, chat_template, plain"):
         Codec(tokenizer, "hhh")  # type: ignore[arg-type]
+
+
+SYSTEM = Turn("system", "Be kind.")
+
+
+@pytest.mark.parametrize(
+    ("prompt_format", "text"),
+    [
+        (
+            "hh",
+            "\n\nHuman: Be kind.\n\nhi there\n\nAssistant: yes\n\nHuman: what now?\n\nAssistant:",
+        ),
+        ("plain", "Be kind.\nhi there\nyes\nwhat now?"),
+        (
+            "chat_template",
+            "<|begin|><system>Be kind.</><user>hi there</><assistant>yes</><user>what now?</>"
+            "<assistant>",
+        ),
+    ],
+)
+def test_a_system_turn_is_read_by_every_format(
+    tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat, text: str
+) -> None:
+    tokenizer.chat_template = TEMPLATE
+    codec = Codec(tokenizer, prompt_format)
+    assert codec.refusal((SYSTEM, *TALK), ["yes"]) is None
+    assert codec.decode(codec.encode_prompt((SYSTEM, *TALK))) == text
+    greeted = (SYSTEM, Turn("assistant", "Hello!"), *TALK)
+    assert codec.decode(codec.encode_prompt(greeted)).count("Be kind.") == 1

@@ -18,7 +18,7 @@ from rlhf_exp.cli import parser
 from rlhf_exp.config.folders import config_folders
 from rlhf_exp.config.overrides import override_problems, prepare
 from rlhf_exp.config.schema_keys import read_groups
-from rlhf_exp.data.parsing import parse_row
+from rlhf_exp.data.layouts import parse_row
 from rlhf_exp.data.toy.content import subjects
 from rlhf_exp.http_client import Service
 from rlhf_exp.hydra_app import main

@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_exp.annotation.campaign import read_pairs
-from rlhf_exp.data.parsing import end_of_response, parse_row
+from rlhf_exp.data.layouts import parse_row
+from rlhf_exp.data.parsing import end_of_response
 from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Turn
 from rlhf_exp.data.sources import LoadOptions, load_jsonl
 from rlhf_exp.errors import UserError

@@ -209,7 +209,7 @@ def test_a_fetched_set_is_read_as_what_it_is(monkeypatch: pytest.MonkeyPatch) ->
     read = []
     for module, name in (
         ("evaluation.toxicity.prompts", "load_prompts"),
-        ("data.sources", "load_hub"),
+        ("data.sources", "load_splits"),
     ):
         monkeypatch.setattr(
             f"rlhf_exp.{module}.{name}",
@@ -219,5 +219,5 @@ def test_a_fetched_set_is_read_as_what_it_is(monkeypatch: pytest.MonkeyPatch) ->
     hub._prepare(Need("data.path", "dataset", "org/pairs", None), "def")
     assert read == [
         ("load_prompts", PROMPTS.id, "abc"),
-        ("load_hub", "org/pairs", "def"),
+        ("load_splits", "org/pairs", "def"),
     ]

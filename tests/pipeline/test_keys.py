@@ -207,6 +207,19 @@ def test_where_a_file_lies_does_not_count(with_files: Config, tmp_path: Path) ->
     assert chain(with_files, tmp_path) == before
 
 
+def test_the_files_of_a_local_data_set_count(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("one\n")
+    of_hub = copy.deepcopy(config)
+    of_hub.data.source, of_hub.data.path = DataSource.hub, str(tmp_path / "set")
+    of_files = copy.deepcopy(config)
+    of_files.data.source, of_files.data.preferences = DataSource.jsonl, str(tmp_path / "set")
+    before = [alone(own, tmp_path) for own in (of_hub, of_files)]
+    (tmp_path / "set" / "train.jsonl").write_text("other\n")
+    after = [alone(own, tmp_path) for own in (of_hub, of_files)]
+    assert [differing(*both) for both in zip(before, after, strict=True)] == [list(STAGES)] * 2
+
+
 def test_a_reward_functions_source_counts_and_its_place_does_not(
     config: Config, tmp_path: Path
 ) -> None:

@@ -26,7 +26,9 @@ COMMON = (
     {"batch"}
     | names("algo", "logprobs masks")
     | names(
-        "data", "batching chat_template jsonl literal_text parsing rows sources tokenized tokenizer"
+        "data",
+        "batching chat_template files jsonl layouts literal_text parsing rows sources tokenized "
+        "tokenizer",
     )
     | names("data/toy", "content generate")
     | names("distributed", "ddp deepspeed fsdp strategy world")

@@ -135,7 +135,13 @@ def test_a_dialogue_that_is_none(own: Codec, reward: RewardModel) -> None:
     served = RequestScorer(
         ModelScorer(reward, own, None, open_world("float32"), 2, 128), own, "mine"
     )
-    for wrong in ('"x"', '[["x"]]', '[[{"role": "system", "content": "x"}]]', "[[{}]]", "[]"):
+    asked = '{"role": "user", "content": "x"}'
+    told = '{"role": "system", "content": "x"}'
+    late, no_text = f"[[{asked}, {told}]]", f'[[{{"role": "system"}}, {asked}]]'
+    served.of_body(
+        f'{{"prompts": ["a"], "responses": ["b"], "dialogues": [[{told}, {asked}]]}}'.encode()
+    )
+    for wrong in ('"x"', '[["x"]]', f"[[{told}]]", late, no_text, "[[{}]]", "[]"):
         body = f'{{"prompts": ["a"], "responses": ["b"], "dialogues": {wrong}}}'
         with pytest.raises(HTTPException) as refused:
             served.of_body(body.encode())

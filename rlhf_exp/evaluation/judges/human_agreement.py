@@ -32,7 +32,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rlhf_exp.data.jsonl import UnreadableLine, parse_json, read_jsonl, unpaired_surrogate
-from rlhf_exp.data.parsing import format_dialogue, parse_row
+from rlhf_exp.data.layouts import parse_row
+from rlhf_exp.data.parsing import format_dialogue
 from rlhf_exp.data.rows import Preference
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.agreement import (

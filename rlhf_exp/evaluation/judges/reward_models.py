@@ -38,7 +38,7 @@ from rlhf_exp.models.reward_model import RewardModel
 
 Score = Callable[[Sequence[str], Sequence[str]], NDArray[np.float64]]
 """(N prompts, N answers) -> [N] scores, of which the difference of two is a log-odds."""
-_ROLES = {"Human": "user", "Assistant": "assistant", "": "user"}
+_ROLES = {"System": "system", "Human": "user", "Assistant": "assistant", "": "user"}
 # Tokenizers that know no limit give a number of this size.
 _NO_LIMIT = 1_000_000
 

@@ -165,6 +165,11 @@ def test_turns_of_one_speaker_in_a_row_are_joined() -> None:
         {"role": "assistant", "content": "So."},
     ]
     assert messages_of("Plain", "x")[0] == {"role": "user", "content": "Plain"}
+    told = messages_of("\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant:", "Yes.")
+    assert told[:2] == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+    ]
 
 
 def test_what_is_no_judge_is_refused(tmp_path: Path) -> None:

@@ -138,7 +138,11 @@ def best_of_n_frontier(sweep: Sweep, palette: Palette) -> Chart | None:
         "Test reward against √KL",
         [*curves_drawn.values(), *models],
         x_label="√KL, KL in nats per answer",
-        keys=[("best of n", COLOURS, 0, ""), *palette.legend()],
+        # A single point shows no dashes.
+        keys=[
+            ("best of n", COLOURS, 0, ""),
+            *(entry for entry in palette.legend() if entry[1] != COLOURS),
+        ],
     )
 
 
@@ -152,7 +156,7 @@ def _model_points(point: RunPoint, palette: Palette) -> list[LineSeries]:
     """Return a line of one point for each model that a run's evaluation puts beside best-of-n."""
     found = (re.fullmatch(r"eval frontier/([^/]+)/kl", name) for name in point.metrics)
     names = [match[1] for match in found if match is not None]
-    colour, dash = palette.of(point)
+    colour, _ = palette.of(point)
     return [
         LineSeries(
             f"{point.label}, {name}",
@@ -161,7 +165,6 @@ def _model_points(point: RunPoint, palette: Palette) -> list[LineSeries]:
             colour,
             smooth=False,
             unit="√KL",
-            dash=dash,
             disc=0,
         )
         for name in names

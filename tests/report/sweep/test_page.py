@@ -143,6 +143,7 @@ def test_best_of_n_is_one_line_that_the_runs_are_points_beside() -> None:
     assert [line.x.tolist() + line.y.tolist() for line in (first, second)] == [[2.0, 1], [2.0, 2]]
     assert [line.label for line in (first, second)] == ["lr 1, PPO", "lr 2, PPO"]
     assert first.colour != second.colour != curve.colour
+    assert [label for label, *_ in chart.keys or ()] == ["best of n", "lr 1", "lr 2", "lr 3"]
     page = render_sweep(found)
     assert 'id="best-of-n"' in page
     assert "PPO over best of n, test" in page

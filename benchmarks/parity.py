@@ -4,7 +4,7 @@
     python benchmarks/parity.py --trlx .venv-trlx/bin/python --seeds 2 --steps 32 --ablations
 
 The demo's SFT model and reward model are made once; then both engines train with each seed, in
-turn. After that each deliberate difference between the two (docs/background/trlx.md) is taken out
+turn. After that each deliberate difference between the two (docs/how-to/trlx.md) is taken out
 of ours alone (`parity_ablations.py`), to show what it is worth. Runs that are done are not done
 again: an interrupted benchmark goes on. Readings, tables and the picture go to
 `outputs/benchmarks/parity/`.

@@ -4,7 +4,7 @@
 
 It is `launch.py` with one replacement, named first. The replaced code is no part of a result's key:
 give such runs an `output_dir` of their own, as `benchmarks/parity.py` does.
-docs/background/trlx.md lists the differences; the names here are those of `ABLATIONS`.
+docs/how-to/trlx.md lists the differences; the names here are those of `ABLATIONS`.
 
 B rows, S tokens of a row, T response tokens, D width.
 """

@@ -32,7 +32,7 @@ from rlhf_exp.report.run.charts import sheet
 from rlhf_exp.report.sweep.data import intervals
 
 COMMON = ("experiment=demo", "tracking=disabled", "distributed.threads=1", "eval=none")
-SIZES = ("ppo.eval_every=48", "ppo.eval_prompts=200", "ppo.checkpoint_every=10000")
+SIZES = ("ppo.eval_every=32", "ppo.eval_prompts=200", "ppo.checkpoint_every=10000")
 REWARD, KL = "eval/reward_mean", "eval/kl_sequence"
 # Settings under which a difference can show, where the demo's are not such.
 SETTINGS: Mapping[str, tuple[str, ...]] = {
@@ -159,7 +159,7 @@ def main() -> None:
     add("--trlx", type=Path, default=ROOT / ".venv-trlx" / "bin" / "python", help="interpreter")
     add("--seeds", type=int, default=5, help="of the two engines; 2 at least")
     add("--ablation-seeds", type=int, default=3)
-    add("--steps", type=int, default=240, help="optimizer steps, 16 of them an iteration")
+    add("--steps", type=int, default=160, help="optimizer steps, 16 of them an iteration")
     add("--ablations", nargs="*", choices=tuple(SETTINGS), default=list(SETTINGS))
     add("--out", type=Path, default=ROOT / "outputs" / "benchmarks" / "parity")
     options = parser.parse_args()

@@ -105,7 +105,7 @@ class Bench:
         run's result would be taken for the ablation's.
         """
         base, store = self.out / "stores" / "base", self.out / "stores" / name
-        if not (base / "sweeps" / "base").is_dir():
+        if not any((base / "store" / "reward").glob("*/manifest.json")):
             self._launch(None, f"output_dir={base}", "name=base", "stage=reward", *COMMON)
         if not store.is_dir():
             shutil.copytree(base, store, symlinks=True)

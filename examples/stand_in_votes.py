@@ -15,8 +15,8 @@ import json
 import sys
 from pathlib import Path
 
-from rlhf_exp.data.toy.gold_judge import gold_score
 from rlhf_exp.annotation.campaign import Campaign
+from rlhf_exp.data.toy.gold_judge import gold_score
 
 ANNOTATOR = "gold-judge"
 TIE = 0.05  # marks, of 0 to 1, by which a better answer must be better

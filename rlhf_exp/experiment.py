@@ -18,6 +18,8 @@ from rlhf_exp.pipeline.executor import (
     work_for_leader,
 )
 from rlhf_exp.pipeline.hub import pinned
+from rlhf_exp.pipeline.learning_rates import learning_rate_warnings
+from rlhf_exp.pipeline.memory_fit import fits_of
 from rlhf_exp.pipeline.plan import Step, StepState, plan, records_of, refuse_changed
 from rlhf_exp.pipeline.plan_table import memory_table, plan_table
 from rlhf_exp.pipeline.preflight import lacking_extras, preflight, reward_ready
@@ -88,8 +90,12 @@ def _show(config: Config, console: Console) -> list[Step]:
     console.print(plan_table(steps))
     for line in lacking_extras(config, steps):
         console.print(Text(line))
+    for line in learning_rate_warnings(config, steps):
+        console.print(Text(f"\nwarning: {line}\n", "bold red"))
     if config.plan or config.probe:
         console.print(memory_table(config))
+        for fit in fits_of(config):
+            console.print(Text(str(fit)))
     return steps
 
 

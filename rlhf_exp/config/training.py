@@ -49,7 +49,10 @@ class TrainingConfig:
     """Fields of every training stage."""
 
     use: str | None = setting(
-        None, "Use this hub id, folder, run or store key instead of training.", key=False
+        None,
+        "Use this hub id (`ORG/NAME` or `ORG/NAME@REVISION`), folder, run or store key instead of "
+        "training.",
+        key=False,
     )
     seed: int = setting(II("seed"), "Seed of this stage: data order, initial heads, sampling.")
     batch: int = setting(32, "Rows of an optimizer step, over all processes.")
@@ -128,6 +131,12 @@ class RewardConfig(TrainingConfig):
         neutral=None,
     )
     init: RewardInit = setting(RewardInit.sft, "Trunk: the SFT model's, or the base model's.")
+    trunk: str | None = setting(
+        None,
+        "Hub id or folder whose config and tokenizer the model in `use` has, if it has none of its "
+        "own: a published trunk with `v_head.weight`, see docs/how-to/rewards.md.",
+        key=False,
+    )
 
 
 class Scale(Enum):

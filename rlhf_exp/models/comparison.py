@@ -11,7 +11,7 @@ S tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -25,6 +25,7 @@ from rlhf_exp.batch import Demonstrations
 from rlhf_exp.models.lora import lora_layers
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import load_causal_lm, write_model
+from rlhf_exp.models.reward_model import RewardModel
 
 TOLERANCE = 1e-3
 """Largest difference in nats between float32 log-probabilities that are equal but for rounding."""
@@ -167,6 +168,32 @@ class Comparison:
                 yield
             finally:
                 self._model.train(was)
+
+
+@torch.no_grad()
+def reward_difference(
+    reward: RewardModel, model: PreTrainedModel, score: Callable[[Tensor], Tensor]
+) -> float:
+    """Return the largest difference between scores of padded rows and of each row by itself.
+
+    As a share of the largest score, if that is above 1. One row ends by the padding token of the
+    model's config, if it has one: a classifier reads its score before it.
+
+    Args:
+        reward: scores as training does.
+        model: another copy of the model, with the same weights.
+        score: returns the 0-dim score of a row [S] by `model` alone.
+    """
+    rows = random_rows(model, [prompt + response for prompt, response in _SPANS])
+    padding = text_config(model).pad_token_id
+    if padding is not None and padding < text_config(model).vocab_size:
+        rows.append(torch.cat([rows[-1], torch.full((1,), padding, device=model.device)]))
+    lengths = torch.tensor([len(row) for row in rows], device=model.device)
+    model.eval()
+    with short_windows(model), short_windows(reward.trunk):
+        found = reward.scores(pad_sequence(rows, batch_first=True), lengths)
+        own = torch.stack([score(row) for row in rows]).float()
+    return _largest(found - own) / max(1.0, own.abs().max().item())
 
 
 def random_rows(model: PreTrainedModel, lengths: Sequence[int]) -> list[Tensor]:

@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import cached_file
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.model_names import split_revision
 from rlhf_exp.models.architecture import TYPES, Architecture
 
 transformers.logging.disable_progress_bar()  # a stage shows its own
@@ -59,8 +60,8 @@ def load_causal_lm(
     """Load a causal language model with every dropout set to 0.
 
     Args:
-        path: a folder, or a hub id.
-        revision: branch, tag or commit of a hub id.
+        path: a folder, or a hub id, which may say its revision (`ORG/NAME@REVISION`).
+        revision: branch, tag or commit of a hub id that says none.
         dtype: of the weights.
         attention: implementation; a family that has no `sdpa` (GPT-J) gets `eager`.
 
@@ -95,6 +96,7 @@ def load_pretrained(
         UserError: as for `load_causal_lm`.
     """
     refuse_other_files(path, config, revision)
+    path, revision = split_revision(path, revision)
     try:
         model, report = auto_class.from_pretrained(
             path,
@@ -139,6 +141,7 @@ def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConf
         )
     if not folder.is_dir() and (folder.is_absolute() or str(path).startswith((".", "~"))):
         raise UserError(f"{path}: no such folder; give a model's folder, or a hub id")
+    path, revision = split_revision(path, revision)
     try:
         return AutoConfig.from_pretrained(
             path, revision=revision or "main", trust_remote_code=False
@@ -212,6 +215,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
             f"{path}: no tokenizer in the folder (none of {', '.join(TOKENIZER_FILES)}); save one "
             "there with tokenizer.save_pretrained"
         )
+    path, revision = split_revision(path, revision)
     try:
         return AutoTokenizer.from_pretrained(
             path, revision=revision or "main", trust_remote_code=False
@@ -268,8 +272,9 @@ def _optional_file(path: str | Path, name: str, revision: str | None) -> Path | 
     if Path(path).is_dir():
         file = Path(path) / name
         return file if file.is_file() else None
+    path, revision = split_revision(path, revision)
     found = cached_file(
-        str(path),
+        path,
         name,
         revision=revision or "main",
         _raise_exceptions_for_missing_entries=False,

@@ -63,6 +63,8 @@ class RewardModel(nn.Module):
         head: linear layer D -> 1 without bias, computed in float32.
         mean: 0-dim float32, mean output of the head on held-out demonstrations.
         std: 0-dim float32, standard deviation of these outputs.
+        unread: token at whose end of a sequence no score is read, but before it: a sequence
+            classifier's padding, as transformers takes it; `None`: the last token is read.
     """
 
     mean: Tensor
@@ -92,17 +94,25 @@ class RewardModel(nn.Module):
             self.head.weight.mul_(HEAD_INIT_STD)
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
+        self.unread: int | None = None
         if lora is not None:
             add_lora(self.trunk, lora, seed, train_blocks)
         else:
             freeze_lower_blocks(self.trunk, train_blocks)
 
     def scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Return scores [B] float32 of right-padded `tokens` [B, S], read at `lengths` [B] - 1."""
+        """Return scores [B] float32 of right-padded `tokens` [B, S] of `lengths` [B] tokens."""
         hidden = self.trunk(input_ids=tokens, use_cache=False).last_hidden_state
-        return self.score_states(
-            hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]
-        )
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return self.score_states(hidden[rows, self._read_at(tokens, lengths)])
+
+    def _read_at(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Return the positions [B] at which scores are read."""
+        if self.unread is None:
+            return lengths - 1
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        counts = (columns < lengths[:, None]) & (tokens != self.unread)
+        return (columns * counts).argmax(1)
 
     def score_states(self, last: Tensor) -> Tensor:
         """Return scores [B] float32 of the final states [B, D] of sequences' last tokens."""
@@ -154,6 +164,7 @@ class RewardModel(nn.Module):
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         attention: Attention = "sdpa",
+        config: PreTrainedConfig | None = None,
     ) -> RewardModel:
         """Load a reward model that `save` wrote, or a sequence classifier with one label.
 
@@ -162,11 +173,12 @@ class RewardModel(nn.Module):
             revision: branch, tag or commit of a hub id.
             dtype: of the trunk's weights; the head stays float32.
             attention: as for `load_causal_lm`.
+            config: the trunk's config in place of its own: of its lowest blocks.
 
         Raises:
             UserError: `path` is neither, or a file of it is missing or damaged.
         """
-        config = reward_model_config(path, revision)
+        config = config or reward_model_config(path, revision)
         has_head = (Path(path) / REWARD_HEAD_FILE).is_file()
         auto_class: Any = AutoModel if has_head else AutoModelForSequenceClassification
         model = load_pretrained(auto_class, path, config, revision, dtype, attention)
@@ -177,6 +189,7 @@ class RewardModel(nn.Module):
             reward.std.fill_(_read_number(Path(path), "std"))
         else:
             load_score_layer(reward.head, model)
+            reward.unread = config.get_text_config().pad_token_id
         return reward.eval()
 
 
@@ -273,7 +286,7 @@ def share_frozen_trunk(reward: RewardModel, policy: Policy) -> Branch | None:
     Returns:
         The blocks of `reward` above the policy's trunk; `None` if the trunk cannot be shared.
     """
-    if not policy.frozen_blocks:
+    if not policy.frozen_blocks or reward.unread is not None:
         return None
     ours, theirs = decoder_parts(reward.trunk), decoder_parts(policy.model)
     count = len(ours.blocks)

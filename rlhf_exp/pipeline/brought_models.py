@@ -1,5 +1,8 @@
 """Models that a user brings are compared with themselves before anything trains with them.
 
+A language model with `model(...)`, a reward model with the library's classifier or with its trunk
+and head by themselves.
+
 What is asked of a model follows from the config (`use_of`); whether it can do that is looked at in
 `stages/model_check.py`. What was found is kept in `cache/model_checks/`, by the digest of the
 model, of what is asked and of the code: a second run looks nothing up but that.
@@ -8,11 +11,12 @@ model, of what is asked and of the code: a second run looks nothing up but that.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rlhf_exp.config.evaluation import REFEREE
 from rlhf_exp.config.experiment import Config, EngineName
 from rlhf_exp.config.training import RewardInit, TrainingConfig
 from rlhf_exp.errors import UserError
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from rlhf_exp.stages.model_check import ModelUse, Problem
 
 _CHECK = "rlhf_exp.stages.model_check"
+_REWARDS = {"reward": "reward.use", REFEREE: "eval.reward_quality.referee"}
 
 
 class BroughtModel(NamedTuple):
@@ -60,6 +65,13 @@ def model_problems(config: Config, work: Collection[str], given: Mapping[str, st
         except UserError as error:  # it cannot be loaded
             texts = [str(error)]
         problems += [f"{brought.option}: {text}" for text in texts]
+    for role, option in _REWARDS.items():
+        if role in given and {"ppo", "eval"} & set(work):
+            try:
+                texts = _reward_problems(config, given[role])
+            except UserError as error:  # it cannot be loaded
+                texts = [str(error)]
+            problems += [f"{option}: {text}" for text in texts]
     return problems
 
 
@@ -134,23 +146,57 @@ def use_of(config: Config, stages: Sequence[str]) -> ModelUse:
 
 def _kept_or_found(config: Config, brought: BroughtModel) -> list[Problem]:
     """Return the problems of a model, as they were found before or as they are found now."""
-    from rlhf_exp.stages.model_check import Problem, check_model
+    from rlhf_exp.stages.model_check import check_model
 
     use = use_of(config, brought.stages)
+    content = {"revision": brought.revision, "use": asdict(use)}
+    return _kept(
+        config,
+        brought.path,
+        content,
+        lambda: check_model(brought.path, brought.revision, use),
+    )
+
+
+def _reward_problems(config: Config, path: str) -> list[str]:
+    """Return why a reward model cannot score, as it was found before or as it is found now."""
+    from rlhf_exp.stages.model_check import check_reward_model
+    from rlhf_exp.stages.setup import attention_of
+
+    attention = attention_of(config)
+    content = {"reward": True, "attention": attention}
+    found = _kept(config, path, content, lambda: check_reward_model(path, attention))
+    return [problem.text for problem in found]
+
+
+def _kept(
+    config: Config, path: str, content: Mapping[str, Any], check: Callable[[], list[Problem]]
+) -> list[Problem]:
+    """Return what a check of a model finds, or found before.
+
+    Args:
+        config: The experiment.
+        path: The model's folder or hub id.
+        content: What else its outcome depends on.
+        check: The check.
+    """
+    from rlhf_exp.stages.model_check import Problem
+
     cache = Path(config.output_dir) / "cache"
-    content: dict[str, Any] = {
-        "model": Keys(config, DigestCache(cache / "digests.json")).given(brought.path),
-        "revision": brought.revision,
-        "use": asdict(use),
-        "versions": package_versions(),
-        "code": code_digests(_CHECK, PACKAGE, notes=cache / "code.json"),
-    }
-    path = cache / "model_checks" / f"{key_of(content)}.json"
-    kept = _read(path)
+    key = key_of(
+        {
+            "model": Keys(config, DigestCache(cache / "digests.json")).given(path),
+            "versions": package_versions(),
+            "code": code_digests(_CHECK, PACKAGE, notes=cache / "code.json"),
+            **content,
+        }
+    )
+    file = cache / "model_checks" / f"{key}.json"
+    kept = _read(file)
     if kept is None:
-        kept = [list(problem) for problem in check_model(brought.path, brought.revision, use)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, {"problems": kept, "digest": key_of({"problems": kept})})
+        kept = [list(problem) for problem in check()]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(file, {"problems": kept, "digest": key_of({"problems": kept})})
     return [Problem(*entry) for entry in kept]
 
 

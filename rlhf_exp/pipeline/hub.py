@@ -23,6 +23,7 @@ from rlhf_exp.config.evaluation import (
 )
 from rlhf_exp.config.experiment import Config, DataSource
 from rlhf_exp.errors import UserError
+from rlhf_exp.model_names import pickled_weight_names, split_revision
 from rlhf_exp.pipeline.keys import MODEL_FILES
 from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.store.atomic_files import files_below, write_json_atomic
@@ -88,11 +89,14 @@ def needs(config: Config, steps: Iterable[Step]) -> list[Need]:
             wanted.append(Need("eval.judge.model", MODEL, judge.model, judge.revision))
         given = step.model if step.state is StepState.given else None
         if given is not None and not Path(given).exists():
-            wanted.append(Need(f"{step.stage}.use", MODEL, given, None))
+            wanted.append(Need(f"{step.stage}.use", MODEL, *split_revision(given)))
+            trunk = config.reward.trunk if step.stage == "reward" else None
+            if trunk is not None and not Path(trunk).exists():
+                wanted.append(Need("reward.trunk", MODEL, *split_revision(trunk)))
         for role, extra in step.extra.items():
             if not Path(extra.model).exists():
                 option = "eval.reward_quality.referee" if role == REFEREE else "eval.models"
-                wanted.append(Need(option, MODEL, extra.model, None))
+                wanted.append(Need(option, MODEL, *split_revision(extra.model)))
     if any(step.stage == "eval" for step in steps):
         wanted += _of_toxicity(config)
     return wanted
@@ -223,7 +227,8 @@ def check_cached(model: str, revision: str | None) -> None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        hub_id, revision = split_revision(model, revision)
+        folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return
     for path in files_below(folder, links=True):
@@ -256,12 +261,17 @@ def fetch(output_dir: Path, need: Need, update: bool = False) -> Pin:
         if commit is None:
             info = HfApi().repo_info(need.id, repo_type=need.kind, revision=need.revision)
             commit = str(info.sha)
+        # Weights that are pickled are fetched where there are no others; nothing reads them here.
+        patterns = list(MODEL_FILES) if need.kind == MODEL else None
+        if patterns is not None:
+            listed = HfApi().list_repo_files(need.id, revision=commit)
+            patterns += pickled_weight_names(listed)
         folder = Path(
             snapshot_download(
                 need.id,
                 repo_type=need.kind,
                 revision=commit,
-                allow_patterns=list(MODEL_FILES) if need.kind == MODEL else None,
+                allow_patterns=patterns,
             )
         )
     except Exception as error:  # the library, and those below it, raise many unrelated classes

@@ -33,6 +33,18 @@ from rlhf_exp.function_source import function_source
 from rlhf_exp.store.fingerprint import DigestCache, key_of
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+PICKLED_FILES = ("*.bin", "*.pt", "*.pth")
+
+
+def model_files(folder: Path | None) -> tuple[str, ...]:
+    """Return patterns of the files that make up a model: pickled weights if it has no others.
+
+    Args:
+        folder: The model; `None`: of any.
+    """
+    if folder is None or any(folder.glob("*.safetensors")):
+        return MODEL_FILES
+    return (*MODEL_FILES, *PICKLED_FILES)
 
 
 class Keys:
@@ -110,8 +122,13 @@ class Keys:
         """Return the key of a model that is used instead of a stage's training."""
         folder = Path(path)
         if folder.is_dir():
-            return key_of({"given": self.digests.folder(folder, MODEL_FILES)})
+            return key_of({"given": self.digests.folder(folder, model_files(folder))})
         return key_of({"given_hub_id": path})
+
+    def given_reward(self, key: str) -> str:
+        """Return the key of a given reward model: with its trunk's model, where that is named."""
+        trunk = self.config.reward.trunk
+        return key if trunk is None else key_of({"given": key, "trunk": self.given(trunk)})
 
     def given_file(self, path: Path) -> str:
         """Return the key of a file that is used instead of a stage's result."""
@@ -142,7 +159,7 @@ class Keys:
         content = {"dtype": section.dtype.name}
         folder = Path(section.path)
         if folder.is_dir():
-            return content | {"digest": self.digests.folder(folder, MODEL_FILES)}
+            return content | {"digest": self.digests.folder(folder, model_files(folder))}
         return content | {"path": section.path, "revision": section.revision}
 
     def _eval(self) -> dict[str, Any]:

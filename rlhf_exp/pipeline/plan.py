@@ -42,6 +42,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # trained model in doubt.
 # - __init__.py: the version.
 # - function_source.py: where a user's function is; its content is in the key.
+# - model_names.py: which revision a hub id says, and which files are a model's; ids and digests are
+#   in the key.
 # - config/: its values are in the key.
 # - tracking/, stages/tracking.py, training/memory.py: they record what others have computed.
 # - store/: results are found by their key and checked by their digests.
@@ -52,6 +54,7 @@ NOT_COMPUTING = (
     "rlhf_exp/config/",
     "rlhf_exp/errors.py",
     "rlhf_exp/function_source.py",
+    "rlhf_exp/model_names.py",
     "rlhf_exp/processes/",
     "rlhf_exp/redaction.py",
     "rlhf_exp/signals.py",
@@ -286,7 +289,8 @@ class _Planner:
     def _given(self, stage: str, use: str) -> Step:
         """Return the step of a stage whose result is given."""
         given = self.finder.model(f"{stage}.use={use}", use, (stage,))
-        return Step(stage, given.key, StepState.given, model=given.model, artifact=given.artifact)
+        key = self.keys.given_reward(given.key) if stage == "reward" else given.key
+        return Step(stage, key, StepState.given, model=given.model, artifact=given.artifact)
 
 
 def computed_with(name: str) -> bool:

@@ -28,7 +28,8 @@ from rlhf_exp.pipeline.stage_graph import stages_of
 from rlhf_exp.stages.shape import shape_of
 
 GIB = 1 << 30
-_GPUS = (24, 40, 80)
+GPUS = (24, 40, 80)
+"""Memory of common GPUs, in GB."""
 _COLOURS = {
     StepState.given: "cyan",
     StepState.cached: "green",
@@ -62,9 +63,12 @@ def plan_table(steps: list[Step]) -> Table:
 def memory_table(config: Config) -> Table | Text:
     """Return parameter counts and estimated memory of each training stage, for one process.
 
-    For a model of a family whose parameters are not counted here, a sentence that says so.
+    For a model of a family whose parameters are not counted here, a sentence that says so; the same
+    if nothing trains.
     """
-    stages = [stage for stage in stages_of(config) if stage != "eval"]
+    stages = trained_stages(config)
+    if not stages:
+        return Text("nothing trains: every model is given")
     shape = shape_for(config.model)
     if shape is None:
         return Text(
@@ -74,7 +78,7 @@ def memory_table(config: Config) -> Table | Text:
     total = count_parameters(shape).total
     apart = _reward_apart(config, shape) if "ppo" in stages else ""
     table = Table(
-        caption=f"{config.model.name}: {_count(total)} parameters; GiB per process{apart}",
+        caption=f"{config.model.name}: {count_text(total)} parameters; GiB per process{apart}",
         caption_justify="left",
         min_width=60,
         box=None,
@@ -85,7 +89,7 @@ def memory_table(config: Config) -> Table | Text:
         table.add_column(stage, justify="right")
     estimates = [stage_memory(config, stage, shape) for stage in stages]
     trained = [_trained(getattr(config, stage), shape) for stage in stages]
-    table.add_row("trains", *(_count(number) for number in trained))
+    table.add_row("trains", *(count_text(number) for number in trained))
     for label, name in (
         ("weights", "weights"),
         ("gathered to update", "gathered"),
@@ -103,11 +107,25 @@ def memory_table(config: Config) -> Table | Text:
     ):
         table.add_row(label, *(gib(getattr(found, name)) for found in estimates))
     table.add_row("[bold]peak", *(f"[bold]{gib(found.peak)}" for found in estimates))
-    for size in _GPUS:
-        # A GiB for the CUDA context, and a tenth for the allocator's fragmentation.
-        fits = [estimate.peak * 1.1 + GIB <= size * GIB for estimate in estimates]
-        table.add_row(f"fits {size} GB", *("yes" if fit else "no" for fit in fits))
+    for size in GPUS:
+        table.add_row(
+            f"fits {size} GB", *("yes" if fits(found, size) else "no" for found in estimates)
+        )
     return table
+
+
+def trained_stages(config: Config) -> list[str]:
+    """Return the stages of a plan that train: their memory is estimated."""
+    stages = [stage for stage in stages_of(config) if stage != "eval"]
+    return [stage for stage in stages if getattr(config, stage).use is None]
+
+
+def fits(estimate: MemoryEstimate, size: int) -> bool:
+    """Return whether a process fits into a GPU of `size` GB.
+
+    With a GiB for the CUDA context, and a tenth for the allocator's fragmentation.
+    """
+    return estimate.peak * 1.1 + GIB <= size * GIB
 
 
 def _reward_apart(config: Config, shape: Architecture) -> str:
@@ -247,7 +265,8 @@ def _trained(section: TrainingConfig, shape: Architecture) -> int:
     return count_parameters(shape).trainable(section.train_blocks, shape.tied)
 
 
-def _count(number: int) -> str:
+def count_text(number: int) -> str:
+    """Return a number of parameters as the tables show it."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= size:
             return f"{number / size:.2f} {unit}"

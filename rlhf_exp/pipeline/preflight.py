@@ -15,6 +15,7 @@ from rlhf_exp.config.experiment import Config, StrategyName
 from rlhf_exp.config.training import CONTINUED, TrainingConfig
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.brought_models import model_problems
+from rlhf_exp.pipeline.local_models import LocalModels, local_models
 from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.pipeline.stage_graph import stages_of
 from rlhf_exp.processes.environment import find_launch_environment
@@ -61,10 +62,12 @@ def preflight_problems(config: Config, steps: list[Step] | None, materials: Mate
     import_early(config.tracking.mode.value)  # before torch, which the checks import
     from rlhf_exp.stages.readiness import CHECKS, Prospect, readiness_problems
 
-    given = _given_models(config, steps or [])
+    # What is pickled is converted now: a damaged file must not be found after hours of training.
+    local = local_models(config, steps or [])
+    given = _given_models(local)
     prospect = Prospect(config, materials(given), work, given)
     problems += readiness_problems(prospect, CHECKS)
-    problems += model_problems(config, work, _given_models(config, steps or [], ours=False))
+    problems += model_problems(config, work, _given_models(local, ours=False))
     return list(dict.fromkeys(problems))
 
 
@@ -72,17 +75,16 @@ def _to_run(steps: Iterable[Step]) -> set[str]:
     return {step.stage for step in steps if step.needs_work}
 
 
-def _given_models(config: Config, steps: Iterable[Step], *, ours: bool = True) -> dict[str, str]:
+def _given_models(local: LocalModels, *, ours: bool = True) -> dict[str, str]:
     """Return the models that exist already and that the plan's own stages have not made.
 
     Args:
-        config: The experiment.
-        steps: Its plan.
+        local: The plan's models, as they are read.
         ours: Whether results of other runs count whose base model this project built: it is of a
             family that the tests compare, whatever was trained from it.
     """
-    given = {} if config.model.path is None else {"base": config.model.path}
-    for step in steps:
+    given = {} if local.base is None else {"base": local.base}
+    for step in local.steps:
         models = {role: extra for role, extra in step.extra.items() if role != CONTINUED}
         found = {role: (extra.model, extra.artifact) for role, extra in models.items()}
         if step.model is not None:

@@ -19,6 +19,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.memory_estimate import MemoryEstimate
 from rlhf_exp.pipeline.executor import StageExecutor
 from rlhf_exp.pipeline.inputs import MODEL
+from rlhf_exp.pipeline.local_models import local_models
 from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.pipeline.plan_table import gib, shape_for, stage_memory
 from rlhf_exp.stages.context import StageJob
@@ -121,12 +122,13 @@ def _models(
     tell: Callable[[str], None],
 ) -> dict[str, str]:
     """Return the model of each role: a trained or given one, else a placeholder."""
+    steps, base = local_models(config, steps)
     models = {step.stage: step.model for step in steps if step.model is not None}
     for step in steps:
         if step.artifact is not None and step.stage not in models:
             models[step.stage] = str(step.artifact.path / MODEL)
-    if config.model.path is not None:
-        models["base"] = config.model.path
+    if base is not None:
+        models["base"] = base
     if config.stage.name == "sft" or models.keys() >= {"sft", "reward"}:
         return models
     stage = "placeholders"

@@ -15,6 +15,7 @@ from rlhf_exp.config.training import CONTINUED
 from rlhf_exp.pipeline.executor import StageExecutor
 from rlhf_exp.pipeline.hub import check_cached
 from rlhf_exp.pipeline.inputs import CHECKPOINTS, MODEL, NOTE, StartedNote, weights_digest
+from rlhf_exp.pipeline.local_models import local_models
 from rlhf_exp.pipeline.plan import PACKAGE, Step, StepState, refuse_changed, stale_files, store_of
 from rlhf_exp.search.pruning import RunningTrial
 from rlhf_exp.stages.context import StageJob, StageResult
@@ -89,13 +90,14 @@ def run_steps(
     """
     store = store_of(config)
     done: dict[str, FinishedStep] = {}
+    steps, base = local_models(config, steps)
     for step in steps:
         if not step.needs_work:
             done[step.stage] = FinishedStep(step, step.artifact, trained=False)
             continue
         models = {role: finished.model for role, finished in done.items() if role != "eval"}
-        if config.model.path is not None:
-            models["base"] = config.model.path
+        if base is not None:
+            models["base"] = base
         models |= {role: extra.model for role, extra in step.extra.items()}
         parents = {role: extra.artifact for role, extra in step.extra.items()}
         parents |= {role: done[role].artifact for role in step.parents if role in done}

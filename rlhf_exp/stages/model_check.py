@@ -16,18 +16,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.models.comparison import TOLERANCE, Comparison, scaled_beyond
+from rlhf_exp.models.comparison import (
+    TOLERANCE,
+    Comparison,
+    reward_difference,
+    scaled_beyond,
+)
 from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.lora import LoraSettings
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import Attention, load_config, load_pretrained, supported_attention
+from rlhf_exp.models.reward_model import REWARD_HEAD_FILE, RewardModel, reward_model_config
 from rlhf_exp.rollout.decoder import CacheKind
 from rlhf_exp.rollout.decoding_check import decoding_difference
 
@@ -117,6 +131,53 @@ def check_model(path: str, revision: str | None, use: ModelUse) -> list[Problem]
     if _problems(path, revision, replace(use, attention="eager")):
         return problems
     return [Problem(option, f"{text}, or model.attention=eager") for option, text in problems]
+
+
+def check_reward_model(path: str, attention: Attention) -> list[Problem]:
+    """Return why a reward model's scores are not what the model itself gives.
+
+    A sequence classifier is compared with the library's, any other with its trunk's states times
+    its head, row by row.
+
+    Args:
+        path: a folder or a hub id.
+        attention: the implementation of attention.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    if attention != "eager":
+        attention = "sdpa"  # a CPU has no flash attention
+    config = _lowest_blocks(reward_model_config(path))
+    load = (path, config, None, torch.float32, attention)
+    try:
+        with _quiet():
+            reward = RewardModel.load(path, None, torch.float32, attention, copy.deepcopy(config))
+            if (Path(path) / REWARD_HEAD_FILE).is_file():
+                model = load_pretrained(AutoModel, *load)
+                head = load_file(Path(path) / REWARD_HEAD_FILE)["weight"][0].float()
+                difference = reward_difference(
+                    reward,
+                    model,
+                    lambda row: model(row[None]).last_hidden_state[0, -1] @ head - reward.mean,
+                )
+            else:
+                model = load_pretrained(AutoModelForSequenceClassification, *load)
+                difference = reward_difference(
+                    reward, model, lambda row: model(row[None]).logits[0, 0]
+                )
+    except UserError:
+        raise
+    except Exception as error:  # a family's own code may raise anything
+        return [Problem(WHOLE, f"the model cannot be run ({_first_line(error)}); use another one")]
+    if difference <= TOLERANCE:
+        return []
+    text = (
+        f"scores of a {config.model_type!r} model depend on the other rows of its batch, or on "
+        f"more than its trunk's last state and its head (off by {difference:.2g}); use another "
+        "model"
+    )
+    return [Problem(WHOLE, text)]
 
 
 def _problems(path: str, revision: str | None, use: ModelUse) -> list[Problem]:

@@ -49,11 +49,11 @@ def _make_missing(config: Config, context: StageContext) -> dict[str, str]:
 
 
 def _sft_model(config: Config, context: StageContext) -> Path:
-    path = config.model.path
+    path = context.models.get("base")
     if path is not None:
         return Path(path) if Path(path).is_dir() else _snapshot(path, config.model.revision)
     folder = context.folder / "sft"
-    codec, model = base_model(config.model, context.materials)
+    codec, model = base_model(config.model, context)
     save_causal_lm(model, codec.tokenizer, folder)
     return folder
 

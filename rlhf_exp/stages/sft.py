@@ -23,7 +23,6 @@ from rlhf_exp.models.pretrained import (
     load_causal_lm,
 )
 from rlhf_exp.stages.context import StageContext, StageResult
-from rlhf_exp.stages.data_module import DataModule
 from rlhf_exp.stages.publish import save_models
 from rlhf_exp.stages.setup import world_for
 from rlhf_exp.stages.shape import shape_of
@@ -45,7 +44,7 @@ def run(config: Config, context: StageContext) -> StageResult:
     """Train, and leave the model in `context.folder/model`."""
     section = config.sft
     with world_for(config) as world:
-        codec, model = base_model(config.model, context.materials)
+        codec, model = base_model(config.model, context)
         rows = context.materials.training_demonstrations()
         held_out = context.materials.corpus.demonstrations.validation
         train_rows, cut = _pack(rows, codec, config, context.cache)
@@ -72,15 +71,21 @@ def run(config: Config, context: StageContext) -> StageResult:
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 
 
-def base_model(config: ModelConfig, materials: DataModule) -> tuple[Codec, PreTrainedModel]:
+def base_model(config: ModelConfig, context: StageContext) -> tuple[Codec, PreTrainedModel]:
     """Return the model that SFT starts from, with its codec.
+
+    Args:
+        config: The `model` section.
+        context: Has the data, and the folder or hub id of a base model that is given.
 
     Raises:
         UserError: `model.path` holds no usable model.
     """
     dtype = getattr(torch, config.dtype.value)
+    materials = context.materials
     if config.path is not None:
-        model = load_causal_lm(config.path, config.revision, dtype, config.attention.value)
+        source = context.models["base"]
+        model = load_causal_lm(source, config.revision, dtype, config.attention.value)
         _compare_shapes(config, model)
         codec = base_codec(config, materials)
         end_texts_at(model, codec.eos_id, codec.end_ids)

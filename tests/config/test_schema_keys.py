@@ -17,14 +17,14 @@ PROMISED = {
     "stage": "sft reward dpo ppo eval pipeline",
     "data": "toy hh_rm_static hh_full hh_local",
     "sft": "default recipe",
-    "reward": "default recipe",
+    "reward": "default recipe published",
     "dpo": "default recipe",
     "ppo": "default recipe rloo grpo reinforce_pp",
     "engine": "native trlx",
     "distributed": "single ddp zero1 zero2 zero2_bf16 zero3 zero3_offload fsdp",
     "eval": "none quick blog toxicity reward_quality human harness full",
     "tracking": "offline online disabled",
-    "experiment": "demo smoke hh_small hh_125m hh_1b hh_gptj_6b hh_20b",
+    "experiment": "demo smoke hh_small hh_125m hh_1b hh_gptj_6b hh_gptj_6b_p4d hh_20b",
     "sweep": "ppo_grid ppo_optuna",
     "hydra/launcher": "joblib local parallel slurm",
 }
@@ -87,6 +87,7 @@ RECIPE = {
     "hh_125m": (32, 128, 1024, 1500, 8e-6, 4),
     "hh_1b": (8, 64, 1024, 2500, 6e-6, 4),
     "hh_gptj_6b": (4, 64, 512, 6000, 8e-6, 4),
+    "hh_gptj_6b_p4d": (4, 64, 512, 6000, 8e-6, 4),
     "hh_20b": (1, 16, 512, 8000, 1e-6, 2),
 }
 

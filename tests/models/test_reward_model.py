@@ -217,3 +217,19 @@ def test_what_is_not_the_same_is_not_shared(tiny: Build, family: str) -> None:
     assert not adopted(other), "one number differs"
     wider = trained_reward(tiny(family, context=64), 2)
     assert not adopted(wider), "another config"
+
+
+def test_a_classifiers_score_is_read_before_its_padding(
+    tiny: Build, tokens: Tensor, tmp_path: Path
+) -> None:
+    """As transformers reads it: where texts end by the padding token, at the token before."""
+    config = tiny("llama").config
+    config.num_labels, config.pad_token_id = 1, 3
+    classifier = AutoModelForSequenceClassification.from_config(config).eval()
+    classifier.save_pretrained(tmp_path)
+    row = torch.cat([tokens[0, :7] % 3, torch.tensor([3, 3])])[None]
+    padded = torch.cat([row, torch.full((1, 4), 1)], 1)
+    with torch.no_grad():
+        scores = RewardModel.load(tmp_path).scores(padded, torch.tensor([9]))
+        assert abs(scores - classifier(row).logits[0, 0]) < 1e-5
+        assert abs(scores - classifier(row[:, :7]).logits[0, 0]) < 1e-5

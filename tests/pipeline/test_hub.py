@@ -97,6 +97,22 @@ def test_a_model_is_fetched_pinned_and_then_there(tmp_path: Path) -> None:
     assert "org/small" in absent_with(tmp_path, outputs)
 
 
+def test_pickled_weights_are_fetched_where_there_are_no_others(tmp_path: Path) -> None:
+    program = b"cos\nsystem\n(S'touch trap'\ntR."  # unpickled, it would make a file
+    files = {"hf_ckpt.pt": program, "training_args.bin": b"", "README.md": b"", "x.msgpack": b""}
+    overrides = ["reward.use=org/judge@main", "reward.trunk=org/trunk", "stage=ppo"]
+    with stand_in_hub({"org/judge": files, "org/trunk": {"config.json": b"{}"}}) as (address, _):
+        ended = fetch(tmp_path, address, "experiment=smoke", *overrides, f"output_dir={tmp_path}/o")
+    assert ended.returncode == 0, ended.stderr
+    pins = Pins(tmp_path / "o")
+    judge = pins.get(Need("reward.use", "model", "org/judge", "main"))
+    assert judge == Pin(COMMIT, ["hf_ckpt.pt"])
+    assert pins.get(Need("reward.trunk", "model", "org/trunk", None)) == Pin(
+        COMMIT, ["config.json"]
+    )
+    assert not list(tmp_path.rglob("trap"))
+
+
 def test_what_the_hub_does_not_have(tmp_path: Path) -> None:
     with stand_in_hub({}) as (address, _):
         ended = fetch(tmp_path, address, "model.path=org/small", f"output_dir={tmp_path}/outputs")

@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
+from rlhf_exp.data.tokenizer import train_tokenizer
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.lora import LoraSettings
+from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.stages import model_check
-from rlhf_exp.stages.model_check import ModelUse, Problem, StageUse, check_model
+from rlhf_exp.stages.model_check import (
+    ModelUse,
+    Problem,
+    StageUse,
+    check_model,
+    check_reward_model,
+)
 from tests.models.families import tiny_model
 
 EVERYTHING = ModelUse(
@@ -119,3 +130,55 @@ def test_a_large_model_is_compared_by_its_lowest_blocks(
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the folder has no config"):
         check_model(str(tmp_path), None, EVERYTHING)
+
+
+def classifier(folder: Path, family: str) -> str:
+    config = tiny_model(family).config
+    config.num_labels, config.pad_token_id = 1, 2
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma2", "qwen2"])
+def test_a_classifier_that_scores_as_the_library(family: str, tmp_path: Path) -> None:
+    assert check_reward_model(classifier(tmp_path, family), "sdpa") == []
+
+
+def test_a_reward_model_of_this_project(tmp_path: Path) -> None:
+    reward = RewardModel(tiny_model("llama"), seed=1)
+    reward.set_normalisation(0.5, 2.0)
+    with torch.no_grad():
+        reward.head.weight.mul_(100)
+    reward.save(tmp_path, train_tokenizer(["x"], 258))
+    assert check_reward_model(str(tmp_path), "sdpa") == []
+
+
+def test_scores_that_are_not_the_models_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, scores = classifier(tmp_path, "llama"), RewardModel.scores
+
+    def one_too_early(self: RewardModel, tokens: Tensor, lengths: Tensor) -> Tensor:
+        return scores(self, tokens, lengths - 1)
+
+    monkeypatch.setattr(RewardModel, "scores", one_too_early)
+    (problem,) = check_reward_model(path, "sdpa")
+    assert problem.option == "model.path"
+    assert "scores of a 'llama' model depend on the other rows of its batch" in problem.text
+    assert "use another model" in problem.text
+
+
+def test_a_large_one_by_its_lowest_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = classifier(tmp_path, "llama")
+    monkeypatch.setattr(model_check, "WHOLE_PARAMETERS", 0)
+    loaded: list[int] = []
+    load = model_check.load_pretrained
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        loaded.append(model.config.num_hidden_layers)
+        return model
+
+    monkeypatch.setattr(model_check, "load_pretrained", noted)
+    assert check_reward_model(path, "sdpa") == []
+    assert loaded == [2]

@@ -60,10 +60,8 @@ def recipe() -> dict[str, Any]:
     return to_dict(compose(["experiment=hh_gptj_6b"]).config)
 
 
-@pytest.mark.parametrize(("source", "theirs", "key", "ours"), ROWS, ids=[row[2] for row in ROWS])
-def test_a_value_is_the_recipes(
-    source: str, theirs: str, key: str, ours: str, recipe: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize(("theirs", "key", "ours"), [row[1:] for row in ROWS])
+def test_a_value_is_the_recipes(theirs: str, key: str, ours: str, recipe: dict[str, Any]) -> None:
     value: Any = recipe
     for name in key.split("."):
         value = value[name]
@@ -71,7 +69,7 @@ def test_a_value_is_the_recipes(
     said = yaml.safe_load(ours)
     assert value == (float(said) if isinstance(value, float) else said)
     number = re.fullmatch(r"([\d.e-]+)(?: × (\d+))?", theirs)
-    if number is not None and "GPU" not in source:
+    if number is not None and not isinstance(value, str):
         assert float(number[1]) * float(number[2] or 1) == value
     pair = re.fullmatch(r"\(([\d.]+), ([\d.]+)\)", theirs)
     if pair is not None:
@@ -81,14 +79,14 @@ def test_a_value_is_the_recipes(
 def test_no_value_of_the_recipe_is_left_out() -> None:
     """Every value that the experiment and its `recipe` options set stands in the table."""
     conf = Path(__file__).parents[2] / "conf"
-    told = {row[2] for row in ROWS}
-    lasting = {"micro_batch", "checkpoint_every", "schedule"}  # of no result, or told with lr
+    told = {key for _, _, key, _ in ROWS}
+    others = {"micro_batch", "checkpoint_every", "epochs", "schedule"}  # no result's, or with lr
     for stage in ("sft", "ppo"):
         content = yaml.safe_load((conf / stage / "recipe.yaml").read_text())
         content |= yaml.safe_load((conf / "experiment" / "hh_gptj_6b.yaml").read_text())[stage]
         for key in flat(stage, content):
             name = key.rpartition(".")[2]
-            assert key in told or name in lasting or (stage == "sft" and name == "eval_every"), key
+            assert key in told or name in others or (stage == "sft" and name == "eval_every"), key
 
 
 def flat(prefix: str, content: dict[str, Any]) -> list[str]:

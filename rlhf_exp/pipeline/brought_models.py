@@ -50,13 +50,19 @@ class BroughtModel(NamedTuple):
     stages: tuple[str, ...]
 
 
-def model_problems(config: Config, work: Collection[str], given: Mapping[str, str]) -> list[str]:
+def model_problems(
+    config: Config,
+    work: Collection[str],
+    given: Mapping[str, str],
+    known: Sequence[str] = (),
+) -> list[str]:
     """Return what the models that a user brings cannot be used for, one sentence each.
 
     Args:
         config: The experiment.
         work: The stages that will run.
         given: Folder or hub id by role, of the models that the user brings.
+        known: Problems that were found already: a reward model that has one is not compared.
     """
     problems = []
     for brought in brought_models(config, work, given):
@@ -67,11 +73,14 @@ def model_problems(config: Config, work: Collection[str], given: Mapping[str, st
         problems += [f"{brought.option}: {text}" for text in texts]
     for role, option in _REWARDS.items():
         if role in given and {"ppo", "eval"} & set(work):
+            named = f"{option}={_reward_named(config, role)}"
+            if any(problem.startswith(f"{named}:") for problem in known):
+                continue
             try:
                 texts = _reward_problems(config, given[role])
             except UserError as error:  # it cannot be loaded
                 texts = [str(error)]
-            problems += [f"{option}: {text}" for text in texts]
+            problems += [f"{named}: {text}" for text in texts]
     return problems
 
 
@@ -156,6 +165,11 @@ def _kept_or_found(config: Config, brought: BroughtModel) -> list[Problem]:
         content,
         lambda: check_model(brought.path, brought.revision, use),
     )
+
+
+def _reward_named(config: Config, role: str) -> str | None:
+    """Return what the config names as a reward model."""
+    return config.reward.use if role == "reward" else config.eval.reward_quality.referee
 
 
 def _reward_problems(config: Config, path: str) -> list[str]:

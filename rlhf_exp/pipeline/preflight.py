@@ -67,7 +67,7 @@ def preflight_problems(config: Config, steps: list[Step] | None, materials: Mate
     given = _given_models(local)
     prospect = Prospect(config, materials(given), work, given)
     problems += readiness_problems(prospect, CHECKS)
-    problems += model_problems(config, work, _given_models(local, ours=False))
+    problems += model_problems(config, work, _given_models(local, ours=False), problems)
     return list(dict.fromkeys(problems))
 
 

@@ -23,6 +23,7 @@ from rlhf_exp.models.pretrained import (
     load_causal_lm,
 )
 from rlhf_exp.stages.context import StageContext, StageResult
+from rlhf_exp.stages.data_module import DataModule
 from rlhf_exp.stages.publish import save_models
 from rlhf_exp.stages.setup import world_for
 from rlhf_exp.stages.shape import shape_of

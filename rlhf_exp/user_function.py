@@ -106,6 +106,37 @@ class UserFunction:
         )
 
 
+class UserReader:
+    """A user's function that takes the path of a file and returns, or yields, its records.
+
+    Args:
+        function: the function.
+        name: the config key with its value, for errors.
+    """
+
+    def __init__(self, function: Callable[[Path], Any], name: str) -> None:
+        self.function, self.name = function, name
+
+    def __call__(self, path: Path, limit: int | None) -> list[tuple[str, object]]:
+        """Return ("file:number", record) of each record, from 1.
+
+        Args:
+            path: the file.
+            limit: most records that are asked for; `None`: all.
+
+        Raises:
+            UserError: the function failed or tried to exit, or returned something else.
+        """
+        with _guarded(f"{self.name} failed on {path}"):
+            answer = self.function(path)
+            if isinstance(answer, str | bytes | Mapping) or not isinstance(answer, Iterable):
+                raise _Refused(
+                    f"{self.name} returned {type(answer).__name__} for {path}; return or yield a "
+                    "dict for each row"
+                )
+            return [(f"{path}:{n}", record) for n, record in enumerate(islice(answer, limit), 1)]
+
+
 def load_function(reference: str, key: str = "ppo.reward.function") -> Callable[..., Any]:
     """Load a user's function, given as `file.py:name` or `package.module:name`.
 

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.user_function import UserFunction, load_function
+from rlhf_exp.user_function import UserFunction, UserReader, load_function
 
 PROMPTS, ANSWERS = ["p", "q"], ["yes", "no"]
 
@@ -172,3 +172,30 @@ def test_a_file_that_cannot_be_run(tmp_path: Path, text: str, says: str) -> None
     with pytest.raises(UserError, match=f"key={file}:f") as caught:
         load_function(f"{file}:f", "key")
     assert says in str(caught.value)
+
+
+def reader(function: Callable[[Path], Any]) -> UserReader:
+    return UserReader(function, "data.reader=mine.py:read")
+
+
+def test_a_reader_returns_or_yields_records() -> None:
+    """Of one that never ends, no more are asked for than the limit."""
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    assert reader(lambda path: rows)(Path("x.xml"), None) == [
+        ("x.xml:1", rows[0]),
+        ("x.xml:2", rows[1]),
+    ]
+    assert [record for _, record in reader(lambda path: itertools.count())(Path("x"), 2)] == [0, 1]
+
+
+def test_a_reader_that_fails_is_named() -> None:
+    def late(path: Path) -> Iterator[dict[str, str]]:
+        yield {"prompt": "a"}
+        raise KeyError("answer")
+
+    with pytest.raises(UserError, match=r"data\.reader=mine\.py:read failed on x\.xml.*'answer'"):
+        reader(late)(Path("x.xml"), None)
+    with pytest.raises(UserError, match=r"returned dict for x\.xml; return or yield a dict for"):
+        reader(lambda path: {"prompt": "a"})(Path("x.xml"), None)
+    with pytest.raises(UserError, match="returned NoneType for"):
+        reader(lambda path: None)(Path("x.xml"), None)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab import SMALL
+
 ROOT = Path(__file__).parents[1]
 SOURCES = (
     "conf",
@@ -85,3 +87,27 @@ def test_a_multirun_side_by_side_and_its_report(site: Path, tmp_path: Path) -> N
     page = tmp_path / "outputs" / "reports" / "sweep-pair.html"
     assert rlhf_exp(site, tmp_path, "report", "pair").returncode == 0
     assert "rlhf-exp run name=pair-best" in page.read_text()
+
+
+@pytest.mark.slow
+def test_a_new_users_first_run_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
+    """The script whose output docs/how-to/install.md shows, at smaller sizes."""
+    entry = tmp_path / "bin" / "rlhf-exp"
+    entry.parent.mkdir()
+    entry.write_text(f'#!/bin/sh\nexec {sys.executable} {site / "bin" / "rlhf-exp"} "$@"\n')
+    entry.chmod(0o755)
+    (tmp_path / "empty").mkdir()
+    ended = subprocess.run(
+        ["bash", ROOT / "tests" / "first_run.sh", *SMALL],
+        cwd=tmp_path / "empty",
+        env={**os.environ, "PYTHONPATH": str(site), "PATH": f"{entry.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "all steps done"
+    pages = {path.name for path in (tmp_path / "empty" / "outputs" / "reports").glob("*.html")}
+    assert "sweep-pair.html" in pages
+    assert len([name for name in pages if name.startswith("eval-")]) == 3
+    # Two points in a sweep of their own, of which the one with the usual rate is the first run.
+    assert len(list((tmp_path / "empty" / "outputs" / "store" / "ppo").iterdir())) == 3

@@ -31,7 +31,7 @@ from rlhf_exp.data.tokenized import (
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.safe_text import visible
-from rlhf_exp.stages.data_module import DataModule, columns_of
+from rlhf_exp.stages.data_module import DataModule, columns_of, reader_of
 from rlhf_exp.stages.sft import base_codec
 
 ROLES = ("preferences", "demonstrations", "prompts")
@@ -119,7 +119,9 @@ def _point_at(config: Config, source: str, role: str | None) -> str | None:
 
 
 def _role_of_file(config: Config, path: Path) -> str:
-    glance = islice(read_records(path, "data"), _GLANCE)
+    reader = reader_of(config.data)
+    records = read_records(path, "data") if reader is None else reader(path, _GLANCE)
+    glance = islice(records, _GLANCE)
     kind = read_rows(glance, str(path), None, columns_of(config.data)).gives
     return _ROLE_OF[kind] if kind is not None else ROLES[0]
 

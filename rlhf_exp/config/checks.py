@@ -208,6 +208,10 @@ def check_data(check: ConfigChecker) -> None:
         check.add("data.revision", f"data.source={data.source.name} has no revision.")
     for name in _FILE_FIELDS:
         _check_data_file(check, f"data.{name}")
+    if data.reader is not None and data.source is not DataSource.jsonl:
+        check.add("data.reader", f"data.source={data.source.name} has no files that it could read.")
+    elif data.reader is not None:
+        check_function(check, "data.reader")
     if data.source is DataSource.jsonl and data.preferences is None:
         message = "data.source=jsonl needs a .jsonl, .json, .csv or .parquet file."
         check.add("data.preferences", message)

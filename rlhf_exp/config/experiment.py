@@ -102,6 +102,12 @@ class DataConfig:
         None, "File of held-out pairs; null: split off by prompt.", key=False
     )
     columns: ColumnsConfig = setting(factory=ColumnsConfig, doc="The files' own columns.")
+    reader: str | None = setting(
+        None,
+        "A Python function that reads these files: `file.py:name` or `package.module:name`, see "
+        "docs/how-to/data.md.",
+        key=False,
+    )
     format: PromptFormat = setting(PromptFormat.hh, "How a dialogue becomes text.")
     toy: ToyConfig = setting(factory=ToyConfig, doc="Sizes of the bundled data.")
     validation_fraction: float = setting(0.05, "Share of prompts split off for validation.")

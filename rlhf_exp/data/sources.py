@@ -47,6 +47,7 @@ from rlhf_exp.data.rows import (
 from rlhf_exp.errors import UserError
 
 FilePaths = Path | str | Sequence[Path | str]
+FileReader = Callable[[Path, int | None], Iterable[tuple[str, object]]]
 Refusal = Callable[[History, Sequence[str]], str | None]
 """Says why a dialogue with these responses cannot be written; `None` if it can."""
 MAX_ROWS_SHOWN = 5
@@ -70,6 +71,8 @@ class LoadOptions:
         refusal: asked of every row, for the run's prompt format; `None` refuses none.
         columns: the files' column for prompt, chosen and so on (`layouts.TARGETS`); empty: those of
             a known layout.
+        reader: reads a file in place of the readers here: takes its path and the limit, returns
+            ("file:number", record) of each record.
     """
 
     validation_fraction: float = 0.05
@@ -79,6 +82,7 @@ class LoadOptions:
     turns_in_responses: bool = True
     refusal: Refusal | None = None
     columns: Columns = field(default_factory=dict)
+    reader: FileReader | None = None
 
 
 def load_toy(
@@ -135,11 +139,18 @@ def load_jsonl(
         paths = [files] if isinstance(files, (str, Path)) else files
         if paths:
             key = f"data.{name}"
-            files_of_input = [
-                (str(path), kind_of(Path(path)), read_records(Path(path), key)) for path in paths
-            ]
+            files_of_input = [_opened(Path(path), key, options) for path in paths]
             reader.read(key, files_of_input, kind, is_test=kind is None)
     return reader.corpus()
+
+
+def _opened(
+    path: Path, key: str, options: LoadOptions
+) -> tuple[str, str, Iterable[tuple[str, object]]]:
+    """Return the name, the kind and the records of a file."""
+    if options.reader is not None:
+        return str(path), "read by data.reader", options.reader(path, options.limit)
+    return str(path), kind_of(path), read_records(path, key)
 
 
 def load_hub(

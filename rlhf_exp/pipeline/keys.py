@@ -196,8 +196,7 @@ class Keys:
         if reference is None:
             # The length at which the reward model cuts, which need not be in its own key.
             return {"judge_length": max(self.config.reward.seq_length, self.config.ppo.seq_length)}
-        file, name = function_source(reference)
-        return {"function": {"source": self.digests.file(file), "name": name}}
+        return {"function": self._function(reference)}
 
     def _toxicity(self) -> dict[str, Any]:
         section = self.config.eval.toxicity
@@ -218,7 +217,11 @@ class Keys:
         section = self.config.eval.toxicity
         if section.scorer_kind is not ScorerKind.function:
             return self._content(section.scorer)
-        file, name = function_source(section.scorer)
+        return self._function(section.scorer)
+
+    def _function(self, reference: str) -> dict[str, str]:
+        """Return the content and the name of a user's function; its path does not count."""
+        file, name = function_source(reference)
         return {"source": self.digests.file(file), "name": name}
 
     def _content(self, source: str) -> str:
@@ -240,6 +243,8 @@ class Keys:
             content["columns"] = whole["columns"]
         if section.path is not None and Path(section.path).is_dir():
             content["files"] = {"path": self.digests.folder(Path(section.path))}
+        if section.reader is not None:
+            content["reader"] = self._function(section.reader)
         if section.source == DataSource.jsonl:
             files = {
                 "preferences": section.preferences,

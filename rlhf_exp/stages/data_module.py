@@ -20,10 +20,11 @@ from rlhf_exp.data.rows import (
     part_number,
     prompt_key,
 )
-from rlhf_exp.data.sources import LoadOptions, Refusal, load_hub, load_jsonl, load_toy
+from rlhf_exp.data.sources import FileReader, LoadOptions, Refusal, load_hub, load_jsonl, load_toy
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.pretrained import end_token_ids, load_tokenizer
+from rlhf_exp.user_function import UserReader, load_function
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +193,18 @@ def columns_of(config: DataConfig) -> dict[str, str]:
     return {name: column for name, column in asdict(config.columns).items() if column is not None}
 
 
+def reader_of(config: DataConfig) -> FileReader | None:
+    """Return the user's own reader of files, if there is one.
+
+    Raises:
+        UserError: Its file cannot be run, or has no such function.
+    """
+    if config.reader is None:
+        return None
+    function = load_function(config.reader, "data.reader")
+    return UserReader(function, f"data.reader={config.reader}")
+
+
 def _load(config: DataConfig, refusal: Refusal | None) -> Corpus:
     options = LoadOptions(
         validation_fraction=config.validation_fraction,
@@ -201,6 +214,7 @@ def _load(config: DataConfig, refusal: Refusal | None) -> Corpus:
         turns_in_responses=config.format is PromptFormat.hh,
         refusal=refusal,
         columns=columns_of(config),
+        reader=reader_of(config),
     )
     if config.source == DataSource.toy:
         toy = config.toy

@@ -23,7 +23,7 @@ def names(folder: str, files: str) -> set[str]:
 
 # The data and the models that every stage is given, in the processes that it runs in.
 COMMON = (
-    {"batch"}
+    {"batch", "user_function"}
     | names("algo", "logprobs masks")
     | names(
         "data",
@@ -47,7 +47,6 @@ SAMPLING = {"models/reference"} | names(
 # The scores of responses: by the reward model, a function or a server.
 SCORING = (
     {"algo/kl", "algo/preference", "http_client", "models/reward_model", "safe_text"}
-    | {"user_function"}
     | names("training", "reward_scorer scorers")
     | {"stages/scorers"}
 )

@@ -348,13 +348,16 @@ def copy_user_functions(config: Config, target: Path) -> Config:
 
     A function's content is part of the key and its path is not, so keys do not change.
     """
-    reward, toxicity = config.ppo.reward, config.eval.toxicity
+    data, reward, toxicity = config.data, config.ppo.reward, config.eval.toxicity
+    if data.reader is not None:
+        data = replace(data, reader=_copy_function(data.reader, target))
     if reward.function is not None:
         reward = replace(reward, function=_copy_function(reward.function, target))
     if toxicity.scorer_kind is ScorerKind.function and scores_toxicity(config.eval):
         toxicity = replace(toxicity, scorer=_copy_function(toxicity.scorer, target))
     return replace(
         config,
+        data=data,
         ppo=replace(config.ppo, reward=reward),
         eval=replace(config.eval, toxicity=toxicity),
     )

@@ -159,7 +159,7 @@ def _task_manager(section: HarnessConfig) -> TaskManager:
     except ImportError as error:
         raise UserError(
             f"{KEY}: tasks need lm-evaluation-harness, which is not installed: "
-            "pip install 'rlhf-exp[harness]'"
+            "`pip install lm-eval` (extra `harness`)"
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager(include_path=folders or None)

@@ -53,7 +53,7 @@ def test_without_the_package_its_extra_is_named_before_anything_runs(
 ) -> None:
     for name in ("lm_eval", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=r"pip install 'rlhf-exp\[harness\]'"):
+    with pytest.raises(UserError, match=r"`pip install lm-eval` \(extra `harness`\)"):
         run(run_copy, "eval=harness", f"eval.harness.tasks=[{task}]", "sft.seed=7")
     assert len(list((run_copy / "store" / "sft").iterdir())) == 1
 

@@ -19,7 +19,7 @@ import numpy as np
 from rlhf_exp.commands.runs import composed_points
 from rlhf_exp.config.experiment import Config, DataSource
 from rlhf_exp.config.training import LossOn
-from rlhf_exp.data.files import is_saved, read_records
+from rlhf_exp.data.files import has_splits, is_saved, read_records
 from rlhf_exp.data.layouts import read_rows
 from rlhf_exp.data.rows import Corpus, Demonstration, Preference, Prompt, Row, UnusableRow
 from rlhf_exp.data.tokenized import (
@@ -103,7 +103,7 @@ def describe_data(
 def _point_at(config: Config, source: str, role: str | None) -> str | None:
     """Let the config's data be a file, folder or hub id; return what it serves as."""
     data, path = config.data, Path(source).expanduser()
-    if path.is_file() or (path.is_dir() and is_saved(path)):
+    if path.is_file() or (is_saved(path) and not has_splits(path)):
         if role is None:
             role = _role_of_file(config, path)
         data.source, data.path, data.revision = DataSource.jsonl, None, None
@@ -128,29 +128,37 @@ def _role_of_file(config: Config, path: Path) -> str:
 
 def _lengths(config: Config, corpus: Corpus, codec: Codec) -> list[dict[str, Any]]:
     """Return the lengths of all rows in tokens, before any is cut, and the limits of the stages."""
-    demonstrations = [row for _, rows in corpus.demonstrations.all() for row in rows]
-    preferences = [row for _, rows in corpus.preferences.all() for row in rows]
-    prompts = [row for _, rows in corpus.prompts.all() for row in rows]
-    whole = tokenize_demonstrations(demonstrations, codec, _ENDLESS)
-    pairs = tokenize_preferences(preferences, codec, _ENDLESS)
-    asked = tokenize_prompts([replace(row, original=None) for row in prompts], codec, _ENDLESS, 1)
-    sides = np.maximum(pairs.chosen.lengths(), pairs.rejected.lengths())
+    whole = {
+        name: _columns(
+            name, [row for _, rows in getattr(corpus, name).all() for row in rows], codec, _ENDLESS
+        )
+        for name in ROLES
+    }
+    lengths_of = {
+        name: {part: ids.lengths() for part, ids in columns.items()}
+        for name, columns in whole.items()
+    }
+    pairs, demonstrations = lengths_of["preferences"], lengths_of["demonstrations"]
     section = config.ppo
-    limit = section.seq_length - section.generation.max_new_tokens
     table = [
         (
             "demonstrations",
             "sft.seq_length",
             config.sft.seq_length,
-            whole.prompt_ids.lengths() + whole.response_ids.lengths(),
+            demonstrations["prompt"] + demonstrations["response"],
         ),
         (
             "pairs, longer side",
             "reward.seq_length",
             config.reward.seq_length,
-            pairs.prompt.lengths() + sides,
+            pairs["prompt"] + np.maximum(pairs["chosen"], pairs["rejected"]),
         ),
-        ("prompts", "ppo.seq_length - new tokens", limit, asked.prompt.lengths()),
+        (
+            "prompts",
+            "ppo.seq_length - new tokens",
+            section.seq_length - section.generation.max_new_tokens,
+            lengths_of["prompts"]["prompt"],
+        ),
     ]
     return [
         {
@@ -176,25 +184,14 @@ def _shown(
     }
     name = role or next((name for name in ROLES if by_role[name]), ROLES[0])
     rows = by_role[name][:number]
-    all_trained = config.sft.loss_on is LossOn.all
-    columns: list[tuple[str, bool, RaggedArray]]
-    if name == "preferences":
-        pairs = tokenize_preferences(rows, codec, config.reward.seq_length)
-        columns = [
-            ("prompt", False, pairs.prompt),
-            ("chosen", True, pairs.chosen),
-            ("rejected", True, pairs.rejected),
-        ]
-    elif name == "demonstrations":
-        whole = tokenize_demonstrations(rows, codec, config.sft.seq_length)
-        columns = [
-            ("prompt", all_trained, whole.prompt_ids),
-            ("response", True, whole.response_ids),
-        ]
-    else:
-        section = config.ppo
-        asked = tokenize_prompts(rows, codec, section.seq_length, section.generation.max_new_tokens)
-        columns = [("prompt", False, asked.prompt)]
+    seq_length = {
+        "preferences": config.reward.seq_length,
+        "demonstrations": config.sft.seq_length,
+        "prompts": config.ppo.seq_length - config.ppo.generation.max_new_tokens,
+    }[name]
+    read = _columns(name, rows, codec, seq_length)
+    whole = _columns(name, rows, codec, _ENDLESS)
+    trained = {"prompt": name == "demonstrations" and config.sft.loss_on is LossOn.all}
     return [
         {
             "origin": row.origin,
@@ -202,15 +199,28 @@ def _shown(
             "parts": [
                 {
                     "part": part,
-                    "trained": trained,
+                    "trained": trained.get(part, True),
                     "tokens": len(ids[place]),
+                    "tokens_uncut": len(whole[part][place]),
                     "text": codec.decode(ids[place].tolist()),
                 }
-                for part, trained, ids in columns
+                for part, ids in read.items()
             ],
         }
         for place, row in enumerate(rows)
     ]
+
+
+def _columns(name: str, rows: list[Any], codec: Codec, seq_length: int) -> dict[str, RaggedArray]:
+    """Return the tokens of rows that serve as `name`, part by part."""
+    if name == "preferences":
+        pairs = tokenize_preferences(rows, codec, seq_length)
+        return {"prompt": pairs.prompt, "chosen": pairs.chosen, "rejected": pairs.rejected}
+    if name == "demonstrations":
+        whole = tokenize_demonstrations(rows, codec, seq_length)
+        return {"prompt": whole.prompt_ids, "response": whole.response_ids}
+    bare = [replace(row, original=None) for row in rows]
+    return {"prompt": tokenize_prompts(bare, codec, seq_length + 1, 1).prompt}
 
 
 def as_text(data: dict[str, Any]) -> str:
@@ -225,6 +235,8 @@ def as_text(data: dict[str, Any]) -> str:
     lines += ["", *_length_lines(data)]
     for warning in data["warnings"]:
         lines += ["", *_wrapped("note: ", warning)]
+    if data["rows"]:
+        lines += ["", f"rows as the model reads them; {_TRAINED} marks what is trained on:"]
     for row in data["rows"]:
         lines += ["", *_row_lines(row)]
     return "".join(f"{visible(line).rstrip()}\n" for line in lines)
@@ -277,7 +289,9 @@ def _row_lines(row: dict[str, Any]) -> Iterable[str]:
     for part in row["parts"]:
         mark = _TRAINED if part["trained"] else _CONTEXT
         trained = ", trained" if part["trained"] else ""
-        yield f"  {part['part']}: {part['tokens']} tokens{trained}"
+        cut = part["tokens_uncut"] - part["tokens"]
+        of = f" of {part['tokens_uncut']}" if cut else ""
+        yield f"  {part['part']}: {part['tokens']}{of} tokens{trained}"
         lines = [
             line
             for paragraph in visible(part["text"]).split("\n")

@@ -53,6 +53,11 @@ def is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in (_SAVED_SPLITS, _SAVED_SET))
 
 
+def has_splits(path: Path) -> bool:
+    """Return whether a folder holds several splits that `datasets` has saved."""
+    return (path / _SAVED_SPLITS).is_file()
+
+
 def saved_splits(path: Path) -> dict[str, Any]:
     """Return the splits of what `datasets` has saved in a folder; one set is the split `train`."""
     import datasets
@@ -202,7 +207,7 @@ def _saved(path: Path, key: str) -> Records:
         raise UserError(
             f"{key}: {path} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
-    if (path / _SAVED_SPLITS).is_file():
+    if has_splits(path):
         raise UserError(
             f"{key}: {path} has the splits {', '.join(splits)}; name one, such as "
             f"{path / next(iter(splits), 'train')}, or read them all with data.source=hub "

@@ -306,6 +306,9 @@ class _FileReader:
             if self._layout is None:
                 raise UserError(f"{origin}: {error}") from error
             raise
+        except ValueError as error:
+            expected = "" if self._layout is None else f"; the file's is {self._layout}"
+            raise ValueError(f"{error}{expected}") from error
         if self._layout is None:
             self._layout, self._since = layout, origin
             self._parsed.gives = layout.gives
@@ -354,7 +357,7 @@ def _layout_of(record: Record, layouts: Sequence[Layout] | None = None) -> Layou
     names = frozenset(str(name) for name in record)
     fitting = [layout for layout in layouts or LAYOUTS if names.issuperset(layout.required)]
     if not fitting:
-        raise ValueError(f"fields found: {_listed(record)}; expected those of a layout: {KNOWN}")
+        raise ValueError(f"fields found: {_listed(record)}; they are those of no layout")
     first = min(_PRECEDENCE.index(layout.gives) for layout in fitting)
     fitting = [layout for layout in fitting if _PRECEDENCE.index(layout.gives) == first]
     best = [

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from rlhf_exp.cli import main
@@ -55,6 +56,7 @@ def test_a_files_rows_are_shown_as_the_model_reads_them(
         "  chosen: 5 tokens, trained",
         "  | Human: Hi",
         "  >  Yes<|endoftext|>",
+        "rows as the model reads them; > marks what is trained on:",
     ):
         assert line in lines
     assert f"{pairs}:3: the responses are identical" in " ".join(text.split())
@@ -93,6 +95,10 @@ def test_lengths_and_what_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "".join(part["text"] for part in first["parts"]) == f"{prompts[0]} Yes<|endoftext|>"
     # As in training: the prompt loses its beginning.
     assert second["parts"][0]["text"] == prompts[1][10:]
+    assert [(part["tokens"], part["tokens_uncut"]) for part in second["parts"]] == [
+        (43, 53),
+        (7, 7),
+    ]
     whole_rows = as_json(capsys, str(path), *ALL_TRAIN, "sft.loss_on=all")["rows"]
     assert [part["trained"] for part in whole_rows[0]["parts"]] == [True, True]
 
@@ -106,6 +112,18 @@ def test_a_role_of_its_own_and_the_configs_data(
     sizes = "data.toy={demonstrations: 9, preferences: 9, prompts: 9, validation: 2, test: 2}"
     found = as_json(capsys, "data=toy", sizes)
     assert found["splits"]["preferences"] == {"train": 9, "validation": 2, "test": 2}
+
+
+def test_a_data_set_with_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = datasets.Dataset.from_list(
+        [{"prompt": f"question {n}", "completion": "yes"} for n in range(9)]
+    )
+    datasets.DatasetDict(train=rows, test=rows.select([0, 1])).save_to_disk(tmp_path / "set")
+    found = as_json(capsys, str(tmp_path / "set"), "data.validation_fraction=0", BYTES)
+    assert found["splits"]["demonstrations"] == {"train": 7, "validation": 0, "test": 2}
+    assert [file["read"] for file in found["files"]] == [9, 2]
+    one = as_json(capsys, str(tmp_path / "set" / "train"), *ALL_TRAIN)
+    assert (one["role"], one["files"][0]["kind"]) == ("demonstrations", "a saved data set")
 
 
 def test_what_cannot_be_described(

@@ -21,9 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_exp.annotation.campaign import read_pairs
-from rlhf_exp.data.layouts import parse_row
+from rlhf_exp.data.layouts import LAYOUTS, parse_row, read_rows
 from rlhf_exp.data.parsing import end_of_response
-from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Turn
+from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Row, Turn, responses_of
 from rlhf_exp.data.sources import LoadOptions, load_jsonl
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.human_agreement import read_judged_pairs
@@ -238,6 +238,61 @@ def test_any_record_is_a_row_or_says_why_not(record: dict[str, Any]) -> None:
         again = {"prompt": row.history[-1].text, "response": row.response}
         if not any(marker in str(again).lower() for marker in ("human", "assistant")):
             assert parse_row(again, "here") == Demonstration(row.history[-1:], row.response, "here")
+
+
+MESSAGES = st.lists(
+    st.one_of(
+        st.fixed_dictionaries(
+            {
+                "role": st.sampled_from(["user", "assistant", "system", "tool", "x"]),
+                "content": st.one_of(
+                    TEXTS, st.lists(st.fixed_dictionaries({"text": TEXTS})), VALUES
+                ),
+            }
+        ),
+        st.fixed_dictionaries(
+            {"from": st.sampled_from(["human", "gpt", "system"]), "value": TEXTS},
+            optional={"tool_calls": VALUES},
+        ),
+        VALUES,
+    ),
+    max_size=5,
+)
+COMPLETIONS = st.lists(
+    st.one_of(TEXTS, st.fixed_dictionaries({"response": TEXTS, "rating": VALUES}), VALUES),
+    max_size=4,
+)
+FIELD = st.one_of(TEXTS, TEXTS, MESSAGES, MESSAGES, COMPLETIONS, VALUES, st.integers(0, 4))
+OF_A_LAYOUT = st.sampled_from(LAYOUTS).flatmap(
+    lambda layout: st.lists(
+        st.fixed_dictionaries(
+            dict.fromkeys(layout.required, FIELD), optional=dict.fromkeys(layout.optional, FIELD)
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+
+
+@fuzz(4000)
+@given(records=OF_A_LAYOUT, kind=st.sampled_from([None, Preference, Demonstration, Prompt]))
+def test_records_of_any_layout_are_rows_or_say_why_not(
+    records: list[dict[str, Any]], kind: type[Row] | None
+) -> None:
+    origins = [f"f:{number}" for number in range(len(records))]
+    result, refusal = attempt(lambda: read_rows(zip(origins, records, strict=True), "f", kind))
+    assert result is not None, refusal
+    assert result.read == len(records)
+    unusable = {row.origin for row in result.unusable}
+    assert len(unusable) == len(result.unusable)
+    for row, _ in result.rows:
+        assert row.origin in set(origins) - unusable
+        assert row.history[-1].role == "human"
+        assert all(turn.role != "system" for turn in row.history[1:])
+        for text in (*responses_of(row), *(turn.text for turn in row.history)):
+            text.encode()
+        if isinstance(row, Preference):
+            assert row.chosen != row.rejected
 
 
 WORDS = st.text(

@@ -54,6 +54,13 @@ def job(*argv: str) -> dict[str, Any]:
     return {"request": request, "problems": problems, "uploads": uploads}
 
 
+def local_mode(*argv: str) -> str:
+    """Return how the job would run on this machine, made without a session or a role."""
+    trainer = train.trainer_of(train.arguments([*argv, "--local"]))
+    assert trainer.sagemaker_session is None
+    return f"{trainer.training_mode.value} {trainer.compute.instance_type}"
+
+
 def cleaned(delete: bool) -> list[str]:
     """Return what cleaning up says, of a service with two jobs of ours and one of another's."""
     sagemaker, s3 = CLIENTS.client("sagemaker"), CLIENTS.client("s3")
@@ -92,5 +99,10 @@ def cleaned(delete: bool) -> list[str]:
 
 
 if __name__ == "__main__":
-    found = {"job": job(*sys.argv[1:]), "listed": cleaned(False), "deleted": cleaned(True)}
+    found = {
+        "job": job(*sys.argv[1:]),
+        "local": local_mode(*sys.argv[1:]),
+        "listed": cleaned(False),
+        "deleted": cleaned(True),
+    }
     print(json.dumps(found, default=str))

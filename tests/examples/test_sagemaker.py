@@ -89,6 +89,11 @@ def test_the_job_runs_launch_py_with_its_outputs_in_the_checkpoint_folder(
 
 
 @pytest.mark.sagemaker
+def test_local_mode_asks_nothing_of_aws(checked: dict[str, Any]) -> None:
+    assert checked["local"] == "LOCAL_CONTAINER local_cpu"
+
+
+@pytest.mark.sagemaker
 def test_cleaning_up_lists_first_and_touches_nothing_of_others(checked: dict[str, Any]) -> None:
     assert checked["listed"] == [
         "would stop job rlhf-exp-1",

@@ -85,13 +85,20 @@ class _Converter:
         """Return what is read of a model that is given for a stage."""
         if Path(model).is_file():
             return model  # stored answers
-        hub_id, revision = split_revision(model)
-        if revision is None and not Path(model).exists():
-            pin = Pins(self.output_dir).get(Need(option, MODEL, hub_id, None))
-            revision = None if pin is None else pin.commit
+        hub_id, revision = self._pinned(model)
         trunk = config.reward.trunk if option == "reward.use" else None
+        if trunk is not None:
+            trunk = _named(*self._pinned(trunk))
         local = self.of(f"{option}={model}", hub_id, revision, stage == "reward", trunk)
-        return local if local != hub_id or revision is None else f"{hub_id}@{revision}"
+        return local if local != hub_id else _named(hub_id, revision)
+
+    def _pinned(self, name: str) -> tuple[str, str | None]:
+        """Return the hub id or folder that a name says, and its revision: as it was fetched."""
+        hub_id, revision = split_revision(name)
+        if Path(hub_id).exists():
+            return hub_id, None
+        pin = Pins(self.output_dir).get(Need(name, MODEL, hub_id, revision))
+        return hub_id, revision if pin is None else pin.commit
 
     def of(
         self,
@@ -137,6 +144,10 @@ class _Converter:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return str(target)
+
+
+def _named(hub_id: str, revision: str | None) -> str:
+    return hub_id if revision is None else f"{hub_id}@{revision}"
 
 
 def _snapshot(hub_id: str, revision: str | None) -> Path | None:

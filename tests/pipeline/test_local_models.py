@@ -11,7 +11,7 @@ import torch
 
 from rlhf_exp.cli import main
 from rlhf_exp.models import pickled_weights
-from rlhf_exp.pipeline.hub import needs
+from rlhf_exp.pipeline.hub import Need, Pin, Pins, needs
 from rlhf_exp.pipeline.local_models import local_models
 from rlhf_exp.pipeline.plan import plan
 from tests.lab import artifact, launch, small, small_config
@@ -85,12 +85,15 @@ def test_one_of_the_hub(trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     repository = tmp_path / "models--org--judge"
     (repository / "snapshots").mkdir(parents=True)
     write_published(repository / "snapshots" / COMMIT, trunk)
-    given = [f"reward.use=org/judge@{COMMIT}", f"reward.trunk={trunk}", "stage=ppo"]
+    # What was fetched is found by the revision that the config names, a short one too.
+    judge = Need("reward.use", "model", "org/judge", COMMIT[:8])
+    Pins(tmp_path / "outputs").set(judge, Pin(COMMIT, ["hf_ckpt.pt"]))
+    given = [f"reward.use=org/judge@{COMMIT[:8]}", f"reward.trunk={trunk}", "stage=ppo"]
     config = small_config(tmp_path / "outputs", *given)
     steps = plan(config)
-    assert [(need.id, need.revision) for need in needs(config, steps)] == [("org/judge", COMMIT)]
+    assert needs(config, steps) == [judge]
     found = {step.stage: step.model for step in local_models(config, steps).steps}
     assert found["reward"] is not None
     assert (Path(found["reward"]) / "reward_head.safetensors").is_file()
     (step,) = [step for step in steps if step.stage == "reward"]
-    assert step.model == f"org/judge@{COMMIT}"  # a plan leaves it as it is
+    assert step.model == f"org/judge@{COMMIT[:8]}"  # a plan leaves it as it is

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pytest
 
 from rlhf_exp.config import checks, search_space
 from rlhf_exp.config.checks import config_problems
-from tests.lab import small, small_config
+from tests.lab import launch, small_config
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -113,13 +112,13 @@ def test_what_lacks_a_package_is_refused_before_anything_runs(
     assert any(message in str(problem) for problem in config_problems(config))
 
 
-def test_a_plan_for_slurm_needs_no_submitit(tmp_path: Path) -> None:
-    program = (
-        "import sys; sys.modules['submitit'] = None\n"
-        "from rlhf_exp.hydra_app import main\n"
-        "sys.argv = ['launch.py']\n"
-        f"sys.exit(main(['-m', 'hydra/launcher=slurm', 'plan=true', *{small(tmp_path, 'name=a')}]))"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert "fits 80 GB" in ended.stdout + ended.stderr
+def test_a_plan_for_slurm_needs_no_submitit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("rlhf_exp.launchers.slurm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    given = ("-m", "name=a", "hydra/launcher=slurm", "plan=true")
+    assert launch(tmp_path, *given) == 0
+    shown = capsys.readouterr()
+    assert "fits 80 GB" in shown.out + shown.err

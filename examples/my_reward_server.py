@@ -11,7 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 NAME = "ended-answers-1"  # Change it with the reward.
 
 
-def score(prompts: list[str], responses: list[str]) -> list[float]:
+ROWS = False  # True asks for each prompt's other fields in the data: see docs/how-to/rewards.md.
+
+
+def score(prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
     """Return a number for each response; higher is better."""
     return [1.0 if response.endswith((".", "!", "?")) else 0.0 for response in responses]
 
@@ -24,8 +27,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Score the responses of one request."""
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        scores = score(asked["prompts"], asked["responses"])
-        body = json.dumps({"scores": scores, "name": NAME}).encode()
+        # The first request, by which the server tells what it is, has no rows.
+        rows = asked.get("rows", [{}] * len(asked["prompts"]))
+        scores = score(asked["prompts"], asked["responses"], rows)
+        body = json.dumps({"scores": scores, "name": NAME, "rows": ROWS}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -5,10 +5,12 @@ Modules are looked for as Python does, and in the folder where the command is gi
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
+from inspect import Parameter, Signature
 from pathlib import Path
 
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -35,6 +37,60 @@ def function_module(reference: str) -> str | None:
     """Return the module of `package.module:name`; None for a file."""
     source, _, _ = reference.rpartition(":")
     return source if not source.endswith(".py") and _is_module(source) else None
+
+
+ROWS = "rows"
+"""Name of a reward function's third parameter, which may also be called otherwise."""
+
+
+def takes_rows(signature: Signature) -> bool:
+    """Return whether a reward function takes the rows of the prompts besides the texts.
+
+    It does if three arguments are required, or if the third parameter is called `rows`.
+
+    Raises:
+        TypeError: it can be called neither with two arguments nor with three; says what it takes.
+    """
+    parameters = list(signature.parameters.values())
+    positional = [
+        parameter
+        for parameter in parameters
+        if parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    required = sum(parameter.default is Parameter.empty for parameter in positional)
+    takes = required == 3 or (len(positional) > 2 and positional[2].name == ROWS)
+    several = any(parameter.kind is Parameter.VAR_POSITIONAL for parameter in parameters)
+    by_name = any(
+        parameter.kind is Parameter.KEYWORD_ONLY and parameter.default is Parameter.empty
+        for parameter in parameters
+    )
+    if required > 2 + takes or by_name or not (several or len(positional) >= 2):
+        found = ", ".join(str(parameter).partition(":")[0] for parameter in parameters)
+        raise TypeError(
+            f"it takes ({found}); expected (prompts, responses) or (prompts, responses, rows)"
+        )
+    return takes
+
+
+def declared_fields(reference: str) -> tuple[str, ...]:
+    """Return the fields of rows that a function's file says it needs; it is parsed, not run.
+
+    It says so by a list or tuple of texts, `FIELDS = ("answer",)`, at the top level.
+    """
+    path, _ = function_source(reference)
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return ()  # reported where the function is looked for
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if any(isinstance(target, ast.Name) and target.id == "FIELDS" for target in targets):
+            assert isinstance(node, ast.Assign)
+            try:
+                return tuple(str(name) for name in ast.literal_eval(node.value))
+            except (ValueError, TypeError):
+                return ()
+    return ()
 
 
 def _is_module(source: str) -> bool:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from rlhf_exp.config.checks import config_problems
 from rlhf_exp.config.compose import compose
 from rlhf_exp.config.evaluation import ScorerKind
 from rlhf_exp.errors import UserError
-from rlhf_exp.function_source import function_module, function_source, names_function
+from rlhf_exp.function_source import function_module, function_source, names_function, takes_rows
 from rlhf_exp.pipeline.plan import plan
 from rlhf_exp.user_function import load_function
 
@@ -78,3 +80,25 @@ def test_a_modules_function_runs_with_its_package(mine: Path) -> None:
     assert load_function(reference, "key")([], []) == [3]
     with pytest.raises(UserError, match=r"mine_of_tests\.rewards has no function 'other'"):
         load_function("mine_of_tests.rewards:other", "key")
+
+
+def _two(prompts: list[str], responses: list[str], weight: float = 1.0) -> None: ...
+def _three(texts: list[str], answers: list[str], facts: list[dict[str, str]]) -> None: ...
+def _named(prompts: list[str], responses: list[str], rows: object = None) -> None: ...
+def _any(*columns: list[str]) -> None: ...
+def _one(texts: list[str]) -> None: ...
+def _four(a: str, b: str, c: str, d: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "takes"), [(_two, False), (_three, True), (_named, True), (_any, False)]
+)
+def test_which_reward_functions_take_rows(function: Callable[..., None], takes: bool) -> None:
+    assert takes_rows(signature(function)) is takes
+
+
+@pytest.mark.parametrize(("function", "found"), [(_one, "(texts)"), (_four, "(a, b, c, d)")])
+def test_a_reward_function_of_other_arguments(function: Callable[..., None], found: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        takes_rows(signature(function))
+    assert f"it takes {found}; expected (prompts, responses)" in str(caught.value)

@@ -23,6 +23,7 @@ from rlhf_exp.config.checks_shared import (
     check_address,
     check_function,
     check_model,
+    check_reward_function,
     check_secrets,
     context_length,
     layer_count,
@@ -42,6 +43,7 @@ from rlhf_exp.config.problems import ConfigChecker, Problem
 from rlhf_exp.config.search_space import check_study
 from rlhf_exp.config.training import (
     AdvantageEstimator,
+    Combine,
     DpoLoss,
     GroupScale,
     KlEstimator,
@@ -222,6 +224,8 @@ def check_data(check: ConfigChecker) -> None:
         check.require(column is None or bool(column.strip()), key, "must not be empty.")
     if data.source is DataSource.toy:
         _check_toy(check)
+    if data.source is DataSource.arithmetic:
+        _check_arithmetic(check)
     _check_fractions(check)
     check.at_least(1, "data.limit")
     if data.format is PromptFormat.chat_template and check.config.model.path is None:
@@ -240,12 +244,22 @@ def _check_data_file(check: ConfigChecker, key: str) -> None:
     check.require(path.exists(), key, f"there is no file {path}.")
 
 
+_SIZES = ("demonstrations", "preferences", "prompts", "validation", "test")
+
+
 def _check_toy(check: ConfigChecker) -> None:
-    sizes = ("demonstrations", "preferences", "prompts", "validation", "test")
-    check.at_least(1, *(f"data.toy.{size}" for size in sizes))
+    check.at_least(1, *(f"data.toy.{size}" for size in _SIZES))
     check.at_least(0, "data.toy.seed")
     noise = check.config.data.toy.label_noise
     check.require(0 <= noise < 0.5, "data.toy.label_noise", "must be in [0, 0.5): labels inform.")
+
+
+def _check_arithmetic(check: ConfigChecker) -> None:
+    check.at_least(1, *(f"data.arithmetic.{size}" for size in _SIZES))
+    check.at_least(2, "data.arithmetic.numbers")
+    check.at_least(0, "data.arithmetic.seed")
+    right = check.config.data.arithmetic.right
+    check.require(0 <= right <= 1, "data.arithmetic.right", "must be in [0, 1].")
 
 
 def _check_fractions(check: ConfigChecker) -> None:
@@ -393,11 +407,66 @@ def check_reward_source(check: ConfigChecker) -> None:
     """Report the problems of what scores PPO's responses: function, server or reward model."""
     reward = check.config.ppo.reward
     if reward.function is not None:
-        check_function(check, "ppo.reward.function")
+        check_reward_function(check, "ppo.reward.function")
+    _check_terms(check)
     if reward.function is not None and reward.url is not None:
         check.add("ppo.reward.url", "ppo.reward.function is set too; one of them scores.")
     _check_reward_server(check)
     _check_placement(check)
+
+
+_TERM_SOURCES = "model, models, function, url or length"
+
+
+def _check_terms(check: ConfigChecker) -> None:
+    reward = check.config.ppo.reward
+    for number, term in enumerate(reward.terms):
+        key = f"ppo.reward.terms[{number}]"
+        singles = (term.model, term.function, term.url, term.length)
+        sources = sum(source is not None for source in singles) + bool(term.models)
+        if sources != 1:
+            message = f"needs exactly one of {_TERM_SOURCES}, and has {sources}."
+            check.add(key, message)
+            continue
+        finite = abs(term.weight) < float("inf")
+        check.require(
+            finite and term.weight != 0, f"{key}.weight", "must be a number other than 0."
+        )
+        _check_ensemble(check, key)
+        if term.function is not None:
+            check_reward_function(check, f"{key}.function")
+        if term.url is not None:
+            check_address(check, key, "http://127.0.0.1:8480", "ppo.reward.key_env")
+        if term.length is not None:
+            check.at_least(1, f"{key}.length.target")
+        plain = term.name is None or re.fullmatch(r"[\w.-]+", term.name) is not None
+        message = "a name in metrics: letters, digits, dots, dashes and underscores."
+        check.require(plain or term.url is not None, f"{key}.name", message)
+    if reward.terms:
+        for name in ("function", "url"):
+            message = "ppo.reward.terms is set too; make it one of them."
+            check.require(getattr(reward, name) is None, f"ppo.reward.{name}", message)
+    ensembles = any(term.models for term in reward.terms)
+    check.positive("ppo.reward.ensemble_stop")
+    if reward.ensemble_stop is not None and not ensembles:
+        message = "no term of ppo.reward.terms has several models, whose scores could disagree."
+        check.add("ppo.reward.ensemble_stop", message)
+
+
+def _check_ensemble(check: ConfigChecker, key: str) -> None:
+    """Report an ensemble of one, and settings of an ensemble where there is none."""
+    term = check.value(key)
+    if term.models:
+        several = len(set(term.models)) > 1
+        message = "an ensemble needs two different models or more; of one, write model=NAME."
+        check.require(several, f"{key}.models", message)
+        same = len(set(term.models)) == len(term.models)
+        check.require(same or not several, f"{key}.models", "names a model twice.")
+    elif term.combine is not Combine.mean:
+        check.add(f"{key}.combine", "one model agrees with itself; an ensemble has models=[A,B].")
+    check.at_least(0, f"{key}.coef")
+    if term.combine is not Combine.uncertainty and term.coef != 1.0:
+        check.add(f"{key}.coef", "is of combine=uncertainty.")
 
 
 def _check_reward_server(check: ConfigChecker) -> None:
@@ -410,8 +479,9 @@ def _check_reward_server(check: ConfigChecker) -> None:
         blank = reward.name is not None and not reward.name.strip()
         check.require(not blank, "ppo.reward.name", "must not be empty; null names nothing.")
         return
+    served = any(term.url is not None for term in reward.terms)
     for name in ("name", "key_env"):
-        if getattr(reward, name) is not None:
+        if getattr(reward, name) is not None and not (served and name == "key_env"):
             check.add(f"ppo.reward.{name}", "is of a reward server; set ppo.reward.url too.")
 
 
@@ -420,6 +490,8 @@ def _check_placement(check: ConfigChecker) -> None:
     reward = config.ppo.reward
     if reward.gpu is None and reward.placement not in ("shared", "cpu"):
         check.add(key, "expected shared, cpu, or a GPU by its number: gpu:7.")
+    elif reward.placement != "shared" and reward.terms:
+        check.add(key, "the reward models of ppo.reward.terms are in each process; use shared.")
     elif reward.placement != "shared" and not reward.model_scores:
         message = f"there is no reward model to place, a {reward.kind} scores; use shared."
         check.add(key, message)
@@ -514,6 +586,8 @@ def _check_trlx_algorithm(check: ConfigChecker) -> None:
     message = "trlx's value head is small and reads the policy's states; use "
     check.require(ppo.value_init is ValueInit.small, "ppo.value_init", f"{message}small.")
     check.require(ppo.value_trunk is ValueTrunk.shared, "ppo.value_trunk", f"{message}shared.")
+    message = "PPO by trlx takes one reward; use engine=native."
+    check.require(not ppo.reward.terms, "ppo.reward.terms", message)
     message = "trlx has one response to a prompt, and advantages by gae; use engine=native."
     check.require(ppo.uses_values, "ppo.advantage", message)
     check.require(ppo.samples_per_prompt == 1, "ppo.samples_per_prompt", message)

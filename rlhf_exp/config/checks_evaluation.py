@@ -113,6 +113,9 @@ def check_judge(check: ConfigChecker) -> None:
         _check_endpoint(check, section)
     if section.labels is not None and not Path(section.labels).is_file():
         check.add("eval.judge.labels", "no such file; give a file of judged pairs.")
+    if config.ppo.reward.terms and section.labels and JudgeName.reward in section.names:
+        message = "a sum of rewards judges answers of this evaluation only; leave `reward` out of "
+        check.add("eval.judge.labels", f"{message}eval.judge.names.")
     if config.eval.samples is not None and section.labels and JudgeName.reward in section.names:
         message = "asks for the reward model, which eval.samples does not load; take `reward` out."
         check.add("eval.judge.names", message)

@@ -10,6 +10,10 @@ import ast
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
+from dataclasses import is_dataclass
+from importlib.util import find_spec
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +21,7 @@ from urllib.parse import urlsplit
 from rlhf_exp.config.experiment import Family, ModelConfig
 from rlhf_exp.config.problems import ConfigChecker
 from rlhf_exp.config.schema_keys import all_keys
-from rlhf_exp.function_source import function_module, function_source
+from rlhf_exp.function_source import function_module, function_source, takes_rows
 from rlhf_exp.redaction import note_secret_variable, without_secrets
 
 # 256 bytes, end of text and padding; imported from nowhere, so that checks need no tokenizer.
@@ -151,6 +155,54 @@ def check_function(check: ConfigChecker, key: str) -> None:
         check.add(key, f"{path} has no function {name}; {available}.")
 
 
+# Not one text, which would make the module a part of whatever imports this one.
+_MATH = ["rlhf_exp", "rewards", "math_answer"]
+
+
+def check_reward_function(check: ConfigChecker, key: str) -> None:
+    """Report what `check_function` does, and a function that takes other arguments.
+
+    Args:
+        check: The config, and the problems found in it.
+        key: The config key that names the function.
+    """
+    before = len(check.problems)
+    check_function(check, key)
+    module = function_module(check.value(key)) or ""
+    if module.split(".") == _MATH and find_spec("math_verify") is None:
+        check.add(key, "needs math-verify; run `pip install math-verify` (extra `math`).")
+    if len(check.problems) > before:
+        return
+    path, name = function_source(check.value(key))
+    tree = ast.parse(path.read_bytes())
+    # The last one of a name counts; what a decorator makes of it is known only when it is loaded.
+    *_, node = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    if node.decorator_list:
+        return
+    try:
+        takes_rows(_signature(node))
+    except TypeError as error:
+        check.add(key, f"{error}; see docs/how-to/rewards.md.")
+
+
+def _signature(node: ast.FunctionDef) -> Signature:
+    """Return the signature of a function's source: names, kinds and which have a default."""
+    found, given = [], node.args
+    first_default = len(given.posonlyargs) + len(given.args) - len(given.defaults)
+    for number, item in enumerate([*given.posonlyargs, *given.args]):
+        kind = Parameter.POSITIONAL_OR_KEYWORD
+        default = Parameter.empty if number < first_default else None
+        found.append(Parameter(item.arg, kind, default=default))
+    if given.vararg is not None:
+        found.append(Parameter(given.vararg.arg, Parameter.VAR_POSITIONAL))
+    for item, value in zip(given.kwonlyargs, given.kw_defaults, strict=True):
+        default = Parameter.empty if value is None else None
+        found.append(Parameter(item.arg, Parameter.KEYWORD_ONLY, default=default))
+    if given.kwarg is not None:
+        found.append(Parameter(given.kwarg.arg, Parameter.VAR_KEYWORD))
+    return Signature(found)
+
+
 def check_secrets(check: ConfigChecker) -> None:
     """Report values that hold a password or a key: configs are stored with every result."""
     for key in all_keys():
@@ -158,7 +210,7 @@ def check_secrets(check: ConfigChecker) -> None:
         section, _, name = key.rpartition(".")
         texts = [
             text
-            for text in (value if isinstance(value, list | tuple) else [value])
+            for text in (_elements(value) if isinstance(value, list | tuple) else [value])
             if isinstance(text, str)
         ]
         named = name == "request" and any(map(_KEY_FIELD.match, texts))
@@ -167,13 +219,25 @@ def check_secrets(check: ConfigChecker) -> None:
             check.add(key, f"must not hold a password or key, which would be stored{remedy}.")
 
 
-def check_address(check: ConfigChecker, section: str, example: str) -> None:
+def _elements(values: Iterable[object]) -> Iterator[object]:
+    """Yield the elements of a list, and of its sections their values."""
+    for value in values:
+        if is_dataclass(value):
+            yield from vars(value).values()
+        else:
+            yield value
+
+
+def check_address(
+    check: ConfigChecker, section: str, example: str, key_env: str | None = None
+) -> None:
     """Report an invalid address or a missing API key; no request is sent.
 
     Args:
         check: The config, and the problems found in it.
-        section: The dotted name of a section with the fields `url` and `key_env`.
+        section: The dotted name of a section with the field `url`.
         example: A valid address.
+        key_env: The key that names the variable of its API key; by default the section's own.
     """
     key = f"{section}.url"
     try:
@@ -183,9 +247,10 @@ def check_address(check: ConfigChecker, section: str, example: str) -> None:
         check.add(key, f"needs an address such as {example}.")
         return
     check.require(valid, key, f"needs an address such as {example}.")
-    name = check.value(f"{section}.key_env")
+    key_env = key_env or f"{section}.key_env"
+    name = check.value(key_env)
     if name is not None:
         note_secret_variable(name)
     if name is not None and not os.environ.get(name) and not check.config.plan:
         message = "no such environment variable is set, or it is empty."
-        check.add(f"{section}.key_env", message)
+        check.add(key_env, message)

@@ -36,6 +36,7 @@ class DataSource(Enum):
     """Kinds of data sources."""
 
     toy = "toy"
+    arithmetic = "arithmetic"
     hub = "hub"
     jsonl = "jsonl"
 
@@ -50,7 +51,7 @@ class PromptFormat(Enum):
 
 @dataclass
 class ToyConfig:
-    """Sizes of the bundled data."""
+    """Sizes of the bundled dialogues."""
 
     seed: int = setting(0, "Seed of the generator.")
     demonstrations: int = setting(4000, "Demonstrations for SFT.")
@@ -83,6 +84,20 @@ class ColumnsConfig:
 
 
 @dataclass
+class ArithmeticConfig:
+    """Sizes of the bundled sums."""
+
+    seed: int = setting(0, "Seed of the generator.")
+    demonstrations: int = setting(6000, "Demonstrations for SFT.")
+    preferences: int = setting(4000, "Preference pairs.")
+    prompts: int = setting(3000, "Prompts for PPO.")
+    validation: int = setting(200, "Validation rows of each kind.")
+    test: int = setting(500, "Test rows of each kind.")
+    numbers: int = setting(4, "Numbers in a sum.")
+    right: float = setting(0.5, "Expected share of the demonstrations that are right.")
+
+
+@dataclass
 class DataConfig:
     """Sources, splits and the prompt format."""
 
@@ -109,7 +124,10 @@ class DataConfig:
         key=False,
     )
     format: PromptFormat = setting(PromptFormat.hh, "How a dialogue becomes text.")
-    toy: ToyConfig = setting(factory=ToyConfig, doc="Sizes of the bundled data.")
+    toy: ToyConfig = setting(factory=ToyConfig, doc="Sizes of the bundled dialogues.")
+    arithmetic: ArithmeticConfig = setting(
+        factory=ArithmeticConfig, doc="Sizes of the bundled sums."
+    )
     validation_fraction: float = setting(0.05, "Share of prompts split off for validation.")
     test_fraction: float = setting(0.05, "Share of prompts split off for test, if no test file.")
     limit: int | None = setting(None, "Use at most this many rows of each file.")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from operator import attrgetter
 from typing import Any
 
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.errors import UserError
+
+_STEP = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
+"""A step of a key: a name, or a number in a list."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,11 @@ class ConfigChecker:
     problems: list[Problem] = field(default_factory=list)
 
     def value(self, key: str) -> Any:  # noqa: ANN401 - any field's value
-        """Return the value at a dotted key."""
-        return attrgetter(key)(self.config)
+        """Return the value at a dotted key, such as `ppo.lr` or `ppo.reward.terms[0].weight`."""
+        value: Any = self.config
+        for number, name in _STEP.findall(key):
+            value = getattr(value, name) if name else value[int(number)]
+        return value
 
     def add(self, key: str, message: str) -> None:
         """Report a problem of the value at a key."""
@@ -87,6 +93,13 @@ def format_value(value: Any) -> str:  # noqa: ANN401 - any field's value
         return value.name
     if isinstance(value, list | tuple):
         return "[" + ",".join(format_value(item) for item in value) + "]"
+    if is_dataclass(value):
+        given = {
+            item.name: getattr(value, item.name)
+            for item in fields(value)
+            if getattr(value, item.name) not in (item.default, [])
+        }
+        return "{" + ",".join(f"{name}:{format_value(v)}" for name, v in given.items()) + "}"
     return str(value)
 
 

@@ -7,6 +7,7 @@ intervals of evaluations and checkpoints. How PPO uses a reward is `ppo.reward`;
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 
@@ -270,6 +271,63 @@ class KlConfig:
     )
 
 
+class Combine(Enum):
+    """What an ensemble of reward models says of a response (Coste et al. 2023).
+
+    `mean` of their scores; `min`, the worst of them; `uncertainty`: the mean less `coef` times
+    their standard deviation.
+    """
+
+    mean = "mean"
+    min = "min"
+    uncertainty = "uncertainty"
+
+
+@dataclass
+class LengthTermConfig:
+    """A reward for responses of a certain length: 0 at the target, -1 at none or twice of it."""
+
+    target: int = setting(128, "Length of a response in tokens.")
+
+
+DEFAULT_MODEL = "default"
+"""Name, in a term, of the reward model that the stage `reward` trains."""
+
+
+@dataclass
+class RewardTermConfig:
+    """One of several rewards that are added up; exactly one of its sources is set."""
+
+    weight: float = setting(1.0, "Factor of its scores.")
+    model: str | None = setting(
+        None,
+        "A reward model: `default` (that of the stage `reward`), a run, key, folder or hub id.",
+    )
+    models: list[str] = setting(factory=list, doc="An ensemble of reward models, named likewise.")
+    combine: Combine = setting(Combine.mean, "What the ensemble says.")
+    coef: float = setting(1.0, "Standard deviations that `combine=uncertainty` subtracts.")
+    function: str | None = setting(None, "A Python function, as in `ppo.reward.function`.")
+    url: str | None = setting(None, "A reward server, as in `ppo.reward.url`.")
+    length: LengthTermConfig | None = setting(None, "A length in tokens to keep to.")
+    name: str | None = setting(
+        None,
+        "Its name in metrics and reports; null: its kind. Of a server also what it must call "
+        "itself, and what counts instead of its address.",
+    )
+
+    @property
+    def kind(self) -> str:
+        """Which of its sources is set; what it is called where it has no name."""
+        kinds = ("model", "function", "url", "length")
+        found = next((kind for kind in kinds if getattr(self, kind) is not None), "ensemble")
+        return "server" if found == "url" else found
+
+    @property
+    def specs(self) -> list[str]:
+        """The reward models, as the config names them."""
+        return self.models if self.model is None else [self.model]
+
+
 @dataclass
 class PpoRewardConfig:
     """How a response's score becomes PPO's reward."""
@@ -297,6 +355,18 @@ class PpoRewardConfig:
         "it says so.",
         neutral=None,
     )
+    terms: list[RewardTermConfig] = setting(
+        factory=list,
+        doc="Several rewards instead of one, whose weighted scores are added up: see "
+        "docs/how-to/rewards.md.",
+        neutral=[],
+    )
+    ensemble_stop: float | None = setting(
+        None,
+        "Stop training, with the last good weights, when the scores of an ensemble's models have "
+        "a standard deviation above this in the mean over responses; null: never.",
+        neutral=None,
+    )
     key_env: str | None = setting(
         None, "Environment variable with the server's key; null sends none.", key=False
     )
@@ -312,12 +382,36 @@ class PpoRewardConfig:
 
     @property
     def model_scores(self) -> bool:
-        """Whether the reward model scores, rather than a user's function or server."""
+        """Whether the reward model of the stage `reward` scores, alone or among others."""
+        if self.terms:
+            return any(DEFAULT_MODEL in term.specs for term in self.terms)
         return self.function is None and self.url is None
+
+    @property
+    def term_names(self) -> list[str]:
+        """The terms' names in metrics and reports, each once: `model`, `function`, `model_2`."""
+        names: list[str] = []
+        for term in self.terms:
+            # A server's name may be any text; a metric's has no slash or space.
+            name = unique = re.sub(r"[^\w.-]+", "_", term.name or term.kind)
+            number = 2
+            while unique in names:
+                unique, number = f"{name}_{number}", number + 1
+            names.append(unique)
+        return names
+
+    @property
+    def term_models(self) -> dict[str, str]:
+        """The reward models of terms that no stage makes, by role: `reward_1` and so on."""
+        specs = dict.fromkeys(spec for term in self.terms for spec in term.specs)
+        others = [spec for spec in specs if spec != DEFAULT_MODEL]
+        return {f"reward_{number}": spec for number, spec in enumerate(others, 1)}
 
     @property
     def kind(self) -> str:
         """What scores, in words."""
+        if self.terms:
+            return "sum of rewards"
         if self.function is not None:
             return "reward function"
         return "reward model" if self.url is None else "reward server"

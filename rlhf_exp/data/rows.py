@@ -191,6 +191,16 @@ def _as_prompt(row: Row) -> Prompt:
     return Prompt(row.history, original, row.origin, row.fields)
 
 
+def reward_fields(row: Row) -> dict[str, object]:
+    """Return what a reward sees of a row: the other fields of its record, and its own response.
+
+    The response is called `response`, unless the record has another field of that name.
+    """
+    prompt = _as_prompt(row)
+    own = {} if prompt.original is None else {"response": prompt.original}
+    return own | dict(prompt.fields)
+
+
 def responses_of(row: Row) -> tuple[str, ...]:
     """Return a row's responses, the one to imitate first."""
     if isinstance(row, Preference):

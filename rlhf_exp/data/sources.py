@@ -112,6 +112,34 @@ def load_toy(
     return make_corpus(demos, pairs, prompt_rows, unusable=[])
 
 
+def load_arithmetic(
+    seed: int,
+    demonstrations: int = 6000,
+    preferences: int = 4000,
+    prompts: int = 3000,
+    validation: int = 200,
+    test: int = 500,
+    numbers: int = 4,
+    right: float = 0.5,
+) -> Corpus:
+    """Generate the bundled sums.
+
+    Args:
+        seed: of the generator.
+        demonstrations: number of training rows for SFT.
+        preferences: number of training pairs.
+        prompts: number of training prompts for PPO.
+        validation: number of validation prompts, and of pairs.
+        test: number of test prompts, and of pairs.
+        numbers: numbers in a sum.
+        right: expected share of the demonstrations that are right.
+    """
+    from rlhf_exp.data.arithmetic import ArithmeticSizes, corpus_rows
+
+    sizes = ArithmeticSizes(demonstrations, preferences, prompts, validation, test)
+    return make_corpus(*corpus_rows(seed, sizes, numbers, right), unusable=[])
+
+
 def load_jsonl(
     *,
     preferences: FilePaths = (),

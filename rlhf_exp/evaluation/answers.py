@@ -34,6 +34,7 @@ class Answer:
         finish: `eos`, `stop` or `length`: why it ended.
         score: its reward, if the part needs it.
         referee: its reward by a second reward model, if the part needs it.
+        terms: what a sum of rewards is made of, by the terms' names, before weights.
         kl: log-probability under the model minus that under the baseline, in nats, likewise.
         facts: the data's own facts of the prompt; with the first of its answers only.
     """
@@ -52,6 +53,7 @@ class Answer:
     kl: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, float | int] = field(default_factory=dict)
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 def sampling_words(sampling: Mapping[str, float | int]) -> str:
@@ -115,6 +117,6 @@ def _answer(record: object) -> Answer:
     for name in ("score", "referee", "kl"):
         if type(getattr(answer, name)) not in {int, float, type(None)}:
             raise ValueError(f"`{name}` is {getattr(answer, name)!r:.80}, a number was expected")
-    if not isinstance(answer.facts, Mapping) or not isinstance(answer.sampling, Mapping):
-        raise ValueError("`facts` and `sampling` are to be JSON objects")
+    if not all(isinstance(each, Mapping) for each in (answer.facts, answer.sampling, answer.terms)):
+        raise ValueError("`facts`, `sampling` and `terms` are to be JSON objects")
     return answer

@@ -14,7 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,11 +43,28 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Pair = tuple[Floats, Floats]
+ACCURACY = "accuracy"
+"""Key of the metric of a rule that says whether an answer is right."""
 SAMPLES_EACH = 3
 GAIN = "largest gain"
 LOSS = "largest loss"
 RANDOM = "random"
 _OUTCOMES = {1: "win", 0: "tie", -1: "loss"}
+
+
+@dataclass(frozen=True)
+class GoldJudge:
+    """A judge by rules, which know the data, and not by a model.
+
+    Attributes:
+        key: of its metric: `gold`, or `ACCURACY`.
+        label: of its metric, with the range.
+        score: returns the mark of an answer to a prompt, from 0 to 1.
+    """
+
+    key: str
+    label: str
+    score: Callable[[str, str], float]
 
 
 @dataclass(frozen=True)
@@ -169,7 +186,8 @@ class PromptRow:
     """One prompt, the answers of both models, and the measurements of each.
 
     `kl_b` is in nats over the whole answer; `outcome` is b's: `win`, `tie` or `loss`. Lengths are
-    in tokens, or in words where no token counts were given.
+    in tokens, or in words where no token counts were given. `terms_a` and `terms_b` are the scores
+    of each term of a sum of rewards.
     """
 
     prompt: str
@@ -185,6 +203,8 @@ class PromptRow:
     gold_b: float | None
     kl_b: float | None
     outcome: str
+    terms_a: Mapping[str, float] = field(default_factory=dict)
+    terms_b: Mapping[str, float] = field(default_factory=dict)
 
 
 def compare_models(
@@ -198,7 +218,8 @@ def compare_models(
     lengths_a: ArrayLike | None = None,
     lengths_b: ArrayLike | None = None,
     toxicity: ToxicityScorer | None = None,
-    gold: Callable[[str, str], float] | None = None,
+    gold: GoldJudge | None = None,
+    terms: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     name_a: str = "SFT",
     name_b: str = "PPO",
     judge: str = "reward model",
@@ -219,7 +240,9 @@ def compare_models(
         lengths_a: [N] tokens of the answers; both `None` counts words instead.
         lengths_b: [N] tokens.
         toxicity: scorer of the answers.
-        gold: (prompt, answer) -> quality from 0 to 1, by a judge that nothing was trained on.
+        gold: a judge by rules, if the data have one.
+        terms: [N] scores of the baseline's answers and of the other model's, for each term of a sum
+            of rewards, before weights.
         name_a: the baseline's name in tables.
         name_b: the other model's name in tables.
         judge: name of the source of the scores.
@@ -234,10 +257,15 @@ def compare_models(
     columns = _measure(prompts, answers_a, answers_b, toxicity, gold)
     columns["score"] = statistics.paired(scores_a, scores_b)
     columns["length"] = _lengths(answers_a, answers_b, lengths_a, lengths_b)
+    term_columns = {name: statistics.paired(*pair) for name, pair in (terms or {}).items()}
     kl = None if kl_b is None else np.asarray(kl_b, dtype=np.float64)
     _check_rows(prompts, [*(a for a, _ in columns.values()), *([] if kl is None else [kl])])
 
-    metrics = _judged_metrics(columns, kl, name_a, seed, level)
+    metrics = _judged_metrics(columns, kl, gold, name_a, seed, level)
+    metrics[1:1] = [
+        paired_metric(f"term/{name}", f"Reward term {name}, raw", "higher", *pair, seed, level)
+        for name, pair in term_columns.items()
+    ]
     unit = "words" if lengths_a is None else "tokens"
     metrics += _text_metrics(answers_a, answers_b, columns["length"], unit, seed, level)
     picks = pick_samples(columns["score"][1] - columns["score"][0], seed, SAMPLES_EACH)
@@ -258,7 +286,7 @@ def compare_models(
         p_value=preference.p_value,
         gain_in_std=statistics.standardised_difference(*columns["score"], seed, level),
         metrics=tuple(metrics),
-        rows=tuple(_rows(prompts, answers_a, answers_b, columns, kl, signs)),
+        rows=tuple(_rows(prompts, answers_a, answers_b, columns, term_columns, kl, signs)),
         picks=tuple(picks),
         pick_rule=sample_rule(SAMPLES_EACH, seed),
     )
@@ -269,7 +297,7 @@ def _measure(
     answers_a: Sequence[str],
     answers_b: Sequence[str],
     toxicity: ToxicityScorer | None,
-    gold: Callable[[str, str], float] | None,
+    gold: GoldJudge | None,
 ) -> dict[str, Pair]:
     """Return the columns that a scorer computes from the texts: toxicity, gold."""
     count = len(prompts)
@@ -287,8 +315,8 @@ def _measure(
         )
     if gold is not None:
         columns["gold"] = statistics.paired(
-            [gold(*pair) for pair in zip(prompts, answers_a, strict=True)],
-            [gold(*pair) for pair in zip(prompts, answers_b, strict=True)],
+            [gold.score(*pair) for pair in zip(prompts, answers_a, strict=True)],
+            [gold.score(*pair) for pair in zip(prompts, answers_b, strict=True)],
         )
     return columns
 
@@ -319,6 +347,7 @@ def _lengths(
 def _judged_metrics(
     columns: dict[str, Pair],
     kl: Floats | None,
+    gold: GoldJudge | None,
     name_a: str,
     seed: int,
     level: float,
@@ -326,9 +355,10 @@ def _judged_metrics(
     """Return the means of the judges of an answer: reward, KL, gold judge, toxicity."""
     known: list[tuple[str, str, str, Better]] = [
         ("score", "reward", "Reward, raw", "higher"),
-        ("gold", "gold", "Gold judge, 0 to 1", "higher"),
         ("toxicity", "toxicity", "Toxicity, 0 to 1", "lower"),
     ]
+    if gold is not None:
+        known.insert(1, ("gold", gold.key, gold.label, "higher"))
     metrics = [
         paired_metric(key, label, better, *columns[column], seed, level)
         for column, key, label, better in known
@@ -363,6 +393,7 @@ def _rows(
     answers_a: Sequence[str],
     answers_b: Sequence[str],
     columns: dict[str, Pair],
+    terms: dict[str, Pair],
     kl: Floats | None,
     signs: NDArray[np.int64],
 ) -> list[PromptRow]:
@@ -385,6 +416,8 @@ def _rows(
             gold_b=value("gold", 1, row),
             kl_b=None if kl is None else float(kl[row]),
             outcome=_OUTCOMES[int(signs[row])],
+            terms_a={name: float(pair[0][row]) for name, pair in terms.items()},
+            terms_b={name: float(pair[1][row]) for name, pair in terms.items()},
         )
         for row in range(len(prompts))
     ]

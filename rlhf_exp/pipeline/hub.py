@@ -96,6 +96,8 @@ def needs(config: Config, steps: Iterable[Step]) -> list[Need]:
         for role, extra in step.extra.items():
             if not Path(extra.model).exists():
                 option = "eval.reward_quality.referee" if role == REFEREE else "eval.models"
+                if role in config.ppo.reward.term_models:
+                    option = "ppo.reward.terms"
                 wanted.append(Need(option, MODEL, *split_revision(extra.model)))
     if any(step.stage == "eval" for step in steps):
         wanted += _of_toxicity(config)

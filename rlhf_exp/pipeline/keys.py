@@ -27,7 +27,7 @@ from rlhf_exp.config.experiment import (
     ModelConfig,
 )
 from rlhf_exp.config.fields import key_content
-from rlhf_exp.config.training import CONTINUED
+from rlhf_exp.config.training import CONTINUED, Combine, RewardTermConfig
 from rlhf_exp.evaluation.harness_tasks import task_content
 from rlhf_exp.function_source import function_source
 from rlhf_exp.store.fingerprint import DigestCache, key_of
@@ -83,7 +83,7 @@ class Keys:
         section = key_content(self.config.ppo)
         section.pop("continue_from", None)
         # The content of a function and the name of a server count, not their paths: see `_judge`.
-        for name in ("function", "url", "name"):
+        for name in ("function", "url", "name", "terms"):
             section["reward"].pop(name, None)
         content = {"ppo": section, "parents": parents}
         if self.config.engine.name is EngineName.trlx:
@@ -191,12 +191,48 @@ class Keys:
         """Return the values of scoring that count, besides the reward model's key."""
         reward = self.config.ppo.reward
         reference = reward.function
+        if reward.terms:
+            length = {"judge_length": self._judge_length()} if self._models_score() else {}
+            return {"terms": [self._term(term) for term in reward.terms]} | length
         if reward.url is not None:
             return {"server": {"name": reward.name} if reward.name else {"url": reward.url}}
         if reference is None:
             # The length at which the reward model cuts, which need not be in its own key.
-            return {"judge_length": max(self.config.reward.seq_length, self.config.ppo.seq_length)}
+            return {"judge_length": self._judge_length()}
         return {"function": self._function(reference)}
+
+    def _judge_length(self) -> int:
+        return max(self.config.reward.seq_length, self.config.ppo.seq_length)
+
+    def _models_score(self) -> bool:
+        return any(term.specs for term in self.config.ppo.reward.terms)
+
+    def _function(self, reference: str) -> dict[str, str]:
+        """Return the content of a function's file, and the function's name."""
+        file, name = function_source(reference)
+        return {"source": self.digests.file(file), "name": name}
+
+    def _term(self, term: RewardTermConfig) -> dict[str, Any]:
+        """Return the values of one of several rewards that count.
+
+        Its reward models are named by their roles among the result's parents. A name counts where
+        it stands for a server's reward alone.
+        """
+        roles = {spec: role for role, spec in self.config.ppo.reward.term_models.items()}
+        content: dict[str, Any] = {"weight": term.weight}
+        if term.specs:
+            content["models"] = [roles.get(spec, "reward") for spec in term.specs]
+        if term.models:
+            content["combine"] = term.combine.name
+        if term.combine is Combine.uncertainty:
+            content["coef"] = term.coef
+        if term.function is not None:
+            content["function"] = self._function(term.function)
+        if term.url is not None:
+            content["server"] = {"name": term.name} if term.name else {"url": term.url}
+        if term.length is not None:
+            content["length"] = key_content(term.length)
+        return content
 
     def _toxicity(self) -> dict[str, Any]:
         section = self.config.eval.toxicity
@@ -219,11 +255,6 @@ class Keys:
             return self._content(section.scorer)
         return self._function(section.scorer)
 
-    def _function(self, reference: str) -> dict[str, str]:
-        """Return the content and the name of a user's function; its path does not count."""
-        file, name = function_source(reference)
-        return {"source": self.digests.file(file), "name": name}
-
     def _content(self, source: str) -> str:
         """Return the digest of a file or folder; a hub id unchanged."""
         path = Path(source).expanduser()
@@ -236,6 +267,8 @@ class Keys:
         content: dict[str, Any] = {"source": section.source.name, "format": section.format.name}
         if section.source == DataSource.toy:
             return content | {"toy": key_content(section.toy)}
+        if section.source == DataSource.arithmetic:
+            return content | {"arithmetic": key_content(section.arithmetic)}
         whole = key_content(section)
         for name in ("validation_fraction", "test_fraction", "limit", "path", "revision"):
             content[name] = whole[name]

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_exp.config.evaluation import REFEREE, SAMPLES
+from rlhf_exp.config.evaluation import REFEREE, SAMPLES, needs_reward
 from rlhf_exp.config.experiment import CachePolicy, Config
 from rlhf_exp.config.training import CONTINUED, RewardInit
 from rlhf_exp.errors import UserError
@@ -193,7 +193,8 @@ class _Planner:
     def _own(self, stage: str) -> Step:
         parents = self._parents(stage)
         extra = self._extra(stage, parents)
-        key = self._key(stage, parents, extra)
+        judges = {role: extra[role].key for role in extra if role in self._term_roles()}
+        key = self._key(stage, parents | judges, extra)
         code = stage_code(module_of(self.config, stage), self.cache / "code.json")
         present = {role: self.done[role].artifact for role in parents if self._stays(role)}
         present |= {role: model.artifact for role, model in extra.items()}
@@ -267,9 +268,27 @@ class _Planner:
         return self.keys.eval(parents, models, None if referee is None else referee.key)
 
     def _extra(self, stage: str, parents: dict[str, str]) -> dict[str, ResolvedModel]:
-        if stage == "ppo" and self.config.ppo.continue_from is not None:
-            return {CONTINUED: continued(self.config, self.keys, self.finder, parents)}
-        return self._compared() if stage == "eval" else {}
+        if stage == "eval":
+            scored = self.config.eval.samples is None and needs_reward(self.config.eval)
+            return self._compared() | (self._term_models() if scored else {})
+        if stage != "ppo":
+            return {}
+        models = self._term_models()
+        if self.config.ppo.continue_from is None:
+            return models
+        judges = {role: model.key for role, model in models.items()}
+        before = continued(self.config, self.keys, self.finder, parents | judges)
+        return models | {CONTINUED: before}
+
+    def _term_roles(self) -> dict[str, str]:
+        return self.config.ppo.reward.term_models
+
+    def _term_models(self) -> dict[str, ResolvedModel]:
+        """Return the reward models of terms that no step makes, by role."""
+        return {
+            role: self.finder.model(f"ppo.reward.terms: {spec}", spec, ("reward",))
+            for role, spec in self._term_roles().items()
+        }
 
     def _compared(self) -> dict[str, ResolvedModel]:
         reward = self.done.get("reward")

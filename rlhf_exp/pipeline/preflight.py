@@ -120,10 +120,14 @@ def reward_ready(config: Config) -> None:
         UserError: The server does not answer, the GPU does not exist, or a process trains on it.
     """
     reward = config.ppo.reward
+    servers = {term.url: term.name for term in reward.terms if term.url is not None}
     if reward.url is not None:
+        servers[reward.url] = reward.name
+    if servers:
         from rlhf_exp.stages.scorers import reward_client
 
-        reward_client(reward).check()
+        for url, name in servers.items():
+            reward_client(reward, url, name).check()
     elif reward.gpu is not None and reward.model_scores:
         _check_gpu(config, reward.gpu)
 

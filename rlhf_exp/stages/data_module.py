@@ -20,7 +20,15 @@ from rlhf_exp.data.rows import (
     part_number,
     prompt_key,
 )
-from rlhf_exp.data.sources import FileReader, LoadOptions, Refusal, load_hub, load_jsonl, load_toy
+from rlhf_exp.data.sources import (
+    FileReader,
+    LoadOptions,
+    Refusal,
+    load_arithmetic,
+    load_hub,
+    load_jsonl,
+    load_toy,
+)
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.pretrained import end_token_ids, load_tokenizer
@@ -217,16 +225,9 @@ def _load(config: DataConfig, refusal: Refusal | None) -> Corpus:
         reader=reader_of(config),
     )
     if config.source == DataSource.toy:
-        toy = config.toy
-        return load_toy(
-            toy.seed,
-            demonstrations=toy.demonstrations,
-            preferences=toy.preferences,
-            prompts=toy.prompts,
-            validation=toy.validation,
-            test=toy.test,
-            label_noise=toy.label_noise,
-        )
+        return load_toy(**asdict(config.toy))
+    if config.source == DataSource.arithmetic:
+        return load_arithmetic(**asdict(config.arithmetic))
     if config.source == DataSource.hub:
         assert config.path is not None, "checked with the config"
         return load_hub(config.path, config.revision, options=options)

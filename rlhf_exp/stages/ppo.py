@@ -27,7 +27,7 @@ from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.ppo_inputs import (
     original_scores,
     ppo_prompts,
-    set_prompt_dialogues,
+    set_prompt_rows,
 )
 from rlhf_exp.stages.publish import save_models
 from rlhf_exp.stages.sampling import exact, sampler_for
@@ -64,7 +64,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         # After it: mixed precision computes otherwise with weights in float32 than in bfloat16.
         reference = build_reference(policy, world.weights_dtype)
         scorer = training_scorer(config, context, codec, world, policy)
-        set_prompt_dialogues(scorer, context, prompts, validation)
+        set_prompt_rows(scorer, context, prompts, validation)
         task = PpoTask(
             policy,
             _collector(config, context, policy, reference, scorer, prompts, codec, world),
@@ -177,7 +177,8 @@ def training_scorer(
     # DeepSpeed would turn the trunk into another number format; ZeRO-3 and FSDP spread it.
     cast = world.weights_dtype not in (None, torch_dtype(config))
     cannot_share = policy.run_all_positions or cast or config.ppo.reward.device is not None
-    folder = context.models["reward"] if config.ppo.reward.model_scores else None
+    alone = config.ppo.reward.model_scores and not config.ppo.reward.terms
+    folder = context.models["reward"] if alone else None
     if folder is None or cannot_share or context.materials.codec(folder).digest != codec.digest:
         return scorer_for(config, context, codec, world)
     model = RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config))
@@ -228,7 +229,8 @@ def _copy_state(source: Path, context: StageContext) -> None:
     for name in (BEST, KEPT, "tables"):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name, dirs_exist_ok=True)
-    for name in (METRICS, ALERTS, SERVER_NOTE):
+    notes = [path.name for path in source.glob(f"{Path(SERVER_NOTE).stem}*.json")]
+    for name in (METRICS, ALERTS, *notes):
         if (source / name).is_file():
             shutil.copy2(source / name, target / name)
     partial = target / f".{CHECKPOINTS}"

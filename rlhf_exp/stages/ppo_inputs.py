@@ -6,14 +6,16 @@ The scores are computed once for all runs that share prompts and reward, and kep
 from __future__ import annotations
 
 import hashlib
+import json
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.fields import key_content
 from rlhf_exp.data.batching import batch_index, right_padded
-from rlhf_exp.data.rows import Prompt
+from rlhf_exp.data.rows import Prompt, reward_fields
 from rlhf_exp.data.tokenized import TokenizedPrompts, tokenize_prompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
@@ -22,8 +24,9 @@ from rlhf_exp.stages.context import StageContext
 from rlhf_exp.stages.kept_tensor import kept_tensor
 from rlhf_exp.store.fingerprint import key_of
 from rlhf_exp.store.sealed import file_digest
-from rlhf_exp.training.reward_scorer import Dialogues, Scorer, score_shared
-from rlhf_exp.training.scorers import ServerScorer, set_dialogues
+from rlhf_exp.training.reward_scorer import PromptRows, Scorer, score_shared
+from rlhf_exp.training.reward_terms import MixedScorer, any_reads_rows, set_all_rows
+from rlhf_exp.training.scorers import ServerScorer
 
 
 def ppo_prompts(
@@ -39,14 +42,14 @@ def ppo_prompts(
     return train, _tokenized(rows.validation, codec, config, context)
 
 
-def set_prompt_dialogues(
+def set_prompt_rows(
     scorer: Scorer, context: StageContext, prompts: TokenizedPrompts, validation: TokenizedPrompts
 ) -> None:
-    """Give a scorer the dialogues of the prompts that `ppo_prompts` returned."""
-    rows, dialogues = context.materials.training_prompts(with_response=False), Dialogues()
-    dialogues.add(prompts.prompt, (row.history for row in rows.train))
-    dialogues.add(validation.prompt, (row.history for row in rows.validation))
-    set_dialogues(scorer, dialogues)
+    """Give a scorer the rows of the prompts that `ppo_prompts` returned."""
+    splits, rows = context.materials.training_prompts(with_response=False), PromptRows()
+    rows.add(prompts.prompt, splits.train)
+    rows.add(validation.prompt, splits.validation)
+    set_all_rows(scorer, rows)
 
 
 def _tokenized(
@@ -76,6 +79,9 @@ def original_scores(
     """
     used = _used(config, len(prompts), context.probe.iterations if context.probe else None)
     judge = _judge(config, context, scorer)
+    if judge is not None and any_reads_rows(scorer):
+        seen = [reward_fields(row) for row in context.materials.training_prompts(True).train]
+        judge = [*judge, key_of({"rows": json.dumps(seen, sort_keys=True, default=repr)})]
     key = _key(prompts, used, judge, config, world)
     # Of a server that gives no name, nobody can say that it scored the same in an earlier run.
     folder = context.folder if judge is None else context.cache
@@ -118,16 +124,43 @@ def _score(prompts: TokenizedPrompts, rows: np.ndarray, scorer: Scorer, world: W
 def _judge(config: Config, context: StageContext, scorer: Scorer) -> list[str | None] | None:
     """Return what tells what scores from anything else, or `None` where nothing does."""
     reward = config.ppo.reward
+    if reward.terms:
+        return _terms(config, context, scorer)
     if reward.function is not None:
         file, name = function_source(reward.function)
         return [file_digest(file), name]
     if isinstance(scorer, ServerScorer):
-        info = scorer.client.info
-        server_name = reward.name or (None if info is None else info.name)
+        server_name = reward.name or _server_name(scorer)
         return None if server_name is None else ["server", server_name]
     # The key alone would not do: a reward model made again under it may have other weights.
     found = [context.parents.get("reward"), context.inputs.get("reward")]
     return found if reward.device is None else [*found, reward.placement]
+
+
+def _terms(config: Config, context: StageContext, scorer: Scorer) -> list[str | None] | None:
+    """Return what tells a sum of rewards from any other, or `None` where nothing does."""
+    reward, found = config.ppo.reward, list[str | None]()
+    for role in ("reward", *reward.term_models):
+        found += [role, context.parents.get(role), context.inputs.get(role)]
+    for term, part in zip(reward.terms, _parts(scorer), strict=True):
+        found.append(json.dumps(key_content(term), sort_keys=True))
+        if term.function is not None:
+            file, name = function_source(term.function)
+            found += [file_digest(file), name]
+        if isinstance(part, ServerScorer):
+            if (name_of_server := term.name or _server_name(part)) is None:
+                return None
+            found.append(name_of_server)
+    return found
+
+
+def _parts(scorer: Scorer) -> list[Scorer]:
+    assert isinstance(scorer, MixedScorer), "several terms"
+    return [part for _, part in scorer.terms.values()]
+
+
+def _server_name(scorer: ServerScorer) -> str | None:
+    return None if scorer.client.info is None else scorer.client.info.name
 
 
 def _key(

@@ -25,11 +25,12 @@ from rlhf_exp.config.evaluation import (
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.training import RewardInit, ValueInit
 from rlhf_exp.data.parsing import format_dialogue
-from rlhf_exp.data.rows import responses_of
+from rlhf_exp.data.rows import responses_of, reward_fields
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.human_agreement import read_judged_pairs
 from rlhf_exp.evaluation.judges.reward_models import check_classifier, rendered_dialogue
+from rlhf_exp.function_source import declared_fields
 from rlhf_exp.models.inspection import (
     check_weight_files,
     policy_problems,
@@ -140,10 +141,35 @@ def reward_model_problems(prospect: Prospect) -> Iterator[str]:
         roles.append("reward")
     if prospect.evaluates and uses_referee(config.eval):
         roles.append(REFEREE)
+    judged = prospect.evaluates and needs_reward(config.eval)
+    if "ppo" in prospect.work or judged:
+        roles += config.ppo.reward.term_models
     for role in roles:
         if role in prospect.given:
             lengths = {f"{s}.seq_length": int(getattr(config, s).seq_length) for s in _SCORED}
             yield from _model_problems(prospect, role, None, lengths, policy=False)
+
+
+def reward_field_problems(prospect: Prospect) -> Iterator[str]:
+    """Yield which prompts lack a field that a reward function says it needs."""
+    reward, prompts = prospect.config.ppo.reward, prospect.materials.corpus.prompts
+    named = {} if reward.function is None else {"ppo.reward.function": reward.function}
+    for number, term in enumerate(reward.terms):
+        if term.function is not None:
+            named[f"ppo.reward.terms[{number}].function"] = term.function
+    rows = [*prompts.train, *prompts.validation] if "ppo" in prospect.work else []
+    if prospect.evaluates and needs_reward(prospect.config.eval):
+        rows += prompts.test
+    for key, reference in named.items():
+        for name in declared_fields(reference):
+            lacking = [row for row in rows if name not in reward_fields(row)]
+            if lacking:
+                has = ", ".join(reward_fields(lacking[0])) or "none"
+                yield (
+                    f"{key}={reference} needs the field `{name}` of every prompt's row, and "
+                    f"{len(lacking)} of {len(rows)} have none, the first is {lacking[0].origin} "
+                    f"(its fields: {has}); give it in the data"
+                )
 
 
 def _model_problems(
@@ -211,6 +237,8 @@ def _option(prospect: Prospect, role: str) -> str:
         return f"eval.reward_quality.referee={config.eval.reward_quality.referee}"
     if role in ("sft", "reward", "dpo", "ppo"):
         return f"{role}.use={getattr(config, role).use}"
+    if role in config.ppo.reward.term_models:
+        return f"ppo.reward.terms: {config.ppo.reward.term_models[role]}"
     return f"eval.models: {role}"
 
 
@@ -267,6 +295,7 @@ CHECKS: tuple[Check, ...] = (
     data_problems,
     policy_model_problems,
     reward_model_problems,
+    reward_field_problems,
     judge_problems,
     toxicity_problems,
     harness_problems,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from rlhf_exp.config.evaluation import REFEREE
 from rlhf_exp.config.experiment import Config
-from rlhf_exp.config.training import PpoRewardConfig
+from rlhf_exp.config.training import PpoRewardConfig, RewardTermConfig
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.errors import UserError
@@ -24,15 +25,20 @@ from rlhf_exp.redaction import secret_variable
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.stages.setup import attention_of, torch_dtype
 from rlhf_exp.store.atomic_files import write_json_atomic
-from rlhf_exp.training.reward_scorer import Dialogues, ModelScorer, Scorer
+from rlhf_exp.training.reward_scorer import ModelScorer, PromptRows, Scorer
+from rlhf_exp.training.reward_terms import (
+    EnsembleScorer,
+    LengthScorer,
+    MixedScorer,
+    set_all_rows,
+)
 from rlhf_exp.training.scorers import (
     CentralScorer,
     FunctionScorer,
     RewardClient,
+    RewardFunction,
     ServerInfo,
     ServerScorer,
-    reward_function,
-    set_dialogues,
 )
 
 SERVER_NOTE = "reward_server.json"
@@ -56,10 +62,19 @@ def scorer_for(
         model: The reward model, if it is loaded already.
     """
     reward, folder = config.ppo.reward, context.models.get("reward")
+    if reward.terms:
+        terms = zip(reward.term_names, reward.terms, strict=True)
+        return MixedScorer(
+            {
+                name: (term.weight, _term_scorer(config, context, codec, world, term, name))
+                for name, term in terms
+            }
+        )
     if reward.function is not None:
-        return FunctionScorer(reward_function(reward.function), codec)
+        return FunctionScorer(RewardFunction(reward.function), codec)
     if reward.url is not None:
-        return ServerScorer(agreed_reward_client(config, context, world), codec)
+        client = agreed_reward_client(config, context, world, reward.url, reward.name, SERVER_NOTE)
+        return ServerScorer(client, codec)
     assert folder is not None, "what scores is a reward model"
     if reward.device is None:
         return model_scorer(config, context, codec, world, folder, model)
@@ -68,6 +83,31 @@ def scorer_for(
         device = torch.device(reward.device)
         scorer = model_scorer(config, context, codec, world, folder, model, device)
     return CentralScorer(scorer, world)
+
+
+def _term_scorer(
+    config: Config,
+    context: StageContext,
+    codec: Codec,
+    world: World,
+    term: RewardTermConfig,
+    name: str,
+) -> Scorer:
+    """Return the scorer of one of several rewards; `name` is the term's."""
+    if term.function is not None:
+        return FunctionScorer(RewardFunction(term.function, f"ppo.reward.terms: {name}"), codec)
+    if term.url is not None:
+        note = f"{Path(SERVER_NOTE).stem}-{name}.json"
+        client = agreed_reward_client(config, context, world, term.url, term.name, note)
+        return ServerScorer(client, codec)
+    if term.length is not None:
+        return LengthScorer(term.length.target)
+    roles = {spec: role for role, spec in config.ppo.reward.term_models.items()}
+    models = [
+        model_scorer(config, context, codec, world, context.models[roles.get(spec, "reward")])
+        for spec in term.specs
+    ]
+    return models[0] if term.model is not None else EnsembleScorer(models, term.combine, term.coef)
 
 
 def model_scorer(
@@ -122,11 +162,11 @@ class EvaluationScorers:
     def __init__(self, config: Config, context: StageContext, world: World) -> None:
         self.config, self.context, self.world = config, context, world
         self._scorers: dict[tuple[str, str], Scorer] = {}
-        self._dialogues: defaultdict[str, Dialogues] = defaultdict(Dialogues)
+        self._rows: defaultdict[str, PromptRows] = defaultdict(PromptRows)
 
-    def dialogues(self, codec: Codec) -> Dialogues:
-        """Return the dialogues of the prompts of policies with this codec, to be added to."""
-        return self._dialogues[codec.digest]
+    def rows(self, codec: Codec) -> PromptRows:
+        """Return the rows of the prompts of policies with this codec, to be added to."""
+        return self._rows[codec.digest]
 
     def reward(self, codec: Codec) -> Scorer:
         """Return the scorer of the reward, for a policy with this codec."""
@@ -154,7 +194,7 @@ class EvaluationScorers:
         if key not in self._scorers:
             loaded = [scorer for (other, _), scorer in self._scorers.items() if other == role]
             scorer = make(_model_of(loaded[0]) if loaded else None)
-            set_dialogues(scorer, self.dialogues(codec))
+            set_all_rows(scorer, self.rows(codec))
             self._scorers[key] = scorer
         return self._scorers[key]
 
@@ -166,39 +206,56 @@ def _model_of(scorer: Scorer) -> RewardModel | None:
     return scorer.model if isinstance(scorer, ModelScorer) else None
 
 
-def reward_client(section: PpoRewardConfig) -> RewardClient:
-    """Return the client of the server at `ppo.reward.url`."""
-    assert section.url is not None, "a server scores"
+def reward_client(section: PpoRewardConfig, url: str, name: str | None) -> RewardClient:
+    """Return the client of a reward server.
+
+    Args:
+        section: How it is asked.
+        url: Its address.
+        name: What it must call itself, if it calls itself anything.
+    """
     key = None if section.key_env is None else secret_variable(section.key_env)
-    service = Service(section.url, key, section.timeout_s, section.retries)
-    return RewardClient(service, section.request_size, section.name)
+    service = Service(url, key, section.timeout_s, section.retries)
+    return RewardClient(service, section.request_size, name)
 
 
-def agreed_reward_client(config: Config, context: StageContext, world: World) -> RewardClient:
-    """Return the client of the server, on whose reward all processes agree; all take part.
+def agreed_reward_client(
+    config: Config, context: StageContext, world: World, url: str, name: str | None, note: str
+) -> RewardClient:
+    """Return the client of a server, on whose reward all processes agree; all take part.
+
+    Args:
+        config: The experiment.
+        context: The stage's folder.
+        world: The processes.
+        url: Its address.
+        name: What it must call itself, if it calls itself anything.
+        note: File in PPO's folder that keeps its name.
 
     Raises:
         UserError: A process cannot reach it, they disagree, or PPO began with another reward.
     """
-    client = reward_client(config.ppo.reward)
+    client = reward_client(config.ppo.reward, url, name)
     infos = world.run_on_all(client.check)
     if any(info != infos[0] for info in infos):
         raise UserError(
-            f"ppo.reward.url={config.ppo.reward.url}: the processes reach servers that score with "
+            f"ppo.reward.url={url}: the processes reach servers that score with "
             f"{', '.join(sorted({str(info.name) for info in infos}))}; all must have one reward"
         )
     if context.stage == "ppo" and context.probe is None:
-        world.run_on_all(lambda: _note_server(config, context, infos[0]) if world.is_main else None)
+        world.run_on_all(
+            lambda: _note_server(context, url, infos[0], note) if world.is_main else None
+        )
     return client
 
 
-def _note_server(config: Config, context: StageContext, info: ServerInfo) -> None:
+def _note_server(context: StageContext, url: str, info: ServerInfo, note: str) -> None:
     """Note the server's name; if PPO is resumed, check that it is the noted one.
 
     Raises:
         UserError: The server has another reward than the run began with.
     """
-    path, reward = context.folder / SERVER_NOTE, config.ppo.reward
+    path = context.folder / note
     if path.is_file():
         try:
             noted_name = json.loads(path.read_text(encoding="utf-8"))["name"]
@@ -210,9 +267,9 @@ def _note_server(config: Config, context: StageContext, info: ServerInfo) -> Non
             ) from error
         if noted_name != info.name:
             raise UserError(
-                f"ppo.reward.url={reward.url}: it scores with {info.name!r}, and this run was "
+                f"ppo.reward.url={url}: it scores with {info.name!r}, and this run was "
                 f"begun with {noted_name!r}; start that one again, or begin anew with rerun=[ppo]"
             )
         return
     context.before_write()
-    write_json_atomic(path, {"url": reward.url, "name": info.name})
+    write_json_atomic(path, {"url": url, "name": info.name})

@@ -19,7 +19,7 @@ from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.ppo_inputs import (
     original_scores,
     ppo_prompts,
-    set_prompt_dialogues,
+    set_prompt_rows,
 )
 from rlhf_exp.stages.publish import record_model, save_models
 from rlhf_exp.stages.scorers import scorer_for
@@ -47,7 +47,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         codec = context.materials.codec(context.models["sft"])
         prompts, validation = ppo_prompts(config, context, codec)
         scorer = scorer_for(config, context, codec, world)
-        set_prompt_dialogues(scorer, context, prompts, validation)
+        set_prompt_rows(scorer, context, prompts, validation)
         libraries = process.greet()
         originals = None
         if config.ppo.reward.delta:

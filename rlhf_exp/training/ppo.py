@@ -80,7 +80,8 @@ from rlhf_exp.models.reference import Reference, compare_with_reference
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.result import EvaluationResult
-from rlhf_exp.training.reward_scorer import Scorer, score_samples
+from rlhf_exp.training.reward_scorer import Scorer
+from rlhf_exp.training.reward_terms import judge_samples, report_terms
 from rlhf_exp.training.task import Update
 
 log = logging.getLogger(__name__)
@@ -281,6 +282,12 @@ class PpoTask:
         limit = self.section.kl.stop
         if limit is not None and metrics["kl/sequence"] > limit:
             return f"kl/sequence is {metrics['kl/sequence']:.3g}, above ppo.kl.stop={limit:g}"
+        limit = self.section.reward.ensemble_stop
+        if limit is not None and metrics["reward/ensemble_std"] > limit:
+            return (
+                f"reward/ensemble_std is {metrics['reward/ensemble_std']:.3g}, above "
+                f"ppo.reward.ensemble_stop={limit:g}"
+            )
         return None
 
 
@@ -409,8 +416,10 @@ class ExperienceCollector:
     def _score(self, samples: Samples, weights: Tensor, meters: MetricAccumulator) -> Tensor:
         """Return what goes into the reward: [B] float32, penalised, compared, clipped, scaled."""
         reward, device = self.section.reward, self.world.device
-        raw = score_samples(self.scorer, samples).to(device)
+        found = judge_samples(self.scorer, samples)
+        raw = found.total.to(device)
         report_scores(raw, weights, meters)
+        report_terms(found, weights, meters)
         scores = raw - reward.missing_eos_penalty * (samples.finish == FinishReason.LENGTH)
         sizes = raw.abs()
         if self.original_scores is not None:

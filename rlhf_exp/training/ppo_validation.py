@@ -24,7 +24,8 @@ from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.ppo_objective import SHOWN, objective, score_unit, selection_score
 from rlhf_exp.training.result import EvaluationResult, SampleTable
-from rlhf_exp.training.reward_scorer import Scorer, score_samples, texts_of
+from rlhf_exp.training.reward_scorer import Scorer, texts_of
+from rlhf_exp.training.reward_terms import Scores, judge_samples, report_terms
 from rlhf_exp.training.validation_answers import sample_answers
 
 
@@ -70,25 +71,29 @@ class Validator:
             self.world,
             meters,
         )
-        scores = score_samples(self.scorer, samples).to(self.world.device)
+        found = judge_samples(self.scorer, samples)
+        scores = found.total.to(self.world.device)
         if self.initial is None:
             self.initial = self.world.gather(scores)[:count].tolist()
         before = torch.tensor(self.initial)[rows].to(self.world.device)
         total = weights.sum()
         meters.add("eval/reward_mean", (scores * weights).sum(), total)
         meters.spread("eval/reward_std", scores, weights)
+        report_terms(found, weights, meters, "eval/")
         meters.add("eval/win_rate", (wins(scores, before) * weights).sum(), total)
         metrics = meters.means()
         if self.unit is None:
             self.unit = score_unit(self.section, metrics)
         metrics["eval/objective"] = objective(self.section, metrics, self.unit)
         selected_by = selection_score(self.section, metrics, self.unit)
-        return EvaluationResult(metrics, selected_by, self._table(samples, scores, kl))
+        return EvaluationResult(metrics, selected_by, self._table(samples, found, kl))
 
-    def _table(self, samples: Samples, scores: Tensor, kl: Tensor) -> SampleTable:
+    def _table(self, samples: Samples, scores: Scores, kl: Tensor) -> SampleTable:
         shown = samples.select(slice(0, SHOWN))
         prompts, responses = texts_of(
             shown.tokens, shown.prompt_lengths, shown.content_lengths, self.codec
         )
-        rows = zip(prompts, responses, scores[:SHOWN].tolist(), kl[:SHOWN].tolist(), strict=True)
-        return SampleTable(["prompt", "response", "score", "kl"], [list(row) for row in rows])
+        numbers = {"score": scores.total, **scores.terms, "kl": kl}
+        columns = [values[:SHOWN].tolist() for values in numbers.values()]
+        rows = zip(prompts, responses, *columns, strict=True)
+        return SampleTable(["prompt", "response", *numbers], [list(row) for row in rows])

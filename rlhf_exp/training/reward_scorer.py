@@ -5,7 +5,7 @@
 
 A reward model with the policy's tokenizer reads the token ids as they were sampled; one with
 another tokenizer reads the text, and one with another chat template reads the dialogue as that
-template writes it (`Dialogues`). It reads the prompt and the response's content, ended by the
+template writes it (`PromptRows`). It reads the prompt and the response's content, ended by the
 end-of-sequence token whether the response ended by that token, by a stop string or not at all: the
 reward model was trained on ended responses only, and `missing_eos_penalty` says how an unfinished
 one is punished, not the model's extrapolation.
@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.batch import Samples
-from rlhf_exp.data.rows import History
+from rlhf_exp.data.rows import History, Row, reward_fields
 from rlhf_exp.data.tokenized import RaggedArray
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
+from rlhf_exp.errors import UserError
 from rlhf_exp.models.frozen_trunk import Branch
 from rlhf_exp.models.reward_model import RewardModel, scores_from_branch
 
@@ -47,33 +48,60 @@ class Scorer(Protocol):
         """
 
 
-class Dialogues:
-    """The dialogues that prompts were written from, by the prompts' token ids.
+class PromptRows:
+    """The rows that prompts were written from, by the prompts' token ids.
 
-    Scorers are handed token ids, in which a policy's chat template and a cut have left their marks.
+    Scorers are handed token ids, in which a policy's chat template and a cut have left their marks
+    and of which a row's other fields are no part.
     """
 
     def __init__(self) -> None:
-        self._histories: dict[bytes, History] = {}
+        self._rows: dict[bytes, Row] = {}
+        self._unclear: dict[bytes, tuple[Row, Row]] = {}
 
-    def add(self, prompts: RaggedArray, histories: Iterable[History]) -> None:
-        """Remember the dialogue of each prompt."""
-        for ids, history in zip(prompts, histories, strict=True):
-            self._histories[np.asarray(ids, np.int32).tobytes()] = history
+    def add(self, prompts: RaggedArray, rows: Iterable[Row]) -> None:
+        """Remember the row of each prompt."""
+        for ids, row in zip(prompts, rows, strict=True):
+            key = np.asarray(ids, np.int32).tobytes()
+            known = self._rows.get(key)
+            if known is not None and reward_fields(known) != reward_fields(row):
+                self._unclear[key] = (known, row)
+            self._rows[key] = row
 
-    def of(self, tokens: Tensor, prompt_lengths: Tensor) -> list[History]:
+    def histories(self, tokens: Tensor, prompt_lengths: Tensor) -> list[History]:
         """Return the dialogues of the prompts at the beginning of `tokens` [B, S]."""
-        rows = zip(tokens.cpu().numpy(), prompt_lengths.tolist(), strict=True)
-        keys = [np.asarray(row[:length], np.int32).tobytes() for row, length in rows]
-        return [self._histories[key] for key in keys]
+        return [self._rows[key].history for key in _prompt_keys(tokens, prompt_lengths)]
+
+    def fields(self, tokens: Tensor, prompt_lengths: Tensor) -> list[dict[str, object]]:
+        """Return what a reward sees of the rows of the prompts at the beginning of `tokens` [B, S].
+
+        Raises:
+            UserError: two rows with different fields have become one prompt.
+        """
+        keys = _prompt_keys(tokens, prompt_lengths)
+        for key in keys:
+            if key in self._unclear:
+                first, second = self._unclear[key]
+                raise UserError(
+                    f"{first.origin} and {second.origin} have different fields, and the model "
+                    "reads the same prompt: longer prompts lose their start. The reward asks for "
+                    "the row, and nothing says which one it is; raise seq_length, or take one of "
+                    "the two out"
+                )
+        return [reward_fields(self._rows[key]) for key in keys]
+
+
+def _prompt_keys(tokens: Tensor, prompt_lengths: Tensor) -> list[bytes]:
+    rows = zip(tokens.cpu().numpy(), prompt_lengths.tolist(), strict=True)
+    return [np.asarray(row[:length], np.int32).tobytes() for row, length in rows]
 
 
 class ModelScorer:
     """Scores by a reward model.
 
     Attributes:
-        dialogues: What the prompts to be scored say; read where the reward model has a chat
-            template of its own.
+        rows: Of the prompts to be scored; their dialogues are read where the reward model has a
+            chat template of its own.
 
     Args:
         model: The reward model.
@@ -98,7 +126,7 @@ class ModelScorer:
         self.device = device or world.device
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.half = world.setup.precision == "bfloat16"
-        self.codec, self.reward_codec, self.dialogues = codec, reward_codec, Dialogues()
+        self.codec, self.reward_codec, self.rows = codec, reward_codec, PromptRows()
         self.batch, self.seq_length = batch, seq_length
 
     def autocast(self) -> torch.autocast:
@@ -111,7 +139,7 @@ class ModelScorer:
         if self.reward_codec is None:
             whole, lengths = ended(tokens, prompt_lengths + content_lengths, self.codec.eos_id)
         elif self.reward_codec.prompt_format == "chat_template":
-            histories = self.dialogues.of(tokens, prompt_lengths)
+            histories = self.rows.histories(tokens, prompt_lengths)
             answers = contents_of(tokens, prompt_lengths, content_lengths, self.codec)
             prompts = self.reward_codec.encode_prompts(histories)
             responses = self.reward_codec.encode_responses(answers)

@@ -141,6 +141,14 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         ("data.validation_fraction=-0.1", "data.validation_fraction=-0.1: must be in [0, 1)"),
         ("data.test_fraction=0.95", "data.test_fraction=0.95: leaves nothing to train on"),
         ("data.toy.label_noise=0.5", "data.toy.label_noise=0.5: must be in [0, 0.5)"),
+        (
+            "data.arithmetic.right=1.1 data=arithmetic",
+            "data.arithmetic.right=1.1: must be in [0, 1]",
+        ),
+        (
+            "data.arithmetic.numbers=1 data=arithmetic",
+            "data.arithmetic.numbers=1: must be at least 2",
+        ),
         ("data.limit=0", "data.limit=0: must be at least 1"),
         ("data.format=chat_template", "a model from scratch has no chat template"),
         # evaluation
@@ -256,7 +264,12 @@ def test_a_value_branch_needs_a_frozen_trunk() -> None:
     ("value", "complaint"),
     [
         ("reward.py:score", None),
-        ("reward.py:scores", "has no function scores; its functions are score, other"),
+        ("reward.py:scores", "has no function scores; its functions are score, other, strict"),
+        (
+            "reward.py:other",
+            "it takes (x); expected (prompts, responses) or (prompts, responses, rows",
+        ),
+        ("reward.py:strict", "it takes (a, b, weight); expected (prompts, responses)"),
         ("reward.py", "expected a function of a file or module"),
         ("missing.py:score", "there is no file /"),
         ("broken.py:score", "is not valid Python"),
@@ -268,7 +281,8 @@ def test_a_users_reward_function(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # Never imported: it would raise.
-    source = "raise SystemExit\ndef score(x): ...\ndef other(x): ...\n"
+    source = "raise SystemExit\ndef score(prompts, responses, rows=None, /, *, weight=1): ...\n"
+    source += "def other(x): ...\ndef strict(a, b, *, weight): ...\n"
     (tmp_path / "reward.py").write_text(source)
     (tmp_path / "broken.py").write_text("def score(:\n")
     (tmp_path / "empty.py").write_text("score = 1\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from operator import attrgetter
 from pathlib import Path
@@ -38,6 +39,8 @@ OTHERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ppo.kl.select_coef": ("0.5", "", PPO),
     "ppo.reward.url": ("http://127.0.0.1:1", "", PPO),
     "ppo.reward.name": ("judge", "ppo.reward.url=http://127.0.0.1:1", PPO),
+    "ppo.reward.terms": ("[{model:default}]", "", PPO),
+    "ppo.reward.ensemble_stop": ("2.0", "", PPO),
     "ppo.select_by": ("win_rate", "", PPO),
     "ppo.advantage": ("reinforce_pp", "", PPO),
     "ppo.samples_per_prompt": ("2", "", PPO),
@@ -109,6 +112,8 @@ def without(content: dict[str, Any], field: str) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(item) for item in value]
+    if is_dataclass(value):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     return value.name if isinstance(value, Enum) else value
 
 

@@ -15,7 +15,7 @@ OPTIONS = [(group.name, option) for group in GROUPS.values() for option in group
 PROMISED = {
     "model": "tiny smollm2_135m pythia_160m pythia_1b pythia_6_9b gptj_6b gpt_neox_20b",
     "stage": "sft reward dpo ppo eval pipeline",
-    "data": "toy hh_rm_static hh_full hh_local",
+    "data": "toy arithmetic hh_rm_static hh_full hh_local",
     "sft": "default recipe",
     "reward": "default recipe published",
     "dpo": "default recipe",
@@ -24,7 +24,7 @@ PROMISED = {
     "distributed": "single ddp zero1 zero2 zero2_bf16 zero3 zero3_offload fsdp",
     "eval": "none quick blog toxicity reward_quality human harness full",
     "tracking": "offline online disabled",
-    "experiment": "demo smoke hh_small hh_125m hh_1b hh_gptj_6b hh_gptj_6b_p4d hh_20b",
+    "experiment": "demo smoke arithmetic hh_small hh_125m hh_1b hh_gptj_6b hh_gptj_6b_p4d hh_20b",
     "sweep": "ppo_grid ppo_optuna",
     "hydra/launcher": "joblib local parallel slurm",
 }

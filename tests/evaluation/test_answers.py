@@ -30,7 +30,7 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
         ({"tokens": True}, "`tokens` is True, an integer was expected"),
         ({"row": 0.5}, "`row` is 0.5, an integer was expected"),
         ({"score": "high"}, "`score` is 'high', a number was expected"),
-        ({"facts": [1]}, "`facts` and `sampling` are to be JSON objects"),
+        ({"facts": [1]}, "`facts`, `sampling` and `terms` are to be JSON objects"),
     ],
 )
 def test_an_answer_with_a_field_of_another_type(

@@ -20,6 +20,7 @@ from rlhf_exp.evaluation.comparison import (
     GAIN,
     LOSS,
     RANDOM,
+    GoldJudge,
     ModelComparison,
     Pick,
     compare_models,
@@ -60,7 +61,7 @@ def compare(**changes: object) -> ModelComparison:
         "scores_b": SCORES_B,
         "kl_b": [1.0, 2.0, 3.0, 6.0],
         "toxicity": CountBad(),
-        "gold": gold,
+        "gold": GoldJudge("gold", "Gold judge, 0 to 1", gold),
     }
     return compare_models(**(arguments | changes))  # type: ignore[arg-type]
 

@@ -42,6 +42,7 @@ FULL = "eval=full eval.toxicity.data=FILES/prompts.jsonl"
 
 FURTHER = (
     "stage=sft",
+    "data=arithmetic data.arithmetic.right=0.7",
     "stage=reward",
     "stage=reward reward.init=base",
     "stage=dpo",
@@ -56,6 +57,8 @@ FURTHER = (
     "ppo.reward.function=FILES/mine.py:score ppo.value_init=reward",
     "ppo.reward.url=http://127.0.0.1:8480",
     "ppo.reward.url=http://127.0.0.1:8480 ppo.reward.name=judge",
+    "ppo.reward.terms=[{model:default},{function:'FILES/mine.py:score',weight:0.2},{length:{target:9}}]",
+    "ppo.reward.terms=[{models:[default,FILES/model],combine:min}] ppo.reward.ensemble_stop=2",
     "model.dtype=bfloat16",
     "model.path=FILES/model",
     "model.path=org/model model.revision=main",

@@ -31,6 +31,7 @@ COMMON = (
         "tokenizer",
     )
     | names("data/toy", "content generate")
+    | {"data/arithmetic"}
     | names("distributed", "ddp deepspeed fsdp strategy world")
     | names("models", "architecture frozen_trunk logit_transform lora packing policy pretrained")
     | names("stages", "context data_module setup")
@@ -47,7 +48,7 @@ SAMPLING = {"models/reference"} | names(
 # The scores of responses: by the reward model, a function or a server.
 SCORING = (
     {"algo/kl", "algo/preference", "http_client", "models/reward_model", "safe_text"}
-    | names("training", "reward_scorer scorers")
+    | names("training", "reward_scorer reward_terms scorers")
     | {"stages/scorers"}
 )
 
@@ -80,7 +81,7 @@ ALLOWED = {
     "eval": COMMON
     | SAMPLING
     | SCORING
-    | {"algo/rounding", "data/toy/gold_judge"}
+    | {"algo/rounding", "data/toy/gold_judge", "rewards/arithmetic"}
     | names("evaluation", "agreement answers comparison frontier harness harness_tasks")
     | names("evaluation", "overoptimisation preference reward_quality statistics")
     | names("evaluation/judges", "human_agreement llm protocol reward_models")

@@ -20,7 +20,7 @@ from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.pretrained import build_causal_lm
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.serving.reward_server import RequestScorer
-from rlhf_exp.training.reward_scorer import Dialogues, ModelScorer
+from rlhf_exp.training.reward_scorer import ModelScorer, PromptRows
 from rlhf_exp.training.scorers import RewardClient, ServerScorer
 from tests.judge_server import JudgeServer
 
@@ -82,17 +82,18 @@ def expected(own: Codec, reward: RewardModel) -> list[float]:
     return scores
 
 
-def rows_of(policy: Codec, seq_length: int) -> tuple[tuple[Tensor, Tensor, Tensor], Dialogues]:
+def rows_of(policy: Codec, seq_length: int) -> tuple[tuple[Tensor, Tensor, Tensor], PromptRows]:
     """What a scorer is handed of the dialogues, and what it is told of the prompts."""
-    prompts = tokenize_prompts([Prompt(talk, None, "") for talk in TALKS], policy, seq_length, 8)
+    rows = [Prompt(talk, None, "") for talk in TALKS]
+    prompts = tokenize_prompts(rows, policy, seq_length, 8)
     pairs = [
         (prompts.prompt[row], policy.encode_response(said)) for row, said in enumerate(ANSWERS)
     ]
     tokens, _ = right_padded(pairs)
     lengths = torch.tensor([[len(prompt), len(said)] for prompt, said in pairs])
-    dialogues = Dialogues()
-    dialogues.add(prompts.prompt, TALKS)
-    return (tokens, lengths[:, 0], lengths[:, 1]), dialogues
+    known = PromptRows()
+    known.add(prompts.prompt, rows)
+    return (tokens, lengths[:, 0], lengths[:, 1]), known
 
 
 # With 20 tokens the policy reads the end of the second prompt alone.
@@ -100,16 +101,16 @@ def rows_of(policy: Codec, seq_length: int) -> tuple[tuple[Tensor, Tensor, Tenso
 def test_in_this_process(
     policy: Codec, own: Codec, reward: RewardModel, expected: list[float], seq_length: int
 ) -> None:
-    rows, dialogues = rows_of(policy, seq_length)
+    inputs, rows = rows_of(policy, seq_length)
     scorer = ModelScorer(reward, policy, own, open_world("float32"), 2, 128)
-    scorer.dialogues = dialogues
-    assert scorer(*rows).tolist() == pytest.approx(expected, abs=1e-5)
+    scorer.rows = rows
+    assert scorer(*inputs).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_behind_an_address(
     policy: Codec, own: Codec, reward: RewardModel, expected: list[float]
 ) -> None:
-    rows, dialogues = rows_of(policy, 120)
+    inputs, rows = rows_of(policy, 120)
     served = RequestScorer(
         ModelScorer(reward, own, None, open_world("float32"), 2, 128), own, "mine"
     )
@@ -122,8 +123,8 @@ def test_behind_an_address(
         client = RewardClient(Service(server.url, None, 5.0, 0))
         client.check()
         scorer = ServerScorer(client, policy)
-        scorer.dialogues = dialogues
-        scores = scorer(*rows)
+        scorer.rows = rows
+        scores = scorer(*inputs)
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
     assert server.bodies[-1]["dialogues"][0] == [{"role": "user", "content": "What is it?"}]
     assert "dialogues" not in server.bodies[0], "before the server has named its tokenizer"

@@ -353,6 +353,13 @@ def copy_user_functions(config: Config, target: Path) -> Config:
         data = replace(data, reader=_copy_function(data.reader, target))
     if reward.function is not None:
         reward = replace(reward, function=_copy_function(reward.function, target))
+    terms = [
+        term
+        if term.function is None
+        else replace(term, function=_copy_function(term.function, target))
+        for term in reward.terms
+    ]
+    reward = replace(reward, terms=terms)
     if toxicity.scorer_kind is ScorerKind.function and scores_toxicity(config.eval):
         toxicity = replace(toxicity, scorer=_copy_function(toxicity.scorer, target))
     return replace(

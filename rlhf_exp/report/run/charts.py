@@ -51,6 +51,7 @@ _SHEET_RULES = """
 .swatch.s2 { stroke-dasharray: 3 2; }
 """
 _TRAIN_LOSS: Names = ("loss/total", "loss/train", "loss")
+_TERM = re.compile("reward/term/(.+)/mean")
 _EVAL_LOSS: Names = ("eval/loss", "eval/loss/total", "loss/validation")
 
 
@@ -143,6 +144,7 @@ def ppo_charts(rows: Rows, kl_target: float | None = None) -> list[Chart]:
             _reward(rows),
             _metric_chart("KL, nats per answer", rows, whole, levels=target),
             _reward_against_kl(rows),
+            *_terms(rows),
             _metric_chart("KL, nats per token", rows, per_token),
             _metric_chart("KL coefficient β", rows, [("beta", ("kl/beta",))]),
             _metric_chart("Entropy, nats per token", rows, [("policy", ("policy/entropy",))]),
@@ -151,6 +153,28 @@ def ppo_charts(rows: Rows, kl_target: float | None = None) -> list[Chart]:
             _metric_chart("Shares of answers and updates", rows, endings, include=(0.0,)),
         ]
     )
+
+
+def _terms(rows: Rows) -> list[Chart | None]:
+    """Return a chart of each term of a sum of rewards, and one of an ensemble's disagreement."""
+    found = [_TERM.fullmatch(name) for row in rows for name in row]
+    names = list(dict.fromkeys(match[1] for match in found if match is not None))
+    charts = [
+        _metric_chart(
+            f"Reward term {name}, raw",
+            rows,
+            [
+                ("rollouts", (f"reward/term/{name}/mean",)),
+                ("held-out prompts", (f"eval/reward/term/{name}/mean",)),
+            ],
+        )
+        for name in names
+    ]
+    spread: list[tuple[str, Names]] = [
+        ("rollouts", ("reward/ensemble_std",)),
+        ("held-out prompts", ("eval/reward/ensemble_std",)),
+    ]
+    return [*charts, _metric_chart("Ensemble: standard deviation", rows, spread, include=(0.0,))]
 
 
 def _metric_chart(

@@ -17,7 +17,7 @@ import yaml
 from markupsafe import Markup
 
 from rlhf_exp.data.parsing import split_turns
-from rlhf_exp.evaluation.comparison import ModelComparison, PromptRow
+from rlhf_exp.evaluation.comparison import ACCURACY, ModelComparison, PromptRow
 from rlhf_exp.evaluation.preference import MINUS
 from rlhf_exp.report import chart as chart_module
 from rlhf_exp.report.chart import STEP, curve, render, sparkline
@@ -134,20 +134,27 @@ def _rule(rule: str, names: Sequence[str], comparisons: int) -> str:
 def _sides(results: Sequence[ModelComparison], number: int) -> list[SampleSide]:
     first = results[0]
     row = first.rows[number]
-    facts = _facts(row.score_a, row.gold_a, row.toxicity_a, None)
+    facts = _facts(first, row.score_a, row.terms_a, row.gold_a, row.toxicity_a, None)
     baseline = SampleSide(first.name_a, row.answer_a, facts)
-    return [baseline, *(_side(result.name_b, result.rows[number]) for result in results)]
+    return [baseline, *(_side(result, result.rows[number]) for result in results)]
 
 
-def _side(name: str, row: PromptRow) -> SampleSide:
-    facts = _facts(row.score_b, row.gold_b, row.toxicity_b, row.kl_b)
-    return SampleSide(name, row.answer_b, [*facts, ("outcome", row.outcome)])
+def _side(result: ModelComparison, row: PromptRow) -> SampleSide:
+    facts = _facts(result, row.score_b, row.terms_b, row.gold_b, row.toxicity_b, row.kl_b)
+    return SampleSide(result.name_b, row.answer_b, [*facts, ("outcome", row.outcome)])
 
 
 def _facts(
-    score: float, gold: float | None, toxicity: float | None, kl: float | None
+    result: ModelComparison,
+    score: float,
+    terms: Mapping[str, float],
+    gold: float | None,
+    toxicity: float | None,
+    kl: float | None,
 ) -> list[tuple[str, str]]:
-    known = [("reward", score), ("gold", gold), ("toxicity", toxicity), ("KL", kl)]
+    judge = "gold" if result.metric(ACCURACY) is None else ACCURACY
+    known: list[tuple[str, float | None]] = [("reward", score), *terms.items(), (judge, gold)]
+    known += [("toxicity", toxicity), ("KL", kl)]
     return [
         (label, f"{value:.2f}".replace("-", MINUS)) for label, value in known if value is not None
     ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from rlhf_exp.evaluation.comparison import ModelComparison
+from rlhf_exp.evaluation.comparison import ACCURACY, ModelComparison
 from rlhf_exp.evaluation.preference import (
     DASH,
     MINUS,
@@ -84,7 +84,8 @@ def tiles_of(result: ModelComparison) -> list[Tile]:
     if result.gain_in_std is not None:
         unit = f"in {result.name_a} std"
         tiles.append(_estimate_tile("Reward gain", result.gain_in_std, unit, signed=True))
-    labels = {"kl_sequence": "KL per answer", "gold": "Gold judge", "toxicity": "Toxicity"}
+    labels = {"kl_sequence": "KL per answer", "gold": "Gold judge", ACCURACY: "Accuracy"}
+    labels["toxicity"] = "Toxicity"
     for key, label in labels.items():
         metric = result.metric(key)
         if metric is not None and metric.b is not None:

@@ -21,7 +21,11 @@ from rlhf_exp.report.sweep.data import (
 from rlhf_exp.report.sweep.settings import flatten, format_override, sort_key
 from rlhf_exp.store.artifact import Artifact
 
-_PAIRED = (("Reward, raw", "score_b"), ("Gold judge", "gold_b"), ("Toxicity", "toxicity_b"))
+_PAIRED = (
+    ("Reward, raw", "score_b"),
+    ("Gold judge, or accuracy", "gold_b"),
+    ("Toxicity", "toxicity_b"),
+)
 _STAGES = ("sft", "reward", "dpo", "ppo", "eval")
 Rows = Sequence[PromptRow]
 

@@ -47,6 +47,7 @@ from rlhf_exp.stages.evaluation.kept_samples import kept_samples, samples_key
 from rlhf_exp.stages.scorers import EvaluationScorers
 from rlhf_exp.stages.setup import cache_of, load_policy_model
 from rlhf_exp.training.reward_scorer import Scorer, score_samples, score_shared, texts_of
+from rlhf_exp.training.reward_terms import Scores, judge_samples
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ class SampledSource:
         own_prompts = tokenized.select(torch.from_numpy(share.rows)).to(self.world.device)
         samples = self._sample(model, tokenized, own_prompts, codec, generation)
         texts = texts_of(samples.tokens, samples.prompt_lengths, samples.content_lengths, codec)
-        scores = _scores(self._scorers.reward(codec) if generation.score else None, samples)
+        reward = self._scorers.reward(codec) if generation.score else None
+        scores = None if reward is None else judge_samples(reward, samples)
         referee = _scores(self._scorers.referee(codec) if generation.referee else None, samples)
         kl = self._kl(model, samples, generation)
         # Only the first answer to a prompt keeps its facts.
@@ -104,7 +106,8 @@ class SampledSource:
                 text=texts[1][line],
                 tokens=int(samples.response_lengths[line]),
                 finish=FinishReason(int(samples.finish[line])).name.lower(),
-                score=None if scores is None else scores[line],
+                score=None if scores is None else float(scores.total[line]),
+                terms={} if scores is None else _terms(scores, line),
                 referee=None if referee is None else referee[line],
                 kl=None if kl is None else float(kl[line]),
                 facts=facts.get(number, {}),
@@ -137,7 +140,9 @@ class SampledSource:
         limits = (self.config.ppo.seq_length, generation.max_new_tokens)
         texts = [prompt.text for prompt in prompts if prompt.text is not None]
         rows = [
-            Prompt(prompt.history, None, "") for prompt in prompts if prompt.history is not None
+            Prompt(prompt.history, None, prompt.origin, prompt.fields)
+            for prompt in prompts
+            if prompt.history is not None
         ]
         assert not (texts and rows), "a part asks either texts or dialogues"
         tokenized = (
@@ -146,7 +151,7 @@ class SampledSource:
             else tokenize_prompts(rows, codec, *limits, self.context.cache / "tokenized")
         )
         if generation.score or generation.referee:
-            self._scorers.dialogues(codec).add(tokenized.prompt, (row.history for row in rows))
+            self._scorers.rows(codec).add(tokenized.prompt, rows)
         index = np.repeat(np.arange(len(prompts)), generation.count)
         return prompts_batch(tokenized, index, np.arange(len(index)))
 
@@ -224,6 +229,10 @@ class SampledSource:
             return None
         policies = self._policy(model), self._policy(baseline)
         return sampled_kl(*policies, samples, generation.temperature or 1.0, self.config.eval.batch)
+
+
+def _terms(scores: Scores, line: int) -> dict[str, float]:
+    return {name: float(values[line]) for name, values in scores.terms.items()}
 
 
 def _scores(scorer: Scorer | None, samples: Samples) -> list[float] | None:
@@ -334,7 +343,7 @@ def score_pairs(
     tokenized = tokenize_preferences(rows, codec, config.reward.seq_length, cache)
     reward, referee = scorers.reward(codec), scorers.referee(codec)
     prompts = tokenized.prompt
-    scorers.dialogues(codec).add(prompts, (row.history for row in rows))
+    scorers.rows(codec).add(prompts, rows)
     # An empty answer is its end-of-sequence token.
     empty = RaggedArray.of([[codec.eos_id]] * len(rows))
     sides: dict[str, list[Answer]] = {}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rlhf_exp.config.evaluation import BEST_OF, PREFERENCE, REFEREE, parts_of, scores_toxicity
 from rlhf_exp.evaluation.answers import Answer, sampling_words
+from rlhf_exp.evaluation.comparison import ACCURACY
 from rlhf_exp.evaluation.frontier import (
     REWARD,
     BestOfCurve,
@@ -42,6 +43,7 @@ _MEASURES = (
     Measure(REWARD, "Reward, raw", "higher"),
     Measure(REFEREE, "Referee's reward, raw", "higher"),
     Measure("gold", "Gold judge, 0 to 1", "higher"),
+    Measure(ACCURACY, "Accuracy, share right", "higher"),
     Measure("toxicity", "Toxicity, 0 to 1", "lower"),
     Measure("length", "Length, tokens", "neither"),
 )
@@ -119,7 +121,7 @@ def _measured(evaluation: Evaluation, answers: Sequence[Answer]) -> dict[str, Fl
         columns[REFEREE] = [answer.referee for answer in answers]
     gold = gold_judge(evaluation.config)
     if gold is not None:
-        columns["gold"] = [gold(answer.prompt, answer.text) for answer in answers]
+        columns[gold.key] = [gold.score(answer.prompt, answer.text) for answer in answers]
     if scores_toxicity(evaluation.config.eval):
         scorer = toxicity_scorer(evaluation.config, evaluation.world)
         texts = [answer.text for answer in answers]

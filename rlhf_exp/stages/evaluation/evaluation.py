@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from rlhf_exp.config.evaluation import ROLES
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.data.parsing import format_dialogue
-from rlhf_exp.data.rows import History, Preference
+from rlhf_exp.data.rows import Fields, History, Preference, reward_fields
 from rlhf_exp.distributed.world import World
 from rlhf_exp.evaluation.answers import Answer
 from rlhf_exp.stages.context import StageContext
@@ -47,11 +47,15 @@ class EvalPrompt:
         history: A dialogue, to be written in the run's prompt format.
         text: A text to be continued as it is, instead of a dialogue.
         facts: The data's own facts of the prompt, JSON values; kept with its first answer.
+        fields: What a reward sees of the prompt's row.
+        origin: Where the row is, for errors.
     """
 
     history: History | None = None
     text: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    fields: Fields = field(default_factory=dict)
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,13 @@ def test_prompts(evaluation: Evaluation, part: str) -> list[EvalPrompt]:
         rows = evaluation.context.materials.test_prompts()[: evaluation.config.eval.prompts]
         # Stored because the prompt as the model reads it may hold a template's tokens and be cut.
         return [
-            EvalPrompt(row.history, facts={DIALOGUE: format_dialogue(row.history)}) for row in rows
+            EvalPrompt(
+                row.history,
+                facts={DIALOGUE: format_dialogue(row.history)},
+                fields=reward_fields(row),
+                origin=row.origin,
+            )
+            for row in rows
         ]
 
     return evaluation.prompts(part, load)

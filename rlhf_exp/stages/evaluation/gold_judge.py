@@ -1,16 +1,25 @@
-"""The rule-based judge of the bundled toy data, on which nothing is trained."""
+"""The rule-based judges of the bundled data, on which no reward model is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from rlhf_exp.config.experiment import Config, DataSource
+from rlhf_exp.evaluation.comparison import ACCURACY, GoldJudge
 
 
-def gold_judge(config: Config) -> Callable[[str, str], float] | None:
-    """Return the judge, (prompt, answer) to a score from 0 to 1; `None` for other data."""
-    if config.data.source != DataSource.toy:
-        return None
-    from rlhf_exp.data.toy.gold_judge import gold_score
+def gold_judge(config: Config) -> GoldJudge | None:
+    """Return the judge of the config's data; `None` for data that are not bundled."""
+    if config.data.source is DataSource.toy:
+        from rlhf_exp.data.toy.gold_judge import gold_score
 
-    return lambda prompt, answer: gold_score(prompt, answer).total
+        return GoldJudge(
+            "gold", "Gold judge, 0 to 1", lambda prompt, answer: gold_score(prompt, answer).total
+        )
+    if config.data.source is DataSource.arithmetic:
+        from rlhf_exp.rewards.arithmetic import is_right
+
+        return GoldJudge(
+            ACCURACY,
+            "Accuracy, share right",
+            lambda prompt, answer: float(is_right(prompt, answer)),
+        )
+    return None

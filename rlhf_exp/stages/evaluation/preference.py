@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rlhf_exp.config.evaluation import PREFERENCE, EvalJudgeConfig, JudgeName
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.data.tokenizer import Codec
+from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.answers import Answer, sampling_words
 from rlhf_exp.evaluation.comparison import ModelComparison, compare_models
 from rlhf_exp.evaluation.judges.human_agreement import (
@@ -51,7 +52,7 @@ from rlhf_exp.stages.evaluation.toxicity_scorer import shared_scores, toxicity_s
 from rlhf_exp.stages.scorers import reward_client
 from rlhf_exp.stages.setup import attention_of, torch_dtype
 from rlhf_exp.tracking.progress_bar import StageProgress
-from rlhf_exp.training.scorers import reward_function
+from rlhf_exp.training.scorers import RewardFunction
 
 RESULT, COMPARISONS = "result.json", "comparisons.json"
 """The first comparison, and the list of all of them if there are several."""
@@ -123,6 +124,10 @@ def _compare(
         lengths_b=[answer.tokens for answer in other],
         toxicity=scored,
         gold=gold_judge(config),
+        terms={
+            name: ([a.terms[name] for a in baseline], [b.terms[name] for b in other])
+            for name in baseline[0].terms
+        },
         name_a=baseline[0].model,
         name_b=other[0].model,
         judge=config.ppo.reward.kind,
@@ -168,6 +173,9 @@ class JudgePanel:
         self._judges: dict[JudgeName, Judge] = {}
         if JudgeName.llm in self.section.names:
             self._judges[JudgeName.llm] = self._llm()
+        scored = evaluation.config.ppo.reward.model_scores
+        if self.labels is not None and JudgeName.reward in self.section.names and not scored:
+            self._judge(JudgeName.reward)  # fail now where it asks for rows
 
     def report(
         self, results: Sequence[ModelComparison], dialogues: Sequence[str]
@@ -298,16 +306,21 @@ class JudgePanel:
     def _asked(self, codec: Codec) -> Score:
         """Return the function or server that scores in place of a reward model, asked for texts."""
         reward = self.evaluation.config.ppo.reward
-        function = None if reward.function is None else reward_function(reward.function)
-        client = None if reward.url is None else reward_client(reward)
+        function = None if reward.function is None else RewardFunction(reward.function)
+        client = None if reward.url is None else reward_client(reward, reward.url, reward.name)
         if client is not None:
             client.check()
+        if any(asked.reads_rows for asked in (function, client) if asked is not None):
+            raise UserError(
+                f"eval.judge.labels: the {reward.kind} asks for the rows of the prompts, and "
+                "judged pairs have none; leave `reward` out of eval.judge.names"
+            )
 
         def score(prompts: Sequence[str], answers: Sequence[str]) -> NDArray[np.float64]:
             histories = [history_of(prompt) for prompt in prompts]
             texts = [codec.render(history) for history in histories]
             if function is not None:
-                return np.asarray(function(texts, answers), dtype=np.float64)
+                return np.asarray(function.scores(texts, answers), dtype=np.float64)
             assert client is not None, "a function or a server scores"
             dialogues = histories if client.reads_dialogues(codec) else None
             return np.asarray(client.scores(texts, answers, None, dialogues), dtype=np.float64)

@@ -88,7 +88,9 @@ def answer_scorers(config: Config, answers: Sequence[Answer]) -> list[AnswerScor
     gold = gold_judge(config)
     if gold is not None:
         scorers.append(
-            AnswerScorer("gold", "gold judge", lambda answer: gold(answer.prompt, answer.text))
+            AnswerScorer(
+                "gold", "gold judge", lambda answer: gold.score(answer.prompt, answer.text)
+            )
         )
     return scorers
 

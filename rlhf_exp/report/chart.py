@@ -26,6 +26,8 @@ Floats = NDArray[np.float64]
 Row = Mapping[str, float]
 Value = str | float | int
 STEP = "global_step"
+STEPS = "optimizer step"
+"""Label of the axis of steps."""
 WIDTH, HEIGHT = 340, 212
 LEFT, RIGHT, TOP, BOTTOM = 44, WIDTH - 12, 10, HEIGHT - 36
 SMOOTH_ABOVE = 60
@@ -54,7 +56,7 @@ class Chart:
 
     title: str
     lines: Sequence[LineSeries]
-    x_label: str = "optimizer step"
+    x_label: str = STEPS
     note: str = ""
     include: Sequence[float] = field(default_factory=tuple)
     levels: Sequence[tuple[float, str]] = field(default_factory=tuple)
@@ -81,7 +83,8 @@ class LineSeries:
         last: text of the legend's value; the last y by default.
         dash: number of the dash class, 0 to 3; 0 leaves it to the colour.
         band: (low [N], high [N]) of an interval drawn as an area, or `None`.
-        disc: index of the one point that is marked; by default all are where they are few.
+        disc: index of the one point that is marked, as the published one; by default all points
+            are where they are few.
     """
 
     label: str
@@ -238,7 +241,11 @@ def _frame(chart: Chart, axes: Axes) -> list[Markup]:
         x = float(axes.left(np.array(value)))
         marks.append(element("line", x1=x, x2=x, y1=TOP, y2=BOTTOM, class_="level"))
         side, position = ("end", x - 4) if x > centre else ("start", x + 4)
-        marks.append(element("text", text, x=position, y=TOP + 8, class_=f"tick {side}"))
+        # Names of levels stand on the right above their lines: not on top of each other.
+        named = [float(axes.top(np.array(level))) for level, name in chart.levels if name]
+        taken = side == "end" and any(abs(top - 4 - (TOP + 8)) < 16 for top in named)
+        y = BOTTOM - 6 if taken else TOP + 8
+        marks.append(element("text", text, x=position, y=y, class_=f"tick {side}"))
     if chart.diagonal:
         ends = np.array([max(axes.x[0], axes.y[0]), min(axes.x[1], axes.y[1])])
         marks += polyline(axes.left(ends), axes.top(ends), class_="level")
@@ -316,7 +323,15 @@ def _path(line: LineSeries, axes: Axes, hover: bool) -> list[Markup]:
     left, top = axes.left(x), axes.top(y)
     marks += _dots(left[:1], top[:1], f"ring s{line.colour}", 4)
     marks += _dots(left[-1:], top[-1:], f"dot s{line.colour}", 4.5)
-    for index, text, rise in ((0, "start", 4), (-1, "end", -9)):
+    names = [(0, "start", 4), (-1, "end", -9)]
+    if line.disc is not None:
+        published = slice(line.disc, line.disc + 1)
+        marks += _dots(left[published], top[published], f"ring s{line.colour}", 6)
+        if line.disc == len(x) - 1:
+            names[1] = (-1, "end, published", -9)
+        else:
+            names.append((line.disc, "published", -9))
+    for index, text, rise in names:
         beyond = left[index] > WIDTH - 60
         shift, anchor = (4, "end") if beyond else (8, "start")
         spot = {"x": float(left[index]) + shift, "y": float(top[index]) + rise}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from rlhf_exp.evaluation.statistics import clopper_pearson
 from rlhf_exp.report import chart as chart_module
 from rlhf_exp.report.chart import (
     HEIGHT,
+    STEPS,
     WIDTH,
     Chart,
     LineSeries,
@@ -59,18 +61,48 @@ def charts_of(
     metrics: Mapping[str, Rows],
     calibration: Sequence[CalibrationBar] = (),
     kl_target: float | None = None,
+    published: Mapping[str, int] = {},
 ) -> list[tuple[str, list[Chart]]]:
-    """Return (heading, charts) of the stages trained; headings without charts are left out."""
-    before = [
-        *sft_charts(metrics.get("sft", ())),
-        *reward_charts(metrics.get("reward", ()), calibration),
-    ]
+    """Return (heading, charts) of the stages trained; headings without charts are left out.
+
+    Args:
+        metrics: Rows of `metrics.jsonl` by stage.
+        calibration: The reward model's calibration.
+        kl_target: The target of PPO's KL, in nats per answer.
+        published: The step of the published weights by stage, which is marked on each curve.
+    """
+    charts = _charts_by_stage(metrics, calibration, kl_target, published)
     groups = [
-        ("PPO", ppo_charts(metrics.get("ppo", ()), kl_target)),
-        ("DPO", dpo_charts(metrics.get("dpo", ()))),
-        ("Before PPO: demonstrations and preferences", before),
+        ("PPO", charts["ppo"]),
+        ("DPO", charts["dpo"]),
+        ("Before PPO: demonstrations and preferences", [*charts["sft"], *charts["reward"]]),
     ]
     return [(heading, charts) for heading, charts in groups if charts]
+
+
+def _charts_by_stage(
+    metrics: Mapping[str, Rows],
+    calibration: Sequence[CalibrationBar],
+    kl_target: float | None,
+    published: Mapping[str, int],
+) -> dict[str, list[Chart]]:
+    charts = {
+        "sft": sft_charts(metrics.get("sft", ())),
+        "reward": reward_charts(metrics.get("reward", ()), calibration),
+        "dpo": dpo_charts(metrics.get("dpo", ())),
+        "ppo": ppo_charts(metrics.get("ppo", ()), kl_target, published.get("ppo")),
+    }
+    return {
+        stage: [_with_published(chart, published.get(stage)) for chart in stage_charts]
+        for stage, stage_charts in charts.items()
+    }
+
+
+def _with_published(chart: Chart, step: int | None) -> Chart:
+    """Return a chart with the published step marked, if its axis is that of steps."""
+    if step is None or chart.x_label != STEPS:
+        return chart
+    return replace(chart, marks_x=[*chart.marks_x, (step, "published")])
 
 
 def sft_charts(rows: Rows) -> list[Chart]:
@@ -121,8 +153,10 @@ def dpo_charts(rows: Rows) -> list[Chart]:
     )
 
 
-def ppo_charts(rows: Rows, kl_target: float | None = None) -> list[Chart]:
-    """Return the charts of PPO."""
+def ppo_charts(
+    rows: Rows, kl_target: float | None = None, published: int | None = None
+) -> list[Chart]:
+    """Return the charts of PPO; of the path of reward against KL, the published step is marked."""
     target = [(kl_target, "target")] if kl_target is not None else []
     whole: list[tuple[str, Names]] = [
         ("rollouts", ("kl/sequence",)),
@@ -143,7 +177,7 @@ def ppo_charts(rows: Rows, kl_target: float | None = None) -> list[Chart]:
         [
             _reward(rows),
             _metric_chart("KL, nats per answer", rows, whole, levels=target),
-            _reward_against_kl(rows),
+            _reward_against_kl(rows, published),
             *_terms(rows),
             _metric_chart("KL, nats per token", rows, per_token),
             _metric_chart("KL coefficient β", rows, [("beta", ("kl/beta",))]),
@@ -208,7 +242,7 @@ def _reward(rows: Rows) -> Chart | None:
     return Chart("Reward", lines) if lines else None
 
 
-def _reward_against_kl(rows: Rows) -> Chart | None:
+def _reward_against_kl(rows: Rows, published: int | None) -> Chart | None:
     mean, kl = curve(rows, ["reward/mean"]), curve(rows, ["kl/sequence"])
     if mean is None or kl is None:
         return None
@@ -216,7 +250,8 @@ def _reward_against_kl(rows: Rows) -> Chart | None:
     if len(steps) < 2:
         return None
     last = f"{short(float(y[-1]))} at {short(float(x[-1]))} nats"
-    path = LineSeries("training's path", x, y, ordered=True, unit="KL", last=last)
+    disc = None if published is None else int(np.argmin(np.abs(steps - published)))
+    path = LineSeries("training's path", x, y, ordered=True, unit="KL", last=last, disc=disc)
     return Chart("Reward against KL", [path], x_label="KL, nats per answer")
 
 
@@ -252,6 +287,7 @@ def write_sheets(
     folder: Path,
     calibration: Sequence[CalibrationBar] = (),
     kl_target: float | None = None,
+    published: Mapping[str, int] = {},
 ) -> list[Path]:
     """Write `sft.svg`, `reward.svg`, `dpo.svg` and `ppo.svg`, of the stages that have charts.
 
@@ -260,13 +296,9 @@ def write_sheets(
         folder: Where to write; made if it is missing.
         calibration: The reward model's calibration.
         kl_target: The target of PPO's KL, in nats per answer.
+        published: The step of the published weights by stage.
     """
-    sheets = {
-        "sft": sft_charts(metrics.get("sft", ())),
-        "reward": reward_charts(metrics.get("reward", ()), calibration),
-        "dpo": dpo_charts(metrics.get("dpo", ())),
-        "ppo": ppo_charts(metrics.get("ppo", ()), kl_target),
-    }
+    sheets = _charts_by_stage(metrics, calibration, kl_target, published)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for stage, charts in sheets.items():

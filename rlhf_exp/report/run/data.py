@@ -18,6 +18,9 @@ class StageRow:
         seconds: time that the stage took, if known.
         parameters: number of trained parameters, if any.
         result: its main number in words, such as `accuracy 0.71`.
+        published: optimizer step of the weights that it published.
+        steps: optimizer steps that it took.
+        url: address of its page at W&B, if it has one.
     """
 
     stage: str
@@ -26,6 +29,16 @@ class StageRow:
     seconds: float | None = None
     parameters: int | None = None
     result: str = ""
+    published: int | None = None
+    steps: int | None = None
+    url: str | None = None
+
+    @property
+    def checkpoint(self) -> str:
+        """The published weights in words: `step 240 of 480`; empty where nothing was trained."""
+        if self.published is None:
+            return ""
+        return f"step {self.published:,}" + (f" of {self.steps:,}" if self.steps else "")
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,9 @@ class ReportData:
 
     Attributes:
         title: the run's name.
-        identity: (label, value) of its key, date, revision, seeds, versions.
+        identity: (label, value) of its key, date, revision, seeds, versions: the page's end.
         config: the resolved config, nested.
+        overview: (label, value) of the model, the published checkpoint, the date: its head.
         data_facts: (label, value): source, rows, rows rejected, prompts cut.
         stages: the pipeline's steps, in order.
         metrics: rows of `metrics.jsonl` by stage (`sft`, `reward`, `ppo`), each with `global_step`.
@@ -85,6 +99,7 @@ class ReportData:
     title: str
     identity: Sequence[tuple[str, str]]
     config: Mapping[str, Any]
+    overview: Sequence[tuple[str, str]] = ()
     data_facts: Sequence[tuple[str, str]] = ()
     stages: Sequence[StageRow] = ()
     metrics: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
@@ -96,3 +111,8 @@ class ReportData:
     kl_target: float | None = None
     usage: Sequence[tuple[str, str]] = ()
     warnings: Sequence[str] = ()
+
+    @property
+    def published_steps(self) -> dict[str, int]:
+        """The step of the published weights by stage."""
+        return {row.stage: row.published for row in self.stages if row.published is not None}

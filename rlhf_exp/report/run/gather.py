@@ -11,9 +11,10 @@ from rlhf_exp.annotation.campaign import CAMPAIGNS
 from rlhf_exp.annotation.results import campaign_summaries
 from rlhf_exp.errors import UserError
 from rlhf_exp.report.run.data import CalibrationBar, ReportData, StageRow
-from rlhf_exp.report.run.sections import PEOPLE, SECTIONS
+from rlhf_exp.report.run.sections import SECTIONS
+from rlhf_exp.report.run.verdict import PEOPLE_FILE
 from rlhf_exp.store.artifact import Artifact
-from rlhf_exp.tracking.local import read_metrics
+from rlhf_exp.tracking.local import STEP, noted_url, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +48,17 @@ def gather(
     }
     result = files.json(evaluation, RESULT)
     parts = {} if evaluation is None else _parts(evaluation, files)
+    stages = [
+        _stage_row(artifact, facts[stage], stage not in trained, metrics.get(stage, ()))
+        for stage, artifact in artifacts.items()
+    ]
     return ReportData(
         title=title,
+        overview=_overview(final, stages),
         identity=_identity(final),
         config=config,
         data_facts=_data_facts(config, facts),
-        stages=[
-            _stage_row(artifact, facts[stage], stage not in trained)
-            for stage, artifact in artifacts.items()
-        ],
+        stages=stages,
         metrics=metrics,
         evaluation=result,
         parts=parts,
@@ -75,6 +78,18 @@ def loading_code(folder: Path) -> str:
     )
 
 
+def _overview(final: Artifact, stages: Sequence[StageRow]) -> list[tuple[str, str]]:
+    """Return what a reader asks first: the model, and the step of the published weights."""
+    model = final.manifest.config.get("model", {})
+    rows = [("Model", str(model.get("path") or model.get("name", "")))]
+    rows += [
+        (f"Published by {row.stage.upper()}", row.checkpoint)
+        for row in stages
+        if row.stage in ("dpo", "ppo") and row.checkpoint
+    ]
+    return [*rows, ("Made", final.manifest.created[:16].replace("T", " ") + " UTC")]
+
+
 def _identity(final: Artifact) -> list[tuple[str, str]]:
     manifest = final.manifest
     rows = [("Key", f"{final.stage}/{final.key}"), ("Made", manifest.created)]
@@ -87,7 +102,6 @@ def _identity(final: Artifact) -> list[tuple[str, str]]:
         if "seed" in manifest.config.get(stage, {})
     ]
     rows.append(("Seeds", ", ".join(seeds)))
-    rows.append(("Model", str(manifest.config.get("model", {}).get("name", ""))))
     versions = [f"{name} {version}" for name, version in manifest.versions.items()]
     rows.append(("Versions", ", ".join(versions)))
     if manifest.wandb_run_id:
@@ -121,7 +135,12 @@ def _data_facts(
     return rows
 
 
-def _stage_row(artifact: Artifact, facts: Mapping[str, Any], cached: bool) -> StageRow:
+def _stage_row(
+    artifact: Artifact,
+    facts: Mapping[str, Any],
+    cached: bool,
+    rows: Sequence[Mapping[str, float]],
+) -> StageRow:
     metrics = artifact.manifest.metrics
     main_metrics = {
         "sft": ("eval/perplexity", "validation perplexity {:.2f}"),
@@ -142,6 +161,9 @@ def _stage_row(artifact: Artifact, facts: Mapping[str, Any], cached: bool) -> St
         seconds=artifact.manifest.duration_s,
         parameters=facts.get("trainable"),
         result=result,
+        published=int(metrics["published_step"]) if "published_step" in metrics else None,
+        steps=int(max((row[STEP] for row in rows), default=0)) or None,
+        url=noted_url(artifact.path),
     )
 
 
@@ -159,9 +181,11 @@ def _warnings(
     artifacts: Mapping[str, Artifact], facts: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
     notes = []
-    for stage, artifact in artifacts.items():
-        if artifact.manifest.git.get("dirty"):
-            notes.append(f"{stage} was made with uncommitted changes; its manifest has the diff.")
+    dirty = [stage for stage, result in artifacts.items() if result.manifest.git.get("dirty")]
+    if dirty:
+        notes.append(
+            f"{', '.join(dirty)}: made with uncommitted changes; the manifest has the diff."
+        )
     rejected = facts.get("sft", {}).get("rejected", 0)
     if rejected:
         notes.append(f"{rejected} rows of the data could not be used.")
@@ -176,8 +200,12 @@ def _parts(evaluation: Artifact, files: _Files) -> dict[str, Any]:
     parts = {section.file: files.json(evaluation, section.file) for section in SECTIONS}
     # OUTPUTS/store/eval/KEY, OUTPUTS/human
     campaigns = campaign_summaries(evaluation.path.parents[2] / CAMPAIGNS, f"eval/{evaluation.key}")
-    if campaigns or parts[PEOPLE] is not None:
-        parts[PEOPLE] = {**(parts[PEOPLE] or {}), "run": evaluation.key, "studies": campaigns}
+    if campaigns or parts[PEOPLE_FILE] is not None:
+        parts[PEOPLE_FILE] = {
+            **(parts[PEOPLE_FILE] or {}),
+            "run": evaluation.key,
+            "studies": campaigns,
+        }
     return {file: value for file, value in parts.items() if value is not None}
 
 

@@ -25,8 +25,13 @@ from rlhf_exp.report.run.charts import charts_of
 from rlhf_exp.report.run.data import ReportData, Sample, SampleSide
 from rlhf_exp.report.run.sections import COMPARISONS, sections_of
 from rlhf_exp.report.run.verdict import (
+    FEWEST_PROMPTS,
+    NO_INDEPENDENT_JUDGE,
+    independent_verdicts,
+    marked_rows,
     needed_label,
     outcome_bar,
+    reward_as_judge,
     tiles_of,
     toxicity_note,
     verdict_sentence,
@@ -36,6 +41,11 @@ from rlhf_exp.safe_text import clipped, visible
 from rlhf_exp.store.atomic_files import write_text_atomic
 
 _VALUE_LIMIT = 2_000
+
+
+def report_path(outputs: Path, stage: str, key: str) -> Path:
+    """Return the page of the run that ends in a result."""
+    return outputs / "reports" / f"{stage}-{key}.html"
 
 
 def build_report(data: ReportData, path: Path) -> Path:
@@ -63,14 +73,16 @@ def render_page(data: ReportData) -> str:
     if evaluation is not None and not samples:
         results = comparisons_of(data)
         samples, rule = samples_of(results), sample_rule_of(results)
-    groups = charts_of(data.metrics, data.calibration, data.kl_target)
+    groups = charts_of(data.metrics, data.calibration, data.kl_target, data.published_steps)
     return fill(
         "run/page.html",
         data=data,
         css=Markup(css),
         style_digest=b64encode(hashlib.sha256(css.encode()).digest()).decode(),
         evaluation=evaluation,
-        headline=None if evaluation is None else verdict_sentence(evaluation),
+        headlines=headlines_of(data),
+        rows=[] if evaluation is None else marked_rows(evaluation),
+        fewest=FEWEST_PROMPTS,
         bar=None if evaluation is None else outcome_bar(evaluation),
         needed="" if evaluation is None else needed_label(evaluation.preference),
         toxicity_note="" if evaluation is None else toxicity_note(evaluation),
@@ -85,6 +97,26 @@ def render_page(data: ReportData) -> str:
         count_label=chart_module.count_label,
         turns_of=split_turns,
     )
+
+
+def headlines_of(data: ReportData) -> list[str]:
+    """Return the answer in sentences: by the reward, then by judges independent of it.
+
+    Without an evaluation, the last stage's main number.
+    """
+    comparisons = comparisons_of(data)
+    if not comparisons:
+        last = next((row for row in reversed(data.stages) if row.result), None)
+        return [] if last is None else [f"{last.stage.upper()}: {last.result}."]
+    sentences = []
+    for comparison in comparisons:
+        judge = reward_as_judge(data.config, comparison)
+        sentences.append(verdict_sentence(comparison, judge))
+        sentences += independent_verdicts(data.config, comparison, data.parts) or [
+            NO_INDEPENDENT_JUDGE
+        ]
+    # Said once, whatever the number of models.
+    return list(dict.fromkeys(sentences))
 
 
 def comparisons_of(data: ReportData) -> list[ModelComparison]:

@@ -24,6 +24,7 @@ from rlhf_exp.evaluation.preference import (
 )
 from rlhf_exp.evaluation.statistics import Estimate, WinCounts
 from rlhf_exp.report.run.verdict import (
+    PEOPLE,
     bar_of,
     outcome_bar,
     p_label,
@@ -223,7 +224,7 @@ def _question_outcome(criterion: Mapping[str, Any], names: Sequence[str]) -> Que
     first, second = names
     return QuestionOutcome(
         criterion,
-        verdict_of(outcome, criterion["p_value"], (first, second)),
+        verdict_of(outcome, criterion["p_value"], (first, second), PEOPLE),
         bar_of(outcome, second),
     )
 

@@ -9,12 +9,10 @@ from typing import Any
 from markupsafe import Markup
 
 from rlhf_exp.report.run import best_of, harness, preference, reward_quality, toxicity
+from rlhf_exp.report.run.verdict import JUDGES, PEOPLE_FILE
 
 COMPARISONS = "comparisons.json"
 """File with the comparison of each model with the baseline, if there are three or more models."""
-
-PEOPLE = "people.json"
-"""File whose section also shows the votes of campaigns, which are kept elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +35,13 @@ class Section:
 SECTIONS = (
     Section("comparisons", "All models", COMPARISONS, preference.render_comparisons),
     Section("best-of-n", "Best of n", best_of.BEST_OF_FILE, best_of.render),
-    Section("judges", "Judges", "judges.json", preference.render_judges),
+    Section("judges", "Judges", JUDGES, preference.render_judges),
     Section("toxicity", "Toxicity", toxicity.TOXICITY_FILE, toxicity.render),
     Section(
         "reward-quality", "Reward model", reward_quality.REWARD_QUALITY_FILE, reward_quality.render
     ),
     Section("capability", "Capability", harness.HARNESS_FILE, harness.render),
-    Section("people", "People", PEOPLE, preference.render_people),
+    Section("people", "People", PEOPLE_FILE, preference.render_people),
 )
 
 

@@ -20,6 +20,7 @@ from rlhf_exp.evaluation.statistics import Estimate
 from rlhf_exp.evaluation.toxicity.summary import MEASURES, MeasureEstimate, Split, ToxicitySummary
 from rlhf_exp.report import chart
 from rlhf_exp.report.chart import nice_ticks, tick_labels
+from rlhf_exp.report.run.verdict import FEWEST_PROMPTS
 from rlhf_exp.report.template import fill
 from rlhf_exp.safe_text import visible
 
@@ -112,7 +113,7 @@ def headline(summary: ToxicitySummary) -> str:
     parts = []
     for model in others:
         words = {"better": "lower", "worse": "higher", "unclear": "no clear difference"}
-        comparison = words[_verdict(values[model])]
+        comparison = words[_verdict(values[model], summary.splits[0])]
         parts.append(f"{model} {values[model].value.mean:.3f} ({comparison})")
     return "; ".join([start, *parts]) + "."
 
@@ -157,7 +158,7 @@ def rows_of(summary: ToxicitySummary) -> list[ToxicityRow]:
         ToxicityRow(
             _kind(split),
             model,
-            tuple(_cell(measures[name]) for name in measures_of(summary)),
+            tuple(_cell(measures[name], split) for name in measures_of(summary)),
         )
         for split in summary.splits
         for model, measures in split.models.items()
@@ -168,14 +169,17 @@ def _kind(split: Split) -> str:
     return f"{_KINDS[split.name]} ({split.prompts:,})"
 
 
-def _cell(measure: MeasureEstimate) -> ToxicityCell:
+def _cell(measure: MeasureEstimate, split: Split) -> ToxicityCell:
     difference = (
         "" if measure.difference is None else format_estimate(measure.difference, 4, signed=True)
     )
-    return ToxicityCell(format_estimate(measure.value, 3), difference, _verdict(measure))
+    return ToxicityCell(format_estimate(measure.value, 3), difference, _verdict(measure, split))
 
 
-def _verdict(measure: MeasureEstimate) -> str:
+def _verdict(measure: MeasureEstimate, split: Split) -> str:
+    """Return whether a model is better or worse than the baseline, on prompts enough to tell."""
+    if split.prompts < FEWEST_PROMPTS:
+        return "" if measure.difference is None else "unclear"
     return Metric("", "", "lower", None, measure.value, measure.difference).verdict
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from markupsafe import Markup
 
@@ -13,6 +15,7 @@ from rlhf_exp.evaluation.preference import (
     MOST_PAIRS,
     POWER,
     PreferenceResult,
+    TableRow,
     format_estimate,
 )
 from rlhf_exp.evaluation.statistics import LEVEL, Estimate, WinCounts
@@ -20,6 +23,17 @@ from rlhf_exp.evaluation.toxicity.summary import is_lexical
 from rlhf_exp.report import chart
 from rlhf_exp.report.chart import short
 
+FEWEST_PROMPTS = 30
+"""Of fewer prompts no winner is named and no difference is marked, whatever a test says."""
+
+JUDGES, PEOPLE_FILE = "judges.json", "people.json"
+"""Files of an evaluation: other judges' outcomes, and people's, with the votes of campaigns."""
+
+NO_INDEPENDENT_JUDGE = (
+    "No independent judge: eval.judge names one, and people judge by `rlhf-exp annotate`."
+)
+PEOPLE = "People"
+MODEL_JUDGE = "reward model"
 _BAR_WIDTH, _BAR_GAP = 1000.0, 3.0
 
 
@@ -32,23 +46,127 @@ class Tile:
     detail: str
 
 
-def verdict_sentence(result: ModelComparison) -> str:
-    """Return the outcome in one sentence, hedged where the test does not decide it."""
-    return verdict_of(result.outcome, result.p_value, (result.name_a, result.name_b), result.level)
+def verdict_sentence(result: ModelComparison, judge: str | None = None) -> str:
+    """Return the outcome by the reward in one sentence, hedged where the test does not decide it.
+
+    Args:
+        result: The comparison.
+        judge: The sentence's subject; by default the name of what scored.
+    """
+    judge = judge or f"The {result.judge}"
+    names = result.name_a, result.name_b
+    return verdict_of(result.outcome, result.p_value, names, judge, result.level)
 
 
 def verdict_of(
-    outcome: WinCounts, p_value: float, names: tuple[str, str], level: float = LEVEL
+    outcome: WinCounts,
+    p_value: float,
+    names: tuple[str, str],
+    judge: str,
+    level: float = LEVEL,
 ) -> str:
-    """Return the outcome of the second of two models against the first, in one sentence."""
+    """Return a judge's outcome of the second of two models against the first, in one sentence.
+
+    Args:
+        outcome: Of the second model.
+        p_value: Of the sign test.
+        names: The two models.
+        judge: The sentence's subject.
+        level: A winner is named if the test decides at this level, on `FEWEST_PROMPTS` or more.
+    """
+    first, second = names
+    verb = "" if judge == PEOPLE else "s"
     if outcome.decided == 0:
-        return f"{names[0]} and {names[1]} tie on all {outcome.total} prompts."
-    if p_value >= 1 - level:
-        return f"No clear winner between {names[0]} and {names[1]}."
+        return f"{judge} prefer{verb} neither {first} nor {second}: {outcome.total} ties."
+    if outcome.total < FEWEST_PROMPTS or p_value >= 1 - level:
+        few = f"; {outcome.total} prompts are too few to name one"
+        return (
+            f"{judge} name{verb} no clear winner: {second} {outcome.wins}, {first} "
+            f"{outcome.losses}{few if outcome.total < FEWEST_PROMPTS else ''}."
+        )
     behind, ahead = names
     if outcome.losses > outcome.wins:
         ahead, behind = behind, ahead
-    return f"{ahead} is preferred over {behind}."
+    high, low = max(outcome.wins, outcome.losses), min(outcome.wins, outcome.losses)
+    return f"{judge} prefer{verb} {ahead} over {behind}, {high} to {low}."
+
+
+def reward_as_judge(config: Mapping[str, Any], result: ModelComparison) -> str:
+    """Return the reward that decides a comparison, and what the model has to do with it.
+
+    A reward that a policy was trained on says whether training worked, not whether its answers
+    are better. So the headline says which it is.
+
+    Args:
+        config: The evaluation's config.
+        result: The comparison.
+    """
+    model, judge = result.name_b, result.judge
+    role = model.lower()
+    trained = model == role.upper() and role in config.get("eval", {}).get("models", ())
+    if not trained or config.get(role, {}).get("use") is not None:
+        return f"The {judge}"
+    if role == "ppo":
+        return "The reward that PPO was trained on"
+    if role == "dpo":
+        if judge == MODEL_JUDGE and config["reward"].get("use") is None:
+            return "A reward model of the preferences that DPO was trained on"
+        return f"The {judge}, on which DPO was not trained,"
+    return f"The {judge}"
+
+
+def independent_verdicts(
+    config: Mapping[str, Any], result: ModelComparison, parts: Mapping[str, Any]
+) -> list[str]:
+    """Return a sentence for each judge that the model was not trained on; empty without any.
+
+    Args:
+        config: The evaluation's config.
+        result: The comparison.
+        parts: The JSON value of each further file that the evaluation left, by its name.
+    """
+    names = result.name_a, result.name_b
+    sentences = []
+    judge_model = config.get("eval", {}).get("judge", {}).get("model")
+    judged = (parts.get(JUDGES) or {}).get("comparisons", ())
+    for comparison in judged:
+        if (comparison["a"], comparison["b"]) != names:
+            continue
+        for judge in comparison["judges"]:
+            # A given reward model may be named as the judge, too.
+            same = judge["kind"] == "model" and judge_model == config["reward"].get("use")
+            if judge["kind"] != "reward" and not same:
+                preference = judge["preference"]
+                counts = (preference[name] for name in ("wins", "ties", "losses"))
+                outcome = WinCounts(*counts)
+                sentences.append(
+                    verdict_of(outcome, preference["p_value"], names, judge["judge"], result.level)
+                )
+    for campaign in (parts.get(PEOPLE_FILE) or {}).get("studies", ()):
+        for criterion in campaign["criteria"] if tuple(campaign["names"]) == names else ():
+            outcome = WinCounts(criterion["wins"], criterion["ties"], criterion["losses"])
+            if outcome.total:
+                sentence = verdict_of(outcome, criterion["p_value"], names, PEOPLE, result.level)
+                sentences.append(f"{sentence[:-1]} ({criterion['criterion']}).")
+    gold = result.metric("gold")
+    if gold is not None and gold.a is not None and gold.b is not None:
+        sure = result.outcome.total >= FEWEST_PROMPTS
+        words = {"better": "higher", "worse": "lower"}.get(gold.verdict if sure else "")
+        sentences.append(
+            f"The data's rule-based judge, on which nothing was trained: {result.name_b} "
+            f"{gold.b.mean:.2f}, {result.name_a} {gold.a.mean:.2f} "
+            f"({words or 'no clear difference'})."
+        )
+    return sentences
+
+
+def marked_rows(result: ModelComparison) -> list[TableRow]:
+    """Return the numbers in words; of few prompts no difference is called better or worse."""
+    if result.outcome.total >= FEWEST_PROMPTS:
+        return result.table()
+    return [
+        replace(row, verdict="unclear" if row.verdict else row.verdict) for row in result.table()
+    ]
 
 
 def p_label(value: float) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,11 @@ def whole(folder: Path) -> dict[str, Artifact]:
         "ppo": artifact(
             folder,
             "ppo",
-            {"facts.json": {"prompts": 7, "cut_prompts": 2}, "metrics.jsonl": ""},
-            metrics={"eval/reward_mean": 1.2345, "published_step": 0.0},
+            {
+                "facts.json": {"prompts": 7, "cut_prompts": 2},
+                "metrics.jsonl": '{"global_step": 240}\n{"global_step": 480}\n',
+            },
+            metrics={"eval/reward_mean": 1.2345, "published_step": 240.0},
             wandb_run_id="abc",
         ),
         "eval": artifact(
@@ -79,7 +83,9 @@ def test_everything_of_a_whole_run(tmp_path: Path) -> None:
     assert identity["Key"] == "eval/evalkey"
     assert identity["Revision"] == "fedcba987654"
     assert identity["Seeds"] == "sft 1, reward 2, ppo 3, eval 4"
-    assert (identity["Model"], identity["Versions"]) == ("tiny", "torch 2.13")
+    assert identity["Versions"] == "torch 2.13"
+    assert list(found.overview)[:2] == [("Model", "tiny"), ("Published by PPO", "step 240 of 480")]
+    assert found.published_steps == {"ppo": 240}
     assert found.data_facts == [
         ("Source", "jsonl"),
         ("Preferences", "a.jsonl"),
@@ -111,7 +117,16 @@ def test_everything_of_a_whole_run(tmp_path: Path) -> None:
     assert found.kl_target == 6.0
     assert found.usage[0][1] == loading_code(tmp_path / "store" / "ppo" / "ppokey" / "model")
     assert found.usage[1][1] == "rlhf-exp chat ppokey --against sft"
-    assert [text.split(" ")[0] for text in found.warnings] == ["sft", "3", "No"]
+    assert [text.split(" ")[0] for text in found.warnings] == ["sft:", "3"]
+
+
+def test_a_policy_that_is_still_sfts_is_a_warning(tmp_path: Path) -> None:
+    artifacts = whole(tmp_path)
+    metrics = artifacts["ppo"].manifest.metrics | {"published_step": 0.0}
+    ppo = artifacts["ppo"]
+    manifest = replace(ppo.manifest, metrics=metrics)
+    found = gather("mine", artifacts | {"ppo": replace(ppo, manifest=manifest)})
+    assert found.warnings[-1].startswith("No PPO step improved on SFT")
 
 
 def test_one_stage_alone(tmp_path: Path) -> None:

@@ -67,10 +67,11 @@ def example(compare: Compare, **changes: Any) -> ReportData:
     steps = range(4, 44, 4)
     values: dict[str, Any] = {
         "title": "demo, seed 0",
+        "overview": [("Model", "tiny"), ("Published by PPO", "step 12 of 40")],
         "identity": [("Key", "3fa90c11"), ("Git revision", "0d6339c")],
         "config": {"seed": 7, "ppo": {"lr": 1e-4, "kl": {"coef": 0.05}}, "out": Path("outputs")},
         "data_facts": [("Rows rejected", "3 of 900")],
-        "stages": [StageRow("ppo", "3fa90c11", False, 125.0, 427_520, "reward 1.2")],
+        "stages": [StageRow("ppo", "3fa90c11", False, 125.0, 427_520, "reward 1.2", 12, 40)],
         "metrics": {
             "sft": [{"global_step": s, "loss/total": 3 / s} for s in steps],
             "reward": [{"global_step": s, "eval/accuracy": 0.7} for s in steps],
@@ -96,7 +97,8 @@ def test_everything_is_on_the_page(compare: Compare, tmp_path: Path) -> None:
         "2 min 05 s",
         "428k",
         "30 wins",
-        "No clear winner between SFT and PPO.",
+        "The reward model names no clear winner: PPO 30, SFT 16.",
+        "No independent judge",
         "p = 0.054",
         "0.280",
         "Reward against KL",
@@ -111,6 +113,23 @@ def test_everything_is_on_the_page(compare: Compare, tmp_path: Path) -> None:
     ]:
         assert expected in page.text, expected
     assert page.tags.count("figure") == 6
+    # The answer first, versions and keys last.
+    order = ["demo, seed 0", "names no clear winner", "step 12 of 40", "11 prompts were cut"]
+    order += ["Reward against KL", "loss/total", "0d6339c"]
+    places = [page.text.index(text) for text in order]
+    assert places == sorted(places)
+
+
+def test_the_published_checkpoint_is_marked_on_each_curve(compare: Compare) -> None:
+    html = render_page(example(compare))
+    figures = {
+        re.search(r"<figcaption>(.*?)</figcaption>", text)[1]: text  # type: ignore[index]
+        for text in re.findall(r"<figure.*?</figure>", html, flags=re.DOTALL)
+    }
+    marked = {title for title, text in figures.items() if ">published</text>" in text}
+    assert marked == {"Reward", "KL, nats per answer", "Reward against KL"}  # PPO's own
+    # Steps 4 to 40 lie between x = 44 and x = 328: step 12 at 44 + 284 * 8 / 36 = 107.11.
+    assert '<line x1="107.11" x2="107.11"' in figures["Reward"]
 
 
 def test_the_page_needs_nothing_from_anywhere(compare: Compare) -> None:
@@ -128,6 +147,14 @@ def test_the_page_needs_nothing_from_anywhere(compare: Compare) -> None:
             assert value.startswith("#"), (tag, value)
     assert "url(" not in html
     assert "@import" not in html
+
+
+def test_runs_at_wandb_are_linked(compare: Compare) -> None:
+    url = "https://wandb.example/me/rlhf/runs/ab12?x=1&y=<b>"
+    stages = [StageRow("ppo", "3fa90c11", False, url=url), StageRow("eval", "77", False)]
+    page = Page(render_page(example(compare, stages=stages)))
+    links = [value for _, name, value in page.attributes if name == "href"]
+    assert [link for link in links if not link.startswith("#")] == [url]
 
 
 def test_the_policy_allows_this_style_sheet_and_nothing_else(compare: Compare) -> None:

@@ -164,18 +164,18 @@ def test_the_published_study(tmp_path: Path) -> None:
 
 
 def test_each_question_has_its_outcome_and_one_table_has_all(tmp_path: Path) -> None:
-    campaign = new_campaign(tmp_path, 9, 0, 1, criteria=("overall", "harmless", "helpful"))
+    campaign = new_campaign(tmp_path, 27, 0, 3, criteria=("overall", "harmless", "helpful"))
     campaign.invite(["never came"])
     for vote in campaign.votes()[:4]:
         campaign.record(Vote(**asdict(vote) | {"criterion": "harmless", "revision": 0}))
     plain = section(tmp_path)
     page = preference.render_people(plain)
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
-    # Nine of ten: p = 2 * 11 / 1024 = 0.021; four of four, or three: p of 1/8 and more.
+    # 27 of 30: p = 8e-6; four are too few to name a winner.
     overall, harmless, helpful = text.split("Which answer is ")[1:]
-    assert overall.startswith("better overall? PPO is preferred over SFT.")
+    assert overall.startswith("better overall? People prefer PPO over SFT")
     assert "judged by 1 person" in overall  # the other one was invited only
-    assert harmless.startswith("more harmless? No clear winner between SFT and PPO.")
+    assert harmless.startswith("more harmless? People name no clear winner")
     assert helpful.startswith("more helpful? No votes yet.")
     assert page.count("<svg") == 2
     head, *rows = page.partition("<tbody>")[0].split("<thead>")

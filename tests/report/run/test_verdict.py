@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from rlhf_exp.evaluation.comparison import ModelComparison
+from rlhf_exp.evaluation.preference import Metric
+from rlhf_exp.evaluation.statistics import Estimate
 from rlhf_exp.report.run.verdict import (
+    independent_verdicts,
+    marked_rows,
     needed_label,
     outcome_bar,
     p_label,
+    reward_as_judge,
     tiles_of,
     verdict_sentence,
 )
@@ -19,19 +26,118 @@ from rlhf_exp.report.run.verdict import (
 Compare = Callable[..., ModelComparison]
 
 
+CONFIG: dict[str, Any] = {
+    "eval": {"models": ["sft", "ppo"], "judge": {"model": "other/reward"}},
+    "reward": {"use": None},
+    "ppo": {"use": None},
+    "dpo": {"use": None},
+}
+
+
 @pytest.mark.parametrize(
     ("counts", "sentence"),
     [
-        ((30, 54, 16), "No clear winner between SFT and PPO."),  # p = 0.054
-        ((30, 54, 10), "PPO is preferred over SFT."),
-        ((10, 54, 30), "SFT is preferred over PPO."),
-        ((0, 5, 0), "SFT and PPO tie on all 5 prompts."),
+        # p = 0.054
+        ((30, 54, 16), "The reward model names no clear winner: PPO 30, SFT 16."),
+        ((30, 54, 10), "The reward model prefers PPO over SFT, 30 to 10."),
+        ((10, 54, 30), "The reward model prefers SFT over PPO, 30 to 10."),
+        ((0, 5, 0), "The reward model prefers neither SFT nor PPO: 5 ties."),
+        ((30, 0, 0), "The reward model prefers PPO over SFT, 30 to 0."),
+        (
+            (29, 0, 0),
+            "The reward model names no clear winner: PPO 29, SFT 0; 29 prompts are too few to "
+            "name one.",
+        ),
     ],
 )
 def test_no_winner_is_named_unless_the_test_says_so(
     compare: Compare, counts: tuple[int, int, int], sentence: str
 ) -> None:
     assert verdict_sentence(compare(*counts)) == sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "judge"),
+    [
+        ("PPO", {}, "The reward that PPO was trained on"),
+        ("PPO", {"ppo": {"use": "demo"}}, "The reward model"),
+        ("ppo-other", {}, "The reward model"),  # a run or a folder of that name
+        ("PPO", {"eval": {"models": ["sft", "dpo"]}}, "The reward model"),
+    ],
+)
+def test_the_headline_says_whether_the_reward_is_what_was_maximised(
+    compare: Compare, name: str, changes: dict[str, Any], judge: str
+) -> None:
+    assert reward_as_judge(CONFIG | changes, compare(name_b=name)) == judge
+
+
+def test_dpo_saw_the_preferences_that_the_reward_model_learned_from(compare: Compare) -> None:
+    config = CONFIG | {"eval": {"models": ["sft", "dpo"]}}
+    result = compare(name_b="DPO")
+    words = "A reward model of the preferences that DPO was trained on"
+    assert reward_as_judge(config, result) == words
+    given = config | {"reward": {"use": "other/model"}}
+    assert reward_as_judge(given, result) == "The reward model, on which DPO was not trained,"
+    served = replace(result, judge="reward server")
+    assert reward_as_judge(config, served) == "The reward server, on which DPO was not trained,"
+
+
+def judged(kind: str, judge: str, wins: int, losses: int, p_value: float) -> dict[str, Any]:
+    preference = {"wins": wins, "ties": 0, "losses": losses, "p_value": p_value}
+    return {"kind": kind, "judge": judge, "preference": preference}
+
+
+def test_the_judges_that_nothing_was_trained_on(compare: Compare) -> None:
+    comparison = {
+        "a": "SFT",
+        "b": "PPO",
+        "judges": [
+            judged("reward", "reward model", 90, 10, 1e-9),
+            judged("model", "other/reward", 60, 40, 0.057),
+            judged("llm", "gpt", 30, 70, 1e-4),
+        ],
+    }
+    votes = {"criterion": "helpful", "p_value": 1e-3, "wins": 40, "ties": 4, "losses": 9}
+    parts = {
+        "judges.json": {"comparisons": [comparison, comparison | {"b": "DPO"}]},
+        "people.json": {"studies": [{"names": ["SFT", "PPO"], "criteria": [votes]}]},
+    }
+    result = compare()
+    assert independent_verdicts(CONFIG, result, parts) == [
+        "other/reward names no clear winner: PPO 60, SFT 40.",
+        "gpt prefers SFT over PPO, 70 to 30.",
+        "People prefer PPO over SFT, 40 to 9 (helpful).",
+    ]
+    assert independent_verdicts(CONFIG, result, {}) == []
+    # The reward model itself, named as the judge, is no independent one.
+    same = CONFIG | {"reward": {"use": "other/reward"}}
+    same["eval"] = CONFIG["eval"] | {"judge": {"model": "other/reward"}}
+    assert len(independent_verdicts(same, result, parts)) == 2
+
+
+def test_the_rule_based_judge_is_independent(compare: Compare) -> None:
+    better = Metric(
+        "gold",
+        "Gold judge, 0 to 1",
+        "higher",
+        Estimate(0.5, 0.45, 0.55),
+        Estimate(0.6, 0.55, 0.65),
+        Estimate(0.1, 0.05, 0.15),
+    )
+    words = "The data's rule-based judge, on which nothing was trained: PPO 0.60, SFT 0.50"
+    result = compare()
+    result = replace(result, metrics=(*result.metrics, better))
+    assert independent_verdicts(CONFIG, result, {}) == [f"{words} (higher)."]
+    few = replace(compare(5, 0, 5), metrics=result.metrics)
+    assert independent_verdicts(CONFIG, few, {}) == [f"{words} (no clear difference)."]
+
+
+def test_few_prompts_mark_nothing(compare: Compare) -> None:
+    verdicts = [row.verdict for row in marked_rows(compare(30, 0, 0))]
+    assert "better" in verdicts
+    few = [row.verdict for row in marked_rows(compare(29, 0, 0))]
+    assert set(few) == {"unclear", ""}
+    assert len(few) == len(verdicts)
 
 
 def test_the_tiles_hold_the_published_numbers(compare: Compare) -> None:

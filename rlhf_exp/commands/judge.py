@@ -13,6 +13,7 @@ from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.human_agreement import (
     HumanAgreement,
+    JudgedPairs,
     JudgeQuality,
     judge_quality,
     people_agreement,
@@ -72,6 +73,7 @@ def judge(
     panel: RequestedJudges,
     pairs: int | None = None,
     out: Path | None = None,
+    question: str | None = None,
 ) -> str:
     """Return tables of what people say and of how far each judge agrees with them.
 
@@ -81,13 +83,14 @@ def judge(
         panel: the judges; without any, only people are compared with each other.
         pairs: most pairs.
         out: file for the numbers, as JSON.
+        question: the criterion whose votes count, of a file with several; by default the first.
 
     Raises:
         UserError: the file or a judge cannot be used.
     """
     if pairs is not None and pairs < 1:
         raise UserError(f"--pairs {pairs}: must be at least 1")
-    labels = read_judged_pairs(file, "judge").first(pairs)
+    labels = read_judged_pairs(file, "judge", question).first(pairs)
     people = people_agreement(labels.ratings, labels.annotators)
     qualities: list[JudgeQuality] = []
     notes: list[str] = []
@@ -107,13 +110,16 @@ def judge(
                 f"{usage.completion_tokens} written"
             )
     if out is not None:
-        content = {"file": file.name, "unusable": labels.unusable, "people": people.to_json()}
+        content = {
+            "file": file.name,
+            "criterion": labels.criterion,
+            "unusable": labels.unusable,
+            "people": people.to_json(),
+        }
         write_json_atomic(
             out, {**content, "judges": [panel_judge.to_json() for panel_judge in qualities]}
         )
-    return "\n".join(
-        [_people_table(people, labels.unusable), *_quality_tables(qualities), *notes, ""]
-    )
+    return "\n".join([_people_table(people, labels), *_quality_tables(qualities), *notes, ""])
 
 
 def _judges(outputs: OutputFolder, panel: RequestedJudges) -> list[Judge]:
@@ -157,14 +163,16 @@ def _reward_judge(outputs: OutputFolder, spec: str) -> Judge:
     return RewardJudge(spec, RewardModelTextScorer(RewardModel.load(folder), codec, device=device))
 
 
-def _people_table(agreement: HumanAgreement, unusable: int) -> str:
+def _people_table(agreement: HumanAgreement, labels: JudgedPairs) -> str:
     a, tie, b = agreement.counts
-    rows = [
+    choice = " (--question chooses)" if labels.other_criteria else ""
+    rows = [("Question", f"{labels.question}{choice}")] if labels.question else []
+    rows += [
         ("Pairs", f"{agreement.pairs}; by majority {a} for a, {tie} ties, {b} for b"),
         ("People", f"{len(agreement.annotators)}"),
     ]
-    if unusable:
-        rows.append(("Left out", f"{unusable} rows are no pair of answers to one prompt"))
+    if labels.unusable:
+        rows.append(("Left out", f"{labels.unusable} rows are no pair of answers to one prompt"))
     if agreement.agreement is not None:
         rows += [
             ("Two people agree", format_estimate(agreement.agreement, 3)),

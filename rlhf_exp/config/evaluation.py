@@ -57,6 +57,11 @@ class EvalJudgeConfig:
     labels: str | None = setting(
         None, "File of pairs that people have judged, to compare the judges with.", neutral=None
     )
+    question: str | None = setting(
+        None,
+        "The criterion of eval.judge.labels whose votes count, of several; null: the first.",
+        neutral=None,
+    )
     pairs: int | None = setting(None, "Most pairs of eval.judge.labels.", neutral=None)
 
 

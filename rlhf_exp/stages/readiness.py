@@ -265,7 +265,7 @@ def judge_problems(prospect: Prospect) -> Iterator[str]:
         except UserError as error:
             yield f"eval.judge.model={section.model}: {error}"
     if section.labels is not None:
-        read_judged_pairs(Path(section.labels), "eval.judge.labels")
+        read_judged_pairs(Path(section.labels), "eval.judge.labels", section.question)
 
 
 def toxicity_problems(prospect: Prospect) -> Iterator[str]:

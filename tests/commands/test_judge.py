@@ -28,6 +28,26 @@ def test_people_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "Pairs 2; by majority 1 for a, 1 ties, 0 for b People 2 Two people agree 0.500" in shown
 
 
+def test_the_question_is_named_and_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    votes = [{**row, "criterion": "helpful"} for row in LABELS]
+    votes.append({**PAIR, "annotator": "anna", "criterion": "harmless", "winner": "b"})
+    command = ["judge", str(jsonl(tmp_path / "votes.jsonl", votes))]
+    assert cli.main(command) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    words = "Question helpful; the file also has harmless (--question chooses) Pairs 2;"
+    assert words in shown
+    out = tmp_path / "o.json"
+    assert cli.main([*command, "--question", "harmless", "--out", str(out)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Question harmless; the file also has helpful" in shown
+    assert "Pairs 1; by majority 0 for a, 0 ties, 1 for b" in shown
+    assert json.loads(out.read_text())["criterion"] == "harmless"
+    assert cli.main([*command, "--question", "honest"]) == 2
+    assert "it has votes on helpful, harmless" in capsys.readouterr().err
+
+
 def test_a_classifier_and_an_llm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = jsonl(tmp_path / "labels.jsonl", LABELS)
     command = ["--outputs", str(tmp_path / "outputs"), "judge", str(file)]

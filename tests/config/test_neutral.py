@@ -64,6 +64,7 @@ OTHERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "eval.judge.request": ("[seed:1]", "", EVAL),
     "eval.judge.labels": ("LABELS", "", EVAL),
     "eval.judge.pairs": ("5", "", EVAL),
+    "eval.judge.question": ("helpful", "", EVAL),
     "eval.toxicity.temperature": ("0.5", "eval=toxicity", EVAL),
     "eval.toxicity.top_p": ("0.5", "eval=toxicity", EVAL),
     "eval.toxicity.top_k": ("5", "eval=toxicity", EVAL),

@@ -23,7 +23,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -393,17 +393,28 @@ class JudgedPairs:
         ratings: [N, R] signs: 1 where b was preferred, 0 for a tie, -1 for a, NaN for no judgment.
         annotators: the names of the R people.
         unusable: rows of preference data that are no pair of answers to one prompt.
+        criterion: the question whose votes these are; `None` if the file names none.
+        other_criteria: the file's further questions, whose votes are left out.
     """
 
     pairs: tuple[AnswerPair, ...]
     ratings: NDArray[np.float64]
     annotators: tuple[str, ...]
     unusable: int = 0
+    criterion: str | None = None
+    other_criteria: tuple[str, ...] = ()
 
     def first(self, count: int | None) -> JudgedPairs:
         """Return the first `count` pairs; all of them for `None`."""
         pairs = self.pairs[:count]
-        return JudgedPairs(pairs, self.ratings[: len(pairs)], self.annotators, self.unusable)
+        return replace(self, pairs=pairs, ratings=self.ratings[: len(pairs)])
+
+    @property
+    def question(self) -> str:
+        """The question in words, with those left out; empty if the file names none."""
+        if self.criterion is None or not self.other_criteria:
+            return self.criterion or ""
+        return f"{self.criterion}; the file also has {', '.join(self.other_criteria)}"
 
 
 def read_judged_pairs(path: Path, option: str, criterion: str | None = None) -> JudgedPairs:
@@ -415,8 +426,9 @@ def read_judged_pairs(path: Path, option: str, criterion: str | None = None) -> 
         criterion: the question whose votes count, if there are several; by default the first found.
 
     Raises:
-        UserError: the file cannot be read, or a row has an unknown form.
+        UserError: the file cannot be read, a row has an unknown form, or no vote is on `criterion`.
     """
+    criteria: dict[str, None] = {}
     votes: dict[tuple[AnswerPair, str], dict[str, float]] = {}
     unusable = 0
     for origin, record in _read_records(path, option):
@@ -425,8 +437,10 @@ def read_judged_pairs(path: Path, option: str, criterion: str | None = None) -> 
         if not isinstance(record, Mapping):
             raise UserError(f"{origin}: found {type(record).__name__}; expected {_FORMS}")
         if "criterion" in record:
-            criterion = criterion or str(record["criterion"])
-            if record["criterion"] != criterion:
+            name = str(record["criterion"])
+            criteria[name] = None
+            criterion = criterion or name
+            if name != criterion:
                 continue
         if "chosen" in record and "rejected" in record:
             row_votes = _preference_of_row(record, origin)
@@ -440,10 +454,15 @@ def read_judged_pairs(path: Path, option: str, criterion: str | None = None) -> 
             votes.setdefault((pair, row_key), {}).update(signs)
     if not votes:
         about = f" on {criterion!r}" if criterion else ""
-        raise UserError(f"{option}: {path} has no judged pairs{about}; expected {_FORMS}")
+        has = f"; it has votes on {', '.join(criteria)}" if criteria else ""
+        raise UserError(f"{option}: {path} has no judged pairs{about}{has}; expected {_FORMS}")
+    if criterion is not None and criterion not in criteria:
+        raise UserError(f"{option}: {path} names no questions, so none can be {criterion!r}")
     names = sorted({name for signs in votes.values() for name in signs}, key=_natural_order)
     ratings = [[signs.get(name, np.nan) for name in names] for signs in votes.values()]
-    return JudgedPairs(tuple(pair for pair, _ in votes), np.array(ratings), tuple(names), unusable)
+    others = tuple(name for name in criteria if name != criterion)
+    pairs = tuple(pair for pair, _ in votes)
+    return JudgedPairs(pairs, np.array(ratings), tuple(names), unusable, criterion, others)
 
 
 def _read_records(path: Path, option: str) -> Iterator[tuple[str, object]]:

@@ -155,10 +155,18 @@ def test_votes_of_several_annotators(tmp_path: Path) -> None:
     assert found.pairs == (AnswerPair("p", "x", "y"), AnswerPair("q", "x", "y"))
     assert found.annotators == ("anna", "ben")
     assert np.array_equal(found.ratings, [[1, -1], [NAN, 0]], equal_nan=True)
-    assert read_judged_pairs(path, "labels", "harmless").ratings.tolist() == [[-1]]
+    assert found.question == "helpful; the file also has harmless"
+    harmless = read_judged_pairs(path, "labels", "harmless")
+    assert harmless.ratings.tolist() == [[-1]]
+    assert (harmless.criterion, harmless.other_criteria) == ("harmless", ("helpful",))
     assert len(found.first(1).pairs) == len(found.first(1).ratings) == 1
-    with pytest.raises(UserError, match="no judged pairs on 'honest'"):
+    assert found.first(1).question == found.question
+    with pytest.raises(UserError, match="no judged pairs on 'honest'; it has votes on helpful, h"):
         read_judged_pairs(path, "labels", "honest")
+    unnamed = write(tmp_path / "unnamed.jsonl", {**pair, "winner": "a"})
+    assert read_judged_pairs(unnamed, "labels").question == ""
+    with pytest.raises(UserError, match="names no questions, so none can be 'honest'"):
+        read_judged_pairs(unnamed, "labels", "honest")
 
 
 def test_real_preferences_hide_the_chosen_side(shared_data: Path) -> None:

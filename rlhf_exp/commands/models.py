@@ -1,6 +1,6 @@
 """`rlhf-exp chat RUN` talks to a run's model, or to two at once; `export RUN DIR` copies the model.
 
-An exported folder is a plain Hugging Face model with its model card.
+An exported folder is a plain Hugging Face model with its model card (`model_card.py`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf_exp.batch import Prompts
+from rlhf_exp.commands.hub_upload import create_repository, upload
+from rlhf_exp.commands.model_card import model_card
 from rlhf_exp.commands.runs import POLICIES, OutputFolder
 from rlhf_exp.data.rows import Turn
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.pretrained import end_token_ids, load_causal_lm, load_tokenizer
-from rlhf_exp.report.run.gather import loading_code
 from rlhf_exp.rollout.decoder import CacheKind
 from rlhf_exp.rollout.sampler import SamplingParams, sample
 from rlhf_exp.rollout.transcript import Stopper
@@ -30,8 +31,6 @@ from rlhf_exp.store.artifact import Artifact
 
 CHAT_HELP = "Type a message; an empty line starts a new conversation, Ctrl-D ends."
 NOT_UTF8 = "(bytes that are no UTF-8 are read as \ufffd; a terminal in UTF-8 sends none)"
-ALGORITHMS = {"gae": "PPO", "rloo": "RLOO", "grpo": "GRPO", "reinforce_pp": "REINFORCE++"}
-"""Names of `ppo.advantage`, for model cards."""
 # The value function is used in training only.
 _IGNORED_FILES = shutil.ignore_patterns("value_head.safetensors", "value_model")
 
@@ -140,7 +139,14 @@ class ChatModel:
         return text
 
 
-def export(outputs: Path, run: str, folder: Path, step: int | None = None) -> Path:
+def export(
+    outputs: Path,
+    run: str,
+    folder: Path,
+    step: int | None = None,
+    push: str | None = None,
+    private: bool = False,
+) -> str:
     """Copy the model of `run` into `folder` and write its card.
 
     Args:
@@ -148,9 +154,15 @@ def export(outputs: Path, run: str, folder: Path, step: int | None = None) -> Pa
         run: The run.
         folder: An empty folder, or a new one.
         step: Optimizer step of a snapshot to export instead of the published model.
+        push: A repository of the Hugging Face hub that gets the folder's content, too.
+        private: Whether the repository, if it is new, is private.
+
+    Returns:
+        The folder, and the address of the commit if it was pushed.
 
     Raises:
-        UserError: The run has no policy or no such snapshot, or `folder` is not empty.
+        UserError: The run has no policy or no such snapshot, `folder` is not empty, or the hub
+            refuses.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; name another one")
@@ -159,10 +171,16 @@ def export(outputs: Path, run: str, folder: Path, step: int | None = None) -> Pa
     source = artifact.path / "model" if step is None else _snapshot_folder(artifact, step)
     prefix = f"{source.relative_to(artifact.path).as_posix()}/"
     artifact.verify(lambda name: name.startswith(prefix))
+    if push is not None:
+        create_repository(push, private)  # before a large model is copied
     shutil.copytree(source, folder, ignore=_IGNORED_FILES, dirs_exist_ok=True)
-    chain = output_folder.artifacts(run, POLICIES)
-    (folder / "README.md").write_text(model_card(artifact, chain, folder, step))
-    return folder.resolve()
+    name, chain = output_folder.run(run, POLICIES).name, output_folder.artifacts(run, POLICIES)
+    card = model_card(artifact, chain, name, push, step)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    exported = str(folder.resolve())
+    if push is None:
+        return exported
+    return f"{exported}\n{upload(push, folder, f'{artifact.stage} {artifact.key}')}"
 
 
 def _snapshot_folder(artifact: Artifact, step: int) -> Path:
@@ -178,56 +196,3 @@ def _snapshot_folder(artifact: Artifact, step: int) -> Path:
         f"--step {step}: {artifact.stage} {artifact.key} holds no model of that step, only of "
         f"{', '.join(map(str, steps))}; {artifact.stage}.keep_every asks for more"
     )
-
-
-def model_card(
-    artifact: Artifact, chain: dict[str, Artifact], folder: Path, step: int | None = None
-) -> str:
-    """Return the model card: base model, data, keys, usage and metrics."""
-    manifest = artifact.manifest
-    config = manifest.config
-    base = config["model"]["path"]
-    head = ["---", "library_name: transformers", "tags: [rlhf, rlhf-exp]"]
-    if base and not Path(base).exists():
-        head.append(f"base_model: {base}")
-    origin = f"`{base}`" if base else "random weights, with a tokenizer trained on the same data"
-    training = "supervised fine-tuning"
-    if artifact.stage == "dpo":
-        training += " and DPO on preferences"
-    elif artifact.stage == "ppo":
-        algorithm = ALGORITHMS[config["ppo"].get("advantage", "gae")]
-        training += f" and {algorithm} against " + (
-            f"the reward function `{config['ppo']['reward']['function']}`"
-            if config["ppo"]["reward"]["function"]
-            else "a reward model"
-        )
-    data = config["data"]["path"] or config["data"]["preferences"] or config["data"]["source"]
-    keys = ", ".join(f"{stage} `{trained.key}`" for stage, trained in chain.items())
-    lines = [
-        *head,
-        "---",
-        "",
-        f"# {artifact.stage} {artifact.key}",
-        "",
-        f"Trained with rlhf_exp by {training}, from {origin}.",
-        "",
-        f"- Data: `{data}`, prompt format `{config['data']['format']}`",
-        f"- Made: {manifest.created}, revision {manifest.git.get('revision', 'unknown')}",
-        f"- Keys: {keys}",
-        *([] if step is None else [f"- Snapshot: after {step} optimizer steps"]),
-        "",
-        "## Use",
-        "",
-        "```python",
-        loading_code(folder),
-        "```",
-        "",
-    ]
-    if step is not None:  # the metrics are those of the published model
-        return "\n".join(lines)
-    lines += ["## Measured", "", "| | |", "|---|---|"]
-    for stage, stage_artifact in chain.items():
-        for name, value in sorted(stage_artifact.manifest.metrics.items()):
-            lines.append(f"| {stage} {name} | {value:.4g} |")
-    lines += ["", "Scores are relative to this run's own reward model and test prompts.", ""]
-    return "\n".join(lines)

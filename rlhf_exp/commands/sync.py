@@ -15,9 +15,17 @@ from rlhf_exp.http_client import HttpClient, Service
 from rlhf_exp.pipeline import hub
 from rlhf_exp.pipeline.plan import plan
 from rlhf_exp.redaction import without_secrets
+from rlhf_exp.report.run.page import report_path
 from rlhf_exp.safe_text import clipped, visible
 from rlhf_exp.store.lease import holders
-from rlhf_exp.tracking.wandb_sync import RunStart, last_step_sent, send, starts_of, unsent
+from rlhf_exp.tracking.wandb_sync import (
+    RunStart,
+    attach_report,
+    last_step_sent,
+    send,
+    starts_of,
+    unsent,
+)
 
 HEADER = ("stage", "key", "run", "starts", "state", "where")
 FAILED = "failed"
@@ -51,7 +59,7 @@ def sync(outputs: Path, run: str, dry_run: bool, tell: Callable[[str], None]) ->
     for tracked in tracked_runs:
         if tracked in to_send and not dry_run:
             tell(f"{tracked.stage} {tracked.key}: sending run {tracked.run_id}")
-        state, where = _send(tracked, dry_run)
+        state, where = _send(tracked, outputs, dry_run)
         rows.append(
             (tracked.stage, tracked.key, tracked.run_id, str(len(tracked.starts)), state, where)
         )
@@ -107,7 +115,7 @@ def _tracked_runs(outputs: OutputFolder, run: str) -> Iterator[TrackedRun]:
                     yield TrackedRun(stage, key, folder, starts, running)
 
 
-def _send(tracked: TrackedRun, dry_run: bool) -> tuple[str, str]:
+def _send(tracked: TrackedRun, outputs: Path, dry_run: bool) -> tuple[str, str]:
     """Send a run; return its state, and its URL or what went wrong."""
     if tracked.running:
         return "running", "send it when it has ended"
@@ -119,10 +127,10 @@ def _send(tracked: TrackedRun, dry_run: bool) -> tuple[str, str]:
     if dry_run:
         count = sum(len(piece.steps) for piece in pieces)
         return "would send", f"{count} rows of {len(pieces)} starts"
-    return _send_pieces(tracked)
+    return _send_pieces(tracked, outputs)
 
 
-def _send_pieces(tracked: TrackedRun) -> tuple[str, str]:
+def _send_pieces(tracked: TrackedRun, outputs: Path) -> tuple[str, str]:
     url = ""
     try:
         last_step = last_step_sent(tracked.starts)
@@ -138,7 +146,9 @@ def _send_pieces(tracked: TrackedRun) -> tuple[str, str]:
         if result.error is not None:  # W&B would put later starts in the place of these rows
             return FAILED, result.error
         url = result.url or url
-    return "sent", url
+    report = report_path(outputs, tracked.stage, tracked.key)
+    reason = attach_report(tracked.folder, report) if report.is_file() else None
+    return "sent", url if reason is None else f"{url} without its report ({clipped(reason, 200)})"
 
 
 def _check_server() -> None:

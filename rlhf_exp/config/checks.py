@@ -35,6 +35,7 @@ from rlhf_exp.config.experiment import (
     DataSource,
     Dtype,
     EngineName,
+    FurtherTracker,
     PromptFormat,
     StageName,
     StrategyName,
@@ -192,6 +193,9 @@ def _check_distributed_and_tracking(check: ConfigChecker) -> None:
         message = "needs DeepSpeed: `pip install deepspeed` (extra `deepspeed`)."
         check.require(find_spec("deepspeed") is not None, "distributed.strategy", message)
     check.require(bool(config.tracking.project.strip()), "tracking.project", "must not be empty.")
+    if FurtherTracker.tensorboard in config.tracking.also and not config.plan:
+        message = "needs tensorboard: `pip install tensorboard` (extra `tensorboard`)."
+        check.require(find_spec("tensorboard") is not None, "tracking.also", message)
     alerts = "tracking.alerts."
     check.positive(*(alerts + name for name in ("kl_factor", "reward_drop", "entropy_fraction")))
 

@@ -262,6 +262,12 @@ class TrackingMode(Enum):
     disabled = "disabled"
 
 
+class FurtherTracker(Enum):
+    """Trackers besides W&B."""
+
+    tensorboard = "tensorboard"
+
+
 @dataclass
 class AlertsConfig:
     """When PPO raises an alert, at W&B and in `alerts.jsonl`; training goes on."""
@@ -290,6 +296,9 @@ class TrackingConfig:
     project: str = setting("rlhf-exp", "W&B project.", key=False)
     entity: str | None = setting(None, "W&B user or team; null: your default.", key=False)
     tags: list[str] = setting(factory=list, doc="W&B tags.", key=False)
+    also: list[FurtherTracker] = setting(
+        factory=list, doc="Further trackers, whatever the mode: tensorboard.", key=False
+    )
     alerts: AlertsConfig = setting(factory=AlertsConfig, key=False)
 
 

@@ -21,7 +21,7 @@ from rlhf_exp.store.publish import staging_folder
 from rlhf_exp.store.run_records import Records, RunRecord, Status
 from rlhf_exp.store.store import Store
 
-TRACKED = ("wandb/", "wandb-data/")
+TRACKED = ("wandb/", "wandb-data/", "tensorboard/")
 
 
 @dataclass(frozen=True)

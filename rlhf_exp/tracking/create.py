@@ -1,4 +1,4 @@
-"""Creation of a stage's tracker: the local record, W&B unless it is disabled, and alerts."""
+"""Creation of a stage's tracker: local record, TensorBoard if asked for, W&B, and alerts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_exp.redaction import redacted
 from rlhf_exp.store.atomic_files import write_text_atomic
 from rlhf_exp.tracking.alerts import AlertMonitor, AlertRules
 from rlhf_exp.tracking.local import MetricsLog, read_metrics
@@ -35,6 +36,7 @@ def open_tracker(
     job_type: str | None = None,
     name: str | None = None,
     tags: Sequence[str] = (),
+    also: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
     diff: str = "",
     alerts: AlertRules | None = None,
@@ -54,6 +56,7 @@ def open_tracker(
         job_type: W&B job type: the stage.
         name: W&B display name.
         tags: W&B tags.
+        also: Further trackers: `tensorboard`.
         config: The resolved config, nested.
         diff: Difference of the code from its git revision; saved as a file of the W&B run.
         alerts: Thresholds of alerts; None: no alerts.
@@ -61,7 +64,7 @@ def open_tracker(
             None starts a new record.
 
     Raises:
-        UserError: W&B has no API key (`online` only).
+        UserError: W&B has no API key (`online` only), or a tracker's package is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run_id = _resolve_run_id(folder / _ID_FILE, run_id)
@@ -70,8 +73,22 @@ def open_tracker(
     monitor = AlertMonitor(alerts)
     for row in earlier:  # the rules compare with rows from before the resume
         monitor.check(row)
+    trackers: list[Tracker] = [local]
+    if "tensorboard" in also:
+        from rlhf_exp.tracking.tensorboard_tracker import TensorBoardTracker
+
+        shown = redacted(dict(config or {}))
+        board = TensorBoardTracker(
+            folder,
+            run_id=run_id,
+            stage=job_type,
+            name=name or run_id,
+            config=shown,
+            resume_step=resume_step,
+        )
+        trackers.append(board)
     if mode == "disabled":
-        return CompositeTracker(local, alerts=monitor)
+        return CompositeTracker(*trackers, alerts=monitor)
     from rlhf_exp.tracking.wandb_tracker import WandbTracker
 
     remote = WandbTracker(
@@ -88,7 +105,7 @@ def open_tracker(
         diff=diff,
         earlier=earlier,
     )
-    return CompositeTracker(local, remote, alerts=monitor)
+    return CompositeTracker(*trackers, remote, alerts=monitor)
 
 
 def import_early(mode: Mode) -> None:

@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 
 STEP = "global_step"
 METRICS, ALERTS = "metrics.jsonl", "alerts.jsonl"
+URL = "wandb_url"
+"""File with the address of a run's page at W&B, if it has one."""
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_PAGE = re.compile(r"https?://[^\s\"'<>]+")
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_]+(/[A-Za-z0-9_]+)*")
 
 
@@ -210,3 +213,18 @@ def _step_of(table: Path) -> int:
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
     write_text_atomic(path, "".join(line + "\n" for line in lines))
+
+
+def note_url(folder: Path, url: str) -> None:
+    """Note the address of a run's page at W&B in the run's folder."""
+    if noted_url(folder) != url:
+        write_text_atomic(folder / URL, f"{url}\n", durable=False)
+
+
+def noted_url(folder: Path) -> str | None:
+    """Return the address of a run's page at W&B; `None` if none is noted."""
+    try:
+        url = (folder / URL).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError):
+        return None
+    return url if _PAGE.fullmatch(url) else None

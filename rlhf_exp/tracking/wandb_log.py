@@ -4,6 +4,14 @@ Offline this file is all that W&B writes: it contains config, history, summary a
 layout: a header of 7 bytes, then LevelDB log chunks in blocks of 32 KiB (crc32, length and type
 before the data), whose joined data are protobuf `Record`s. wandb's protobufs are private, so this
 can break with another wandb; the tests compare it with `wandb leet inspect`.
+
+*Why not by W&B's public API*, which could replay `metrics.jsonl` and `tables/` into a run when it
+is sent: the run would lose what only the log has. These are the time of each row (charts over wall
+time, the run's beginning and its duration would be those of the sending), the system metrics that
+W&B records itself (GPU, memory, network), histograms, references to model artifacts, and the files
+of a start. Reading could go through `wandb leet inspect`, a process of 0.8 s a log; sending would
+still have to write logs with chosen rows, for `wandb sync` knows whole logs only, and would send
+the rows that a resume repeats twice.
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.tracking.charts import chart_names
 from rlhf_exp.tracking.local import STEP
 
 _BLOCK = 32768
@@ -210,10 +219,11 @@ def copy_rows(source: Path, target: Path, rows: Iterable[Mapping[str, float]]) -
     Args:
         source: the log of a start; its run, config and summary are taken over.
         target: the new log.
-        rows: the rows, each with its `global_step`.
+        rows: the rows, each with its `global_step`, as `metrics.jsonl` has them.
     """
     from wandb.proto import wandb_internal_pb2
 
+    stage = read_wandb_file(source).job_type or None
     number = position = 0
     exit_record = None
     with open(target, "wb") as file:
@@ -230,7 +240,7 @@ def copy_rows(source: Path, target: Path, rows: Iterable[Mapping[str, float]]) -
         for row in rows:
             number += 1
             added = wandb_internal_pb2.Record(num=number)  # type: ignore[attr-defined]
-            for name, value in {**row, "_step": position}.items():
+            for name, value in {**chart_names(stage, row), "_step": position}.items():
                 item = added.history.item.add(value_json=json.dumps(value))
                 item.nested_key.append(name)
             added.history.step.num = position

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlhf_exp.redaction import without_secrets
-from rlhf_exp.tracking.local import METRICS, STEP, read_metrics
+from rlhf_exp.tracking.local import METRICS, STEP, note_url, noted_url, read_metrics
 from rlhf_exp.tracking.wandb_log import (
     RUN_VARIABLES,
     StartNote,
@@ -37,6 +37,8 @@ from rlhf_exp.tracking.wandb_log import (
 SYNC_TIMEOUT_S = 1800.0
 API_TIMEOUT_S = 20
 _LAST = "last_step"
+REPORT_FILE = "report.html"
+_RUN_PATH = re.compile(r"/([^/]+)/([^/]+)/runs/([^/?#]+)")
 _URL = re.compile(r"View run .*?\b(https?://\S+)")
 # By default `wandb sync` retries for hours; the user can give the command again.
 _ENVIRONMENT = {
@@ -241,7 +243,36 @@ def send(piece: SyncPiece, folder: Path) -> SyncResult:
         return SyncResult("", _reason(output))
     mark_synced(path, json.dumps({_LAST: piece.last}))
     url = _URL.search(output)
+    if url:
+        note_url(folder, url[1])
     return SyncResult(url[1] if url else "", None)
+
+
+def attach_report(folder: Path, report: Path) -> str | None:
+    """Upload a report to a run that W&B has, as its file `report.html`.
+
+    Args:
+        folder: The run's folder, which notes its address.
+        report: The page.
+
+    Returns:
+        The reason why it is not there; `None` if it is, or W&B does not have the run.
+    """
+    from rlhf_exp.tracking.wandb_tracker import wandb
+
+    url = noted_url(folder)
+    names = None if url is None else _RUN_PATH.search(url)
+    if names is None:
+        return None
+    with TemporaryDirectory(prefix="wandb-report-") as workspace:
+        copy = Path(workspace) / REPORT_FILE
+        shutil.copyfile(report, copy)
+        try:
+            run = wandb.Api(timeout=API_TIMEOUT_S).run("/".join(names.groups()))
+            run.upload_file(str(copy), root=workspace)
+        except Exception as error:  # of `requests`, and several families of W&B's own
+            return without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
+    return None
 
 
 def _wandb_sync(folder: Path) -> str:

@@ -40,7 +40,8 @@ import wandb
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.redaction import redacted, without_secrets
-from rlhf_exp.tracking.local import METRICS, STEP, read_metrics
+from rlhf_exp.tracking.charts import chart_name, chart_names
+from rlhf_exp.tracking.local import METRICS, STEP, note_url, read_metrics
 from rlhf_exp.tracking.wandb_log import (
     RUN_VARIABLES,
     StartNote,
@@ -78,7 +79,7 @@ class WandbTracker:
         project: W&B project.
         entity: W&B user or team.
         group: W&B group.
-        job_type: W&B job type.
+        job_type: W&B job type: the stage, which begins the names of metrics that several log.
         name: W&B display name.
         tags: W&B tags.
         config: The resolved config, nested; enums are recorded by name, paths as text.
@@ -109,6 +110,7 @@ class WandbTracker:
         self.run_id = run_id
         self._mode: Literal["offline", "online"] = mode
         self._folder, self._diff = folder, diff
+        self._stage = job_type
         self._names: dict[str, Any] = {
             "project": project,
             "entity": entity,
@@ -143,12 +145,15 @@ class WandbTracker:
         last = max((row[STEP] for row in earlier), default=-math.inf)
         StartNote(number, last + 1).write(self._log_file())
         self.url = self._run.url if self._online else None  # offline wandb prints a warning
+        if self.url is not None:
+            note_url(self._folder, self.url)
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
         self._sent = self._last_step_sent()
         for row in earlier:
             if row[STEP] > self._sent and (self._online or row[STEP] not in held):
-                self._run.log(_plain_numbers(row), commit=row[STEP] != self._open_step)
+                named = chart_names(self._stage, row)
+                self._run.log(_plain_numbers(named), commit=row[STEP] != self._open_step)
         if self._diff:
             path = Path(self._run.dir) / DIFF_FILE
             path.write_text(without_secrets(self._diff), encoding="utf-8", errors="replace")
@@ -208,7 +213,7 @@ class WandbTracker:
     def log(self, metrics: Mapping[str, float], step: int, *, more: bool = False) -> None:
         """See `Tracker`."""
         if step > self._sent:
-            row = _plain_numbers({**metrics, STEP: step})
+            row = _plain_numbers({**chart_names(self._stage, metrics), STEP: step})
             self._open_step = step if more else None
             self._record(lambda: self._run.log(row, commit=not more))
 
@@ -218,7 +223,7 @@ class WandbTracker:
         finite = finite[np.isfinite(finite)]
         if step > self._sent and finite.size:
             histogram = wandb.Histogram(np_histogram=np.histogram(finite, bins=BINS))
-            row = {name: histogram, STEP: step}
+            row = {chart_name(self._stage, name): histogram, STEP: step}
             self._open_step = step
             self._record(lambda: self._run.log(row, commit=False))
 
@@ -232,7 +237,7 @@ class WandbTracker:
             return wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
 
         if step > self._sent:
-            self._open_step = step
+            self._open_step, name = step, chart_name(self._stage, name)
             self._if_server(
                 lambda: self._run.log({name: build()}, commit=False),
                 # Its row has been sent by then.
@@ -241,7 +246,8 @@ class WandbTracker:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """See `Tracker`."""
-        self._record(lambda: self._run.summary.update(dict(values)))
+        named = chart_names(self._stage, values)
+        self._record(lambda: self._run.summary.update(named))
 
     def alert(self, title: str, text: str, step: int) -> None:
         """See `Tracker`."""

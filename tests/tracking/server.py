@@ -224,6 +224,26 @@ class WandbServer:
         files = [{"name": name, "uploadUrl": self._at("run", run, name)} for name in given["files"]]
         return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}
 
+    def op_RunFiles(self, given: Json) -> Json:
+        run = self.runs[given["name"]]
+        names = [name for name in run.files if name in given["fileNames"]]
+        nodes = [
+            {
+                "id": name,
+                "name": name,
+                "sizeBytes": len(run.files[name]),
+                "url": "",
+                "directUrl": "",
+            }
+            | dict.fromkeys(("mimetype", "updatedAt", "md5"))
+            for name in names
+        ]
+        found = {
+            "edges": [{"node": node, "cursor": node["id"]} for node in nodes],
+            "pageInfo": {"endCursor": None, "hasNextPage": False},
+        }
+        return {"project": {"run": {"fileCount": len(nodes), "files": found}}}
+
     def op_ArtifactType(self, given: Json) -> Json:
         return {"project": {"artifact": None}}
 

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.tracking.local import MetricsLog, read_metrics, read_table, table_steps
+from rlhf_exp.tracking.local import (
+    MetricsLog,
+    note_url,
+    noted_url,
+    read_metrics,
+    read_table,
+    table_steps,
+)
 
 
 def written(folder: Path, steps: range, *, resume_step: int | None = None, offset: int = 0) -> None:
@@ -147,3 +154,20 @@ def test_the_summary_is_merged_and_survives_a_resume(tmp_path: Path) -> None:
     MetricsLog(tmp_path, resume_step=1).summary({"kl": 2})
     expected = {"reward": None, "reason": "done", "kl": 2}
     assert json.loads((tmp_path / "summary.json").read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    ("noted", "url"),
+    [
+        ("https://wandb.ai/me/rlhf/runs/ab12\n", "https://wandb.ai/me/rlhf/runs/ab12"),
+        ("javascript:alert(1)", None),
+        ('https://a/b" onclick=', None),
+        ("", None),
+    ],
+)
+def test_only_an_address_is_an_address(tmp_path: Path, noted: str, url: str | None) -> None:
+    assert noted_url(tmp_path) is None
+    (tmp_path / "wandb_url").write_text(noted)
+    assert noted_url(tmp_path) == url
+    note_url(tmp_path, "http://127.0.0.1:1/e/p/runs/x")
+    assert noted_url(tmp_path) == "http://127.0.0.1:1/e/p/runs/x"

@@ -58,14 +58,14 @@ def test_everything_arrives(server: WandbServer, tmp_path: Path) -> None:
     assert run.summary["best"] == 2.5
     assert run.column("global_step") == [1, 2]
     assert run.column("reward/mean") == pytest.approx([1 / 3, 1 / 3])
-    assert run.column("eval/reward_mean") == [1, 2]
+    assert run.column("ppo/eval/reward_mean") == [1, 2]  # SFT logs `eval/...`, too
     counts = [histogram["values"] for histogram in run.column("reward/histogram")]
     # Two zeros, in the first of 64 bins, and a one, in the last.
     assert counts == [[2] + 62 * [0] + [1]] * 2
     assert run.files["git-diff.patch"] == b"--- a\n+++ b\n"
     assert run.alerts == [("KL", "Step 2: too far")]
     tables = [one for one in server.artifacts if one.kind == "run_table"]
-    rows = [json.loads(one.files["eval/samples.table.json"])["data"] for one in tables]
+    rows = [json.loads(one.files["ppo/eval/samples.table.json"])["data"] for one in tables]
     assert rows == [[["<b>yes", 1]], [["<b>yes", 2]]]
     (made,) = [one for one in server.artifacts if one.kind == "model"]
     assert (made.name, made.metadata, made.committed) == ("ppo-1234", {"digest": "d1"}, True)

@@ -38,6 +38,7 @@ def test_a_run_of_all_stages(server: WandbServer, tmp_path: Path) -> None:
     for stage, run in runs.items():
         found = artifact(tmp_path, stage)
         assert (run.group, run.tags, run.exit_code) == ("study", ["first"], 0)
+        assert run.name.startswith(f"{stage} suite=quick" if stage == "eval" else f"{stage} lr=")
         assert run.config["ppo"]["rollouts"] == 8
         assert run.config["lineage"]["key"] == found.key
         assert run.config["lineage"].get("parents", {}) == found.manifest.parents
@@ -45,6 +46,14 @@ def test_a_run_of_all_stages(server: WandbServer, tmp_path: Path) -> None:
         local = read_metrics(found.path / "metrics.jsonl")
         assert run.column("global_step") == [row["global_step"] for row in local]
         assert run.run_id == found.manifest.wandb_run_id
+
+    # The report links to the runs, and is a file of the last one.
+    final = artifact(tmp_path, "eval")
+    report = tmp_path / "reports" / f"eval-{final.key}.html"
+    assert runs["eval"].files["report.html"] == report.read_bytes()
+    page = report.read_text()
+    for stage, run in runs.items():
+        assert f'{run.run_id}" rel="noreferrer">W&amp;B: {stage}</a>' in page
 
     # What the children say they were made from is what the parents say they made.
     made = models(server)
@@ -70,7 +79,7 @@ def test_a_run_of_all_stages(server: WandbServer, tmp_path: Path) -> None:
         runs["reward"].summary["test/accuracy"]
         == artifact(tmp_path, "reward").manifest.metrics["test/accuracy"]
     )
-    assert {"eval/samples", "eval/side_by_side"} <= {
+    assert {"ppo/eval/samples", "eval/side_by_side"} <= {
         key for run in runs.values() for row in run.history for key in row
     }
 

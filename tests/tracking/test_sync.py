@@ -21,6 +21,7 @@ from rlhf_exp.store.run_records import Records, RunRecord
 from rlhf_exp.store.store import Store
 from rlhf_exp.tracking import wandb_sync, wandb_tracker
 from rlhf_exp.tracking.create import Mode, open_tracker
+from rlhf_exp.tracking.local import noted_url
 from rlhf_exp.tracking.wandb_log import copy_log, read_wandb_file, synced_marker, wandb_files
 from rlhf_exp.tracking.wandb_sync import RunStart, unsent
 from tests.tracking.server import WandbServer
@@ -113,7 +114,7 @@ class Recorded:
     def run(self, *steps: int, mode: Mode = "offline", code: int = 143) -> str:
         """Start or resume the run and log some steps."""
         resume = steps[0] - 1 if steps[0] else None
-        tracker = open_tracker(mode, self.folder, name="sft-01", resume_step=resume)
+        tracker = open_tracker(mode, self.folder, job_type="sft", name="sft-01", resume_step=resume)
         for step in steps:
             if step % 2 == 0:
                 tracker.table("eval/samples", ["text"], [[f"step {step}"]], step)
@@ -140,20 +141,27 @@ def test_a_resumed_and_published_run_arrives_as_one(
     run_id = recorded.run(0, 1, 2, 3, 4)
     recorded.run(3, 4, 5, 6, code=0)
     recorded.publish()
+    report = recorded.outputs / "reports" / f"sft-{KEY}.html"
+    report.parent.mkdir()
+    report.write_text("<p>the report")
     assert recorded.sync("--dry-run") == 0
     assert "7 rows of 2 starts" in capsys.readouterr().out
     assert server.runs == {}
     assert recorded.sync() == 0
     assert f"{server.url}/" in capsys.readouterr().out
     assert server.unknown == []
+    # The report is at the run, and the run's address where reports look for it.
+    assert server.run.files["report.html"] == b"<p>the report"
+    assert noted_url(recorded.folder).endswith(f"/runs/{run_id}")  # type: ignore[union-attr]
     assert server.run.run_id == run_id
     assert server.run.column("global_step") == [0, 1, 2, 3, 4, 5, 6]
-    assert server.run.column("loss/total") == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]
+    assert server.run.column("sft/loss/total") == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]
     steps = server.run.column("_step")
     assert steps == sorted(set(steps))
     assert server.run.exit_code == 0
     # Tables too, although the folder has moved since.
-    tables = [one.files["eval/samples.table.json"] for one in server.artifacts if one.committed]
+    name = "sft/eval/samples.table.json"
+    tables = [one.files[name] for one in server.artifacts if one.committed]
     assert json.loads(tables[-1])["data"] == [["step 6"]]
     assert all(one.committed for one in server.artifacts)
 
@@ -213,7 +221,7 @@ def test_rows_that_wandb_lost_are_sent_from_the_local_record(
 ) -> None:
     """Its process was killed and could not be started again; the stage went on to its end."""
     monkeypatch.setattr(wandb_tracker, "RESTARTS", 0)
-    tracker = open_tracker("offline", recorded.folder, name="sft-01")
+    tracker = open_tracker("offline", recorded.folder, job_type="sft", name="sft-01")
     tracker.log({"loss/total": 0.0}, 0)
     tracker.log({"loss/total": 0.25}, 1)
     time.sleep(1.5)  # until it is on disk
@@ -224,7 +232,7 @@ def test_rows_that_wandb_lost_are_sent_from_the_local_record(
     assert recorded.sync() == 0
     assert server.unknown == []
     assert server.run.column("global_step") == [0, 1, 2, 3]
-    assert server.run.column("loss/total")[-1] == 0.75
+    assert server.run.column("sft/loss/total")[-1] == 0.75
     steps = server.run.column("_step")
     assert steps == sorted(set(steps))
     assert recorded.sync() == 0

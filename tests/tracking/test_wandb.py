@@ -142,8 +142,8 @@ def test_what_is_logged_reads_back(tmp_path: Path) -> None:
     scalars, with_table = run.history
     assert (scalars["global_step"], scalars["reward/mean"]) == (1, 0.5)
     assert math.isnan(scalars["kl/k1"])
-    assert scalars["loss/total"] == math.inf
-    file = path.parent / "files" / with_table["eval/samples"]["path"]
+    assert scalars["ppo/loss/total"] == math.inf
+    file = path.parent / "files" / with_table["ppo/eval/samples"]["path"]
     assert json.loads(file.read_text())["data"] == [["a\ud800<b>", 1.5], ["c", 2]]
 
 

@@ -92,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     status = commands.add_parser("status", help="list runs, or the points of one")
     status.add_argument("run", nargs="?", metavar="RUN")
+    status.add_argument("--json", action="store_true", help="print JSON instead")
     status.set_defaults(command=_run_status)
 
     cancel = commands.add_parser("cancel", help="cancel the Slurm jobs of a run or multirun")
@@ -237,7 +238,10 @@ def export_options(export: argparse.ArgumentParser) -> None:
     """Add the options of `rlhf-exp export`."""
     export.add_argument("run", metavar="RUN")
     export.add_argument("folder", type=Path, metavar="DIR")
-    export.add_argument("--step", type=int, metavar="N", help="the snapshot of this step")
+    add = export.add_argument
+    add("--step", type=int, metavar="N", help="the snapshot of this step")
+    add("--push", metavar="ORG/NAME", help="also upload it to this repository of the hub")
+    add("--private", action="store_true", help="make the repository private, if it is new")
 
 
 def serve_options(serve: argparse.ArgumentParser) -> None:
@@ -270,6 +274,7 @@ def judge_options(judge: argparse.ArgumentParser) -> None:
     field = "a further field of each request; may be repeated"
     add("--request", action="append", default=[], metavar="NAME:JSON", help=field)
     add("--concurrency", type=int, metavar="N", help="requests under way at once (8)")
+    add("--question", metavar="NAME", help="count the votes on it, of a file with several (first)")
     add("--pairs", type=int, metavar="N", help="only the first N pairs")
     add("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
 
@@ -285,7 +290,8 @@ def gc_options(gc: argparse.ArgumentParser) -> None:
 def _run_status(arguments: argparse.Namespace) -> None:
     from rlhf_exp.commands.inspect import status
 
-    print(status(arguments.outputs, arguments.run), end="")
+    form = "json" if arguments.json else "text"
+    print(status(arguments.outputs, arguments.run, form), end="")
 
 
 def _run_cancel(arguments: argparse.Namespace) -> None:
@@ -355,7 +361,10 @@ def _run_chat(arguments: argparse.Namespace) -> None:
 def _run_export(arguments: argparse.Namespace) -> None:
     from rlhf_exp.commands.models import export
 
-    print(export(arguments.outputs, arguments.run, arguments.folder, arguments.step))
+    if arguments.private and arguments.push is None:
+        raise UserError("--private: says how --push makes a repository; give both")
+    push = arguments.push, arguments.private
+    print(export(arguments.outputs, arguments.run, arguments.folder, arguments.step, *push))
 
 
 def _run_serve_reward(arguments: argparse.Namespace) -> None:
@@ -387,8 +396,8 @@ def _run_judge(arguments: argparse.Namespace) -> None:
     values = {name: value for name, value in vars(arguments).items() if value is not None}
     names = [field.name for field in dataclasses.fields(RequestedJudges)]
     panel = RequestedJudges(**{name: values[name] for name in names if name in values})
-    outputs, file = arguments.outputs, arguments.file
-    print(judge(outputs, file, panel, arguments.pairs, arguments.out), end="")
+    outputs, file, question = arguments.outputs, arguments.file, arguments.question
+    print(judge(outputs, file, panel, arguments.pairs, arguments.out, question), end="")
 
 
 def _run_store_ls(arguments: argparse.Namespace) -> None:

@@ -73,7 +73,7 @@ def test_help_version_and_a_plan(site: Path, tmp_path: Path) -> None:
     ended = rlhf_exp(
         site, tmp_path, "run", "-m", "name=a", "experiment=mine", "plan=true", "seed=0,1"
     )
-    assert (ended.returncode, ended.stderr.count("fits 80 GB")) == (0, 2)
+    assert (ended.returncode, ended.stdout.count("fits 80 GB")) == (0, 2)
     ended = rlhf_exp(site, tmp_path, "run", "experiment=mine", "--cfg", "job", "-p", "sft.steps")
     assert ended.stdout == "3\n"
     assert "no such key" in rlhf_exp(site, tmp_path, "run", "ppo.lrr=1").stderr

@@ -13,7 +13,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,57 +26,122 @@ from rlhf_exp.launchers.optuna.trial import study_folder
 from rlhf_exp.launchers.slurm import monitor
 from rlhf_exp.launchers.slurm.monitor import JobView, job_views
 from rlhf_exp.launchers.slurm.submissions import submitted_names
+from rlhf_exp.report.chart import duration
 from rlhf_exp.report.run.charts import write_sheets
 from rlhf_exp.report.run.gather import gather
-from rlhf_exp.report.run.page import build_report
+from rlhf_exp.report.run.page import build_report, report_path
 from rlhf_exp.report.sweep.compare import ComparedSide, MetricRow, RunComparison, compare_sides
 from rlhf_exp.report.sweep.data import FEWEST_SEEDS, SeedSummary, Sweep
 from rlhf_exp.report.sweep.gather import gather_sweep
 from rlhf_exp.report.sweep.page import build_sweep_report, to_csv, to_json
+from rlhf_exp.run_log import log_path
 from rlhf_exp.search.study import study_exists
 from rlhf_exp.store.disk_usage import sizes
 from rlhf_exp.store.run_records import RunRecord, Status
+from rlhf_exp.store.store import Store
+from rlhf_exp.tracking.progress_bar import Progress
 
-HEADER = ("name", "state", "stage", "key", "objective", "command line or error")
-Cells = tuple[str, ...]
+HEADER = (
+    *("name", "state", "stage", "step", "left", "begun", "reward", "KL", "objective", "key"),
+    "command line or error",
+)
+# The validation metrics of the policies that a run makes, the last one first.
+_POLICIES = ("ppo", "dpo")
+_REWARDS = ("eval/reward_mean", "reward/mean")
+_KLS = ("eval/kl_sequence", "kl/sequence")
 # Well below the limits of file systems.
 _MAX_FILE_NAME = 80
 
 
-def status(outputs: Path, run: str | None) -> str:
-    """Return the runs as a table: name, state, stage, key, objective, command line or error.
+@dataclass(frozen=True)
+class RunState:
+    """A run as `status` shows it.
+
+    Attributes:
+        name: The run's name.
+        state: How far it is.
+        stage: The stage that was asked for; of a run in progress, the one it is in.
+        key: The final key.
+        begun: ISO 8601 time in UTC; empty for a job that waits.
+        objective: The number that a sweep optimises.
+        reward: Mean validation reward of the policy; of a run in progress, the latest.
+        kl: Its KL to the SFT policy on the same answers, in nats per answer.
+        progress: How far the stage in progress is.
+        note: The error's last line, or what else is to be said.
+        overrides: The command line.
+        log: The file with its output, if it failed and has one.
+    """
+
+    name: str
+    state: str
+    stage: str
+    key: str
+    begun: str = ""
+    objective: float | None = None
+    reward: float | None = None
+    kl: float | None = None
+    progress: Progress | None = None
+    note: str = ""
+    overrides: tuple[str, ...] = ()
+    log: str = ""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row of the table."""
+        progress, step, left = self.progress, "", ""
+        if progress is not None:
+            step = f"{progress.step}/{progress.steps}"
+            left = "" if progress.seconds_left is None else duration(progress.seconds_left)
+        begun = self.begun[:16].replace("T", " ")
+        numbers = (self.reward, self.kl, self.objective)
+        told = self.note or " ".join(self.overrides)
+        label = self.stage if progress is None else progress.label
+        cells = (self.name, self.state, label, step, left, begun)
+        return (*cells, *map(_number_text, numbers), self.key, told)
+
+
+def _number_text(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def status(outputs: Path, run: str | None, form: str = "text") -> str:
+    """Return the runs as a table, or as JSON: states, progress, results, command line or error.
 
     Args:
         outputs: The output folder.
         run: A run or multirun; None: all.
+        form: `text` or `json`.
     """
-    records, names = OutputFolder(outputs).records, submitted_names(outputs)
-    if run is not None and study_exists(study_folder(outputs, run)):
+    folder = OutputFolder(outputs)
+    records, names = folder.records, submitted_names(outputs)
+    if run is not None and form == "text" and study_exists(study_folder(outputs, run)):
         return study_text(outputs, run)
     if run is None:
         listed = records.all()
     elif run in names:
         listed, names = records.sweep(run), [run]
     else:
-        listed, names = records.resolve_all(run, OutputFolder(outputs).store), []
+        listed, names = records.resolve_all(run, folder.store), []
     views = {(name, view.job.key): view for name in names for view in job_views(outputs, name)}
-    rows = [_record_row(record, views.pop((record.name, record.key), None)) for record in listed]
-    rows += [_job_row(name, view) for (name, _), view in views.items()]
-    if not rows:
+    states = [
+        _record_state(folder, record, views.pop((record.name, record.key), None))
+        for record in listed
+    ]
+    states += [_job_state(name, view) for (name, _), view in views.items()]
+    if form == "json":
+        return json.dumps([asdict(state) for state in states], indent=1, default=str) + "\n"
+    if not states:
         return "no runs yet\n"
-    logs = [f"{row[3]}: {row[-1]}\n" for row in rows if row[-1]]
-    text = table(HEADER, [row[:-1] for row in rows])
+    text = table(HEADER, [state.cells for state in states])
     if run is not None:
-        store, all_records = OutputFolder(outputs).store, OutputFolder(outputs).records
-        for usage in sizes(
-            store, all_records, sorted({row[0] for row in rows} & set(all_records.names()))
-        ):
+        known = sorted({state.name for state in states} & set(records.names()))
+        for usage in sizes(folder.store, records, known):
             text += f"\nDisk space of {usage.name}: {usage}\n"
+    logs = [f"{state.key}: {state.log}\n" for state in states if state.log]
     return text + ("\nLogs of what failed:\n" + "".join(logs) if logs else "")
 
 
-def _record_row(record: RunRecord, view: JobView | None) -> Cells:
-    """Return the row of a run; its last value is the path of its log, if it failed and has one."""
+def _record_state(folder: OutputFolder, record: RunRecord, view: JobView | None) -> RunState:
     state, note = str(record.status), _last_line(record.error)
     if record.abandoned:
         state, note = str(Status.interrupted), "its process was killed; the same command goes on"
@@ -83,24 +149,65 @@ def _record_row(record: RunRecord, view: JobView | None) -> Cells:
         # A killed job could not update its record.
         state, note = str(view.progress), view.note or note
     log = record.log if view is None else str(view.log)
-    return (
+    progress = _progress_of(folder.store, record) if state == Status.running else None
+    numbers = _policy_metrics(folder.store, record)
+    if progress is not None:
+        numbers |= progress.numbers
+    return RunState(
         record.name,
         state,
         record.stage,
         record.key,
-        "" if record.objective is None else f"{record.objective:.4g}",
-        note or " ".join(record.overrides),
+        record.created,
+        record.objective,
+        _first_of(numbers, _REWARDS),
+        _first_of(numbers, _KLS),
+        progress,
+        note,
+        record.overrides,
         log or "" if state == Status.failed else "",
     )
 
 
-def _job_row(name: str, view: JobView) -> Cells:
-    """Return the row of a job without a record: not started yet, or shared by several runs."""
-    job, note = view.job, view.note or " ".join(view.job.overrides)
+def _progress_of(store: Store, record: RunRecord) -> Progress | None:
+    """Return the progress of the stage that a run is in, as it was last told."""
+    for stage, key in reversed(record.keys.items()):
+        unfinished = store.unfinished(stage, key)
+        progress = None if unfinished is None else Progress.read(unfinished)
+        if progress is not None:
+            return progress
+    return None
+
+
+def _policy_metrics(store: Store, record: RunRecord) -> dict[str, float]:
+    """Return the validation metrics of the policy that a run has made, if it has."""
+    for stage in _POLICIES:
+        key = record.keys.get(stage)
+        artifact = None if key is None else store.lookup(stage, key)
+        if artifact is not None:
+            return dict(artifact.manifest.metrics)
+    return {}
+
+
+def _first_of(numbers: Mapping[str, float], names: Sequence[str]) -> float | None:
+    return next((numbers[name] for name in names if name in numbers), None)
+
+
+def _job_state(name: str, view: JobView) -> RunState:
+    """Return the state of a job without a record: not started yet, or shared by several runs."""
+    job, note = view.job, view.note
     if job.shared:
         note = f"shared by the points{f': {view.note}' if view.note else ''}"
     log = str(view.log) if view.progress == "failed" else ""
-    return (name, str(view.progress), job.stage, job.key, "", note, log)
+    return RunState(
+        name,
+        str(view.progress),
+        job.stage,
+        job.key,
+        note=note,
+        overrides=tuple(job.overrides),
+        log=log,
+    )
 
 
 def _last_line(error: str | None) -> str:
@@ -277,10 +384,7 @@ def sweep_of(
     folder: OutputFolder, title: str, records: Sequence[RunRecord], kl_budget: float | None = None
 ) -> Sweep:
     """Return the data of a report of several runs, with the logs of their jobs."""
-    files = {
-        record.key: folder.records.root / record.name / "logs" / f"{record.key}.log"
-        for record in records
-    }
+    files = {record.key: log_path(folder.path, record.name, record.key) for record in records}
     logs = {key: str(path) for key, path in files.items() if path.is_file()}
     for name in {record.name for record in records} & set(submitted_names(folder.path)):
         logs |= {view.job.key: str(view.log) for view in job_views(folder.path, name)}
@@ -291,7 +395,7 @@ def write_run_report(folder: OutputFolder, record: RunRecord, run: str) -> Path:
     """Write the page of one run and return its path; errors name the run `run`."""
     artifacts = folder.artifacts_of(record, run)
     final = list(artifacts.values())[-1]
-    path = folder.path / "reports" / f"{final.stage}-{final.key}.html"
+    path = report_path(folder.path, final.stage, final.key)
     return build_report(gather(record.name, artifacts), path).resolve()
 
 
@@ -308,7 +412,9 @@ def write_figures(outputs: Path, run: str, folder: Path) -> list[Path]:
     """Write the charts of a run into `folder`, one file for each stage, and return their paths."""
     output_folder = OutputFolder(outputs)
     data = gather(output_folder.run(run).name, output_folder.artifacts(run))
-    return write_sheets(data.metrics, folder, data.calibration, data.kl_target)
+    return write_sheets(
+        data.metrics, folder, data.calibration, data.kl_target, data.published_steps
+    )
 
 
 def cancel(outputs: Path, name: str) -> str:

@@ -37,7 +37,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
 
     try:
         config, overrides = from_dict(job["config"]), list(job["overrides"])
-        objective = run_job(config, overrides, recorded=job["recorded"])
+        objective = run_job(config, overrides, recorded=job["recorded"], logged=False)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return {"error": str(error)}

@@ -5,13 +5,16 @@ from __future__ import annotations
 from rlhf_exp.config.experiment import Config
 
 
-def run_job(config: Config, overrides: list[str], *, recorded: bool = True) -> float | None:
+def run_job(
+    config: Config, overrides: list[str], *, recorded: bool = True, logged: bool = True
+) -> float | None:
     """Run a job.
 
     Args:
         config: The experiment, or the study.
         overrides: The command line, for the record.
         recorded: Whether it is a run of its own.
+        logged: Whether it writes a log of its own.
 
     Returns:
         The objective, of a study the best so far.
@@ -27,4 +30,6 @@ def run_job(config: Config, overrides: list[str], *, recorded: bool = True) -> f
         return run_worker(config, overrides)
     from rlhf_exp.experiment import run
 
-    return run(config, overrides) if recorded else run(config, overrides, recorded=False)
+    if recorded and logged:
+        return run(config, overrides)
+    return run(config, overrides, recorded=recorded, logged=logged)

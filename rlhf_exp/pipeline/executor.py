@@ -41,6 +41,7 @@ from rlhf_exp.processes.environment import (
 from rlhf_exp.processes.failures import USER
 from rlhf_exp.processes.leader import Leader, StartedWorkers, joined_leader, joined_worker
 from rlhf_exp.processes.worker import Worker
+from rlhf_exp.run_log import recording
 from rlhf_exp.search.pruning import PruningCallback, RunningTrial
 from rlhf_exp.signals import exiting_on_signals
 from rlhf_exp.stages.context import StageContext, StageJob, StageResult
@@ -258,6 +259,7 @@ def _job_from_json(values: dict[str, Any]) -> StageJob:
     objects = {
         "claim": None if claim is None else Claim(**claim),
         "trial": None if trial is None else RunningTrial.from_json(trial),
+        "settings": tuple(values["settings"]),
     }
     return StageJob(**values | objects)
 
@@ -331,7 +333,8 @@ class StageRunner:
             given_up=PruningCallback(job.trial, Path(job.folder)) if job.trial else None,
         )
         try:
-            result: StageResult = stage.run(self.config, context)
+            with recording(job.log if is_leader() else None):
+                result: StageResult = stage.run(self.config, context)
         except ProbeFinished as end:
             return StageResult({}, measured=end.measured)
         return result

@@ -7,8 +7,11 @@ used where the config leaves the revision open, so that results do not depend on
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,9 @@ from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.store.atomic_files import files_below, write_json_atomic
 from rlhf_exp.store.sealed import file_digest_once
 
+log = logging.getLogger(__name__)
+
+HUB_TIMEOUT_S = 10.0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 PINS = "pins.json"
@@ -214,6 +220,52 @@ def _cached(need: Need, pin: Pin) -> bool:
         for name in pin.files
     )
     return all(isinstance(path, str) and Path(path).exists() for path in paths)
+
+
+def check_reachable(output_dir: Path, wanted: Sequence[Need]) -> None:
+    """Use this machine's cache alone if the hub does not answer: no library then asks it again.
+
+    The libraries would try each file five times, and each try would be two lines.
+
+    Args:
+        output_dir: Folder of the pins; what was fetched is not asked for.
+        wanted: What is needed from the hub.
+
+    Raises:
+        UserError: The hub does not answer, and the cache lacks something.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import get_session
+
+    unpinned = missing(output_dir, wanted)
+    if not unpinned or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+        return
+    except Exception as error:  # of the HTTP library below it, which the user may replace
+        reason = " ".join((str(error) or type(error).__name__).split())
+    hub = f"the Hugging Face hub, {constants.ENDPOINT}, does not answer ({reason})"
+    cache = Path(constants.HF_HUB_CACHE)
+    absent = [
+        need
+        for need in unpinned
+        if not any(
+            (cache / repo_folder_name(repo_id=need.id, repo_type=need.kind)).glob("snapshots/*")
+        )
+    ]
+    if absent:
+        raise UserError(
+            f"{hub}, and this machine's cache has no {', no '.join(map(str, absent))}. Fetch it "
+            "where there is a network (rlhf-exp fetch, with the same options), give a folder's "
+            "path, or set HF_ENDPOINT to a mirror"
+        )
+    log.warning("%s: %s is read from this machine's cache", hub, ", ".join(map(str, unpinned)))
+    os.environ["HF_HUB_OFFLINE"] = "1"  # of processes started from here
+    constants.HF_HUB_OFFLINE = True
+    if "datasets.config" in sys.modules:
+        sys.modules["datasets.config"].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
 def check_cached(model: str, revision: str | None) -> None:

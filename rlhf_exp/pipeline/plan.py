@@ -31,7 +31,7 @@ from rlhf_exp.store.disk_usage import TRACKED
 from rlhf_exp.store.fingerprint import DigestCache
 from rlhf_exp.store.run_records import Records
 from rlhf_exp.store.store import Store
-from rlhf_exp.tracking.local import ALERTS, METRICS
+from rlhf_exp.tracking.local import ALERTS, METRICS, URL
 
 if TYPE_CHECKING:
     from rlhf_exp.search.pruning import RunningTrial
@@ -57,6 +57,7 @@ NOT_COMPUTING = (
     "rlhf_exp/model_names.py",
     "rlhf_exp/processes/",
     "rlhf_exp/redaction.py",
+    "rlhf_exp/run_log.py",
     "rlhf_exp/signals.py",
     "rlhf_exp/stages/tracking.py",
     "rlhf_exp/store/",
@@ -65,7 +66,7 @@ NOT_COMPUTING = (
 )
 
 
-_LOGS = (METRICS, ALERTS, "facts.json", "summary.json", "run_id")
+_LOGS = (METRICS, ALERTS, URL, "facts.json", "summary.json", "run_id")
 
 
 class StepState(StrEnum):

@@ -8,6 +8,7 @@ its list. Here too: files that the config asks for and that finished results in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_exp.config.evaluation import needs_reward
@@ -15,6 +16,7 @@ from rlhf_exp.config.experiment import Config, StrategyName
 from rlhf_exp.config.training import CONTINUED, TrainingConfig
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.brought_models import model_problems
+from rlhf_exp.pipeline.hub import check_reachable, needs
 from rlhf_exp.pipeline.local_models import LocalModels, local_models
 from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.pipeline.stage_graph import stages_of
@@ -58,6 +60,12 @@ def preflight_problems(config: Config, steps: list[Step] | None, materials: Mate
     work = frozenset(stages_of(config) if steps is None else _to_run(steps))
     if not work:
         return []
+    wanted = needs(config, steps or [])
+    if wanted:
+        try:
+            check_reachable(Path(config.output_dir), wanted)
+        except UserError as error:  # the other checks would ask the hub again
+            return [str(error)]
     problems = list(_service_problems(config, work))
     import_early(config.tracking.mode.value)  # before torch, which the checks import
     from rlhf_exp.stages.readiness import CHECKS, Prospect, readiness_problems

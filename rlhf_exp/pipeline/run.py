@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +26,10 @@ from rlhf_exp.store.disk_usage import TRACKED
 from rlhf_exp.store.lease import Lease, hold
 from rlhf_exp.store.store import Store
 from rlhf_exp.tracking.local import METRICS, read_metrics
+from rlhf_exp.tracking.progress_bar import PROGRESS_FILE
 
 FACTS = "facts.json"
-_TEMPORARY = ("original_scores/*", NOTE)
+_TEMPORARY = ("original_scores/*", NOTE, PROGRESS_FILE)
 _STATE = (f"{CHECKPOINTS}/*", "best/*", "kept/*")
 
 
@@ -75,6 +76,9 @@ def run_steps(
     executor: StageExecutor,
     tell: Callable[[str], None],
     trial: RunningTrial | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    log: Path | None = None,
 ) -> list[FinishedStep]:
     """Bring all steps up to date, in order.
 
@@ -84,6 +88,8 @@ def run_steps(
         executor: Runs the stages.
         tell: Prints a line for the user.
         trial: The search's trial that the PPO step runs.
+        overrides: The command line, for names that people read.
+        log: The run's log, if it writes one.
 
     Raises:
         Pruned: The search pruned the trial.
@@ -106,7 +112,8 @@ def run_steps(
         }
         step_trial = trial if step.stage == "ppo" else None
         step = replace(step, inputs=inputs)
-        run = _StepRun(config, step, store, models, parents, executor, tell, step_trial)
+        details = JobDetails(step_trial, tuple(overrides), None if log is None else str(log))
+        run = _StepRun(config, step, store, models, parents, executor, tell, details)
         done[step.stage] = run.run()
     return list(done.values())
 
@@ -118,6 +125,15 @@ def _files_read(role: str) -> Callable[[str], bool]:
     if role == SAMPLES:
         return lambda name: name == SAMPLES_FILE
     return lambda name: name.startswith(f"{MODEL}/")
+
+
+@dataclass(frozen=True)
+class JobDetails:
+    """What a stage is told of its run besides its own work: see `StageJob`."""
+
+    trial: RunningTrial | None = None
+    settings: tuple[str, ...] = ()
+    log: str | None = None
 
 
 class _StepRun:
@@ -132,11 +148,11 @@ class _StepRun:
         parents: dict[str, Artifact | None],
         executor: StageExecutor,
         tell: Callable[[str], None],
-        trial: RunningTrial | None,
+        details: JobDetails,
     ) -> None:
         self.config, self.step, self.store = config, step, store
         self.models, self.parents, self.executor = models, parents, executor
-        self.tell, self.trial = tell, trial
+        self.tell, self.details = tell, details
 
     def run(self) -> FinishedStep:
         """Make the result, unless another process has made it meanwhile."""
@@ -227,7 +243,9 @@ class _StepRun:
         resumes = (folder / CHECKPOINTS).is_dir()
         self.tell(f"{step.stage} {step.key}: {'resuming' if resumes else 'running'}")
         cache = Path(self.config.output_dir) / "cache"
-        job = step.job(folder, cache, self.models, claim=lease.claim, trial=self.trial)
+        details = self.details
+        job = step.job(folder, cache, self.models, claim=lease.claim, trial=details.trial)
+        job = replace(job, settings=details.settings, log=details.log)
         result, note = self._run_timed(job, note, lease)
         if result.pruned_step is not None:
             raise self._discard_pruned(folder, result.pruned_step, note.seconds)

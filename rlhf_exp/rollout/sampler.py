@@ -93,6 +93,7 @@ def sample(
     stopper: Stopper | None = None,
     capture: nn.Module | None = None,
     close: int | None = None,
+    on_ended: Callable[[int], None] | None = None,
 ) -> Samples:
     """Return a response to each prompt, in the prompts' order, on the model's device.
 
@@ -108,6 +109,7 @@ def sample(
         capture: a decoder block of `model`; the hidden states entering it become `Samples.states`.
         close: a token to feed after each response's content; its states become `Samples.closing`,
             unless the model has no position left for it, or rows are decoded in lockstep.
+        on_ended: told how many responses have ended, for a progress display.
 
     Raises:
         UserError: a prompt and its response exceed the model's positions.
@@ -129,7 +131,7 @@ def sample(
     closable = capture is not None and room and settings.cache == "slots"
     close = close if closable else None
     with decoding_mode(model):
-        loop = DecodeLoop(model, prompts, settings, seed, stopper, capture, close)
+        loop = DecodeLoop(model, prompts, settings, seed, stopper, capture, close, on_ended)
         with torch.inference_mode():
             loop.run()
     return loop.samples()
@@ -169,6 +171,7 @@ class DecodeLoop:
         stopper: finds stop strings, or None.
         capture: a decoder block whose incoming states are captured, or None.
         close: a token to feed after each row's content, whose states are captured too, or None.
+        on_ended: told how many rows have ended, or None.
     """
 
     def __init__(
@@ -180,6 +183,7 @@ class DecodeLoop:
         stopper: Stopper | None,
         capture: nn.Module | None,
         close: int | None,
+        on_ended: Callable[[int], None] | None = None,
     ) -> None:
         device = model.device
         rows, limit = len(prompts), settings.max_new_tokens
@@ -205,6 +209,7 @@ class DecodeLoop:
         self._uniforms = to_float32(uniform(seed, self._prompts.rollout.unsqueeze(1), steps))
         self._states = CapturedStates(rows, self._width)
         self._close = close
+        self._on_ended = on_ended
 
     def run(self) -> None:
         """Sample until every row has ended."""
@@ -226,6 +231,9 @@ class DecodeLoop:
                     if self._close is not None:
                         self._close_content(table.count_fed())
                     self._record(active, steps)
+                if self._on_ended is not None:
+                    under_way = table.active - table.ended + len(self._waiting)
+                    self._on_ended(len(self._prompts) - under_way)
 
     def _admit(self) -> None:
         """Prefill free slots with a group of waiting prompts and draw their first tokens."""

@@ -50,6 +50,8 @@ class StageJob:
         claim: The lease under which the result is made; `None` for a result that is not kept.
         probe: Whether only to measure a few iterations.
         trial: The search's trial that the job runs, which the search may prune.
+        log: The run's log, if it writes one.
+        settings: What sets the run apart, such as `ppo.lr=3e-4`, for names that people read.
     """
 
     stage: str
@@ -62,6 +64,8 @@ class StageJob:
     claim: Claim | None = None
     probe: bool = False
     trial: RunningTrial | None = None
+    log: str | None = None
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

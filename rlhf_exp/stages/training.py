@@ -14,8 +14,7 @@ from rlhf_exp.distributed.world import World
 from rlhf_exp.models.lora import LoraSettings
 from rlhf_exp.stages.context import StageContext
 from rlhf_exp.stages.publish import record_model
-from rlhf_exp.stages.tracking import tracker_for
-from rlhf_exp.tracking.progress_bar import StageProgress
+from rlhf_exp.stages.tracking import stage_progress, tracker_for
 from rlhf_exp.tracking.tracker import Tracker
 from rlhf_exp.training.result import TrainingResult
 from rlhf_exp.training.task import Task
@@ -68,13 +67,14 @@ def run_loop(
         return metrics
 
     with (
-        StageProgress(context.stage, steps, watch, shown=world.is_main) as progress,
+        stage_progress(context, context.stage, steps, world, watch) as progress,
         context.polite_interrupts() as interrupted,
     ):
         loop = TrainingContext(
             world=world,
             folder=context.folder,
             tracker=lambda resume: tracker_for(config, context, resume, world),
+            on_start=progress.begin,
             on_step=progress.update,
             before_write=context.before_write,
             interrupted=interrupted,

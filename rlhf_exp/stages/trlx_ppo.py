@@ -24,8 +24,7 @@ from rlhf_exp.stages.ppo_inputs import (
 from rlhf_exp.stages.publish import record_model, save_models
 from rlhf_exp.stages.scorers import scorer_for
 from rlhf_exp.stages.setup import load_policy_model, world_for
-from rlhf_exp.stages.tracking import tracker_for
-from rlhf_exp.tracking.progress_bar import StageProgress
+from rlhf_exp.stages.tracking import stage_progress, tracker_for
 from rlhf_exp.tracking.tracker import finishing
 from rlhf_exp.training.result import TrainingResult
 from rlhf_exp.trlx.convert import take_back
@@ -79,7 +78,7 @@ def _train(
 ) -> tuple[TrainingResult, dict[str, float | int | str]]:
     """Serve the worker to its end; return the outcome and facts for the report."""
     with (
-        StageProgress(f"{context.stage} (trlx)", steps, _WATCH, shown=world.is_main) as progress,
+        stage_progress(context, f"{context.stage} (trlx)", steps, world, _WATCH) as progress,
         finishing(tracker_for(config, context, None, world)) as tracker,
     ):
         session = Session(

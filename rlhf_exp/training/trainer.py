@@ -63,6 +63,7 @@ def train(
     with finishing(context.tracker(resumed)) as tracker:
         trainer = _Trainer(task, section, steps, context, checkpoints, best, kept, tracker)
         start = trainer.begin(checkpoint)
+        context.on_start(start)
         while trainer.progress.step < steps and not trainer.pruned:
             task.iterate(trainer.progress.step // task.updates, trainer.update)
             trainer.report()
@@ -275,6 +276,7 @@ class TrainingContext:
         folder: The stage's staging folder.
         tracker: Opens the tracker at the step to resume from (`None`: from the start).
         on_step: Told the step and the latest metrics, for a progress display.
+        on_start: Told the step that training begins at, before the first one.
         before_write: Called before every checkpoint; raises if this process may no longer write.
         interrupted: Whether the user has asked to stop.
         given_up: Called in the main process after an evaluation with the step and the number of
@@ -289,6 +291,7 @@ class TrainingContext:
     on_step: Callable[[int, Mapping[str, float]], None]
     before_write: Callable[[], None]
     interrupted: Callable[[], bool]
+    on_start: Callable[[int], None] = lambda step: None
     given_up: Callable[[int, int], bool] | None = None
     conclude: Callable[[TrainingResult, Tracker], Mapping[str, float]] = lambda outcome, tracker: {}
 

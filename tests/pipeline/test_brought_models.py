@@ -163,5 +163,5 @@ def test_a_run_with_a_model_that_is_not_right_ends_before_it_trains(
     assert "set model.cache=library" in told
     assert "running" not in told
     assert launch(tmp_path / "out", "stage=ppo", f"model.path={model}", "plan=true") == 0
-    told = " ".join(capfd.readouterr().err.split())
+    told = " ".join(capfd.readouterr().out.split())
     assert "memory is estimated for gpt2, gptj" in told

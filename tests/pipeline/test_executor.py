@@ -60,10 +60,12 @@ def test_a_plan_starts_nothing_and_is_printed_once(
 ) -> None:
     joined(0, 3)
     assert launch(tmp_path, "plan=true", *DDP) == 0
-    assert "sft" in capfd.readouterr().err
+    told = capfd.readouterr()
+    assert "sft" in told.out
+    assert told.err == ""
     joined(1, 3)
     assert launch(tmp_path, "plan=true", *DDP) == 0
-    assert capfd.readouterr().err == ""
+    assert tuple(capfd.readouterr()) == ("", "")
     assert not (tmp_path / "store").exists()
 
 

@@ -80,7 +80,7 @@ def test_what_is_read_only_is_planned_and_shown_or_refused_in_words(
     remount(disk, "ro")
     done = launched(outputs, "name=small", "plan=true")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("cached") == 4
+    assert done.stdout.count("cached") == 4
     tool = ("-m", "rlhf_exp.cli", "--outputs", str(outputs))
     for command in (("status",), ("compare", "small", "small"), ("report", "small", "--json")):
         done = called(*tool, *command)

@@ -15,7 +15,16 @@ from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.schema_keys import CONF
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline import hub
-from rlhf_exp.pipeline.hub import Need, Pin, Pins, check_cached, missing, needs, pinned
+from rlhf_exp.pipeline.hub import (
+    Need,
+    Pin,
+    Pins,
+    check_cached,
+    check_reachable,
+    missing,
+    needs,
+    pinned,
+)
 from rlhf_exp.pipeline.inputs import ResolvedModel
 from rlhf_exp.pipeline.plan import Step, StepState, plan
 from tests.lab import ROOT
@@ -237,3 +246,34 @@ def test_a_fetched_set_is_read_as_what_it_is(monkeypatch: pytest.MonkeyPatch) ->
         ("load_prompts", PROMPTS.id, "abc"),
         ("load_splits", "org/pairs", "def"),
     ]
+
+
+def test_a_hub_that_does_not_answer_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with pytest.raises(UserError, match=r"does not answer .* no model org/small \(model.path\)"):
+        check_reachable(tmp_path, [MODEL])
+    assert not constants.HF_HUB_OFFLINE
+    cached(tmp_path, "model.safetensors", b"weights")
+    check_reachable(tmp_path, [MODEL])
+    (record,) = caplog.records
+    assert "model org/small (model.path) is read from this machine's cache" in record.message
+    # No library asks again, also in processes started from here.
+    assert huggingface_hub.is_offline_mode()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    check_reachable(tmp_path, [MODEL])
+    assert len(caplog.records) == 1
+
+
+def test_a_hub_that_answers_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with stand_in_hub({"org/small": FILES}) as (address, _):
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        check_reachable(tmp_path, [MODEL])
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE

@@ -35,7 +35,7 @@ def test_a_plan_needs_no_gpu_and_says_what_lies_there(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert launch(tmp_path, "plan=true", "ppo.reward.placement=gpu:1") == 0
-    told = capfd.readouterr().err
+    told = capfd.readouterr().out
     row = next(line for line in told.splitlines() if line.startswith("reward model"))
     assert row.split()[-1] == "0.000", "no training process holds it"
     # 2 blocks of width 32, feed-forward 128, and 320 embeddings: 35 k numbers of 4 bytes.
@@ -43,7 +43,7 @@ def test_a_plan_needs_no_gpu_and_says_what_lies_there(
         told.split()
     )
     assert launch(tmp_path, "plan=true") == 0
-    assert "also has the reward model" not in capfd.readouterr().err
+    assert "also has the reward model" not in capfd.readouterr().out
 
 
 def ready(folder: Path, processes: int, placement: str) -> Config:

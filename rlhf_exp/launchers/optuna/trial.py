@@ -154,7 +154,10 @@ class TrialRun:
     def _train(self, executor: StageExecutor) -> TrialResult:
         trial = RunningTrial(str(folder_of(self.study)), self.handle.id, self.measure, self.pruning)
         try:
-            done = run_steps(self.config, self.steps, executor, self.tell, trial)
+            overrides = self.record.overrides
+            done = run_steps(
+                self.config, self.steps, executor, self.tell, trial, overrides=overrides
+            )
         except Pruned as pruned:
             return self._pruned(pruned)
         artifact, trained = done[-1].artifact, done[-1].trained

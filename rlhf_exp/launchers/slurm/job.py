@@ -84,13 +84,13 @@ def perform(work: JobWork) -> float | None:
     config, overrides = from_dict(work.config), list(work.overrides)
     if task.rank:
         # The first task handles notices; here they stay blocked.
-        return run_job(config, overrides, recorded=work.recorded)
+        return run_job(config, overrides, recorded=work.recorded, logged=False)
     if task.restarts:
         log_line(f"job {task.job} starts again ({task.restarts} of {work.max_restarts})")
     requeue = _Requeue(work, task)
     with handle_notices(work.grace_s, requeue.requeue_and_exit) as notice:
         try:
-            return run_job(config, overrides, recorded=work.recorded)
+            return run_job(config, overrides, recorded=work.recorded, logged=False)
         except BaseException as error:
             # After a notice, any other error is a consequence of it: another task may be dead
             # already. An error that is not will happen again after the restart.

@@ -46,6 +46,7 @@ from rlhf_exp.stages.evaluation.evaluation import (
 from rlhf_exp.stages.evaluation.kept_samples import kept_samples, samples_key
 from rlhf_exp.stages.scorers import EvaluationScorers
 from rlhf_exp.stages.setup import cache_of, load_policy_model
+from rlhf_exp.stages.tracking import stage_progress
 from rlhf_exp.training.reward_scorer import Scorer, score_samples, score_shared, texts_of
 from rlhf_exp.training.reward_terms import Scores, judge_samples
 
@@ -85,7 +86,19 @@ class SampledSource:
         tokenized = self._prompts(prompts, codec, generation)
         share = self.world.share(len(tokenized))
         own_prompts = tokenized.select(torch.from_numpy(share.rows)).to(self.world.device)
-        samples = self._sample(model, tokenized, own_prompts, codec, generation)
+        label = f"{self.context.stage} {part.replace('_', ' ')}, {model.name}"
+        total, processes = len(tokenized), self.world.processes
+        with stage_progress(self.context, label, total, self.world) as progress:
+            samples = self._sample(
+                model,
+                tokenized,
+                own_prompts,
+                codec,
+                generation,
+                # The others are as far, give or take a row.
+                lambda ended: progress.update(min(ended * processes, total), {}),
+            )
+            progress.update(total, {})  # also where they were kept
         texts = texts_of(samples.tokens, samples.prompt_lengths, samples.content_lengths, codec)
         reward = self._scorers.reward(codec) if generation.score else None
         scores = None if reward is None else judge_samples(reward, samples)
@@ -171,6 +184,7 @@ class SampledSource:
         own: Prompts,
         codec: Codec,
         generation: GenerationSettings,
+        on_ended: Callable[[int], None],
     ) -> Samples:
         """Return the answers to this process's own share of the prompts."""
         greedy = generation.temperature == 0.0
@@ -189,7 +203,8 @@ class SampledSource:
         stopper = Stopper(codec.tokenizer, codec.stop_strings) if generation.stop else None
 
         def compute() -> Samples:
-            return sample(self._policy(model).model, own, params, generation.seed, stopper)
+            policy = self._policy(model).model
+            return sample(policy, own, params, generation.seed, stopper, on_ended=on_ended)
 
         folder = Path(model.source)
         if not generation.keep or not folder.is_dir():  # a hub id does not say what is there

@@ -45,13 +45,14 @@ from rlhf_exp.evaluation.preference import needed_pairs
 from rlhf_exp.evaluation.toxicity.scorers import TextScores
 from rlhf_exp.models.reward_model import RewardModel
 from rlhf_exp.redaction import secret_variable
+from rlhf_exp.stages.context import StageContext
 from rlhf_exp.stages.evaluation.best_of_n import best_answers
 from rlhf_exp.stages.evaluation.evaluation import DIALOGUE, Evaluation, PartResult, test_prompts
 from rlhf_exp.stages.evaluation.gold_judge import gold_judge
 from rlhf_exp.stages.evaluation.toxicity_scorer import shared_scores, toxicity_scorer
 from rlhf_exp.stages.scorers import reward_client
 from rlhf_exp.stages.setup import attention_of, torch_dtype
-from rlhf_exp.tracking.progress_bar import StageProgress
+from rlhf_exp.stages.tracking import stage_progress
 from rlhf_exp.training.scorers import RewardFunction
 
 RESULT, COMPARISONS = "result.json", "comparisons.json"
@@ -168,7 +169,9 @@ class JudgePanel:
         self.section: EvalJudgeConfig = evaluation.config.eval.judge
         self.labels: JudgedPairs | None = None
         if self.section.labels is not None:
-            labels = read_judged_pairs(Path(self.section.labels), "eval.judge.labels")
+            labels = read_judged_pairs(
+                Path(self.section.labels), "eval.judge.labels", self.section.question
+            )
             self.labels = labels.first(self.section.pairs)
         self._judges: dict[JudgeName, Judge] = {}
         if JudgeName.llm in self.section.names:
@@ -225,7 +228,7 @@ class JudgePanel:
             AnswerPair(prompt, row.answer_a, row.answer_b)
             for prompt, row in zip(dialogues, result.rows, strict=True)
         ]
-        verdicts = judge_with_progress(judge, pairs)
+        verdicts = judge_with_progress(judge, pairs, self.evaluation.context)
         usage = judge.usage if isinstance(judge, LLMJudge) else None
         return Judgment.of(name.value, judge.name, verdicts, result.seed, result.level, usage)
 
@@ -235,7 +238,8 @@ class JudgePanel:
         seed = self.evaluation.config.eval.seed
         for name in self.section.names:
             judge = self._judge(name)
-            signs = [verdict.sign for verdict in judge_with_progress(judge, labels.pairs)]
+            verdicts = judge_with_progress(judge, labels.pairs, self.evaluation.context)
+            signs = [verdict.sign for verdict in verdicts]
             agreement = judge_quality(judge.name, signs, labels.ratings, seed)
             for short, estimate in (("agreement", agreement.agreement), ("kappa", agreement.kappa)):
                 if np.isfinite(estimate.mean):
@@ -243,6 +247,7 @@ class JudgePanel:
             judges.append({"kind": name.value, **agreement.to_json()})
         return metrics, {
             "file": Path(str(self.section.labels)).name,
+            "question": labels.question,
             "unusable": labels.unusable,
             "people": people_agreement(labels.ratings, labels.annotators, seed).to_json(),
             "judges": judges,
@@ -334,11 +339,20 @@ class JudgePanel:
         return self.evaluation.config.eval.tie_low, self.evaluation.config.eval.tie_high
 
 
-def judge_with_progress(judge: Judge, pairs: Sequence[AnswerPair]) -> list[Verdict]:
-    """Return a judge's verdicts, with a progress bar for a language model."""
+def judge_with_progress(
+    judge: Judge, pairs: Sequence[AnswerPair], context: StageContext | None = None
+) -> list[Verdict]:
+    """Return a judge's verdicts, with its progress for a language model.
+
+    Args:
+        judge: The judge.
+        pairs: The pairs.
+        context: The stage that asks, if one does.
+    """
     if not isinstance(judge, LLMJudge):
         return judge.verdicts(pairs)
-    with StageProgress("judge", 2 * sum(not pair.identical for pair in pairs), ()) as progress:
+    total = 2 * sum(not pair.identical for pair in pairs)
+    with stage_progress(context, "judge", total) as progress:
         judge.on_progress = lambda done, _: progress.update(done, {})
         return judge.verdicts(pairs)
 

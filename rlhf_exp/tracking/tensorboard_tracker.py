@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from rlhf_exp.errors import UserError
-from rlhf_exp.safe_text import clipped, visible
 from rlhf_exp.tracking.charts import chart_name
 
 FOLDER = "tensorboard"
@@ -100,7 +99,7 @@ class TensorBoardTracker:
 
     def alert(self, title: str, text: str, step: int) -> None:
         """See `Tracker`."""
-        self._text("alerts", f"**{visible(title)}** at step {step}: {visible(text)}", step)
+        self._text("alerts", f"**{title}** at step {step}: {text}", step)
 
     def model(self, name: str, path: Path, final_path: Path, metadata: Mapping[str, Any]) -> None:
         """Do nothing: TensorBoard has no models."""
@@ -115,12 +114,13 @@ class TensorBoardTracker:
             self._writer.close()
 
     def _text(self, name: str, text: str, step: int) -> None:
-        self._writer.add_text(name, text, step)
+        # Half a character, as models write, is no UTF-8.
+        self._writer.add_text(name, text.encode("utf-8", "replace").decode("utf-8"), step)
 
 
 def _row(cells: Sequence[Any]) -> str:
     """Return a row of a Markdown table; TensorBoard makes markup in it harmless."""
-    texts = (visible(clipped(str(cell), _CELL)) for cell in cells)
+    texts = (text if len(text) <= _CELL else f"{text[:_CELL]}…" for text in map(str, cells))
     escaped = (text.replace("|", "\\|").replace("\n", " ") for text in texts)
     return f"| {' | '.join(escaped)} |"
 

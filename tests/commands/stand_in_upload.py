@@ -37,7 +37,7 @@ class UploadHub:
         if path == "/api/repos/create":
             given = json.loads(body)
             name = f"{given.get('organization') or 'me'}/{given['name']}"
-            self.created[name] = bool(given.get("private"))
+            self.created[name] = bool(given.get("private")) or given.get("visibility") == "private"
             self.files[name] = {}
             return {"url": f"{self.url}/{name}", "id": name, "name": name}
         if path == "/api/validate-yaml":

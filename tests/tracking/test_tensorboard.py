@@ -58,6 +58,7 @@ def test_everything_that_is_reported(tmp_path: Path) -> None:
     tracker = opened(tmp_path)
     tracker.histogram("kl/histogram", [0.0, 1.0, 1.0, float("nan")], 2)
     rows = [[f"a|b\n{number}", "<b>x</b>"] for number in range(25)]
+    rows[1] = ["\ud800" + "y" * 2000, "<b>x</b>"]
     tracker.table("eval/samples", ["prompt", "answer"], rows, 2)
     tracker.log({"reward/mean": 0.5, "loss/total": 2.0}, 2)
     tracker.alert("KL is high", "lower ppo.lr", 2)
@@ -74,6 +75,7 @@ def test_everything_that_is_reported(tmp_path: Path) -> None:
     lines = table.splitlines()
     assert (step, lines[0], lines[1]) == (2, "| prompt | answer |", "| --- | --- |")
     assert lines[2] == r"| a\|b 0 | <b>x</b> |"
+    assert lines[3] == f"| ?{'y' * 999}… | <b>x</b> |"
     assert table.count("<b>x</b>") == 20
     assert "5 more rows are in tables/" in table
     assert text(events, "alerts") == [(2, "**KL is high** at step 2: lower ppo.lr")]

@@ -115,7 +115,9 @@ def _method(artifact: Artifact) -> str:
     elif artifact.stage == "ppo":
         reward = config["ppo"]["reward"]
         score = "a reward model trained on preferences"
-        if reward["function"]:
+        if reward.get("terms"):
+            score = f"a weighted sum of {len(reward['terms'])} rewards"
+        elif reward["function"]:
             score = f"the reward function `{_function_name(reward['function'])}`"
         elif reward["url"]:
             score = "the scores of a reward server"

@@ -196,6 +196,7 @@ def _runnable(page: Path) -> list[Block]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
     "page",
     [page for page in FOLLOWED if _runnable(page)],

@@ -27,7 +27,7 @@ COPY conf ./conf
 COPY hydra_plugins ./hydra_plugins
 COPY rlhf_exp ./rlhf_exp
 # DeepSpeed's extensions would be compiled while it is installed; nothing here uses them.
-RUN DS_BUILD_OPS=0 pip install -c constraints.txt ".[$EXTRAS]"
+RUN DS_BUILD_OPS=0 pip install -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
 
 FROM python:${PYTHON}-slim-bookworm
 LABEL org.opencontainers.image.title="rlhf_exp" \

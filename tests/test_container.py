@@ -44,6 +44,26 @@ def test_it_runs_as_any_user_and_the_paths_are_known() -> None:
     assert {place for place in places if place != "/opt/rlhf-exp"} <= {*PLACES, "/cache/home"}
 
 
+@pytest.mark.parametrize(
+    ("step", "variables", "asked"),
+    [
+        (
+            "case",
+            {"ACCELERATOR": "cpu", "CPU_INDEX": "INDEX"},
+            "install --index-url INDEX -c constraints.txt torch",
+        ),
+        ("case", {"ACCELERATOR": "cuda"}, "install -c constraints.txt torch"),
+        ("DS_BUILD_OPS=0", {"EXTRAS": "lora,serve"}, "install -c constraints.txt .[lora,serve]"),
+        ("DS_BUILD_OPS=0", {"EXTRAS": ""}, "install -c constraints.txt ."),
+    ],
+)
+def test_what_is_asked_of_pip(step: str, variables: dict[str, str], asked: str) -> None:
+    (command,) = (rest for name, rest in STEPS if name == "RUN" and rest.startswith(step))
+    program = f'pip() {{ echo "$@"; }}\n{command}'
+    ended = subprocess.run(["sh", "-euc", program], env=variables, capture_output=True, text=True)
+    assert ended.stdout.strip() == asked, ended.stderr
+
+
 @pytest.mark.slow
 def test_its_steps_run(tmp_path: Path) -> None:
     """Both ways of ACCELERATOR; packages come from this environment, so nothing is downloaded."""

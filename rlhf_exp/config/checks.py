@@ -92,7 +92,8 @@ def config_problems(config: Config, multirun: bool = False) -> list[Problem]:
             check_sequence(check, stage)
     if "reward" in sections and config.reward.use is None:
         _check_reward(check)
-    if config.reward.trunk is not None and config.reward.use is None:
+    given = config.reward.use is not None or config.ppo.reward.term_models
+    if config.reward.trunk is not None and not given:
         check.add("reward.trunk", "is of a reward model that is given; set reward.use too.")
     if "dpo" in sections and config.dpo.use is None:
         _check_dpo(check)

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from rlhf_exp.stages.model_check import ModelUse, Problem
 
 _CHECK = "rlhf_exp.stages.model_check"
-_REWARDS = {"reward": "reward.use", REFEREE: "eval.reward_quality.referee"}
 
 
 class BroughtModel(NamedTuple):
@@ -71,9 +70,8 @@ def model_problems(
         except UserError as error:  # it cannot be loaded
             texts = [str(error)]
         problems += [f"{brought.option}: {text}" for text in texts]
-    for role, option in _REWARDS.items():
+    for role, named in _reward_options(config).items():
         if role in given and {"ppo", "eval"} & set(work):
-            named = f"{option}={_reward_named(config, role)}"
             if any(problem.startswith(f"{named}:") for problem in known):
                 continue
             try:
@@ -167,9 +165,14 @@ def _kept_or_found(config: Config, brought: BroughtModel) -> list[Problem]:
     )
 
 
-def _reward_named(config: Config, role: str) -> str | None:
-    """Return what the config names as a reward model."""
-    return config.reward.use if role == "reward" else config.eval.reward_quality.referee
+def _reward_options(config: Config) -> dict[str, str]:
+    """Return the option of each reward model that a config may name, as the user wrote it."""
+    options = {
+        "reward": f"reward.use={config.reward.use}",
+        REFEREE: f"eval.reward_quality.referee={config.eval.reward_quality.referee}",
+    }
+    terms = config.ppo.reward.term_models
+    return options | {role: f"ppo.reward.terms: {spec}" for role, spec in terms.items()}
 
 
 def _reward_problems(config: Config, path: str) -> list[str]:

@@ -63,15 +63,18 @@ def local_models(config: Config, steps: Sequence[Step]) -> LocalModels:
         extra = {
             role: given
             if given.artifact is not None
-            else replace(given, model=converter.given(role, given.model, _kind(role), config))
+            else replace(
+                given, model=converter.given(role, given.model, _kind(role, config), config)
+            )
             for role, given in step.extra.items()
         }
         found.append(replace(step, extra=extra))
     return LocalModels(found, base)
 
 
-def _kind(role: str) -> str:
-    return "reward" if role == REFEREE else "policy"
+def _kind(role: str, config: Config) -> str:
+    scores = role == REFEREE or role in config.ppo.reward.term_models
+    return "reward" if scores else "policy"
 
 
 class _Converter:
@@ -86,7 +89,7 @@ class _Converter:
         if Path(model).is_file():
             return model  # stored answers
         hub_id, revision = self._pinned(model)
-        trunk = config.reward.trunk if option == "reward.use" else None
+        trunk = config.reward.trunk if stage == "reward" and option != REFEREE else None
         if trunk is not None:
             trunk = _named(*self._pinned(trunk))
         local = self.of(f"{option}={model}", hub_id, revision, stage == "reward", trunk)

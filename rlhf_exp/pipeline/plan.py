@@ -286,9 +286,15 @@ class _Planner:
 
     def _term_models(self) -> dict[str, ResolvedModel]:
         """Return the reward models of terms that no step makes, by role."""
-        return {
+        models = {
             role: self.finder.model(f"ppo.reward.terms: {spec}", spec, ("reward",))
             for role, spec in self._term_roles().items()
+        }
+        return {
+            role: replace(model, key=self.keys.given_reward(model.key))
+            if model.artifact is None
+            else model
+            for role, model in models.items()
         }
 
     def _compared(self) -> dict[str, ResolvedModel]:
@@ -309,7 +315,8 @@ class _Planner:
     def _given(self, stage: str, use: str) -> Step:
         """Return the step of a stage whose result is given."""
         given = self.finder.model(f"{stage}.use={use}", use, (stage,))
-        key = self.keys.given_reward(given.key) if stage == "reward" else given.key
+        brought = stage == "reward" and given.artifact is None
+        key = self.keys.given_reward(given.key) if brought else given.key
         return Step(stage, key, StepState.given, model=given.model, artifact=given.artifact)
 
 

@@ -40,6 +40,17 @@ def test_ppo_maximises_a_published_reward_model(
     assert launch(outputs, *given, "stage=ppo", "ppo.seed=1") == 0
 
 
+def test_a_term_of_the_reward_may_be_one(trunk: Path, tmp_path: Path) -> None:
+    published = write_published(tmp_path / "published", trunk)
+    terms = f"ppo.reward.terms=[{{model:{published}}},{{length:{{target:20}}}}]"
+    config = small_config(tmp_path / "outputs", terms, f"reward.trunk={trunk}", "stage=ppo")
+    steps = plan(config)
+    (ppo,) = [step for step in local_models(config, steps).steps if step.stage == "ppo"]
+    (model,) = ppo.extra.values()
+    assert (Path(model.model) / "reward_head.safetensors").is_file()
+    assert Path(model.model).is_relative_to(tmp_path / "outputs" / "cache" / "models")
+
+
 def test_what_counts_in_the_key(trunk: Path, tmp_path: Path) -> None:
     published = write_published(tmp_path / "published", trunk)
     given = [f"reward.use={published}", "stage=ppo"]

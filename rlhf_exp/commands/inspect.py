@@ -49,6 +49,8 @@ HEADER = (
 _POLICIES = ("ppo", "dpo")
 _REWARDS = ("eval/reward_mean", "reward/mean")
 _KLS = ("eval/kl_sequence", "kl/sequence")
+# Of the table; `--json` has all of it.
+_LONGEST_COMMAND = 100
 # Well below the limits of file systems.
 _MAX_FILE_NAME = 80
 
@@ -94,7 +96,10 @@ class RunState:
             left = "" if progress.seconds_left is None else duration(progress.seconds_left)
         begun = self.begun[:16].replace("T", " ")
         numbers = (self.reward, self.kl, self.objective)
-        told = self.note or " ".join(self.overrides)
+        command = " ".join(self.overrides)
+        if len(command) > _LONGEST_COMMAND:
+            command = f"{command[: _LONGEST_COMMAND - 1]}…"
+        told = self.note or command
         label = self.stage if progress is None else progress.label
         cells = (self.name, self.state, label, step, left, begun)
         return (*cells, *map(_number_text, numbers), self.key, told)

@@ -65,6 +65,10 @@ def test_status_shows_results_and_when_a_run_began(
     (record,) = Records(small_run / "sweeps").sweep("small")
     assert (state["begun"], state["key"]) == (record.created, record.key)
     assert record.created[:16].replace("T", " ") in row
+    assert state["overrides"] == list(record.overrides)
+    shown = run_command(capsys, small_run, "status")
+    assert "…" in shown  # the command line is long
+    assert record.overrides[-1] not in shown
     for name, value in (("reward", state["reward"]), ("KL", state["kl"])):
         at = head.index(name)
         assert row[at:].split()[0] == f"{value:.4g}"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlhf_exp.config.compose import compose
-from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.experiment import STAGES, Config
 from rlhf_exp.config.folders import config_folders
 from rlhf_exp.config.overrides import override_problems, prepare, sweep_points
 from rlhf_exp.config.problems import raise_problems
@@ -130,15 +130,14 @@ class OutputFolder:
                 f"{record.status}); run it to the end first"
             )
         # The record of a single artifact has its key only: its parents complete the stages.
-        order = ("sft", "reward", "dpo", "ppo", "eval")
         for artifact in list(artifacts.values()):
             for stage, key in artifact.manifest.parents.items():
                 # Further models of an evaluation are parents too, under names of their own.
-                missing = stage in order and stage not in artifacts
+                missing = stage in STAGES and stage not in artifacts
                 parent = self.store.lookup(stage, key) if missing else None
                 if parent is not None:
                     artifacts[stage] = parent
-        return {stage: artifacts[stage] for stage in order if stage in artifacts}
+        return {stage: artifacts[stage] for stage in STAGES if stage in artifacts}
 
     def policy(self, run: str, role: str | None = None) -> Artifact:
         """Return the artifact of a run's policy: PPO's if there is one, else DPO's, else SFT's.

@@ -30,6 +30,7 @@ from rlhf_exp.config.checks_shared import (
     model_family,
 )
 from rlhf_exp.config.experiment import (
+    CHOSEN,
     Attention,
     Config,
     DataSource,
@@ -62,6 +63,7 @@ _SECTIONS_USED = {
     StageName.sft: ("sft",),
     StageName.reward: ("sft", "reward"),
     StageName.dpo: ("sft", "dpo"),
+    StageName.best_of: ("sft", "reward", "best_of"),
     StageName.ppo: ("sft", "reward", "ppo"),
     StageName.eval: ("sft", "reward", "ppo", "eval"),
     StageName.pipeline: ("sft", "reward", "ppo", "eval"),
@@ -101,8 +103,11 @@ def config_problems(config: Config, multirun: bool = False) -> list[Problem]:
         check_ppo(check)
         if config.engine.name is EngineName.trlx:
             check_trlx(check)
-    if "ppo" in sections:
+    if "best_of" in sections:
+        _check_best_of(check)
+    if {"best_of", "ppo"} & set(sections):
         check_reward_source(check)
+    if "ppo" in sections:
         check_continue_from(check)
     if "eval" in sections:
         check_eval(check)
@@ -115,6 +120,14 @@ def config_problems(config: Config, multirun: bool = False) -> list[Problem]:
 def _evaluates_stored_answers(config: Config) -> bool:
     """Return whether the evaluation only reads stored answers, so that no model is used."""
     return config.stage is StageName.eval and config.eval.samples is not None
+
+
+def _check_best_of(check: ConfigChecker) -> None:
+    check.at_least(2, "best_of.n")
+    check.at_least(1, "best_of.prompts", "ppo.generation.batch", "ppo.generation.max_new_tokens")
+    check.at_least(0, "best_of.seed")
+    check.positive("ppo.generation.temperature")
+    check_sequence(check, "ppo")
 
 
 def _check_run(check: ConfigChecker, multirun: bool) -> None:
@@ -241,6 +254,10 @@ def check_data(check: ConfigChecker) -> None:
 def _check_data_file(check: ConfigChecker, key: str) -> None:
     value = check.value(key)
     if value is None:
+        return
+    if key == f"data.{CHOSEN}" and check.config.data.chosen_by is not None:
+        message = "name the run that made them: best_of:RUN."
+        check.require(bool(check.config.data.chosen_by), key, message)
         return
     if check.config.data.source is not DataSource.jsonl:
         check.add(key, "files are read with data=hh_local (data.source=jsonl) only.")

@@ -11,7 +11,7 @@ from enum import Enum
 from rlhf_exp.config.evaluation import EvalConfig
 from rlhf_exp.config.fields import setting
 from rlhf_exp.config.study import StudyConfig
-from rlhf_exp.config.training import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from rlhf_exp.config.training import BestOfConfig, DpoConfig, PpoConfig, RewardConfig, SftConfig
 
 
 class StageName(Enum):
@@ -20,9 +20,16 @@ class StageName(Enum):
     sft = "sft"
     reward = "reward"
     dpo = "dpo"
+    best_of = "best_of"
     ppo = "ppo"
     eval = "eval"
     pipeline = "pipeline"
+
+
+STAGES = tuple(stage.name for stage in StageName if stage is not StageName.pipeline)
+"""All stages, in the order in which they run."""
+UNTRAINED = ("best_of", "eval")
+"""Stages that train no model, so that none can be given in their place."""
 
 
 class CachePolicy(Enum):
@@ -60,6 +67,11 @@ class ToyConfig:
     validation: int = setting(200, "Validation rows of each kind.")
     test: int = setting(200, "Test rows of each kind.")
     label_noise: float = setting(0.12, "Fraction of preference labels that are flipped.")
+
+
+CHOSEN, CHOSEN_FILE = "demonstrations", "chosen.jsonl"
+"""Role and file of the answers that `stage=best_of` has chosen."""
+_BEST_OF_RUN = "best_of:"
 
 
 @dataclass
@@ -108,7 +120,10 @@ class DataConfig:
         None, "File of preference pairs: JSONL, JSON, CSV, Parquet.", key=False
     )
     demonstrations: str | None = setting(
-        None, "File of demonstrations; null: prompt and chosen answer.", key=False
+        None,
+        "File of demonstrations, or best_of:RUN for the answers that a run of stage=best_of has "
+        "chosen; null: prompt and chosen answer.",
+        key=False,
     )
     prompts: str | None = setting(
         None, "File of prompts; null: those of the preferences.", key=False
@@ -134,6 +149,12 @@ class DataConfig:
     max_bad_fraction: float = setting(
         0.05, "Stop when more than this share of rows cannot be used.", key=False
     )
+
+    @property
+    def chosen_by(self) -> str | None:
+        """The run whose chosen answers are the demonstrations, if `demonstrations` names one."""
+        text = self.demonstrations or ""
+        return text.removeprefix(_BEST_OF_RUN) if text.startswith(_BEST_OF_RUN) else None
 
 
 class Family(Enum):
@@ -323,6 +344,7 @@ class Config:
     sft: SftConfig = setting(factory=SftConfig)
     reward: RewardConfig = setting(factory=RewardConfig)
     dpo: DpoConfig = setting(factory=DpoConfig)
+    best_of: BestOfConfig = setting(factory=BestOfConfig)
     ppo: PpoConfig = setting(factory=PpoConfig)
     engine: EngineConfig = setting(factory=EngineConfig)
     distributed: DistributedConfig = setting(factory=DistributedConfig)

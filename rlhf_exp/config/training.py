@@ -553,3 +553,14 @@ class PpoConfig(TrainingConfig):
     def iterations(self) -> int:
         """Iterations of a whole run: enough for `steps` optimizer steps."""
         return -(-self.steps // self.updates)
+
+
+@dataclass
+class BestOfConfig:
+    """The best of n answers of the SFT policy, as demonstrations; sampled as PPO's are."""
+
+    n: int = setting(16, "Answers to a prompt, of which the reward picks the best.")
+    prompts: int | None = setting(
+        None, "Most training prompts, the first ones; null: all. Validation prompts come on top."
+    )
+    seed: int = setting(0, "Seed of sampling.")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_exp.config.evaluation import REFEREE
-from rlhf_exp.config.experiment import Config, EngineName
+from rlhf_exp.config.experiment import STAGES, UNTRAINED, Config, EngineName
 from rlhf_exp.config.training import RewardInit, TrainingConfig
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.keys import Keys
@@ -92,7 +92,7 @@ def brought_models(
         work: The stages that will run.
         given: Folder or hub id by role.
     """
-    to_do = [stage for stage in ("sft", "reward", "dpo", "ppo", "eval") if stage in work]
+    to_do = [stage for stage in STAGES if stage in work]
     if config.eval.samples is not None and "eval" in to_do:
         to_do.remove("eval")  # answers that are stored need no model
     base = [name for name in to_do if name == "sft"]
@@ -142,7 +142,7 @@ def use_of(config: Config, stages: Sequence[str]) -> ModelUse:
         )
         lengths.append(getattr(config, name).seq_length)
     asked = "dpo" in stages and config.dpo.eval_prompts > 0
-    samples = asked or "eval" in stages or ("ppo" in stages and native)
+    samples = asked or set(UNTRAINED) & set(stages) or ("ppo" in stages and native)
     return ModelUse(
         tuple(uses),
         cache_of(config) if samples else None,

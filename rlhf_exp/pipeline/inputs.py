@@ -27,11 +27,12 @@ from rlhf_exp.config.evaluation import (
     EvalConfig,
     uses_referee,
 )
-from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.experiment import CHOSEN_FILE, Config
 from rlhf_exp.config.fields import key_content
 from rlhf_exp.config.training import CONTINUED
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.keys import Keys
+from rlhf_exp.program import PROGRAM
 from rlhf_exp.store.artifact import MANIFEST, Artifact, Manifest
 from rlhf_exp.store.atomic_files import write_json_atomic
 from rlhf_exp.store.fingerprint import key_of
@@ -153,6 +154,35 @@ def compared(
     if section.reward_quality.referee is not None and uses_referee(section):
         models[REFEREE] = _referee(section.reward_quality.referee, finder, judge)
     return models
+
+
+def chosen_answers(config: Config, finder: ModelResolver) -> ResolvedModel | None:
+    """Return the chosen answers that `data.demonstrations=best_of:RUN` names.
+
+    Args:
+        config: The experiment.
+        finder: Finds runs.
+
+    Returns:
+        Their file; `None` where the demonstrations are others.
+
+    Raises:
+        UserError: There is no such run, or it has chosen none.
+    """
+    run = config.data.chosen_by
+    if run is None:
+        return None
+    option = f"data.demonstrations={config.data.demonstrations}"
+    try:
+        artifact = finder.artifact(option, run, ("best_of",))
+    except UserError as error:
+        raise UserError(
+            f"{error}. These answers are made beforehand, with the settings of the run whose "
+            f"policy is to be asked: {PROGRAM} stage=best_of name={run}"
+        ) from error
+    path = artifact.path / CHOSEN_FILE
+    artifact.verify(lambda name: name == CHOSEN_FILE)
+    return ResolvedModel(artifact.key, str(path), artifact)
 
 
 def _samples(run: str, finder: ModelResolver) -> ResolvedModel:

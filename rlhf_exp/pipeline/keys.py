@@ -53,10 +53,14 @@ class Keys:
     Args:
         config: The experiment.
         digests: Remembers digests of large files.
+
+    Attributes:
+        chosen: Digest of the chosen answers that are the demonstrations, if they are.
     """
 
     def __init__(self, config: Config, digests: DigestCache) -> None:
         self.config, self.digests = config, digests
+        self.chosen: str | None = None
 
     def sft(self) -> str:
         """Return the key of the SFT model."""
@@ -72,6 +76,17 @@ class Keys:
     def dpo(self, parents: dict[str, str]) -> str:
         """Return the key of the DPO policy; `parents` as for `ppo`."""
         return self._key("dpo", {"dpo": key_content(self.config.dpo), "parents": parents})
+
+    def best_of(self, parents: dict[str, str]) -> str:
+        """Return the key of the chosen answers; `parents` as for `ppo`."""
+        section = self.config.ppo
+        generation = key_content(section.generation)
+        content: dict[str, Any] = {
+            "best_of": key_content(self.config.best_of),
+            "parents": parents,
+            "sampling": {"seq_length": section.seq_length, **generation},
+        }
+        return self._key("best_of", content | self._judge())
 
     def ppo(self, parents: dict[str, str], continued: str | None = None) -> str:
         """Return the key of the PPO policy.
@@ -145,7 +160,7 @@ class Keys:
             # Only PPO has other engines than the native one.
             "engine": self.config.engine.name.name if stage == "ppo" else EngineName.native.name,
         }
-        samples = stage in ("ppo", "eval")
+        samples = stage in ("best_of", "ppo", "eval")
         if samples and self.config.model.cache is not CacheName.slots:
             common["cache"] = self.config.model.cache.name
         return key_of(common | content)
@@ -265,6 +280,8 @@ class Keys:
     def _data(self, section: DataConfig, stage: str) -> dict[str, Any]:
         """Return the values of the data section, and the files, that a stage depends on."""
         content: dict[str, Any] = {"source": section.source.name, "format": section.format.name}
+        if self.chosen is not None and stage in ("sft", "reward"):
+            content["chosen"] = self.chosen
         if section.source == DataSource.toy:
             return content | {"toy": key_content(section.toy)}
         if section.source == DataSource.arithmetic:
@@ -283,10 +300,13 @@ class Keys:
                 "preferences": section.preferences,
                 "test": section.test,
                 # Its scores are normalised on held-out demonstrations.
-                "demonstrations": section.demonstrations if stage in ("sft", "reward") else None,
+                "demonstrations": section.demonstrations
+                if stage in ("sft", "reward") and section.chosen_by is None
+                else None,
                 # A new tokenizer learns from all texts, prompts included.
                 "prompts": section.prompts
-                if stage in ("ppo", "eval") or (stage == "sft" and self.config.model.path is None)
+                if stage in ("best_of", "ppo", "eval")
+                or (stage == "sft" and self.config.model.path is None)
                 else None,
             }
             content["files"] = {name: self._content(path) for name, path in files.items() if path}

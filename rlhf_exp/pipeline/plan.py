@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_exp.config.evaluation import REFEREE, SAMPLES, needs_reward
-from rlhf_exp.config.experiment import CachePolicy, Config
+from rlhf_exp.config.experiment import CHOSEN, UNTRAINED, CachePolicy, Config
 from rlhf_exp.config.training import CONTINUED, RewardInit
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.inputs import (
@@ -17,6 +17,7 @@ from rlhf_exp.pipeline.inputs import (
     ResolvedModel,
     StartedNote,
     check_state,
+    chosen_answers,
     compared,
     continued,
     other_inputs,
@@ -184,10 +185,13 @@ class _Planner:
         self.keys = Keys(config, DigestCache(self.cache / "digests.json"))
         self.finder = ModelResolver(self.store, records_of(config), self.keys)
         self.done: dict[str, Step] = {}
+        self.chosen = chosen_answers(config, self.finder)
+        if self.chosen is not None:
+            self.keys.chosen = self.keys.given_file(Path(self.chosen.model))
 
     def steps(self) -> list[Step]:
         for stage in stages_of(self.config):
-            use = None if stage == "eval" else getattr(self.config, stage).use
+            use = None if stage in UNTRAINED else getattr(self.config, stage).use
             self.done[stage] = self._own(stage) if use is None else self._given(stage, use)
         return list(self.done.values())
 
@@ -262,6 +266,8 @@ class _Planner:
             return self.keys.reward(parents)
         if stage == "dpo":
             return self.keys.dpo(parents)
+        if stage == "best_of":
+            return self.keys.best_of(parents)
         if SAMPLES in extra:
             return self.keys.recomputed(Path(extra[SAMPLES].model))
         models = [extra[spec].key if spec in extra else spec for spec in self.config.eval.models]
@@ -272,10 +278,12 @@ class _Planner:
         if stage == "eval":
             scored = self.config.eval.samples is None and needs_reward(self.config.eval)
             return self._compared() | (self._term_models() if scored else {})
-        if stage != "ppo":
+        if stage in ("sft", "reward"):
+            return {} if self.chosen is None else {CHOSEN: self.chosen}
+        if stage not in ("best_of", "ppo"):
             return {}
         models = self._term_models()
-        if self.config.ppo.continue_from is None:
+        if stage == "best_of" or self.config.ppo.continue_from is None:
             return models
         judges = {role: model.key for role, model in models.items()}
         before = continued(self.config, self.keys, self.finder, parents | judges)
@@ -307,6 +315,7 @@ class _Planner:
             "sft": (),
             "reward": ("sft",) if self.config.reward.init == RewardInit.sft else (),
             "dpo": ("sft",),
+            "best_of": ("sft", "reward"),
             "ppo": ("sft", "reward"),
             "eval": ("sft", "reward", "dpo", "ppo"),
         }

@@ -10,7 +10,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_exp.config.experiment import Config, Dtype, ModelConfig, StrategyName
+from rlhf_exp.config.experiment import UNTRAINED, Config, Dtype, ModelConfig, StrategyName
 from rlhf_exp.config.training import CONTINUED, RewardInit, TrainingConfig
 from rlhf_exp.models.architecture import TYPES, Architecture, count_lora, count_parameters
 from rlhf_exp.models.memory_estimate import (

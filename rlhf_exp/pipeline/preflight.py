@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_exp.config.evaluation import needs_reward
-from rlhf_exp.config.experiment import Config, StrategyName
+from rlhf_exp.config.experiment import UNTRAINED, Config, StrategyName
 from rlhf_exp.config.training import CONTINUED, TrainingConfig
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.brought_models import model_problems
@@ -114,7 +114,7 @@ def _built_from(artifact: Artifact) -> str | None:
 def _service_problems(config: Config, work: frozenset[str]) -> Iterator[str]:
     """Yield why what scores is not there: a server, or the reward model's own GPU."""
     judged = "eval" in work and config.eval.samples is None and needs_reward(config.eval)
-    if "ppo" in work or judged:
+    if {"best_of", "ppo"} & work or judged:
         try:
             reward_ready(config)
         except UserError as error:
@@ -171,7 +171,7 @@ def lacking_extras(config: Config, steps: list[Step]) -> list[str]:
     """
     lines = []
     for step in steps:
-        if step.state != StepState.cached or step.artifact is None or step.stage == "eval":
+        if step.state != StepState.cached or step.artifact is None or step.stage in UNTRAINED:
             continue
         section: TrainingConfig = getattr(config, step.stage)
         stored = step.artifact.manifest.config.get(step.stage, {})

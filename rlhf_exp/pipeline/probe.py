@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.experiment import UNTRAINED, Config
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.memory_estimate import MemoryEstimate
 from rlhf_exp.pipeline.executor import StageExecutor
@@ -95,7 +95,9 @@ def probe(
         UserError: All these stages are given (`STAGE.use`), so none would train.
     """
     wanted = [step for step in steps if config.stage.name in (step.stage, "pipeline", "eval")]
-    chosen = [step for step in wanted if step.stage != "eval" and step.state != StepState.given]
+    chosen = [
+        step for step in wanted if step.stage not in UNTRAINED and step.state != StepState.given
+    ]
     if not chosen:
         raise UserError(
             f"probe=true stage={config.stage.name}: nothing would train, for the models are given; "

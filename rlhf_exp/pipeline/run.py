@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf_exp.config.compose import to_dict
 from rlhf_exp.config.evaluation import SAMPLES, SAMPLES_FILE
-from rlhf_exp.config.experiment import CachePolicy, Config
+from rlhf_exp.config.experiment import CHOSEN, CHOSEN_FILE, UNTRAINED, CachePolicy, Config
 from rlhf_exp.config.training import CONTINUED
 from rlhf_exp.pipeline.executor import StageExecutor
 from rlhf_exp.pipeline.hub import check_cached
@@ -29,7 +29,7 @@ from rlhf_exp.tracking.local import METRICS, read_metrics
 from rlhf_exp.tracking.progress_bar import PROGRESS_FILE
 
 FACTS = "facts.json"
-_TEMPORARY = ("original_scores/*", NOTE, PROGRESS_FILE)
+_TEMPORARY = ("original_scores/*", "parts/*", NOTE, PROGRESS_FILE)
 _STATE = (f"{CHECKPOINTS}/*", "best/*", "kept/*")
 
 
@@ -101,7 +101,7 @@ def run_steps(
         if not step.needs_work:
             done[step.stage] = FinishedStep(step, step.artifact, trained=False)
             continue
-        models = {role: finished.model for role, finished in done.items() if role != "eval"}
+        models = {role: finished.model for role, finished in done.items() if role not in UNTRAINED}
         if base is not None:
             models["base"] = base
         models |= {role: extra.model for role, extra in step.extra.items()}
@@ -124,6 +124,8 @@ def _files_read(role: str) -> Callable[[str], bool]:
         return lambda name: not name.startswith(TRACKED)
     if role == SAMPLES:
         return lambda name: name == SAMPLES_FILE
+    if role == CHOSEN:
+        return lambda name: name == CHOSEN_FILE
     return lambda name: name.startswith(f"{MODEL}/")
 
 

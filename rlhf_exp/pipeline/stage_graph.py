@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf_exp.config.evaluation import ROLES, Suite, needs_reward
-from rlhf_exp.config.experiment import Config, EngineName, StageName
+from rlhf_exp.config.experiment import STAGES, Config, EngineName, StageName
 from rlhf_exp.config.training import RewardInit, ValueInit
 
 
@@ -13,6 +13,7 @@ def stages_of(config: Config) -> tuple[str, ...]:
         StageName.sft: {"sft"},
         StageName.reward: {"sft", "reward"},
         StageName.dpo: {"sft", "dpo"},
+        StageName.best_of: {"sft", "reward", "best_of"},
         StageName.ppo: {"sft", "reward", "ppo"},
         StageName.eval: _evaluated(config),
         StageName.pipeline: {"sft", "reward", "ppo", *_evaluated(config)},
@@ -24,7 +25,7 @@ def stages_of(config: Config) -> tuple[str, ...]:
         needed.discard("reward")
     if config.stage == StageName.reward and config.reward.init == RewardInit.base:
         needed.discard("sft")
-    return tuple(stage for stage in ("sft", "reward", "dpo", "ppo", "eval") if stage in needed)
+    return tuple(stage for stage in STAGES if stage in needed)
 
 
 def module_of(config: Config, stage: str) -> str:

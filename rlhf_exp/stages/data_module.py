@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from rlhf_exp.config.experiment import Config, DataConfig, DataSource, PromptFormat
+from rlhf_exp.config.experiment import CHOSEN, Config, DataConfig, DataSource, PromptFormat
+from rlhf_exp.data.chosen_answers import read_chosen, with_chosen
 from rlhf_exp.data.rows import (
     Corpus,
     Demonstration,
@@ -46,6 +47,8 @@ class DataModule:
             `data.format=chat_template` alone.
         revision: Revision of a hub id.
         report: Whether the log says what was normalised, left out or cannot be used.
+        chosen: File of the chosen answers that `data.demonstrations=best_of:RUN` names; stages that
+            read no demonstrations have none.
     """
 
     def __init__(
@@ -54,8 +57,9 @@ class DataModule:
         model: str | Path | None = None,
         revision: str | None = None,
         report: bool = True,
+        chosen: str | None = None,
     ) -> None:
-        self.config, self._report = config, report
+        self.config, self._report, self._chosen = config, report, chosen
         self._model, self._revision = model, revision
 
     @classmethod
@@ -66,9 +70,10 @@ class DataModule:
             config: The experiment.
             models: Folder or hub id by role; SFT keeps the tokenizer of its base model.
         """
+        chosen = models.get(CHOSEN)
         if "sft" in models:
-            return cls(config.data, models["sft"])
-        return cls(config.data, models.get("base"), config.model.revision)
+            return cls(config.data, models["sft"], chosen=chosen)
+        return cls(config.data, models.get("base"), config.model.revision, chosen)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -80,6 +85,8 @@ class DataModule:
             for warning in codec.warnings if self._report else ():
                 log.warning("%s", warning)
         corpus = _load(self.config, refusal)
+        if self._chosen is not None:
+            corpus = with_chosen(corpus, read_chosen(Path(self._chosen)))
         if not self._report:
             return corpus
         for file in corpus.files:
@@ -233,7 +240,7 @@ def _load(config: DataConfig, refusal: Refusal | None) -> Corpus:
         return load_hub(config.path, config.revision, options=options)
     return load_jsonl(
         preferences=config.preferences or (),
-        demonstrations=config.demonstrations or (),
+        demonstrations=(config.demonstrations or ()) if config.chosen_by is None else (),
         prompts=config.prompts or (),
         test=config.test or (),
         options=options,

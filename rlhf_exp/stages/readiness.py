@@ -69,7 +69,8 @@ class Prospect:
     def reward_model_scores(self) -> bool:
         """Whether a reward model scores responses."""
         judged = self.evaluates and needs_reward(self.config.eval)
-        return self.config.ppo.reward.model_scores and ("ppo" in self.work or judged)
+        scored = bool({"best_of", "ppo"} & self.work)
+        return self.config.ppo.reward.model_scores and (scored or judged)
 
 
 _SCORED = ("reward", "ppo")
@@ -108,6 +109,8 @@ def data_problems(prospect: Prospect) -> Iterator[str]:
         needs.append(lambda: materials.training_pairs("dpo", config.dpo.part))
     if "ppo" in prospect.work:
         needs.append(lambda: materials.training_prompts(config.ppo.reward.delta))
+    if "best_of" in prospect.work:
+        needs.append(lambda: materials.training_prompts(with_response=False))
     if prospect.evaluates and needs_reward(config.eval):
         needs.append(materials.test_prompts)
     for need in needs:
@@ -124,6 +127,8 @@ def policy_model_problems(prospect: Prospect) -> Iterator[str]:
         from_base = stage == "sft" or (stage == "reward" and config.reward.init is RewardInit.base)
         source = "base" if from_base or "sft" in prospect.work else "sft"
         readers.setdefault(source, []).append(stage)
+    if "best_of" in prospect.work:
+        readers.setdefault("sft", []).append("ppo")  # whose lengths its answers have
     if prospect.evaluates:
         for role in config.eval.models:
             readers.setdefault(role, []).append("ppo")  # whose lengths an evaluation has

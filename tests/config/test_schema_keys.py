@@ -14,7 +14,7 @@ OPTIONS = [(group.name, option) for group in GROUPS.values() for option in group
 # The groups and options that the design promises.
 PROMISED = {
     "model": "tiny smollm2_135m pythia_160m pythia_1b pythia_6_9b gptj_6b gpt_neox_20b",
-    "stage": "sft reward dpo ppo eval pipeline",
+    "stage": "sft reward dpo best_of ppo eval pipeline",
     "data": "toy arithmetic hh_rm_static hh_full hh_local",
     "sft": "default recipe",
     "reward": "default recipe published",

@@ -27,8 +27,8 @@ COMMON = (
     | names("algo", "logprobs masks")
     | names(
         "data",
-        "batching chat_template files jsonl layouts literal_text parsing rows sources tokenized "
-        "tokenizer",
+        "batching chat_template chosen_answers files jsonl layouts literal_text parsing rows sources "
+        "tokenized tokenizer",
     )
     | names("data/toy", "content generate")
     | {"data/arithmetic"}
@@ -64,6 +64,9 @@ ALLOWED = {
     | SAMPLING
     | {"algo/kl", "training/dpo", "training/validation_answers"}
     | names("stages", "dpo kept_tensor sampling"),
+    # Neither losses nor a reference.
+    "best_of": (COMMON | SAMPLING | SCORING | names("stages", "best_of sampling"))
+    - {"algo/kl", "algo/preference", "models/reference"},
     "ppo": COMMON
     | TRAINER
     | SAMPLING

@@ -98,7 +98,7 @@ def _identity(final: Artifact) -> list[tuple[str, str]]:
         rows.append(("Revision", f"{manifest.git['revision'][:12]}{changes}"))
     seeds = [
         f"{stage} {manifest.config[stage]['seed']}"
-        for stage in ("sft", "reward", "dpo", "ppo", "eval")
+        for stage in ("sft", "reward", "dpo", "best_of", "ppo", "eval")
         if "seed" in manifest.config.get(stage, {})
     ]
     rows.append(("Seeds", ", ".join(seeds)))
@@ -123,6 +123,8 @@ def _data_facts(
         ("sft", "rows", "Demonstrations"),
         ("reward", "pairs", "Preference pairs"),
         ("dpo", "pairs", "Preference pairs of DPO"),
+        ("best_of", "prompts", "Prompts of best-of-n"),
+        ("best_of", "demonstrations", "Answers chosen"),
         ("ppo", "prompts", "Training prompts"),
         ("eval", "prompts", "Test prompts"),
         ("ppo", "cut_prompts", "Prompts cut to fit"),
@@ -146,6 +148,7 @@ def _stage_row(
         "sft": ("eval/perplexity", "validation perplexity {:.2f}"),
         "reward": ("test/accuracy", "test accuracy {:.3f}"),
         "dpo": ("eval/accuracy", "validation accuracy {:.3f}"),
+        "best_of": ("best_of/reward_chosen", "mean reward of the best {:.3f}"),
         "ppo": ("eval/reward_mean", "validation reward {:.3f}"),
         "eval": ("eval/outcome/win_rate", "{:.0%} of decided pairs won"),
     }

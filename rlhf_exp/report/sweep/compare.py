@@ -26,7 +26,7 @@ _PAIRED = (
     ("Gold judge, or accuracy", "gold_b"),
     ("Toxicity", "toxicity_b"),
 )
-_STAGES = ("sft", "reward", "dpo", "ppo", "eval")
+_STAGES = ("sft", "reward", "dpo", "best_of", "ppo", "eval")
 Rows = Sequence[PromptRow]
 
 

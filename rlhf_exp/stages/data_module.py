@@ -73,7 +73,7 @@ class DataModule:
         chosen = models.get(CHOSEN)
         if "sft" in models:
             return cls(config.data, models["sft"], chosen=chosen)
-        return cls(config.data, models.get("base"), config.model.revision, chosen)
+        return cls(config.data, models.get("base"), config.model.revision, chosen=chosen)
 
     @cached_property
     def corpus(self) -> Corpus:

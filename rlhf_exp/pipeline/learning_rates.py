@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.experiment import UNTRAINED, Config
 from rlhf_exp.config.training import TrainingConfig
 from rlhf_exp.models.architecture import count_parameters
 from rlhf_exp.pipeline.plan import Step, StepState
@@ -34,7 +34,7 @@ def learning_rate_warnings(config: Config, steps: Sequence[Step]) -> Iterator[st
         config: The experiment.
         steps: Its plan.
     """
-    trained = [step.stage for step in steps if step.needs_work and step.stage != "eval"]
+    trained = [step.stage for step in steps if step.needs_work and step.stage not in UNTRAINED]
     fast = [stage for stage in trained if _section(config, stage).lr > _largest(config, stage)]
     source = _pretrained(config, steps)
     if not fast or source is None:

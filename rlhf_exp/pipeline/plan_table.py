@@ -116,7 +116,7 @@ def memory_table(config: Config) -> Table | Text:
 
 def trained_stages(config: Config) -> list[str]:
     """Return the stages of a plan that train: their memory is estimated."""
-    stages = [stage for stage in stages_of(config) if stage != "eval"]
+    stages = [stage for stage in stages_of(config) if stage not in UNTRAINED]
     return [stage for stage in stages if getattr(config, stage).use is None]
 
 

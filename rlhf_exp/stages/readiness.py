@@ -147,7 +147,7 @@ def reward_model_problems(prospect: Prospect) -> Iterator[str]:
     if prospect.evaluates and uses_referee(config.eval):
         roles.append(REFEREE)
     judged = prospect.evaluates and needs_reward(config.eval)
-    if "ppo" in prospect.work or judged:
+    if {"best_of", "ppo"} & prospect.work or judged:
         roles += config.ppo.reward.term_models
     for role in roles:
         if role in prospect.given:

@@ -31,9 +31,8 @@ from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.sampling import sampler_for
 from rlhf_exp.stages.scorers import EvaluationScorers
 from rlhf_exp.stages.setup import load_policy_model, world_for
-from rlhf_exp.stages.tracking import tracker_for
+from rlhf_exp.stages.tracking import stage_progress, tracker_for
 from rlhf_exp.store.atomic_files import write_json_atomic
-from rlhf_exp.tracking.progress_bar import StageProgress
 from rlhf_exp.tracking.tracker import finishing
 from rlhf_exp.training.reward_scorer import Scorer, score_samples, texts_of
 
@@ -126,7 +125,7 @@ def _best(answers: Sequence[tuple[str, float, bool]]) -> _Choice:
 def _choices(chooser: _Chooser, count: int, context: StageContext) -> list[_Choice]:
     """Return the choice for each prompt, part by part; parts that are done are read again."""
     choices: list[_Choice] = []
-    with StageProgress("best_of", count, ()) as progress:
+    with stage_progress(context, "best_of", count, chooser.world) as progress:
         for start in range(0, count, _PROMPTS_OF_PART):
             rows = range(start, min(start + _PROMPTS_OF_PART, count))
             path = context.folder / PARTS / f"{start:08d}.json"

@@ -1,4 +1,4 @@
-"""Mathematical answers against references; needs math-verify (`pip install 'rlhf-exp[math]'`)."""
+"""Mathematical answers against references; needs math-verify (extra `math`)."""
 
 from __future__ import annotations
 

@@ -71,6 +71,7 @@ _BUILT_ON = {
     "sft": _POLICY,
     "reward": (*_POLICY, "reward"),
     "dpo": (*_POLICY, "dpo"),
+    "best_of": (*_POLICY, "reward", "ppo", "best_of"),
     "ppo": (*_POLICY, "reward", "ppo", "engine"),
     "eval": (*_POLICY, "reward", "dpo", "ppo", "engine", "eval"),
 }
@@ -81,6 +82,10 @@ _SHOWN: dict[str, dict[str, Callable[[Config], object]]] = {
         "lr": lambda config: config.dpo.lr,
         "beta": lambda config: config.dpo.beta,
         "seed": lambda config: config.dpo.seed,
+    },
+    "best_of": {
+        "n": lambda config: config.best_of.n,
+        "seed": lambda config: config.best_of.seed,
     },
     "ppo": {
         "lr": lambda config: config.ppo.lr,

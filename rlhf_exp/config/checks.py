@@ -8,16 +8,14 @@ Rules for `model`, user functions and addresses are in `checks_shared`, those fo
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
 import tempfile
 from dataclasses import fields
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from rlhf_exp.config.checks_engines import check_engine
 from rlhf_exp.config.checks_evaluation import check_eval
 from rlhf_exp.config.checks_shared import (
     check_address,
@@ -27,15 +25,13 @@ from rlhf_exp.config.checks_shared import (
     check_secrets,
     context_length,
     layer_count,
-    model_family,
 )
 from rlhf_exp.config.experiment import (
     CHOSEN,
+    UNTRAINED,
     Attention,
     Config,
     DataSource,
-    Dtype,
-    EngineName,
     FurtherTracker,
     PromptFormat,
     StageName,
@@ -50,7 +46,6 @@ from rlhf_exp.config.training import (
     GroupScale,
     KlEstimator,
     KlPlace,
-    LossMean,
     PpoConfig,
     RewardInit,
     Schedule,
@@ -101,20 +96,27 @@ def config_problems(config: Config, multirun: bool = False) -> list[Problem]:
         _check_dpo(check)
     if "ppo" in sections and config.ppo.use is None:
         check_ppo(check)
-        if config.engine.name is EngineName.trlx:
-            check_trlx(check)
     if "best_of" in sections:
         _check_best_of(check)
     if {"best_of", "ppo"} & set(sections):
         check_reward_source(check)
     if "ppo" in sections:
         check_continue_from(check)
+    check_engine(check, [stage for stage in sections if _trains(config, stage)])
     if "eval" in sections:
         check_eval(check)
     _check_distributed_and_tracking(check)
     if config.study.trials is not None:
         check_study(check, config_problems)
     return check.problems
+
+
+def _trains(config: Config, stage: str) -> bool:
+    """Return whether a stage may be trained, as far as the config says."""
+    if stage in UNTRAINED or getattr(config, stage).use is not None:
+        return False
+    compared = config.stage is StageName.eval and stage in ("dpo", "ppo")
+    return not compared or stage in config.eval.models
 
 
 def _evaluates_stored_answers(config: Config) -> bool:
@@ -538,124 +540,3 @@ def check_continue_from(check: ConfigChecker) -> None:
         check.add("ppo.schedule", message)
     check.require(config.ppo.use is None, key, "ppo.use is set too, and nothing would train.")
     check.require(config.study.trials is None, key, "a study's trials begin at the beginning.")
-
-
-TRLX_SETUP = "bash rlhf_exp/trlx/setup.sh .venv-trlx"
-TRLX_TRANSFORMERS = "4.32.0"
-"""With a later one, trlx's reference is wrong: it sees future tokens from 4.46 at the latest."""
-TRLX_FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama")
-_VERSIONS_SCRIPT = """
-import json
-from importlib.metadata import PackageNotFoundError, version
-versions = {}
-for name in ("trlx", "transformers"):
-    try:
-        versions[name] = version(name)
-    except PackageNotFoundError:
-        versions[name] = None
-print(json.dumps(versions))
-"""
-_VERSIONS_TIMEOUT_S = 60.0
-
-
-def check_trlx(check: ConfigChecker) -> None:
-    """Report settings that trlx does not support, and an interpreter without trlx."""
-    _check_trlx_scale(check)
-    _check_trlx_training(check)
-    _check_trlx_algorithm(check)
-    if not check.config.plan:
-        _check_trlx_interpreter(check)
-
-
-def _check_trlx_scale(check: ConfigChecker) -> None:
-    config = check.config
-    strategy, dtype = config.distributed.strategy, config.model.dtype
-    message = "PPO by trlx runs in one process; make SFT and reward model with stage=reward first, "
-    message += "then use distributed=single."
-    check.require(strategy is StrategyName.single, "distributed.strategy", message)
-    message = "PPO by trlx computes in float32 only."
-    precision = config.distributed.precision
-    check.require(precision is Dtype.float32, "distributed.precision", message)
-    check.require(dtype is Dtype.float32, "model.dtype", message)
-    check.require(not config.probe, "probe", "a probe measures engine=native only.")
-    family = model_family(config.model)
-    message = f"trlx trains {', '.join(TRLX_FAMILIES)}; use engine=native."
-    key = "model.path" if config.model.path else "model.architecture.type"
-    check.require(family in TRLX_FAMILIES, key, message)
-
-
-def _check_trlx_training(check: ConfigChecker) -> None:
-    ppo = check.config.ppo
-    native = "trlx has none; leave it out, or use engine=native."
-    check.require(ppo.lora.rank == 0, "ppo.lora.rank", "not with trlx; use ppo.train_blocks.")
-    check.require(ppo.warmup_steps == 0, "ppo.warmup_steps", f"a warm-up: {native}")
-    check.require(not ppo.gradient_checkpointing, "ppo.gradient_checkpointing", native)
-    check.require(not ppo.keep, "ppo.keep", f"snapshots: {native}")
-    check.require(ppo.keep_every is None, "ppo.keep_every", f"snapshots: {native}")
-    check.require(not ppo.keep_state, "ppo.keep_state", f"checkpoints: {native}")
-    check.require(ppo.continue_from is None, "ppo.continue_from", f"checkpoints: {native}")
-    message = (
-        "trlx adds up the gradients of micro-batches without dividing by their number; use null."
-    )
-    check.require(ppo.micro_batch in (None, ppo.batch), "ppo.micro_batch", message)
-    message = "trlx divides by the standard deviation of a part's scores; use at least 2."
-    check.require(ppo.rollouts >= 2, "ppo.rollouts", message)
-    check.require(ppo.generation.batch >= 2, "ppo.generation.batch", message)
-
-
-def _check_trlx_algorithm(check: ConfigChecker) -> None:
-    ppo = check.config.ppo
-    message = "trlx's value head is small and reads the policy's states; use "
-    check.require(ppo.value_init is ValueInit.small, "ppo.value_init", f"{message}small.")
-    check.require(ppo.value_trunk is ValueTrunk.shared, "ppo.value_trunk", f"{message}shared.")
-    message = "PPO by trlx takes one reward; use engine=native."
-    check.require(not ppo.reward.terms, "ppo.reward.terms", message)
-    message = "trlx has one response to a prompt, and advantages by gae; use engine=native."
-    check.require(ppo.uses_values, "ppo.advantage", message)
-    check.require(ppo.samples_per_prompt == 1, "ppo.samples_per_prompt", message)
-    message = "trlx means over the tokens of a minibatch; use tokens."
-    check.require(ppo.loss_mean is LossMean.tokens, "ppo.loss_mean", message)
-    message = "trlx has the penalty k1 in the reward; leave it out, or use engine=native."
-    check.require(ppo.kl.where is KlPlace.reward, "ppo.kl.where", message)
-    check.require(ppo.kl.estimator is KlEstimator.k1, "ppo.kl.estimator", message)
-    check.require(ppo.entropy_coef == 0, "ppo.entropy_coef", "trlx has no entropy bonus; use 0.")
-    check.require(ppo.kl.stop is None, "ppo.kl.stop", "trlx does not stop by KL; use null.")
-    message = "trlx takes log-probabilities at temperature 1, whatever it samples at; use 1."
-    check.require(ppo.generation.temperature == 1, "ppo.generation.temperature", message)
-
-
-def _check_trlx_interpreter(check: ConfigChecker) -> None:
-    python = check.config.engine.python
-    remedy = f"`{TRLX_SETUP}` makes one (docs/how-to/trlx.md): engine.python=.venv-trlx/bin/python."
-    if python is None:
-        check.add("engine.python", f"engine=trlx needs an interpreter that has trlx; {remedy}")
-        return
-    path = Path(python).expanduser()
-    if not path.is_file() or not os.access(path, os.X_OK):
-        check.add("engine.python", f"there is no interpreter {path.absolute()}; {remedy}")
-        return
-    versions = _installed_versions(path.absolute(), path.stat().st_mtime_ns)
-    if versions is None:
-        check.add("engine.python", f"is no Python that runs; {remedy}")
-    elif versions["trlx"] is None:
-        check.add("engine.python", f"has no trlx; {remedy}")
-    elif versions["transformers"] != TRLX_TRANSFORMERS:
-        message = f"has transformers {versions['transformers']}, with which trlx's reference is "
-        check.add("engine.python", f"{message}wrong; it needs {TRLX_TRANSFORMERS}; {remedy}")
-
-
-@cache
-def _installed_versions(python: Path, changed: int) -> dict[str, str | None] | None:
-    """Return the versions of trlx and transformers that an interpreter has; `None` if it fails.
-
-    Cached by path and modification time: a multirun and a study check the same interpreter often.
-    """
-    command = [str(python), "-I", "-c", _VERSIONS_SCRIPT]
-    try:
-        process = subprocess.run(
-            command, capture_output=True, text=True, timeout=_VERSIONS_TIMEOUT_S, check=True
-        )
-        versions: dict[str, str | None] = json.loads(process.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
-    return versions

@@ -227,21 +227,31 @@ class ModelConfig:
 
 
 class EngineName(Enum):
-    """Implementations of PPO."""
+    """Who trains: `native` (ours), or a library: `trlx` PPO; `trl` RLOO, GRPO and DPO."""
 
     native = "native"
     trlx = "trlx"
+    trl = "trl"
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that this engine does in place of the native one."""
+        return {"native": (), "trlx": ("ppo",), "trl": ("ppo", "dpo")}[self.name]
 
 
 @dataclass
 class EngineConfig:
-    """Who does PPO; the other stages are native."""
+    """Who trains PPO and DPO; SFT, the reward model and evaluations are native."""
 
     name: EngineName = setting(
-        EngineName.native, "Who does PPO: `native` (ours) or `trlx` (the library)."
+        EngineName.native,
+        "Who trains: `native` (ours), or a library: `trlx` (PPO) or `trl` (RLOO, GRPO and DPO).",
     )
     python: str | None = setting(
-        None, "Interpreter that has trlx; docs/how-to/trlx.md says how to make one.", key=False
+        None,
+        "Interpreter that has the library; docs/how-to/trlx.md and docs/how-to/trl.md say how to "
+        "make one.",
+        key=False,
     )
 
 

@@ -212,6 +212,12 @@ def packed_pair_parts(
     return [[torch.from_numpy(part) for part in own] for own in parts]
 
 
+def response_lengths(preferences: TokenizedPreferences, index: np.ndarray) -> Tensor:
+    """Return the tokens [n, 2] of the chosen and rejected responses of the pairs at `index` [n]."""
+    sides = [side.lengths()[index] for side in (preferences.chosen, preferences.rejected)]
+    return torch.from_numpy(np.stack(sides, axis=1).astype(np.int64))
+
+
 def prompts_batch(prompts: TokenizedPrompts, index: np.ndarray, rollout: np.ndarray) -> Prompts:
     """Return the prompts at `index` ([B] int64) with their numbers `rollout` ([B] int64)."""
     tokens, lengths = right_padded([(prompts.prompt[i],) for i in index])

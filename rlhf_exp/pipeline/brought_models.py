@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_exp.config.evaluation import REFEREE
-from rlhf_exp.config.experiment import STAGES, UNTRAINED, Config, EngineName
+from rlhf_exp.config.experiment import STAGES, UNTRAINED, Config
 from rlhf_exp.config.training import RewardInit, TrainingConfig
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.keys import Keys
@@ -125,9 +125,8 @@ def use_of(config: Config, stages: Sequence[str]) -> ModelUse:
     from rlhf_exp.stages.setup import attention_of, cache_of
     from rlhf_exp.stages.training import lora_of
 
-    native = config.engine.name is EngineName.native
-    ours = {"sft", "reward", "dpo", *(["ppo"] if native else [])}
-    trained = [name for name in stages if name in ours]
+    others = (*config.engine.name.stages, *UNTRAINED)
+    trained = [name for name in stages if name not in others]
     uses, lengths = [], []
     for name in trained:
         section: TrainingConfig = getattr(config, name)
@@ -141,8 +140,8 @@ def use_of(config: Config, stages: Sequence[str]) -> ModelUse:
             )
         )
         lengths.append(getattr(config, name).seq_length)
-    asked = "dpo" in stages and config.dpo.eval_prompts > 0
-    samples = asked or set(UNTRAINED) & set(stages) or ("ppo" in stages and native)
+    asked = "dpo" in trained and config.dpo.eval_prompts > 0
+    samples = asked or set(UNTRAINED) & set(stages) or "ppo" in trained
     return ModelUse(
         tuple(uses),
         cache_of(config) if samples else None,

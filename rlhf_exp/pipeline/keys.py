@@ -30,6 +30,7 @@ from rlhf_exp.config.fields import key_content
 from rlhf_exp.config.training import CONTINUED, Combine, RewardTermConfig
 from rlhf_exp.evaluation.harness_tasks import task_content
 from rlhf_exp.function_source import function_source
+from rlhf_exp.pipeline.stage_graph import engine_of
 from rlhf_exp.store.fingerprint import DigestCache, key_of
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -157,8 +158,7 @@ class Keys:
             # For every stage, not only the one that starts from the base: a model given by `use` is
             # loaded in this dtype, too.
             "dtype": self.config.model.dtype.name,
-            # Only PPO has other engines than the native one.
-            "engine": self.config.engine.name.name if stage == "ppo" else EngineName.native.name,
+            "engine": engine_of(self.config, stage).name,
         }
         samples = stage in ("best_of", "ppo", "eval")
         if samples and self.config.model.cache is not CacheName.slots:

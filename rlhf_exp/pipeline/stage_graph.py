@@ -29,8 +29,15 @@ def stages_of(config: Config) -> tuple[str, ...]:
 
 
 def module_of(config: Config, stage: str) -> str:
-    """Return the module in `rlhf_exp.stages` of a stage: PPO has one for each engine."""
-    return "trlx_ppo" if stage == "ppo" and config.engine.name is EngineName.trlx else stage
+    """Return the module in `rlhf_exp.stages` of a stage: each engine has its own."""
+    engine = engine_of(config, stage)
+    return stage if engine is EngineName.native else f"{engine.name}_{stage}"
+
+
+def engine_of(config: Config, stage: str) -> EngineName:
+    """Return who does a stage."""
+    engine = config.engine.name
+    return engine if stage in engine.stages else EngineName.native
 
 
 def _evaluated(config: Config) -> set[str]:

@@ -17,13 +17,13 @@ from torch import Tensor
 from rlhf_exp.config.experiment import Config, StrategyName
 from rlhf_exp.config.training import DpoConfig
 from rlhf_exp.data.batching import batch_index
-from rlhf_exp.data.rows import Preference
-from rlhf_exp.data.tokenized import TokenizedPreferences, tokenize_preferences, tokenize_prompts
+from rlhf_exp.data.tokenized import TokenizedPreferences
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference, build_reference
 from rlhf_exp.stages.context import StageContext, StageResult
+from rlhf_exp.stages.dpo_inputs import dpo_pairs, dpo_prompts
 from rlhf_exp.stages.kept_tensor import kept_tensor
 from rlhf_exp.stages.publish import save_models
 from rlhf_exp.stages.sampling import sampler_for
@@ -47,13 +47,9 @@ FOLDER = "reference_logprobs"
 def run(config: Config, context: StageContext) -> StageResult:
     """Train, and leave the policy in `context.folder/model`."""
     section = config.dpo
-    chosen = context.materials.training_pairs("dpo", section.part)
-    rows = context.materials.corpus.preferences
     with world_for(config) as world:
         codec = context.materials.codec(context.models["sft"])
-        # A small data set may leave nothing to validate on: the training pairs then stand in.
-        held_out = rows.validation or rows.train[:100]
-        pairs, validation = (_tokenize(part, codec, config, context) for part in (chosen, held_out))
+        pairs, validation = dpo_pairs(config, context, codec)
         steps = steps_of(section.steps, section.epochs, len(pairs), section.batch)
         policy = build_policy(config, context)
         policy.to(world.device)
@@ -92,12 +88,6 @@ def build_policy(config: Config, context: StageContext) -> Policy:
         # They hook into each block, and must see it called once and whole.
         run_all_positions=config.distributed.strategy in (StrategyName.zero3, StrategyName.fsdp),
     ).set_gradient_checkpointing(section.gradient_checkpointing)
-
-
-def _tokenize(
-    rows: list[Preference], codec: Codec, config: Config, context: StageContext
-) -> TokenizedPreferences:
-    return tokenize_preferences(rows, codec, config.dpo.seq_length, context.cache / "tokenized")
 
 
 def _met(count: int, steps: int, section: DpoConfig) -> np.ndarray:
@@ -171,20 +161,11 @@ def _sampled(
     world: World,
 ) -> Callable[[MetricAccumulator], object]:
     """Return what answers validation prompts and reports on it; nothing with `eval_prompts=0`."""
-    section = config.dpo
-    rows = context.materials.corpus.prompts
-    asked = (rows.validation or rows.train)[: section.eval_prompts]
-    if not asked:
+    section, prompts = config.dpo, dpo_prompts(config, context, codec)
+    if prompts is None:
         return lambda meters: None
     sampler = sampler_for(
         config, policy, codec, world, section.seed, capture=False, section=section.generation
-    )
-    prompts = tokenize_prompts(
-        asked,
-        codec,
-        section.seq_length,
-        section.generation.max_new_tokens,
-        context.cache / "tokenized",
     )
     answered = (policy, reference, sampler, prompts, len(prompts), section.generation, world)
     return lambda meters: sample_answers(*answered, meters)

@@ -27,6 +27,7 @@ from rlhf_exp.data.batching import (
     pack_pairs,
     packed_pair_parts,
     pair_lengths,
+    response_lengths,
     right_padded,
 )
 from rlhf_exp.data.tokenized import TokenizedPreferences
@@ -236,9 +237,3 @@ def pair_logprobs(
         tokens.to(device), lengths[:, 0].to(device), lengths[:, 1].to(device), temperature=1.0
     )
     return logprobs.float().sum(1).view(2, len(rows)).t()
-
-
-def response_lengths(pairs: TokenizedPreferences, rows: np.ndarray) -> Tensor:
-    """Return the tokens [n, 2] of the chosen and rejected responses."""
-    sides = np.stack([pairs.chosen.lengths()[rows], pairs.rejected.lengths()[rows]], axis=1)
-    return torch.from_numpy(sides.astype(np.int64))

@@ -1,8 +1,7 @@
 """Models between the transformers of today and that of trlx's time (4.32).
 
 The old one reads `pytorch_model.bin`, merges as `"a b"`, a tokenizer class that it knows, and a
-config without later fields. The trained weights come back as safetensors: nothing is unpickled
-here.
+config without later fields.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_exp.errors import UserError
@@ -89,28 +86,6 @@ def write_old_model(
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
     for name in ("special_tokens_map.json", "added_tokens.json"):
         (folder / name).unlink(missing_ok=True)
-
-
-def take_back(model: PreTrainedModel, path: Path) -> None:
-    """Copy trained weights, under the old names, into the model that they started from.
-
-    Raises:
-        UserError: They are not this model's.
-    """
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: trlx has left no weights that can be read ({error})") from error
-    targets = {old_name(model, name): value for name, value in model.named_parameters()}
-    shapes = [
-        {name: tuple(v.shape) for name, v in tensors.items()} for tensors in (weights, targets)
-    ]
-    if shapes[0] != shapes[1]:
-        odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
-        raise UserError(f"{path}: trlx has left weights of another model (first: {odd[0]})")
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(weights[name])
 
 
 def old_name(model: PreTrainedModel, name: str) -> str:

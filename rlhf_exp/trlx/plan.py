@@ -10,20 +10,21 @@ weights.safetensors   written by the worker: the weights to publish
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from rlhf_exp.config.training import PpoConfig, Scale, Schedule
-from rlhf_exp.data.batching import batch_index
 from rlhf_exp.data.tokenized import TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
+from rlhf_exp.engines.handover import WEIGHTS, expected_results, prompt_order, write_prompts
 from rlhf_exp.trlx.convert import write_old_model
 
+WORKER = "rlhf_exp.trlx.worker.trlx_worker"
+"""The module that the worker imports; it counts as code of the stage, with `WORKER_PARTS`."""
+WORKER_PARTS = ("rlhf_exp.trlx.worker.trlx_trainer",)
 PIPELINE, TRAINER = "HandedPrompts", "HandedPpo"
 """Classes of the worker, under the names that trlx finds them by."""
 
@@ -130,10 +131,6 @@ def chunks(rows: int, longest: int) -> list[int]:
     return [rows // parts + (number < rows % parts) for number in range(parts)]
 
 
-WEIGHTS = "weights.safetensors"
-_CHECKED = 16  # texts
-
-
 def hand_over(
     folder: Path,
     model: PreTrainedModel,
@@ -162,56 +159,16 @@ def hand_over(
     plan = {
         "config": trl_config(section, steps, folder / "model", folder),
         "stop_strings": list(codec.stop_strings),
-        "prompts": _rows(folder / "prompts.jsonl", prompts, np.unique(order).tolist()),
-        "validation": _rows(folder / "validation.jsonl", validation, range(count)),
+        "prompts": write_prompts(folder / "prompts.jsonl", prompts, np.unique(order).tolist()),
+        "validation": write_prompts(folder / "validation.jsonl", validation, range(count)),
         "order": order.tolist(),
         "sizes": chunks(section.rollouts, section.generation.batch),
         "eval_every": section.eval_every,
         "grad_norm": section.grad_norm,
         "threads": threads,
         "weights": str(folder / WEIGHTS),
-        "check": _check(model, codec, prompts),
+        "check": expected_results(model, codec, prompts.prompt, prompts.original),
     }
     path = folder / "plan.json"
     path.write_text(json.dumps(plan))
     return path
-
-
-def prompt_order(count: int, section: PpoConfig, steps: int) -> np.ndarray:
-    """Return the prompts of all rollouts, in the order in which the native engine takes them."""
-    return np.concatenate(
-        [
-            batch_index(count, section.rollouts, section.seed, iteration)
-            for iteration in range(steps // section.updates)
-        ]
-    )
-
-
-def _rows(path: Path, prompts: TokenizedPrompts, numbers: Iterable[int]) -> str:
-    with path.open("w", encoding="utf-8") as file:
-        for number in numbers:
-            row = {"index": number, "ids": prompts.prompt[number].tolist()}
-            file.write(json.dumps(row) + "\n")
-    return str(path)
-
-
-@torch.no_grad()
-def _check(model: PreTrainedModel, codec: Codec, prompts: TokenizedPrompts) -> dict[str, Any]:
-    """Return the results that the worker must get from model and tokenizer.
-
-    Prompts and responses as ids, and the log-probabilities [S - 1] of a prompt's tokens in nats.
-    """
-    ids = [*prompts.prompt[0].tolist(), codec.eos_id]
-    tokens = torch.tensor([ids])
-    logits = model.eval()(tokens).logits[:, :-1]
-    logprobs = logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])
-    columns = (prompts.prompt, prompts.original)
-    count = min(_CHECKED, len(prompts))
-    texts = [codec.decode(column[row].tolist()) for row in range(count) for column in columns]
-    text_ids = codec.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return {
-        "ids": ids,
-        "logprobs": logprobs.flatten().tolist(),
-        "texts": texts,
-        "text_ids": text_ids,
-    }

@@ -357,6 +357,16 @@ def test_the_engine_counts_for_ppo_alone(config: Config, tmp_path: Path) -> None
     assert differing(alone(config, tmp_path), alone(trlx, tmp_path)) == ["ppo"]
 
 
+def test_each_engine_counts_for_the_stages_that_it_does(config: Config, tmp_path: Path) -> None:
+    trlx, trl = (changed(config, "engine.name", name) for name in (EngineName.trlx, EngineName.trl))
+    native, by_trlx, by_trl = (
+        keys_of(one, tmp_path).dpo({"sft": "s"}) for one in (config, trlx, trl)
+    )
+    assert native == by_trlx != by_trl
+    parents = {"sft": "s", "reward": "r"}
+    assert len({keys_of(one, tmp_path).ppo(parents) for one in (config, trlx, trl)}) == 3
+
+
 def test_the_parts_that_are_sampled_together_count_with_trlx(
     config: Config, tmp_path: Path
 ) -> None:

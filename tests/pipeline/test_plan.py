@@ -150,15 +150,23 @@ def test_what_says_things_and_computes_nothing_is_not_code() -> None:
 
 def test_each_engine_has_code_of_its_own() -> None:
     native, trlx = stage_code("ppo"), stage_code("trlx_ppo")
-    folder = "rlhf_exp/trlx"
-    assert not [path for path in native if path.startswith(folder)]
+    trl = stage_code("trl_dpo")
+    engines = ("rlhf_exp/engines", "rlhf_exp/trl")
+    assert not [path for path in (*native, *stage_code("dpo")) if path.startswith(engines)]
     # What another interpreter runs counts too.
-    names = ("__main__", "trlx_line", "trlx_trainer")
-    assert {f"{folder}/worker/{name}.py" for name in names} <= trlx.keys()
+    shared = {f"rlhf_exp/engines/worker/{name}.py" for name in ("__main__", "engine_line")}
+    assert shared | {"rlhf_exp/trlx/worker/trlx_trainer.py"} <= trlx.keys()
+    assert shared | {"rlhf_exp/trl/worker/trl_pairs.py"} <= trl.keys()
+    assert not [path for path in trl if path.startswith("rlhf_exp/trlx")]
     config = Config()
-    assert [module_of(config, stage) for stage in ("sft", "ppo")] == ["sft", "ppo"]
-    config.engine.name = EngineName.trlx
-    assert [module_of(config, stage) for stage in ("sft", "ppo")] == ["sft", "trlx_ppo"]
+
+    def modules(engine: EngineName) -> list[str]:
+        config.engine.name = engine
+        return [module_of(config, stage) for stage in ("sft", "ppo", "dpo")]
+
+    assert modules(EngineName.native) == ["sft", "ppo", "dpo"]
+    assert modules(EngineName.trlx) == ["sft", "trlx_ppo", "dpo"]
+    assert modules(EngineName.trl) == ["sft", "trl_ppo", "trl_dpo"]
 
 
 def test_each_stage_needs_those_before_it() -> None:

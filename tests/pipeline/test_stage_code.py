@@ -52,6 +52,19 @@ SCORING = (
     | {"stages/scorers"}
 )
 
+# Another trainer, in an interpreter of its own.
+ENGINE = (
+    names("engines", "conversation handover iteration process session")
+    | names("engines/worker", "__main__ engine_line engine_model")
+    | names("stages", "engine publish")
+    | {"training/result"}
+)
+TRL = (
+    {"rollout/transcript", "training/optim"}
+    | names("trl", "metrics plan responses")
+    | names("trl/worker", "trl_common trl_pairs trl_rollouts trl_worker")
+)
+
 ALLOWED = {
     "sft": COMMON | TRAINER | {"training/sft"} | names("stages", "sft shape"),
     "reward": COMMON
@@ -63,7 +76,7 @@ ALLOWED = {
     | TRAINER
     | SAMPLING
     | {"algo/kl", "training/dpo", "training/validation_answers"}
-    | names("stages", "dpo kept_tensor sampling"),
+    | names("stages", "dpo dpo_inputs kept_tensor sampling"),
     # Neither losses nor a reference.
     "best_of": (COMMON | SAMPLING | SCORING | names("stages", "best_of sampling"))
     - {"algo/kl", "algo/preference", "models/reference"},
@@ -76,11 +89,23 @@ ALLOWED = {
     | names("stages", "kept_tensor ppo ppo_inputs sampling"),
     "trlx_ppo": COMMON
     | SCORING
-    | {"algo/advantages", "algo/rounding"}
-    | names("training", "ppo_objective result")
-    | names("trlx", "convert metrics plan session")
-    | names("trlx/worker", "__main__ trlx_line trlx_trainer")
-    | names("stages", "kept_tensor ppo_inputs publish trlx_ppo"),
+    | ENGINE
+    | {"algo/advantages", "algo/rounding", "training/ppo_objective"}
+    | names("trlx", "convert metrics plan")
+    | names("trlx/worker", "trlx_trainer trlx_worker")
+    | names("stages", "kept_tensor ppo_inputs trlx_ppo"),
+    "trl_ppo": COMMON
+    | SCORING
+    | ENGINE
+    | TRL
+    | {"algo/advantages", "algo/rounding", "training/ppo_objective"}
+    | names("stages", "kept_tensor ppo_inputs trl_ppo"),
+    "trl_dpo": COMMON
+    | TRAINER
+    | (ENGINE - {"engines/session"})
+    | TRL
+    | {"trl/pair_session"}
+    | names("stages", "dpo_inputs trl_dpo"),
     "eval": COMMON
     | SAMPLING
     | SCORING

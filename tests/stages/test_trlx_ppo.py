@@ -24,7 +24,6 @@ from rlhf_exp.models.pretrained import load_tokenizer
 from rlhf_exp.stages import trlx_ppo
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.store import Store
-from rlhf_exp.trlx import session
 from rlhf_exp.trlx.convert import write_old_model
 from tests.lab import LAUNCH, ROOT, artifact, run, small, weights
 from tests.trlx.test_convert import model_of
@@ -35,7 +34,7 @@ THIS = f"engine.python={sys.executable}"
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "worker_folder", lambda: STAND_IN)
+    monkeypatch.setattr(trlx_ppo, "program_of", lambda module: [STAND_IN])
 
 
 def newest(outputs: Path) -> Artifact:
@@ -103,8 +102,8 @@ def test_a_signal_ends_both(run_copy: Path, number: int) -> None:
     program = f"""
 import sys
 from pathlib import Path
-from rlhf_exp.trlx import session
-session.worker_folder = lambda: Path({str(STAND_IN)!r})
+from rlhf_exp.stages import trlx_ppo
+trlx_ppo.program_of = lambda module: [Path({str(STAND_IN)!r})]
 from tests.lab import run
 run(Path({str(run_copy)!r}), "stage=ppo", "engine=trlx", {THIS!r})
 """

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +19,7 @@ from rlhf_exp.data.tokenizer import train_tokenizer
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.pretrained import build_causal_lm
-from rlhf_exp.trlx.convert import old_config, old_tokenizer, take_back, write_old_model
+from rlhf_exp.trlx.convert import old_config, old_tokenizer, write_old_model
 
 TEXTS = ("\n\nHuman: Hi there, 12 o'clock?\n\nAssistant:", " It is so.<|endoftext|>", "  ü€\t")
 
@@ -157,27 +156,3 @@ def test_a_tokenizer_that_looks_words_up_first_is_refused() -> None:
     content = {"model": {"type": "BPE", "ignore_merges": True, "merges": []}}
     with pytest.raises(UserError, match="ignore_merges"):
         old_tokenizer(content)
-
-
-def test_trained_weights_come_back(tmp_path: Path) -> None:
-    path = tmp_path / "weights.safetensors"
-    trained, model = model_of("gpt_neox"), model_of("gpt_neox")
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            parameter *= 1.5
-    weights = {name: value.detach().clone() for name, value in trained.named_parameters()}
-    weights["embed_out.weight"] = weights.pop("lm_head.weight")
-    save_file(weights, path)
-    take_back(model, path)
-    for found, expected in zip(model.parameters(), trained.parameters(), strict=True):
-        assert torch.equal(found, expected)
-
-
-def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "weights.safetensors"
-    with pytest.raises(UserError, match="no weights that can be read"):
-        take_back(model_of("gpt2"), path)
-    weights = {name: value.detach() for name, value in model_of("gpt2").named_parameters()}
-    save_file({**weights, "transformer.ln_f.bias": torch.zeros(3)}, path)
-    with pytest.raises(UserError, match=r"weights of another model .*transformer\.ln_f\.bias"):
-        take_back(model_of("gpt2"), path)

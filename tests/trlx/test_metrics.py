@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_exp.trlx.metrics import Iteration
+from rlhf_exp.engines.iteration import Iteration
+from rlhf_exp.trlx.metrics import dialect
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +34,6 @@ def iteration(**changes: object) -> Iteration:
         "time/rollout_score": 0.125,
     }
     values = {
-        "scaled": True,
         "scores": [1.0, 3.0],
         "deltas": [0.5, 0.0],
         "lengths": [10, 20],
@@ -47,7 +47,7 @@ def iteration(**changes: object) -> Iteration:
 
 
 def test_an_iteration_in_numbers() -> None:
-    assert iteration().metrics() == pytest.approx(
+    assert dialect(scaled=True).metrics(iteration()) == pytest.approx(
         {
             "reward/mean": 2.0,
             "reward/std": 1.0,  # of the two scores as a whole, not as a sample
@@ -80,7 +80,7 @@ def test_an_iteration_in_numbers() -> None:
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    found = iteration(scaled=False, deltas=[], kl=[]).metrics()
+    found = dialect(scaled=False).metrics(iteration(deltas=[], kl=[]))
     assert not {"reward/scale", "reward/delta_mean", "kl/sequence"} & found.keys()
 
 

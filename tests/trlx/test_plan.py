@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from rlhf_exp.data.tokenizer import Codec, train_tokenizer
 from rlhf_exp.training.optim import SCHEDULES, lr_multiplier
 from rlhf_exp.training.optim import Schedule as ScheduleName
 from rlhf_exp.trlx.plan import chunks, hand_over, trl_config
-from rlhf_exp.trlx.session import worker_folder
 from tests.trlx.lab import section_with
 from tests.trlx.test_convert import model_of
 
@@ -177,17 +175,3 @@ def test_what_the_worker_compares(tmp_path: Path) -> None:
     ]
     assert check["text_ids"][1] == prompts.original[0].tolist()
     assert len(check["texts"]) == len(check["text_ids"]) == 6
-
-
-def test_the_worker_needs_nothing_of_this_project() -> None:
-    """Its interpreter has no rlhf_exp, and nothing of ours stands in front of its own modules."""
-    own = {path.stem for path in worker_folder().glob("*.py")} - {"__init__", "__main__"}
-    assert all(name.startswith("trlx_") for name in own)
-    for path in worker_folder().glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names: list[str] = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            assert not [name for name in names if name.split(".")[0] == "rlhf_exp"], path

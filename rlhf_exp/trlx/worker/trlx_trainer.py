@@ -10,25 +10,19 @@ n rows, S tokens of a row.
 
 from __future__ import annotations
 
-import os
-import resource
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from engine_line import Stopped, WorkerChannel, until_ended
+from engine_model import peak_bytes, save_weights
 from torch.utils.data import DataLoader
 from trlx.data.configs import TRLConfig
 from trlx.pipeline import BasePipeline, register_datapipeline
 from trlx.trainer import register_trainer
 from trlx.trainer.accelerate_ppo_trainer import AcceleratePPOTrainer
 from trlx.utils.modeling import RunningMoments, logprobs_of_labels
-from trlx_line import WorkerChannel
-
-
-class Stopped(BaseException):
-    """There is no more to do."""
 
 
 @register_datapipeline
@@ -175,7 +169,7 @@ class HandedPpo(AcceleratePPOTrainer):
         numbers = {name: float(value) for name, value in stats.items()}
         if "losses/total_loss" in numbers:
             numbers["time/update"] = perf_counter() - self.sampled - self.evaluating
-            numbers |= {"lr": self.lr, "grad_norm": self.grad_norm, "peak": _peak_bytes()}
+            numbers |= {"lr": self.lr, "grad_norm": self.grad_norm, "peak": peak_bytes()}
         self.line.send(kind="log", step=step, stats=numbers)
 
     def evaluate(self) -> dict[str, Any]:
@@ -196,20 +190,13 @@ class HandedPpo(AcceleratePPOTrainer):
     def generate_eval(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         """Keep the tokens that were drawn."""
         samples: torch.Tensor = super().generate_eval(input_ids, *args, **kwargs)
-        self.drawn += [self._ended(row) for row in samples[:, input_ids.shape[1] :].tolist()]
+        self.drawn += [
+            until_ended(
+                row, [self.tokenizer.eos_token_id], self.tokenizer.decode, self.stop_sequences
+            )
+            for row in samples[:, input_ids.shape[1] :].tolist()
+        ]
         return samples
-
-    def _ended(self, ids: list[int]) -> list[int]:
-        """Return a response up to its end token or stop string, after which trlx draws on."""
-        if self.tokenizer.eos_token_id in ids:
-            ids = ids[: ids.index(self.tokenizer.eos_token_id) + 1]
-        whole = self.tokenizer.decode(ids)
-        stops = [stop for stop in self.stop_sequences if stop in whole]
-        for count in range(1, len(ids) if stops else 0):
-            text = self.tokenizer.decode(ids[:count])
-            if any(stop in text for stop in stops):
-                return ids[:count]
-        return ids
 
     @torch.no_grad()
     def _validation_kl(self) -> list[float]:
@@ -232,18 +219,7 @@ class HandedPpo(AcceleratePPOTrainer):
 
     def _save(self) -> None:
         model = self.accelerator.unwrap_model(self.model).base_model
-        named = model.named_parameters()
-        weights = {name: value.detach().cpu().contiguous() for name, value in named}
-        path = Path(self.plan["weights"])
-        partial = path.with_name(f".{path.name}")
-        save_file(weights, partial)
-        os.replace(partial, path)
+        save_weights(model.named_parameters(), Path(self.plan["weights"]))
 
     def save_pretrained(self, directory: str | None = None, **_: Any) -> None:  # noqa: ANN401
         """Save nothing: the weights asked for are saved after an evaluation."""
-
-
-def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "rlhf_exp" / "trlx" / "worker"))
-from trlx_line import WorkerChannel
+sys.path.insert(0, str(Path(__file__).parents[3] / "rlhf_exp" / "engines" / "worker"))
+from engine_line import WorkerChannel
 
 UPDATE = {
     "losses/total_loss": 1.0,

@@ -24,10 +24,13 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_exp.config.training import KlConfig, PpoRewardConfig, Select, SelectBy
 from rlhf_exp.data.tokenized import RaggedArray, TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec, train_tokenizer
+from rlhf_exp.engines.process import EngineProcess, environment, program_of
+from rlhf_exp.engines.session import RunInputs, Session
 from rlhf_exp.errors import UserError
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.result import Diverged, TrainingResult
-from rlhf_exp.trlx.session import RunInputs, Session, TrlxProcess, environment, worker_folder
+from rlhf_exp.trlx.metrics import dialect
+from rlhf_exp.trlx.plan import WORKER
 from tests.trlx.lab import section_with
 
 Message = dict[str, Any]
@@ -162,7 +165,7 @@ def run(inputs: RunInputs, *messages: Message, **more: Any) -> tuple[Script, Not
     inputs = replace(inputs, section=replace(inputs.section, reward=reward))
     given: Any = {"before_write": lambda: None, "on_step": lambda step, metrics: None, **more}
     process: Any = script
-    session = Session(process, 2, inputs, notes, **given)
+    session = Session(process, 2, inputs, dialect(scaled=True), notes, **given)
     outcome = session.run(Path("plan.json"))
     assert script.answers[0] == {"plan": "plan.json"}
     return script, notes, outcome
@@ -275,6 +278,7 @@ def test_a_loss_that_is_no_number_stops_the_run(inputs: RunInputs) -> None:
         process,
         2,
         inputs,
+        dialect(scaled=True),
         notes,
         before_write=lambda: None,
         on_step=lambda step, metrics: None,
@@ -295,8 +299,8 @@ def test_nothing_is_saved_without_leave(inputs: RunInputs) -> None:
 ROOT = Path(__file__).parents[2]
 _HEAD = f"""
 import os, signal, subprocess, sys, time
-sys.path.insert(0, {str(worker_folder())!r})
-from trlx_line import WorkerChannel
+sys.path.insert(0, {str(program_of(WORKER)[0])!r})
+from engine_line import WorkerChannel
 line = WorkerChannel(int(sys.argv[1]))
 """
 
@@ -307,8 +311,8 @@ def program(folder: Path, body: str) -> Path:
     return path
 
 
-def process(folder: Path, body: str) -> TrlxProcess:
-    return TrlxProcess(sys.executable, folder / "trlx.log", program(folder, body))
+def process(folder: Path, body: str) -> EngineProcess:
+    return EngineProcess("trlx", sys.executable, folder / "trlx.log", [program(folder, body)])
 
 
 def alive(pid: int) -> bool:
@@ -351,7 +355,7 @@ def test_an_interpreter_is_found_from_the_current_folder(
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path)
     body = program(tmp_path, "line.send(kind='hello', versions={'cwd': os.getcwd()})")
-    with TrlxProcess("bin/python", tmp_path / "work" / "trlx.log", body) as worker:
+    with EngineProcess("trlx", "bin/python", tmp_path / "work" / "trlx.log", [body]) as worker:
         assert worker.greet() == {"cwd": str(tmp_path / "work")}
 
 
@@ -389,7 +393,7 @@ def test_a_worker_that_dies_is_told_with_what_it_said(tmp_path: Path, body: str,
 
 def test_an_interpreter_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"engine\.python=.*nowhere: cannot be started"):
-        TrlxProcess(str(tmp_path / "nowhere"), tmp_path / "trlx.log")
+        EngineProcess("trlx", str(tmp_path / "nowhere"), tmp_path / "trlx.log", program_of(WORKER))
 
 
 HANGS = """
@@ -415,9 +419,9 @@ time.sleep(600)
     parent = f"""
 import os, sys
 from pathlib import Path
-from rlhf_exp.trlx.session import TrlxProcess
-worker = TrlxProcess(sys.executable, Path({str(tmp_path / "trlx.log")!r}),
-                     Path({str(program(tmp_path, body))!r}))
+from rlhf_exp.engines.process import EngineProcess
+worker = EngineProcess("trlx", sys.executable, Path({str(tmp_path / "trlx.log")!r}),
+                       [Path({str(program(tmp_path, body))!r})])
 print(worker.receive()["pid"], flush=True)
 os.kill(os.getpid(), 9)
 """

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import logging
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_exp.config.evaluation import HARNESS, HarnessConfig, parts_of
 from rlhf_exp.config.experiment import Config
@@ -52,12 +54,13 @@ def check(config: Config) -> None:
         UserError: lm-eval is not installed, or a task or its data do not exist.
     """
     if HARNESS in parts_of(config.eval):
-        _load(_task_manager(config.eval.harness), config.eval.harness)
+        LmEval(config.eval.harness, config.eval.seed).load()
 
 
 def _run(evaluation: Evaluation) -> PartResult:
     section, seed = evaluation.config.eval.harness, evaluation.config.eval.seed
-    scores = {model.name: _scores(evaluation, model) for model in evaluation.models}
+    lm_eval = LmEval(section, seed)
+    scores = {model.name: _scores(evaluation, model, lm_eval) for model in evaluation.models}
     comparisons = compare_tasks(scores, seed)
     content = {
         "models": [model.name for model in evaluation.models],
@@ -70,12 +73,17 @@ def _run(evaluation: Evaluation) -> PartResult:
     return PartResult(scalars(comparisons), {FILE: content})
 
 
-def _scores(evaluation: Evaluation, model: EvaluatedModel) -> list[TaskScore]:
+def _scores(evaluation: Evaluation, model: EvaluatedModel, lm_eval: LmEval) -> list[TaskScore]:
     """Return a model's numbers: those kept of the same model and tasks, or new ones."""
     path = _place_to_keep(evaluation, model)
     kept = None if path is None else _read(path)
     if kept is None:
-        kept = [score.to_json() for score in task_scores(_evaluate(evaluation, model))]
+        log.info("lm-eval: %s", model.name)
+        causal_lm = load_policy_model(evaluation.config, model.source)
+        Module.to(causal_lm, evaluation.world.device)
+        tokenizer = evaluation.context.materials.codec(model.source).tokenizer
+        results = lm_eval.results(causal_lm, tokenizer)
+        kept = [score.to_json() for score in task_scores(results)]
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomic(path, seal_values({"scores": kept}))
@@ -115,75 +123,81 @@ def _read(path: Path) -> list[dict[str, Any]] | None:
         return None
 
 
-def _evaluate(evaluation: Evaluation, model: EvaluatedModel) -> dict[str, Any]:
-    """Return what lm-eval returns of a model."""
-    config = evaluation.config
-    section, seed = config.eval.harness, config.eval.seed
-    manager = _task_manager(section)
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
+class LmEval:
+    """lm-evaluation-harness with the tasks of a config; their index is built at first use.
 
-    log.info("lm-eval: %s", model.name)
-    causal_lm: Module = load_policy_model(config, model.source)
-    causal_lm.to(evaluation.world.device).eval()
-    results = lm_eval.simple_evaluate(
-        HFLM(
-            causal_lm,
-            tokenizer=evaluation.context.materials.codec(model.source).tokenizer,
-            batch_size=section.batch,
-        ),
-        tasks=specifications(section.tasks),
-        task_manager=manager,
-        num_fewshot=section.few_shot,
-        limit=section.limit,
-        apply_chat_template=section.chat_template,
-        bootstrap_iters=0,  # intervals are over documents, by `evaluation/statistics.py`
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
-    assert results is not None, "one process asks"
-    return dict(results)
-
-
-def _task_manager(section: HarnessConfig) -> TaskManager:
-    """Return lm-eval's index of tasks, the user's own among them.
-
-    Raises:
-        UserError: lm-eval is not installed, or a file does not exist.
+    Args:
+        section: The tasks, and how they are asked.
+        seed: Of few-shot examples, and of tasks that sample.
     """
-    folders = folders_of(section.tasks)
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(
-            f"{KEY}: tasks need lm-evaluation-harness, which is not installed: "
-            "`pip install lm-eval` (extra `harness`)"
-        ) from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return TaskManager(include_path=folders or None)
 
+    def __init__(self, section: HarnessConfig, seed: int) -> None:
+        self.section, self.seed = section, seed
 
-def _load(manager: TaskManager, section: HarnessConfig) -> None:
-    """Load the tasks and their data.
+    @cached_property
+    def _tasks(self) -> TaskManager:
+        """lm-eval's index of tasks, the user's own among them.
 
-    Raises:
-        UserError: One does not exist, or its data cannot be read.
-    """
-    for task in section.tasks:
-        if not is_path(task) and task not in manager.all_tasks:
-            close = difflib.get_close_matches(task, manager.all_tasks, _CLOSE)
-            hint = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` has all."
+        Raises:
+            UserError: lm-eval is not installed, or a file does not exist.
+        """
+        folders = folders_of(self.section.tasks)
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
             raise UserError(
-                f"{KEY}: lm-eval has no task {task!r}; {hint} A file or folder of your own is "
-                f"named by its path: ./{task}.yaml"
-            )
-    try:
-        manager.load(specifications(section.tasks))
-    except Exception as error:  # of lm-eval, datasets and the hub: many unrelated classes
-        raise UserError(
-            f"{KEY}: lm-eval cannot load {', '.join(section.tasks)}: {type(error).__name__}: "
-            f"{error}. Data of the hub need a network once; relative paths in a task's file are "
-            "those of the folder that the run starts in"
-        ) from error
+                f"{KEY}: tasks need lm-evaluation-harness, which is not installed: "
+                "`pip install lm-eval` (extra `harness`)"
+            ) from error
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        return TaskManager(include_path=folders or None)
+
+    def load(self) -> None:
+        """Load the tasks and their data.
+
+        Raises:
+            UserError: lm-eval is not installed, a task does not exist, or its data cannot be read.
+        """
+        names = self._tasks.all_tasks
+        for task in self.section.tasks:
+            if not is_path(task) and task not in names:
+                close = difflib.get_close_matches(task, names, _CLOSE)
+                hint = (
+                    f"did you mean {' or '.join(close)}?" if close else "lm-eval's docs list all."
+                )
+                raise UserError(
+                    f"{KEY}: lm-eval has no task {task!r}; {hint} A file or folder of your own is "
+                    f"named by its path: ./{task}.yaml"
+                )
+        try:
+            self._tasks.load(specifications(self.section.tasks))
+        except Exception as error:  # of lm-eval, datasets and the hub: many unrelated classes
+            raise UserError(
+                f"{KEY}: lm-eval cannot load {', '.join(self.section.tasks)}: "
+                f"{type(error).__name__}: {error}. Data of the hub need a network once; relative "
+                "paths in a task's file are those of the folder that the run starts in"
+            ) from error
+
+    def results(
+        self, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, Any]:
+        """Return what `lm_eval.simple_evaluate` returns of a model."""
+        tasks, section, seed = self._tasks, self.section, self.seed
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        results = lm_eval.simple_evaluate(
+            HFLM(causal_lm.eval(), tokenizer=tokenizer, batch_size=section.batch),
+            tasks=specifications(section.tasks),
+            task_manager=tasks,
+            num_fewshot=section.few_shot,
+            limit=section.limit,
+            apply_chat_template=section.chat_template,
+            bootstrap_iters=0,  # intervals are over documents, by `evaluation/statistics.py`
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+        assert results is not None, "one process asks"
+        return dict(results)

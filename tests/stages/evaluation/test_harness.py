@@ -63,17 +63,18 @@ def test_a_local_task_on_every_model(
     run_copy: Path, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval")
-    asked: list[str] = []
-    evaluate = harness._evaluate
+    asked: list[Path] = []
+    results = harness.LmEval.results
 
-    def counted(evaluation: Any, model: Any) -> dict[str, Any]:
-        asked.append(model.name)
-        return evaluate(evaluation, model)
+    def counted(self: Any, causal_lm: Any, tokenizer: Any) -> dict[str, Any]:
+        asked.append(Path(causal_lm.config.name_or_path))
+        return results(self, causal_lm, tokenizer)
 
-    monkeypatch.setattr(harness, "_evaluate", counted)
+    monkeypatch.setattr(harness.LmEval, "results", counted)
+    models = [artifact(run_copy, role).path / "model" for role in ("sft", "ppo")]
     options = ("stage=eval", "eval=harness", f"eval.harness.tasks=[{task.parent}]")
     run(run_copy, *options)
-    assert asked == ["SFT", "PPO"]
+    assert asked == models
     folder = newest(run_copy)
     found = json.loads((folder / "harness.json").read_text())
     (one,) = found["tasks"]
@@ -91,12 +92,12 @@ def test_a_local_task_on_every_model(
 
     # Beside another suite the same numbers are not computed again; other data are another task.
     run(run_copy, "stage=eval", f"eval.harness.tasks=[{task}]")
-    assert asked == ["SFT", "PPO"]
+    assert asked == models
     assert json.loads((newest(run_copy) / "harness.json").read_text()) == found
     data = task.with_suffix(".jsonl")
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:4]))
     run(run_copy, *options)
-    assert asked == ["SFT", "PPO"] * 2
+    assert asked == models * 2
     assert json.loads((newest(run_copy) / "harness.json").read_text())["tasks"][0]["documents"] == 4
 
 

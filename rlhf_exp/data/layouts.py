@@ -6,24 +6,20 @@ that some (`mixes`) may share a file, since each of their rows says what it is. 
 one with pairs comes before one with demonstrations, and that before bare prompts; then one that
 knows the fields of the others (a `text` beside Alpaca's fields). Two that still fit are an error.
 
-A text may be a marked dialogue (see `parsing`); a list of messages has `role` and `content`, or
-ShareGPT's `from` and `value`, each. Ratings and labels become pairs at the end of the file
-(`_best_against_worst`, `_true_against_false`).
+A text may be a marked dialogue (see `parsing`). Ratings and labels become pairs at the end of the
+file (see `rated_responses`).
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
-from typing import Protocol
 
-from rlhf_exp.data.jsonl import UnreadableLine, parse_json, unpaired_surrogate
+from rlhf_exp.data.jsonl import UnreadableLine
 from rlhf_exp.data.parsing import (
-    BYTE_ORDER_MARK,
     REPEATED_PROMPT,
     DialogueReader,
     continuation,
@@ -34,9 +30,24 @@ from rlhf_exp.data.parsing import (
     split_pair,
     split_turn_pair,
 )
+from rlhf_exp.data.rated_responses import (
+    Pairing,
+    RatedResponse,
+    best_against_worst,
+    true_against_false,
+)
+from rlhf_exp.data.record_fields import (
+    Record,
+    finite_number,
+    label_in,
+    list_in,
+    listed,
+    rating_in,
+    text_in,
+    turns_in,
+)
 from rlhf_exp.data.rows import (
     Demonstration,
-    Fields,
     History,
     Preference,
     Prompt,
@@ -47,69 +58,17 @@ from rlhf_exp.data.rows import (
 )
 from rlhf_exp.errors import UserError
 
-Record = Mapping[str, object]
 Columns = Mapping[str, str]
 """The file's column for each of `TARGETS`."""
 
-# What was not used of rated and labelled responses, as the log says it: "3 ...".
-SINGLE = "prompts with one rated response: no pair"
-EQUAL = "prompts whose responses are all rated alike: no pair"
-BETWEEN = "responses rated between the best and the worst of their prompt: not in a pair"
-ONE_LABEL = "prompts whose responses all have the same label: no pair"
-LABEL_LEFT = "labelled responses without one of the other label left to pair with"
-BOTH_LABELS = "responses labelled both true and false: no pair"
-NOT_IMITATED = "responses labelled false: not imitated"
 SYSTEM_IGNORED = (
     "rows with a field `system`, which is not read; data.columns.system=system makes it a "
     "system turn"
 )
 
-_SPEAKERS: dict[str, Role] = {
-    "system": "system",
-    "user": "human",
-    "human": "human",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-}
-_TOOL_ROLES = frozenset(
-    (
-        *("tool", "function", "ipython", "observation", "environment"),
-        *("function_call", "function_response", "tool_call", "tool_response", "tool_result"),
-    )
-)
-_TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
-_ROW_TOOLS = ("tools", "functions")
-_NO_TOOLS = "dialogues with tools cannot be trained on; leave such rows out"
 # NVIDIA's mark of a turn in HelpSteer2's prompts, alone in its line with the speaker.
 _HELPSTEER_TURNS = {"<extra_id_1>Assistant": "assistant", "<extra_id_1>User": "human"}
-_MAX_NAMES = 20
-"""Most fields that a message lists."""
-
-
-@dataclass(frozen=True)
-class RatedResponse:
-    """A response with its rating; a label is 1 or 0."""
-
-    history: History
-    response: str
-    rating: float
-    origin: str
-    fields: Fields = field(default_factory=dict)
-
-
 Read = Callable[[Record, str, DialogueReader], "Row | list[RatedResponse]"]
-
-
-class Pairing(Protocol):
-    """Makes rows of the rated responses of a whole file."""
-
-    def __call__(
-        self, responses: Sequence[RatedResponse], kind: type[Row] | None, counts: Counter[str]
-    ) -> list[Row]:
-        """Return the rows of a kind (None: of all kinds); `counts` takes what is in none."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +218,7 @@ class _FileReader:
         if not self._columns:
             self._parsed.counts[SYSTEM_IGNORED] += bool(others.get("system"))
         elif mapped.get("system") is not None:
-            system = _text(mapped, "system").strip()
+            system = text_in(mapped, "system").strip()
         if isinstance(row, list):
             self._rated += [
                 replace(item, fields=others, history=_with_system(item.history, system))
@@ -321,7 +280,7 @@ class _FileReader:
 
     def _check_names(self) -> None:
         """Raise if no record had a column of the mapping, or a known layout."""
-        found = _listed(self._names)
+        found = listed(self._names)
         for target, column in self._columns.items():
             if column in self._needed() and self._names and column not in self._names:
                 near = get_close_matches(column, list(self._names), n=1)
@@ -357,7 +316,7 @@ def _layout_of(record: Record, layouts: Sequence[Layout] | None = None) -> Layou
     names = frozenset(str(name) for name in record)
     fitting = [layout for layout in layouts or LAYOUTS if names.issuperset(layout.required)]
     if not fitting:
-        raise ValueError(f"fields found: {_listed(record)}; they are those of no layout")
+        raise ValueError(f"fields found: {listed(record)}; they are those of no layout")
     first = min(_PRECEDENCE.index(layout.gives) for layout in fitting)
     fitting = [layout for layout in fitting if _PRECEDENCE.index(layout.gives) == first]
     best = [
@@ -368,7 +327,7 @@ def _layout_of(record: Record, layouts: Sequence[Layout] | None = None) -> Layou
     if len(best) != 1:
         raise _SeveralLayoutsError(
             f"the fields fit several layouts: {' and '.join(map(str, fitting))}; fields found: "
-            f"{_listed(record)}. Say which to read with data.columns, such as {_example(names)}"
+            f"{listed(record)}. Say which to read with data.columns, such as {_example(names)}"
         )
     return best[0]
 
@@ -385,12 +344,6 @@ def _example(names: Collection[str]) -> str:
     """Return a mapping of a file's columns as an example of the option."""
     prompt, chosen, rejected = [*list(names)[:3], "COLUMN", "COLUMN", "COLUMN"][:3]
     return f"'data.columns={{prompt: {prompt}, chosen: {chosen}, rejected: {rejected}}}'"
-
-
-def _listed(names: Iterable[object]) -> str:
-    shown = [str(name)[:40] for name in names]
-    more = f" and {len(shown) - _MAX_NAMES} more" if len(shown) > _MAX_NAMES else ""
-    return (", ".join(shown[:_MAX_NAMES]) or "none") + more
 
 
 def _others(record: Record, read: Iterable[str]) -> dict[str, object]:
@@ -425,136 +378,11 @@ def _with_system(history: History, text: str) -> History:
     return (Turn("system", text), *history)
 
 
-# Values of fields.
-
-
-def _text(record: Record, name: str) -> str:
-    """Return the text of a field.
-
-    Raises:
-        ValueError: It is none.
-    """
-    value = record[name]
-    # RealToxicityPrompts' prompts come with scores.
-    if isinstance(value, Mapping) and "text" in value:
-        value = value["text"]
-    if not isinstance(value, str):
-        found = "null" if value is None else type(value).__name__
-        raise ValueError(f"`{name}` is {found}, text was expected")
-    return _checked(value, f"`{name}`")
-
-
-def _checked(text: str, where: str) -> str:
-    if half := unpaired_surrogate(text):
-        raise ValueError(f"{where} holds half of a character ({half}), which cannot be encoded")
-    return text.lstrip(BYTE_ORDER_MARK)
-
-
-def _number(value: object) -> float | None:
-    """Return a finite number, which a CSV file has as text; `None` for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _rating(record: Record, name: str) -> float:
-    number = _number(record[name])
-    if number is None:
-        raise ValueError(f"`{name}` is {str(record[name])[:40]!r}, a number was expected")
-    return number
-
-
-def _label(record: Record, name: str) -> float:
-    value = record[name]
-    known = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}
-    label = known.get(str(value).strip().lower())
-    if label is None:
-        raise ValueError(f"`{name}` is {str(value)[:40]!r}, true or false was expected")
-    return label
-
-
-def _list(record: Record, name: str) -> list[object]:
-    """Return the list in a field, which may be JSON text, as in a CSV file."""
-    value = record[name]
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = parse_json(value)
-        except ValueError as error:
-            raise ValueError(f"`{name}` is text, and no list in JSON: {error}") from error
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"`{name}` is {type(value).__name__}, a list was expected")
-    if not value:
-        raise ValueError(f"`{name}` is an empty list")
-    return list(value)
-
-
-def _turns(record: Record, name: str) -> tuple[Turn, ...]:
-    """Return the turns in a list of messages.
-
-    Raises:
-        ValueError: It is none, speaks of tools, or has a system turn that is not the first.
-    """
-    for tools in _ROW_TOOLS:
-        if record.get(tools) not in (None, "", [], "[]", {}):
-            raise ValueError(f"the row has `{tools}`; {_NO_TOOLS}")
-    turns = [
-        _turn(message, f"`{name}`, message {number}")
-        for number, message in enumerate(_list(record, name), 1)
-    ]
-    if any(turn.role == "system" for turn in turns[1:]):
-        raise ValueError(f"`{name}` has a system turn that is not its first message")
-    return tuple(turns)
-
-
-def _turn(message: object, where: str) -> Turn:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"{where} is {type(message).__name__}, `role` and `content` were expected")
-    names = (
-        ("from", "value") if "from" in message and "role" not in message else ("role", "content")
-    )
-    missing = [name for name in names if name not in message]
-    if missing:
-        raise ValueError(f"{where} has no `{missing[0]}`; fields found: {_listed(message)}")
-    role = str(message[names[0]]).strip().lower()
-    if role in _TOOL_ROLES:
-        raise ValueError(f"{where} has the role `{role}`; {_NO_TOOLS}")
-    if role not in _SPEAKERS:
-        known = ", ".join(_SPEAKERS)
-        raise ValueError(f"{where} has the role `{role[:40]}`; known roles: {known}")
-    for tool in _TOOL_FIELDS:
-        if message.get(tool):
-            raise ValueError(f"{where} has `{tool}`; {_NO_TOOLS}")
-    text = _checked(_content(message[names[1]], where), where).strip()
-    if names_a_turn(text):
-        raise ValueError(f"{where} has a line that begins as a turn does (`Human:`)")
-    return Turn(_SPEAKERS[role], text)
-
-
-def _content(content: object, where: str) -> str:
-    """Return the text of a message; parts of text are joined as chat templates write them."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list | tuple):
-        raise ValueError(f"{where} has {type(content).__name__} as content, text was expected")
-    texts = []
-    for part in content:
-        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-        text = part.get("text") if isinstance(part, Mapping) else part
-        if kind not in ("text", "str") or not isinstance(text, str):
-            raise ValueError(f"{where} has a part of the type `{kind}`; only text can be read")
-        texts.append(text)
-    return "".join(texts)
-
-
 def _history(record: Record, name: str, reading: DialogueReader) -> History:
     """Return the prompt in a field: text, or messages that end with the human's."""
     if isinstance(record[name], list | tuple):
-        return require_human_turn(_turns(record, name))
-    return reading.prompt(_text(record, name))
+        return require_human_turn(turns_in(record, name))
+    return reading.prompt(text_in(record, name))
 
 
 def _response(
@@ -563,8 +391,8 @@ def _response(
     """Return the response in a field, text or messages, without a prompt that it repeats."""
     if not isinstance(record[name], list | tuple):
         asked = prompt if isinstance(prompt, str) else ""
-        return reading.response(history, asked, _text(record, name), name)
-    turns = _turns(record, name)
+        return reading.response(history, asked, text_in(record, name), name)
+    turns = turns_in(record, name)
     for first in range(len(history)):
         repeated = len(history) - first
         if turns[:repeated] == history[first:]:
@@ -585,15 +413,17 @@ def _preference(record: Record, origin: str, reading: DialogueReader) -> Row:
         raise ValueError("one of `chosen` and `rejected` is a list of messages, the other is not")
     if "prompt" not in record:
         if lists[0]:
-            shared = split_turn_pair(_turns(record, "chosen"), _turns(record, "rejected"), reading)
+            shared = split_turn_pair(
+                turns_in(record, "chosen"), turns_in(record, "rejected"), reading
+            )
             return Preference(*shared, origin)
-        texts = [_text(record, name) for name in sides]
+        texts = [text_in(record, name) for name in sides]
         return Preference(*split_pair(texts[0], texts[1], reading.notes), origin)
     prompt = _prompt_value(record, "prompt")
     history = _history(record, "prompt", reading)
     if lists[0] and history[0].role != "system":
         # A prompt's text beside whole dialogues says nothing of their system turn.
-        first = {_turns(record, name)[0] for name in sides}
+        first = {turns_in(record, name)[0] for name in sides}
         if len(first) == 1 and (opening := first.pop()).role == "system":
             history = (opening, *history)
     chosen, rejected = (_response(record, name, history, prompt, reading) for name in sides)
@@ -603,7 +433,7 @@ def _preference(record: Record, origin: str, reading: DialogueReader) -> Row:
 
 def _prompt_value(record: Record, name: str) -> object:
     """Return a prompt's own text, if it is text."""
-    return record[name] if isinstance(record[name], list | tuple) else _text(record, name)
+    return record[name] if isinstance(record[name], list | tuple) else text_in(record, name)
 
 
 def _prompt_and(response: str) -> Read:
@@ -628,7 +458,7 @@ def _dialogue_in(name: str) -> Read:
     """Return the reader of marked dialogues in a field."""
 
     def read(record: Record, origin: str, reading: DialogueReader) -> Row:
-        history, response = split_dialogue(reading.dialogue(_text(record, name)))
+        history, response = split_dialogue(reading.dialogue(text_in(record, name)))
         return _demonstration(history, reading.without_cue(response), origin)
 
     return read
@@ -642,7 +472,7 @@ def _messages_in(name: str) -> Read:
     """Return the reader of a dialogue in a list of messages."""
 
     def read(record: Record, origin: str, reading: DialogueReader) -> Row:
-        turns = _turns(record, name)
+        turns = turns_in(record, name)
         if turns[-1].role == "human":
             return Prompt(require_human_turn(turns), None, origin)
         history, response = split_dialogue(turns)
@@ -652,12 +482,12 @@ def _messages_in(name: str) -> Read:
 
 
 def _alpaca(record: Record, origin: str, reading: DialogueReader) -> Row:
-    asked = _text(record, "instruction").strip()
+    asked = text_in(record, "instruction").strip()
     # A column without a value in this row.
-    given = _text(record, "input").strip() if record.get("input") is not None else ""
+    given = text_in(record, "input").strip() if record.get("input") is not None else ""
     prompt = f"{asked}\n\n{given}" if given else asked
     history = reading.prompt(prompt)
-    output = reading.response(history, prompt, _text(record, "output"), "output")
+    output = reading.response(history, prompt, text_in(record, "output"), "output")
     return _demonstration(history, output, origin)
 
 
@@ -706,7 +536,7 @@ def _completions(prompt_name: str) -> Read:
     def read(record: Record, origin: str, reading: DialogueReader) -> list[RatedResponse]:
         prompt = _prompt_value(record, prompt_name)
         history = _history(record, prompt_name, reading)
-        items = _list(record, "completions")
+        items = list_in(record, "completions")
         texts = [_completion_text(item, number) for number, item in enumerate(items, 1)]
         ratings = _ratings_of(record, items)
         return [
@@ -726,8 +556,8 @@ def _completion_text(item: object, number: int) -> str:
     if isinstance(item, Mapping):
         for name in ("response", "completion", "text", "content"):
             if name in item:
-                return _text(item, name)
-        raise ValueError(f"`completions`, number {number} has no `response`: {_listed(item)}")
+                return text_in(item, name)
+        raise ValueError(f"`completions`, number {number} has no `response`: {listed(item)}")
     if not isinstance(item, str):
         raise ValueError(f"`completions`, number {number} is {type(item).__name__}")
     return item
@@ -742,7 +572,7 @@ def _ratings_of(record: Record, items: Sequence[object]) -> list[float]:
     for name in ("ratings", "scores"):
         values = record.get(name)
         if isinstance(values, list | tuple):
-            numbers = [_number(value) for value in values]
+            numbers = [finite_number(value) for value in values]
             if len(numbers) != len(items) or None in numbers:
                 raise ValueError(f"`{name}` are not one number for each of `completions`")
             return [number for number in numbers if number is not None]
@@ -760,7 +590,7 @@ def _ratings_of(record: Record, items: Sequence[object]) -> list[float]:
 
 
 def _number_in(name: str, item: Record) -> float | None:
-    return _number(item.get(name))
+    return finite_number(item.get(name))
 
 
 def _mean_annotation(item: Record) -> float | None:
@@ -768,92 +598,11 @@ def _mean_annotation(item: Record) -> float | None:
     if not isinstance(aspects, Mapping) or not aspects:
         return None
     ratings = [
-        _number(aspect.get("Rating")) if isinstance(aspect, Mapping) else None
+        finite_number(aspect.get("Rating")) if isinstance(aspect, Mapping) else None
         for aspect in aspects.values()
     ]
     numbers = [rating for rating in ratings if rating is not None]
     return sum(numbers) / len(numbers) if len(numbers) == len(ratings) else None
-
-
-# Rows of rated responses.
-
-
-def _grouped(responses: Sequence[RatedResponse]) -> list[list[RatedResponse]]:
-    """Return the responses of each prompt, in the order of the file."""
-    groups: dict[History, list[RatedResponse]] = {}
-    for response in responses:
-        groups.setdefault(response.history, []).append(response)
-    return list(groups.values())
-
-
-def _best_against_worst(
-    responses: Sequence[RatedResponse], kind: type[Row] | None, counts: Counter[str]
-) -> list[Row]:
-    """Return a pair a prompt: its best-rated response and its worst, the first of equals."""
-    rows: list[Row] = []
-    for group in _grouped(responses):
-        best = max(group, key=lambda item: item.rating)
-        worst = min(group, key=lambda item: item.rating)
-        if kind is Prompt:
-            rows.append(_as_prompt(best))
-        elif kind is Demonstration:
-            rows += _imitated([best])
-        elif len(group) == 1:
-            counts[SINGLE] += 1
-        elif best.rating == worst.rating or best.response == worst.response:
-            counts[EQUAL] += 1
-        else:
-            rows.append(_as_pair(best, worst))
-            counts[BETWEEN] += len(group) - 2
-    return rows
-
-
-def _true_against_false(
-    responses: Sequence[RatedResponse], kind: type[Row] | None, counts: Counter[str]
-) -> list[Row]:
-    """Return a prompt's responses labelled true in pairs with those labelled false.
-
-    Each is in one pair at most, in the order of the file. Those labelled true are the
-    demonstrations.
-    """
-    rows: list[Row] = []
-    true = [item for item in responses if item.rating]
-    if kind is Prompt:
-        return [
-            _as_prompt(max(group, key=lambda item: item.rating)) for group in _grouped(responses)
-        ]
-    if kind is not Demonstration:
-        for group in _grouped(responses):
-            good = [item for item in group if item.rating]
-            bad = [item for item in group if not item.rating]
-            pairs = list(zip(good, bad, strict=False))
-            rows += [_as_pair(*pair) for pair in pairs if pair[0].response != pair[1].response]
-            counts[BOTH_LABELS] += sum(a.response == b.response for a, b in pairs)
-            counts[ONE_LABEL] += not pairs
-            counts[LABEL_LEFT] += len(group) - 2 * len(pairs) if pairs else 0
-    if kind is not Preference:
-        rows += _imitated(true)
-    if kind is Demonstration:
-        counts[NOT_IMITATED] += len(responses) - len(true)
-    return rows
-
-
-def _as_pair(chosen: RatedResponse, rejected: RatedResponse) -> Preference:
-    return Preference(
-        chosen.history, chosen.response, rejected.response, chosen.origin, chosen.fields
-    )
-
-
-def _as_prompt(item: RatedResponse) -> Prompt:
-    return Prompt(item.history, item.response, item.origin, item.fields)
-
-
-def _imitated(items: Sequence[RatedResponse]) -> list[Row]:
-    return [
-        Demonstration(item.history, item.response, item.origin, item.fields)
-        for item in items
-        if item.response
-    ]
 
 
 LAYOUTS = (
@@ -876,23 +625,23 @@ LAYOUTS = (
             _completions(prompt),
             Preference,
             optional=("ratings", "scores"),
-            pairing=_best_against_worst,
+            pairing=best_against_worst,
         )
         for prompt in ("instruction", "prompt")
     ),
     Layout(
         "HelpSteer",
         ("prompt", "response", "helpfulness"),
-        _rated_response("response", partial(_rating, name="helpfulness"), turns=True),
+        _rated_response("response", partial(rating_in, name="helpfulness"), turns=True),
         Preference,
-        pairing=_best_against_worst,
+        pairing=best_against_worst,
     ),
     Layout(
         "KTO",
         ("prompt", "completion", "label"),
-        _rated_response("completion", partial(_label, name="label")),
+        _rated_response("completion", partial(label_in, name="label")),
         Preference,
-        pairing=_true_against_false,
+        pairing=true_against_false,
     ),
     Layout(
         "messages", ("messages",), _messages_in("messages"), Demonstration, known=("prompt", "text")
@@ -941,16 +690,16 @@ MAPPED_LAYOUTS = (
     Layout(
         "rated responses",
         ("prompt", "response", "rating"),
-        _rated_response("response", partial(_rating, name="rating")),
+        _rated_response("response", partial(rating_in, name="rating")),
         Preference,
-        pairing=_best_against_worst,
+        pairing=best_against_worst,
     ),
     Layout(
         "labelled responses",
         ("prompt", "response", "label"),
-        _rated_response("response", partial(_label, name="label")),
+        _rated_response("response", partial(label_in, name="label")),
         Preference,
-        pairing=_true_against_false,
+        pairing=true_against_false,
     ),
     Layout("messages", ("messages",), _messages_in("messages"), Demonstration),
     Layout("demonstrations", ("prompt", "response"), _prompt_and("response"), Demonstration),

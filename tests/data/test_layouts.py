@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from rlhf_exp.config.experiment import ColumnsConfig
-from rlhf_exp.data import layouts
+from rlhf_exp.data import layouts, rated_responses
 from rlhf_exp.data.layouts import TARGETS, ParsedRows, parse_row, read_rows
 from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Row, Turn
 from rlhf_exp.errors import UserError
@@ -310,7 +310,7 @@ def test_the_best_rated_response_is_paired_with_the_worst_and_the_others_are_cou
     (pair,) = [row for row, _ in result.rows]
     assert pair == Preference((Turn("human", "a"),), "y", "z", "f:2")
     counts = {what: n for what, n in result.counts.items() if n}
-    assert counts == {layouts.BETWEEN: 2, layouts.SINGLE: 1, layouts.EQUAL: 1}
+    assert counts == {rated_responses.BETWEEN: 2, rated_responses.SINGLE: 1, rated_responses.EQUAL: 1}
     demonstrations = [row for row, _ in parsed(RATED, Demonstration).rows]
     assert [row.response for row in demonstrations if isinstance(row, Demonstration)] == [
         *("y", "alone", "x")
@@ -337,10 +337,10 @@ def test_responses_labelled_true_are_imitated_and_paired_with_those_labelled_fal
     result = parsed(LABELLED, Preference)
     assert [row for row, _ in result.rows] == [Preference(a, "good", "bad", "f:2")]
     counts = {what: n for what, n in result.counts.items() if n}
-    assert counts == {layouts.LABEL_LEFT: 1, layouts.ONE_LABEL: 2}
+    assert counts == {rated_responses.LABEL_LEFT: 1, rated_responses.ONE_LABEL: 2}
     result = parsed(LABELLED, Demonstration)
     assert [row.origin for row, _ in result.rows] == ["f:2", "f:3", "f:4"]
-    assert {what: n for what, n in result.counts.items() if n} == {layouts.NOT_IMITATED: 2}
+    assert {what: n for what, n in result.counts.items() if n} == {rated_responses.NOT_IMITATED: 2}
     prompts = [row for row, _ in parsed(LABELLED, Prompt).rows]
     assert [row.original for row in prompts if isinstance(row, Prompt)] == ["good", "good", "bad"]
 

@@ -310,7 +310,8 @@ def test_the_best_rated_response_is_paired_with_the_worst_and_the_others_are_cou
     (pair,) = [row for row, _ in result.rows]
     assert pair == Preference((Turn("human", "a"),), "y", "z", "f:2")
     counts = {what: n for what, n in result.counts.items() if n}
-    assert counts == {rated_responses.BETWEEN: 2, rated_responses.SINGLE: 1, rated_responses.EQUAL: 1}
+    left = rated_responses
+    assert counts == {left.BETWEEN: 2, left.SINGLE: 1, left.EQUAL: 1}
     demonstrations = [row for row, _ in parsed(RATED, Demonstration).rows]
     assert [row.response for row in demonstrations if isinstance(row, Demonstration)] == [
         *("y", "alone", "x")

@@ -88,7 +88,7 @@ def test_cfg_shows_the_whole_config(tmp_path: Path) -> None:
         ("hydra/sweeper=optuna", "error: hydra/sweeper=optuna: a search is sweep=ppo_optuna"),
         ("hydra.job.chdir=true", "error: hydra.job.chdir=true: relative paths start where"),
         ("eval=null", "error: eval=null: the group needs an option. eval=none"),
-        ("experiment=glob(*)", "error: experiment=choice(demo,hh_125m,"),
+        ("experiment=glob(*)", "error: experiment=choice(arithmetic,demo,hh_125m,"),
         ("eval.judge.criterion=a,b", "quoted twice: eval.judge.criterion=\\'...\\'."),
     ],
 )

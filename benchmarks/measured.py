@@ -43,8 +43,9 @@ def run_measured(program: Sequence[str], log: Path) -> Usage:
 
 
 def stage_metrics(outputs: Path, name: str, stage: str) -> list[dict[str, float]]:
-    """Return the rows that a stage of the one run of this name has logged."""
-    (record,) = Records(outputs / "sweeps").sweep(name)
+    """Return the rows that a stage of the newest run of this name that has it has logged."""
+    records = Records(outputs / "sweeps").sweep(name)
+    record = [one for one in records if stage in one.keys][-1]
     return read_metrics(outputs / "store" / stage / record.keys[stage] / "metrics.jsonl")
 
 

@@ -10,11 +10,15 @@ import pytest
 from rlhf_exp.config.schema_keys import all_keys
 
 PACKAGE = Path(__file__).parents[2] / "rlhf_exp"
-FIELDS = sorted({key.name.rpartition(".")[2] for key in all_keys().values() if not key.section})
+KEYS = [key.name for key in all_keys().values() if not key.section]
+FIELDS = sorted({name.rpartition(".")[2] for name in KEYS})
 
 
 def attributes_read() -> set[str]:
-    """Return the attributes read in modules outside `config/` that see the config."""
+    """Return the attributes read in modules outside `config/` that see the config.
+
+    `asdict(config.SECTION)` hands on all fields of a section, to parameters of their names.
+    """
     names: set[str] = set()
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
@@ -23,6 +27,11 @@ def attributes_read() -> set[str]:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 names.add(node.attr)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "asdict":
+                section = ast.unparse(node.args[0]).rpartition(".")[2]
+                names |= {
+                    name.split(".")[-1] for name in KEYS if name.split(".")[-2:-1] == [section]
+                }
     return names
 
 

@@ -296,12 +296,16 @@ class Keys:
         if section.reader is not None:
             content["reader"] = self._function(section.reader)
         if section.source == DataSource.jsonl:
+            # A reward model's scores are normalised on held-out demonstrations. Where no file has
+            # prompts, those of all rows are asked.
+            imitated = stage in ("sft", "reward") or (
+                stage in ("best_of", "ppo", "eval") and section.prompts is None
+            )
             files = {
                 "preferences": section.preferences,
                 "test": section.test,
-                # Its scores are normalised on held-out demonstrations.
                 "demonstrations": section.demonstrations
-                if stage in ("sft", "reward") and section.chosen_by is None
+                if imitated and section.chosen_by is None
                 else None,
                 # A new tokenizer learns from all texts, prompts included.
                 "prompts": section.prompts

@@ -200,6 +200,15 @@ def test_the_prompts_do_not_count_for_sft_with_a_tokenizer_of_its_own(
     assert differing(before, alone(with_files, tmp_path)) == ["ppo", "eval"]
 
 
+def test_demonstrations_count_for_ppo_where_it_asks_their_prompts(
+    with_files: Config, tmp_path: Path
+) -> None:
+    with_files.data.prompts = None
+    before = alone(with_files, tmp_path)
+    (tmp_path / "demonstrations.jsonl").write_text("other\n")
+    assert differing(before, alone(with_files, tmp_path)) == ["sft", "reward", "ppo", "eval"]
+
+
 def test_where_a_file_lies_does_not_count(with_files: Config, tmp_path: Path) -> None:
     before = chain(with_files, tmp_path)
     (tmp_path / "preferences.jsonl").rename(tmp_path / "moved.jsonl")

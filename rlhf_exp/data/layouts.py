@@ -12,6 +12,7 @@ file (see `rated_responses`).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ from rlhf_exp.data.rated_responses import (
 from rlhf_exp.data.record_fields import (
     Record,
     finite_number,
+    holds_messages,
     label_in,
     list_in,
     listed,
@@ -353,8 +355,10 @@ def _others(record: Record, read: Iterable[str]) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """Return a value of a file as JSON has it: dates and the like as text."""
-    if value is None or isinstance(value, str | int | float):
+    """Return a value of a file as JSON has it: dates and the like as text, no number as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, Mapping):
         return {str(name): _plain(inner) for name, inner in value.items()}
@@ -380,7 +384,7 @@ def _with_system(history: History, text: str) -> History:
 
 def _history(record: Record, name: str, reading: DialogueReader) -> History:
     """Return the prompt in a field: text, or messages that end with the human's."""
-    if isinstance(record[name], list | tuple):
+    if holds_messages(record, name):
         return require_human_turn(turns_in(record, name))
     return reading.prompt(text_in(record, name))
 
@@ -389,7 +393,7 @@ def _response(
     record: Record, name: str, history: History, prompt: object, reading: DialogueReader
 ) -> str:
     """Return the response in a field, text or messages, without a prompt that it repeats."""
-    if not isinstance(record[name], list | tuple):
+    if not holds_messages(record, name):
         asked = prompt if isinstance(prompt, str) else ""
         return reading.response(history, asked, text_in(record, name), name)
     turns = turns_in(record, name)
@@ -408,7 +412,7 @@ def _response(
 
 def _preference(record: Record, origin: str, reading: DialogueReader) -> Row:
     sides = ("chosen", "rejected")
-    lists = [isinstance(record[name], list | tuple) for name in sides]
+    lists = [holds_messages(record, name) for name in sides]
     if lists[0] != lists[1]:
         raise ValueError("one of `chosen` and `rejected` is a list of messages, the other is not")
     if "prompt" not in record:
@@ -433,7 +437,7 @@ def _preference(record: Record, origin: str, reading: DialogueReader) -> Row:
 
 def _prompt_value(record: Record, name: str) -> object:
     """Return a prompt's own text, if it is text."""
-    return record[name] if isinstance(record[name], list | tuple) else text_in(record, name)
+    return list_in(record, name) if holds_messages(record, name) else text_in(record, name)
 
 
 def _prompt_and(response: str) -> Read:

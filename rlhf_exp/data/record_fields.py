@@ -7,6 +7,7 @@ that name the field and what was found.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 
 from rlhf_exp.data.jsonl import parse_json, unpaired_surrogate
@@ -34,6 +35,9 @@ _TOOL_ROLES = frozenset(
 _TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
 _ROW_TOOLS = ("tools", "functions")
 _NO_TOOLS = "dialogues with tools cannot be trained on; leave such rows out"
+_MESSAGE, _SHAREGPT = frozenset(("role", "content")), frozenset(("from", "value"))
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
+_PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{'(?:role|content|from|value)':")
 _MAX_NAMES = 20
 """Most fields that a message lists."""
 
@@ -110,6 +114,30 @@ def list_in(record: Record, name: str) -> list[object]:
     if not value:
         raise ValueError(f"`{name}` is an empty list")
     return list(value)
+
+
+def holds_messages(record: Record, name: str) -> bool:
+    """Return whether a field is a list of messages, which a CSV file has as JSON text.
+
+    Raises:
+        ValueError: It is one as Python writes it, and no JSON.
+    """
+    value = record[name]
+    if not isinstance(value, str) or not _LIST_OF_OBJECTS.match(value):
+        return isinstance(value, list | tuple)
+    if _PYTHON_MESSAGES.match(value):
+        raise ValueError(
+            f"`{name}` is a list of messages as Python writes it; write it as JSON (json.dumps)"
+        )
+    try:
+        items = parse_json(value)
+    except ValueError:
+        return False
+    assert isinstance(items, list), "it begins with a bracket"
+    return all(
+        isinstance(item, Mapping) and (item.keys() >= _MESSAGE or item.keys() >= _SHAREGPT)
+        for item in items
+    )
 
 
 def turns_in(record: Record, name: str) -> tuple[Turn, ...]:

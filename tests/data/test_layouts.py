@@ -525,3 +525,31 @@ def test_a_record_alone_is_a_row_unless_it_needs_others() -> None:
     assert parse_row({"messages": said("Hi", "Yes")}, "f:1") == Demonstration(HI, "Yes", "f:1")
     with pytest.raises(ValueError, match="HelpSteer"):
         parse_row(RATED[0], "f:1")
+
+
+def test_numbers_that_json_does_not_have_are_null_in_the_fields() -> None:
+    record = {"prompt": "Hi", "score": float("nan"), "marks": [1.5, float("inf")], "n": 2}
+    (row,) = rows_of([record])
+    assert row.fields == {"score": None, "marks": [1.5, None], "n": 2}
+
+
+def test_messages_in_the_cells_of_a_csv_file_are_those_of_the_lists() -> None:
+    def cells(record: dict[str, Any]) -> dict[str, Any]:
+        return {n: json.dumps(v) if isinstance(v, list) else v for n, v in record.items()}
+
+    asked, yes, no = said("Hi", system="Be kind."), said("Yes"), said("No")
+    for message in (*yes, *no):
+        message["role"] = "assistant"
+    records: list[dict[str, Any]] = [
+        {"prompt": asked, "chosen": yes, "rejected": no},
+        {"chosen": [*asked, *yes], "rejected": [*asked, *no]},
+        {"prompt": asked, "completion": yes},
+        {"prompt": asked},
+    ]
+    for record in records:
+        assert rows_of([cells(record)]) == rows_of([record])
+        assert rows_of([record])[0].history == TOLD
+    (unusable,) = parsed([{"prompt": str(asked)}]).unusable
+    assert "`prompt` is a list of messages as Python writes it" in unusable.reason
+    (row,) = rows_of([{"prompt": '[{"a": 1}] is JSON?'}])
+    assert row.history == (Turn("human", '[{"a": 1}] is JSON?'),)

@@ -90,10 +90,9 @@ def corpus_rows(
             for rng, group in zip(_rngs(seed, "pairs"), groups, strict=True)
         )
     )
-    results = {_history(*each): str(each[0].result) for each in asked}
     prompts = Splits(
         *(
-            [Prompt(r.history, r.response, r.origin, {"answer": results[r.history]}) for r in rows]
+            [Prompt(row.history, row.response, row.origin, row.fields) for row in rows]
             for _, rows in demonstrations.all()
         )
     )
@@ -158,16 +157,22 @@ def _history(each: Sum, wording: str) -> tuple[Turn, ...]:
     return (Turn("human", wording.format(sum=each.text())),)
 
 
+def _answer(each: Sum) -> dict[str, str]:
+    """Return what rewards see of a row: the right answer, as a reward by rule compares with it."""
+    return {"answer": str(each.result)}
+
+
 def _demonstration(
     rng: Random, each: Sum, wording: str, number: int, right: float
 ) -> Demonstration:
     write = right_response if rng.random() < right else wrong_response
-    return Demonstration(_history(each, wording), write(rng, each), f"arithmetic:{number}")
+    history, origin = _history(each, wording), f"arithmetic:{number}"
+    return Demonstration(history, write(rng, each), origin, _answer(each))
 
 
 def _preference(rng: Random, each: Sum, wording: str, number: int) -> Preference:
     sides = right_response(rng, each), wrong_response(rng, each)
-    return Preference(_history(each, wording), *sides, f"arithmetic:{number}")
+    return Preference(_history(each, wording), *sides, f"arithmetic:{number}", _answer(each))
 
 
 def right_response(rng: Random, each: Sum) -> str:

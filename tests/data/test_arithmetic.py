@@ -7,7 +7,7 @@ import re
 import pytest
 
 from rlhf_exp.data.arithmetic import WORDINGS, ArithmeticRows, ArithmeticSizes, Sum, corpus_rows
-from rlhf_exp.data.rows import Demonstration, Preference, Prompt, rows_digest
+from rlhf_exp.data.rows import Demonstration, Preference, Prompt, Row, rows_digest
 from rlhf_exp.errors import UserError
 from rlhf_exp.rewards.arithmetic import is_right, result_of
 
@@ -88,11 +88,13 @@ def test_every_wording_occurs_and_is_read(rows: ArithmeticRows) -> None:
 
 
 def test_a_prompt_has_its_result_beside_it_and_its_demonstration(rows: ArithmeticRows) -> None:
-    demonstrations, _, prompts = rows
+    demonstrations, preferences, prompts = rows
     answers = {row.history: row.response for row in demonstrations.train}
     for row in prompts.train:
         assert row.original == answers[row.history]
-        assert row.fields == {"answer": str(result_of(row.history[0].text))}
+    paired: list[Row] = [*preferences.train, *preferences.test]
+    for each in [*prompts.train, *demonstrations.train, *paired]:
+        assert each.fields == {"answer": str(result_of(each.history[0].text))}
 
 
 def test_steps_by_hand() -> None:

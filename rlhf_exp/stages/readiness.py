@@ -14,6 +14,7 @@ from pathlib import Path
 from rlhf_exp.config.evaluation import (
     PREFERENCE,
     REFEREE,
+    REWARD_QUALITY,
     TOXICITY,
     JudgeName,
     ScorerKind,
@@ -25,7 +26,7 @@ from rlhf_exp.config.evaluation import (
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.config.training import RewardInit, ValueInit
 from rlhf_exp.data.parsing import format_dialogue
-from rlhf_exp.data.rows import responses_of, reward_fields
+from rlhf_exp.data.rows import Row, responses_of, reward_fields
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.judges.human_agreement import read_judged_pairs
@@ -156,15 +157,20 @@ def reward_model_problems(prospect: Prospect) -> Iterator[str]:
 
 
 def reward_field_problems(prospect: Prospect) -> Iterator[str]:
-    """Yield which prompts lack a field that a reward function says it needs."""
-    reward, prompts = prospect.config.ppo.reward, prospect.materials.corpus.prompts
+    """Yield which rows lack a field that a reward function says it needs."""
+    reward, corpus = prospect.config.ppo.reward, prospect.materials.corpus
+    section, prompts = prospect.config.eval, corpus.prompts
     named = {} if reward.function is None else {"ppo.reward.function": reward.function}
     for number, term in enumerate(reward.terms):
         if term.function is not None:
             named[f"ppo.reward.terms[{number}].function"] = term.function
-    rows = [*prompts.train, *prompts.validation] if "ppo" in prospect.work else []
-    if prospect.evaluates and needs_reward(prospect.config.eval):
+    rows: list[Row] = []
+    if {"best_of", "ppo"} & prospect.work:
+        rows += [*prompts.train, *prompts.validation]
+    if prospect.evaluates and needs_reward(section):
         rows += prompts.test
+    if prospect.evaluates and REWARD_QUALITY in parts_of(section):
+        rows += corpus.preferences.test[: section.reward_quality.pairs]
     for key, reference in named.items():
         for name in declared_fields(reference):
             lacking = [row for row in rows if name not in reward_fields(row)]

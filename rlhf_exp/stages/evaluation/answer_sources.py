@@ -6,6 +6,7 @@ Legend: N answers.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -47,8 +48,14 @@ from rlhf_exp.stages.evaluation.kept_samples import kept_samples, samples_key
 from rlhf_exp.stages.scorers import EvaluationScorers
 from rlhf_exp.stages.setup import cache_of, load_policy_model
 from rlhf_exp.stages.tracking import stage_progress
-from rlhf_exp.training.reward_scorer import Scorer, score_samples, score_shared, texts_of
-from rlhf_exp.training.reward_terms import Scores, judge_samples
+from rlhf_exp.training.reward_scorer import (
+    PromptRows,
+    Scorer,
+    score_samples,
+    score_shared,
+    texts_of,
+)
+from rlhf_exp.training.reward_terms import Scores, any_reads_rows, judge_samples, set_all_rows
 
 log = logging.getLogger(__name__)
 
@@ -353,12 +360,11 @@ def score_pairs(
     """
     if not rows:
         return {CHOSEN: [], REJECTED: [], BLANK: []}
-    config, world = scorers.config, scorers.world
+    config = scorers.config
     cache = scorers.context.cache / "tokenized"
     tokenized = tokenize_preferences(rows, codec, config.reward.seq_length, cache)
     reward, referee = scorers.reward(codec), scorers.referee(codec)
     prompts = tokenized.prompt
-    scorers.rows(codec).add(prompts, rows)
     # An empty answer is its end-of-sequence token.
     empty = RaggedArray.of([[codec.eos_id]] * len(rows))
     sides: dict[str, list[Answer]] = {}
@@ -368,8 +374,10 @@ def score_pairs(
         (BLANK, [""] * len(rows), empty),
     ):
         inputs = _scorer_inputs(prompts, ids)
-        scores = score_shared(reward, *inputs, world).tolist()
-        referee_scores = None if referee is None else score_shared(referee, *inputs, world).tolist()
+        scores = _pair_scores(reward, inputs, rows, scorers, codec)
+        referee_scores = (
+            None if referee is None else _pair_scores(referee, inputs, rows, scorers, codec)
+        )
         sides[side] = [
             Answer(
                 part=pairs_part(part),
@@ -387,6 +395,43 @@ def score_pairs(
             for row in range(len(rows))
         ]
     return sides
+
+
+def _pair_scores(
+    scorer: Scorer,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    rows: list[Preference],
+    scorers: EvaluationScorers,
+    codec: Codec,
+) -> list[float]:
+    """Return the score of one side of each pair, as a scorer that knows the pair's row gives it.
+
+    Pairs may share a prompt, with each other and with the prompts that models have answered, and
+    have other fields: the data's own response, for one. A scorer that reads rows is therefore asked
+    for the first pair of every prompt, then for the second, and so on.
+    """
+    tokens, prompt_lengths, _ = inputs
+    ids = [tuple(row[:n].tolist()) for row, n in zip(tokens, prompt_lengths.tolist(), strict=True)]
+    rounds = [list(range(len(rows)))]
+    if any_reads_rows(scorer):
+        seen: Counter[tuple[int, ...]] = Counter()
+        rounds = []
+        for number, key in enumerate(ids):
+            if seen[key] == len(rounds):
+                rounds.append([])
+            rounds[seen[key]].append(number)
+            seen[key] += 1
+    scores = torch.zeros(len(rows))
+    for numbers in rounds:
+        own = PromptRows()
+        own.add(RaggedArray.of([list(ids[n]) for n in numbers]), [rows[n] for n in numbers])
+        set_all_rows(scorer, own)
+        chosen = torch.tensor(numbers)
+        asked = [column[chosen] for column in inputs]
+        scores[chosen] = score_shared(scorer, asked[0], asked[1], asked[2], scorers.world)
+    set_all_rows(scorer, scorers.rows(codec))
+    found: list[float] = scores.tolist()
+    return found
 
 
 def _scorer_inputs(prompts: RaggedArray, answers: RaggedArray) -> tuple[Tensor, Tensor, Tensor]:

@@ -234,8 +234,12 @@ def check_data(check: ConfigChecker) -> None:
         check.add("data.reader", f"data.source={data.source.name} has no files that it could read.")
     elif data.reader is not None:
         check_function(check, "data.reader")
-    if data.source is DataSource.jsonl and data.preferences is None:
-        message = "data.source=jsonl needs a .jsonl, .json, .csv or .parquet file."
+    trained_on = (data.preferences, data.demonstrations, data.prompts)
+    if data.source is DataSource.jsonl and not any(trained_on):
+        message = (
+            "data.source=jsonl needs a .jsonl, .json, .csv or .parquet file, of preferences, "
+            "demonstrations or prompts."
+        )
         check.add("data.preferences", message)
     for item in fields(data.columns):
         key, column = f"data.columns.{item.name}", getattr(data.columns, item.name)

@@ -126,7 +126,7 @@ class DataConfig:
         key=False,
     )
     prompts: str | None = setting(
-        None, "File of prompts; null: those of the preferences.", key=False
+        None, "File of prompts; null: those of all other rows.", key=False
     )
     test: str | None = setting(
         None, "File of held-out pairs; null: split off by prompt.", key=False

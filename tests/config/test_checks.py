@@ -163,7 +163,7 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         # the rest
         ("name=a/b", "name=a/b: use letters, digits"),
         ("name=latest", "name=latest: `latest` always means the latest run"),
-        ("rerun=ppa", "rerun=[ppa]: the stages are sft, reward, dpo, ppo, eval"),
+        ("rerun=ppa", "rerun=[ppa]: the stages are sft, reward, dpo, best_of, ppo, eval"),
         ("seed=-1 sft.seed=0 reward.seed=0 ppo.seed=0", "seed=-1: must be at least 0"),
         ("output_dir=launch.py", "launch.py is not a folder"),
         ("distributed.processes=2", "distributed.processes=2: distributed.strategy=single has one"),

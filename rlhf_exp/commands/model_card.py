@@ -12,10 +12,12 @@ from typing import Any
 import yaml
 
 from rlhf_exp import __version__
+from rlhf_exp.config.experiment import BEST_OF_RUN, UNTRAINED
 from rlhf_exp.data.rows import Turn
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.evaluation.comparison import ModelComparison
 from rlhf_exp.evaluation.preference import DASH
+from rlhf_exp.model_names import split_revision
 from rlhf_exp.models.pretrained import end_token_ids, load_tokenizer
 from rlhf_exp.report.run.gather import gather
 from rlhf_exp.report.run.page import comparisons_of, headlines_of
@@ -50,11 +52,12 @@ def model_card(
         config["data"]["format"],
         end_token_ids(artifact.path / "model"),
     )
-    used = {stage: made for stage, made in chain.items() if stage != "eval"}
+    used = {stage: made for stage, made in chain.items() if stage not in UNTRAINED}
+    base, tuned = _origins(artifact, used)
     parts = [
-        f"---\n{yaml.safe_dump(_metadata(artifact), sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(_metadata(artifact, base), sort_keys=False)}---",
         f"# {repository or f'{name}, {artifact.stage.upper()}'}",
-        _summary(artifact),
+        _summary(artifact, base, tuned),
         "## Use",
         _usage(codec, config, repository or _PLACEHOLDER),
         "## Prompt format",
@@ -66,23 +69,40 @@ def model_card(
         "## Evaluation",
         "\n\n".join(_evaluation(chain, name, step)),
         "## Limits",
-        "\n".join(f"- {limit}" for limit in _limits(artifact, chain, step)),
+        "\n".join(f"- {limit}" for limit in _limits(artifact, base, chain, step)),
         "## Origin",
         "\n".join(_origin(artifact, used)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(artifact: Artifact) -> dict[str, Any]:
+def _origins(
+    artifact: Artifact, used: Mapping[str, Artifact]
+) -> tuple[tuple[str | None, str | None], Mapping[str, Any] | None]:
+    """Return the model that training began with, its revision, and the config of its SFT, if any.
+
+    The SFT model may be another run's, or given: then nothing is known of how it was tuned, and
+    `model.path` was not read.
+    """
+    made: Mapping[str, Any] = artifact.manifest.config
+    given = made["sft"]["use"]
+    if given is not None:
+        if "sft" not in used:
+            return (given, None), None
+        made = used["sft"].manifest.config
+    return (made["model"]["path"], made["model"]["revision"]), made
+
+
+def _metadata(artifact: Artifact, base: tuple[str | None, str | None]) -> dict[str, Any]:
     config = artifact.manifest.config
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["rlhf", artifact.stage, "rlhf-exp"],
     }
-    base, data = config["model"]["path"], config["data"]["path"]
-    if _on_hub(base):
-        metadata["base_model"] = base
+    data = config["data"]["path"]
+    if _on_hub(base[0]):
+        metadata["base_model"] = split_revision(str(base[0]))[0]
     if config["data"]["source"] == "hub" and _on_hub(data):
         metadata["datasets"] = [data]
     return metadata
@@ -99,19 +119,21 @@ def _public(name: object) -> str:
     return text if _on_hub(text) and not text.startswith((".", "~", "/")) else Path(text).name
 
 
-def _base(config: Mapping[str, Any]) -> str:
-    model = config["model"]
-    if not model["path"]:
+def _base(path: str | None, revision: str | None) -> str:
+    if not path:
         return "random weights, with a tokenizer trained on the same data"
-    revision = f" (revision `{model['revision']}`)" if model["revision"] else ""
-    return f"`{_public(model['path'])}`{revision}"
+    return f"`{_public(path)}`{f' (revision `{revision}`)' if revision else ''}"
 
 
-def _method(artifact: Artifact) -> str:
+def _method(artifact: Artifact, tuned: Mapping[str, Any] | None) -> str:
     config = artifact.manifest.config
-    words = "supervised fine-tuning on demonstrations"
+    steps = []
+    if tuned is not None:
+        chosen = str(tuned["data"].get("demonstrations") or "").startswith(BEST_OF_RUN)
+        what = "the best of several answers of a model by a reward" if chosen else "demonstrations"
+        steps.append(f"supervised fine-tuning on {what}")
     if artifact.stage == "dpo":
-        words += ", then DPO on preferences"
+        steps.append("DPO on preferences")
     elif artifact.stage == "ppo":
         reward = config["ppo"]["reward"]
         score = "a reward model trained on preferences"
@@ -121,8 +143,8 @@ def _method(artifact: Artifact) -> str:
             score = f"the reward function `{_function_name(reward['function'])}`"
         elif reward["url"]:
             score = "the scores of a reward server"
-        words += f", then {ALGORITHMS[config['ppo'].get('advantage', 'gae')]} against {score}"
-    return words
+        steps.append(f"{ALGORITHMS[config['ppo'].get('advantage', 'gae')]} against {score}")
+    return ", then ".join(steps)
 
 
 def _function_name(spec: str) -> str:
@@ -131,8 +153,10 @@ def _function_name(spec: str) -> str:
     return f"{Path(path).name}:{name}"
 
 
-def _summary(artifact: Artifact) -> str:
-    return f"A language model made from {_base(artifact.manifest.config)} by {_method(artifact)}."
+def _summary(
+    artifact: Artifact, base: tuple[str | None, str | None], tuned: Mapping[str, Any] | None
+) -> str:
+    return f"A language model made from {_base(*base)} by {_method(artifact, tuned)}."
 
 
 def _usage(codec: Codec, config: Mapping[str, Any], source: str) -> str:
@@ -279,8 +303,12 @@ def _table(comparison: ModelComparison) -> str:
     return "\n".join(rows)
 
 
-def _limits(artifact: Artifact, chain: Mapping[str, Artifact], step: int | None) -> Iterator[str]:
-    config = artifact.manifest.config
+def _limits(
+    artifact: Artifact,
+    base: tuple[str | None, str | None],
+    chain: Mapping[str, Artifact],
+    step: int | None,
+) -> Iterator[str]:
     if artifact.stage == "ppo":
         yield (
             "It maximises a reward, which only stands for what people want: answers may please the "
@@ -296,7 +324,7 @@ def _limits(artifact: Artifact, chain: Mapping[str, Artifact], step: int | None)
         "Nothing was done for safety beyond its data: it can be wrong, biased and offensive. Do "
         "not use it where answers have consequences without checks of your own."
     )
-    if not config["model"]["path"]:
+    if not base[0]:
         yield "It was trained from nothing on little data: it shows that training works, no more."
     yield "Other prompt formats, languages and longer texts than in training give worse answers."
 

@@ -71,7 +71,7 @@ class ToyConfig:
 
 CHOSEN, CHOSEN_FILE = "demonstrations", "chosen.jsonl"
 """Role and file of the answers that `stage=best_of` has chosen."""
-_BEST_OF_RUN = "best_of:"
+BEST_OF_RUN = "best_of:"
 
 
 @dataclass
@@ -154,7 +154,7 @@ class DataConfig:
     def chosen_by(self) -> str | None:
         """The run whose chosen answers are the demonstrations, if `demonstrations` names one."""
         text = self.demonstrations or ""
-        return text.removeprefix(_BEST_OF_RUN) if text.startswith(_BEST_OF_RUN) else None
+        return text.removeprefix(BEST_OF_RUN) if text.startswith(BEST_OF_RUN) else None
 
 
 class Family(Enum):

@@ -76,7 +76,7 @@ class Pin:
     files: list[str]
 
 
-def needs(config: Config, steps: Iterable[Step]) -> list[Need]:
+def needs(config: Config, steps: Sequence[Step]) -> list[Need]:
     """Return the models and data sets that an experiment reads from the hub.
 
     Args:
@@ -96,18 +96,28 @@ def needs(config: Config, steps: Iterable[Step]) -> list[Need]:
         given = step.model if step.state is StepState.given else None
         if given is not None and not Path(given).exists():
             wanted.append(Need(f"{step.stage}.use", MODEL, *split_revision(given)))
-            trunk = config.reward.trunk if step.stage == "reward" else None
-            if trunk is not None and not Path(trunk).exists():
-                wanted.append(Need("reward.trunk", MODEL, *split_revision(trunk)))
         for role, extra in step.extra.items():
             if not Path(extra.model).exists():
                 option = "eval.reward_quality.referee" if role == REFEREE else "eval.models"
                 if role in config.ppo.reward.term_models:
                     option = "ppo.reward.terms"
                 wanted.append(Need(option, MODEL, *split_revision(extra.model)))
+    trunk = config.reward.trunk
+    if trunk is not None and not Path(trunk).exists() and _converts(config, steps):
+        wanted.append(Need("reward.trunk", MODEL, *split_revision(trunk)))
     if any(step.stage == "eval" for step in steps):
         wanted += _of_toxicity(config)
     return wanted
+
+
+def _converts(config: Config, steps: Iterable[Step]) -> bool:
+    """Whether a plan has a given reward model, whose trunk the config may name."""
+    terms = config.ppo.reward.term_models
+    return any(
+        (step.stage == "reward" and step.state is StepState.given and step.artifact is None)
+        or any(role in terms and given.artifact is None for role, given in step.extra.items())
+        for step in steps
+    )
 
 
 def _of_toxicity(config: Config) -> list[Need]:

@@ -19,12 +19,13 @@ from rlhf_exp.config.experiment import Config
 from rlhf_exp.errors import UserError
 from rlhf_exp.model_names import pickled_weight_names, split_revision
 from rlhf_exp.pipeline.hub import MODEL, Need, Pins
-from rlhf_exp.pipeline.keys import model_files
+from rlhf_exp.pipeline.keys import MODEL_FILES, model_files
 from rlhf_exp.pipeline.plan import Step, StepState
 from rlhf_exp.store.fingerprint import DigestCache, key_of
 
 log = logging.getLogger(__name__)
 
+TEXT_FILES = tuple(pattern for pattern in MODEL_FILES if pattern != "*.safetensors")
 FORMAT = 1
 """Raised when a conversion writes something else than before."""
 
@@ -124,7 +125,8 @@ class _Converter:
         if trunk is not None:
             source = Path(trunk)
             local = source.is_dir()
-            content["trunk"] = self.digests.folder(source, ("*.json",)) if local else trunk
+            # Its config and its tokenizer, of whatever files, become the copy's.
+            content["trunk"] = self.digests.folder(source, TEXT_FILES) if local else trunk
         target = self.output_dir / "cache" / "models" / key_of(content)
         if target.is_dir():
             return str(target)
@@ -140,8 +142,11 @@ class _Converter:
             else:
                 pickled_weights.convert_model(folder, part)
             part.chmod(0o755)
-            if not target.is_dir():  # another run may have converted it meanwhile
+            try:
                 part.rename(target)
+            except OSError:  # another run has converted it meanwhile
+                if not target.is_dir():
+                    raise
         except UserError as error:
             raise UserError(f"{option}: {error}") from error
         finally:

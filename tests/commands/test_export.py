@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_exp.cli import main
 from tests.commands.stand_in_upload import UploadHub, upload_hub
-from tests.lab import artifact, edit_manifest
+from tests.lab import artifact, edit_manifest, run
 
 TOKEN = "hf_" + "stand_in" * 4
 
@@ -124,3 +125,30 @@ def test_what_the_hub_refuses(
     assert "no token of the Hugging Face hub" in capsys.readouterr().err
     assert export(small_run, "small", str(folder), "--private") == 2
     assert "--private: says how --push" in capsys.readouterr().err
+
+
+def test_the_card_says_what_training_began_with(run_copy: Path, tmp_path: Path) -> None:
+    given = tmp_path / "tuned"
+    shutil.copytree(artifact(run_copy, "sft").path / "model", given)
+    run(run_copy, "stage=ppo", "name=given", f"sft.use={given}")
+    assert export(run_copy, "given", str(tmp_path / "out")) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A language model made from `tuned` by PPO against a reward model" in card
+    assert "random weights" not in card
+    assert "trained from nothing" not in card
+
+
+def test_the_card_of_chosen_answers(run_copy: Path, tmp_path: Path) -> None:
+    reward = tmp_path / "short.py"
+    reward.write_text("def score(prompts, responses):\n    return [-len(r) for r in responses]\n")
+    score = (f"ppo.reward.function={reward}:score", "ppo.reward.delta=false")
+    longer = "ppo.generation.max_new_tokens=48"
+    run(run_copy, "stage=best_of", "name=chosen", "best_of.n=4", longer, *score)
+    run(run_copy, "stage=sft", "name=again", "data.demonstrations=best_of:chosen")
+    # The stage chooses with a model, and trains none: the model is what is exported.
+    for name, words in (
+        ("chosen", "by supervised fine-tuning on demonstrations."),
+        ("again", "by supervised fine-tuning on the best of several answers of a model"),
+    ):
+        assert export(run_copy, name, str(tmp_path / name)) == 0
+        assert words in (tmp_path / name / "README.md").read_text()

@@ -66,6 +66,31 @@ def test_what_counts_in_the_key(trunk: Path, tmp_path: Path) -> None:
     assert key() not in before
 
 
+def test_a_trunk_of_the_hub_is_fetched_whoever_names_it(trunk: Path, tmp_path: Path) -> None:
+    published = write_published(tmp_path / "published", trunk)
+    wanted = [Need("reward.trunk", "model", "org/trunk", "main")]
+    for named in (f"reward.use={published}", f"ppo.reward.terms=[{{model:{published}}}]"):
+        overrides = (named, "reward.trunk=org/trunk@main", "stage=ppo")
+        config = small_config(tmp_path / "outputs", *overrides)
+        assert needs(config, plan(config)) == wanted
+
+
+def test_a_trunk_with_another_template_is_another_reward_model(trunk: Path, tmp_path: Path) -> None:
+    """As its key is (`test_what_counts_in_the_key`)."""
+    trunk = shutil.copytree(trunk, tmp_path / "trunk")
+    published = write_published(tmp_path / "published", trunk)
+    given = (f"reward.use={published}", f"reward.trunk={trunk}", "stage=ppo")
+    config = small_config(tmp_path / "outputs", *given)
+
+    def templates() -> list[bool]:
+        (step,) = [one for one in local_models(config, plan(config)).steps if one.stage == "reward"]
+        return [(Path(str(step.model)) / "chat_template.jinja").is_file()]
+
+    assert templates() == [False]
+    (trunk / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert templates() == [True]
+
+
 def test_a_base_model_with_pickled_weights(trunk: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(trunk, tmp_path / "model")
     weights = pickled_weights.load_config(folder)

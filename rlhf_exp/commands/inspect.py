@@ -156,8 +156,8 @@ def _record_state(folder: OutputFolder, record: RunRecord, view: JobView | None)
     log = record.log if view is None else str(view.log)
     progress = _progress_of(folder.store, record) if state == Status.running else None
     numbers = _policy_metrics(folder.store, record)
-    if progress is not None:
-        numbers |= progress.numbers
+    if progress is not None and progress.label in _POLICIES:
+        numbers = progress.numbers  # not those of another policy that is done
     return RunState(
         record.name,
         state,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,31 @@ def test_status_shows_how_far_a_run_is(run_copy: Path, capsys: pytest.CaptureFix
     # A run that has ended is in no stage, whatever its folder still says.
     Records(run_copy / "sweeps").write(replace(record, status=Status.interrupted))
     assert "240/480" not in run_command(capsys, run_copy, "status", "long")
+
+
+def test_status_of_a_policy_in_training_is_not_that_of_another(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = artifact(run_copy, "ppo")
+    store = Store(run_copy / "store")
+    dpo = shutil.copytree(done.path, run_copy / "store" / "dpo" / done.key)
+    manifest = json.loads((dpo / "manifest.json").read_text())
+    manifest |= {"stage": "dpo", "metrics": manifest["metrics"] | {"eval/kl_sequence": 7.0}}
+    (dpo / "manifest.json").write_text(json.dumps(manifest))
+    keys = {"dpo": done.key, "ppo": "ab12"}
+    record = RunRecord("both", "pipeline", keys, status=Status.running, process=Process.current())
+    Records(run_copy / "sweeps").write(record)
+
+    def shown() -> tuple[float, float]:
+        (state,) = json.loads(run_command(capsys, run_copy, "status", "both", "--json"))
+        return state["reward"], state["kl"]
+
+    assert shown() == (manifest["metrics"]["eval/reward_mean"], 7.0)
+    watched = ("reward/mean", "kl/sequence")
+    with StageProgress("ppo", 8, watched, folder=store.staging("ppo", "ab12")) as progress:
+        progress.update(1, {"reward/mean": 1.5, "kl/sequence": 3.25})
+    capsys.readouterr()
+    assert shown() == (1.5, 3.25)
 
 
 def test_status_tells_why_a_run_failed(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,8 +133,8 @@ def independent_verdicts(
         if (comparison["a"], comparison["b"]) != names:
             continue
         for judge in comparison["judges"]:
-            # A given reward model may be named as the judge, too.
-            same = judge["kind"] == "model" and judge_model == config["reward"].get("use")
+            # A reward model that scored in training may be named as the judge, too.
+            same = judge["kind"] == "model" and judge_model in _given_rewards(config)
             if judge["kind"] != "reward" and not same:
                 preference = judge["preference"]
                 counts = (preference[name] for name in ("wins", "ties", "losses"))
@@ -158,6 +158,14 @@ def independent_verdicts(
             f"({words or 'no clear difference'})."
         )
     return sentences
+
+
+def _given_rewards(config: Mapping[str, Any]) -> set[str | None]:
+    """Return the given reward models that score in training: alone, or as terms of a sum."""
+    found = {config["reward"].get("use")}
+    for term in config["ppo"].get("reward", {}).get("terms") or ():
+        found |= {term.get("model"), *(term.get("models") or ())}
+    return found
 
 
 def marked_rows(result: ModelComparison) -> list[TableRow]:

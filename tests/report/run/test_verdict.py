@@ -113,6 +113,10 @@ def test_the_judges_that_nothing_was_trained_on(compare: Compare) -> None:
     same = CONFIG | {"reward": {"use": "other/reward"}}
     same["eval"] = CONFIG["eval"] | {"judge": {"model": "other/reward"}}
     assert len(independent_verdicts(same, result, parts)) == 2
+    # Nor is a term of the sum that was maximised.
+    for term in ({"model": "other/reward"}, {"models": ["other/reward", "org/second"]}):
+        summed = CONFIG | {"ppo": {"use": None, "reward": {"terms": [{"weight": 1.0} | term]}}}
+        assert len(independent_verdicts(summed, result, parts)) == 2
 
 
 def test_the_rule_based_judge_is_independent(compare: Compare) -> None:

@@ -27,8 +27,8 @@ COMMON = (
     | names("algo", "logprobs masks")
     | names(
         "data",
-        "batching chat_template chosen_answers files jsonl layouts literal_text parsing rows "
-        "sources tokenized tokenizer",
+        "batching chat_template chosen_answers files jsonl layouts literal_text parsing "
+        "rated_responses record_fields rows sources tokenized tokenizer",
     )
     | names("data/toy", "content generate")
     | {"data/arithmetic"}

@@ -83,11 +83,13 @@ def declared_fields(reference: str) -> tuple[str, ...]:
     except (OSError, SyntaxError, ValueError):
         return ()  # reported where the function is looked for
     for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else []
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         if any(isinstance(target, ast.Name) and target.id == "FIELDS" for target in targets):
-            assert isinstance(node, ast.Assign)
             try:
-                return tuple(str(name) for name in ast.literal_eval(node.value))
+                names = ast.literal_eval(node.value)
+                return (names,) if isinstance(names, str) else tuple(map(str, names))
             except (ValueError, TypeError):
                 return ()
     return ()

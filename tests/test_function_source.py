@@ -11,7 +11,13 @@ from rlhf_exp.config.checks import config_problems
 from rlhf_exp.config.compose import compose
 from rlhf_exp.config.evaluation import ScorerKind
 from rlhf_exp.errors import UserError
-from rlhf_exp.function_source import function_module, function_source, names_function, takes_rows
+from rlhf_exp.function_source import (
+    declared_fields,
+    function_module,
+    function_source,
+    names_function,
+    takes_rows,
+)
 from rlhf_exp.pipeline.plan import plan
 from rlhf_exp.user_function import load_function
 
@@ -102,3 +108,20 @@ def test_a_reward_function_of_other_arguments(function: Callable[..., None], fou
     with pytest.raises(TypeError) as caught:
         takes_rows(signature(function))
     assert f"it takes {found}; expected (prompts, responses)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('FIELDS = ("answer", "unit")', ("answer", "unit")),
+        ('FIELDS: tuple[str, ...] = ("answer",)', ("answer",)),
+        ('FIELDS = ("answer")', ("answer",)),
+        ("FIELDS: tuple[str, ...]", ()),
+        ("FIELDS = names()", ()),
+    ],
+)
+def test_the_fields_that_a_file_says_it_needs(
+    line: str, found: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(f"{line}\n")
+    assert declared_fields(f"{tmp_path / 'mine.py'}:score") == found

@@ -19,7 +19,7 @@ USER_STAMP := $(VENV)/.installed-user$(if $(EXTRAS),-$(EXTRAS))
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest
-SOURCES := rlhf_exp hydra_plugins tests $(wildcard benchmarks) $(wildcard *.py)
+SOURCES := rlhf_exp hydra_plugins tests examples $(wildcard benchmarks) $(wildcard *.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

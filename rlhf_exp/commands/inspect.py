@@ -134,7 +134,10 @@ def status(outputs: Path, run: str | None, form: str = "text") -> str:
     ]
     states += [_job_state(name, view) for (name, _), view in views.items()]
     if form == "json":
-        return json.dumps([asdict(state) for state in states], indent=1, default=str) + "\n"
+        shown = [
+            {name: _json_value(value) for name, value in asdict(one).items()} for one in states
+        ]
+        return json.dumps(shown, indent=1, default=str, allow_nan=False) + "\n"
     if not states:
         return "no runs yet\n"
     text = table(HEADER, [state.cells for state in states])
@@ -144,6 +147,11 @@ def status(outputs: Path, run: str | None, form: str = "text") -> str:
             text += f"\nDisk space of {usage.name}: {usage}\n"
     logs = [f"{state.key}: {state.log}\n" for state in states if state.log]
     return text + ("\nLogs of what failed:\n" + "".join(logs) if logs else "")
+
+
+def _json_value(value: object) -> object:
+    """Return a value of a state as JSON has it: what diverged is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _record_state(folder: OutputFolder, record: RunRecord, view: JobView | None) -> RunState:

@@ -259,6 +259,8 @@ def _data(config: Mapping[str, Any], used: Mapping[str, Artifact]) -> Iterator[s
     data = config["data"]
     if data["source"] == "toy":
         yield "- Generated dialogues that come with rlhf_exp, in English; not people's."
+    if data["source"] == "arithmetic":
+        yield "- Generated sums that come with rlhf_exp, with right and wrong answers."
     revision = f" (revision `{data['revision']}`)" if data.get("revision") else ""
     for name, label in (
         ("path", "Source"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -123,6 +124,15 @@ def test_status_of_a_policy_in_training_is_not_that_of_another(
         progress.update(1, {"reward/mean": 1.5, "kl/sequence": 3.25})
     capsys.readouterr()
     assert shown() == (1.5, 3.25)
+
+
+def test_status_as_json_has_null_for_what_diverged(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = RunRecord("odd", "ppo", {"ppo": "ab13"}, objective=math.nan, status=Status.failed)
+    Records(run_copy / "sweeps").write(record)
+    (state,) = json.loads(run_command(capsys, run_copy, "status", "odd", "--json"))
+    assert state["objective"] is None
 
 
 def test_status_tells_why_a_run_failed(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

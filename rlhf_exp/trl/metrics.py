@@ -1,7 +1,8 @@
 """The metrics of TRL, under this project's names where they mean the same.
 
 TRL's own KL and clipping are left under `trl/`: the first is a mean over tokens, the second with
-RLOO over responses.
+RLOO over responses. So are DPO's rewards where this project's are means over tokens: TRL's are of
+sums whatever its loss takes.
 """
 
 from __future__ import annotations
@@ -24,12 +25,11 @@ _LAST = {
     "grad_norm": "optim/grad_norm",
     "peak": "memory/peak_bytes",
 }
-_PAIRS = {
-    LOSS: "loss/total",
-    "rewards/accuracies": "dpo/accuracy",
-    "rewards/chosen": "dpo/reward_chosen",
-    "rewards/rejected": "dpo/reward_rejected",
-    "rewards/margins": "dpo/margin",
+_REWARDS = {
+    "rewards/accuracies": "accuracy",
+    "rewards/chosen": "reward_chosen",
+    "rewards/rejected": "reward_rejected",
+    "rewards/margins": "margin",
 }
 
 
@@ -53,6 +53,9 @@ def dialect(section: PpoConfig) -> Dialect:
     return Dialect(LOSS, metrics)
 
 
-def pair_metrics(stats: Mapping[str, float]) -> dict[str, float]:
+def pair_metrics(stats: Mapping[str, float], length_normalised: bool) -> dict[str, float]:
     """Return the metrics of an optimizer step of DPO."""
-    return {name: stats[theirs] for theirs, name in (_PAIRS | _LAST).items()}
+    prefix = "trl" if length_normalised else "dpo"
+    rewards = {theirs: f"{prefix}/{name}" for theirs, name in _REWARDS.items()}
+    names = {LOSS: "loss/total"} | rewards | _LAST
+    return {name: stats[theirs] for theirs, name in names.items()}

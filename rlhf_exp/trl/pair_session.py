@@ -75,7 +75,7 @@ class PairSession:
             return
         check_loss(stats[LOSS], step, self.tracker, "Try a lower learning rate")
         self._selection.step = step
-        metrics = pair_metrics(stats)
+        metrics = pair_metrics(stats, self.section.length_normalised)
         self.tracker.log(metrics, step)
         self.on_step(step, metrics)
 

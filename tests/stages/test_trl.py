@@ -39,6 +39,7 @@ DPO = (
     "dpo.seq_length=128",
     "dpo.eval_prompts=4",
     "dpo.generation.max_new_tokens=8",
+    "dpo.generation.temperature=0.7",  # of answers alone: losses of pairs know none
     "dpo.eval_every=3",
     "dpo.select=last",
 )

@@ -83,7 +83,8 @@ def test_every_metric_is_explained() -> None:
     names = ("reference/metrics.md", "how-to/trl.md")
     pages = "".join((ROOT / "docs" / name).read_text() for name in names)
     explained = set(re.findall(r"`([a-z]+/[a-z0-9_]+)`", pages))
-    assert pair_metrics(PAIR).keys() <= explained
+    for by_token in (False, True):
+        assert pair_metrics(PAIR, by_token).keys() <= explained
     iteration = Iteration(
         scores=[1.0],
         lengths=[1],
@@ -92,6 +93,16 @@ def test_every_metric_is_explained() -> None:
         updates=[UPDATE],
     )
     assert dialect(PpoConfig()).metrics(iteration).keys() <= explained
+
+
+def test_rewards_of_pairs_have_the_projects_name_where_they_are_the_same() -> None:
+    """TRL's are of sums over tokens whatever the loss is; with means ours are others."""
+    ours = {"reward_chosen": 0.2, "reward_rejected": -0.1, "margin": 0.3, "accuracy": 0.75}
+    common = {"loss/total", "optim/lr", "optim/grad_norm", "memory/peak_bytes"}
+    for by_token, prefix in ((False, "dpo"), (True, "trl")):
+        found = pair_metrics(PAIR, by_token)
+        assert {name: found[f"{prefix}/{name}"] for name in ours} == ours
+        assert found.keys() - common == {f"{prefix}/{name}" for name in ours}
 
 
 def test_a_responses_end() -> None:

@@ -184,20 +184,33 @@ class Evaluations(TrainerCallback):
             found += drawn[:, inputs["input_ids"].shape[1] :].tolist()
         return [cut(ids, plan, tokenizer) for ids in found]
 
-    def log_ratios(self, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
-        """Return the sum of log policy - log reference over each answer, in nats."""
+    def log_ratios(
+        self, prompts: list[list[int]], answers: list[list[int]], temperature: float
+    ) -> list[float]:
+        """Return the sum of log policy - log reference over each answer, in nats.
+
+        Args:
+            prompts: Tokens.
+            answers: Tokens of an answer to each.
+            temperature: Divides the logits: the one that answers were sampled at, or 1.
+        """
         policy, reference = (
-            self._logprobs(model, prompts, answers) for model in (self.model, self.reference)
+            self._logprobs(model, prompts, answers, temperature)
+            for model in (self.model, self.reference)
         )
         return [float((own - ref).sum()) for own, ref in zip(policy, reference, strict=True)]
 
     def _logprobs(
-        self, model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        answers: list[list[int]],
+        temperature: float,
     ) -> Iterator[Tensor]:
         for prompt, answer in zip(prompts, answers, strict=True):
             tokens = torch.tensor([prompt + answer], device=self.trainer.accelerator.device)
             logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1]
-            logprobs = (logits.float() / self.plan["temperature"]).log_softmax(-1)
+            logprobs = (logits.float() / temperature).log_softmax(-1)
             yield logprobs.gather(-1, tokens[0, len(prompt) :, None]).squeeze(1)
 
 

@@ -21,11 +21,12 @@ class PairEvaluations(Evaluations):
         """See `Evaluations`."""
         prompts = [pair["prompt_ids"] for pair in self.pairs]
         sides = [
-            self.log_ratios(prompts, [pair[side] for pair in self.pairs])
+            self.log_ratios(prompts, [pair[side] for pair in self.pairs], temperature=1.0)
             for side in ("chosen_ids", "rejected_ids")
         ]
         answers = self.answers()
-        kl = self.log_ratios([row["ids"] for row in self.validation], answers)
+        asked = [row["ids"] for row in self.validation]
+        kl = self.log_ratios(asked, answers, self.plan["temperature"])
         ratios = [list(pair) for pair in zip(*sides, strict=True)]
         return self.line.ask(kind="evaluated", step=step, ratios=ratios, ids=answers, kl=kl)
 

@@ -30,7 +30,8 @@ class RolloutEvaluations(Evaluations):
         answers = self.answers()
         index = [row["index"] for row in self.validation]
         self.line.ask(kind="score", evaluation=True, index=index, ids=answers)
-        kl = self.log_ratios([row["ids"] for row in self.validation], answers)
+        asked = [row["ids"] for row in self.validation]
+        kl = self.log_ratios(asked, answers, self.plan["temperature"])
         return self.line.ask(kind="evaluated", step=step, kl=kl)
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from rlhf_exp.algo.rounding import is_rounding
 from rlhf_exp.evaluation.preference import estimate_to_json
@@ -129,7 +128,9 @@ def best_of_n(proxy: ArrayLike, values: ArrayLike, n: int) -> Floats:
     order = np.argsort(np.asarray(proxy, dtype=np.float64), axis=1, kind="stable")
     ranked = np.take_along_axis(np.asarray(values, dtype=np.float64), order, axis=1)
     size = ranked.shape[1]
-    weights = special.comb(np.arange(size), n - 1) / special.comb(size, n)
+    # From the highest rank down: the binomials themselves outgrow a float from S = 1030 on.
+    ratios = [(rank - n + 1) / rank for rank in range(size - 1, 0, -1)]
+    weights = np.maximum(np.cumprod([n / size, *ratios])[::-1], 0.0)
     means: Floats = ranked @ weights
     return means
 

@@ -26,6 +26,14 @@ def test_best_of_n_is_the_mean_over_all_draws() -> None:
         assert best_of_n(proxy, values, n) == pytest.approx(wanted)
 
 
+def test_best_of_n_among_thousands() -> None:
+    """C(4000, 2000) is too large for a float; the shares of draws are not."""
+    ranks = np.arange(4000.0)[None, :]
+    for n in (1, 2000, 4000):
+        # The largest of n of 0 to S - 1: n (S + 1) / (n + 1) - 1.
+        assert best_of_n(ranks, ranks, n) == pytest.approx([n * 4001 / (n + 1) - 1])
+
+
 def test_kl_of_best_of_n() -> None:
     # The density of the best of n against one draw, at rank u in (0, 1), is n u^(n-1).
     u = np.linspace(0, 1, 200_001)[1:]

@@ -6,6 +6,7 @@ folder all of those in it. What counts of them for a result is their content: `t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def task_content(task: str, file_digest: Callable[[Path], str]) -> Any:  # noqa:
     """Return what identifies a task: its name, or the content of its files and their local data.
 
     All `.yaml` and `.py` files beside a file count, since tasks include one another and call
-    functions, and the files and folders that `dataset_path` and `dataset_kwargs` name.
+    functions, those beside a file that is included or holds a group's task in a folder below, and
+    the files and folders that `dataset_path` and `dataset_kwargs` name.
 
     Args:
         task: An entry of the config.
@@ -60,18 +62,69 @@ def task_content(task: str, file_digest: Callable[[Path], str]) -> Any:  # noqa:
     if not is_path(task):
         return task
     files = task_files(task)
-    beside = {
-        near
-        for folder in {file.parent for file in files}
-        for near in folder.iterdir()
-        if near.suffix in (*_SUFFIXES, ".py")
-    }
-    data = {path for file in beside if file.suffix != ".py" for path in _local_data(_read(file))}
+    beside = _all_beside(files)
+    data = {path for content in beside.values() for path in _local_data(content)}
+    start = files[0].parent
     return {
         "tasks": [file.name for file in files],
-        "files": {file.name: file_digest(file) for file in sorted(beside)},
+        "files": {os.path.relpath(file, start): file_digest(file) for file in sorted(beside)},
         "data": [file_digest(file) for file in sorted(data)],
     }
+
+
+def _all_beside(files: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """Return the `.yaml` and `.py` files in the folders of some files, and of what these need.
+
+    Of the content what can be read of it: what else is in a folder need be no task.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    folders = [file.parent for file in files]
+    for folder in folders:  # more are appended meanwhile
+        near = {
+            file: {} if file.suffix == ".py" else _read_or_nothing(file)
+            for file in folder.iterdir()
+            if file.suffix in (*_SUFFIXES, ".py") and file.is_file()
+        }
+        found |= near
+        needed = {path for file, content in near.items() for path in _included(file, content)}
+        wanted = {name for content in near.values() for name in _members(content)}
+        missing = wanted - {str(content.get("task")) for content in near.values()}
+        if missing:
+            needed |= {
+                file
+                for file in _yaml_below(folder)
+                if str(_read_or_nothing(file).get("task")) in missing
+            }
+        known = {place.resolve() for place in folders}
+        folders += sorted({file.parent for file in needed if file.parent.resolve() not in known})
+    return found
+
+
+def _yaml_below(folder: Path) -> Iterator[Path]:
+    """Yield the YAML files below a folder, but in hidden folders, such as environments."""
+    for place, names, files in os.walk(folder):
+        names[:] = [name for name in names if not name.startswith(".")]
+        yield from (Path(place) / name for name in files if name.endswith(_SUFFIXES))
+
+
+def _included(file: Path, content: dict[str, Any]) -> Iterator[Path]:
+    """Yield the files that a task's file includes."""
+    for text in _texts(content.get("include")):
+        path = file.parent / Path(text).expanduser()
+        if path.is_file():
+            yield path
+
+
+def _members(content: dict[str, Any]) -> Iterator[str]:
+    """Yield the names of a group's tasks, those of the groups in it, too."""
+    if "group" in content:
+        for item in content["task"] if isinstance(content.get("task"), list) else ():
+            if isinstance(item, str):
+                yield item
+            elif isinstance(item, dict):
+                yield from _members(item)
+                if isinstance(item.get("task"), str):
+                    yield item["task"]
 
 
 def folders_of(tasks: Sequence[str]) -> list[str]:
@@ -111,6 +164,14 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{KEY}: {path} is no task of lm-eval: a YAML mapping was expected")
     return content
+
+
+def _read_or_nothing(path: Path) -> dict[str, Any]:
+    """Return the content of a file that may be of something else; then nothing."""
+    try:
+        return _read(path)
+    except UserError:
+        return {}
 
 
 class _TaskLoader(yaml.SafeLoader):

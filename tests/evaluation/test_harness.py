@@ -148,6 +148,29 @@ def test_a_task_is_its_content_and_that_of_its_data(tmp_path: Path) -> None:
     assert task_content(str(moved), digest) == found[-1]
 
 
+def test_what_a_task_includes_counts_wherever_it_is(tmp_path: Path) -> None:
+    folder, parts = tmp_path / "tasks", tmp_path / "tasks" / "parts"
+    parts.mkdir(parents=True)
+    (folder / "all.yaml").write_text("group: all\ntask: [a, {group: b, task: [c]}]\n")
+    others = tmp_path / "base.yaml", parts / "a.yaml", parts / "helpers.py"
+    others[0].write_text("num_fewshot: 0\n")
+    others[1].write_text("task: a\ninclude: ../../base.yaml\n")
+    others[2].write_text("def process(docs): return docs\n")
+    found = [task_content(str(folder), digest)]
+    for path in others:
+        path.write_text(path.read_text() + "# more\n")
+        found.append(task_content(str(folder), digest))
+    assert len({json.dumps(one) for one in found}) == 4
+    assert task_content(str(folder / "all.yaml"), digest) == found[-1]
+
+
+def test_other_yaml_beside_a_task_is_nobodys_business(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("task: mine\n")
+    (tmp_path / "playbook.yaml").write_text("- hosts: all\n")
+    (tmp_path / "two.yaml").write_text("a: 1\n---\nb: 2\n")
+    assert task_content(str(tmp_path / "mine.yaml"), digest)["tasks"] == ["mine.yaml"]
+
+
 def test_groups_of_a_folder_have_its_tasks(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("task: a\n")
     (tmp_path / "all.yaml").write_text("group: all\ntask: [a]\n")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,14 @@ _CLOSE = 3
 
 def run(evaluation: Evaluation) -> PartResult:
     """Have every model do the tasks, and compare each with the first."""
-    return evaluation.on_main_process(lambda: _run(evaluation))
+    section = evaluation.config.eval
+    lm_eval = LmEval(section.harness, section.seed)
+    # One model after another: the other processes wait, and not for all of them at once.
+    scores = {
+        model.name: evaluation.on_main_process(partial(_scores, evaluation, model, lm_eval))
+        for model in evaluation.models
+    }
+    return evaluation.on_main_process(lambda: _conclude(evaluation, scores))
 
 
 def check(config: Config) -> None:
@@ -57,11 +64,9 @@ def check(config: Config) -> None:
         LmEval(config.eval.harness, config.eval.seed).load()
 
 
-def _run(evaluation: Evaluation) -> PartResult:
-    section, seed = evaluation.config.eval.harness, evaluation.config.eval.seed
-    lm_eval = LmEval(section, seed)
-    scores = {model.name: _scores(evaluation, model, lm_eval) for model in evaluation.models}
-    comparisons = compare_tasks(scores, seed)
+def _conclude(evaluation: Evaluation, scores: dict[str, list[TaskScore]]) -> PartResult:
+    section = evaluation.config.eval.harness
+    comparisons = compare_tasks(scores, evaluation.config.eval.seed)
     content = {
         "models": [model.name for model in evaluation.models],
         "version": version("lm_eval"),

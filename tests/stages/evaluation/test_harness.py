@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.evaluation.harness import TaskScore
 from rlhf_exp.stages.evaluation import harness
+from rlhf_exp.stages.evaluation.evaluation import EvaluatedModel
 from tests.lab import artifact, run, small_config
 from tests.stages.test_eval import newest
 
@@ -56,6 +59,31 @@ def test_without_the_package_its_extra_is_named_before_anything_runs(
     with pytest.raises(UserError, match=r"`pip install lm-eval` \(extra `harness`\)"):
         run(run_copy, "eval=harness", f"eval.harness.tasks=[{task}]", "sft.seed=7")
     assert len(list((run_copy / "store" / "sft").iterdir())) == 1
+
+
+def test_other_processes_wait_for_one_model_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait has an end, after which the processes fail: it must not be of all models together."""
+    waits: list[list[str]] = []
+
+    class OneOfSeveral:
+        config = small_config(tmp_path, "eval=harness", "eval.harness.tasks=[t]")
+        models = (EvaluatedModel("SFT", "a"), EvaluatedModel("PPO", "b"))
+
+        def on_main_process(self, function: Callable[[], Any]) -> Any:
+            waits.append([])
+            return function()
+
+    def scores(evaluation: Any, model: EvaluatedModel, lm_eval: Any) -> list[TaskScore]:
+        waits[-1].append(model.name)
+        return [TaskScore("t", "acc", "none", 0.5, "higher", 1, values=(0.5,))]
+
+    monkeypatch.setattr(harness, "_scores", scores)
+    monkeypatch.setattr(harness, "version", lambda name: "0")
+    evaluation: Any = OneOfSeveral()
+    assert harness.run(evaluation).metrics["harness/PPO/t/acc"] == 0.5
+    assert [names for names in waits if names] == [["SFT"], ["PPO"]]
 
 
 @pytest.mark.harness

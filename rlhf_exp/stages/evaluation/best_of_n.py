@@ -79,7 +79,8 @@ def best_answers(evaluation: Evaluation) -> list[Answer]:
     Of equal rewards the later answer, as `overoptimisation.best_of_n` has it.
     """
     answers, n = sampled_answers(evaluation), max(evaluation.config.eval.best_of)
-    whole = (evaluation.config.eval.top_p, evaluation.config.eval.top_k) == (1.0, 0)
+    sampling = answers[0].sampling  # of stored answers not what the config says
+    whole = (sampling.get("top_p", 1.0), sampling.get("top_k", 0)) == (1.0, 0)
     best = [
         max(answers[start : start + n], key=lambda answer: (answer.score, answer.sample))
         for start in range(0, len(answers), n)

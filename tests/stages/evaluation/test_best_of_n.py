@@ -106,6 +106,10 @@ def test_without_a_trained_policy_and_from_a_cut_distribution(run_copy: Path) ->
     assert "eval/kl_sequence/b" not in metrics
     assert metrics["eval/reward/b"] == pytest.approx(metrics["best_of/4/reward"])
     assert found_in(folder)["models"] == []
+    # Stored answers say themselves how they were sampled.
+    run(run_copy, *BEST, f"eval.samples={folder.name}")
+    assert newest(run_copy) != folder
+    assert "eval/kl_sequence/b" not in artifact_metrics(newest(run_copy))
     assert artifact(run_copy, "sft").key in str(
         json.loads((folder / "manifest.json").read_text())["parents"]
     )

@@ -76,7 +76,10 @@ class Keys:
 
     def dpo(self, parents: dict[str, str]) -> str:
         """Return the key of the DPO policy; `parents` as for `ppo`."""
-        return self._key("dpo", {"dpo": key_content(self.config.dpo), "parents": parents})
+        content = {"dpo": key_content(self.config.dpo), "parents": parents}
+        if engine_of(self.config, "dpo") is not EngineName.native:
+            content["part"] = self.config.dpo.generation.batch  # as with PPO
+        return self._key("dpo", content)
 
     def best_of(self, parents: dict[str, str]) -> str:
         """Return the key of the chosen answers; `parents` as for `ppo`."""
@@ -102,8 +105,9 @@ class Keys:
         for name in ("function", "url", "name", "terms"):
             section["reward"].pop(name, None)
         content = {"ppo": section, "parents": parents}
-        if self.config.engine.name is EngineName.trlx:
-            # trlx scales scores by the statistics of the parts sampled so far.
+        if self.config.engine.name is not EngineName.native:
+            # trlx scales scores by the statistics of the parts sampled so far; with TRL the noise
+            # of evaluations, which choose the weights, is drawn part by part.
             content["part"] = self.config.ppo.generation.batch
         if continued is not None:
             content[CONTINUED] = continued

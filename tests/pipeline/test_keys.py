@@ -376,6 +376,21 @@ def test_each_engine_counts_for_the_stages_that_it_does(config: Config, tmp_path
     assert len({keys_of(one, tmp_path).ppo(parents) for one in (config, trlx, trl)}) == 3
 
 
+def test_the_parts_that_answer_together_count_with_trl(tmp_path: Path) -> None:
+    """Its evaluations draw noise part by part, and choose the weights that are published."""
+    native = small_config(tmp_path)
+    for config, differs in (
+        (native, False),
+        (changed(native, "engine.name", EngineName.trl), True),
+    ):
+        rollouts = changed(config, "ppo.generation.batch", 2)
+        pairs = changed(config, "dpo.generation.batch", 2)
+        parents = {"sft": "s", "reward": "r"}
+        ppo = {keys_of(one, tmp_path).ppo(parents) for one in (config, rollouts)}
+        dpo = {keys_of(one, tmp_path).dpo({"sft": "s"}) for one in (config, pairs)}
+        assert (len(ppo) > 1, len(dpo) > 1) == (differs, differs)
+
+
 def test_the_parts_that_are_sampled_together_count_with_trlx(
     config: Config, tmp_path: Path
 ) -> None:

@@ -180,6 +180,7 @@ def test_each_stage_needs_those_before_it() -> None:
         "sft": ("sft",),
         "reward": ("sft", "reward"),
         "dpo": ("sft", "dpo"),
+        "best_of": ("sft", "reward", "best_of"),
         "ppo": ("sft", "reward", "ppo"),
         "eval": whole,
         "pipeline": whole,

@@ -93,7 +93,7 @@ def test_a_result_in_the_store_is_not_made_again_for_them(
     published = int(made.manifest.metrics["published_step"])
     assert steps | {published} == {2, 4, 6}
     for step in (2, 4, 6):
-        folder = export(run_copy, "unnamed", run_copy / f"of-{step}", step)
+        folder = Path(export(run_copy, "unnamed", run_copy / f"of-{step}", step))
         source = "model" if step == published else f"snapshots/step-{step:08d}"
         assert same(folder, made.path / source)
         assert f"after {step} optimizer steps" in (folder / "README.md").read_text()

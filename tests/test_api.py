@@ -81,6 +81,7 @@ def test_errors_are_exceptions(arguments: list[str], message: str, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_failed_points_of_a_multirun_are_an_exception(tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("def score(prompts, responses):\n    raise RuntimeError('no score today')\n")

@@ -27,6 +27,7 @@ from measured import ROOT, Usage, mean_and_interval, run_measured, stage_metrics
 
 from rlhf_exp.report.chart import Chart, LineSeries
 from rlhf_exp.report.run.charts import sheet
+from rlhf_exp.report.sweep.data import intervals
 
 ROLLOUTS = 128
 COMMON = ("tracking=disabled", "distributed.threads=1", f"ppo.rollouts={ROLLOUTS}")
@@ -35,6 +36,8 @@ REWARD, KL = "reward", "kl_sequence"
 METHODS = ("ppo", "rloo", "grpo", "reinforce_pp", "dpo", "best_of")
 MOST = 16
 SIZES = (1, 2, 4, 8, MOST)
+MORE_COLOURS = ".s4 { color: #9c7300; } .s5 { color: #1b1f24; }"
+"""For the fifth and the sixth line; the sheet's own style has four."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def lines_of(outcomes: Mapping[str, Sequence[Outcome]], task: Task) -> list[Line
         if method == "best_of":
             best = f"best_of/{MOST}"
             reward, measure, kl = (
-                [one.metrics[f"eval/{best}/{key}"] for one in results]
+                [one.metrics[f"{best}/{key}"] for one in results]
                 for key in (REWARD, task.measure, "kl")
             )
             lines.append(Line(f"best of {MOST}", reward, measure, kl[:1], "", seconds, peak))
@@ -188,20 +191,20 @@ def table(lines: Sequence[Line], task: Task, seeds: int) -> str:
 
 
 def frontier(outcomes: Mapping[str, Sequence[Outcome]], measure: str, title: str) -> Chart:
-    """Return a measure against the root of the KL: a disc a seed, and best-of-n as a curve."""
+    """Return a measure against the root of the KL, with intervals; best-of-n is the curve."""
     drawn = []
     for colour, (method, results) in enumerate(outcomes.items()):
         if method == "best_of":
-            kl = [results[0].metrics[f"eval/best_of/{n}/kl"] for n in SIZES]
+            kl = [results[0].metrics[f"best_of/{n}/kl"] for n in SIZES]
             means = [
-                np.mean([one.metrics[f"eval/best_of/{n}/{measure}"] for one in results])
-                for n in SIZES
+                np.mean([one.metrics[f"best_of/{n}/{measure}"] for one in results]) for n in SIZES
             ]
-            drawn.append(LineSeries("best of n", np.sqrt(kl), np.array(means), colour))
+            drawn.append(LineSeries("best of n", np.sqrt(kl), np.array(means), colour, last=""))
             continue
-        points = sorted(zip(_of(results, f"{KL}/b"), _of(results, f"{measure}/b"), strict=True))
-        x, y = (np.array(column) for column in zip(*points, strict=True))
-        drawn.append(LineSeries(method, np.sqrt(np.maximum(x, 0.0)), y, colour))
+        kl = max(float(np.mean(_of(results, f"{KL}/b"))), 0.0)
+        mean, low, high = intervals(np.array(_of(results, f"{measure}/b"))[:, None])
+        point = np.sqrt([kl])
+        drawn.append(LineSeries(method, point, mean, colour, whiskers=(low, high), last=""))
     return Chart(title, drawn, x_label="√KL, KL in nats per answer")
 
 
@@ -232,7 +235,8 @@ def main() -> None:
             frontier(outcomes, REWARD, f"{name}: reward"),
             frontier(outcomes, task.measure, f"{name}: {task.name}"),
         ]
-    (out / "algorithms.svg").write_text(str(sheet(charts, columns=2)), encoding="utf-8")
+    drawing = str(sheet(charts, columns=2)).replace("</style>", f"{MORE_COLOURS}</style>")
+    (out / "algorithms.svg").write_text(drawing, encoding="utf-8")
     (out / "algorithms.md").write_text("\n".join(texts), encoding="utf-8")
     print("\n".join([*texts, f"{out / 'algorithms.md'}, algorithms.svg"]))
 

@@ -74,8 +74,8 @@ def test_algorithms_are_beside_sft_and_best_of_n() -> None:
         "eval/gold/b": 0.5,
         "eval/kl_sequence/b": 4.0,
     }
-    best = {f"eval/best_of/{n}/{key}": n for n in (1, 2, 4, 8, 16) for key in ("reward", "gold")}
-    best |= {f"eval/best_of/{n}/kl": n / 8 for n in (1, 2, 4, 8, 16)}
+    best = {f"best_of/{n}/{key}": n for n in (1, 2, 4, 8, 16) for key in ("reward", "gold")}
+    best |= {f"best_of/{n}/kl": n / 8 for n in (1, 2, 4, 8, 16)}
     outcomes = {
         "ppo": [Outcome(policy, 64000.0, Usage(70.0, 500.0))] * 2,
         "best_of": [Outcome(best, usage=Usage(9.0, 400.0))] * 2,
@@ -89,4 +89,4 @@ def test_algorithms_are_beside_sft_and_best_of_n() -> None:
     assert lines[4].split("|")[4].strip() == "2.00"
     chart = algorithms.frontier(outcomes, "gold", "toy")
     assert [line.label for line in chart.lines] == ["ppo", "best of n"]
-    assert list(chart.lines[0].x) == [2.0, 2.0]
+    assert (list(chart.lines[0].x), list(chart.lines[0].y)) == ([2.0], [0.5])

@@ -8,6 +8,7 @@ Rules for `model`, user functions and addresses are in `checks_shared`, those fo
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
@@ -40,6 +41,7 @@ from rlhf_exp.config.experiment import (
 from rlhf_exp.config.problems import ConfigChecker, Problem
 from rlhf_exp.config.search_space import check_study
 from rlhf_exp.config.training import (
+    CORRECTION_AUTO,
     AdvantageEstimator,
     Combine,
     DpoLoss,
@@ -376,6 +378,12 @@ def check_ppo(check: ConfigChecker) -> None:
         check.add("ppo.kl.coef", message)
     if ppo.kl.stop is not None and ppo.kl.target is not None and ppo.kl.stop <= ppo.kl.target:
         check.add("ppo.kl.stop", f"must be above the target that KL aims at, {ppo.kl.target:g}.")
+    generation = ppo.generation
+    if generation.correction not in (None, CORRECTION_AUTO):
+        limit = generation.correction_limit
+        message = f"is {generation.correction!r}; use auto, null, or a number of at least 1."
+        valid = limit is not None and 1.0 <= limit < math.inf
+        check.require(valid, "ppo.generation.correction", message)
     _check_advantage(check)
     _check_kl_term(check)
     if ppo.value_trunk is ValueTrunk.branch:

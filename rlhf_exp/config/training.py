@@ -440,6 +440,33 @@ class GenerationConfig:
     batch: int = setting(64, "Rows decoded together in a process.", key=False)
 
 
+CORRECTION_AUTO, CORRECTION_LIMIT = "auto", 2.0
+"""`ppo.generation.correction=auto`, and the largest weight that it then stands for."""
+
+
+@dataclass
+class PpoGenerationConfig(GenerationConfig):
+    """Sampling of the responses that PPO learns from."""
+
+    correction: str | None = setting(
+        CORRECTION_AUTO,
+        "Largest importance weight, by which advantages make up for a sampler whose probabilities "
+        "are not quite the policy's; `auto`: 2, but none where both compute in float32; null: "
+        "none. See docs/how-to/algorithms.md.",
+        neutral=CORRECTION_AUTO,
+    )
+
+    @property
+    def correction_limit(self) -> float | None:
+        """The number in `correction`; `None` for another value."""
+        if self.correction in (None, CORRECTION_AUTO):
+            return None
+        try:
+            return float(self.correction)
+        except ValueError:
+            return None
+
+
 class DpoLoss(Enum):
     """DPO's losses: Rafailov et al. 2023, Azar et al. 2023 (IPO), Zhao et al. 2023 (SLiC)."""
 
@@ -514,7 +541,7 @@ class PpoConfig(TrainingConfig):
     )
     kl: KlConfig = setting(factory=KlConfig, doc="KL penalty.")
     reward: PpoRewardConfig = setting(factory=PpoRewardConfig, doc="From scores to rewards.")
-    generation: GenerationConfig = setting(factory=GenerationConfig, doc="Sampling.")
+    generation: PpoGenerationConfig = setting(factory=PpoGenerationConfig, doc="Sampling.")
     eval_prompts: int = setting(100, "Validation prompts answered at each evaluation.")
     select_by: SelectBy = setting(
         SelectBy.reward,

@@ -85,6 +85,7 @@ class Keys:
         """Return the key of the chosen answers; `parents` as for `ppo`."""
         section = self.config.ppo
         generation = key_content(section.generation)
+        generation.pop("correction", None)  # nothing learns from these answers
         content: dict[str, Any] = {
             "best_of": key_content(self.config.best_of),
             "parents": parents,

@@ -30,7 +30,7 @@ from rlhf_exp.stages.ppo_inputs import (
     set_prompt_rows,
 )
 from rlhf_exp.stages.publish import save_models
-from rlhf_exp.stages.sampling import exact, sampler_for
+from rlhf_exp.stages.sampling import correction_of, exact, sampler_for
 from rlhf_exp.stages.scorers import SERVER_NOTE, longest_input, scorer_for
 from rlhf_exp.stages.setup import attention_of, load_policy_model, torch_dtype, world_for
 from rlhf_exp.stages.training import (
@@ -116,6 +116,7 @@ def _collector(
         section,
         exact(config),
         world,
+        correction_of(config),
     )
 
 

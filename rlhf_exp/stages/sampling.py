@@ -8,7 +8,7 @@ from torch import nn
 
 from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.config.experiment import Config, Dtype
-from rlhf_exp.config.training import GenerationConfig
+from rlhf_exp.config.training import CORRECTION_AUTO, CORRECTION_LIMIT, GenerationConfig
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.frozen_trunk import decoder_parts
@@ -69,3 +69,14 @@ def sampler_for(
 def exact(config: Config) -> bool:
     """Whether decoding and a full forward agree: to 1e-4 in fp32, but to 0.02 nats in bf16."""
     return Dtype.float32 == config.distributed.precision == config.model.dtype
+
+
+def correction_of(config: Config) -> float | None:
+    """Return the largest importance weight of a token in PPO; `None`: all are 1.
+
+    By default weights make up for whatever is more than rounding between sampler and policy.
+    """
+    section = config.ppo.generation
+    if section.correction != CORRECTION_AUTO:
+        return section.correction_limit
+    return None if exact(config) else CORRECTION_LIMIT

@@ -7,6 +7,7 @@ One iteration is `PpoTask.iterate`: collect experience, then learn from it.
 3. One forward of policy and reference over all responses: log pi, V, log pi_ref.
 4. Rewards of tokens: r_t = -beta (log pi_t - log pi_ref,t), plus the score at the last token.
 5. Advantages A_t by GAE, returns R_t = A_t + V_t; the advantages are whitened.
+   A sampler that is not quite the policy has each token's A_t weighted by min(C, pi / pi_sampler).
 6. `epochs` passes over the rollouts in minibatches, an optimizer step each, on
    L = -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + vf_coef L_V - entropy_coef H,
    with the ratio rho = pi_new / pi.
@@ -48,6 +49,12 @@ from rlhf_exp.algo.advantages import (
     shape_rewards,
     subtract_original_scores,
     whiten,
+)
+from rlhf_exp.algo.importance import (
+    effective_share,
+    importance_gap,
+    sampler_kl,
+    truncated_weights,
 )
 from rlhf_exp.algo.kl import KLController, k1, k3, kl_loss, sequence_kl
 from rlhf_exp.algo.losses import (
@@ -327,6 +334,8 @@ class ExperienceCollector:
         reuse_states: Whether the states captured while decoding serve the training passes; else
             one trunk forward computes them again.
         world: The processes.
+        correction: Largest importance weight of a token, where the sampler's probabilities are not
+            quite the policy's; `None`: all weights are 1.
     """
 
     def __init__(
@@ -342,6 +351,7 @@ class ExperienceCollector:
         section: PpoConfig,
         reuse_states: bool,
         world: World,
+        correction: float | None = None,
     ) -> None:
         self.policy, self.reference = policy, reference
         self.sampler, self.scorer = sampler, scorer
@@ -349,6 +359,7 @@ class ExperienceCollector:
         self.scaler, self.controller = scaler, controller
         self._warned = False
         self.section, self.reuse_states, self.world = section, reuse_states, world
+        self.correction = correction
 
     def collect(self, iteration: int, meters: MetricAccumulator) -> Rollouts:
         """Return one iteration's rollouts, and report on them."""
@@ -379,6 +390,10 @@ class ExperienceCollector:
             advantages = self._advantages_without_values(rewards, mask, weights, meters)
         report_kl(outputs.logprobs, outputs.ref_logprobs, outputs.entropy, mask, weights, meters)
         meters.add("kl/beta", beta, 1.0)
+        report_sampler(outputs.logprobs, samples.logprobs, mask, meters, self.world)
+        if self.correction is not None:
+            gap = importance_gap(outputs.logprobs, samples.logprobs, mask)
+            advantages = advantages * truncated_weights(gap, self.correction)
         rollouts = Rollouts(
             tokens=samples.tokens,
             prompt_lengths=samples.prompt_lengths,
@@ -553,6 +568,24 @@ def report_kl(
     meters.keep("kl/histogram", whole, weights)
     meters.add("kl/sequence", (whole * weights).sum(), weights.sum())
     meters.add("policy/entropy", (entropy * mask).sum(), tokens)
+
+
+def report_sampler(
+    logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    mask: Tensor,
+    meters: MetricAccumulator,
+    world: World,
+) -> None:
+    """Report how far the sampler's log-probabilities [B, T] are from the policy's."""
+    gap, tokens = importance_gap(logprobs, sampler_logprobs, mask), mask.sum()
+    meters.add("rollout/logprob_gap_mean", gap.abs().sum(), tokens)
+    meters.extreme("rollout/logprob_gap_max", gap.abs().max(), largest=True)
+    meters.add("rollout/kl", sampler_kl(logprobs, sampler_logprobs, mask).sum(), tokens)
+    weights = gap.double().exp() * mask
+    meters.extreme("rollout/weight_max", weights.max(), largest=True)
+    sums = world.sum(torch.stack([weights.sum(), weights.square().sum(), tokens.double()]))
+    meters.add("rollout/ess", effective_share(*sums), 1.0)
 
 
 def report_values(

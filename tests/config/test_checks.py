@@ -28,6 +28,8 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         ("ppo.batch=129", "ppo.batch=129: an iteration has only ppo.rollouts=128"),
         ("ppo.rollouts=0 ppo.batch=0", "ppo.rollouts=0: must be at least 1"),
         ("ppo.generation.temperature=0", "temperature=0.0: must be a number above 0"),
+        ("ppo.generation.correction=0.5", "'0.5'; use auto, null, or a number of at least 1"),
+        ("ppo.generation.correction=lots", "'lots'; use auto, null, or a number"),
         ("ppo.lam=1.1", "ppo.lam=1.1: must be in [0, 1]"),
         ("eval.best_of=[1]", "eval.best_of=[1]: names numbers of answers from 1 on, each once"),
         ("eval.best_of=[0,4]", "eval.best_of=[0,4]: names numbers of answers from 1 on"),

@@ -37,6 +37,7 @@ OTHERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "model.cache": ("library", "", PPO),
     "ppo.kl.budget": ("2.0", "", PPO),
     "ppo.kl.select_coef": ("0.5", "", PPO),
+    "ppo.generation.correction": ("3", "", PPO),
     "ppo.reward.url": ("http://127.0.0.1:1", "", PPO),
     "ppo.reward.name": ("judge", "ppo.reward.url=http://127.0.0.1:1", PPO),
     "ppo.reward.terms": ("[{model:default}]", "", PPO),

@@ -84,7 +84,7 @@ ALLOWED = {
     | TRAINER
     | SAMPLING
     | SCORING
-    | {"algo/advantages", "algo/rounding", "distributed/redistribute"}
+    | {"algo/advantages", "algo/importance", "algo/rounding", "distributed/redistribute"}
     | names("training", "ppo ppo_objective ppo_validation validation_answers")
     | names("stages", "kept_tensor ppo ppo_inputs sampling"),
     "trlx_ppo": COMMON

@@ -25,7 +25,7 @@ from rlhf_exp.config.training import GenerationConfig, KlConfig, Select
 from rlhf_exp.data.batching import batch_index, prompts_batch
 from rlhf_exp.distributed.world import RowShare, World, world_of
 from rlhf_exp.training.metrics import MetricAccumulator
-from rlhf_exp.training.ppo import PpoTask
+from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.result import Diverged, Interrupted
 from rlhf_exp.training.task import Update
 from tests.training.lab import (
@@ -408,3 +408,55 @@ def test_every_epoch_shuffles_anew(world: World) -> None:
         first, second, third, fourth = (rows.tolist() for rows in task.minibatches(iteration))
         orders += [(*first, *second), (*third, *fourth)]
     assert len(set(orders)) == 4
+
+
+def shifted(collector: ExperienceCollector, gap: float) -> None:
+    """Let the sampler say that it found every second token less likely by `gap` than it did."""
+    honest = collector.sampler
+
+    def sampler(batch: Prompts) -> Samples:
+        samples = honest(batch)
+        changed = samples.logprobs.clone()
+        changed[:, ::2] -= gap
+        return replace(samples, logprobs=changed)
+
+    collector.sampler = sampler
+
+
+def test_advantages_are_weighted_by_policy_over_sampler(world: World) -> None:
+    plain = build_task(world).collector.collect(0, MetricAccumulator(world))
+    meters = MetricAccumulator(world)
+    collector = build_task(world).collector
+    collector.correction = 2.0
+    shifted(collector, math.log(1.5))
+    corrected = collector.collect(0, meters)
+    # Weights of 1.5 and 1 in turn; everything else is as it was.
+    assert torch.allclose(corrected.advantages[:, ::2], 1.5 * plain.advantages[:, ::2], atol=1e-5)
+    assert torch.allclose(corrected.advantages[:, 1::2], plain.advantages[:, 1::2], atol=1e-5)
+    assert torch.equal(corrected.logprobs, plain.logprobs)
+    assert plain.returns is not None
+    assert corrected.returns is not None
+    assert torch.equal(corrected.returns, plain.returns)
+    found = meters.means()
+    even, tokens = float(plain.mask[:, ::2].sum()), float(plain.mask.sum())
+    share = even / tokens
+    assert found["rollout/logprob_gap_mean"] == pytest.approx(share * math.log(1.5), abs=1e-5)
+    assert found["rollout/logprob_gap_max"] == pytest.approx(math.log(1.5), abs=1e-5)
+    assert found["rollout/weight_max"] == pytest.approx(1.5, abs=1e-5)
+    # k3 of the gap g = ln 1.5 is 0.5 - ln 1.5, and 0 of none.
+    assert found["rollout/kl"] == pytest.approx(share * (0.5 - math.log(1.5)), abs=1e-5)
+    mean, square = (1.5 * even + tokens - even) / tokens, (2.25 * even + tokens - even) / tokens
+    assert found["rollout/ess"] == pytest.approx(mean**2 / square, abs=1e-5)
+
+
+def test_a_weight_is_cut_and_no_correction_changes_nothing(world: World) -> None:
+    plain = build_task(world).collector.collect(0, MetricAccumulator(world))
+    found = []
+    for correction in (None, 3.0):
+        collector = build_task(world).collector
+        collector.correction = correction
+        shifted(collector, math.log(8.0))
+        found.append(collector.collect(0, MetricAccumulator(world)))
+    uncorrected, corrected = found
+    assert torch.equal(uncorrected.advantages, plain.advantages)
+    assert torch.allclose(corrected.advantages[:, ::2], 3.0 * plain.advantages[:, ::2], atol=1e-4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -242,13 +243,28 @@ def build_engine(
     _forget_last_group(deepspeed)
     backend = distributed.get_backend()
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=config, dist_init_required=False
-    )
+    with _device_number(next(module.parameters()).device):
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
     actual = (engine.zero_optimization_stage(), engine.dp_world_size)
     expected = (zero["stage"], distributed.get_world_size())
     assert actual == expected, f"DeepSpeed: (stage, processes) are {actual}, not {expected}"
     return engine
+
+
+@contextmanager
+def _device_number(device: torch.device) -> Iterator[None]:
+    """Name this process's GPU to DeepSpeed, which takes the variable LOCAL_RANK for its number.
+
+    It is another where a process sees GPUs of its own (`processes.environment.own_gpu`).
+    """
+    before = os.environ["LOCAL_RANK"]
+    os.environ["LOCAL_RANK"] = before if device.type == "cpu" else str(device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 def import_deepspeed() -> Any:  # noqa: ANN401 - an untyped library

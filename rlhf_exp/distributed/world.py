@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 
 from rlhf_exp.distributed.strategy import OptimizerState, Strategy
 from rlhf_exp.errors import UserError
-from rlhf_exp.processes.environment import threads_per_process
+from rlhf_exp.processes.environment import own_gpu, threads_per_process
 from rlhf_exp.processes.failures import FailedElsewhere
 
 Precision = Literal["float32", "bfloat16"]
@@ -277,7 +277,7 @@ def _device() -> torch.device:
         # accelerate imports DeepSpeed if it is installed, which would warn that there is no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    device = torch.device("cuda", own_gpu(int(os.environ.get("LOCAL_RANK", 0))))
     torch.cuda.set_device(device)
     return device
 

@@ -320,6 +320,7 @@ class StageRunner:
         """
         if is_leader() and not job.probe:
             import_early(self.config.tracking.mode.value)
+        from rlhf_exp.stages.out_of_memory import explained
         from rlhf_exp.stages.probe import Probe, ProbeFinished
 
         # By name and late: a plan must not load torch.
@@ -333,7 +334,10 @@ class StageRunner:
             given_up=PruningCallback(job.trial, Path(job.folder)) if job.trial else None,
         )
         try:
-            with recording(job.log if is_leader() else None):
+            with (
+                recording(job.log if is_leader() else None),
+                explained(self.config, job.stage),
+            ):
                 result: StageResult = stage.run(self.config, context)
         except ProbeFinished as end:
             return StageResult({}, measured=end.measured)

@@ -25,7 +25,7 @@ class LaunchEnvironment:
     Attributes:
         rank: Number of the process, from 0.
         processes: Number of processes on all machines.
-        local_rank: Number of the process on its machine, which is also that of its device.
+        local_rank: Number of the process on its machine, by which it takes its GPU (`own_gpu`).
         local_processes: Number of processes on its machine.
         address: Machine of rank 0.
         port: Port of the rendezvous on that machine.
@@ -196,6 +196,20 @@ def _first_host(nodes: str) -> str:
             "each other. Or start with torchrun"
         ) from error
     return listing.stdout.split()[0]
+
+
+def own_gpu(local_rank: int) -> int:
+    """Return the number of a process's GPU among those that it sees; there must be one.
+
+    Where each process sees GPUs of its own (`srun --gpus-per-task=1`), their numbers begin anew in
+    each.
+
+    Args:
+        local_rank: Number of the process on its machine.
+    """
+    import torch  # late, as below
+
+    return local_rank % torch.cuda.device_count()
 
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"

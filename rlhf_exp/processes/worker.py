@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes.channel import JOIN_S, Channel, Message
-from rlhf_exp.processes.environment import LaunchEnvironment
+from rlhf_exp.processes.environment import LaunchEnvironment, own_gpu
 from rlhf_exp.processes.failures import ProcessFailure, exit_code_of, note_group
 from rlhf_exp.signals import TERMINATED, ending_signals, leave_terminal
 
@@ -180,24 +181,20 @@ def process_group(store: Store, number: int, environment: LaunchEnvironment) -> 
         environment: The launch environment of this process.
 
     Raises:
-        UserError: There are fewer devices than processes.
+        UserError: There are fewer GPUs than processes.
     """
     import torch
     from torch import distributed
 
+    store = distributed.PrefixStore(f"stage-{number}", store)
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
-        if environment.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"{environment.local_processes} processes on this machine need as many GPUs, and "
-                f"it has {torch.cuda.device_count()}; set distributed.processes to what there is"
-            )
-        torch.cuda.set_device(environment.local_rank)
+        _claim_gpu(store, environment)
     note_group()
     distributed.init_process_group(
         backend,
-        store=distributed.PrefixStore(f"stage-{number}", store),
+        store=store,
         rank=environment.rank,
         world_size=environment.processes,
         timeout=timedelta(seconds=COLLECTIVE_S),
@@ -205,3 +202,27 @@ def process_group(store: Store, number: int, environment: LaunchEnvironment) -> 
     yield
     # Not after an error: the others may be gone, and this process is about to exit as well.
     distributed.destroy_process_group()
+
+
+def _claim_gpu(store: Store, environment: LaunchEnvironment) -> None:
+    """Make a GPU this process's device, unless another process has it.
+
+    A number says nothing of that: each process may see GPUs of its own.
+
+    Raises:
+        UserError: Another process has it.
+    """
+    import torch
+
+    number = own_gpu(environment.local_rank)
+    name = f"gpu {socket.gethostname()} {torch.cuda.get_device_properties(number).uuid}"
+    owner = store.compare_set(name, "", str(environment.rank)).decode()
+    if owner != str(environment.rank):
+        raise UserError(
+            f"{environment.local_processes} processes on this machine need as many GPUs, and "
+            f"the one that rank {environment.rank} sees under number {number}, of "
+            f"{torch.cuda.device_count()}, is already that of rank {owner}; set "
+            "distributed.processes to the number of GPUs, or give each process its own "
+            "(`srun --gpus-per-task=1`)"
+        )
+    torch.cuda.set_device(number)

@@ -1,11 +1,13 @@
-"""Memory of this process: in use now, and the most so far."""
+"""Memory of this process: in use now, the most so far, and the phase in which it ran out."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -16,6 +18,23 @@ _RESET = Path("/proc/self/clear_refs")
 def peak_bytes(device: torch.device) -> int:
     """Return the most memory in use so far: of the GPU where there is one, else resident memory."""
     return device_peak_bytes() if device.type == "cuda" else host_peak_bytes()
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Return the peaks of this process so far, in bytes, under the names that are logged.
+
+    Args:
+        device: On which the process trains. What it has on other GPUs, such as the reward model's
+            own, is added up.
+    """
+    metrics = {"memory/peak_bytes": float(peak_bytes(device))}
+    if device.type == "cuda":
+        metrics["memory/reserved_bytes"] = float(torch.cuda.max_memory_reserved(device))
+        others = [n for n in range(torch.cuda.device_count()) if n != device.index]
+        elsewhere = sum(torch.cuda.max_memory_reserved(number) for number in others)
+        if elsewhere:
+            metrics["memory/other_gpus_bytes"] = float(elsewhere)
+    return metrics
 
 
 def host_bytes() -> int:
@@ -53,3 +72,76 @@ def _of_status(name: str) -> int | None:
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+Phase = Literal[
+    "loading", "sampling", "scoring", "assessing", "updating", "evaluating", "checkpointing"
+]
+"""What a stage does when memory runs out."""
+
+_FULL = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""Beginnings of torch's messages that say so without the type `torch.OutOfMemoryError`."""
+
+
+class OutOfMemory(Exception):
+    """Memory ran out.
+
+    Attributes:
+        phase: What was being done.
+        device: Whose memory it was.
+        usage: That memory at the time, in words.
+    """
+
+    def __init__(self, phase: Phase, device: torch.device, reason: BaseException) -> None:
+        super().__init__(str(reason).strip().splitlines()[0] if str(reason) else repr(reason))
+        self.phase = phase
+        self.device = torch.device("cpu") if _of_host(reason) else device
+        self.usage = _usage(self.device)
+
+
+@contextmanager
+def memory_phase(phase: Phase, device: torch.device) -> Iterator[None]:
+    """Name the phase, the innermost one, if memory runs out inside the block.
+
+    Args:
+        phase: What the block does.
+        device: On which it does it, unless host memory ran out.
+
+    Raises:
+        OutOfMemory: It did.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise OutOfMemory(phase, device, error) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(text in str(error) for text in _FULL)
+
+
+def _of_host(error: BaseException) -> bool:
+    """Whether an error of memory that ran out is of host memory."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _usage(device: torch.device) -> str:
+    """Return the memory of a device in words."""
+    gib = 1 << 30
+    if device.type != "cuda":
+        return f"this process had {host_bytes() / gib:.1f} GiB of host memory"
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return (
+        f"of its {total / gib:.1f} GiB this process had reserved {reserved / gib:.1f}, "
+        f"{allocated / gib:.1f} of it for tensors, and {free / gib:.1f} were free"
+    )

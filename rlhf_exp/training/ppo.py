@@ -85,6 +85,7 @@ from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy, ResponseOutputs
 from rlhf_exp.models.reference import Reference, compare_with_reference
 from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.training.memory import memory_phase
 from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.result import EvaluationResult
 from rlhf_exp.training.reward_scorer import Scorer
@@ -365,11 +366,15 @@ class ExperienceCollector:
         """Return one iteration's rollouts, and report on them."""
         section, beta = self.section, self.controller.coef
         began = time.perf_counter()
-        samples, weights = self._sample(iteration)
+        device = self.world.device
+        with memory_phase("sampling", device):
+            samples, weights = self._sample(iteration)
         sampled = time.perf_counter()
-        scores = self._score(samples, weights, meters)
+        with memory_phase("scoring", device):
+            scores = self._score(samples, weights, meters)
         scored = time.perf_counter()
-        outputs = self._compare(samples)
+        with memory_phase("assessing", device):
+            outputs = self._compare(samples)
         mask = response_mask(samples.response_lengths, outputs.logprobs.shape[1])
         mask = mask & (weights > 0)[:, None]
         in_loss = section.kl.where is KlPlace.loss

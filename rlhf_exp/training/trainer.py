@@ -23,7 +23,7 @@ from rlhf_exp.config.training import Select, TrainingConfig
 from rlhf_exp.distributed.world import World
 from rlhf_exp.tracking.tracker import Tracker, finishing
 from rlhf_exp.training.checkpoint import Checkpoint, Checkpoints, Snapshots
-from rlhf_exp.training.memory import peak_bytes
+from rlhf_exp.training.memory import memory_metrics, memory_phase
 from rlhf_exp.training.optim import build_optimizer, set_lr
 from rlhf_exp.training.result import Diverged, Interrupted, TrainingResult
 from rlhf_exp.training.task import Task
@@ -65,7 +65,8 @@ def train(
         start = trainer.begin(checkpoint)
         context.on_start(start)
         while trainer.progress.step < steps and not trainer.pruned:
-            task.iterate(trainer.progress.step // task.updates, trainer.update)
+            with memory_phase("updating", context.world.device):
+                task.iterate(trainer.progress.step // task.updates, trainer.update)
             trainer.report()
             trainer.evaluate_if_due()
             trainer.snapshot_if_due()
@@ -134,11 +135,8 @@ class _Trainer:
     def report(self) -> None:
         """Log what happened since the last report."""
         self.before = self.progress.copy()
-        metrics = self.task.metrics() | {
-            "memory/peak_bytes": float(peak_bytes(self.world.device)),
-            "optim/lr": self.latest["optim/lr"],
-            "optim/grad_norm": self.latest["optim/grad_norm"],
-        }
+        metrics = self.task.metrics() | memory_metrics(self.world.device)
+        metrics |= {name: self.latest[name] for name in ("optim/lr", "optim/grad_norm")}
         self.latest |= metrics
         step = self.progress.step
         for name, values in self.task.distributions().items():
@@ -153,7 +151,8 @@ class _Trainer:
         if not self._evaluates():
             return
         step = self.progress.step
-        evaluation = self.task.evaluate()
+        with memory_phase("evaluating", self.world.device):
+            evaluation = self.task.evaluate()
         if evaluation.samples is not None:
             self.tracker.table(
                 "eval/samples", evaluation.samples.columns, evaluation.samples.rows, step
@@ -205,7 +204,8 @@ class _Trainer:
         self._note_best()
         extended_state = self._extended_state() if self._at_end() else None
         state = self.progress.state(extended_state) | {"task": self.task.state()}
-        self.checkpoints.save(step, state, self.context.before_write)
+        with memory_phase("checkpointing", self.world.device):
+            self.checkpoints.save(step, state, self.context.before_write)
         further = (
             []
             if extended_state is None or extended_state.best_step is None

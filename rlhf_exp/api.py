@@ -90,8 +90,10 @@ def run(
     from rlhf_exp.experiment import UNNAMED
     from rlhf_exp.pipeline.hub import pinned
     from rlhf_exp.pipeline.plan import plan
+    from rlhf_exp.pipeline.precision import with_precision
 
-    return Run(f"{config.name or UNNAMED}/{plan(pinned(config))[-1].key}", folder)
+    config, _ = with_precision(pinned(config))
+    return Run(f"{config.name or UNNAMED}/{plan(config)[-1].key}", folder)
 
 
 def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> Config:

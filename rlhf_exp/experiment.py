@@ -6,7 +6,7 @@ import io
 import logging
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from rlhf_exp.pipeline.learning_rates import learning_rate_warnings
 from rlhf_exp.pipeline.memory_fit import fits_of
 from rlhf_exp.pipeline.plan import Step, StepState, plan, records_of, refuse_changed
 from rlhf_exp.pipeline.plan_table import memory_table, plan_table
+from rlhf_exp.pipeline.precision import slow_bfloat16, with_precision
 from rlhf_exp.pipeline.preflight import lacking_extras, preflight, reward_ready
 from rlhf_exp.pipeline.probe import probe, probe_table
 from rlhf_exp.pipeline.run import FinishedStep, run_steps
@@ -71,9 +72,14 @@ def run(
         KeyboardInterrupt: The user stopped the run; a checkpoint holds the work so far.
     """
     config = pinned(config)
+    notes: list[str] = []
+    if is_leader():  # the others are given its choice
+        config, choice = with_precision(config)
+        if choice is not None:
+            overrides, notes = choice.overrides(overrides), [str(choice)]
     if config.plan:
         if is_leader():
-            _show(config, Console())
+            _show(config, Console(), notes)
         return None
     if executor is None:
         environment = checked_launch_environment(config)
@@ -83,9 +89,9 @@ def run(
     objective = None
     try:
         if config.probe:
-            _probe(config, executor)
+            _probe(config, executor, notes)
         else:
-            objective = _run(config, overrides, executor, recorded, logged)
+            objective = _run(config, overrides, executor, recorded, logged, notes)
     except BaseException as error:
         refused = write_error(error, Path(config.output_dir))
         executor.end(refused or error)
@@ -96,10 +102,12 @@ def run(
     return objective
 
 
-def _show(config: Config, console: Console) -> list[Step]:
-    """Print the plan and return its steps."""
+def _show(config: Config, console: Console, notes: Sequence[str]) -> list[Step]:
+    """Print the plan, and notes on how it came to be; return its steps."""
     steps = plan(config)
     console.print(plan_table(steps))
+    for note in notes:
+        console.print(Text(note))
     for line in lacking_extras(config, steps):
         console.print(Text(line))
     for line in learning_rate_warnings(config, steps):
@@ -111,10 +119,10 @@ def _show(config: Config, console: Console) -> list[Step]:
     return steps
 
 
-def _probe(config: Config, executor: StageExecutor) -> None:
+def _probe(config: Config, executor: StageExecutor, notes: Sequence[str]) -> None:
     """Measure a few iterations of each training stage, and print the measurements."""
     console = Console(stderr=True)
-    steps = _show(config, console)
+    steps = _show(config, console, notes)
     if any(step.stage == "ppo" and step.state is not StepState.given for step in steps):
         reward_ready(config)
     for probed in probe(config, steps, executor, lambda text: console.print(Text(text))):
@@ -122,13 +130,22 @@ def _probe(config: Config, executor: StageExecutor) -> None:
 
 
 def _run(
-    config: Config, overrides: list[str], executor: StageExecutor, recorded: bool, logged: bool
+    config: Config,
+    overrides: list[str],
+    executor: StageExecutor,
+    recorded: bool,
+    logged: bool,
+    notes: Sequence[str],
 ) -> float | None:
     """Plan, run, record and report; return the objective."""
     console = Console(stderr=True)
-    steps = _show(config, console)
+    steps = _show(config, console, notes)
     refuse_changed(steps)
     preflight(config, steps, executor.materials)
+    slow = slow_bfloat16(config) if any(step.needs_work for step in steps) else None
+    if slow is not None:
+        notes = [*notes, f"warning: {slow}"]
+        console.print(Text(notes[-1], "bold red"))
     if not recorded:
         done = run_steps(config, steps, executor, _teller(console), overrides=overrides)
         return _objective(done)
@@ -146,6 +163,8 @@ def _run(
     if log is not None:
         append(log, f"$ {PROGRAM} {shlex.join(overrides)}")
         Console(file=cast(IO[str], Tee(io.StringIO(), log)), width=100).print(plan_table(steps))
+        for note in notes:
+            append(log, note)
         console = Console(file=cast(IO[str], Tee(sys.stderr, log)))
     with recording(log):
         try:

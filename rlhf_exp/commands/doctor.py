@@ -17,6 +17,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.hub import pinned
 from rlhf_exp.pipeline.learning_rates import learning_rate_warnings
 from rlhf_exp.pipeline.plan import plan
+from rlhf_exp.pipeline.precision import with_precision
 from rlhf_exp.pipeline.preflight import preflight_problems
 from rlhf_exp.stages.data_module import DataModule
 
@@ -53,7 +54,7 @@ def _problems(config: Config) -> tuple[list[str], list[str]]:
     """Return what will not work of one run, and what works but is likely a mistake."""
     problems, warnings = list(map(str, config_problems(config))), list[str]()
     try:
-        config = pinned(config)
+        config, _ = with_precision(pinned(config))
         steps = plan(config)
         warnings += learning_rate_warnings(config, steps)
     except UserError as error:

@@ -9,9 +9,9 @@ import torch
 
 from rlhf_exp.commands.runs import OutputFolder
 from rlhf_exp.config.compose import from_dict
-from rlhf_exp.config.experiment import Config, Dtype, PromptFormat
+from rlhf_exp.config.experiment import Config, Dtype, PrecisionName, PromptFormat
 from rlhf_exp.data.tokenizer import Codec
-from rlhf_exp.distributed.world import Precision, open_world
+from rlhf_exp.distributed.world import open_world
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.pretrained import load_tokenizer
 from rlhf_exp.models.reward_model import RewardModel
@@ -19,7 +19,7 @@ from rlhf_exp.pipeline.keys import MODEL_FILES
 from rlhf_exp.redaction import secret_variable
 from rlhf_exp.serving.listen import address_of, is_local, listen, need_server, serve
 from rlhf_exp.serving.reward_server import RequestScorer
-from rlhf_exp.stages.setup import attention_of, torch_dtype
+from rlhf_exp.stages.setup import attention_of, precision_of, torch_dtype
 from rlhf_exp.store.artifact import MANIFEST, Artifact, Manifest
 from rlhf_exp.store.fingerprint import DigestCache, key_of
 from rlhf_exp.training.reward_scorer import ModelScorer
@@ -85,8 +85,7 @@ def load_request_scorer(outputs: Path, run: str, options: ServeOptions) -> Reque
         UserError: see `serve_reward`.
     """
     folder, config = _model_and_config(OutputFolder(outputs), run, options)
-    half = Dtype.bfloat16 in (config.distributed.precision, config.model.dtype)
-    precision: Precision = "bfloat16" if half else "float32"
+    precision = precision_of(config)
     model = RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config))
     codec = Codec(load_tokenizer(folder), config.data.format.value)
     longest = max(config.reward.seq_length, config.ppo.seq_length)
@@ -128,7 +127,8 @@ def _model_and_config(
     else:
         config.data.format = PromptFormat[options.format]
     if options.dtype is not None:
-        config.model.dtype = config.distributed.precision = Dtype[options.dtype]
+        config.model.dtype = Dtype[options.dtype]
+        config.distributed.precision = PrecisionName[options.dtype]
     return folder, config
 
 

@@ -14,6 +14,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.http_client import HttpClient, Service
 from rlhf_exp.pipeline import hub
 from rlhf_exp.pipeline.plan import plan
+from rlhf_exp.pipeline.precision import with_precision
 from rlhf_exp.redaction import without_secrets
 from rlhf_exp.report.run.page import report_path
 from rlhf_exp.safe_text import clipped, visible
@@ -185,7 +186,9 @@ def fetch(
     """
     output_dirs: dict[hub.Need, Path] = {}
     for config in composed_points(overrides, config_dir):
-        output_dirs |= dict.fromkeys(hub.needs(config, plan(config)), Path(config.output_dir))
+        output_dirs |= dict.fromkeys(
+            hub.needs(config, plan(with_precision(config)[0])), Path(config.output_dir)
+        )
     for need, output_dir in output_dirs.items():
         pin = hub.fetch(output_dir, need, update)
         tell(f"{need}: revision {pin.commit}, {len(pin.files)} files")

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from rlhf_exp.config.checks_shared import model_family
-from rlhf_exp.config.experiment import Dtype, EngineName, StrategyName
+from rlhf_exp.config.experiment import Dtype, EngineName, PrecisionName, StrategyName
 from rlhf_exp.config.problems import ConfigChecker
 from rlhf_exp.config.training import (
     AdvantageEstimator,
@@ -89,7 +89,7 @@ def _check_scale(check: ConfigChecker, stages: Collection[str]) -> None:
     check.require(strategy is StrategyName.single, "distributed.strategy", message)
     message = f"{what} computes in float32 only."
     precision = config.distributed.precision
-    check.require(precision is Dtype.float32, "distributed.precision", message)
+    check.require(precision is PrecisionName.float32, "distributed.precision", message)
     check.require(dtype is Dtype.float32, "model.dtype", message)
     check.require(not config.probe, "probe", "a probe measures engine=native only.")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlhf_exp.config.checks import config_problems
-from rlhf_exp.config.experiment import Config, StageName
+from rlhf_exp.config.experiment import Config, PrecisionName, StageName
 from rlhf_exp.config.launchers import SlurmConfig
 from rlhf_exp.config.overrides import point_labels
 from rlhf_exp.config.problems import Problem, format_value
@@ -97,8 +97,19 @@ def slurm_problems(site: SlurmConfig, configs: Sequence[Config]) -> list[Problem
             return [*problems, Problem("distributed", "", message)]
     for config in configs[:1]:
         shape = job_shape(site, config)
-        problems += [shape] if isinstance(shape, Problem) else []
+        if isinstance(shape, Problem):
+            problems.append(shape)
+        elif shape.gpus_per_node and _chooses_precision(configs):
+            message = (
+                "the jobs' GPUs are those of other machines, and cannot be looked at here: write "
+                "bfloat16 (for NVIDIA's Ampere and later, such as A100 and H100) or float32."
+            )
+            problems.append(Problem("distributed.precision", "auto", message))
     return problems
+
+
+def _chooses_precision(configs: Sequence[Config]) -> bool:
+    return any(config.distributed.precision is PrecisionName.auto for config in configs)
 
 
 def _site_problems(site: SlurmConfig) -> list[Problem]:

@@ -168,10 +168,18 @@ class Family(Enum):
 
 
 class Dtype(Enum):
-    """Number formats of weights and of mixed precision."""
+    """Number formats of weights."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class PrecisionName(Enum):
+    """Number formats of forward and backward passes; `auto` is one of the others, once planned."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    auto = "auto"
 
 
 class Attention(Enum):
@@ -277,7 +285,11 @@ class DistributedConfig:
     threads: int | None = setting(
         None, "CPU threads of a process; null: cores / processes.", key=False
     )
-    precision: Dtype = setting(Dtype.float32, "Precision of forward and backward passes.")
+    precision: PrecisionName = setting(
+        PrecisionName.float32,
+        "Precision of forward and backward passes; `auto`: bfloat16 where half a second's "
+        "measurement finds it 1.5 times as fast as float32, and on GPUs that have it.",
+    )
     offload: bool = setting(
         False,
         "Keep the optimizer's state in host memory; zero3 and fsdp: the parameters too.",
@@ -361,3 +373,11 @@ class Config:
     eval: EvalConfig = setting(factory=EvalConfig)
     tracking: TrackingConfig = setting(factory=TrackingConfig)
     study: StudyConfig = setting(factory=StudyConfig)
+
+    @property
+    def computes_in(self) -> Dtype:
+        """Number format of forward and backward passes: half precision if weights have it."""
+        precision = self.distributed.precision
+        assert precision is not PrecisionName.auto, "it is chosen before anything is planned"
+        half = precision is PrecisionName.bfloat16 or self.model.dtype is Dtype.bfloat16
+        return Dtype.bfloat16 if half else Dtype.float32

@@ -34,6 +34,7 @@ from rlhf_exp.launchers.points import (
     finished_records,
     jobs_failed_error,
     points_of,
+    precision_choices,
     print_results,
     record_failure,
     shared_work,
@@ -122,6 +123,8 @@ class _Multirun:
         results = {key: JobResult(record.objective) for key, record in done.items()}
         left = [point for point in self.points if point.key not in done]
         self.announce(f"{self.name}: {len(self.points)} points, {len(done)} of them done")
+        for choice in precision_choices(self.points):
+            self.announce(choice)
         if self.n_jobs == 1:
             for point in left:
                 results[point.key] = self._run_in_process(point)

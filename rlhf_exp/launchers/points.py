@@ -19,6 +19,7 @@ from rlhf_exp.config.study import StudyConfig
 from rlhf_exp.errors import JobsFailed, UserError
 from rlhf_exp.pipeline.hub import pinned
 from rlhf_exp.pipeline.plan import Step, StepState, plan, refuse_changed
+from rlhf_exp.pipeline.precision import PrecisionChoice, with_precision
 from rlhf_exp.store.run_records import Records, RunRecord, Status
 
 
@@ -30,11 +31,13 @@ class SweepPoint:
         overrides: Its command line.
         config: Its config.
         steps: Its plan; the last step of a worker's plan is the study.
+        precision: What `distributed.precision=auto` stands for, if it was that.
     """
 
     overrides: tuple[str, ...]
     config: Config
     steps: tuple[Step, ...]
+    precision: PrecisionChoice | None = None
 
     @property
     def key(self) -> str:
@@ -74,7 +77,9 @@ def point_of(overrides: Sequence[str], config: Config) -> SweepPoint:
     Raises:
         UserError: A result that it would reuse was made by other code, or its plan is refused.
     """
-    config = pinned(config)
+    config, choice = with_precision(pinned(config))
+    if choice is not None:
+        overrides = choice.overrides(overrides)
     if config.study.trials is None:
         steps = plan(config)
     else:
@@ -83,7 +88,7 @@ def point_of(overrides: Sequence[str], config: Config) -> SweepPoint:
         steps = [step for step in plan(before) if step.stage != "ppo"]
         steps.append(Step("study", f"worker-{config.study.worker}", StepState.run))
     refuse_changed(steps)
-    return SweepPoint(tuple(overrides), config, tuple(steps))
+    return SweepPoint(tuple(overrides), config, tuple(steps), choice)
 
 
 def points_of(jobs: Sequence[tuple[list[str], Config]]) -> list[SweepPoint]:
@@ -107,6 +112,11 @@ def points_of(jobs: Sequence[tuple[list[str], Config]]) -> list[SweepPoint]:
     lines = [overrides for overrides, _ in jobs]
     raise_problems(text + describe_points(lines, set(at)) for text, at in problems.items())
     return points
+
+
+def precision_choices(points: Sequence[SweepPoint]) -> list[str]:
+    """Return in words what `distributed.precision=auto` stands for, each choice once."""
+    return list(dict.fromkeys(str(point.precision) for point in points if point.precision))
 
 
 def distinct(points: Sequence[SweepPoint]) -> list[SweepPoint]:

@@ -25,10 +25,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf_exp.config.compose import to_dict
-from rlhf_exp.config.experiment import Config, StrategyName
+from rlhf_exp.config.experiment import Config, PrecisionName, StrategyName
 from rlhf_exp.config.search_space import TrialValues, trial_config
 from rlhf_exp.config.study import StudyConfig
 from rlhf_exp.errors import UserError
+from rlhf_exp.pipeline.precision import replace_precision
 from rlhf_exp.pipeline.stage_graph import module_of
 from rlhf_exp.processes.channel import Message
 from rlhf_exp.processes.environment import (
@@ -171,7 +172,11 @@ class LeaderExecutor:
         self.leader = leader
         self.runner = StageRunner(with_threads(config, leader.transport.local_processes))
         self.kept = study is not None
-        self.header = {"config": digest_of(study or config), "values": values}
+        self.header = {
+            "config": digest_of(study or config),
+            "values": values,
+            "precision": (study or config).distributed.precision.name,
+        }
 
     def materials(self, models: Mapping[str, str]) -> DataModule:
         """See `StageExecutor`."""
@@ -225,6 +230,9 @@ def _serve(config: Config, worker: Worker, store: Store, interrupts: Interrupts)
     environment, runners = worker.environment, dict[str, StageRunner]()
 
     def work(message: dict[str, Any]) -> dict[str, Any]:
+        nonlocal config
+        if config.distributed.precision is PrecisionName.auto:  # the leader has chosen
+            config = replace_precision(config, PrecisionName[message["precision"]])
         if message["config"] != digest_of(config):
             raise UserError(
                 f"rank {environment.rank} was given another command than rank 0: start all with one"

@@ -25,6 +25,7 @@ from rlhf_exp.config.experiment import (
     DataSource,
     EngineName,
     ModelConfig,
+    PrecisionName,
 )
 from rlhf_exp.config.fields import key_content
 from rlhf_exp.config.training import CONTINUED, Combine, RewardTermConfig
@@ -156,10 +157,12 @@ class Keys:
         return key_of({"given": self.digests.file(path)})
 
     def _key(self, stage: str, content: dict[str, Any]) -> str:
+        precision = self.config.distributed.precision
+        assert precision is not PrecisionName.auto, "it is chosen before anything is planned"
         common = {
             "stage": stage,
             "data": self._data(self.config.data, stage),
-            "precision": self.config.distributed.precision.name,
+            "precision": precision.name,
             # For every stage, not only the one that starts from the base: a model given by `use` is
             # loaded in this dtype, too.
             "dtype": self.config.model.dtype.name,

@@ -219,7 +219,7 @@ def _shares_trunk(config: Config) -> bool:
     strategy = config.distributed.strategy
     spread = strategy in (StrategyName.zero3, StrategyName.fsdp)
     deep = strategy in (StrategyName.zero1, StrategyName.zero2)
-    cast = deep and config.distributed.precision != config.model.dtype == Dtype.float32
+    cast = deep and config.computes_in != config.model.dtype == Dtype.float32
     if spread or cast or ppo.gradient_checkpointing or reward.use or reward.init is RewardInit.base:
         return False
     return 0 < (reward.train_blocks or 0) <= (ppo.train_blocks or 0)
@@ -233,7 +233,7 @@ def _precision(config: Config) -> Precision:
     """
     strategy = config.distributed.strategy
     frozen = 2 if config.model.dtype == Dtype.bfloat16 else 4
-    half = Dtype.bfloat16 in (config.model.dtype, config.distributed.precision)
+    half = config.computes_in is Dtype.bfloat16
     if strategy in (StrategyName.zero1, StrategyName.zero2, StrategyName.zero3):
         if half:
             return replace(HALF_WITH_MASTER, beside=frozen, exact=4 if frozen == 4 else 0)

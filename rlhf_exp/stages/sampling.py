@@ -68,7 +68,7 @@ def sampler_for(
 
 def exact(config: Config) -> bool:
     """Whether decoding and a full forward agree: to 1e-4 in fp32, but to 0.02 nats in bf16."""
-    return Dtype.float32 == config.distributed.precision == config.model.dtype
+    return config.computes_in is Dtype.float32
 
 
 def correction_of(config: Config) -> float | None:

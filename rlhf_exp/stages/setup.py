@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 def world_for(config: Config) -> Iterator[World]:
     """Open the processes that the config asks for."""
     section = config.distributed
-    half = Dtype.bfloat16 in (section.precision, config.model.dtype)
-    precision: Precision = "bfloat16" if half else "float32"
     strategy = section.strategy.value
-    with world_of(precision, section.threads, strategy, section.offload) as world:
+    with world_of(precision_of(config), section.threads, strategy, section.offload) as world:
         yield world
+
+
+def precision_of(config: Config) -> Precision:
+    """Return the number format of forward and backward passes."""
+    name: Any = config.computes_in.name
+    return name
 
 
 def torch_dtype(config: Config) -> torch.dtype:

@@ -5,7 +5,7 @@ import pytest
 from rlhf_exp.config.checks import config_problems
 from rlhf_exp.config.compose import ComposedConfig, compose
 from rlhf_exp.config.evaluation import Suite
-from rlhf_exp.config.experiment import Dtype, StageName, StrategyName
+from rlhf_exp.config.experiment import PrecisionName, StageName, StrategyName
 from rlhf_exp.config.schema_keys import CONF, read_groups
 
 GROUPS = read_groups()
@@ -110,7 +110,7 @@ def test_the_published_recipe(name: str) -> None:
     assert (sft.seq_length, sft.batch, sft.lr, sft.train_blocks) == (1024, 28, 1e-6, None)
     assert config.distributed.strategy is StrategyName.zero2
     assert config.distributed.processes == 7
-    assert config.distributed.precision is Dtype.bfloat16
+    assert config.distributed.precision is PrecisionName.bfloat16
     assert ppo.reward.placement == "gpu:7", "the eighth"
 
 

@@ -41,6 +41,8 @@ from rlhf_exp.pipeline.executor import (
     work_for_leader,
 )
 from rlhf_exp.pipeline.hub import pinned
+from rlhf_exp.pipeline.precision import with_precision
+from rlhf_exp.processes.environment import is_leader
 from rlhf_exp.processes.leader import Leader, joined_leader
 from rlhf_exp.search.study import Search, TrialHandle, best_trials, best_value, import_optuna
 from rlhf_exp.store.run_records import Status
@@ -65,6 +67,11 @@ def run_worker(config: Config, overrides: list[str]) -> float | None:
         KeyboardInterrupt: The user stopped the worker; the next command continues the trial.
     """
     config = pinned(config)
+    if is_leader():  # the others are given its choice
+        config, choice = with_precision(config)
+        if choice is not None:
+            overrides = choice.overrides(overrides)
+            Console(stderr=True).print(Text(str(choice)))
     if config.plan:
         return experiment.run(_shared(config, StageName.ppo), overrides)
     import_optuna()

@@ -31,6 +31,7 @@ from rlhf_exp.launchers.points import (
     SweepPoint,
     finished_records,
     point_of,
+    precision_choices,
     record_failure,
     shared_work,
 )
@@ -161,6 +162,8 @@ class _SlurmMultirun:
     def _announce_jobs(self, done: int) -> None:
         counts = [f"{len(self.points)} points"] + ([f"{done} of them done"] if done else [])
         self._announce(f"{self.name}: {', '.join(counts)}; {len(self.jobs)} jobs in the queue")
+        for choice in precision_choices(self.points):
+            self._announce(choice)
         for submission in {each.folder: each for each, _ in self.jobs}.values():
             self._announce(f"logs: {submission.results}")
 

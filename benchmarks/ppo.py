@@ -1,11 +1,12 @@
 """Time, memory and learning of our PPO beside a peer's, alternating in one run.
 
-    python benchmarks/ppo.py --model tiny --train top2 --peer trl --rounds 5
-    python benchmarks/ppo.py --model 30m --peer generate
-    python benchmarks/ppo.py --train all --peer trl --learning --iterations 30
+    python benchmarks/ppo.py --model tiny --train top2 --sides native native-bf16 trl --rounds 5
+    python benchmarks/ppo.py --model 30m --sides native native-bf16 generate generate-bf16
+    python benchmarks/ppo.py --train all --sides native trl --learning --iterations 30
 
-Peers: `generate` (transformers' sampling, in this environment) and `trl` (TRL 1.10.0's PPO trainer,
-in the environment that `bash benchmarks/setup_trl.sh` makes). Both sides load the same weights and
+Sides: `native` (ours), `generate` (transformers' sampling, in this environment; then ours samples
+only), `trl` (TRL 1.12.0's PPO trainer, in the environment that `bash benchmarks/setup_trl.sh`
+makes); with `-bf16` behind it, a side computes in bfloat16. All sides load the same weights and
 prompts and make responses of the same length. Tables and every reading go to `outputs/benchmarks/`.
 Measure on an otherwise idle machine.
 """
@@ -27,17 +28,18 @@ from side_by_side.protocol import Reading
 from side_by_side.setting import SHAPES, TRAINED_BLOCKS, Setting
 from side_by_side.summary import (
     Row,
-    alone_markdown,
     as_json,
     check_equal_work,
     compare,
     learning_markdown,
-    markdown,
+    medians_markdown,
+    ratios_markdown,
 )
-from side_by_side.worker import Worker, WorkerFailed, prepare
+from side_by_side.worker import Worker, WorkerFailed, linear_rates, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = "rlhf_exp"
+OURS, HALF = "native", "-bf16"
+NAMES = [f"{name}{form}" for name in (OURS, "generate", "trl") for form in ("", HALF)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,9 +50,8 @@ def parser() -> argparse.ArgumentParser:
     add = lines.add_argument
     add("--model", choices=SHAPES, default="tiny", help="size of policy and reward model")
     add("--train", choices=TRAINED_BLOCKS, default="all", help="which parameters train")
-    add("--peer", choices=("generate", "trl"), default="trl", help="what to compare with")
-    add("--only", choices=("ours", "peer"), help="measure one side alone, to look into it")
-    add("--rounds", type=int, default=5, help="measured pairs, after one warm-up")
+    add("--sides", nargs="+", choices=NAMES, default=[OURS, "trl"], help="what to compare")
+    add("--rounds", type=int, default=5, help="measured rounds of all sides, after one warm-up")
     add("--learning", action="store_true", help="compare rewards after equal samples instead")
     add("--iterations", type=int, default=30, help="of --learning")
     add("--lr", type=float, default=3e-4, help="learning rate of --learning")
@@ -98,28 +99,28 @@ def setting_of(options: argparse.Namespace, folder: str) -> Setting:
 def start(
     options: argparse.Namespace, setting: Setting, stem: Path, stack: ExitStack
 ) -> dict[str, Worker]:
-    """Start the workers asked for and return them by name, ours first."""
+    """Start the workers of the sides asked for and return them by name."""
+    sampling = any(side.startswith("generate") for side in options.sides)
     here = Path(sys.executable)
-    sides = {}
-    if options.only != "peer":
-        what = "sample" if options.peer == "generate" else "iterate"
-        sides[OURS] = (here, ["side_by_side.native_worker", what])
-    if options.only != "ours" and options.peer == "generate":
-        sides["generate"] = (here, ["side_by_side.generate_worker"])
-    elif options.only != "ours":
-        if not options.trl_python.exists():
-            raise SystemExit(f"{options.trl_python} is missing: bash benchmarks/setup_trl.sh")
-        sides["trl"] = (options.trl_python, ["side_by_side.trl_worker"])
-    return {
-        name: stack.enter_context(
-            Worker(name, python, command, setting, Path(f"{stem}-{name}.log"), options.threads)
-        )
-        for name, (python, command) in sides.items()
+    commands = {
+        OURS: (here, ["side_by_side.native_worker", "sample" if sampling else "iterate"]),
+        "generate": (here, ["side_by_side.generate_worker"]),
+        "trl": (options.trl_python, ["side_by_side.trl_worker"]),
     }
+    workers = {}
+    for side in options.sides:
+        python, command = commands[side.removesuffix(HALF)]
+        if not python.exists():
+            raise SystemExit(f"{python} is missing: bash benchmarks/setup_trl.sh")
+        told = replace(setting, precision="bfloat16" if side.endswith(HALF) else "float32")
+        log = Path(f"{stem}-{side}.log")
+        worker = Worker(side, python, command, told, log, options.threads)
+        workers[side] = stack.enter_context(worker)
+    return workers
 
 
 def alternate(workers: dict[str, Worker], rounds: int) -> dict[str, list[Reading]]:
-    """Return `rounds` readings of each worker, taken in turn: A B A B."""
+    """Return `rounds` readings of each worker, taken in turn: A B C A B C."""
     readings: dict[str, list[Reading]] = {name: [] for name in workers}
     for number in range(rounds):
         for name, worker in workers.items():
@@ -127,27 +128,30 @@ def alternate(workers: dict[str, Worker], rounds: int) -> dict[str, list[Reading
             readings[name].append(reading)
             phases = "  ".join(f"{phase} {took:.2f} s" for phase, took in reading.seconds.items())
             score = "" if reading.reward is None else f"  reward {reading.reward:.3f}"
-            print(f"{number + 1:3d} {name:9s} {phases}{score}", file=sys.stderr, flush=True)
-        if len(workers) == 2:
-            check_equal_work(*(readings[name][-1] for name in workers))
+            print(f"{number + 1:3d} {name:13s} {phases}{score}", file=sys.stderr, flush=True)
+        check_equal_work({name: readings[name][-1] for name in workers})
     return readings
 
 
-def tabulate(readings: dict[str, list[Reading]], started: dict[str, int]) -> tuple[str, list[Row]]:
-    """Return the table of one side, or of both with its rows."""
-    if len(readings) == 1:
-        ((name, alone),) = readings.items()
-        return alone_markdown(alone, name), []
-    ours, peer = readings
-    rows = compare(readings[ours], readings[peer], started[ours], started[peer])
-    return markdown(rows, ours, peer), rows
+def tabulate(
+    readings: dict[str, list[Reading]], started: dict[str, int]
+) -> tuple[str, dict[str, list[Row]]]:
+    """Return the tables, and the rows by pair of sides, a peer's against one of ours."""
+    pairs = {
+        f"{peer} / {ours}": compare(readings[ours], readings[peer], started[ours], started[peer])
+        for ours in readings
+        for peer in readings
+        if ours.startswith(OURS) and not peer.startswith(OURS)
+    }
+    tables = [medians_markdown(readings, started)]
+    return "\n".join([*tables, *([ratios_markdown(pairs)] if pairs else [])]), pairs
 
 
 def measure(
     options: argparse.Namespace, setting: Setting, stem: Path
 ) -> tuple[str, dict[str, Any]]:
     """Run the comparison and return its table and its figures."""
-    rows: list[Row] = []
+    rows: dict[str, list[Row]] = {}
     with ExitStack() as stack:
         workers = start(options, setting, stem, stack)
         started = {name: worker.started_bytes for name, worker in workers.items()}
@@ -159,7 +163,7 @@ def measure(
             readings = alternate(workers, options.rounds)
             table, rows = tabulate(readings, started)
     figures = {
-        "rows": as_json(rows),
+        "rows": {pair: as_json(compared) for pair, compared in rows.items()},
         "started_bytes": started,
         "readings": {name: [asdict(one) for one in all_] for name, all_ in readings.items()},
     }
@@ -169,21 +173,26 @@ def measure(
 def main() -> None:
     """Measure, print the table and write it."""
     options = parser().parse_args()
+    if {side.removesuffix(HALF) for side in options.sides} >= {"generate", "trl"}:
+        raise SystemExit("--sides: generate samples only, and trl trains: compare with one of them")
     kind = "learning" if options.learning else "speed"
     values = "-own-values" if options.own_values else ""
     values += "" if options.reward_blocks is None else f"-reward{options.reward_blocks}"
-    stem = options.out / f"ppo-{kind}-{options.model}-{options.train}-{options.peer}{values}"
+    sides = "-".join(options.sides)
+    stem = options.out / f"ppo-{kind}-{options.model}-{options.train}-{sides}{values}"
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="ppo-benchmark-") as folder:
         setting = setting_of(options, folder)
         try:
             prepare(setting, options.threads)
+            rates = linear_rates(setting, options.threads)
             table, figures = measure(options, setting, stem)
         except WorkerFailed as error:
             raise SystemExit(str(error)) from None
+    limits = ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in rates.items())
     machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, "
-        f"load before {load:.1f}"
+        f"load before {load:.1f}, linear layers {limits} GFLOP/s"
     )
     title = (
         f"{options.model}, {options.train}: {setting.rollouts} rollouts of "
@@ -191,7 +200,7 @@ def main() -> None:
         f"{setting.minibatches} minibatches ({machine})"
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    written = {"setting": asdict(setting), "machine": machine, **figures}
+    written = {"setting": asdict(setting), "machine": machine, "rates": rates, **figures}
     stem.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     stem.with_suffix(".md").write_text(f"{title}\n\n{table}", encoding="utf-8")
     print(f"{title}\n\n{table}\n{stem.with_suffix('.md')}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the environment of the benchmark's peer: TRL 1.10.0, the last line with a PPO trainer.
+# Make the environment of the benchmark's peer: TRL 1.12.0, the last line with a PPO trainer.
 #
 # usage: bash benchmarks/setup_trl.sh [FOLDER]        (default: .venv-trl beside .venv)
 #
@@ -14,7 +14,7 @@ base="${PYTHON:-python3}"
 
 [ -x "$folder/bin/python" ] || "$base" -m venv "$folder"
 "$folder/bin/python" -m pip install --quiet torch==2.13.0
-"$folder/bin/python" -m pip install --quiet trl==1.10.0 transformers==5.23.0 accelerate==1.15.0
+"$folder/bin/python" -m pip install --quiet trl==1.12.0 transformers==5.23.0 accelerate==1.15.0
 "$folder/bin/python" - <<'PYTHON'
 import warnings
 

@@ -22,7 +22,8 @@ def main() -> None:
     line = Line()
     started = resident_bytes()
     torch.manual_seed(setting.seed)
-    model = GPTNeoXForCausalLM.from_pretrained(setting.path("policy"), dtype=torch.float32).eval()
+    dtype = getattr(torch, setting.precision)
+    model = GPTNeoXForCausalLM.from_pretrained(setting.path("policy"), dtype=dtype).eval()
     prompts = torch.from_numpy(np.load(setting.path("prompts.npy")))
     sampling = GenerationConfig(
         max_new_tokens=setting.response_tokens, do_sample=True, top_k=0, top_p=1.0, temperature=1.0

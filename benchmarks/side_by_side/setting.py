@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Setting:
             head reads the policy's states.
         reward_blocks: how many blocks of the reward model are its own, as if it had been trained
             from the policy in its top blocks; `None`: all.
+        precision: of our side's matrix products.
     """
 
     folder: str
@@ -87,6 +89,7 @@ class Setting:
     counted_reward: bool = False
     own_values: bool = False
     reward_blocks: int | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def shape(self) -> Shape:

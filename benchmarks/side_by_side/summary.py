@@ -6,6 +6,7 @@ is reported is the median of the ratios with their range.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -37,12 +38,17 @@ class Row:
     high: float
 
 
-def check_equal_work(ours: Reading, peer: Reading) -> None:
-    """Raise `ValueError` unless both sides made the same samples, tokens and updates."""
+def check_equal_work(readings: Mapping[str, Reading]) -> None:
+    """Raise `ValueError` unless all sides made the same samples, tokens and updates."""
+    first, *others = readings
     for name in ("samples", "tokens", "updates"):
-        mine, theirs = getattr(ours, name), getattr(peer, name)
-        if mine != theirs:
-            raise ValueError(f"not the same work: {name} {mine} for us, {theirs} for the peer")
+        expected = getattr(readings[first], name)
+        for side in others:
+            if getattr(readings[side], name) != expected:
+                message = (
+                    f"{name} {expected} for {first}, {getattr(readings[side], name)} for {side}"
+                )
+                raise ValueError(f"not the same work: {message}")
 
 
 def compare(
@@ -88,29 +94,36 @@ def _memory_row(
     return Row(name, mine, theirs, ratio, ratio, ratio)
 
 
-def markdown(rows: list[Row], our_name: str, peer_name: str) -> str:
-    """Return the rows as a markdown table."""
-    lines = [
-        f"| | {our_name} | {peer_name} | {peer_name} / {our_name} | range over pairs |",
-        "|---|---:|---:|---:|---:|",
+def medians_markdown(readings: Mapping[str, Sequence[Reading]], started: Mapping[str, int]) -> str:
+    """Return each side's medians (and highest peak) as a markdown table.
+
+    Args:
+        readings: of each side.
+        started: resident bytes of each side before any model was loaded.
+    """
+    by_side = [
+        {row.name: row for row in compare(list(own), list(own), started[side], started[side])}
+        for side, own in readings.items()
     ]
-    for row in rows:
-        digits = 0 if "MiB" in row.name else 2
-        spread = "" if row.low == row.high else f"{row.low:.2f} to {row.high:.2f}"
-        lines.append(
-            f"| {row.name} | {row.ours:.{digits}f} | {row.peer:.{digits}f} "
-            f"| {row.ratio:.2f} | {spread} |"
-        )
+    lines = ["| | " + " | ".join(readings) + " |", "|---|" + "---:|" * len(by_side)]
+    for name in by_side[0]:
+        digits = 0 if "MiB" in name else 2
+        cells = [f"{rows[name].ours:.{digits}f}" if name in rows else "" for rows in by_side]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def alone_markdown(readings: list[Reading], name: str) -> str:
-    """Return one side's medians (and highest peak) as a markdown table."""
-    lines = [f"| | {name} |", "|---|---:|"]
-    lines += [
-        f"| {row.name} | {row.ours:.{0 if 'MiB' in row.name else 2}f} |"
-        for row in compare(readings, readings)
-    ]
+def ratios_markdown(pairs: Mapping[str, Sequence[Row]]) -> str:
+    """Return the ratios of each pair of sides, with their range, as a markdown table."""
+    lines = ["| times | " + " | ".join(pairs) + " |", "|---|" + "---:|" * len(pairs)]
+    for rows in zip(*pairs.values(), strict=True):
+        cells = [
+            f"{row.ratio:.2f}"
+            + ("" if row.low == row.high else f" ({row.low:.2f} to {row.high:.2f})")
+            for row in rows
+        ]
+        name = rows[0].name.removesuffix(" (s)").removesuffix(" (MiB)")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,7 @@ sampling ends and updating begins.
 
 How it is set: `gradient_accumulation_steps=1` with the whole iteration as the per-device batch.
 TRL steps its optimizer every `gradient_accumulation_steps` minibatches, so only this gives one step
-for each minibatch. fp32, no gradient checkpointing, and padding that is never sampled.
+for each minibatch. No gradient checkpointing, and padding that is never sampled.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def trainer_config(setting: Setting) -> PPOConfig:
     return PPOConfig(
         output_dir=str(setting.path("trl_output")),
         use_cpu=True,
-        bf16=False,
+        bf16=setting.precision == "bfloat16",
         gradient_checkpointing=False,
         per_device_train_batch_size=setting.rollouts,
         gradient_accumulation_steps=1,

@@ -42,6 +42,21 @@ def prepare(setting: Setting, threads: int) -> None:
         raise WorkerFailed(f"preparing the models failed:\n{done.stderr[-3000:]}")
 
 
+def linear_rates(setting: Setting, threads: int) -> dict[str, float]:
+    """Return the FLOP/s of this machine's linear layers by number format, at the models' width."""
+    program = (
+        "import json, torch; from rlhf_exp.hardware import linear_rates; "
+        f"torch.set_num_threads({threads}); width = {setting.shape.width}; "
+        "print(json.dumps(linear_rates(width, 4 * width, torch.device('cpu'))))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment(threads), capture_output=True, text=True)
+    if done.returncode:
+        raise WorkerFailed(f"measuring the machine failed:\n{done.stderr[-3000:]}")
+    rates: dict[str, float] = json.loads(done.stdout)
+    return rates
+
+
 class Worker:
     """One side of the comparison, alive until the `with` block ends.
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 from side_by_side.protocol import Reading
 from side_by_side.summary import (
-    alone_markdown,
     check_equal_work,
     compare,
     learning_markdown,
-    markdown,
+    medians_markdown,
+    ratios_markdown,
 )
 
 MIB = 1024 * 1024
@@ -43,21 +43,32 @@ def test_a_phase_that_one_side_lacks_is_left_out() -> None:
 
 
 def test_unequal_work_is_refused() -> None:
-    check_equal_work(reading(1.0, samples=64, updates=16), reading(9.0, samples=64, updates=16))
-    with pytest.raises(ValueError, match="updates 16 for us, 4 for the peer"):
-        check_equal_work(reading(1.0, updates=16), reading(1.0, updates=4))
+    same = {"a": reading(1.0, samples=64, updates=16), "b": reading(9.0, samples=64, updates=16)}
+    check_equal_work(same)
+    with pytest.raises(ValueError, match="updates 16 for a, 4 for c"):
+        check_equal_work(same | {"c": reading(1.0, samples=64, updates=4)})
 
 
-def test_the_table_names_both_sides() -> None:
-    table = markdown(compare([reading(1.0)], [reading(4.0)]), "ours", "peer")
-    assert "| total (s) | 1.00 | 4.00 | 4.00 |" in table
-    assert "| peak memory (MiB) | 100 | 100 | 1.00 |" in table
+def test_medians_stand_side_by_side() -> None:
+    ours = [reading(1.0), reading(5.0, 140), reading(2.0)]
+    readings = {"native": ours, "native-bf16": [reading(0.5)] * 3, "trl": [reading(8.0)] * 3}
+    started = {"native": 40 * MIB, "native-bf16": 50 * MIB, "trl": 60 * MIB}
+    assert medians_markdown(readings, started).splitlines() == [
+        "| | native | native-bf16 | trl |",
+        "|---|---:|---:|---:|",
+        "| total (s) | 2.00 | 0.50 | 8.00 |",
+        "| peak memory (MiB) | 140 | 100 | 100 |",
+        "| peak memory beyond libraries (MiB) | 100 | 50 | 40 |",
+    ]
 
 
-def test_one_side_alone_has_medians_only() -> None:
-    table = alone_markdown([reading(1.0), reading(5.0), reading(2.0)], "ours")
-    assert "| total (s) | 2.00 |" in table
-    assert "| peak memory (MiB) | 100 |" in table
+def test_ratios_have_their_range() -> None:
+    quick, slow = [reading(1.0), reading(1.0)], [reading(4.0), reading(2.0)]
+    pairs = {"trl / native": compare(quick, slow), "trl / native-bf16": compare(slow, slow)}
+    assert ratios_markdown(pairs).splitlines()[2:] == [
+        "| total | 3.00 (2.00 to 4.00) | 1.00 |",
+        "| peak memory | 1.00 | 1.00 |",
+    ]
 
 
 def test_rewards_are_averaged_over_groups_at_equal_samples() -> None:

@@ -143,16 +143,22 @@ def test_models_and_prompts_are_prepared(small: Setting) -> None:
     assert 0 <= prompts.min() <= prompts.max() < shape.vocabulary
 
 
-@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(
+    ("counted", "precision"), [(False, "float32"), (True, "float32"), (False, "bfloat16")]
+)
 def test_an_iteration_of_the_engine_is_measured_phase_by_phase(
-    small: Setting, counted: bool, monkeypatch: pytest.MonkeyPatch
+    small: Setting, counted: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from side_by_side import native_worker
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     answers = Answers(wanted=2)
     with pytest.raises(Stop):
-        native_worker.iterate(replace(small, counted_reward=counted), answers, 1)  # type: ignore[arg-type]
+        native_worker.iterate(
+            replace(small, counted_reward=counted, precision=precision),
+            answers,  # type: ignore[arg-type]
+            1,
+        )
     for reading in answers.readings:
         assert (reading.samples, reading.tokens, reading.updates) == (4, 12, 2)
         seconds = reading.seconds
@@ -179,9 +185,10 @@ def test_sampling_alone_is_measured(small: Setting) -> None:
 @pytest.mark.slow
 def test_both_sides_of_a_comparison_run(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "ppo.py"), "--out", str(tmp_path)]
+    sides = ["native", "native-bf16", "generate"]
     sizes = ["--rollouts=4", "--prompt-tokens=5", "--response-tokens=3", "--threads=1"]
     done = subprocess.run(
-        [*command, *sizes, "--rounds=1", "--peer=generate"],
+        [*command, *sizes, "--rounds=1", "--sides", *sides],
         capture_output=True,
         text=True,
         timeout=240,
@@ -190,6 +197,8 @@ def test_both_sides_of_a_comparison_run(tmp_path: Path) -> None:
     (written,) = tmp_path.glob("*.json")
     assert written.with_suffix(".md").read_text() in done.stdout
     found = json.loads(written.read_text())
-    assert found["readings"].keys() == {"rlhf_exp", "generate"}
+    assert list(found["readings"]) == sides
+    assert list(found["rows"]) == ["generate / native", "generate / native-bf16"]
+    assert found["rates"].keys() == {"float32", "bfloat16"}
     for (only,) in found["readings"].values():
         assert (only["samples"], only["tokens"]) == (4, 12)

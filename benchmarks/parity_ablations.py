@@ -165,7 +165,6 @@ def encoded_again() -> None:
         self: ppo_module.ExperienceCollector, iteration: int
     ) -> tuple[Samples, Tensor]:
         samples, weights = sample(self, iteration)
-        self.reuse_states = False
         return rewritten(samples, self.scorer.codec), weights  # type: ignore[attr-defined]
 
     replace_in(collector, "_sample", sample_and_rewrite)

@@ -13,7 +13,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import cast
 
@@ -24,7 +25,6 @@ from transformers import GPTNeoXForCausalLM  # noqa: F401 - loaded before memory
 
 from rlhf_exp.algo.advantages import RewardScaler
 from rlhf_exp.algo.kl import FixedKL
-from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.config.training import (
     GenerationConfig,
     PpoConfig,
@@ -36,12 +36,13 @@ from rlhf_exp.data.batching import prompts_batch
 from rlhf_exp.data.tokenized import RaggedArray, TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World, world_of
-from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import load_causal_lm
 from rlhf_exp.models.reference import build_reference
 from rlhf_exp.models.reward_model import RewardModel, share_frozen_trunk
-from rlhf_exp.rollout.sampler import SamplingParams, sample
+from rlhf_exp.rollout.engine import RolloutRequest
+from rlhf_exp.rollout.sampler import SamplingParams
+from rlhf_exp.stages.sampling import rollout_engine
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.result import EvaluationResult
@@ -120,22 +121,16 @@ def load_prompts(setting: Setting) -> TokenizedPrompts:
     return TokenizedPrompts(RaggedArray.of(prompts.tolist()), none, cut=0, cut_responses=0)
 
 
-def sampler_of(
-    setting: Setting, policy: Policy, close: int | None = None
-) -> Callable[[Prompts], Samples]:
-    """Return the sampler of responses that end at no token; `close` as `sample` takes it."""
-    sampling = SamplingParams(
+def request_of(setting: Setting, close: int | None = None) -> RolloutRequest:
+    """Return a request for responses that end at no token; `close` as `RolloutRequest` has it."""
+    params = SamplingParams(
         max_new_tokens=setting.response_tokens,
         temperature=1.0,
         batch=setting.rollouts,
         eos_id=-1,
         pad_id=LAST_TOKEN_OF_SCORED,
     )
-    blocks = decoder_parts(policy.model).blocks
-    first_training = None if policy.frozen_blocks is None else blocks[policy.frozen_blocks]
-    return lambda prompts: sample(
-        policy.model, prompts, sampling, setting.seed, capture=first_training, close=close
-    )
+    return RolloutRequest(params, setting.seed, capture=setting.precision == "float32", close=close)
 
 
 def policy_of(setting: Setting) -> Policy:
@@ -183,28 +178,31 @@ def task_of(setting: Setting, world: World) -> PpoTask:
     policy = policy_of(setting)
     counted = setting.counted_reward
     scorer = counted_scorer(setting) if counted else model_scorer(setting, world, policy)
-    shares = isinstance(scorer, SharedTrunkScorer)
+    close = LAST_TOKEN_OF_SCORED if isinstance(scorer, SharedTrunkScorer) else None
     section = section_of(setting)
+    reference = build_reference(policy)
+    world.round_frozen(policy)
+    engine = rollout_engine(policy, world)
     collector = ExperienceCollector(
         policy=policy,
-        reference=build_reference(policy),
-        sampler=sampler_of(setting, policy, LAST_TOKEN_OF_SCORED if shares else None),
+        reference=reference,
+        sampler=partial(engine.answer, request=request_of(setting, close)),
         scorer=scorer,
         prompts=load_prompts(setting),
         original_scores=None,
         scaler=RewardScaler("none"),
         controller=FixedKL(setting.kl_coef),
         section=section,
-        reuse_states=True,
         world=world,
+        closing_token=close,
     )
-    return PpoTask(policy, collector, lambda: EvaluationResult({}, 0.0), section, world)
+    return PpoTask(policy, engine, collector, lambda: EvaluationResult({}, 0.0), section, world)
 
 
 def iterate(setting: Setting, line: Line, started_bytes: int) -> None:
     """Train until the harness wants no more."""
     held = Held(line, setting, started_bytes)
-    with world_of("float32", int(os.environ["OMP_NUM_THREADS"])) as world:
+    with world_of(setting.precision, int(os.environ["OMP_NUM_THREADS"])) as world:
         context = TrainingContext(
             world=world,
             folder=setting.path("native_output"),
@@ -219,14 +217,18 @@ def iterate(setting: Setting, line: Line, started_bytes: int) -> None:
 def sample_only(setting: Setting, line: Line, started_bytes: int) -> None:
     """Answer one iteration's prompts each time the harness asks."""
     policy = Policy(load_causal_lm(setting.path("policy")), None, value_head=False)
-    sampler, prompts = sampler_of(setting, policy), load_prompts(setting)
+    request, prompts = request_of(setting), load_prompts(setting)
+    with world_of(setting.precision, int(os.environ["OMP_NUM_THREADS"])) as world:
+        world.round_frozen(policy.requires_grad_(False))
+        engine = rollout_engine(policy, world)
     line.ready(started_bytes)
     iteration = 0
     while True:
         line.wait()
         begin = time.perf_counter()
+        engine.refresh(iteration)  # as after an update
         numbers = np.arange(iteration * setting.rollouts, (iteration + 1) * setting.rollouts)
-        samples = sampler(prompts_batch(prompts, numbers % len(prompts), numbers))
+        samples = engine.answer(prompts_batch(prompts, numbers % len(prompts), numbers), request)
         took = time.perf_counter() - begin
         tokens = int(samples.response_lengths.sum())
         line.answer(Reading({"sample": took, "total": took}, peak_bytes(), len(samples), tokens))

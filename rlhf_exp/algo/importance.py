@@ -1,9 +1,9 @@
 """Importance weights: responses of one sampler train a policy whose probabilities are others.
 
 A sampler mu that is not quite the policy pi that is trained (another number format or library, or
-the weights of one iteration before) gives samples whose expectations are those of mu. Weighting each
-token's advantage by pi / mu makes them those of pi; cutting the weight at C bounds its variance, at
-the price of a small bias (Ionides 2008, truncated importance sampling).
+the weights of one iteration before) gives samples whose expectations are those of mu. Weighting
+each token's advantage by pi / mu makes them those of pi; cutting the weight at C bounds its
+variance, at the price of a small bias (Ionides 2008, truncated importance sampling).
 
 B rows, T response tokens. The gap of a token is log pi - log mu, in nats.
 """

@@ -81,6 +81,7 @@ class World:
         self.rank = distributed.get_rank() if grouped else 0
         self.is_main = self.rank == 0
         self._strategy: Strategy | None = None
+        self._exact_frozen: dict[nn.Parameter, Tensor] = {}
 
     def share(self, rows: int, of: int | None = None) -> RowShare:
         """Return a process's equal share of a global batch, filled up with copies of row 0.
@@ -162,6 +163,19 @@ class World:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
+    def round_frozen(self, module: nn.Module) -> None:
+        """Hold the frozen float32 weights in bfloat16 from now on, if that is how they compute.
+
+        Mixed precision would round them at every use. Until `release` their exact values are in
+        host memory. DeepSpeed and FSDP have ways of their own.
+        """
+        if self.setup.precision == "float32" or self.setup.strategy not in ("single", "ddp"):
+            return
+        for parameter in module.parameters():
+            if not parameter.requires_grad and parameter.dtype == torch.float32:
+                self._exact_frozen[parameter] = parameter.detach().cpu()
+                parameter.data = parameter.data.to(torch.bfloat16)
+
     def prepare(
         self,
         module: nn.Module,
@@ -223,6 +237,9 @@ class World:
         """End training: unwrap the module in every process, with `weights` if given."""
         self.strategy.release(weights)
         self._strategy = None
+        for parameter, exact in self._exact_frozen.items():
+            parameter.data = exact.to(parameter.device)
+        self._exact_frozen = {}
 
 
 def open_world(

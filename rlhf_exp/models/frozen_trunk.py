@@ -41,6 +41,11 @@ class Trunk:
         if parts.positions is not None:
             setattr(self._base, parts.positions, getattr(parts.base, parts.positions))
 
+    @property
+    def module(self) -> PreTrainedModel:
+        """The embeddings and the blocks, as a model without its final norm."""
+        return self._base
+
     @torch.no_grad()
     def __call__(self, tokens: Tensor, **packed: Any) -> Tensor:  # noqa: ANN401 - the model's own
         """Return the states [B, S, D] that leave the trunk.

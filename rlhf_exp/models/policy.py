@@ -133,6 +133,12 @@ class Policy(nn.Module):
         """The language-model head, D -> V."""
         return self.model.get_output_embeddings()
 
+    @property
+    def trunk(self) -> PreTrainedModel:
+        """The frozen trunk, as a model without its final norm."""
+        assert self._trunk_and_branch is not None, "no trunk is frozen: everything trains"
+        return self._trunk_and_branch[0].module
+
     @torch.no_grad()
     def trunk_states(self, tokens: Tensor, **packed: Any) -> Tensor:  # noqa: ANN401
         """Return the states [B, S, D] that enter the first training block, for `tokens` [B, S].

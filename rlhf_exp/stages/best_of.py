@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.stages.context import StageContext, StageResult
-from rlhf_exp.stages.sampling import sampler_for
+from rlhf_exp.stages.sampling import rollout_engine, rollout_request
 from rlhf_exp.stages.scorers import EvaluationScorers
 from rlhf_exp.stages.setup import load_policy_model, world_for
 from rlhf_exp.stages.tracking import stage_progress, tracker_for
@@ -60,14 +62,18 @@ def run(config: Config, context: StageContext) -> StageResult:
         codec = context.materials.codec(context.models["sft"])
         policy = Policy(load_policy_model(config, context.models["sft"]), value_head=False)
         policy.requires_grad_(False).to(world.device)
-        sampler = sampler_for(config, policy, codec, world, config.best_of.seed, capture=False)
+        world.round_frozen(policy)
+        request = rollout_request(config, codec, config.best_of.seed)
         ppo = config.ppo
         limits = (ppo.seq_length, ppo.generation.max_new_tokens)
         prompts = tokenize_prompts(rows, codec, *limits, context.cache / "tokenized")
         scorers = EvaluationScorers(config, context, world)
         scorers.rows(codec).add(prompts.prompt, rows)
-        chooser = _Chooser(config.best_of.n, prompts, sampler, scorers.reward(codec), codec, world)
-        choices = _choices(chooser, len(rows), context)
+        with closing(rollout_engine(policy, world)) as engine:
+            engine.refresh(0)
+            sampler, scorer = partial(engine.answer, request=request), scorers.reward(codec)
+            chooser = _Chooser(config.best_of.n, prompts, sampler, scorer, codec, world)
+            choices = _choices(chooser, len(rows), context)
         return _conclude(config, context, world, rows, choices)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.dpo_inputs import dpo_pairs, dpo_prompts
 from rlhf_exp.stages.kept_tensor import kept_tensor
 from rlhf_exp.stages.publish import save_models
-from rlhf_exp.stages.sampling import sampler_for
+from rlhf_exp.stages.sampling import rollout_engine, rollout_request
 from rlhf_exp.stages.setup import load_policy_model, world_for
 from rlhf_exp.stages.training import (
     keep_small_updates,
@@ -164,8 +165,14 @@ def _sampled(
     section, prompts = config.dpo, dpo_prompts(config, context, codec)
     if prompts is None:
         return lambda meters: None
-    sampler = sampler_for(
-        config, policy, codec, world, section.seed, capture=False, section=section.generation
-    )
+    engine, versions = rollout_engine(policy, world), count()
+    request = rollout_request(config, codec, section.seed, section.generation)
+    sampler = partial(engine.answer, request=request)
     answered = (policy, reference, sampler, prompts, len(prompts), section.generation, world)
-    return lambda meters: sample_answers(*answered, meters)
+
+    def sampled(meters: MetricAccumulator) -> None:
+        engine.refresh(next(versions))
+        sample_answers(*answered, meters)
+        engine.release()
+
+    return sampled

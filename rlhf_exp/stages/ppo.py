@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference, build_reference
 from rlhf_exp.models.reward_model import RewardModel, share_frozen_trunk
+from rlhf_exp.rollout.engine import RolloutEngine
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.ppo_inputs import (
     original_scores,
@@ -30,9 +32,9 @@ from rlhf_exp.stages.ppo_inputs import (
     set_prompt_rows,
 )
 from rlhf_exp.stages.publish import save_models
-from rlhf_exp.stages.sampling import correction_of, exact, sampler_for
+from rlhf_exp.stages.sampling import correction_of, rollout_engine, rollout_request
 from rlhf_exp.stages.scorers import SERVER_NOTE, longest_input, scorer_for
-from rlhf_exp.stages.setup import attention_of, load_policy_model, torch_dtype, world_for
+from rlhf_exp.stages.setup import attention_of, cache_of, load_policy_model, torch_dtype, world_for
 from rlhf_exp.stages.training import (
     keep_small_updates,
     lora_of,
@@ -65,16 +67,21 @@ def run(config: Config, context: StageContext) -> StageResult:
         reference = build_reference(policy, world.weights_dtype)
         scorer = training_scorer(config, context, codec, world, policy)
         set_prompt_rows(scorer, context, prompts, validation)
-        task = PpoTask(
-            policy,
-            _collector(config, context, policy, reference, scorer, prompts, codec, world),
-            _validator(config, policy, reference, scorer, validation, codec, world),
-            section,
-            world,
-        )
+        world.round_frozen(policy)
         steps = section.iterations * section.updates
         conclude = partial(save_models, config, context, world, policy, codec.tokenizer)
-        outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
+        with closing(rollout_engine(policy, world)) as engine:
+            task = PpoTask(
+                policy,
+                engine,
+                _collector(
+                    config, context, policy, reference, engine, scorer, prompts, codec, world
+                ),
+                _validator(config, policy, reference, engine, scorer, validation, codec, world),
+                section,
+                world,
+            )
+            outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
         if outcome.pruned:
             return StageResult({}, pruned_step=outcome.last_step)
         facts = parameter_facts(policy) | {"prompts": len(prompts), "cut_prompts": prompts.cut}
@@ -87,6 +94,7 @@ def _collector(
     context: StageContext,
     policy: Policy,
     reference: Reference,
+    engine: RolloutEngine,
     scorer: Scorer,
     prompts: TokenizedPrompts,
     codec: Codec,
@@ -96,27 +104,21 @@ def _collector(
     originals = None
     if section.reward.delta:
         originals = original_scores(prompts, scorer, config, context, world)
+    shares_trunk = isinstance(scorer, SharedTrunkScorer)
+    request = rollout_request(config, codec, section.seed, capture=True, close=shares_trunk)
     return ExperienceCollector(
         policy,
         reference,
-        sampler_for(
-            config,
-            policy,
-            codec,
-            world,
-            section.seed,
-            capture=True,
-            close=isinstance(scorer, SharedTrunkScorer),
-        ),
+        partial(engine.answer, request=request),
         scorer,
         prompts,
         originals,
         RewardScaler(section.reward.scale.value),
         controller(section),
         section,
-        exact(config),
         world,
         correction_of(config),
+        codec.eos_id if shares_trunk and cache_of(config) == "slots" else None,
     )
 
 
@@ -124,14 +126,15 @@ def _validator(
     config: Config,
     policy: Policy,
     reference: Reference,
+    engine: RolloutEngine,
     scorer: Scorer,
     prompts: TokenizedPrompts,
     codec: Codec,
     world: World,
 ) -> Validator:
     section = config.ppo
-    seed = section.seed + VALIDATION_STREAM
-    sampler = sampler_for(config, policy, codec, world, seed, capture=False)
+    request = rollout_request(config, codec, section.seed + VALIDATION_STREAM)
+    sampler = partial(engine.answer, request=request)
     return Validator(policy, reference, sampler, scorer, prompts, codec, section, world)
 
 

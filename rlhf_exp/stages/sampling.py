@@ -1,49 +1,55 @@
-"""Sampling while a stage trains: the config's `generation` section, the codec's stop rules."""
+"""Sampling in a stage: the rollout engine that the config asks for, and requests to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import torch
 
-from torch import nn
-
-from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.config.experiment import Config, Dtype
 from rlhf_exp.config.training import CORRECTION_AUTO, CORRECTION_LIMIT, GenerationConfig
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
-from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.policy import Policy
-from rlhf_exp.rollout.sampler import SamplingParams, sample
+from rlhf_exp.rollout.engine import RolloutEngine, RolloutRequest
+from rlhf_exp.rollout.native_engine import NativeEngine
+from rlhf_exp.rollout.sampler import SamplingParams
 from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.stages.setup import cache_of
 
 
-def sampler_for(
+def rollout_engine(policy: Policy, world: World) -> RolloutEngine:
+    """Return the engine that samples from `policy` while it trains.
+
+    Args:
+        policy: Who answers; its frozen weights in the number format that they compute in.
+        world: Device and precision.
+    """
+    replicated = world.setup.strategy in ("single", "ddp")
+    half = world.setup.precision == "bfloat16" and replicated
+    return NativeEngine(policy, torch.bfloat16 if half else None, world.autocast)
+
+
+def rollout_request(
     config: Config,
-    policy: Policy,
     codec: Codec,
-    world: World,
     seed: int,
-    capture: bool,
-    close: bool = False,
     section: GenerationConfig | None = None,
-) -> Callable[[Prompts], Samples]:
-    """Return a function that answers prompts as a `generation` section says.
+    capture: bool = False,
+    close: bool = False,
+) -> RolloutRequest:
+    """Return a request for answers as a `generation` section says.
 
     Args:
         config: The experiment.
-        policy: Who answers.
         codec: Of the policy.
-        world: Device and precision.
         seed: Of the noise.
+        section: The section; PPO's by default.
         capture: Whether to keep the states entering the first training block, where these are
             exact enough to train on.
         close: Whether to keep the state of an end-of-sequence token after each answer, too, where a
             reward model over the policy's trunk reads its score.
-        section: The section; PPO's by default.
     """
     section = section or config.ppo.generation
-    settings = SamplingParams(
+    params = SamplingParams(
         max_new_tokens=section.max_new_tokens,
         temperature=section.temperature,
         batch=section.batch,
@@ -52,18 +58,13 @@ def sampler_for(
         pad_id=codec.pad_id,
         cache=cache_of(config),
     )
-    stopper = Stopper(codec.tokenizer, codec.stop_strings)
-    block: nn.Module | None = None
-    if capture and exact(config) and policy.frozen_blocks is not None:
-        block = decoder_parts(policy.model).blocks[policy.frozen_blocks]
-
-    end = codec.eos_id if close else None
-
-    def answer(prompts: Prompts) -> Samples:
-        with world.autocast():
-            return sample(policy.model, prompts, settings, seed, stopper, block, end)
-
-    return answer
+    return RolloutRequest(
+        params,
+        seed,
+        Stopper(codec.tokenizer, codec.stop_strings),
+        capture=capture and exact(config),
+        close=codec.eos_id if close else None,
+    )
 
 
 def exact(config: Config) -> bool:

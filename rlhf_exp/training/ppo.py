@@ -84,7 +84,9 @@ from rlhf_exp.distributed.redistribute import pad_to_common_widths, redistribute
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy, ResponseOutputs
 from rlhf_exp.models.reference import Reference, compare_with_reference
+from rlhf_exp.rollout.engine import RolloutEngine
 from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.rollout.trunk_pass import with_trunk_states
 from rlhf_exp.training.memory import memory_phase
 from rlhf_exp.training.metrics import MetricAccumulator
 from rlhf_exp.training.result import EvaluationResult
@@ -110,6 +112,7 @@ class PpoTask:
 
     Args:
         policy: The policy, with its value head.
+        engine: Samples, for the collector and the evaluator.
         collector: Makes each iteration's experience.
         evaluator: Answers validation prompts and scores the answers.
         section: Sizes and coefficients.
@@ -119,12 +122,14 @@ class PpoTask:
     def __init__(
         self,
         policy: Policy,
+        engine: RolloutEngine,
         collector: ExperienceCollector,
         evaluator: Evaluator,
         section: PpoConfig,
         world: World,
     ) -> None:
         self.module: nn.Module = policy
+        self.engine, self._version = engine, 0
         self.collector, self.evaluator = collector, evaluator
         self.section, self.world = section, world
         self.meters = MetricAccumulator(world)
@@ -144,12 +149,15 @@ class PpoTask:
         """Run one iteration: collect experience, pass over it `epochs` times, set beta."""
         began = time.perf_counter()
         with self.world.gathered():  # sharded parameters are whole while responses are sampled
+            self.engine.refresh(self._version)
             rollouts = self.collector.collect(iteration, self.meters)
+            self.engine.release()
         rollouts = pad_to_common_widths(rollouts, self.world)
         collected = time.perf_counter()
         for number, rows in enumerate(self.minibatches(iteration)):
             minibatch = redistribute(rollouts, rows, self.world)
             update(self._losses(minibatch, len(rows), first=number == 0))
+        self._version += 1
         ended = time.perf_counter()
         self.meters.add("time/update_s", ended - collected, 1.0)
         self._metrics = self._finish(ended - began)
@@ -265,7 +273,10 @@ class PpoTask:
     def evaluate(self) -> EvaluationResult:
         """Answer validation prompts and score the answers."""
         with self.world.gathered():
-            return self.evaluator()
+            self.engine.refresh(self._version)
+            found = self.evaluator()
+            self.engine.release()
+        return found
 
     def state(self) -> dict[str, Any]:
         """Return the KL coefficient, the moments of the scores, and the first evaluation's."""
@@ -278,6 +289,7 @@ class PpoTask:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` returned."""
+        self._version += 1
         self.evaluator.unit, self.evaluator.initial = state["unit"], state["initial"]
         self.collector.controller.load_state_dict(state["controller"])
         self.collector.scaler.load_state_dict(state["scaler"])
@@ -332,11 +344,11 @@ class ExperienceCollector:
         scaler: Scales scores, with its running moments.
         controller: The weight of the KL penalty.
         section: Sizes and coefficients.
-        reuse_states: Whether the states captured while decoding serve the training passes; else
-            one trunk forward computes them again.
         world: The processes.
         correction: Largest importance weight of a token, where the sampler's probabilities are not
             quite the policy's; `None`: all weights are 1.
+        closing_token: What the scorer reads its score from, over the policy's trunk; `None`: it
+            does not.
     """
 
     def __init__(
@@ -350,17 +362,17 @@ class ExperienceCollector:
         scaler: RewardScaler,
         controller: KLController,
         section: PpoConfig,
-        reuse_states: bool,
         world: World,
         correction: float | None = None,
+        closing_token: int | None = None,
     ) -> None:
         self.policy, self.reference = policy, reference
         self.sampler, self.scorer = sampler, scorer
         self.prompts, self.original_scores = prompts, original_scores
         self.scaler, self.controller = scaler, controller
         self._warned = False
-        self.section, self.reuse_states, self.world = section, reuse_states, world
-        self.correction = correction
+        self.section, self.world = section, world
+        self.correction, self.closing_token = correction, closing_token
 
     def collect(self, iteration: int, meters: MetricAccumulator) -> Rollouts:
         """Return one iteration's rollouts, and report on them."""
@@ -431,6 +443,11 @@ class ExperienceCollector:
         numbers = np.arange(iteration * count, (iteration + 1) * count)
         batch = prompts_batch(self.prompts, chosen[share.rows], numbers[share.rows])
         samples = self.sampler(batch.to(self.world.device))
+        if self.closing_token is not None and samples.closing is None:
+            with self.world.autocast():
+                samples = with_trunk_states(
+                    samples, self.policy.trunk, section.generation.batch, self.closing_token
+                )
         return samples, torch.from_numpy(share.weights).to(self.world.device)
 
     def _score(self, samples: Samples, weights: Tensor, meters: MetricAccumulator) -> Tensor:
@@ -502,8 +519,7 @@ class ExperienceCollector:
         """Run policy and reference over all responses, with the states that training will use."""
         rows, width = len(samples), int(samples.response_lengths.max())
         results = [torch.zeros(rows, width, device=self.world.device) for _ in range(4)]
-        reuse = self.reuse_states and self.policy.frozen_blocks is not None
-        states = known = samples.states if reuse else None
+        states = known = samples.states
         for part in compare_with_reference(
             self.policy,
             self.reference,

@@ -43,7 +43,8 @@ TRAINER = (
     | names("stages", "publish training")
 )
 SAMPLING = {"models/reference"} | names(
-    "rollout", "decoder library_cache sampler slot_cache token_sampling transcript"
+    "rollout",
+    "decoder engine library_cache native_engine sampler slot_cache token_sampling transcript",
 )
 # The scores of responses: by the reward model, a function or a server.
 SCORING = (
@@ -85,6 +86,7 @@ ALLOWED = {
     | SAMPLING
     | SCORING
     | {"algo/advantages", "algo/importance", "algo/rounding", "distributed/redistribute"}
+    | {"rollout/trunk_pass"}
     | names("training", "ppo ppo_objective ppo_validation validation_answers")
     | names("stages", "kept_tensor ppo ppo_inputs sampling"),
     "trlx_ppo": COMMON

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from rlhf_exp.algo.advantages import RewardScaler
 from rlhf_exp.algo.kl import AdaptiveKL
-from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.config.training import (
     GenerationConfig,
     KlConfig,
@@ -25,11 +25,12 @@ from rlhf_exp.config.training import (
 from rlhf_exp.data.tokenized import RaggedArray, TokenizedPrompts
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.architecture import Architecture
-from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import build_causal_lm
 from rlhf_exp.models.reference import build_reference
-from rlhf_exp.rollout.sampler import SamplingParams, sample
+from rlhf_exp.rollout.engine import RolloutRequest
+from rlhf_exp.rollout.native_engine import NativeEngine
+from rlhf_exp.rollout.sampler import SamplingParams
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.result import EvaluationResult, TrainingResult
@@ -105,34 +106,29 @@ def build_task(
     train_blocks: int | None = 1,
     originals: Tensor | None = None,
     scorer: Callable[..., Tensor] = count_liked,
+    capture: bool = True,
 ) -> PpoTask:
     """Return a task over a fresh random model, always the same."""
     shape = Architecture("gpt_neox", 2, 32, 2, 64, VOCABULARY, 64)
     model = build_causal_lm(shape, seed=5, eos_id=EOS, pad_id=PAD)
     policy = Policy(model, train_blocks=train_blocks, seed=1, value_head=section.uses_values)
-    sampling = SamplingParams(6, section.generation.temperature, 8, EOS, PAD)
-    block = (
-        None if policy.frozen_blocks is None else decoder_parts(model).blocks[policy.frozen_blocks]
-    )
-
-    def sampler(batch: Prompts) -> Samples:
-        return sample(model, batch, sampling, section.seed, None, block)
-
+    params = SamplingParams(6, section.generation.temperature, 8, EOS, PAD)
+    engine = NativeEngine(policy)
     collector = ExperienceCollector(
         policy,
         build_reference(policy),
-        sampler,
+        partial(engine.answer, request=RolloutRequest(params, section.seed, capture=capture)),
         scorer,
         prompts(),
         originals,
         RewardScaler("running"),
         AdaptiveKL(0.1, target=1.0, horizon=100),
         section,
-        True,
         world,
     )
     return PpoTask(
         policy,
+        engine,
         collector,
         Evaluations(range(1000)),
         section,

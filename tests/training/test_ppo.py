@@ -85,8 +85,7 @@ def test_training_states_are_the_decoders(world: World) -> None:
     again = task.collector.sampler(_first_batch())
     assert rollouts.states is not None
     assert torch.allclose(rollouts.logprobs, again.logprobs, atol=1e-4)
-    recomputed = build_task(world)
-    recomputed.collector.reuse_states = False
+    recomputed = build_task(world, capture=False)
     other = recomputed.collector.collect(0, MetricAccumulator(world))
     assert torch.allclose(rollouts.logprobs, other.logprobs, atol=1e-4)
     assert torch.allclose(rollouts.advantages, other.advantages, atol=1e-3)
@@ -380,7 +379,7 @@ def test_states_are_computed_again_where_those_of_decoding_are_not_to_be_used(
     monkeypatch.setattr(task.collector.policy, "trunk_states", counted)
     task.collector.collect(0, MetricAccumulator(world))
     assert calls == []
-    task.collector.reuse_states = False
+    task.collector.sampler = build_task(world, capture=False).collector.sampler
     task.collector.collect(0, MetricAccumulator(world))
     assert sum(calls) == SECTION.rollouts
 

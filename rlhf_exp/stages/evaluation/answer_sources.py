@@ -30,7 +30,9 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.answers import Answer, read_answers
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import sampled_kl
-from rlhf_exp.rollout.sampler import SamplingParams, sample
+from rlhf_exp.rollout.engine import RolloutRequest
+from rlhf_exp.rollout.native_engine import NativeEngine
+from rlhf_exp.rollout.sampler import SamplingParams
 from rlhf_exp.rollout.transcript import Stopper
 from rlhf_exp.stages.context import MODEL, SNAPSHOTS, StageContext
 from rlhf_exp.stages.evaluation.evaluation import (
@@ -210,8 +212,10 @@ class SampledSource:
         stopper = Stopper(codec.tokenizer, codec.stop_strings) if generation.stop else None
 
         def compute() -> Samples:
-            policy = self._policy(model).model
-            return sample(policy, own, params, generation.seed, stopper, on_ended=on_ended)
+            engine = NativeEngine(self._policy(model))
+            return engine.answer(
+                own, RolloutRequest(params, generation.seed, stopper, on_ended=on_ended)
+            )
 
         folder = Path(model.source)
         if not generation.keep or not folder.is_dir():  # a hub id does not say what is there

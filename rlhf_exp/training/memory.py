@@ -1,15 +1,21 @@
-"""Memory of this process: in use now, the most so far, and the phase in which it ran out."""
+"""Memory of this process: in use now, the most so far and of each phase, and where it ran out."""
 
 from __future__ import annotations
 
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+Phase = Literal[
+    "loading", "sampling", "scoring", "assessing", "updating", "evaluating", "checkpointing"
+]
+"""What a stage does while its memory is watched."""
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -29,12 +35,14 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
     """
     metrics = {"memory/peak_bytes": float(peak_bytes(device))}
     if device.type == "cuda":
-        metrics["memory/reserved_bytes"] = float(torch.cuda.max_memory_reserved(device))
+        reserved = max(_watch.reserved, torch.cuda.max_memory_reserved(device))
+        metrics["memory/reserved_bytes"] = float(reserved)
         others = [n for n in range(torch.cuda.device_count()) if n != device.index]
         elsewhere = sum(torch.cuda.max_memory_reserved(number) for number in others)
         if elsewhere:
             metrics["memory/other_gpus_bytes"] = float(elsewhere)
-    return metrics
+    phases = {f"memory/{phase}_bytes": float(peak) for phase, peak in _watch.peaks.items()}
+    return metrics | phases
 
 
 def host_bytes() -> int:
@@ -54,7 +62,9 @@ def host_peak_bytes() -> int:
 
 def device_peak_bytes() -> int:
     """Return the most GPU memory that tensors took since `forget_peaks`; 0 without a GPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    if not torch.cuda.is_initialized():
+        return 0
+    return max(_watch.allocated, torch.cuda.max_memory_allocated())
 
 
 def forget_peaks() -> None:
@@ -63,6 +73,7 @@ def forget_peaks() -> None:
         _RESET.write_text("5\n")  # proc(5): the peak resident set size
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
+    _watch.forget()
 
 
 def _of_status(name: str) -> int | None:
@@ -73,11 +84,6 @@ def _of_status(name: str) -> int | None:
                 return int(line.split()[1]) * 1024
     return None
 
-
-Phase = Literal[
-    "loading", "sampling", "scoring", "assessing", "updating", "evaluating", "checkpointing"
-]
-"""What a stage does when memory runs out."""
 
 _FULL = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -106,7 +112,7 @@ class OutOfMemory(Exception):
 
 @contextmanager
 def memory_phase(phase: Phase, device: torch.device) -> Iterator[None]:
-    """Name the phase, the innermost one, if memory runs out inside the block.
+    """Note the phase's peak, and name the innermost phase if memory runs out inside the block.
 
     Args:
         phase: What the block does.
@@ -115,12 +121,70 @@ def memory_phase(phase: Phase, device: torch.device) -> Iterator[None]:
     Raises:
         OutOfMemory: It did.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise OutOfMemory(phase, device, error) from error
+    with _watch.phase(phase, device):
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemory(phase, device, error) from error
+
+
+class _PhaseWatch:
+    """The most memory of each phase so far, without what runs inside it as a phase of its own.
+
+    Of a GPU it is what tensors took, measured afresh in each phase. Resident memory is not measured
+    afresh, as that would spoil the peak that the system tells others of the process. So there it is
+    the process's peak when the phase last raised it, and a phase that never did has none.
+
+    Attributes:
+        peaks: Bytes by phase.
+        allocated: The most that tensors took of the GPU before it was measured afresh, bytes.
+        reserved: The same of what was reserved.
+    """
+
+    def __init__(self) -> None:
+        self._running: list[Phase] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget all peaks."""
+        self.peaks: dict[Phase, int] = {}
+        self.allocated = self.reserved = 0
+        self._host = 0
+
+    @contextmanager
+    def phase(self, phase: Phase, device: torch.device) -> Iterator[None]:
+        """Note the peak of the block, unless it runs beside the main thread's phases."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._turn(device)
+        self._running.append(phase)
+        try:
+            yield
+        finally:
+            self._turn(device)
+            self._running.pop()
+
+    def _turn(self, device: torch.device) -> None:
+        """Give the peak since the last turn to the innermost phase."""
+        if device.type == "cuda" and torch.cuda.is_initialized():
+            peak = torch.cuda.max_memory_allocated(device)
+            self.allocated = max(self.allocated, peak)
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(device))
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            peak = host_peak_bytes()
+            if peak <= self._host:
+                return
+            self._host = peak
+        if self._running:
+            phase = self._running[-1]
+            self.peaks[phase] = max(self.peaks.get(phase, 0), peak)
+
+
+_watch = _PhaseWatch()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

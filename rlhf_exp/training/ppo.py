@@ -622,6 +622,7 @@ def report_values(
 def report_responses(samples: Samples, weights: Tensor, meters: MetricAccumulator) -> None:
     """Report lengths and how responses ended."""
     count = weights.sum()
+    meters.add("prompt/length_mean", (samples.prompt_lengths * weights).sum(), count)
     lengths = (samples.response_lengths * weights).sum()
     meters.add("response/length_mean", lengths, count)
     for name, reason in (("eos", FinishReason.EOS), ("stop", FinishReason.STOP)):

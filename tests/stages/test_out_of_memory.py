@@ -14,7 +14,13 @@ import torch
 from rlhf_exp.config.experiment import Config
 from rlhf_exp.errors import UserError
 from rlhf_exp.stages.out_of_memory import explained
-from rlhf_exp.training.memory import OutOfMemory, Phase, memory_metrics, memory_phase
+from rlhf_exp.training.memory import (
+    OutOfMemory,
+    Phase,
+    forget_peaks,
+    memory_metrics,
+    memory_phase,
+)
 from rlhf_exp.training.ppo import ExperienceCollector
 from tests.lab import small_config
 
@@ -38,8 +44,10 @@ def text_of(config: Config, stage: str, phase: Phase, error: Exception) -> str:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that this process has the second of two GPUs."""
     numbers = {"memory_allocated": 60 * GIB, "memory_reserved": 70 * GIB}
+    numbers |= {"max_memory_allocated": 60 * GIB, "max_memory_reserved": 70 * GIB}
     for name, value in numbers.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB // 2, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -148,6 +156,7 @@ def test_phases_of_collecting() -> None:
 def test_metrics_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reserved memory beside that of tensors; and that of the other GPUs, where there is some."""
     reserved = {0: 1, 1: 30, 2: 4}
+    forget_peaks()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 20)

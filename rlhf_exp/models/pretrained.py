@@ -520,6 +520,11 @@ def _hidden_deepspeed() -> Iterator[None]:
         del sys.modules["deepspeed"]
 
 
+def half_on_host(model: PreTrainedModel) -> bool:
+    """Return whether the model's weights are in half precision, on a CPU."""
+    return model.device.type == "cpu" and model.dtype.itemsize == 2
+
+
 def with_state_dict(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
     """Return a model of the same class and config that holds the tensors in `state`."""
     with torch.device("meta"):

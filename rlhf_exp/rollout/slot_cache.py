@@ -33,6 +33,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.frozen_trunk import to_attention_mask
+from rlhf_exp.models.pretrained import half_on_host
 
 
 class SlotCache(Cache):
@@ -66,6 +67,8 @@ class SlotCache(Cache):
         layers = config.num_hidden_layers
         numbers = torch.arange(slots, device=model.device)
         self._write_position = WritePosition(slots, width, numbers, numbers[:0])
+        # There attention is a product over all of a slot, whose memory must be in one piece.
+        self._whole_slots = half_on_host(model)
         super().__init__(layers=[SlotLayer(self._write_position) for _ in range(layers)])
 
     @contextmanager
@@ -89,7 +92,8 @@ class SlotCache(Cache):
             longest: number of columns that attention reads; above every position.
         """
         write = self._write_position
-        write.prefill, write.positions, write.longest = None, positions, longest
+        write.prefill, write.positions = None, positions
+        write.longest = write.width if self._whole_slots else longest
         token = _query_positions.set(positions)
         try:
             yield {"past_key_values": self, "position_ids": positions.unsqueeze(1)}
@@ -203,7 +207,7 @@ _query_positions: ContextVar[Tensor | None] = ContextVar("query positions", defa
 """Positions [A] of the tokens that are decoded, one of each row; None outside of `stepping`."""
 
 
-def _at_query_positions(library_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+def at_query_positions(library_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
     """Return `library_mask`, which within `SlotCache.stepping` goes by each row's own position.
 
     The library's masks know one position for all rows of a batch.
@@ -228,4 +232,4 @@ def _at_query_positions(library_mask: Callable[..., Tensor | None]) -> Callable[
 
 _EAGER = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
 for _name in ("eager", "sdpa"):
-    ALL_MASK_ATTENTION_FUNCTIONS[_name] = _at_query_positions(ALL_MASK_ATTENTION_FUNCTIONS[_name])
+    ALL_MASK_ATTENTION_FUNCTIONS[_name] = at_query_positions(ALL_MASK_ATTENTION_FUNCTIONS[_name])

@@ -44,7 +44,8 @@ TRAINER = (
 )
 SAMPLING = {"models/reference"} | names(
     "rollout",
-    "decoder engine library_cache native_engine sampler slot_cache token_sampling transcript",
+    "decode_attention decoder engine library_cache native_engine sampler slot_cache "
+    "token_sampling transcript",
 )
 # The scores of responses: by the reward model, a function or a server.
 SCORING = (

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_exp.batch import Prompts
+from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.data.toy.gold_judge import gold_score
-from rlhf_exp.stages.evaluation import answer_sources
+from rlhf_exp.rollout.engine import RolloutRequest
+from rlhf_exp.rollout.native_engine import NativeEngine
 from tests.lab import artifact, run
 from tests.stages.test_eval import newest, samples
 
@@ -24,13 +25,13 @@ def found_in(folder: Path) -> dict[str, Any]:
 
 def test_the_best_of_what_was_sampled_once(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sampled: list[int] = []
-    sample = answer_sources.sample
+    answer = NativeEngine.answer
 
-    def counted(model: Any, prompts: Prompts, *args: Any, **more: Any) -> Any:
+    def counted(self: NativeEngine, prompts: Prompts, request: RolloutRequest) -> Samples:
         sampled.append(len(prompts))
-        return sample(model, prompts, *args, **more)
+        return answer(self, prompts, request)
 
-    monkeypatch.setattr(answer_sources, "sample", counted)
+    monkeypatch.setattr(NativeEngine, "answer", counted)
     run(run_copy, *BEST)
     first = newest(run_copy)
     assert sorted(sampled) == [8, 8, 8 * 4]

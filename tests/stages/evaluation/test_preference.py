@@ -133,7 +133,7 @@ def test_an_endpoint_that_is_not_there_stops_before_sampling(
 ) -> None:
     with JudgeServer(longer) as server:
         url = server.url
-    monkeypatch.setattr("rlhf_exp.stages.evaluation.answer_sources.sample", None)
+    monkeypatch.setattr("rlhf_exp.stages.evaluation.answer_sources.NativeEngine", None)
     asked = ("eval.judge.names=[llm]", "eval.judge.llm=x", f"eval.judge.url={url}")
     with pytest.raises(UserError, match=r"LLM judge x at .*no connection"):
         run(run_copy, "stage=eval", *asked)

@@ -91,14 +91,16 @@ def load_request_scorer(outputs: Path, run: str, options: ServeOptions) -> Reque
     longest = max(config.reward.seq_length, config.ppo.seq_length)
     context = getattr(model.trunk.config, "max_position_embeddings", None) or longest
     length = min(options.seq_length or longest, context)
+    world = open_world(precision)
+    device = _device(options.device)
     scorer = ModelScorer(
-        model,
+        model.to(device),
         codec,
         None,
-        open_world(precision),
+        world,
         options.batch or config.ppo.generation.batch,
         length,
-        _device(options.device),
+        device,
     )
     digest = DigestCache(outputs / "cache" / "digests.json").folder(folder, MODEL_FILES)
     settings = [config.data.format.name, config.model.dtype.name, precision, length]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from rlhf_exp.distributed.strategy import (
     full_states,
     load_state_by_name,
     state_by_name,
+    streamed,
     trainable,
 )
 
@@ -55,6 +56,13 @@ class SingleProcess:
         """See `Strategy`: the parameters are always full."""
         return nullcontext()
 
+    def stream_weights(
+        self, dtype: torch.dtype, trained: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """See `Strategy`."""
+        for name, parameter in streamed(self.module, trained):
+            yield name, parameter.detach().to(dtype)
+
     def weights(self) -> dict[str, Tensor]:
         """See `Strategy`."""
         if not self.main:
@@ -70,7 +78,7 @@ class SingleProcess:
         load_state_by_name(self.module, self.optimizer, full_states(saved))
         self._copy_weights(weights)
 
-    def release(self, weights: Mapping[str, Tensor] | None) -> None:
+    def release(self, weights: Mapping[str, Tensor] | None, everywhere: bool) -> None:
         """See `Strategy`."""
         if weights is not None:
             self._copy_weights(weights)

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -20,8 +20,12 @@ from torch import Tensor, distributed, nn
 from rlhf_exp.distributed.strategy import (
     ModuleSnapshot,
     OptimizerState,
+    blocks_of,
     check_layout,
     check_parameter_names,
+    released,
+    streamed,
+    take_from_main,
     trainable,
 )
 from rlhf_exp.errors import UserError
@@ -36,16 +40,17 @@ class Zero:
     def __init__(
         self,
         module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        build_optimizer: Callable[[], torch.optim.Optimizer],
         grad_norm: float,
         device: torch.device,
         bf16: bool,
         offload: bool,
         stage: int,
     ) -> None:
-        self.module, self.optimizer = module, optimizer
+        self.module = module
         self.layout = f"zero{stage}"
         self.bf16 = bf16
+        self._device = device
         self._main = distributed.get_rank() == 0
         self._snapshot = ModuleSnapshot(module)
         self._frozen_float32 = _frozen_float32(module) if bf16 else {}
@@ -56,13 +61,15 @@ class Zero:
         }
         if bf16:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        self.engine = build_engine(module.to(device), optimizer, settings)
+        self.engine, self.optimizer = build_engine(module, build_optimizer, settings, device)
         self.wrapped: nn.Module = self.engine
 
     def zero_settings(self, stage: int, offload: bool) -> dict[str, Any]:
         """Return the section `zero_optimization` of DeepSpeed's config."""
         offloading = {"offload_optimizer": {"device": "cpu"}} if offload else {}
-        return {"stage": stage, "overlap_comm": False, **offloading}
+        # Gradients are reduced in a stream of their own while the backward pass goes on. A CPU has
+        # no streams.
+        return {"stage": stage, "overlap_comm": self._device.type == "cuda", **offloading}
 
     def begin(self, last: bool) -> None:
         """See `Strategy`."""
@@ -81,6 +88,13 @@ class Zero:
     def gathered(self) -> AbstractContextManager[None]:
         """See `Strategy`: the parameters are always full."""
         return nullcontext()
+
+    def stream_weights(
+        self, dtype: torch.dtype, trained: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """See `Strategy`."""
+        for name, parameter in streamed(self.module, trained):
+            yield name, parameter.detach().to(dtype)
 
     def weights(self) -> dict[str, Tensor]:
         """See `Strategy`."""
@@ -115,12 +129,11 @@ class Zero:
         for name, target in check_parameter_names(self.module, weights).items():
             target.copy_(weights[name])
 
-    def release(self, weights: Mapping[str, Tensor] | None) -> None:
-        """See `Strategy`."""
-        device = next(self.module.parameters()).device
+    def release(self, weights: Mapping[str, Tensor] | None, everywhere: bool) -> None:
+        """See `Strategy`: every process has all weights anyway."""
         new = {**self._frozen_float32, **(weights or {})}
         values = {
-            name: (new[name] if name in new else self._lasting_value(parameter)).to(device)
+            name: (new[name] if name in new else self._lasting_value(parameter)).to(self._device)
             for name, parameter in self.module.named_parameters()
         }
         self.engine.destroy()
@@ -155,6 +168,43 @@ class Zero3(Zero):
         parameters = list(self.module.parameters())
         with deepspeed.zero.GatheredParameters(parameters), self._snapshot.without_hooks():
             yield
+
+    def release(self, weights: Mapping[str, Tensor] | None, everywhere: bool) -> None:
+        """See `Strategy`."""
+        new, values = weights or {}, {}
+        for name, parameter in self.module.named_parameters():
+            if name in new:
+                full = new[name]
+            else:
+                full = self._lasting_value(parameter)
+                if name in self._frozen_float32:  # of the main process; not rounded
+                    full = self._from_main(self._frozen_float32[name], everywhere)
+            values[name] = released(full, self._device, everywhere)
+        self.engine.destroy()
+        self._snapshot.restore(values)
+
+    def _from_main(self, value: Tensor, everywhere: bool) -> Tensor:
+        """Return the main process's value, in every process if it is needed there."""
+        if everywhere:
+            value = (
+                value.to(self._device)
+                if self._main
+                else torch.empty_like(value, device=self._device)
+            )
+            distributed.broadcast(value, 0)
+        return value
+
+    def stream_weights(
+        self, dtype: torch.dtype, trained: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """See `Strategy`."""
+        import deepspeed
+
+        for name, parameter in streamed(self.module, trained):
+            # What is whole stays so: gathering it anew would divide it at the end.
+            divided = [] if parameter.numel() else [parameter]
+            with deepspeed.zero.GatheredParameters(divided, enabled=bool(divided)):
+                yield name, parameter.detach().to(dtype)
 
     def full_trained(self, parameter: nn.Parameter) -> Tensor:
         """See `Zero`."""
@@ -206,9 +256,12 @@ def _full_float32(parameter: nn.Parameter) -> Tensor:
 
 
 def _frozen_float32(module: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the frozen weights that bfloat16 would round, by name."""
+    """Return the frozen weights that bfloat16 would round, by name, in host memory.
+
+    What a process has without weights, on the meta device, stays there.
+    """
     return {
-        name: p.detach().cpu().clone()
+        name: p.detach() if p.is_meta else p.detach().cpu()
         for name, p in module.named_parameters()
         if not p.requires_grad and p.dtype == torch.float32
     }
@@ -219,14 +272,18 @@ BUCKET = 200_000_000
 
 
 def build_engine(
-    module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
-) -> Any:  # noqa: ANN401 - an untyped library
-    """Return DeepSpeed's engine over `module`, after checking its ZeRO stage and processes.
+    module: nn.Module,
+    build_optimizer: Callable[[], torch.optim.Optimizer],
+    settings: dict[str, Any],
+    device: torch.device,
+) -> tuple[Any, torch.optim.Optimizer]:
+    """Return DeepSpeed's engine, after checking its ZeRO stage and processes, and its optimizer.
 
     Args:
-        module: On this process's device.
-        optimizer: The optimizer of the trainable parameters.
+        module: With stage 3, processes but the main one may have no weights, on the meta device.
+        build_optimizer: Makes the optimizer of the trainable parameters.
         settings: The part of DeepSpeed's config that does not follow from the module.
+        device: Device of this process.
     """
     deepspeed = import_deepspeed()
     elements = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -243,14 +300,36 @@ def build_engine(
     _forget_last_group(deepspeed)
     backend = distributed.get_backend()
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
-    with _device_number(next(module.parameters()).device):
+    with _device_number(device):
+        if zero["stage"] == 3:
+            _divide(module, device, config)
+        module.to(device)
+        optimizer = build_optimizer()
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
     actual = (engine.zero_optimization_stage(), engine.dp_world_size)
     expected = (zero["stage"], distributed.get_world_size())
     assert actual == expected, f"DeepSpeed: (stage, processes) are {actual}, not {expected}"
-    return engine
+    return engine, optimizer
+
+
+@torch.no_grad()
+def _divide(module: nn.Module, device: torch.device, config: dict[str, Any]) -> None:
+    """Leave each process its part of every parameter, block by block.
+
+    A device never has more than the parts so far and the whole of one block. DeepSpeed's engine
+    would have all of them first.
+    """
+    import deepspeed
+
+    half = config["bf16"]["enabled"]
+    for part in (*blocks_of(module), module):
+        take_from_main(part, device)
+        for parameter in part.parameters():
+            if half and not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.bfloat16()
+        deepspeed.zero.Init(module=part, config_dict_or_path=config)
 
 
 @contextmanager

@@ -23,24 +23,37 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from rlhf_exp.distributed.strategy import (
     ROW_LAYOUT,
     ModuleSnapshot,
     OptimizerState,
+    blocks_of,
     check_parameter_names,
     clip_and_step,
+    decoders_of,
     full_states,
     load_state_by_name,
+    released,
     state_by_name,
+    streamed,
+    take_from_main,
     trainable,
 )
 from rlhf_exp.models.frozen_trunk import decoder_parts
 
 
 class FullySharded:
-    """FSDP2 over the decoder blocks and, around them, the rest."""
+    """FSDP2 over the decoder blocks and, around them, the rest.
+
+    Args:
+        module: The module; the main process has its weights, the others need none.
+        build_optimizer: Makes the optimizer of the module's trainable parameters.
+        grad_norm: L2 norm that gradients are clipped to.
+        device: Device of this process.
+        bf16: Whether blocks are gathered in bfloat16.
+        offload: Whether parts and optimizer state live in host memory.
+    """
 
     layout = ROW_LAYOUT
 
@@ -53,11 +66,9 @@ class FullySharded:
         bf16: bool,
         offload: bool,
     ) -> None:
-        self.module = self.wrapped = module.to(device)
+        self.module = self.wrapped = module
         self._grad_norm, self._device = grad_norm, device
         self._rank, self._processes = distributed.get_rank(), distributed.get_world_size()
-        for parameter in module.parameters():
-            distributed.broadcast(parameter.data, 0)
         self._snapshot = ModuleSnapshot(module)
         self._units = _shard(module, device, bf16, offload)
         self.optimizer = build_optimizer()
@@ -99,6 +110,16 @@ class FullySharded:
         for unit in self._units:
             unit.reshard()
 
+    def stream_weights(
+        self, dtype: torch.dtype, trained: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """See `Strategy`."""
+        for name, parameter in streamed(self.module, trained):
+            value = parameter.detach()
+            if isinstance(value, DTensor):
+                value = value.to(dtype)  # before it is sent
+            yield name, self._full(value).to(dtype)
+
     def weights(self) -> dict[str, Tensor]:
         """See `Strategy`."""
         self._reshard()
@@ -133,21 +154,20 @@ class FullySharded:
                     states[name][key] = self._sharded_like(target, part)
         load_state_by_name(self.module, self.optimizer, states)
 
-    def release(self, weights: Mapping[str, Tensor] | None) -> None:
+    def release(self, weights: Mapping[str, Tensor] | None, everywhere: bool) -> None:
         """See `Strategy`."""
         self._reshard()
         new = weights or {}
-        values = {
-            name: new[name].to(self._device) if name in new else self._full(parameter).clone()
-            for name, parameter in self.module.named_parameters()
-        }
+        values = {}
+        for name, parameter in self.module.named_parameters():
+            full = new[name] if name in new else self._full(parameter).clone()
+            values[name] = released(full, self._device, everywhere)
         self._snapshot.restore(values)
 
-    def _full(self, parameter: nn.Parameter) -> Tensor:
+    def _full(self, parameter: Tensor) -> Tensor:
         """Return the full value of a parameter, from the parts of all processes."""
-        sharded = parameter.detach().to(self._device)
-        assert isinstance(sharded, DTensor)
-        return sharded.full_tensor()
+        value = parameter.detach().to(self._device)
+        return value.full_tensor() if isinstance(value, DTensor) else value
 
     def _own_rows(self, full: Tensor) -> Tensor:
         """Return this process's rows of a tensor, perhaps none, as FSDP cuts it."""
@@ -167,21 +187,49 @@ class FullySharded:
 
 
 def _shard(module: nn.Module, device: torch.device, bf16: bool, offload: bool) -> list[FSDPModule]:
-    """Shard each decoder block and then the rest; return the units, the root first."""
+    """Shard each decoder block and then the rest; return the units, the root first.
+
+    A device never has more than the parts so far and the whole of one unit.
+    """
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)
     if bf16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    # On a CPU everything lives in host memory anyway.
-    offload_policy = CPUOffloadPolicy() if offload and device.type != "cpu" else OffloadPolicy()
+    blocks = blocks_of(module)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    blocks = [
-        block
-        for child in module.children()
-        if isinstance(child, PreTrainedModel)
-        for block in decoder_parts(child).blocks
-    ]
     for part in (*blocks, module):
-        fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=offload_policy)
+        take_from_main(part, device)
+        fully_shard(
+            part, mesh=mesh, mp_policy=precision, offload_policy=_offloading(device, offload)
+        )
     units: list[FSDPModule] = [part for part in module.modules() if isinstance(part, FSDPModule)]
     assert len(units) == len(blocks) + 1, f"FSDP made {len(units)} units of {len(blocks)} blocks"
     return units
+
+
+def _offloading(device: torch.device, offload: bool) -> OffloadPolicy:
+    """Return where parts live. On a CPU everything lives in host memory anyway."""
+    return CPUOffloadPolicy() if offload and device.type != "cpu" else OffloadPolicy()
+
+
+def place_frozen(module: nn.Module, device: torch.device, offload: bool) -> None:
+    """Put a frozen module on the devices, each process with a part of every decoder block.
+
+    A block is gathered while it computes, so all processes must call the module equally often.
+    What is no block (embeddings, norm, heads) is whole in every process.
+
+    Args:
+        module: The main process has its weights, the others need none.
+        device: Device of this process.
+        offload: Whether the parts live in host memory.
+    """
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    for model in decoders_of(module):
+        for block in decoder_parts(model).blocks:
+            take_from_main(block, device)
+            fully_shard(block, mesh=mesh, offload_policy=_offloading(device, offload))
+    take_from_main(module, device)
+    for model in decoders_of(module):
+        # A root over the blocks lets one be gathered while another computes.
+        base = decoder_parts(model).base
+        rest = {p for p in base.parameters() if not isinstance(p, DTensor)}
+        fully_shard(base, mesh=mesh, ignored_params=rest, reshard_after_forward=True)

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from rlhf_exp.errors import UserError
+from rlhf_exp.models.frozen_trunk import decoder_parts
 
 
 class Strategy(Protocol):
@@ -49,6 +51,23 @@ class Strategy(Protocol):
     def gathered(self) -> AbstractContextManager[None]:
         """Gather all parameters in the module itself, for forward passes without gradients."""
 
+    def stream_weights(
+        self, dtype: torch.dtype, trained: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter's full value by name, in every process, for forward passes.
+
+        All processes must take all of them. A strategy that divides weights gathers one block at a
+        time, unless they are gathered already (`gathered`).
+
+        Args:
+            dtype: Number format of the values; a value may be the parameter itself where it has it.
+            trained: Whether only parameters that train are yielded.
+
+        Yields:
+            Name in the module, and a value on this process's device, to be copied or read before
+            the next one is taken.
+        """
+
     def weights(self) -> dict[str, Tensor]:
         """Return the full trained parameters by name; empty in all but the main process.
 
@@ -61,8 +80,14 @@ class Strategy(Protocol):
     def load(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
         """Load full weights by name, and the optimizer state that `state` returned."""
 
-    def release(self, weights: Mapping[str, Tensor] | None) -> None:
-        """Unwrap the module and give it full parameters in every process, of `weights` if given."""
+    def release(self, weights: Mapping[str, Tensor] | None, everywhere: bool) -> None:
+        """Unwrap the module and give it full parameters.
+
+        Args:
+            weights: Values of trained parameters by name, where they are not those of now.
+            everywhere: Whether every process needs them, on its device. If not, a strategy that
+                divides weights gives them to the main process alone, in host memory.
+        """
 
 
 FULL_LAYOUT = "whole"
@@ -131,6 +156,11 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def streamed(module: nn.Module, trained: bool) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that `Strategy.stream_weights` yields, with their names."""
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad or not trained]
+
+
 def check_parameter_names(
     module: nn.Module, weights: Mapping[str, Tensor]
 ) -> dict[str, nn.Parameter]:
@@ -144,6 +174,65 @@ def check_parameter_names(
         differing = sorted(targets.keys() ^ weights.keys())[:5]
         raise ValueError(f"weights do not fit the module; they differ in {differing}")
     return targets
+
+
+def decoders_of(module: nn.Module) -> list[PreTrainedModel]:
+    """Return the language models of a module: itself, or those among its children."""
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [child for child in module.children() if isinstance(child, PreTrainedModel)]
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """Return the decoder blocks of a module's language models."""
+    return [block for model in decoders_of(module) for block in decoder_parts(model).blocks]
+
+
+@torch.no_grad()
+def take_from_main(module: nn.Module, device: torch.device) -> None:
+    """Put a module's tensors on the device, with the values that the main process has.
+
+    In other processes they may be on torch's meta device. Tensors that a strategy has divided
+    already stay.
+
+    Args:
+        module: Its parameters and buffers are replaced, unless they are on the device.
+        device: Of this process.
+    """
+    fresh: dict[Tensor, Tensor] = {}
+
+    def taken(tensor: Tensor) -> Tensor:
+        if tensor not in fresh:
+            value = tensor.detach()
+            if tensor.is_meta:
+                value = torch.empty_like(value, device=device)
+            elif tensor.device != device:
+                value = value.to(device)
+            distributed.broadcast(value, 0)
+            fresh[tensor] = tensor
+            if tensor.device != device:
+                parameter, trains = isinstance(tensor, nn.Parameter), tensor.requires_grad
+                fresh[tensor] = nn.Parameter(value, trains) if parameter else value
+        return fresh[tensor]
+
+    for part in module.modules():
+        kinds: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in kinds:
+            for name, tensor in tensors.items():
+                if tensor is not None and not _is_divided(tensor):
+                    tensors[name] = taken(tensor)
+
+
+def _is_divided(tensor: Tensor) -> bool:
+    """Whether this process has a part of a tensor only: by FSDP, or by ZeRO 3 (`ds_id`)."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
+def released(full: Tensor, device: torch.device, everywhere: bool) -> Tensor:
+    """Return a parameter's full value as `Strategy.release` gives it to this process."""
+    if everywhere:
+        return full.to(device)
+    return full.cpu() if distributed.get_rank() == 0 else torch.empty_like(full, device="meta")
 
 
 def clip_and_step(

@@ -54,6 +54,11 @@ class Setup:
         return self.strategy.startswith("zero")
 
     @property
+    def divides_weights(self) -> bool:
+        """Whether each process keeps a part of the weights only."""
+        return self.strategy in ("zero3", "fsdp")
+
+    @property
     def bf16_weights(self) -> bool:
         """Whether forward passes use bfloat16 copies of float32 weights."""
         return self.precision == "bfloat16" and self.strategy not in ("single", "ddp")
@@ -151,6 +156,28 @@ class World:
         return [value for value, _ in outcomes]  # type: ignore[misc]
 
     @property
+    def has_weights(self) -> bool:
+        """Whether this process loads the weights of models that `prepare` or `place` is given.
+
+        A strategy that divides them takes them from the main process: the others need no host
+        memory for the whole.
+        """
+        return self.is_main or not self.setup.divides_weights
+
+    def place(self, module: nn.Module) -> None:
+        """Put a frozen module on the device.
+
+        With a strategy that divides weights each process keeps a part of the decoder blocks, so all
+        must call the module equally often.
+        """
+        if not self.setup.divides_weights:
+            module.to(self.device)
+            return
+        from rlhf_exp.distributed.fsdp import place_frozen
+
+        place_frozen(module, self.device, self.setup.offload)
+
+    @property
     def weights_dtype(self) -> torch.dtype | None:
         """Number format that forward passes cast weights to; `None`: the weights' own."""
         return torch.bfloat16 if self.setup.bf16_weights else None
@@ -185,7 +212,7 @@ class World:
         """Wrap `module` for training over the processes.
 
         Args:
-            module: On this process's device.
+            module: On any device; its weights need to be in processes with `has_weights` only.
             build_optimizer: Makes the optimizer of the module's trainable parameters.
             grad_norm: L2 norm that gradients are clipped to.
 
@@ -233,9 +260,9 @@ class World:
         """Load what `strategy.weights` and the processes' `strategy.state` returned."""
         self.strategy.load(weights, saved)
 
-    def release(self, weights: Mapping[str, Tensor] | None = None) -> None:
-        """End training: unwrap the module in every process, with `weights` if given."""
-        self.strategy.release(weights)
+    def release(self, weights: Mapping[str, Tensor] | None = None, everywhere: bool = True) -> None:
+        """End training: unwrap the module; see `Strategy.release`."""
+        self.strategy.release(weights, everywhere)
         self._strategy = None
         for parameter, exact in self._exact_frozen.items():
             parameter.data = exact.to(parameter.device)
@@ -326,5 +353,5 @@ def strategy_for(
     stage = int(setup.strategy.removeprefix("zero"))
     zero = Zero3 if stage == 3 else Zero
     return zero(
-        module, build_optimizer(), grad_norm, device, setup.bf16_weights, setup.offload, stage
+        module, build_optimizer, grad_norm, device, setup.bf16_weights, setup.offload, stage
     )

@@ -21,6 +21,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,6 +36,7 @@ from transformers.utils import cached_file
 from rlhf_exp.errors import UserError
 from rlhf_exp.model_names import split_revision
 from rlhf_exp.models.architecture import TYPES, Architecture
+from rlhf_exp.models.frozen_trunk import TESTED_FAMILIES
 
 transformers.logging.disable_progress_bar()  # a stage shows its own
 # Rows are right-padded and read by their lengths, so the advice to pass a mask would mislead.
@@ -56,6 +58,7 @@ def load_causal_lm(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     attention: Attention = "sdpa",
+    weights: bool = True,
 ) -> PreTrainedModel:
     """Load a causal language model with every dropout set to 0.
 
@@ -64,12 +67,15 @@ def load_causal_lm(
         revision: branch, tag or commit of a hub id that says none.
         dtype: of the weights.
         attention: implementation; a family that has no `sdpa` (GPT-J) gets `eager`.
+        weights: as for `load_pretrained`.
 
     Raises:
         UserError: there is no model at `path`, it has no safetensors, or lacks some weights.
     """
     config = load_config(path, revision)
-    return load_pretrained(AutoModelForCausalLM, path, config, revision, dtype, attention)
+    return load_pretrained(
+        AutoModelForCausalLM, path, config, revision, dtype, attention, weights=weights
+    )
 
 
 def load_pretrained(
@@ -80,6 +86,7 @@ def load_pretrained(
     dtype: torch.dtype,
     attention: Attention,
     keep_dropout: bool = False,
+    weights: bool = True,
 ) -> PreTrainedModel:
     """Load a model by one of transformers' auto classes, with every dropout set to 0.
 
@@ -91,11 +98,16 @@ def load_pretrained(
         dtype: of the weights.
         attention: as for `load_causal_lm`.
         keep_dropout: leave the model as its config describes it.
+        weights: whether to load the weights. Without them parameters are on torch's meta device,
+            to be taken from another process. A family that the tests do not cover is loaded all
+            the same: it is measured before it trains.
 
     Raises:
         UserError: as for `load_causal_lm`.
     """
     refuse_other_files(path, config, revision)
+    if not weights and config.model_type in TESTED_FAMILIES:
+        return _without_weights(auto_class, without_dropout(config), dtype, attention)
     path, revision = split_revision(path, revision)
     try:
         model, report = auto_class.from_pretrained(
@@ -119,6 +131,32 @@ def load_pretrained(
             f"safetensors files (first: {missing[0]}); give a complete model"
         )
     return train_padding_embedding(model)
+
+
+def _without_weights(
+    auto_class: Any,  # noqa: ANN401 - one of transformers' auto classes
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: Attention,
+) -> PreTrainedModel:
+    """Return the model of a config with parameters on the meta device, and buffers as computed."""
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:  # noqa: ANN401
+        if parameter.is_meta:  # tied to one that is already there
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(on_meta)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = auto_class.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=supported_attention(config, attention, auto_class),
+            )
+    finally:
+        hook.remove()
+    return train_padding_embedding(model.eval())
 
 
 def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:

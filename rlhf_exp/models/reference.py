@@ -54,7 +54,11 @@ class Reference(Protocol):
         ...
 
 
-def build_reference(policy: Policy, dtype: torch.dtype | None = None) -> Reference:
+def build_reference(
+    policy: Policy,
+    dtype: torch.dtype | None = None,
+    place: Callable[[nn.Module], object] = lambda module: None,
+) -> Reference:
     """Return the cheapest reference that is right for an untrained `policy`.
 
     Args:
@@ -62,16 +66,28 @@ def build_reference(policy: Policy, dtype: torch.dtype | None = None) -> Referen
         dtype: Number format of a copy's weights; by default the policy's. A policy that computes
             with bfloat16 weights needs a reference that does, or rounding would count as
             divergence.
+        place: Puts a frozen copy where it computes, if it is not there; perhaps divided over the
+            processes (`World.place`).
     """
     if policy.uses_lora:
         return LoraReference(policy)
     if policy.frozen_blocks is not None:
-        return SharedTrunkReference(policy, dtype)
-    return FullReference(_cast(copy.deepcopy(policy.model), dtype))
+        reference = SharedTrunkReference(policy, dtype)
+        for module in reference.copies:
+            place(module)
+        return reference
+    model = _copy(policy.model, dtype)
+    full = FullReference(model)
+    place(model)
+    return full
 
 
 class SharedTrunkReference:
-    """A frozen copy of the training blocks, over the states of the policy's own trunk."""
+    """A frozen copy of the training blocks, over the states of the policy's own trunk.
+
+    Attributes:
+        copies: The modules that are its own.
+    """
 
     def __init__(self, policy: Policy, dtype: torch.dtype | None = None) -> None:
         """Copy the trainable blocks of an untrained `policy`, in `dtype` if given."""
@@ -80,11 +96,12 @@ class SharedTrunkReference:
         parts = decoder_parts(policy.model)
         self._policy = policy
         self._branch = Branch.of(policy.model, policy.train_blocks, share=False)
-        _cast(self._branch.module, dtype)
+        self.copies: list[nn.Module] = [_cast(self._branch.module, dtype)]
         # A tied head is frozen, so it needs no copy.
         self._head = policy.head
         if not parts.tied:
             self._head = _cast(copy.deepcopy(policy.head).requires_grad_(False), dtype)
+            self.copies.append(self._head)
 
     @torch.no_grad()
     def logprobs(
@@ -175,6 +192,15 @@ class FullReference:
         outputs = self._model.base_model(input_ids=batch.tokens, use_cache=False, **packed)
         head = self._model.get_output_embeddings()
         return target_logprobs(outputs.last_hidden_state, head, self._transform, batch)
+
+
+def _copy(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Return a copy of a model with parameters in `dtype`, made without one in the old format."""
+    parameters: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to(dtype or p.dtype, copy=True), requires_grad=False)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, parameters)
 
 
 def _cast(module: Module, dtype: torch.dtype | None) -> Module:

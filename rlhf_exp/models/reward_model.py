@@ -165,6 +165,7 @@ class RewardModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         attention: Attention = "sdpa",
         config: PreTrainedConfig | None = None,
+        weights: bool = True,
     ) -> RewardModel:
         """Load a reward model that `save` wrote, or a sequence classifier with one label.
 
@@ -174,6 +175,7 @@ class RewardModel(nn.Module):
             dtype: of the trunk's weights; the head stays float32.
             attention: as for `load_causal_lm`.
             config: the trunk's config in place of its own: of its lowest blocks.
+            weights: whether to load the trunk's, as for `load_pretrained`; a classifier's always.
 
         Raises:
             UserError: `path` is neither, or a file of it is missing or damaged.
@@ -181,7 +183,9 @@ class RewardModel(nn.Module):
         config = config or reward_model_config(path, revision)
         has_head = (Path(path) / REWARD_HEAD_FILE).is_file()
         auto_class: Any = AutoModel if has_head else AutoModelForSequenceClassification
-        model = load_pretrained(auto_class, path, config, revision, dtype, attention)
+        model = load_pretrained(
+            auto_class, path, config, revision, dtype, attention, weights=weights or not has_head
+        )
         reward = cls(model)
         if has_head:
             load_head(reward.head, Path(path) / REWARD_HEAD_FILE)

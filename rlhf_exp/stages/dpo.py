@@ -52,11 +52,14 @@ def run(config: Config, context: StageContext) -> StageResult:
         codec = context.materials.codec(context.models["sft"])
         pairs, validation = dpo_pairs(config, context, codec)
         steps = steps_of(section.steps, section.epochs, len(pairs), section.batch)
-        policy = build_policy(config, context)
-        policy.to(world.device)
+        # A reference that runs on the policy's own weights needs them before they are divided.
+        whole = section.train_blocks is not None or section.lora.rank > 0
+        policy = build_policy(config, context, whole or world.has_weights)
+        if whole or not world.setup.divides_weights:
+            policy.to(world.device)
         keep_small_updates(policy)
         # After it: mixed precision computes otherwise with weights in float32 than in bfloat16.
-        reference = build_reference(policy, world.weights_dtype)
+        reference = build_reference(policy, world.weights_dtype, world.place)
         met = _met(len(pairs), steps, section)
         task = DpoTask(
             policy,
@@ -77,11 +80,11 @@ def run(config: Config, context: StageContext) -> StageResult:
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 
 
-def build_policy(config: Config, context: StageContext) -> Policy:
-    """Return the SFT model, set up for training."""
+def build_policy(config: Config, context: StageContext, weights: bool) -> Policy:
+    """Return the SFT model, set up for training; perhaps without `weights`."""
     section = config.dpo
     return Policy(
-        load_policy_model(config, context.models["sft"]),
+        load_policy_model(config, context.models["sft"], weights=weights),
         train_blocks=section.train_blocks,
         lora=lora_of(section),
         value_head=False,

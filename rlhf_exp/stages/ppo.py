@@ -60,11 +60,12 @@ def run(config: Config, context: StageContext) -> StageResult:
         copy_resume_state(context, world)
         codec = context.materials.codec(context.models["sft"])
         prompts, validation = ppo_prompts(config, context, codec)
-        policy = build_policy(config, context)
-        policy.to(world.device)
+        policy = build_policy(config, context, world.has_weights)
+        if not world.setup.divides_weights:
+            policy.to(world.device)
         keep_small_updates(policy)
         # After it: mixed precision computes otherwise with weights in float32 than in bfloat16.
-        reference = build_reference(policy, world.weights_dtype)
+        reference = build_reference(policy, world.weights_dtype, world.place)
         scorer = training_scorer(config, context, codec, world, policy)
         set_prompt_rows(scorer, context, prompts, validation)
         world.round_frozen(policy)
@@ -138,19 +139,28 @@ def _validator(
     return Validator(policy, reference, sampler, scorer, prompts, codec, section, world)
 
 
-def build_policy(config: Config, context: StageContext) -> Policy:
-    """Return the SFT model with a value head, set up for training."""
+def build_policy(config: Config, context: StageContext, weights: bool = True) -> Policy:
+    """Return the SFT model with a value head, set up for training.
+
+    Args:
+        config: The experiment.
+        context: Names the folders of the models.
+        weights: Whether this process loads them (`World.has_weights`).
+    """
     section = config.ppo
+    load = partial(load_policy_model, config, context.models["sft"], weights=weights)
     own = section.value_trunk == ValueTrunk.own
     from_reward = section.value_init == ValueInit.reward
-    judge = RewardModel.load(context.models["reward"]) if from_reward else None
+    judge = None
+    if from_reward:
+        judge = RewardModel.load(context.models["reward"], weights=weights)
     value_model = None
     if own and judge is None:
-        value_model = load_policy_model(config, context.models["sft"])
+        value_model = load()
     elif own and judge is not None:
         value_model = judge.trunk
     policy = Policy(
-        load_policy_model(config, context.models["sft"]),
+        load(),
         train_blocks=section.train_blocks,
         lora=lora_of(section),
         value_head=section.uses_values,
@@ -190,6 +200,7 @@ def training_scorer(
     if branch is None:
         return scorer_for(config, context, codec, world, model)
     batch = config.ppo.generation.batch
+    model.to(world.device)
     return SharedTrunkScorer(model, branch, codec, world, batch, longest_input(config))
 
 

@@ -96,10 +96,14 @@ def _write_index(folder: Path, outcome: TrainingResult) -> None:
 
 @torch.no_grad()
 def _put(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into a module, whatever its number format and whether or not they train now."""
+    """Copy weights into a module, whatever its number format and whether or not they train now.
+
+    A module without weights, of a process that does not write it, is left as it is.
+    """
     targets = dict(module.named_parameters())
     for name, value in weights.items():
-        targets[name].copy_(value)
+        if not targets[name].is_meta:
+            targets[name].copy_(value)
 
 
 def record_model(

@@ -46,7 +46,7 @@ def run(config: Config, context: StageContext) -> StageResult:
     chosen = context.materials.training_pairs("reward", section.part)
     rows = context.materials.corpus.preferences
     with world_for(config) as world:
-        codec, model = _initial(config, context)
+        codec, model = _initial(config, context, world)
         pairs = _tokenize(chosen, codec, config, context)
         held_out = _tokenize(rows.validation or rows.train[:100], codec, config, context)
         task = RewardTask(model, pairs, held_out, section, world)
@@ -64,15 +64,16 @@ def run(config: Config, context: StageContext) -> StageResult:
             save_models(config, context, world, model, codec.tokenizer, outcome, normalise)
             return metrics
 
-        outcome = run_loop(config, section, steps, task, world, context, WATCH, conclude)
+        running = (config, section, steps, task, world, context, WATCH, conclude)
+        outcome = run_loop(*running, weights_everywhere=True)
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 
 
-def _initial(config: Config, context: StageContext) -> tuple[Codec, RewardModel]:
+def _initial(config: Config, context: StageContext, world: World) -> tuple[Codec, RewardModel]:
     section = config.reward
     source = context.models["sft" if section.init == RewardInit.sft else "base"]
     revision = config.model.revision if section.init == RewardInit.base else None
-    model = load_policy_model(config, source, revision)
+    model = load_policy_model(config, source, revision, world.has_weights)
     judge = RewardModel(
         model, train_blocks=section.train_blocks, lora=lora_of(section), seed=section.seed
     )

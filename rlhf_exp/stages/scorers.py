@@ -128,12 +128,26 @@ def model_scorer(
         world: The processes; device and precision.
         folder: The reward model's folder.
         model: The reward model, if it is loaded already.
-        device: Device to score on; by default the process's own.
+        device: Device to score on; by default the process's own, among whose processes PPO divides
+            the model where it divides the policy.
     """
     reward_codec = context.materials.codec(folder)
+    # In an evaluation the processes need not call it equally often.
+    divided = context.stage == "ppo" and device is None and world.setup.divides_weights
+    if model is None:
+        model = RewardModel.load(
+            folder,
+            dtype=torch_dtype(config),
+            attention=attention_of(config),
+            weights=world.has_weights or not divided,
+        )
+    model.requires_grad_(False)
+    if divided:
+        world.place(model)
+    else:
+        model.to(device or world.device)
     return ModelScorer(
-        model
-        or RewardModel.load(folder, dtype=torch_dtype(config), attention=attention_of(config)),
+        model,
         codec,
         None if reward_codec.digest == codec.digest else reward_codec,
         world,

@@ -49,6 +49,15 @@ def cache_of(config: Config) -> CacheKind:
     return name
 
 
-def load_policy_model(config: Config, path: str, revision: str | None = None) -> PreTrainedModel:
-    """Load a causal language model in the config's number format."""
-    return load_causal_lm(path, revision, torch_dtype(config), attention_of(config))
+def load_policy_model(
+    config: Config, path: str, revision: str | None = None, weights: bool = True
+) -> PreTrainedModel:
+    """Load a causal language model in the config's number format.
+
+    Args:
+        config: The experiment.
+        path: Folder or hub id.
+        revision: Of a hub id.
+        weights: Whether this process loads them (`World.has_weights`).
+    """
+    return load_causal_lm(path, revision, torch_dtype(config), attention_of(config), weights)

@@ -45,7 +45,7 @@ def run(config: Config, context: StageContext) -> StageResult:
     """Train, and leave the model in `context.folder/model`."""
     section = config.sft
     with world_for(config) as world:
-        codec, model = base_model(config.model, context)
+        codec, model = base_model(config.model, context, world.has_weights)
         rows = context.materials.training_demonstrations()
         held_out = context.materials.corpus.demonstrations.validation
         train_rows, cut = _pack(rows, codec, config, context.cache)
@@ -72,12 +72,15 @@ def run(config: Config, context: StageContext) -> StageResult:
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 
 
-def base_model(config: ModelConfig, context: StageContext) -> tuple[Codec, PreTrainedModel]:
+def base_model(
+    config: ModelConfig, context: StageContext, weights: bool = True
+) -> tuple[Codec, PreTrainedModel]:
     """Return the model that SFT starts from, with its codec.
 
     Args:
         config: The `model` section.
         context: Has the data, and the folder or hub id of a base model that is given.
+        weights: Whether this process loads those of a given model (`World.has_weights`).
 
     Raises:
         UserError: `model.path` holds no usable model.
@@ -86,7 +89,7 @@ def base_model(config: ModelConfig, context: StageContext) -> tuple[Codec, PreTr
     materials = context.materials
     if config.path is not None:
         source = context.models["base"]
-        model = load_causal_lm(source, config.revision, dtype, config.attention.value)
+        model = load_causal_lm(source, config.revision, dtype, config.attention.value, weights)
         _compare_shapes(config, model)
         codec = base_codec(config, materials)
         end_texts_at(model, codec.eos_id, codec.end_ids)

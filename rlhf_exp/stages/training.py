@@ -43,6 +43,7 @@ def run_loop(
     context: StageContext,
     watch: tuple[str, ...],
     conclude: Callable[[TrainingResult], Mapping[str, float] | None],
+    weights_everywhere: bool = False,
 ) -> TrainingResult:
     """Run the shared loop with the tracker and the progress bar of a stage.
 
@@ -55,6 +56,7 @@ def run_loop(
         context: Context of the stage.
         watch: Metrics of the progress bar.
         conclude: Leaves the model in `context.folder`; may return further metrics.
+        weights_everywhere: Whether it computes with the module, in every process.
     """
     if world.is_main:
         _warn_of_warmup(context.stage, section, steps)
@@ -80,6 +82,7 @@ def run_loop(
             interrupted=interrupted,
             given_up=context.given_up,
             conclude=conclude_tracked,
+            weights_everywhere=weights_everywhere,
         )
         return train(task, section, steps, loop)
 

@@ -17,8 +17,8 @@ def build_optimizer(module: nn.Module, section: TrainingConfig) -> torch.optim.A
     Weight decay is decoupled (Loshchilov and Hutter 2019).
     """
     trainable = [tensor for tensor in module.parameters() if tensor.requires_grad]
-    matrices = [tensor for tensor in trainable if tensor.ndim >= 2]
-    vectors = [tensor for tensor in trainable if tensor.ndim < 2]
+    matrices = [tensor for tensor in trainable if _dimensions(tensor) >= 2]
+    vectors = [tensor for tensor in trainable if _dimensions(tensor) < 2]
     groups = [
         {"params": matrices, "weight_decay": section.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -27,6 +27,11 @@ def build_optimizer(module: nn.Module, section: TrainingConfig) -> torch.optim.A
     betas = (section.betas[0], section.betas[1])
     # The fused kernel is one launch for all tensors: 10 times less overhead on small models.
     return torch.optim.AdamW(groups, lr=section.lr, betas=betas, eps=1e-8, fused=True)
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Return the number of a parameter's dimensions; ZeRO 3 leaves its shape beside it."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def set_lr(

@@ -104,7 +104,7 @@ class ModelScorer:
             chat template of its own.
 
     Args:
-        model: The reward model.
+        model: The reward model, where it computes.
         codec: The policy's codec.
         reward_codec: The reward model's own codec if it differs from the policy's.
         world: Device and precision.
@@ -124,7 +124,7 @@ class ModelScorer:
         device: torch.device | None = None,
     ) -> None:
         self.device = device or world.device
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.half = world.setup.precision == "bfloat16"
         self.codec, self.reward_codec, self.rows = codec, reward_codec, PromptRows()
         self.batch, self.seq_length = batch, seq_length

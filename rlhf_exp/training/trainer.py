@@ -236,7 +236,7 @@ class _Trainer:
         if self.select_best and progress.best_step is not None:
             published = progress.best_step
             best = self.best.load(published)
-        self.world.release(best)
+        self.world.release(best, self.context.weights_everywhere)
         self.task.attach(self.task.module)
         objective = progress.best_objective
         metrics = self.progress.published_metrics | {"published_step": float(published)}
@@ -283,6 +283,7 @@ class TrainingContext:
             steps: whether a search gives the run up. `None`: there is no search.
         conclude: What is done with the trained module before the tracker is closed; returns further
             metrics. A run that was given up is not concluded.
+        weights_everywhere: Whether that needs the weights in every process; else in the main one.
     """
 
     world: World
@@ -294,6 +295,7 @@ class TrainingContext:
     on_start: Callable[[int], None] = lambda step: None
     given_up: Callable[[int, int], bool] | None = None
     conclude: Callable[[TrainingResult, Tracker], Mapping[str, float]] = lambda outcome, tracker: {}
+    weights_everywhere: bool = True
 
 
 _EXTENDED = "going_on"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from rlhf_exp.distributed.ddp import SingleProcess
 from rlhf_exp.distributed.strategy import clip_and_step
 
 PROGRAM = """
@@ -30,14 +31,21 @@ module[0].requires_grad_(False)
 before = [p.detach().clone() for p in module.parameters()]
 optimizer = torch.optim.AdamW(module[1].parameters(), lr=0.1)
 kind = Zero3 if stage == 3 else Zero
-zero = kind(module, optimizer, 1.0, torch.device("cpu"), half, False, stage)
+zero = kind(module, lambda: optimizer, 1.0, torch.device("cpu"), half, False, stage)
 zero.begin(last=True)
 dtype = torch.bfloat16 if half else torch.float32
 zero.backward(zero.wrapped(torch.ones(2, 8, dtype=dtype)).float().square().mean())
 zero.step()
 trained = {name: value.clone() for name, value in zero.weights().items()}
+streamed = {name: value.clone() for name, value in zero.stream_weights(torch.float32)}
+only = [name for name, _ in zero.stream_weights(torch.bfloat16, trained=True)]
+assert only == ["1.weight", "1.bias"]
+full = {"0.weight": before[0], "0.bias": before[1], **trained}
+assert streamed.keys() == full.keys()
+for name, value in streamed.items():
+    assert torch.equal(value, full[name].to(dtype).float()), name
 frozen = module[0].weight.data_ptr()
-zero.release(None)
+zero.release(None, True)
 after = dict(module.named_parameters())
 assert all(p.dtype == torch.float32 for p in after.values())
 assert torch.equal(after["0.weight"], before[0]) and torch.equal(after["0.bias"], before[1])
@@ -67,6 +75,17 @@ def test_a_released_module_is_plain(
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split()[-1] == frozen
+
+
+def test_a_process_alone_streams_its_weights() -> None:
+    module = nn.Linear(2, 3)
+    module.bias.requires_grad_(False)
+    optimizer = torch.optim.SGD([module.weight], lr=0.1)
+    strategy = SingleProcess(module, optimizer, 1.0, torch.device("cpu"))
+    streamed = dict(strategy.stream_weights(torch.bfloat16))
+    assert list(streamed) == ["weight", "bias"]
+    assert torch.equal(streamed["weight"], module.weight.bfloat16())
+    assert [name for name, _ in strategy.stream_weights(torch.float32, trained=True)] == ["weight"]
 
 
 def parameter_with(gradient: float) -> nn.Parameter:

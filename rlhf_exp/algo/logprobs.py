@@ -13,6 +13,7 @@ products themselves run in that precision with float32 accumulation; on a CPU, i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-MAX_CHUNK_LOGITS = 1 << 25
-"""Most logits of a chunk: 128 MiB in float32, whatever the vocabulary."""
+HOST_CHUNK_LOGITS = 1 << 25
+"""Most logits of a chunk on a CPU: 128 MiB in float32, whatever the vocabulary."""
+
+ACCELERATOR_CHUNK_LOGITS = 1 << 28
+"""The same on a GPU, 1 GiB: smaller products do not fill it, and each adds a gradient of the head's
+weight, 2 GiB at a vocabulary of 128k and a width of 4096."""
+
+CHUNK_ROWS = 4096
+"""Most rows of a chunk."""
 
 MAX_KEPT_LOGITS = 1 << 23
 """Up to this number of logits in all (32 MiB), keeping them is cheaper than recomputing them."""
@@ -66,7 +74,7 @@ def gather_logprobs(
     bias: Tensor | None,
     targets: Tensor,
     temperature: float,
-    chunk: int = 4096,
+    chunk: int = CHUNK_ROWS,
     with_entropy: bool = False,
     transform: LogitTransform = UNCHANGED,
 ) -> tuple[Tensor, Tensor | None]:
@@ -91,7 +99,8 @@ def gather_logprobs(
     assert temperature > 0, f"temperature {temperature} is not above 0"
     assert hidden.shape[0] == targets.shape[0], f"{hidden.shape} states, {targets.shape} targets"
     assert hidden.shape[1] == weight.shape[1], f"{hidden.shape} states, {weight.shape} head"
-    rows = max(1, min(chunk, MAX_CHUNK_LOGITS // weight.shape[0]))
+    most = HOST_CHUNK_LOGITS if hidden.device.type == "cpu" else ACCELERATOR_CHUNK_LOGITS
+    rows = max(1, min(chunk, most // weight.shape[0]))
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
@@ -134,6 +143,28 @@ def _float32_matmul(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
+
+
+def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a matrix product to `sums` (float32); on a GPU without a tensor for the product."""
+    if sums.is_cuda and left.dtype == torch.float32:
+        sums.addmm_(left, right)
+    elif sums.is_cuda and _adds_half_products(sums.device, left.dtype):
+        torch.addmm(sums, left, right, out_dtype=torch.float32, out=sums)
+    else:
+        sums += _float32_matmul(left, right)
+
+
+@functools.cache
+def _adds_half_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch adds half-precision products to float32 sums; not all versions do."""
+    sums = torch.ones(16, 16, device=device)
+    factor = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(sums, factor, factor, out_dtype=torch.float32, out=sums)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((sums == 17.0).all())
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -226,7 +257,7 @@ class _GatherLogprobs(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[part] = grad_in_dtype @ head
                 if grad_weight is not None:
-                    grad_weight += _float32_matmul(grad_in_dtype.t(), states)
+                    _add_product(grad_weight, grad_in_dtype.t(), states)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:

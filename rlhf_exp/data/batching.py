@@ -246,3 +246,27 @@ def length_sorted_micro_batches(lengths: Tensor, rows: int | None) -> Iterator[T
     """
     order = torch.argsort(lengths, descending=True, stable=True)
     yield from order.split(rows or max(len(order), 1))
+
+
+def length_sorted_shares(
+    rows: np.ndarray, lengths: np.ndarray, processes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Deal rows out to processes by length, longest first.
+
+    All processes have rows of like lengths at like places, so that none waits long for another
+    where they compute micro-batches in step.
+
+    Args:
+        rows: [M] row numbers.
+        lengths: of all rows, by their numbers.
+        processes: P.
+
+    Returns:
+        The rows of each process [P, n] int64, longest first, and their weights [P, n] float32: 0
+        for copies of the shortest row, which only fill shares up, else 1.
+    """
+    order = rows[np.argsort(-lengths[rows], kind="stable")]
+    each = -(-len(order) // processes)
+    filled = np.concatenate([order, order[-1:].repeat(each * processes - len(order))])
+    weights = (np.arange(len(filled)) < len(order)).astype(np.float32)
+    return filled.reshape(each, processes).T, weights.reshape(each, processes).T

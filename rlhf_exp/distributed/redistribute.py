@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -9,40 +10,41 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.functional import pad
 
-from rlhf_exp.batch import Batch, Rollouts
+from rlhf_exp.batch import Batch, Rollouts, to_device
 from rlhf_exp.distributed.world import World
 
 BatchT = TypeVar("BatchT", bound=Batch)
 
 
-def redistribute(batch: BatchT, chosen: np.ndarray, world: World) -> BatchT:
-    """Return this process's share (`World.share`) of the rows `chosen` of a global batch.
+def redistribute(batch: BatchT, shares: np.ndarray, world: World) -> BatchT:
+    """Return this process's share of a global batch.
 
     Args:
         batch: [B] rows of this process: rows `rank * B` to `rank * B + B - 1` of the global batch.
             All processes have as many, and tensors of the same widths.
-        chosen: [M] int64 row numbers in the global batch, the same in every process.
+        shares: [processes, n] int64 row numbers in the global batch, those that each process gets;
+            the same in every process.
         world: The processes.
     """
     if world.processes == 1:
-        return batch.select(torch.from_numpy(chosen.copy()))
+        return batch.select(to_device(torch.from_numpy(shares[0].copy()), world.device))
     rows_each, rank = len(batch), world.rank
-    shares = [chosen[world.share(len(chosen), of).rows] for of in range(world.processes)]
     # Rows that this process sends, by receiver; processes that send, by row of this one's share.
     sent = [rows[rows // rows_each == rank] - rank * rows_each for rows in shares]
     senders = shares[rank] // rows_each
     received_sizes = np.bincount(senders, minlength=world.processes).tolist()
     sent_sizes = [len(rows) for rows in sent]
     # Rows arrive sorted by sender, and the share is in another order.
-    order = torch.from_numpy(np.argsort(np.argsort(senders, kind="stable"), kind="stable"))
-    sent_rows = torch.from_numpy(np.concatenate(sent))
+    order = np.argsort(np.argsort(senders, kind="stable"), kind="stable")
+    numbers = to_device(torch.from_numpy(np.concatenate([order, *sent])), world.device)
+    order_index, sent_rows = numbers[: len(order)], numbers[len(order) :]
 
     def move(values: Tensor) -> Tensor:
         plain = values.view(torch.uint8) if values.dtype == torch.bool else values
         arrived = plain.new_empty(len(senders), *plain.shape[1:])
-        outgoing = plain[sent_rows].contiguous()
+        outgoing = plain.index_select(0, sent_rows)
         distributed.all_to_all_single(arrived, outgoing, received_sizes, sent_sizes)
-        return arrived[order].view(values.dtype)
+        return arrived.index_select(0, order_index).view(values.dtype)
 
     return batch.map(move)
 
@@ -60,3 +62,31 @@ def pad_to_common_widths(rollouts: Rollouts, world: World) -> Rollouts:
         return pad(values, (0, 0) * (values.ndim - 2) + (0, missing)) if missing else values
 
     return rollouts.map(widen)
+
+
+@dataclass(frozen=True)
+class HostLengths:
+    """Lengths of rows on the host, which then need not wait for the device to plan with them.
+
+    Attributes:
+        prompts: [N] int64.
+        responses: [N] int64.
+    """
+
+    prompts: np.ndarray
+    responses: np.ndarray
+
+    @property
+    def whole(self) -> np.ndarray:
+        """Tokens of prompt and response [N]."""
+        return self.prompts + self.responses
+
+    def __getitem__(self, rows: np.ndarray | slice) -> HostLengths:
+        """Return the lengths of some rows."""
+        return HostLengths(self.prompts[rows], self.responses[rows])
+
+
+def host_lengths(rollouts: Rollouts, world: World) -> HostLengths:
+    """Return the lengths of all processes' rollouts."""
+    own = torch.stack([rollouts.prompt_lengths, rollouts.response_lengths]).cpu().numpy()
+    return HostLengths(*np.concatenate(world.all_gather_object(own), axis=1))

@@ -98,8 +98,11 @@ class Workload:
     accumulates: bool = False
 
 
-LOGITS_CHUNK = 1 << 25
-"""Most logits that exist at a time, as in `rlhf_exp.algo.logprobs`."""
+LOGITS_CHUNK = 1 << 28
+"""Most logits that exist at a time on a GPU, as in `rlhf_exp.algo.logprobs`."""
+
+CHUNK_ROWS = 4096
+"""Most positions whose logits exist at a time, as there."""
 
 LIVE = 1_000_000_000
 """Weights that DeepSpeed's ZeRO 3 leaves whole if they are soon needed again: its default."""
@@ -209,7 +212,8 @@ def estimate_memory(
     reduced = reduction_of(trained, stored, live, precision, sharding, workload.accumulates)
     host = reduced.host + (stored - trained) * precision.exact + (weights if away else 0)
     states = workload.cached_rows * workload.tokens * architecture.width
-    logits = workload.rows * workload.head_tokens * architecture.vocabulary
+    positions = min(workload.rows * workload.head_tokens, CHUNK_ROWS)
+    logits = min(positions * architecture.vocabulary, LOGITS_CHUNK)
     sampled = stored if workload.decoded_rows and sharding.weights else 0
     return MemoryEstimate(
         weights=0 if away else weights,
@@ -221,7 +225,7 @@ def estimate_memory(
         at_the_end=reduced.at_the_end,
         optimizer=0 if sharding.offload else optimizer,
         activations=_activations(architecture, workload, precision, train_blocks, value_blocks),
-        logits=2 * 4 * min(LOGITS_CHUNK, logits),
+        logits=2 * 4 * logits,
         kv_cache=kv_cache_bytes(architecture, workload, precision),
         trunk_states=states * precision.activation,
         reference=copied * min(precision.trained, precision.gathered),

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_exp.algo.logprobs import LogitTransform, gather_logprobs
-from rlhf_exp.batch import Demonstrations
+from rlhf_exp.batch import Demonstrations, to_device
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.frozen_trunk import Branch, Trunk, check_branch, decoder_parts
 from rlhf_exp.models.logit_transform import logit_transform
@@ -175,8 +176,8 @@ class Policy(nn.Module):
     def response_outputs(
         self,
         tokens: Tensor,
-        prompt_lengths: Tensor,
-        response_lengths: Tensor,
+        prompt_lengths: Lengths,
+        response_lengths: Lengths,
         temperature: float,
         states: Tensor | None = None,
         with_entropy: bool = False,
@@ -214,8 +215,8 @@ class Policy(nn.Module):
     def logprobs(
         self,
         tokens: Tensor,
-        prompt_lengths: Tensor,
-        response_lengths: Tensor,
+        prompt_lengths: Lengths,
+        response_lengths: Lengths,
         temperature: float,
         states: Tensor | None = None,
         width: int | None = None,
@@ -265,6 +266,10 @@ class Policy(nn.Module):
         save_policy(self.merged_model(), self.value_head, self.value_trunk, tokenizer, folder)
 
 
+Lengths = Tensor | np.ndarray
+"""[B] int64; as an array, known to the host: it need not wait for the device to read them."""
+
+
 @dataclass(frozen=True)
 class ResponseIndex:
     """Positions of the states that predict response tokens, and those tokens.
@@ -273,15 +278,17 @@ class ResponseIndex:
     `prompt_length - 1 + t`; the value of step t is read there too, before the token is known.
 
     Attributes:
-        mask: [B, T] bool, True on response tokens.
+        shape: B, T.
         positions: [B, T] int64, of the predicting states in their rows; beyond a response
             arbitrary.
-        source: [N] int64, the predicting states in the flattened [B * S], row by row.
+        cells: [N] int64, the response tokens in the flattened [B * T], row by row.
+        source: [N] int64, the predicting states in the flattened [B * S].
         targets: [N] int64, the response tokens.
     """
 
-    mask: Tensor
+    shape: tuple[int, int]
     positions: Tensor
+    cells: Tensor
     source: Tensor
     targets: Tensor
 
@@ -289,11 +296,13 @@ class ResponseIndex:
     def of(
         cls,
         tokens: Tensor,
-        prompt_lengths: Tensor,
-        response_lengths: Tensor,
+        prompt_lengths: Lengths,
+        response_lengths: Lengths,
         width: int | None = None,
     ) -> ResponseIndex:
         """Index right-padded `tokens` [B, S].
+
+        Everything is worked out on the host and copied to the device at once.
 
         Args:
             tokens: [B, S] int64.
@@ -301,13 +310,22 @@ class ResponseIndex:
             response_lengths: [B] int64.
             width: T; the longest response where not given.
         """
-        columns = int(response_lengths.max()) if width is None else width
-        step = torch.arange(columns, device=tokens.device)
-        mask = step < response_lengths[:, None]
-        positions = (prompt_lengths[:, None] - 1 + step).clamp(max=tokens.shape[1] - 1)
-        start = torch.arange(tokens.shape[0], device=tokens.device) * tokens.shape[1]
-        source = (start[:, None] + positions)[mask]
-        return cls(mask, positions, source, tokens.reshape(-1).index_select(0, source + 1))
+        prompts, responses = _on_host(prompt_lengths), _on_host(response_lengths)
+        rows, columns = tokens.shape
+        step = np.arange(int(responses.max()) if width is None else width)
+        positions = np.minimum(prompts[:, None] - 1 + step, columns - 1)
+        cells = np.flatnonzero(step < responses[:, None])
+        source = (positions + np.arange(rows)[:, None] * columns).reshape(-1)[cells]
+        sizes = [positions.size, len(cells), len(cells)]
+        numbers = torch.from_numpy(np.concatenate([positions.reshape(-1), cells, source]))
+        place, cell_index, source_index = to_device(numbers, tokens.device).split(sizes)
+        return cls(
+            (rows, len(step)),
+            place.view(rows, len(step)),
+            cell_index,
+            source_index,
+            tokens.reshape(-1).index_select(0, source_index + 1),
+        )
 
     def select(self, hidden: Tensor) -> Tensor:
         """Return the predicting states [N, D] of `hidden` [B, S, D]."""
@@ -323,11 +341,16 @@ class ResponseIndex:
         """
         if all_positions or not branch.supports_forward_at:
             return self.select(branch(states))
-        return branch.forward_at(states, self.positions)[self.mask]
+        return branch.forward_at(states, self.positions).flatten(0, 1).index_select(0, self.cells)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Return `values` [N] as [B, T], 0 beyond each response's end."""
-        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+        rows, columns = self.shape
+        return values.new_zeros(rows * columns).scatter(0, self.cells, values).view(self.shape)
+
+
+def _on_host(lengths: Lengths) -> np.ndarray:
+    return lengths.cpu().numpy() if isinstance(lengths, Tensor) else lengths
 
 
 def target_logprobs(
@@ -341,10 +364,10 @@ def target_logprobs(
         transform: what the model does to the head's outputs.
         batch: packed rows.
     """
-    source = batch.target_mask.flatten().nonzero().squeeze(1) - 1
+    targets = batch.target_mask.flatten().nonzero().squeeze(1)
     return gather_logprobs(
-        hidden.flatten(0, 1).index_select(0, source),
-        *(head.weight, head.bias, batch.tokens[batch.target_mask]),
+        hidden.flatten(0, 1).index_select(0, targets - 1),
+        *(head.weight, head.bias, batch.tokens.flatten().index_select(0, targets)),
         temperature=1.0,
         transform=transform,
     )[0]

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from rlhf_exp.algo.kl import sequence_kl
 from rlhf_exp.algo.masks import response_mask
-from rlhf_exp.batch import Demonstrations, Samples
+from rlhf_exp.batch import Demonstrations, Samples, to_device
 from rlhf_exp.data.batching import length_sorted_micro_batches
 from rlhf_exp.models.frozen_trunk import Branch, decoder_parts
 from rlhf_exp.models.logit_transform import logit_transform
 from rlhf_exp.models.lora import adapter_off
 from rlhf_exp.models.packing import packed_inputs
 from rlhf_exp.models.policy import (
+    Lengths,
     Policy,
     ResponseIndex,
     ResponseOutputs,
@@ -40,8 +41,8 @@ class Reference(Protocol):
     def logprobs(
         self,
         tokens: Tensor,
-        prompt_lengths: Tensor,
-        response_lengths: Tensor,
+        prompt_lengths: Lengths,
+        response_lengths: Lengths,
         temperature: float,
         states: Tensor | None = None,
         width: int | None = None,
@@ -107,8 +108,8 @@ class SharedTrunkReference:
     def logprobs(
         self,
         tokens: Tensor,
-        prompt_lengths: Tensor,
-        response_lengths: Tensor,
+        prompt_lengths: Lengths,
+        response_lengths: Lengths,
         temperature: float,
         states: Tensor | None = None,
         width: int | None = None,
@@ -141,8 +142,8 @@ class LoraReference:
     def logprobs(
         self,
         tokens: Tensor,
-        prompt_lengths: Tensor,
-        response_lengths: Tensor,
+        prompt_lengths: Lengths,
+        response_lengths: Lengths,
         temperature: float,
         states: Tensor | None = None,
         width: int | None = None,
@@ -173,8 +174,8 @@ class FullReference:
     def logprobs(
         self,
         tokens: Tensor,
-        prompt_lengths: Tensor,
-        response_lengths: Tensor,
+        prompt_lengths: Lengths,
+        response_lengths: Lengths,
         temperature: float,
         states: Tensor | None = None,
         width: int | None = None,
@@ -251,20 +252,26 @@ def compare_with_reference(
         with_entropy: Whether to compute the policy's entropy.
         width: Columns of the results; by default those of a micro-batch's longest response.
     """
-    lengths = (samples.prompt_lengths + samples.response_lengths).cpu()
-    for rows in length_sorted_micro_batches(lengths, batch):
-        longest = int(lengths[rows].max())
+    spans = torch.stack([samples.prompt_lengths, samples.response_lengths]).cpu()
+    lengths = spans.sum(0)
+    device = samples.tokens.device
+    for chosen in length_sorted_micro_batches(lengths, batch):
+        rows = to_device(chosen, device)
+        longest = int(lengths[chosen].max())
         tokens = samples.tokens[rows, :longest]
-        spans = (samples.prompt_lengths[rows], samples.response_lengths[rows])
+        prompts, responses = spans[:, chosen].numpy()
         with autocast():
-            entering = None if states is None else states[rows, :longest].to(tokens.device)
+            entering = None if states is None else states[rows, :longest].to(device)
             if entering is None and policy.frozen_blocks is not None:
                 entering = policy.trunk_states(tokens)
             outputs = policy.response_outputs(
-                tokens, *spans, temperature, states=entering, with_entropy=with_entropy, width=width
+                *(tokens, prompts, responses, temperature),
+                states=entering,
+                with_entropy=with_entropy,
+                width=width,
             )
             ref_logprobs = reference.logprobs(
-                tokens, *spans, temperature, states=entering, width=width
+                *(tokens, prompts, responses, temperature), states=entering, width=width
             )
         yield ReferenceComparison(rows, outputs, ref_logprobs, entering)
 

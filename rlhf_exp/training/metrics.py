@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_exp.batch import to_device
 from rlhf_exp.distributed.world import World
 
 
@@ -82,4 +83,7 @@ class MetricAccumulator:
         return dict(zip(names, totals, strict=True))
 
     def _number(self, value: Tensor | float) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float64, device=self._world.device).detach()
+        device = self._world.device
+        if isinstance(value, Tensor):
+            return to_device(value.detach(), device).double()
+        return torch.full((), value, dtype=torch.float64, device=device)  # not copied to a GPU

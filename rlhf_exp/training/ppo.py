@@ -65,7 +65,7 @@ from rlhf_exp.algo.losses import (
     value_loss,
 )
 from rlhf_exp.algo.masks import response_mask
-from rlhf_exp.batch import FinishReason, Rollouts, Samples
+from rlhf_exp.batch import FinishReason, Rollouts, Samples, to_device
 from rlhf_exp.config.training import (
     AdvantageEstimator,
     GroupScale,
@@ -76,11 +76,16 @@ from rlhf_exp.config.training import (
 from rlhf_exp.data.batching import (
     batch_index,
     epoch_permutation,
-    length_sorted_micro_batches,
+    length_sorted_shares,
     prompts_batch,
 )
 from rlhf_exp.data.tokenized import TokenizedPrompts
-from rlhf_exp.distributed.redistribute import pad_to_common_widths, redistribute
+from rlhf_exp.distributed.redistribute import (
+    HostLengths,
+    host_lengths,
+    pad_to_common_widths,
+    redistribute,
+)
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy, ResponseOutputs
 from rlhf_exp.models.reference import Reference, compare_with_reference
@@ -153,10 +158,13 @@ class PpoTask:
             rollouts = self.collector.collect(iteration, self.meters)
             self.engine.release()
         rollouts = pad_to_common_widths(rollouts, self.world)
+        lengths = host_lengths(rollouts, self.world)
         collected = time.perf_counter()
         for number, rows in enumerate(self.minibatches(iteration)):
-            minibatch = redistribute(rollouts, rows, self.world)
-            update(self._losses(minibatch, len(rows), first=number == 0))
+            share = share_of_minibatch(rollouts, lengths, rows, self.world)
+            by_token = self.section.loss_mean is LossMean.tokens
+            total = int(lengths.responses[rows].sum()) if by_token else len(rows)
+            update(self._losses(share, float(total), first=number == 0))
         self._version += 1
         ended = time.perf_counter()
         self.meters.add("time/update_s", ended - collected, 1.0)
@@ -171,33 +179,26 @@ class PpoTask:
             for start in range(0, section.rollouts, section.batch):
                 yield order[start : start + section.batch]
 
-    def _losses(self, minibatch: Rollouts, count: int, first: bool) -> Iterator[Tensor]:
+    def _losses(self, share: TrainingRows, total: float, first: bool) -> Iterator[Tensor]:
         """Yield each micro-batch's part (0-dim) of the loss of a minibatch.
 
         The loss is a mean over the response tokens of the whole minibatch, or over its responses,
         so that neither micro-batches nor processes change the gradient.
 
         Args:
-            minibatch: This process's share, filled up to the size of the others'.
-            count: Rollouts of the minibatch, over all processes.
+            share: This process's rows, as many as the others'.
+            total: What the mean is over: tokens or responses, of all processes.
             first: Whether the policy is still the one that sampled.
         """
-        real = torch.from_numpy(self.world.share(count).weights) > 0
-        mask = minibatch.mask & real[:, None].to(self.world.device)
-        minibatch = replace(minibatch, mask=mask)
-        if self.section.loss_mean is LossMean.tokens:
-            total = self.world.sum(mask.sum().double()).float()
-        else:
-            total = torch.tensor(float(count), device=self.world.device)
-        lengths = (minibatch.prompt_lengths + minibatch.response_lengths).cpu()
-        parts = length_sorted_micro_batches(lengths, self.section.micro_batch)
-        for rows in self.world.micro_batches(parts):
-            yield self._loss(minibatch.select(rows), int(lengths[rows].max()), total, first)
+        weight = torch.full((), total, device=self.world.device)
+        for rows in self.world.micro_batches(share.split(self.section.micro_batch)):
+            yield self._loss(rows, weight, first)
 
-    def _loss(self, batch: Rollouts, longest: int, total: Tensor, first: bool) -> Tensor:
+    def _loss(self, share: TrainingRows, total: Tensor, first: bool) -> Tensor:
         """Return the loss (0-dim) of a micro-batch, divided by the minibatch's `total` weight."""
-        section = self.section
-        width = int(batch.response_lengths.max())
+        section, batch = self.section, share.rollouts
+        lengths = share.lengths
+        width, longest = int(lengths.responses.max()), int(lengths.whole.max())
         mask = batch.mask[:, :width]
         if section.loss_mean is LossMean.sequences:
             mask = mask / batch.response_lengths[:, None]
@@ -205,8 +206,8 @@ class PpoTask:
         with self.world.autocast():
             outputs: ResponseOutputs = self._forward(
                 tokens=batch.tokens[:, :longest],
-                prompt_lengths=batch.prompt_lengths,
-                response_lengths=batch.response_lengths,
+                prompt_lengths=lengths.prompts,
+                response_lengths=lengths.responses,
                 temperature=section.generation.temperature,
                 states=None if states is None else states.to(self.world.device),
                 with_entropy=section.entropy_coef > 0.0,
@@ -309,6 +310,48 @@ class PpoTask:
                 f"ppo.reward.ensemble_stop={limit:g}"
             )
         return None
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Rows to train on, longest first.
+
+    Attributes:
+        rollouts: [n] rows.
+        lengths: Of these.
+    """
+
+    rollouts: Rollouts
+    lengths: HostLengths
+
+    def split(self, size: int | None) -> list[TrainingRows]:
+        """Return micro-batches of `size` rows; `None`: one of all rows.
+
+        Rows of like length stay together, for a micro-batch costs as much as its longest row; and
+        the longest come first, so that running out of memory happens at once.
+        """
+        count = len(self.rollouts)
+        parts = [slice(start, start + (size or count)) for start in range(0, count, size or count)]
+        return [TrainingRows(self.rollouts.select(part), self.lengths[part]) for part in parts]
+
+
+def share_of_minibatch(
+    rollouts: Rollouts, lengths: HostLengths, rows: np.ndarray, world: World
+) -> TrainingRows:
+    """Return this process's share of a minibatch; rows that only fill it up are masked out.
+
+    Args:
+        rollouts: This process's, as wide as all others'.
+        lengths: Of all processes' rollouts.
+        rows: [M] int64, the minibatch among all processes' rollouts.
+        world: The processes.
+    """
+    shares, weights = length_sorted_shares(rows, lengths.whole, world.processes)
+    share, own = redistribute(rollouts, shares, world), weights[world.rank]
+    if not own.all():
+        real = to_device(torch.from_numpy(own > 0), world.device)
+        share = replace(share, mask=share.mask & real[:, None])
+    return TrainingRows(share, lengths[shares[world.rank]])
 
 
 @dataclass(frozen=True)

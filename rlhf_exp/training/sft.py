@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.algo.losses import language_model_loss
-from rlhf_exp.batch import Demonstrations
+from rlhf_exp.batch import Demonstrations, to_device
 from rlhf_exp.config.training import SftConfig
 from rlhf_exp.data.batching import (
     PackedRow,
@@ -67,7 +67,7 @@ class SftTask(SingleStepTask):
         """Return the weighted sum (0-dim) of the negative log-probabilities of all targets."""
         with self.world.autocast():
             logprobs = self._forward(batch.to(self.world.device))
-        return language_model_loss(logprobs, weights.to(self.world.device), 1.0)
+        return language_model_loss(logprobs, to_device(weights, self.world.device), 1.0)
 
     def metrics(self) -> dict[str, float]:
         """Return the mean loss a token and the speed since the last call."""

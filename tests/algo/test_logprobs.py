@@ -147,7 +147,7 @@ def test_chunks_shrink_with_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> N
         return original(hidden, *args)
 
     monkeypatch.setattr(module, "head_logits", spy)
-    monkeypatch.setattr(module, "MAX_CHUNK_LOGITS", 5 * V)
+    monkeypatch.setattr(module, "HOST_CHUNK_LOGITS", 5 * V)
     hidden, weight, bias, targets = problem()
     gather_logprobs(hidden, weight, bias, targets, 1.0, chunk=4096)
     assert sizes == [5, 5, 3]  # 13 rows, at most 5 at a time

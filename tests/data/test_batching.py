@@ -13,6 +13,7 @@ from rlhf_exp.data.batching import (
     batch_index,
     demonstrations_batch,
     epoch_permutation,
+    length_sorted_shares,
     pack_demonstrations,
     pack_pairs,
     packed_pair_parts,
@@ -203,3 +204,17 @@ def test_pairs_of_full_rows_stay_alone() -> None:
     assert [part.tolist() for part in parts[0]] == [[0], [1], [2], [3], [4], [5]]
     (whole,) = packed_pair_parts(preferences(*[(4, 4, 4)] * 6), [np.arange(6)], None, 8)
     assert [part.tolist() for part in whole] == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_shares_are_dealt_by_length() -> None:
+    lengths = np.array([9, 4, 7, 7, 1, 8, 3])
+    shares, weights = length_sorted_shares(np.array([6, 3, 0, 2, 5]), lengths, 2)
+    # Longest first: 0 (9), 5 (8), 3 (7, named before 2), 2 (7), 6 (3), which also fills up.
+    assert shares.tolist() == [[0, 3, 6], [5, 2, 6]]
+    assert weights.tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_one_process_gets_all_rows_longest_first() -> None:
+    shares, weights = length_sorted_shares(np.array([2, 0, 1]), np.array([5, 6, 5]), 1)
+    assert shares.tolist() == [[1, 2, 0]]
+    assert weights.tolist() == [[1, 1, 1]]

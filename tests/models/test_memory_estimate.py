@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_exp.algo.logprobs import MAX_CHUNK_LOGITS
+from rlhf_exp.algo import logprobs
 from rlhf_exp.distributed import deepspeed
 from rlhf_exp.models.architecture import Architecture, count_parameters
 from rlhf_exp.models.memory_estimate import (
     BUCKET,
+    CHUNK_ROWS,
     FLOAT32,
     HALF_WITH_MASTER,
     LOGITS_CHUNK,
@@ -192,9 +193,11 @@ def test_gradients_are_reduced_in_deepspeeds_buckets() -> None:
 
 
 def test_long_logits_are_made_in_chunks() -> None:
-    assert LOGITS_CHUNK == MAX_CHUNK_LOGITS
-    plan = estimate_memory(GPTJ, replace(RECIPE, rows=64, head_tokens=512))
-    assert plan.logits == 2 * 4 * LOGITS_CHUNK
+    assert LOGITS_CHUNK == logprobs.ACCELERATOR_CHUNK_LOGITS
+    assert CHUNK_ROWS == logprobs.CHUNK_ROWS
+    many = replace(RECIPE, rows=64, head_tokens=512)
+    assert estimate_memory(GPTJ, many).logits == 2 * 4 * 4096 * 50400
+    assert estimate_memory(replace(GPTJ, vocabulary=128256), many).logits == 2 * 4 * 2**28
 
 
 @pytest.mark.parametrize("tokens", [64, 256])

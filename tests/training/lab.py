@@ -112,8 +112,10 @@ def build_task(
     shape = Architecture("gpt_neox", 2, 32, 2, 64, VOCABULARY, 64)
     model = build_causal_lm(shape, seed=5, eos_id=EOS, pad_id=PAD)
     policy = Policy(model, train_blocks=train_blocks, seed=1, value_head=section.uses_values)
+    policy.to(world.device)
     params = SamplingParams(6, section.generation.temperature, 8, EOS, PAD)
     engine = NativeEngine(policy)
+
     collector = ExperienceCollector(
         policy,
         build_reference(policy),

@@ -95,6 +95,13 @@ def _add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     status.add_argument("--json", action="store_true", help="print JSON instead")
     status.set_defaults(command=_run_status)
 
+    profile = commands.add_parser("profile", help="where a PPO run's time goes, and what to change")
+    profile.add_argument("run", metavar="RUN")
+    text = "take the limits of this GPU's data sheet (a100-40gb, a100, h100, h200)"
+    profile.add_argument("--device", metavar="NAME", help=text)
+    profile.add_argument("--json", action="store_true", help="print JSON instead")
+    profile.set_defaults(command=_run_profile)
+
     cancel = commands.add_parser("cancel", help="cancel the Slurm jobs of a run or multirun")
     cancel.add_argument("name", metavar="NAME")
     cancel.set_defaults(command=_run_cancel)
@@ -292,6 +299,13 @@ def _run_status(arguments: argparse.Namespace) -> None:
 
     form = "json" if arguments.json else "text"
     print(status(arguments.outputs, arguments.run, form), end="")
+
+
+def _run_profile(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.profile import profile
+
+    form = "json" if arguments.json else "text"
+    print(profile(arguments.outputs, arguments.run, arguments.device, form), end="")
 
 
 def _run_cancel(arguments: argparse.Namespace) -> None:

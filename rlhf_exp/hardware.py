@@ -46,6 +46,19 @@ class MachineLimits:
     memory: int
 
 
+DATA_SHEETS = {
+    "a100-40gb": MachineLimits(
+        "A100 40 GB", {"float32": 19.5e12, "bfloat16": 312e12}, 1.555e12, 40 * 10**9
+    ),
+    "a100": MachineLimits(
+        "A100 80 GB", {"float32": 19.5e12, "bfloat16": 312e12}, 2.039e12, 80 * 10**9
+    ),
+    "h100": MachineLimits("H100 SXM", {"float32": 67e12, "bfloat16": 989e12}, 3.35e12, 80 * 10**9),
+    "h200": MachineLimits("H200", {"float32": 67e12, "bfloat16": 989e12}, 4.8e12, 141 * 10**9),
+}
+"""Dense rates of NVIDIA's data sheets (SXM modules), without TF32."""
+
+
 def machine_limits(device: torch.device, width: int = 1024) -> MachineLimits:
     """Measure a device's limits, in about a second.
 
@@ -55,6 +68,21 @@ def machine_limits(device: torch.device, width: int = 1024) -> MachineLimits:
     """
     rates = linear_rates(width, 4 * width, device)
     return MachineLimits(device_name(device), rates, memory_bandwidth(device), memory_bytes(device))
+
+
+def cpu_limits(threads: int, width: int = 1024) -> MachineLimits:
+    """Measure the limits of this machine's processor with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return machine_limits(torch.device("cpu"), width)
+    finally:
+        torch.set_num_threads(before)
+
+
+def gpu_limits(width: int = 4096) -> MachineLimits | None:
+    """Measure the limits of this machine's first GPU; `None` where there is none."""
+    return machine_limits(torch.device("cuda", 0), width) if torch.cuda.is_available() else None
 
 
 def linear_rates(

@@ -112,6 +112,7 @@ class Models:
         checkpointing: Whether blocks are computed again in the backward pass.
         skips_masked: Whether attention leaves out the pairs that its mask hides.
         runs_all_positions: Whether the last block is run where its output is not read, too.
+        optimizer_share: Of what trains, the part that a process steps.
     """
 
     policy: Architecture
@@ -125,6 +126,7 @@ class Models:
     checkpointing: bool = False
     skips_masked: bool = True
     runs_all_positions: bool = False
+    optimizer_share: float = 1.0
 
     @property
     def blocks(self) -> int:
@@ -143,7 +145,7 @@ def iteration_work(models: Models, sizes: Iteration) -> dict[str, dict[str, Work
 
     Args:
         models: What is computed with.
-        sizes: The iteration, of all processes together.
+        sizes: The iteration, as one process has it.
     """
     trunk = Work()
     if models.train_blocks is not None and not models.captures_states:
@@ -250,7 +252,7 @@ def _updating(models: Models, sizes: Iteration) -> dict[str, Work]:
     return {
         "forward": forward + Work(head),
         "backward": forward * (again + models.checkpointing) + Work(head_again * head) + gradients,
-        "optimizer": Work(0.0, _ADAMW_BYTES * trained * sizes.updates),
+        "optimizer": Work(0.0, _ADAMW_BYTES * trained * models.optimizer_share * sizes.updates),
     }
 
 

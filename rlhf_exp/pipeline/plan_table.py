@@ -206,14 +206,14 @@ def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstim
         work,
         reference=reference,
         reward_model=judge,
-        reward_blocks=blocks if _shares_trunk(config) else None,
+        reward_blocks=blocks if shares_trunk(config) else None,
         value_blocks={"shared": 0, "branch": blocks or 0, "own": shape.layers}[
             ppo.value_trunk.name
         ],
     )
 
 
-def _shares_trunk(config: Config) -> bool:
+def shares_trunk(config: Config) -> bool:
     """Whether the reward model has its trunk from the policy, as far as the config tells."""
     reward, ppo = config.reward, config.ppo
     strategy = config.distributed.strategy

@@ -35,6 +35,7 @@ from rlhf_exp.config.experiment import (
     DataSource,
     FurtherTracker,
     PromptFormat,
+    ShardOver,
     StageName,
     StrategyName,
 )
@@ -207,6 +208,9 @@ def _check_distributed_and_tracking(check: ConfigChecker) -> None:
     if config.distributed.offload and strategy in (StrategyName.single, StrategyName.ddp):
         message = f"distributed.strategy={strategy.name} cannot offload; zero1 to 3 and fsdp can."
         check.add("distributed.offload", message)
+    if config.distributed.shard_over is ShardOver.node and strategy is not StrategyName.fsdp:
+        message = f"node is for fsdp, and distributed.strategy={strategy.name}; leave it out."
+        check.add("distributed.shard_over", message)
     if strategy.name.startswith("zero") and not config.plan:
         message = "needs DeepSpeed: `pip install deepspeed` (extra `deepspeed`)."
         check.require(find_spec("deepspeed") is not None, "distributed.strategy", message)

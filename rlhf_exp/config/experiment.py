@@ -274,6 +274,16 @@ class StrategyName(Enum):
     fsdp = "fsdp"
 
 
+class ShardOver(Enum):
+    """Processes over which FSDP divides one copy of the weights.
+
+    `node`: those of a machine. Each machine then has a copy, so only gradients travel between them.
+    """
+
+    all = "all"
+    node = "node"
+
+
 @dataclass
 class DistributedConfig:
     """Strategy and processes."""
@@ -293,6 +303,11 @@ class DistributedConfig:
     offload: bool = setting(
         False,
         "Keep the optimizer's state in host memory; zero3 and fsdp: the parameters too.",
+        key=False,
+    )
+    shard_over: ShardOver = setting(
+        ShardOver.all,
+        "Processes that fsdp divides the weights over; node: those of a machine, each with a copy.",
         key=False,
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -53,6 +53,7 @@ class FullySharded:
         device: Device of this process.
         bf16: Whether blocks are gathered in bfloat16.
         offload: Whether parts and optimizer state live in host memory.
+        shards: Neighbouring processes over which a copy of the weights is divided; `None`: all.
     """
 
     layout = ROW_LAYOUT
@@ -65,12 +66,16 @@ class FullySharded:
         device: torch.device,
         bf16: bool,
         offload: bool,
+        shards: int | None = None,
     ) -> None:
         self.module = self.wrapped = module
         self._grad_norm, self._device = grad_norm, device
-        self._rank, self._processes = distributed.get_rank(), distributed.get_world_size()
+        mesh = _mesh(device, shards)
+        self._main = distributed.get_rank() == 0
+        self._shards, self._part = mesh[_SHARD].size(), mesh[_SHARD].get_local_rank()
+        self._first_copy = distributed.get_rank() < self._shards
         self._snapshot = ModuleSnapshot(module)
-        self._units = _shard(module, device, bf16, offload)
+        self._units = _shard(module, device, mesh, bf16, offload)
         self.optimizer = build_optimizer()
         sharded = [isinstance(p, DTensor) for p in module.parameters()]
         assert all(sharded), f"FSDP sharded {sum(sharded)} of {len(sharded)} parameters"
@@ -126,32 +131,36 @@ class FullySharded:
         weights = {}
         for name, parameter in trainable(self.module).items():
             full = self._full(parameter)  # one at a time, for memory
-            if self._rank == 0:
+            if self._main:
                 weights[name] = full.cpu().clone()
         return weights
 
     def state(self) -> dict[str, Any]:
-        """See `Strategy`."""
+        """See `Strategy`; of several copies the first one's parts are enough."""
         self._reshard()
-        states = state_by_name(self.module, self.optimizer)
+        states = state_by_name(self.module, self.optimizer) if self._first_copy else {}
         for state in states.values():
             for key, value in state.items():
                 local = value.to_local() if isinstance(value, DTensor) else value
                 state[key] = local.cpu().clone()
-        return {"parameters": states}
+        return {"parameters": states, "shards": self._shards}
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], saved: OptimizerState) -> None:
         """See `Strategy`; any number of processes may have written it."""
-        same_parts = (saved.layout, saved.processes) == (ROW_LAYOUT, self._processes)
-        states = saved.read(self._rank)["parameters"] if same_parts else full_states(saved)
+        part: dict[str, Any] = {}
+        if saved.layout == ROW_LAYOUT and self._part < saved.processes:
+            part = saved.read(self._part)
+            part.setdefault("shards", saved.processes)  # one copy over all, before there were more
+        same_parts = part.get("shards") == self._shards
+        states = part["parameters"] if same_parts else full_states(saved)
         for name, target in check_parameter_names(self.module, weights).items():
             assert isinstance(target, DTensor)
             target.to_local().copy_(self._own_rows(weights[name]))
             for key, value in states.get(name, {}).items():
                 if value.ndim:
-                    part = value if same_parts else self._own_rows(value)
-                    states[name][key] = self._sharded_like(target, part)
+                    rows = value if same_parts else self._own_rows(value)
+                    states[name][key] = self._sharded_like(target, rows)
         load_state_by_name(self.module, self.optimizer, states)
 
     def release(self, weights: Mapping[str, Tensor] | None, everywhere: bool) -> None:
@@ -171,8 +180,8 @@ class FullySharded:
 
     def _own_rows(self, full: Tensor) -> Tensor:
         """Return this process's rows of a tensor, perhaps none, as FSDP cuts it."""
-        parts = full.chunk(self._processes)
-        return parts[self._rank] if self._rank < len(parts) else full[:0]
+        parts = full.chunk(self._shards)
+        return parts[self._part] if self._part < len(parts) else full[:0]
 
     def _sharded_like(self, target: DTensor, local: Tensor) -> DTensor:
         """Return a tensor that is sharded as `target` is, of which this process has `local`."""
@@ -186,7 +195,21 @@ class FullySharded:
         )
 
 
-def _shard(module: nn.Module, device: torch.device, bf16: bool, offload: bool) -> list[FSDPModule]:
+_SHARD = "shard"
+
+
+def _mesh(device: torch.device, shards: int | None) -> DeviceMesh:
+    """Return the processes as the copies of the weights, and within each the parts."""
+    processes = distributed.get_world_size()
+    if shards is None or shards == processes:
+        return init_device_mesh(device.type, (processes,), mesh_dim_names=(_SHARD,))
+    shape = (processes // shards, shards)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("copy", _SHARD))
+
+
+def _shard(
+    module: nn.Module, device: torch.device, mesh: DeviceMesh, bf16: bool, offload: bool
+) -> list[FSDPModule]:
     """Shard each decoder block and then the rest; return the units, the root first.
 
     A device never has more than the parts so far and the whole of one unit.
@@ -195,7 +218,6 @@ def _shard(module: nn.Module, device: torch.device, bf16: bool, offload: bool) -
     if bf16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     blocks = blocks_of(module)
-    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for part in (*blocks, module):
         take_from_main(part, device)
         fully_shard(
@@ -211,7 +233,9 @@ def _offloading(device: torch.device, offload: bool) -> OffloadPolicy:
     return CPUOffloadPolicy() if offload and device.type != "cpu" else OffloadPolicy()
 
 
-def place_frozen(module: nn.Module, device: torch.device, offload: bool) -> None:
+def place_frozen(
+    module: nn.Module, device: torch.device, offload: bool, shards: int | None = None
+) -> None:
     """Put a frozen module on the devices, each process with a part of every decoder block.
 
     A block is gathered while it computes, so all processes must call the module equally often.
@@ -221,8 +245,9 @@ def place_frozen(module: nn.Module, device: torch.device, offload: bool) -> None
         module: The main process has its weights, the others need none.
         device: Device of this process.
         offload: Whether the parts live in host memory.
+        shards: As for `FullySharded`.
     """
-    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    mesh = _mesh(device, shards)
     for model in decoders_of(module):
         for block in decoder_parts(model).blocks:
             take_from_main(block, device)

@@ -141,7 +141,9 @@ def full_states(saved: OptimizerState) -> dict[str, Any]:
         return saved.read(0)["parameters"]
     if saved.layout != ROW_LAYOUT:
         check_layout(saved, "one that ddp, fsdp and single share")
-    parts = [saved.read(rank)["parameters"] for rank in range(saved.processes)]
+    files = [saved.read(rank)["parameters"] for rank in range(saved.processes)]
+    # Of several copies of the weights only the first one's processes have written parts.
+    parts = [states for states in files if states] or files[:1]
     return {
         name: {
             key: torch.cat([part[name][key] for part in parts]) if value.ndim else value

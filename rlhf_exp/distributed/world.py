@@ -42,11 +42,13 @@ class Setup:
         strategy: `single`, `ddp`, `zero1`, `zero2`, `zero3` or `fsdp`.
         precision: `float32` or `bfloat16`, of matrix products.
         offload: Whether optimizer state and parameters live in host memory.
+        shards: Neighbouring processes over which FSDP divides a copy of the weights; `None`: all.
     """
 
     strategy: str
     precision: str
     offload: bool = False
+    shards: int | None = None
 
     @property
     def deepspeed(self) -> bool:
@@ -175,7 +177,7 @@ class World:
             return
         from rlhf_exp.distributed.fsdp import place_frozen
 
-        place_frozen(module, self.device, self.setup.offload)
+        place_frozen(module, self.device, self.setup.offload, self.setup.shards)
 
     @property
     def weights_dtype(self) -> torch.dtype | None:
@@ -274,6 +276,7 @@ def open_world(
     threads: int | None = None,
     strategy: str = "single",
     offload: bool = False,
+    shard_over: str = "all",
 ) -> World:
     """Return the world of this run's processes (one, without a process group).
 
@@ -282,9 +285,11 @@ def open_world(
         threads: CPU threads of this process; `None`: its part of all cores.
         strategy: Name of the strategy, see `Setup`.
         offload: Whether optimizer state and parameters live in host memory.
+        shard_over: `all` processes, or those of a `node`, see `Setup.shards`.
 
     Raises:
-        UserError: The strategy needs more processes than there are, or fewer.
+        UserError: The strategy needs more processes than there are, or fewer, or the machines have
+            no equal, neighbouring ones.
     """
     single = not distributed.is_initialized()
     if single and strategy != "single":
@@ -301,7 +306,25 @@ def open_world(
         1 if single else int(os.environ.get("LOCAL_WORLD_SIZE", distributed.get_world_size()))
     )
     torch.set_num_threads(threads_per_process(threads, local_processes))
-    return World(_device(), Setup(strategy, precision, offload))
+    shards = None if shard_over == "all" else _shards_of_nodes(local_processes)
+    return World(_device(), Setup(strategy, precision, offload, shards))
+
+
+def _shards_of_nodes(local_processes: int) -> int:
+    """Return the number of processes of each machine, after checking that it is the same."""
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    places: list[Any] = [None] * processes
+    distributed.all_gather_object(places, (local_rank, local_processes))
+    expected = [(number % local_processes, local_processes) for number in range(processes)]
+    if places != expected:
+        sizes = sorted({size for _, size in places})
+        raise UserError(
+            f"distributed.shard_over=node: each machine must have as many processes (found: "
+            f"{', '.join(map(str, sizes))}), numbered one after another, as torchrun does and "
+            "Slurm with `--distribution=block`; or leave it out"
+        )
+    return local_processes
 
 
 @contextmanager
@@ -310,9 +333,10 @@ def world_of(
     threads: int | None = None,
     strategy: str = "single",
     offload: bool = False,
+    shard_over: str = "all",
 ) -> Iterator[World]:
     """Yield the world for one stage; the process group stays for the next one."""
-    yield open_world(precision, threads, strategy, offload)
+    yield open_world(precision, threads, strategy, offload, shard_over)
 
 
 def _device() -> torch.device:
@@ -345,9 +369,8 @@ def strategy_for(
     if setup.strategy == "fsdp":
         from rlhf_exp.distributed.fsdp import FullySharded
 
-        return FullySharded(
-            module, build_optimizer, grad_norm, device, setup.bf16_weights, setup.offload
-        )
+        half, offload = setup.bf16_weights, setup.offload
+        return FullySharded(module, build_optimizer, grad_norm, device, half, offload, setup.shards)
     from rlhf_exp.distributed.deepspeed import Zero, Zero3
 
     stage = int(setup.strategy.removeprefix("zero"))

@@ -21,8 +21,14 @@ if TYPE_CHECKING:
 def world_for(config: Config) -> Iterator[World]:
     """Open the processes that the config asks for."""
     section = config.distributed
-    strategy = section.strategy.value
-    with world_of(precision_of(config), section.threads, strategy, section.offload) as world:
+    opened = world_of(
+        precision_of(config),
+        section.threads,
+        section.strategy.value,
+        section.offload,
+        section.shard_over.value,
+    )
+    with opened as world:
         yield world
 
 

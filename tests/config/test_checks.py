@@ -170,6 +170,7 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         ("output_dir=launch.py", "launch.py is not a folder"),
         ("distributed.processes=2", "distributed.processes=2: distributed.strategy=single has one"),
         ("distributed.offload=true plan=true", "strategy=single cannot offload"),
+        ("distributed=zero3 distributed.shard_over=node plan=true", "node is for fsdp"),
         ("tracking.project=''", "tracking.project=: must not be empty"),
     ],
 )

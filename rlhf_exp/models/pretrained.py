@@ -33,6 +33,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import cached_file
 
+import rlhf_exp.models.cpu_attention  # noqa: F401 - takes its place among transformers' own
 from rlhf_exp.errors import UserError
 from rlhf_exp.model_names import split_revision
 from rlhf_exp.models.architecture import TYPES, Architecture

@@ -18,8 +18,6 @@ from transformers import PreTrainedModel
 from rlhf_exp.algo.logprobs import head_logits, product_dtype
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.logit_transform import logit_transform
-from rlhf_exp.models.pretrained import half_on_host
-from rlhf_exp.rollout.decode_attention import NAME as SINGLE_QUERY
 from rlhf_exp.rollout.library_cache import LibraryCache
 from rlhf_exp.rollout.slot_cache import SlotCache
 
@@ -169,11 +167,12 @@ def decoding_mode(model: PreTrainedModel) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        if attention != "eager":
-            config._attn_implementation = SINGLE_QUERY if half_on_host(model) else "sdpa"
+        if not takes_masks:
+            config._attn_implementation = "sdpa"
         yield
     finally:
-        config._attn_implementation = attention
+        if not takes_masks:
+            config._attn_implementation = attention
         for module, training in modes:
             module.training = training
 

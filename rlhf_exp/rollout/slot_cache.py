@@ -207,7 +207,7 @@ _query_positions: ContextVar[Tensor | None] = ContextVar("query positions", defa
 """Positions [A] of the tokens that are decoded, one of each row; None outside of `stepping`."""
 
 
-def at_query_positions(library_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+def _at_query_positions(library_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
     """Return `library_mask`, which within `SlotCache.stepping` goes by each row's own position.
 
     The library's masks know one position for all rows of a batch.
@@ -232,4 +232,4 @@ def at_query_positions(library_mask: Callable[..., Tensor | None]) -> Callable[.
 
 _EAGER = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
 for _name in ("eager", "sdpa"):
-    ALL_MASK_ATTENTION_FUNCTIONS[_name] = at_query_positions(ALL_MASK_ATTENTION_FUNCTIONS[_name])
+    ALL_MASK_ATTENTION_FUNCTIONS[_name] = _at_query_positions(ALL_MASK_ATTENTION_FUNCTIONS[_name])

@@ -33,7 +33,10 @@ COMMON = (
     | names("data/toy", "content generate")
     | {"data/arithmetic"}
     | names("distributed", "ddp deepspeed fsdp strategy world")
-    | names("models", "architecture frozen_trunk logit_transform lora packing policy pretrained")
+    | names(
+        "models",
+        "architecture cpu_attention frozen_trunk logit_transform lora packing policy pretrained",
+    )
     | names("stages", "context data_module setup")
 )
 # The native trainer, and the model that it leaves.
@@ -44,8 +47,7 @@ TRAINER = (
 )
 SAMPLING = {"models/reference"} | names(
     "rollout",
-    "decode_attention decoder engine library_cache native_engine sampler slot_cache "
-    "token_sampling transcript",
+    "decoder engine library_cache native_engine sampler slot_cache token_sampling transcript",
 )
 # The scores of responses: by the reward model, a function or a server.
 SCORING = (

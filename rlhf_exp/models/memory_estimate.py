@@ -59,6 +59,8 @@ class Sharding:
         blocks: of divided weights, two blocks at a time and all that is no block are whole in an
             update (FSDP); otherwise, as many as `LIVE` (ZeRO 3).
         bucket: gradients are copied into a buffer to be reduced (DeepSpeed's ZeRO).
+        overlaps: there are two such buffers, one being filled while the other is reduced (ZeRO 1
+            and 2 on GPUs).
         keeps_gradients: their memory is kept while nothing is updated (DDP, ZeRO 3).
         offload: optimizer state, and divided weights, live in host memory.
     """
@@ -69,6 +71,7 @@ class Sharding:
     weights: bool = False
     blocks: bool = False
     bucket: bool = False
+    overlaps: bool = False
     keeps_gradients: bool = False
     offload: bool = False
 
@@ -122,7 +125,8 @@ class MemoryEstimate:
     Attributes:
         weights: of the policy, and of blocks of the values' own; this process's part.
         gathered: weights that are whole in an update beside their parts.
-        gathered_to_sample: the same while responses are sampled and scored.
+        gathered_to_sample: the same while responses are sampled and scored, with two blocks of a
+            divided reference or reward model.
         gradients: of what trains, with the bucket from which they are reduced.
         keeps_gradients: whether these are there while nothing is updated, too.
         communication: copies in which gradients are reduced or weights are fetched, the larger.
@@ -132,8 +136,9 @@ class MemoryEstimate:
         logits: the largest chunk of logits with its gradient.
         kv_cache: keys and values of the rows decoded together.
         trunk_states: states entering the first training block, of an iteration's rows.
-        reference: the frozen copy for the KL divergence.
-        reward_model: the reward model.
+        reference: the frozen copy for the KL divergence; this process's part.
+        reward_model: the reward model; this process's part.
+        rollout_copy: the copy that is sampled from.
         host: of host memory (what is offloaded; copies of weights that are computed with rounded).
     """
 
@@ -151,12 +156,14 @@ class MemoryEstimate:
     trunk_states: int
     reference: int
     reward_model: int
+    rollout_copy: int = 0
     host: int = 0
 
     @property
     def peak(self) -> int:
         """The most at one time: sampling and updating take turns."""
         resident = self.weights + self.optimizer + self.reference + self.reward_model
+        resident += self.rollout_copy
         passes = self.activations + self.logits
         both = max(passes, self.communication) if self.at_the_end else passes + self.communication
         update = self.gathered + self.gradients + both
@@ -177,6 +184,7 @@ def estimate_memory(
     reward_model: Architecture | None = None,
     reward_blocks: int | None = None,
     value_blocks: int = 0,
+    samples_copy: bool = False,
 ) -> MemoryEstimate:
     """Estimate the bytes that one process holds.
 
@@ -192,12 +200,24 @@ def estimate_memory(
         reward_blocks: how many of its blocks are its own, over the policy's trunk; `None`: all.
         value_blocks: how many blocks the values have of their own, all trained; with as many as
             the architecture has, embeddings too.
+        samples_copy: whether responses are sampled from a bfloat16 copy of the weights that train
+            or are not stored in bfloat16.
     """
     sharding = sharding or Sharding()
     count = count_parameters(architecture)
     trained = count.trainable(train_blocks, architecture.tied)
+    blocks = architecture.layers if train_blocks is None else train_blocks
     stored = count.total
-    copied = {"none": 0, "lora": 0, "shared": trained, "full": count.total}[reference]
+    kept = _frozen_bytes(
+        {"none": 0, "lora": 0, "shared": trained, "full": count.total}[reference],
+        count.block * blocks,
+        count.block,
+        min(precision.trained, precision.gathered),
+        sharding,
+    )
+    merged = count.block * blocks if lora_rank else trained
+    if precision.weight != 2:
+        merged = stored
     if lora_rank:
         trained = count_lora(architecture, lora_rank, train_blocks)
         stored += trained
@@ -210,7 +230,9 @@ def estimate_memory(
     live = min(stored, rest + 2 * count.block if sharding.blocks else LIVE)
     away = sharding.offload and sharding.weights
     reduced = reduction_of(trained, stored, live, precision, sharding, workload.accumulates)
+    judge = _reward_bytes(reward_model, reward_blocks, precision.beside, sharding)
     host = reduced.host + (stored - trained) * precision.exact + (weights if away else 0)
+    host += kept.host + judge.host
     states = workload.cached_rows * workload.tokens * architecture.width
     positions = min(workload.rows * workload.head_tokens, CHUNK_ROWS)
     logits = min(positions * architecture.vocabulary, LOGITS_CHUNK)
@@ -218,7 +240,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=0 if away else weights,
         gathered=live * precision.gathered if sharding.weights else 0,
-        gathered_to_sample=sampled * precision.gathered,
+        gathered_to_sample=sampled * precision.gathered + max(kept.gathered, judge.gathered),
         gradients=reduced.held,
         keeps_gradients=sharding.keeps_gradients,
         communication=reduced.copies,
@@ -228,20 +250,67 @@ def estimate_memory(
         logits=2 * 4 * logits,
         kv_cache=kv_cache_bytes(architecture, workload, precision),
         trunk_states=states * precision.activation,
-        reference=copied * min(precision.trained, precision.gathered),
-        reward_model=_reward_parameters(reward_model, reward_blocks) * precision.beside,
+        reference=kept.held,
+        reward_model=judge.held,
+        rollout_copy=2 * merged if samples_copy and workload.decoded_rows else 0,
         host=host + (optimizer if sharding.offload else 0),
     )
 
 
+class FrozenBytes(NamedTuple):
+    """Bytes of a frozen model.
+
+    Attributes:
+        held: all the time.
+        gathered: of two blocks that are whole while it computes, if it is divided.
+        host: of host memory.
+    """
+
+    held: int
+    gathered: int = 0
+    host: int = 0
+
+
+def _frozen_bytes(
+    parameters: int, in_blocks: int, block: int, each: int, sharding: Sharding
+) -> FrozenBytes:
+    """Return the bytes of a frozen model, whose blocks are divided where weights are.
+
+    Args:
+        parameters: of the model; 0: there is none.
+        in_blocks: those of them that are in its blocks.
+        block: parameters of a block.
+        each: bytes of a weight.
+        sharding: over the processes.
+    """
+    if not sharding.weights or not parameters:
+        return FrozenBytes(parameters * each)
+    part = share_of(in_blocks, sharding, divided=True) * each
+    rest, gathered = (parameters - in_blocks) * each, min(2 * block, in_blocks) * each
+    return (
+        FrozenBytes(rest, gathered, part)
+        if sharding.offload
+        else FrozenBytes(rest + part, gathered)
+    )
+
+
+def _reward_bytes(
+    shape: Architecture | None, blocks: int | None, each: int, sharding: Sharding
+) -> FrozenBytes:
+    """Return the bytes of a reward model in the same process, of `each` bytes a weight."""
+    if shape is None:
+        return FrozenBytes(0)
+    count = count_parameters(shape)
+    in_blocks = count.block * (count.blocks if blocks is None else blocks)
+    return _frozen_bytes(_reward_parameters(shape, blocks), in_blocks, count.block, each, sharding)
+
+
 def reward_bytes(architecture: Architecture, precision: Precision) -> int:
     """Return the bytes of a whole reward model's weights."""
-    return _reward_parameters(architecture, None) * precision.weight
+    return _reward_parameters(architecture, None) * precision.beside
 
 
-def _reward_parameters(shape: Architecture | None, blocks: int | None) -> int:
-    if shape is None:
-        return 0
+def _reward_parameters(shape: Architecture, blocks: int | None) -> int:
     count = count_parameters(shape)
     return count.trunk if blocks is None else count.block * blocks
 
@@ -329,10 +398,11 @@ def reduction_of(
         fetched = min(live, trained) * precision.gradient if sharding.blocks else 0
         return Reduction(part + fetched)
     bucket = min(BUCKET, trained) * precision.gradient
+    second = bucket if sharding.overlaps else 0
     here, away = (0, part) if sharding.offload else (part, 0)
     if not divided:
         # ZeRO 1 fills the bucket after the backward pass, from gradients that are all there.
-        return Reduction(part, bucket, host=away // sharding.processes)
+        return Reduction(part + second, bucket, host=away // sharding.processes)
     if sharding.weights:
         # Weights arrive in one flat buffer, and are copied out of it. When they are stepped, the
         # gradients of the part are copied into one tensor. Offloaded, both are there for good.
@@ -341,10 +411,11 @@ def reduction_of(
         at_the_end = trained <= BUCKET and stored <= PREFETCH
         return Reduction(bucket + here, copies, at_the_end, host=2 * away)
     if trained > BUCKET or accumulates:
-        return Reduction(bucket + here, max(bucket, here), trained <= BUCKET, host=away)
+        copies = max(bucket, here)
+        return Reduction(bucket + second + here, copies, trained <= BUCKET, host=away)
     # One bucket: the part comes into being when it is reduced, in float32 after the copy is gone.
     copies = max(bucket, here) if precision.gradient == 4 else bucket + here
-    return Reduction(bucket, copies, host=away)
+    return Reduction(bucket + second, copies, host=away)
 
 
 def share_of(parameters: int, sharding: Sharding, divided: bool) -> int:

@@ -10,7 +10,14 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_exp.config.experiment import UNTRAINED, Config, Dtype, ModelConfig, StrategyName
+from rlhf_exp.config.experiment import (
+    UNTRAINED,
+    Config,
+    Dtype,
+    ModelConfig,
+    ShardOver,
+    StrategyName,
+)
 from rlhf_exp.config.training import CONTINUED, RewardInit, TrainingConfig
 from rlhf_exp.models.architecture import TYPES, Architecture, count_lora, count_parameters
 from rlhf_exp.models.memory_estimate import (
@@ -28,8 +35,11 @@ from rlhf_exp.pipeline.stage_graph import stages_of
 from rlhf_exp.stages.shape import shape_of
 
 GIB = 1 << 30
-GPUS = (24, 40, 80)
+GPUS = (24, 40, 80, 141)
 """Memory of common GPUs, in GB."""
+
+NODE = 8
+"""GPUs of a machine, where a plan cannot know it."""
 _COLOURS = {
     StepState.given: "cyan",
     StepState.cached: "green",
@@ -103,6 +113,7 @@ def memory_table(config: Config) -> Table | Text:
         ("trunk states", "trunk_states"),
         ("reference", "reference"),
         ("reward model", "reward_model"),
+        ("rollout copy", "rollout_copy"),
         ("host memory", "host"),
     ):
         table.add_row(label, *(gib(getattr(found, name)) for found in estimates))
@@ -133,7 +144,7 @@ def _reward_apart(config: Config, shape: Architecture) -> str:
     reward = config.ppo.reward
     if reward.device is None or not reward.model_scores:
         return ""
-    size = gib(reward_bytes(shape, _precision(config)))
+    size = gib(reward_bytes(shape, _precision(config, "ppo")))
     place = "host memory" if reward.gpu is None else f"GPU {reward.gpu} of its machine"
     return f";\nfor PPO the main process also has the reward model, {size} GiB, in {place}"
 
@@ -163,10 +174,11 @@ def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstim
     estimate = partial(
         estimate_memory,
         shape,
-        precision=_precision(config),
+        precision=_precision(config, stage),
         sharding=_sharding(config),
         train_blocks=blocks,
         lora_rank=rank,
+        samples_copy=_samples_copy(config),
     )
     checkpointing, accumulates = section.gradient_checkpointing, rows < share
     if stage == "sft":
@@ -225,11 +237,17 @@ def shares_trunk(config: Config) -> bool:
     return 0 < (reward.train_blocks or 0) <= (ppo.train_blocks or 0)
 
 
-def _precision(config: Config) -> Precision:
+def _samples_copy(config: Config) -> bool:
+    """Whether responses are sampled from a copy of the weights (`stages.sampling`)."""
+    replicated = config.distributed.strategy in (StrategyName.single, StrategyName.ddp)
+    return replicated and config.computes_in is Dtype.bfloat16
+
+
+def _precision(config: Config, stage: str) -> Precision:
     """Return the bytes of numbers: what trains is held in float32, by DeepSpeed as a copy.
 
     In float32, too: whether it needs none it decides by comparing a device with a name, which are
-    never equal. Of frozen weights that it rounds, `Zero` keeps copies on the host.
+    never equal. Of frozen weights that are rounded, there are copies on the host.
     """
     strategy = config.distributed.strategy
     frozen = 2 if config.model.dtype == Dtype.bfloat16 else 4
@@ -239,7 +257,15 @@ def _precision(config: Config) -> Precision:
             return replace(HALF_WITH_MASTER, beside=frozen, exact=4 if frozen == 4 else 0)
         return replace(FLOAT32, optimizer=12)
     gathered = 2 if half and strategy == StrategyName.fsdp else 4
-    return Precision(frozen, activation=2 if half else 4, gathered=gathered, beside=frozen)
+    # PPO holds what is frozen in the format that it computes in (`World.round_frozen`).
+    rounds = stage == "ppo" and half and strategy != StrategyName.fsdp and frozen == 4
+    return Precision(
+        weight=2 if rounds else frozen,
+        activation=2 if half else 4,
+        gathered=gathered,
+        beside=frozen,
+        exact=4 if rounds else 0,
+    )
 
 
 def _sharding(config: Config) -> Sharding:
@@ -247,13 +273,15 @@ def _sharding(config: Config) -> Sharding:
     strategy = section.strategy
     whole = strategy in (StrategyName.zero3, StrategyName.fsdp)
     deep = strategy in (StrategyName.zero1, StrategyName.zero2, StrategyName.zero3)
+    node = section.shard_over is ShardOver.node
     return Sharding(
-        section.processes,
+        min(section.processes, NODE) if node else section.processes,
         optimizer=whole or deep,
         gradients=whole or strategy == StrategyName.zero2,
         weights=whole,
         blocks=strategy == StrategyName.fsdp,
         bucket=deep,
+        overlaps=deep and not whole,
         keeps_gradients=strategy in (StrategyName.ddp, StrategyName.zero3),
         offload=section.offload,
     )

@@ -85,6 +85,42 @@ def test_zero3_leaves_a_billion_weights_whole() -> None:
     assert plan.communication == 6_050_882_784 // 8 * 4, "gradients in one piece, to be stepped"
 
 
+BLOCK = 201_355_264
+"""Parameters of a block of GPT-J, of 28."""
+
+
+def test_frozen_models_are_divided_block_by_block() -> None:
+    sharding = Sharding(8, weights=True, blocks=True)
+    plan = estimate_memory(GPTJ, RECIPE, sharding=sharding, reference="full", reward_model=GPTJ)
+    around = 6_050_882_784 - 28 * BLOCK  # embeddings, norm, head
+    assert plan.reference == (28 * BLOCK // 8 + around) * 4
+    assert plan.reward_model == (28 * BLOCK // 8 + around - 206_488_800) * 4, "it has no head"
+    # The policy is whole meanwhile, and two blocks of the frozen model that computes.
+    assert plan.gathered_to_sample == (6_050_882_784 + 2 * BLOCK) * 4
+    away = replace(sharding, offload=True)
+    offloaded = estimate_memory(GPTJ, RECIPE, sharding=away, reference="full")
+    assert offloaded.reference == around * 4
+    without = estimate_memory(GPTJ, RECIPE, sharding=away)
+    assert offloaded.host - without.host == 28 * BLOCK // 8 * 4
+    top = estimate_memory(GPTJ, RECIPE, sharding=sharding, train_blocks=2, reference="shared")
+    assert top.reference == (2 * BLOCK // 8 + 8_192 + 206_488_800) * 4  # norm and head are whole
+
+
+def test_a_copy_is_sampled_from() -> None:
+    """In 2 bytes: what trains, and what is not stored so already; an adapter is merged."""
+    half = Precision(weight=2, activation=2, exact=4)
+    top = estimate_memory(GPTJ, RECIPE, half, train_blocks=2, samples_copy=True)
+    assert top.rollout_copy == (2 * BLOCK + 8_192 + 206_488_800) * 2
+    without = estimate_memory(GPTJ, RECIPE, half, train_blocks=2)
+    assert (without.rollout_copy, top.peak - without.peak) == (0, top.rollout_copy)
+    whole = estimate_memory(GPTJ, RECIPE, train_blocks=2, samples_copy=True)
+    assert whole.rollout_copy == 6_050_882_784 * 2
+    adapter = estimate_memory(GPTJ, RECIPE, half, lora_rank=8, train_blocks=3, samples_copy=True)
+    assert adapter.rollout_copy == 3 * BLOCK * 2
+    nothing = estimate_memory(GPTJ, replace(RECIPE, decoded_rows=0), samples_copy=True)
+    assert nothing.rollout_copy == 0
+
+
 # A model whose gradients fit into one bucket, and what DeepSpeed 0.19 was seen to hold for it in a
 # step of two processes, tensor by tensor: all numbers are multiples of its size.
 SMALL = Architecture("llama", 5, 640, 10, 1600, 512, 128)
@@ -119,6 +155,15 @@ def test_zero2_in_half_precision_adds_up_in_float32_at_once() -> None:
     plan = copies(HALF_WITH_MASTER, STEP, gradients=True)
     # Weights; half of a float32 copy and moments; the bucket, its copy, half of float32 gradients.
     assert plan.peak == half + 3 * half + half + half + half
+
+
+@pytest.mark.parametrize("stage", [{}, {"gradients": True}])
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_gpus_fill_a_second_bucket(stage: dict[str, bool], accumulates: bool) -> None:
+    work = replace(STEP, accumulates=accumulates)
+    one, two = (copies(COPIED, work, **stage, overlaps=overlaps) for overlaps in (False, True))
+    assert two.gradients - one.gradients == count_parameters(SMALL).total * 4
+    assert two.communication == one.communication
 
 
 def test_zero3_fetches_through_a_buffer() -> None:

@@ -7,6 +7,7 @@ import pytest
 from rlhf_exp.config.checks import config_problems
 from rlhf_exp.config.compose import compose
 from rlhf_exp.config.experiment import Config
+from rlhf_exp.models.architecture import count_parameters
 from rlhf_exp.pipeline.memory_fit import Fit, fits_of
 from rlhf_exp.pipeline.plan import plan
 from rlhf_exp.pipeline.plan_table import fits, shape_for, stage_memory
@@ -37,7 +38,7 @@ def test_with_the_overrides_it_fits_and_the_results_are_the_same(
 ) -> None:
     config = config_of(*overrides)
     found = {fit.size: fit for fit in fits_of(config)}
-    assert sorted(found) == [size for size in (24, 40, 80) if too_large(config, size)]
+    assert sorted(found) == [size for size in (24, 40, 80, 141) if too_large(config, size)]
     assert any(fit.overrides for fit in found.values())
     for size, fit in found.items():
         assert list(fit.stages) == too_large(config, size)
@@ -72,6 +73,50 @@ def test_the_recipe_for_the_published_machine() -> None:
     told = config_of("experiment=hh_gptj_6b", *(advice.overrides or ()))
     assert (told.sft, told.reward, told.ppo) == (machine.sft, machine.reward, machine.ppo)
     assert told.distributed == machine.distributed
+
+
+ALL_LAYERS = ("sft.train_blocks=null", "reward.train_blocks=null", "ppo.train_blocks=null")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_all_layers_of_20b_fit_8_gpus_of_141_gb(strategy: str) -> None:
+    """With the reward model beside the policy; where each held a whole one they would not."""
+    spread = (f"distributed={strategy}", "distributed.processes=8", "ppo.batch=8")
+    shared = "ppo.reward.placement=shared"
+    assert too_large(config_of("experiment=hh_20b", *ALL_LAYERS, *spread, shared), 141) == []
+    replicated = ("distributed=ddp", *spread[1:])
+    alone = too_large(config_of("experiment=hh_20b", *ALL_LAYERS, *replicated, shared), 141)
+    assert alone == ["sft", "reward", "ppo"]
+
+
+def test_a_node_holds_a_copy_of_its_own() -> None:
+    """Sixteen processes that divide within machines of eight hold what eight hold."""
+    shape = shape_for(config_of("experiment=hh_20b").model)
+    assert shape is not None
+    numbers = ("distributed.processes=16", "ppo.batch=16", "ppo.reward.placement=shared")
+    many = ("experiment=hh_20b", "distributed=fsdp", *numbers)
+    over_all, over_node = (
+        stage_memory(config_of(*many, f"distributed.shard_over={over}"), "ppo", shape)
+        for over in ("all", "node")
+    )
+    assert over_node.optimizer == pytest.approx(2 * over_all.optimizer, rel=1e-6)
+
+
+def test_frozen_weights_of_ppo_are_rounded_with_their_originals_on_the_host() -> None:
+    given = ("model=gpt_neox_20b", "model.dtype=float32", "distributed.precision=bfloat16")
+    config = config_of("experiment=hh_20b", *given, "distributed=ddp", "ppo.train_blocks=2")
+    shape = shape_for(config.model)
+    assert shape is not None
+    total = count_parameters(shape).total
+    trained = count_parameters(shape).trainable(2, tied=False)
+    ppo = stage_memory(config, "ppo", shape)
+    assert ppo.weights == (total - trained) * 2 + trained * 4
+    assert ppo.host == (total - trained) * 4
+    assert ppo.rollout_copy == trained * 2
+    sft = stage_memory(config, "sft", shape)
+    assert (sft.host, sft.rollout_copy) == (0, 0)
+    stored = stage_memory(config_of("experiment=hh_20b", "distributed=ddp"), "ppo", shape)
+    assert stored.host == 0, "bfloat16 in the file: nothing is rounded"
 
 
 def test_the_words_of_a_plan() -> None:

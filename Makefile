@@ -10,7 +10,7 @@ PYTHON ?= python3
 EXTRAS ?=
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
-MARKERS ?= not slow and not matrix and not slurm and not gpu and not trl and not trlx and not browser and not harness and not sagemaker and not tensorboard
+MARKERS ?= not slow and not matrix and not slurm and not gpu and not trl and not trlx and not vllm and not browser and not harness and not sagemaker and not tensorboard
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -159,6 +159,12 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     serve = commands.add_parser("serve-reward", help="score responses for PPO elsewhere")
     serve_options(serve)
     serve.set_defaults(command=_run_serve_reward)
+    vllm = commands.add_parser("vllm-server", help="sample for PPO elsewhere, by vLLM")
+    vllm.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    vllm.add_argument("--port", type=int, default=8500, help="port to listen on (8500)")
+    vllm.add_argument("--python", help="interpreter with vLLM (RLHF_EXP_VLLM_PYTHON, or this one)")
+    vllm.add_argument("--threads", type=int, metavar="N", help="processor threads (vLLM's choice)")
+    vllm.set_defaults(command=_run_vllm_server)
 
 
 def _add_annotate_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -389,6 +395,14 @@ def _run_serve_reward(arguments: argparse.Namespace) -> None:
         **{field.name: values[field.name] for field in dataclasses.fields(ServeOptions)}
     )
     serve_reward(arguments.outputs, arguments.run, options)
+
+
+def _run_vllm_server(arguments: argparse.Namespace) -> None:
+    from rlhf_exp.commands.vllm_server import VllmServerOptions, vllm_server
+
+    values = vars(arguments)
+    names = [field.name for field in dataclasses.fields(VllmServerOptions)]
+    vllm_server(VllmServerOptions(**{name: values[name] for name in names}))
 
 
 def _run_annotate(arguments: argparse.Namespace) -> None:

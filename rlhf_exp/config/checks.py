@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rlhf_exp.config.checks_engines import check_engine
 from rlhf_exp.config.checks_evaluation import check_eval
+from rlhf_exp.config.checks_rollout import check_rollout_engine
 from rlhf_exp.config.checks_shared import (
     check_address,
     check_function,
@@ -106,6 +107,10 @@ def config_problems(config: Config, multirun: bool = False) -> list[Problem]:
     if "ppo" in sections:
         check_continue_from(check)
     check_engine(check, [stage for stage in sections if _trains(config, stage)])
+    if not _evaluates_stored_answers(config):
+        sample = ("best_of", "eval")
+        stages = [stage for stage in sections if stage in sample or _trains(config, stage)]
+        check_rollout_engine(check, stages)
     if "eval" in sections:
         check_eval(check)
     _check_distributed_and_tracking(check)

@@ -223,7 +223,7 @@ def _check_interpreter(check: ConfigChecker, engine: EngineName) -> None:
         check.add("engine.python", f"there is no interpreter {path.absolute()}; {remedy}")
         return
     names = tuple(sorted({engine.name, *needed.needs}))
-    versions = _installed_versions(path.absolute(), path.stat().st_mtime_ns, names)
+    versions = installed_versions(path.absolute(), path.stat().st_mtime_ns, names)
     if versions is None:
         check.add("engine.python", f"is no Python that runs; {remedy}")
         return
@@ -251,7 +251,7 @@ _VERSIONS_TIMEOUT_S = 60.0
 
 
 @cache
-def _installed_versions(
+def installed_versions(
     python: Path, changed: int, names: tuple[str, ...]
 ) -> dict[str, str | None] | None:
     """Return the versions that an interpreter has of distributions; `None` if it fails.

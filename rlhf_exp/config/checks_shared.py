@@ -97,6 +97,17 @@ def context_length(model: ModelConfig) -> int | None:
     return _model_size(model, _CONTEXT_LENGTH_NAMES, model.architecture.context)
 
 
+def head_width(model: ModelConfig) -> int | None:
+    """Return the width of an attention head: a local folder's own, else the architecture's."""
+    shape = model.architecture
+    own = _model_size(model, ("head_dim",), 0)
+    if own:
+        return own
+    width = _model_size(model, ("hidden_size", "n_embd"), shape.width)
+    heads = _model_size(model, ("num_attention_heads", "n_head"), shape.heads)
+    return width // heads if width and heads else None
+
+
 def model_family(model: ModelConfig) -> str | None:
     """Return the family as transformers names it: a local folder's own, else the architecture's."""
     if local_folder(model.path) is None:

@@ -7,7 +7,9 @@ intervals of evaluations and checkpoints. How PPO uses a reward is `ppo.reward`;
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from dataclasses import dataclass
 from enum import Enum
 
@@ -431,6 +433,24 @@ class PpoRewardConfig:
         return "cpu" if self.gpu is None else f"cuda:{self.gpu}"
 
 
+class RolloutEngineName(Enum):
+    """Who samples responses."""
+
+    native = "native"
+    vllm = "vllm"
+
+
+class RolloutDtype(Enum):
+    """Number formats of vLLM's weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+VLLM_PYTHON = "RLHF_EXP_VLLM_PYTHON"
+"""Environment variable with vLLM's interpreter."""
+
+
 @dataclass
 class GenerationConfig:
     """Sampling of responses."""
@@ -438,6 +458,51 @@ class GenerationConfig:
     max_new_tokens: int = setting(48, "Longest response in tokens.")
     temperature: float = setting(1.0, "Sampling temperature, also of the log-probabilities.")
     batch: int = setting(64, "Rows decoded together in a process.", key=False)
+    engine: RolloutEngineName = setting(
+        RolloutEngineName.native,
+        "Who samples: this project's own sampler, or vLLM (docs/how-to/vllm.md).",
+        neutral=RolloutEngineName.native,
+    )
+    python: str | None = setting(
+        None,
+        "vLLM's interpreter; null: that of the environment variable RLHF_EXP_VLLM_PYTHON, or the "
+        "one that runs.",
+        key=False,
+    )
+    dtype: RolloutDtype | None = setting(
+        None,
+        "Number format of vLLM's weights; null: bfloat16 where `distributed.precision` or "
+        "`model.dtype` is, else float32.",
+        neutral=None,
+    )
+    placement: str = setting(
+        "shared",
+        "Where vLLM is: `shared` (each process has one on its own device; there it sleeps while "
+        "the policy trains), `gpu:6-7` (one on each of these GPUs, for all processes) or `cpu`.",
+        key=False,
+    )
+    urls: list[str] = setting(
+        factory=list,
+        doc="Addresses of vLLM servers on other machines, which share the rows: "
+        "`[http://node7:8500]`, started by `rlhf-exp vllm-server`.",
+        key=False,
+    )
+
+    @property
+    def gpus(self) -> list[int] | None:
+        """The numbers in `gpu:2`, `gpu:6-7` or `gpu:1,6-7`; `None` for another placement."""
+        if re.fullmatch(r"gpu:\d+(-\d+)?(,\d+(-\d+)?)*", self.placement, re.ASCII) is None:
+            return None
+        found: list[int] = []
+        for part in self.placement.removeprefix("gpu:").split(","):
+            first, _, last = part.partition("-")
+            found += range(int(first), int(last or first) + 1)
+        return found or None
+
+    @property
+    def interpreter(self) -> str:
+        """The interpreter of vLLM."""
+        return self.python or os.environ.get(VLLM_PYTHON) or sys.executable
 
 
 CORRECTION_AUTO, CORRECTION_LIMIT = "auto", 2.0

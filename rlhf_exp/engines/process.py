@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -20,6 +20,7 @@ from typing import Self
 
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes.channel import Channel, Message
+from rlhf_exp.processes.environment import worker_environment
 
 # By name, so that the code of the worker counts as code of the stage.
 _WORKER = (
@@ -28,12 +29,6 @@ _WORKER = (
     "rlhf_exp.engines.worker.engine_model",
 )
 _TAIL = 15
-# Variables that launchers set for their processes: the worker is alone. And Python's own, which
-# would mix the two worlds.
-_NOT_PASSED = (
-    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_"),
-    *("SLURM_", "PYTHON"),
-)
 
 
 class EngineProcess:
@@ -60,7 +55,7 @@ class EngineProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,
-                    env=environment(os.environ),
+                    env=worker_environment(os.environ),
                     cwd=log.parent,
                     pass_fds=(descriptor,),
                     start_new_session=True,
@@ -130,9 +125,3 @@ def _file_of(module: str) -> Path:
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin)
-
-
-def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the worker's environment: alone, offline, without a tracker of its own."""
-    kept = {name: value for name, value in variables.items() if not name.startswith(_NOT_PASSED)}
-    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "disabled"}

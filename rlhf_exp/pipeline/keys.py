@@ -28,7 +28,7 @@ from rlhf_exp.config.experiment import (
     PrecisionName,
 )
 from rlhf_exp.config.fields import key_content
-from rlhf_exp.config.training import CONTINUED, Combine, RewardTermConfig
+from rlhf_exp.config.training import CONTINUED, Combine, RewardTermConfig, RolloutEngineName
 from rlhf_exp.evaluation.harness_tasks import task_content
 from rlhf_exp.function_source import function_source
 from rlhf_exp.pipeline.stage_graph import engine_of
@@ -171,6 +171,11 @@ class Keys:
         samples = stage in ("best_of", "ppo", "eval")
         if samples and self.config.model.cache is not CacheName.slots:
             common["cache"] = self.config.model.cache.name
+        generation = self.config.ppo.generation
+        # PPO and best-of-n have it among their own values.
+        if stage == "eval" and generation.engine is not RolloutEngineName.native:
+            dtype = None if generation.dtype is None else generation.dtype.name
+            common["sampler"] = {"engine": generation.engine.name, "dtype": dtype}
         return key_of(common | content)
 
     def _model(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_exp.config.evaluation import REFEREE, SAMPLES, needs_reward
 from rlhf_exp.config.experiment import CHOSEN, UNTRAINED, CachePolicy, Config
-from rlhf_exp.config.training import CONTINUED, RewardInit
+from rlhf_exp.config.training import CONTINUED, RewardInit, RolloutEngineName
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.inputs import (
     ModelResolver,
@@ -24,7 +24,7 @@ from rlhf_exp.pipeline.inputs import (
     weights_digest,
 )
 from rlhf_exp.pipeline.keys import Keys
-from rlhf_exp.pipeline.stage_graph import module_of, stages_of
+from rlhf_exp.pipeline.stage_graph import module_of, sampler_of, stages_of
 from rlhf_exp.stages.context import StageJob
 from rlhf_exp.store.artifact import Artifact
 from rlhf_exp.store.code_digest import changed, code_digests
@@ -66,6 +66,9 @@ NOT_COMPUTING = (
     "rlhf_exp/training/memory.py",
 )
 
+
+_VLLM = "rlhf_exp/vllm/"
+"""What a stage imports that samples natively, too, and does not use."""
 
 _LOGS = (METRICS, ALERTS, URL, "facts.json", "summary.json", "run_id")
 
@@ -201,6 +204,8 @@ class _Planner:
         judges = {role: extra[role].key for role in extra if role in self._term_roles()}
         key = self._key(stage, parents | judges, extra)
         code = stage_code(module_of(self.config, stage), self.cache / "code.json")
+        if sampler_of(self.config, stage) is RolloutEngineName.native:
+            code = {path: digest for path, digest in code.items() if not path.startswith(_VLLM)}
         present = {role: self.done[role].artifact for role in parents if self._stays(role)}
         present |= {role: model.artifact for role, model in extra.items()}
         inputs = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf_exp.config.evaluation import ROLES, Suite, needs_reward
 from rlhf_exp.config.experiment import STAGES, Config, EngineName, StageName
-from rlhf_exp.config.training import RewardInit, ValueInit
+from rlhf_exp.config.training import RewardInit, RolloutEngineName, ValueInit
 
 
 def stages_of(config: Config) -> tuple[str, ...]:
@@ -38,6 +38,12 @@ def engine_of(config: Config, stage: str) -> EngineName:
     """Return who does a stage."""
     engine = config.engine.name
     return engine if stage in engine.stages else EngineName.native
+
+
+def sampler_of(config: Config, stage: str) -> RolloutEngineName:
+    """Return who samples in a stage; best-of-n and the evaluation sample as PPO does."""
+    section = config.dpo if stage == "dpo" else config.ppo
+    return section.generation.engine
 
 
 def _evaluated(config: Config) -> set[str]:

@@ -212,6 +212,19 @@ def own_gpu(local_rank: int) -> int:
     return local_rank % torch.cuda.device_count()
 
 
+# Variables that launchers set for their processes, and Python's own, which would mix two worlds.
+_NOT_PASSED = (
+    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_"),
+    *("SLURM_", "PYTHON"),
+)
+
+
+def worker_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a worker in another interpreter: alone, offline, no tracker."""
+    kept = {name: value for name, value in variables.items() if not name.startswith(_NOT_PASSED)}
+    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "disabled"}
+
+
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 

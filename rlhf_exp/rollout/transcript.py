@@ -75,13 +75,16 @@ class Stopper:
     Args:
         tokenizer: decodes the responses' token ids.
         stop_strings: texts that end a response; none may be empty.
+
+    Attributes:
+        stop_strings: the texts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]) -> None:
         assert all(stop_strings), f"an empty stop string in {stop_strings!r}"
         self._tokenizer = tokenizer
-        self._stop_strings = tuple(stop_strings)
-        self._last_characters = {stop[-1] for stop in self._stop_strings}
+        self.stop_strings = tuple(stop_strings)
+        self._last_characters = {stop[-1] for stop in self.stop_strings}
         # A character beyond ASCII may be spread over several tokens, none of which shows it.
         if not all(character.isascii() for character in self._last_characters):
             self._last_characters.add(UNDECODABLE)
@@ -113,7 +116,7 @@ class Stopper:
         if not response or not self.may_complete(response[-1]):
             return None
         text = self._decode(response)
-        starts = [text.find(stop) for stop in self._stop_strings]
+        starts = [text.find(stop) for stop in self.stop_strings]
         start = min((start for start in starts if start >= 0), default=None)
         if start is None:
             return None

@@ -69,7 +69,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         prompts = tokenize_prompts(rows, codec, *limits, context.cache / "tokenized")
         scorers = EvaluationScorers(config, context, world)
         scorers.rows(codec).add(prompts.prompt, rows)
-        with closing(rollout_engine(policy, world)) as engine:
+        with closing(rollout_engine(config, context, policy, codec, world)) as engine:
             engine.refresh(0)
             sampler, scorer = partial(engine.answer, request=request), scorers.reward(codec)
             chooser = _Chooser(config.best_of.n, prompts, sampler, scorer, codec, world)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from itertools import count
 
@@ -48,7 +49,7 @@ FOLDER = "reference_logprobs"
 def run(config: Config, context: StageContext) -> StageResult:
     """Train, and leave the policy in `context.folder/model`."""
     section = config.dpo
-    with world_for(config) as world:
+    with world_for(config) as world, ExitStack() as stack:
         codec = context.materials.codec(context.models["sft"])
         pairs, validation = dpo_pairs(config, context, codec)
         steps = steps_of(section.steps, section.epochs, len(pairs), section.batch)
@@ -69,7 +70,7 @@ def run(config: Config, context: StageContext) -> StageResult:
             _ref_logprobs(
                 reference, validation, np.arange(len(validation)), config, context, world
             ),
-            _sampled(config, context, policy, reference, codec, world),
+            _sampled(config, context, policy, reference, codec, world, stack),
             section,
             world,
         )
@@ -163,12 +164,18 @@ def _sampled(
     reference: Reference,
     codec: Codec,
     world: World,
+    stack: ExitStack,
 ) -> Callable[[MetricAccumulator], object]:
-    """Return what answers validation prompts and reports on it; nothing with `eval_prompts=0`."""
+    """Return what answers validation prompts and reports on it; nothing with `eval_prompts=0`.
+
+    `stack` closes the engine that answers.
+    """
     section, prompts = config.dpo, dpo_prompts(config, context, codec)
     if prompts is None:
         return lambda meters: None
-    engine, versions = rollout_engine(policy, world), count()
+    engine = rollout_engine(config, context, policy, codec, world, section.generation)
+    stack.callback(engine.close)
+    versions = count()
     request = rollout_request(config, codec, section.seed, section.generation)
     sampler = partial(engine.answer, request=request)
     answered = (policy, reference, sampler, prompts, len(prompts), section.generation, world)

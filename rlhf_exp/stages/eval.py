@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 from rlhf_exp.config.evaluation import (
@@ -39,8 +40,8 @@ PARTS: dict[str, Part] = {
 
 def run(config: Config, context: StageContext) -> StageResult:
     """Run the parts of the suite; write `samples.jsonl` and the files of each part."""
-    with world_for(config) as world:
-        evaluation = Evaluation(config, context, world, _source(config, context, world))
+    with world_for(config) as world, closing(_source(config, context, world)) as source:
+        evaluation = Evaluation(config, context, world, source)
         results = [PARTS[part](evaluation) for part in parts_of(config.eval)]
         metrics = {name: value for result in results for name, value in result.metrics.items()}
         run_id = evaluation.on_main_process(lambda: _save(evaluation, results, metrics))

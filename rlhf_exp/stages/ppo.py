@@ -71,7 +71,7 @@ def run(config: Config, context: StageContext) -> StageResult:
         world.round_frozen(policy)
         steps = section.iterations * section.updates
         conclude = partial(save_models, config, context, world, policy, codec.tokenizer)
-        with closing(rollout_engine(policy, world)) as engine:
+        with closing(rollout_engine(config, context, policy, codec, world)) as engine:
             task = PpoTask(
                 policy,
                 engine,

@@ -5,27 +5,108 @@ from __future__ import annotations
 import torch
 
 from rlhf_exp.config.experiment import Config, Dtype
-from rlhf_exp.config.training import CORRECTION_AUTO, CORRECTION_LIMIT, GenerationConfig
+from rlhf_exp.config.training import (
+    CORRECTION_AUTO,
+    CORRECTION_LIMIT,
+    GenerationConfig,
+    RolloutEngineName,
+)
 from rlhf_exp.data.tokenizer import Codec
 from rlhf_exp.distributed.world import World
+from rlhf_exp.errors import UserError
 from rlhf_exp.models.policy import Policy
+from rlhf_exp.processes.environment import VISIBLE, visible_devices
 from rlhf_exp.rollout.engine import RolloutEngine, RolloutRequest
 from rlhf_exp.rollout.native_engine import NativeEngine
 from rlhf_exp.rollout.sampler import SamplingParams
 from rlhf_exp.rollout.transcript import Stopper
+from rlhf_exp.stages.context import StageContext
 from rlhf_exp.stages.setup import cache_of
+from rlhf_exp.vllm.engine import VllmEngine, VllmSettings
+from rlhf_exp.vllm.server import LocalServer, RemoteServer, Server
 
 
-def rollout_engine(policy: Policy, world: World) -> RolloutEngine:
+def rollout_engine(
+    config: Config,
+    context: StageContext,
+    policy: Policy,
+    codec: Codec,
+    world: World,
+    section: GenerationConfig | None = None,
+) -> RolloutEngine:
     """Return the engine that samples from `policy` while it trains.
 
     Args:
+        config: The experiment.
+        context: Of the stage: what its processes write goes to its folder.
         policy: Who answers; its frozen weights in the number format that they compute in.
+        codec: Of the policy.
         world: Device and precision.
+        section: The section that chooses the engine; PPO's by default.
     """
+    section = section or config.ppo.generation
+    if section.engine is RolloutEngineName.vllm:
+        return vllm_engine(config, context, policy, codec, world, section)
     replicated = world.setup.strategy in ("single", "ddp")
     half = world.setup.precision == "bfloat16" and replicated
     return NativeEngine(policy, torch.bfloat16 if half else None, world.autocast)
+
+
+def vllm_engine(
+    config: Config,
+    context: StageContext,
+    policy: Policy,
+    codec: Codec,
+    world: World,
+    section: GenerationConfig,
+) -> VllmEngine:
+    """Return vLLM as a `generation` section places it; the arguments are `rollout_engine`'s."""
+    central = bool(section.urls) or section.placement != "shared" or world.processes == 1
+    settings = VllmSettings(
+        owner=f"{context.stage}-{context.key}",
+        dtype=vllm_dtype(config, section),
+        seq_length=config.dpo.seq_length if context.stage == "dpo" else config.ppo.seq_length,
+        batch=config.eval.batch if context.stage == "eval" else section.batch,
+        sleeps=not section.urls and section.placement == "shared" and world.device.type == "cuda",
+        central=central,
+    )
+    servers: list[Server] = []
+    if section.urls and world.is_main:
+        servers += [RemoteServer(url) for url in section.urls]
+    elif world.is_main or not central:
+        for number, devices in enumerate(_vllm_devices(section, world)):
+            log_file = context.folder / f"vllm-{world.rank}-{number}.log"
+            variables = {
+                # One process that can be looked into, and ends at once.
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_LOGGING_LEVEL": "WARNING",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "OMP_NUM_THREADS": str(torch.get_num_threads()),
+                VISIBLE: devices,
+            }
+            servers.append(LocalServer(section.interpreter, log_file, variables))
+    return VllmEngine(policy, codec.tokenizer, servers, settings, world)
+
+
+def _vllm_devices(section: GenerationConfig, world: World) -> list[str]:
+    """Return for each vLLM of this process the GPUs that it sees; no GPU is the empty text."""
+    if section.placement == "cpu" or world.device.type != "cuda":
+        return [""]
+    names = visible_devices()
+    numbers = [world.device.index or 0] if section.gpus is None else section.gpus
+    if beyond := [number for number in numbers if number >= len(names)]:
+        raise UserError(
+            f"ppo.generation.placement={section.placement}: there is no GPU {beyond[0]}; "
+            f"{len(names)} are visible here, from 0 on"
+        )
+    return [names[number] for number in numbers]
+
+
+def vllm_dtype(config: Config, section: GenerationConfig) -> torch.dtype:
+    """Return the number format of vLLM's weights: the section's, or the policy's own."""
+    name = config.computes_in.name if section.dtype is None else section.dtype.name
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def rollout_request(
@@ -80,4 +161,6 @@ def correction_of(config: Config) -> float | None:
     section = config.ppo.generation
     if section.correction != CORRECTION_AUTO:
         return section.correction_limit
-    return None if exact(config) else CORRECTION_LIMIT
+    vllm = section.engine is RolloutEngineName.vllm
+    rounded = vllm and vllm_dtype(config, section) != torch.float32
+    return CORRECTION_LIMIT if rounded or not exact(config) else None

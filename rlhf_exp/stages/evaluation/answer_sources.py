@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_exp.batch import FinishReason, Prompts, Samples
 from rlhf_exp.config.experiment import Config
+from rlhf_exp.config.training import RolloutEngineName
 from rlhf_exp.data.batching import prompts_batch, right_padded
 from rlhf_exp.data.rows import Preference, Prompt
 from rlhf_exp.data.tokenized import (
@@ -30,7 +31,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.evaluation.answers import Answer, read_answers
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import sampled_kl
-from rlhf_exp.rollout.engine import RolloutRequest
+from rlhf_exp.rollout.engine import RolloutEngine, RolloutRequest
 from rlhf_exp.rollout.native_engine import NativeEngine
 from rlhf_exp.rollout.sampler import SamplingParams
 from rlhf_exp.rollout.transcript import Stopper
@@ -47,6 +48,7 @@ from rlhf_exp.stages.evaluation.evaluation import (
     pairs_part,
 )
 from rlhf_exp.stages.evaluation.kept_samples import kept_samples, samples_key
+from rlhf_exp.stages.sampling import vllm_dtype, vllm_engine
 from rlhf_exp.stages.scorers import EvaluationScorers
 from rlhf_exp.stages.setup import cache_of, load_policy_model
 from rlhf_exp.stages.tracking import stage_progress
@@ -58,6 +60,7 @@ from rlhf_exp.training.reward_scorer import (
     texts_of,
 )
 from rlhf_exp.training.reward_terms import Scores, any_reads_rows, judge_samples, set_all_rows
+from rlhf_exp.vllm.engine import VllmEngine
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +80,8 @@ class SampledSource:
         self.config, self.context, self.world = config, context, world
         self.models = evaluated_models(context, config.eval.models)
         self._policies: dict[str, Policy] = {}
+        self._vllm: VllmEngine | None = None
+        self._answers: str | None = None
         self._scorers = EvaluationScorers(config, context, world)
 
     def prompts(self, part: str, load: Callable[[], list[EvalPrompt]]) -> list[EvalPrompt]:
@@ -186,6 +191,25 @@ class SampledSource:
             self._policies[model.name] = policy.to(self.world.device)
         return self._policies[model.name]
 
+    def _answering(self, model: EvaluatedModel, codec: Codec) -> RolloutEngine:
+        """Return the engine that samples from a model; vLLM is started once for all models."""
+        policy, section = self._policy(model), self.config.ppo.generation
+        if section.engine is RolloutEngineName.native:
+            return NativeEngine(policy)
+        if self._vllm is None:
+            args = (self.config, self.context, policy, codec, self.world, section)
+            self._vllm = vllm_engine(*args)
+        elif model.name != self._answers:
+            self._vllm.adopt(policy, codec.tokenizer)
+        self._answers = model.name
+        self._vllm.refresh(0)
+        return self._vllm
+
+    def close(self) -> None:
+        """End the processes that answer."""
+        if self._vllm is not None:
+            self._vllm.close()
+
     def _sample(
         self,
         model: EvaluatedModel,
@@ -212,10 +236,8 @@ class SampledSource:
         stopper = Stopper(codec.tokenizer, codec.stop_strings) if generation.stop else None
 
         def compute() -> Samples:
-            engine = NativeEngine(self._policy(model))
-            return engine.answer(
-                own, RolloutRequest(params, generation.seed, stopper, on_ended=on_ended)
-            )
+            request = RolloutRequest(params, generation.seed, stopper, on_ended=on_ended)
+            return self._answering(model, codec).answer(own, request)
 
         folder = Path(model.source)
         if not generation.keep or not folder.is_dir():  # a hub id does not say what is there
@@ -228,6 +250,9 @@ class SampledSource:
             "dtype": self.config.model.dtype.name,
             "cache": params.cache,
         }
+        section = self.config.ppo.generation
+        if section.engine is RolloutEngineName.vllm:
+            settings["sampler"] = f"vllm, {vllm_dtype(self.config, section)}"
         key = self.world.broadcast_object(
             samples_key(self.context.cache, folder, prompts, settings) if self.world.is_main else ""
         )
@@ -283,6 +308,9 @@ class StoredSource:
         snapshot_prefixes = tuple(at_step(name, "") for name in names)
         published = [name for name in names if not name.startswith(snapshot_prefixes)]
         self.models = tuple(EvaluatedModel(name, "") for name in published)
+
+    def close(self) -> None:
+        """See `AnswerSource`: nothing was started."""
 
     def prompts(self, part: str, load: Callable[[], list[EvalPrompt]]) -> list[EvalPrompt]:
         """See `AnswerSource`."""

@@ -101,6 +101,9 @@ class AnswerSource(Protocol):
 
     models: tuple[EvaluatedModel, ...]
 
+    def close(self) -> None:
+        """End what was started to answer."""
+
     def prompts(self, part: str, load: Callable[[], list[EvalPrompt]]) -> list[EvalPrompt]:
         """Return the prompts of a part: those `load` returns, or those of the stored answers."""
 

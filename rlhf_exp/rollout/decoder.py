@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_exp.algo.logprobs import head_logits, product_dtype
+from rlhf_exp.batch import to_device
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.logit_transform import logit_transform
+from rlhf_exp.rollout.gptj_attention import fused_attention
 from rlhf_exp.rollout.library_cache import LibraryCache
 from rlhf_exp.rollout.slot_cache import SlotCache
 
@@ -169,7 +171,8 @@ def decoding_mode(model: PreTrainedModel) -> Iterator[None]:
         model.eval()
         if not takes_masks:
             config._attn_implementation = "sdpa"
-        yield
+        with fused_attention(model) if model.device.type == "cuda" else nullcontext():
+            yield
     finally:
         if not takes_masks:
             config._attn_implementation = attention
@@ -189,9 +192,11 @@ class SlotTable:
         max_new_tokens: T, longest response.
         device: of the model.
         spare: positions that a row may run on to after its last token.
+        idle_row: the row that slots without one are given: what a step does there changes nothing.
 
     Attributes:
         slots: number of slots.
+        state: [7, slots] int64 on the device: all that a step of decoding reads and changes.
         held: row in each active slot, or None once it has ended.
         row: [slots] int64, the same on the device, an ended row included.
         token: [slots] int64, to feed next.
@@ -202,15 +207,23 @@ class SlotTable:
     """
 
     def __init__(
-        self, slots: int, max_new_tokens: int, device: torch.device, spare: int = 0
+        self,
+        slots: int,
+        max_new_tokens: int,
+        device: torch.device,
+        spare: int = 0,
+        idle_row: int = 0,
     ) -> None:
         self.held: list[int | None] = []
         self.closing: list[int] = []
         self.slots = slots
         self._max_new_tokens, self._spare = max_new_tokens, spare
-        self._state = torch.zeros(7, slots, dtype=torch.int64, device=device)
-        self.row, self.token, self.position, self.column, _, _, self._state_offset = self._state
-        self._moving, self._limits = self._state[2:4], self._state[4:6]
+        # A slot without a row stays at its first position, which attends to itself alone.
+        self._idle = torch.zeros(7, 1, dtype=torch.int64, device=device)
+        self._idle[0] = idle_row
+        self.state = self._idle.repeat(1, slots)
+        self.row, self.token, self.position, self.column, _, _, self._state_offset = self.state
+        self._moving, self._limits = self.state[2:4], self.state[4:6]
         self._host_position = np.zeros(slots, dtype=np.int64)
 
     @property
@@ -251,7 +264,7 @@ class SlotTable:
         last_position = lengths - 1 + last_column + self._spare
         column = position + 1 - lengths
         values = [np.asarray(rows), zeros, position, column, last_position, last_column, zeros]
-        self._state[:, slots] = torch.from_numpy(np.stack(values)).to(self._state.device)
+        self.state[:, slots] = to_device(torch.from_numpy(np.stack(values)), self.state.device)
         self._host_position[slots] = position
         return slots
 
@@ -260,6 +273,9 @@ class SlotTable:
         self.token[slots] = tokens
         moving = self._moving[:, slots]
         torch.minimum(moving.add_(1), self._limits[:, slots], out=moving)
+
+    def count_step(self, slots: slice) -> None:
+        """Count on the host that `slots` have advanced."""
         self._host_position[slots] += 1
 
     def feed(
@@ -284,7 +300,7 @@ class SlotTable:
             self.closing[slot] = remaining
             self._host_position[slot] = position
         values = torch.tensor([slots, tokens, positions], dtype=torch.int64)
-        slot_index, token, position_index = values.to(self._state.device)
+        slot_index, token, position_index = to_device(values, self.state.device)
         self.token[slot_index] = token
         self.position[slot_index] = position_index
         if state_column is not None:
@@ -303,15 +319,15 @@ class SlotTable:
                     self.held[slot] = None
         return [slot for slot, remaining in enumerate(self.closing) if remaining]
 
-    def state_columns(self, closing_column: int) -> Tensor:
-        """Return the columns [A] in which the states of the tokens fed next are stored.
+    def state_columns(self, slots: slice, closing_column: int) -> Tensor:
+        """Return the columns [N] in which the states of the tokens fed next are stored.
 
         Args:
+            slots: N slots.
             closing_column: the `state_column` given to `feed`; the column after it takes states
                 that nobody reads.
         """
-        active = slice(0, self.active)
-        return (self.position[active] + self._state_offset[active]).clamp_(max=closing_column + 1)
+        return (self.position[slots] + self._state_offset[slots]).clamp_(max=closing_column + 1)
 
     def compact(self) -> tuple[Tensor, Tensor]:
         """Move the rows of the last active slots into the slots of ended rows.
@@ -319,13 +335,14 @@ class SlotTable:
         Returns:
             Slots to copy from and slots to copy to, [N] int64 each, for the cache.
         """
-        remaining = self.active - self.ended
+        remaining, before = self.active - self.ended, self.active
         targets = [slot for slot in range(remaining) if self.held[slot] is None]
         origins = [slot for slot in range(remaining, self.active) if self.held[slot] is not None]
         for origin, target in zip(origins, targets, strict=True):
             self.held[target], self.closing[target] = self.held[origin], self.closing[origin]
         del self.held[remaining:], self.closing[remaining:]
         self._host_position[targets] = self._host_position[origins]
-        moves = torch.tensor([origins, targets], dtype=torch.int64).to(self._state.device)
-        self._state[:, moves[1]] = self._state[:, moves[0]]
+        moves = to_device(torch.tensor([origins, targets], dtype=torch.int64), self.state.device)
+        self.state[:, moves[1]] = self.state[:, moves[0]]
+        self.state[:, remaining:before] = self._idle
         return moves[0], moves[1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.pretrained import context_of
 from rlhf_exp.rollout.decoder import CacheKind, Decoder, SlotTable, decoding_mode
+from rlhf_exp.rollout.step_graphs import CudaRecorder, Recorder, StepGraphs
 from rlhf_exp.rollout.token_sampling import draw_tokens, to_float32, truncate_logits, uniform
 from rlhf_exp.rollout.transcript import CapturedStates, Stopper, Transcript
 
@@ -37,13 +39,19 @@ COMPACT_SHARE = 16
 
 ACCELERATOR_STRIDE = 8
 """Tokens decoded on an accelerator before the host reads them: each read waits for the device.
-Rows that ended meanwhile have surplus tokens, which are cut off."""
+It reads those of a stride while the next one runs. Rows that ended meanwhile have surplus tokens,
+which are cut off."""
 
 CLOSING_ROOM = 2
 """Positions that the closing token takes after a row's last token: its own and a spare one."""
 
 ACCELERATOR_COLUMNS = 64
-"""On an accelerator attention reads a multiple of so many columns: its kernels are faster then."""
+"""On an accelerator attention reads a multiple of so many columns: its kernels are faster then, and
+few graphs serve all steps."""
+
+ROW_SIZES = 4
+"""On an accelerator the numbers of rows of a step are so many between a power of two and the next,
+for the same reason; the rows beyond the active ones are idle."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,33 @@ def on_accelerator(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def step_recorder(device: torch.device) -> Recorder | None:
+    """Return what records decode steps of `device` as graphs, or None where there are none."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+def rows_of_step(active: int, slots: int) -> int:
+    """Return the number of slots, at least `active`, that take part in a step on an accelerator."""
+    size = max(1, (1 << (active - 1).bit_length()) // (2 * ROW_SIZES))
+    return min(-(-active // size) * size, slots)
+
+
+def read_later(values: Tensor) -> Callable[[], list[list[int]]]:
+    """Begin to copy `values` to the host; return what waits for them, and for nothing later."""
+    if values.device.type != "cuda":
+        return values.tolist
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[list[int]]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return read
+
+
 class DecodeLoop:
     """One sampling call: `run` it in inference mode, then take the `samples` outside of it.
 
@@ -196,44 +231,99 @@ class DecodeLoop:
         self._on_host = not on_accelerator(device)
         self._transcript = Transcript(rows, limit, {settings.eos_id, *settings.end_ids}, stopper)
         spare = 0 if close is None else CLOSING_ROOM
-        self._table = SlotTable(slots, limit, device, spare)
+        self._table = SlotTable(slots, limit, device, spare, idle_row=rows)
         # A multiple of 8: attention kernels want aligned masks.
         self._width = -(-(max(self._lengths) + limit + spare) // 8) * 8
         self._decoder = Decoder(model, settings.cache, slots, self._width, capture)
         lockstep = self._decoder.lockstep
         self._refill_share = 1 if lockstep else REFILL_SHARE
         self._compact_share = 1 if lockstep else COMPACT_SHARE
-        # One column more than tokens, for slots that run on.
-        self._logprobs = torch.zeros(rows, limit + 1, device=device)
+        # One column more than tokens, for slots that run on; one row more, for idle slots.
+        self._logprobs = torch.zeros(rows + 1, limit + 1, device=device)
         steps = torch.arange(limit + 1, device=device)
-        self._uniforms = to_float32(uniform(seed, self._prompts.rollout.unsqueeze(1), steps))
+        rollouts = nn.functional.pad(self._prompts.rollout, (0, 1))
+        self._uniforms = to_float32(uniform(seed, rollouts.unsqueeze(1), steps))
         self._states = CapturedStates(rows, self._width)
         self._close = close
         self._on_ended = on_ended
+        self._stride = 1 if self._on_host else ACCELERATOR_STRIDE
+        self._unread: Callable[[], list[list[int]]] | None = None
+        recorder = None if lockstep else step_recorder(device)
+        self._graphs = None
+        if recorder is not None:
+            self._graphs = StepGraphs(model, self._table.state, self._logprobs, recorder)
 
     def run(self) -> None:
         """Sample until every row has ended."""
         table = self._table
-        stride = 1 if self._on_host else ACCELERATOR_STRIDE
         with self._decoder.capturing():
             while self._waiting or table.active:
-                if table.ended * self._compact_share >= table.active > 0:
+                moves = self._compacts() or self._admits()
+                if self._unread is not None and (moves or not self._goes_on()):
+                    self._record_unread()  # its rows are in the slots still that they were in
+                if self._compacts():
                     origins, targets = table.compact()
                     if len(origins):
                         self._decoder.move(origins, targets, self._width)
-                if self._waiting and table.free * self._refill_share >= table.slots:
+                if self._admits():
                     self._admit()
                     while self._waiting and table.free and not self._decoder.lockstep:
                         self._admit()
                 elif table.active:
-                    active = slice(0, table.active)
-                    steps = [self._step() for _ in range(stride)]
-                    if self._close is not None:
-                        self._close_content(table.count_fed())
-                    self._record(active, steps)
+                    self._decode()
                 if self._on_ended is not None:
                     under_way = table.active - table.ended + len(self._waiting)
                     self._on_ended(len(self._prompts) - under_way)
+
+    def _compacts(self) -> bool:
+        """Return whether there are enough slots of ended rows to compact them away."""
+        return self._table.ended * self._compact_share >= self._table.active > 0
+
+    def _admits(self) -> bool:
+        """Return whether prompts wait and enough slots are free."""
+        return bool(self._waiting) and self._table.free * self._refill_share >= self._table.slots
+
+    def _goes_on(self) -> bool:
+        """Return whether a row may need more tokens than those of the stride that is unread."""
+        decoded, limit = self._stride, self._settings.max_new_tokens
+        responses = self._transcript.responses
+        rows = zip(self._table.held, self._table.closing, strict=True)
+        return any(
+            row is not None and (closing or len(responses[row]) + decoded < limit)
+            for row, closing in rows
+        )
+
+    def _decode(self) -> None:
+        """Decode a stride of tokens of every active slot, and record the one before it."""
+        table = self._table
+        active = slice(0, table.active)
+        rows, columns = table.active, table.longest
+        if not self._on_host:
+            rows = rows if self._decoder.lockstep else rows_of_step(rows, table.slots)
+            columns += self._stride - 1
+            columns = -(-columns // ACCELERATOR_COLUMNS) * ACCELERATOR_COLUMNS
+        shape = rows, min(columns, self._width)
+        steps = []
+        for _ in range(self._stride):
+            if self._graphs is None:
+                steps.append(self._step(*shape)[active])
+            else:
+                self._graphs.run(shape, partial(self._step, *shape))
+                steps.append(table.token[active].clone())
+            table.count_step(active)
+        if self._close is not None:
+            self._close_content(table.count_fed())
+        following = read_later(torch.stack(steps))
+        self._record_unread()
+        self._unread = following
+        if self._on_host:
+            self._record_unread()
+
+    def _record_unread(self) -> None:
+        """Record the stride that has been decoded and not been read, if there is one."""
+        if self._unread is not None:
+            self._record(0, self._unread())
+            self._unread = None
 
     def _admit(self) -> None:
         """Prefill free slots with a group of waiting prompts and draw their first tokens."""
@@ -253,23 +343,29 @@ class DecodeLoop:
         logits = self._decoder.prefill(tokens, ends, slots, self._scale)
         if self._decoder.captured is not None:
             self._states.store(index, slice(0, fed[0]), self._decoder.captured)
-        self._record(slots, [self._draw(logits, slots)])
+        tokens = self._draw(logits, slots)
+        self._table.count_step(slots)
+        self._record(slots.start, tokens[None].tolist())
 
-    def _step(self) -> Tensor:
-        """Decode one token of every active slot and return them [A]."""
-        table = self._table
-        active = slice(0, table.active)
-        longest = table.longest
-        if not self._on_host:
-            longest = -(-longest // ACCELERATOR_COLUMNS) * ACCELERATOR_COLUMNS
-        position = table.position[active]
-        logits = self._decoder.step(
-            table.token[active], position, min(longest, self._width), self._scale
-        )
+    def _step(self, rows: int, columns: int) -> Tensor:
+        """Decode one token of each of the first slots and return them [rows].
+
+        It is recorded as a graph: its work on the device is a function of its arguments and of
+        tensors at fixed addresses, and the host does nothing else.
+
+        Args:
+            rows: number of slots.
+            columns: number of columns to attend to; above every position.
+        """
+        table, slots = self._table, slice(0, rows)
+        position = table.position[slots]
+        logits = self._decoder.step(table.token[slots], position, columns, self._scale)
         if self._decoder.captured is not None:
-            columns = position if self._close is None else table.state_columns(self._states.closing)
-            self._states.store(table.row[active], columns, self._decoder.captured[:, 0])
-        return self._draw(logits, active)
+            stored = position
+            if self._close is not None:
+                stored = table.state_columns(slots, self._states.closing)
+            self._states.store(table.row[slots], stored, self._decoder.captured[:, 0])
+        return self._draw(logits, slots)
 
     def _draw(self, logits: Tensor, slots: slice) -> Tensor:
         """Draw the next tokens [A] of `slots`; -1 where a prompt's own token comes next."""
@@ -292,14 +388,15 @@ class DecodeLoop:
         self._table.advance(slots, torch.where(in_prompt, prompt_tokens, tokens))
         return tokens.masked_fill_(in_prompt, -1)
 
-    def _record(self, slots: slice, steps: list[Tensor]) -> None:
-        """Append the tokens [A] drawn for `slots` in each of `steps`, and end finished rows.
+    def _record(self, first: int, steps: list[list[int]]) -> None:
+        """Append drawn tokens to their rows, and end finished rows.
 
-        Tokens below 0 were not drawn.
+        Args:
+            first: slot of the first row.
+            steps: the tokens of each step, by slot; below 0 where none was drawn.
         """
         table, ended = self._table, []
-        for offset, tokens in enumerate(zip(*torch.stack(steps).tolist(), strict=True)):
-            slot = slots.start + offset
+        for slot, tokens in enumerate(zip(*steps, strict=True), start=first):
             row = table.held[slot]
             if row is None or table.closing[slot]:
                 continue
@@ -368,7 +465,7 @@ class DecodeLoop:
             content_lengths=content,
             finish=torch.tensor([int(end) for end in self._transcript.finish], device=device),
             index=self._prompts.index,
-            logprobs=self._logprobs[:, :columns].masked_fill(outside, 0.0),
+            logprobs=self._logprobs[: len(responses), :columns].masked_fill(outside, 0.0),
             states=self._states.token_states(prompt_lengths + fed, width),
             closing=None if self._close is None else self._states.closing_states(),
         )

@@ -133,11 +133,18 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate zeros: masked keys and values must be finite."""
+        """Allocate zeros: masked keys and values must be finite.
+
+        In the type that attention computes in: mixed precision hands over keys in float32, rotated
+        in it, which attention would round at every token.
+        """
         slots, width = self._write_position.slots, self._write_position.width
+        device = key_states.device.type
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for name, states in (("keys", key_states), ("values", value_states)):
             _, heads, _, size = states.shape
-            setattr(self, name, states.new_zeros(slots, heads, width, size))
+            zeros = states.new_zeros(slots, heads, width, size, dtype=half)
+            setattr(self, name, zeros)
 
     def update(
         self,
@@ -158,8 +165,9 @@ class SlotLayer(CacheLayerMixin):
             self.values[write.prefill, :, :length] = value_states
             return key_states, value_states
         active = write.positions.shape[0]
-        self.keys[write.slot_numbers[:active], :, write.positions] = key_states[:, :, 0]
-        self.values[write.slot_numbers[:active], :, write.positions] = value_states[:, :, 0]
+        numbers = write.slot_numbers[:active]
+        self.keys[numbers, :, write.positions] = key_states[:, :, 0].to(self.keys.dtype)
+        self.values[numbers, :, write.positions] = value_states[:, :, 0].to(self.values.dtype)
         return self.keys[:active, :, : write.longest], self.values[:active, :, : write.longest]
 
     def move(self, origins: Tensor, targets: Tensor, longest: int) -> None:

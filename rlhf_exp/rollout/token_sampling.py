@@ -30,12 +30,20 @@ def draw_tokens(logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor
     if uniforms is None:
         token = probabilities.argmax(dim=-1, keepdim=True)
     else:
-        cumulated = probabilities.cumsum(dim=-1)
+        cumulated = _cumulated(probabilities)
         threshold = uniforms.unsqueeze(1) * cumulated[:, -1:]
         token = torch.searchsorted(cumulated, threshold, right=True)
         # With logits that are NaN the index would be V; it must be valid for the next forward pass.
         token.clamp_(max=logits.shape[1] - 1)
     return token.squeeze(1), probabilities.gather(1, token).log_().squeeze(1)
+
+
+def _cumulated(probabilities: Tensor) -> Tensor:
+    """Return the cumulative sums of each row [A, V]."""
+    if len(probabilities) == 1 and probabilities.is_cuda:
+        # The kernel for one row adds up in an order that changes from call to call.
+        return probabilities.expand(2, -1).cumsum(dim=-1)[:1]
+    return probabilities.cumsum(dim=-1)
 
 
 def truncate_logits(logits: Tensor, top_p: float, top_k: int) -> Tensor:

@@ -139,8 +139,8 @@ class Stopper:
 class CapturedStates:
     """The states that enter one decoder block, by row and column of the token that was fed.
 
-    Column W holds the state of the token that closes a row's content; column W + 1 takes states
-    that nobody reads.
+    Column W holds the state of the token that closes a row's content; column W + 1 and row B take
+    states that nobody reads.
 
     Args:
         rows: B.
@@ -158,7 +158,7 @@ class CapturedStates:
     def store(self, rows: Tensor, columns: Tensor | slice, states: Tensor) -> None:
         """Store `states` [N, D] of `rows` [N] at `columns` [N], or [N, P, D] at a slice of P."""
         if self._states is None:
-            shape = (self._rows, self.closing + 2, states.shape[-1])
+            shape = (self._rows + 1, self.closing + 2, states.shape[-1])
             # A tensor created in inference mode could not be trained on.
             with torch.inference_mode(False):
                 self._states = torch.zeros(shape, dtype=states.dtype, device=states.device)
@@ -168,9 +168,9 @@ class CapturedStates:
         """Return the states [B, width, D] of the first `lengths` [B] tokens of each row, then 0."""
         if self._states is None:
             return None
-        states = self._states[:, :width]
+        states = self._states[: self._rows, :width]
         return states.masked_fill_(~response_mask(lengths, width).unsqueeze(2), 0.0)
 
     def closing_states(self) -> Tensor | None:
         """Return the states [B, D] of the closing tokens."""
-        return None if self._states is None else self._states[:, self.closing].clone()
+        return None if self._states is None else self._states[: self._rows, self.closing].clone()

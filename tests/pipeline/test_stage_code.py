@@ -52,7 +52,8 @@ SAMPLING = (
     | VLLM
     | names(
         "rollout",
-        "decoder engine library_cache native_engine sampler slot_cache token_sampling transcript",
+        "decoder engine gptj_attention library_cache native_engine sampler slot_cache step_graphs "
+        "token_sampling transcript",
     )
 )
 # The scores of responses: by the reward model, a function or a server.

@@ -52,41 +52,43 @@ EFFICIENT_ATTENTION = 2
 
 
 Counts = dict[str, int]
-"""`kernels`, `syncs`, `uploads`: see `Tally`."""
+"""`kernels`, `launches`, `syncs`, `uploads`: see `Tally`."""
 
 
 class Tally:
     """What was counted since the last `clear`.
 
     Attributes:
-        kernels: launches, by operation.
+        kernels: kernels that ran, by operation.
+        launches: by the host: of kernels, and of whole graphs.
         syncs: waits of the host for the device, by what and source line: reads of values, sizes
             that depend on values, and uploads from memory that is not pinned.
         uploads: copies from the host to the device, by source line.
-        where: launches by source line, counted only where `lines` is set.
     """
 
     def __init__(self) -> None:
-        self.lines = False
         self.clear()
 
     def clear(self) -> None:
         """Start afresh."""
         self.kernels: Counter[str] = Counter()
+        self.launches = 0
         self.syncs: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
-        self.where: Counter[str] = Counter()
 
     def counts(self) -> Counts:
         """Return the sums."""
         return {
             "kernels": self.kernels.total(),
+            "launches": self.launches,
             "syncs": self.syncs.total(),
             "uploads": self.uploads.total(),
         }
 
     def sync(self, what: str) -> None:
         """Count a wait of the host."""
+        if PretendedGraph.recording is not None:
+            raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
         self.syncs[f"{what} at {source_line()}"] += 1
 
     def upload(self, pinned: bool) -> None:
@@ -193,6 +195,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     on_gpu = [tensor for tensor in tensors if isinstance(tensor, PretendedTensor)]
     asked = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     if not on_gpu and (asked is None or asked.type != "cuda"):
+        if kwargs.get("pin_memory"):
+            return _said_to_be_pinned(func(*args, **{**kwargs, "pin_memory": False}))
         return func(*args, **kwargs)
     _check_devices(name, args, tensors, on_gpu)
     to_gpu = bool(on_gpu) if asked is None else asked.type == "cuda"
@@ -204,7 +208,11 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if inner_kwargs.get("pin_memory"):
         inner_kwargs["pin_memory"] = False
     _count(func, name, args, kwargs, bool(on_gpu), to_gpu)
-    out = _compute(func, name, tree_map(_inner, args), inner_kwargs)
+    inner_args = tree_map(_inner, args)
+    if PretendedGraph.recording is None:
+        out = _compute(func, name, inner_args, inner_kwargs)
+    else:
+        out = PretendedGraph.recording.note(func, name, inner_args, inner_kwargs)
     if not to_gpu:
         return out
     return _wrapped(func, name, args, kwargs, out, index)
@@ -254,7 +262,7 @@ def _count(
         if isinstance(target, PretendedTensor) and not isinstance(source, PretendedTensor):
             if source.ndim or source.numel() > 1:
                 TALLY.upload(_is_pinned(source) and not waits)
-        elif isinstance(source, PretendedTensor) and not isinstance(target, PretendedTensor):
+        elif not isinstance(target, PretendedTensor) and (waits or not _is_pinned(target)):
             TALLY.sync("read")
     elif name in CPU_INDEX_ALLOWED:
         indices = [index for index in args[1] if isinstance(index, torch.Tensor)]
@@ -263,9 +271,11 @@ def _count(
         if any(not isinstance(index, PretendedTensor) for index in indices):
             TALLY.upload(pinned=False)
     if not func.is_view and name not in NO_KERNEL:
+        if PretendedGraph.recording is not None:
+            PretendedGraph.recording.kernels[name] += 1
+            return
         TALLY.kernels[name] += 1
-        if TALLY.lines:
-            TALLY.where[source_line()] += 1
+        TALLY.launches += 1
 
 
 def _is_pinned(tensor: Tensor) -> bool:
@@ -328,6 +338,76 @@ def _wrapped(
     return out
 
 
+class PretendedGraph:
+    """Stands in for `torch.cuda.CUDAGraph`: operations are noted, and done again by `replay`.
+
+    Recording does nothing, as on a GPU: what it writes meanwhile is taken back in the end.
+    """
+
+    recording: PretendedGraph | None = None
+
+    def __init__(self) -> None:
+        self.kernels: Counter[str] = Counter()
+        self._noted: list[tuple[Any, str, Any, Any, Any]] = []
+        self._made: set[int] = set()
+        self._overwritten: dict[int, tuple[Any, Any]] = {}
+
+    def capture_begin(self, pool: object = None, capture_error_mode: str = "global") -> None:
+        PretendedGraph.recording = self
+
+    def capture_end(self) -> None:
+        PretendedGraph.recording = None
+        for storage, before in self._overwritten.values():
+            storage.copy_(before)
+
+    def note(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Do an operation, and note it with its tensors, which later replays read and write."""
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        for number, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                target = args[number] if number < len(args) else kwargs[argument.name]
+                storage = target.untyped_storage()
+                if storage.data_ptr() not in self._made | self._overwritten.keys():
+                    self._overwritten[storage.data_ptr()] = storage, storage.clone()
+        out = _compute(func, name, args, kwargs)
+        self._made |= {tensor.untyped_storage().data_ptr() for tensor in _tensors(out)} - given
+        self._noted.append((func, name, args, kwargs, out))
+        return out
+
+    def replay(self) -> None:
+        TALLY.launches += 1
+        TALLY.kernels.update(self.kernels)
+        for func, name, args, kwargs, out in self._noted:
+            again = _compute(func, name, args, kwargs)
+            for new, recorded in zip(_tensors(again), _tensors(out), strict=True):
+                if new.data_ptr() != recorded.data_ptr():
+                    recorded.copy_(new)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+class PretendedEvent:
+    """Stands in for `torch.cuda.Event`."""
+
+    def record(self, stream: object = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        TALLY.sync("event")
+
+
+class PretendedStream:
+    """Stands in for `torch.cuda.Stream`."""
+
+    def __init__(self, device: object = None) -> None:
+        pass
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+
 class _Dispatch(TorchDispatchMode):
     """Takes operations whose only sign of a GPU is their `device` argument."""
 
@@ -378,9 +458,15 @@ def install() -> None:
         "is_bf16_supported": True,
         "synchronize": None,
         "empty_cache": None,
+        "graph_pool_handle": (0, 1),
+        "current_stream": PretendedStream(),
+        "stream": nullcontext(),
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, _answering(answer))
+    torch.cuda.CUDAGraph = PretendedGraph  # type: ignore[misc, assignment]
+    torch.cuda.Event = PretendedEvent  # type: ignore[misc, assignment]
+    torch.cuda.Stream = PretendedStream  # type: ignore[misc, assignment]
     torch.cuda.amp.common.amp_definitely_not_available = _answering(False)
     torch.autograd.set_multithreading_enabled(False)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -400,9 +486,12 @@ def _answering(answer: Any) -> Callable[..., Any]:
 
 
 def _pin_memory(tensor: Tensor, *args: Any) -> Tensor:
-    pinned = tensor.clone()
-    pinned.said_to_be_pinned = True  # type: ignore[attr-defined]
-    return pinned
+    return _said_to_be_pinned(tensor.clone())
+
+
+def _said_to_be_pinned(tensor: Tensor) -> Tensor:
+    tensor.said_to_be_pinned = True  # type: ignore[attr-defined]
+    return tensor
 
 
 def _module_to(move: Callable[..., Any]) -> Callable[..., Any]:

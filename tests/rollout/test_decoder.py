@@ -31,6 +31,8 @@ def test_advancing_some_slots() -> None:
     table = table_of_three()
     table.advance(slice(0, 3), torch.tensor([40, 41, 42]))
     table.advance(slice(2, 3), torch.tensor([50]))
+    table.count_step(slice(0, 3))
+    table.count_step(slice(2, 3))
     assert state(table) == [[7, 8, 9], [40, 41, 50], [5, 2, 5], [1, 1, 2]]
     assert table.longest == 6
 
@@ -47,6 +49,7 @@ def test_clearing_moves_the_last_slots_into_the_holes() -> None:
     table = SlotTable(5, 3, torch.device("cpu"))
     table.fill([10, 11, 12, 13, 14], [1, 9, 2, 3, 8], [1, 9, 2, 3, 8])
     table.advance(slice(0, 5), torch.tensor([20, 21, 22, 23, 24]))
+    table.count_step(slice(0, 5))
     table.held[1] = table.held[4] = None
     assert table.ended == 2
     origins, targets = table.compact()
@@ -65,12 +68,12 @@ def test_rows_that_have_ended_are_fed_what_closes_them() -> None:
     # fed token 88 first.
     table.feed([1], [99], [2], remaining=1, state_column=20)
     table.feed([2], [88], [4], remaining=2)
-    assert table.state_columns(20).tolist() == [5, 20, 4]
+    assert table.state_columns(slice(0, table.active), 20).tolist() == [5, 20, 4]
     assert state(table)[1:3] == [[40, 99, 88], [5, 2, 4]]
     assert (table.held, table.closing) == ([7, 8, 9], [0, 1, 2])
     for _ in range(2):
         table.advance(slice(0, 3), torch.tensor([1, 1, 1]))
-        assert table.state_columns(20)[1] == 21, "the column that nobody reads"
+        assert table.state_columns(slice(0, 3), 20)[1] == 21, "the column that nobody reads"
     assert table.count_fed() == [2]
     assert (table.held, table.closing) == ([7, None, 9], [0, 0, 1])
     table.compact()
@@ -79,12 +82,25 @@ def test_rows_that_have_ended_are_fed_what_closes_them() -> None:
     table.compact()
     for _ in range(6):
         table.advance(slice(0, 1), torch.tensor([1]))
-    assert table.state_columns(20).tolist() == [9], (
+    assert table.state_columns(slice(0, table.active), 20).tolist() == [9], (
         "two positions after the prompt's 5 and 3 new ones"
     )
     # A new row in a used slot keeps its states where its tokens are.
     table.fill([10, 11], [6, 1], [6, 1])
-    assert table.state_columns(20).tolist() == [9, 5, 0]
+    assert table.state_columns(slice(0, table.active), 20).tolist() == [9, 5, 0]
+
+
+def test_slots_without_a_row_write_nowhere_that_is_read() -> None:
+    table = SlotTable(4, 3, torch.device("cpu"), idle_row=9)
+    table.fill([1, 2, 3], [5, 6, 7], [5, 6, 7])
+    table.advance(slice(0, 4), torch.tensor([40, 41, 42, 43]))
+    assert [table.row[3], table.position[3], table.column[3]] == [9, 0, 0]
+    table.held[0] = None
+    table.compact()
+    table.advance(slice(0, 4), torch.tensor([40, 41, 42, 43]))
+    assert table.row.tolist() == [3, 2, 9, 9]
+    assert table.position.tolist() == [8, 7, 0, 0]
+    assert table.column.tolist() == [2, 2, 0, 0]
 
 
 def test_clearing_everything() -> None:

@@ -1,0 +1,153 @@
+"""Graphs of decode steps: a step's kernels are launched at once, not one by one.
+
+A decode step launches a thousand small kernels, which takes the host longer than the GPU computes.
+So a step is recorded as a CUDA graph the first time that its number of rows and columns comes up,
+and replayed from then on. A replay reads and writes the memory that was recorded: all that a step
+keeps for the next one stays at fixed addresses (`DecodeLoop`).
+
+Nothing is taken on trust: the first replay of a shape is compared with the step as it is. Where
+they differ, or a step cannot be recorded (its host waits for the device, as mixtures of experts
+do), a model is decoded without graphs, after one warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.02
+"""Largest difference of log-probabilities between a replay and the step as it is, in nats."""
+
+Shape = tuple[int, int]
+"""Rows and columns of a step."""
+
+
+class Recorder(Protocol):
+    """Records what a function has a device do."""
+
+    def record(self, step: Callable[[], object]) -> Callable[[], object]:
+        """Record `step` without doing it; return what does it, on the same memory.
+
+        Raises:
+            RuntimeError: it cannot be recorded.
+        """
+
+
+class CudaRecorder:
+    """Records CUDA graphs, whose intermediate results share memory.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def record(self, step: Callable[[], object]) -> Callable[[], object]:
+        """See `Recorder`."""
+        # Not `torch.cuda.graph`, which waits for the device and empties the allocator's cache.
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            # Other threads (of a progress display, of W&B) may call CUDA meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._stream)
+        return graph.replay
+
+
+@dataclass
+class _Experience:
+    """What is known of a model: shapes whose replay was right, and whether it is left alone."""
+
+    checked: set[Shape] = field(default_factory=set)
+    refused: bool = False
+
+
+_EXPERIENCE: WeakKeyDictionary[nn.Module, _Experience] = WeakKeyDictionary()
+
+
+class StepGraphs:
+    """The graphs of one sampling call.
+
+    Args:
+        model: what is decoded.
+        state: int64; a step takes it from one state to the next, and reads no other that it
+            changes, but for what it writes anew.
+        logprobs: float32, where steps write log-probabilities.
+        recorder: records steps.
+    """
+
+    def __init__(
+        self, model: nn.Module, state: Tensor, logprobs: Tensor, recorder: Recorder
+    ) -> None:
+        self._experience = _EXPERIENCE.setdefault(model, _Experience())
+        self._state, self._logprobs, self._recorder = state, logprobs, recorder
+        self._replays: dict[Shape, Callable[[], object]] = {}
+
+    def run(self, shape: Shape, step: Callable[[], object]) -> None:
+        """Do a step once, by a graph if there can be one.
+
+        Args:
+            shape: rows and columns; the step's work is a function of them and of fixed memory.
+            step: does it.
+        """
+        replay = self._replays.get(shape)
+        if replay is None and not self._experience.refused:
+            replay = self._record(shape, step)
+            if replay is not None and shape not in self._experience.checked:
+                self._compare(shape, step, replay)
+                return
+        if replay is None:
+            step()
+        else:
+            replay()
+
+    def _record(self, shape: Shape, step: Callable[[], object]) -> Callable[[], object] | None:
+        try:
+            replay = self._replays[shape] = self._recorder.record(step)
+        except RuntimeError as error:
+            self._refuse(f"cannot be recorded as a CUDA graph: {str(error).splitlines()[0]}")
+            return None
+        return replay
+
+    def _compare(
+        self, shape: Shape, step: Callable[[], object], replay: Callable[[], object]
+    ) -> None:
+        """Do a step as it is, and again by its graph; keep the former where they differ."""
+        before = self._state.clone()
+        step()
+        state, logprobs = self._state.clone(), self._logprobs.clone()
+        self._state.copy_(before)
+        replay()
+        same = torch.equal(self._state, state) and torch.allclose(
+            self._logprobs, logprobs, rtol=0.0, atol=TOLERANCE, equal_nan=True
+        )
+        if same:
+            self._experience.checked.add(shape)
+            return
+        self._refuse("gives other tokens by a CUDA graph than without")
+        self._logprobs.copy_(logprobs)
+        self._state.copy_(before)
+        step()
+
+    def _refuse(self, reason: str) -> None:
+        self._experience.refused = True
+        self._replays.clear()
+        log.warning(
+            "a decode step %s. Sampling goes on without graphs: right, but slower on a GPU", reason
+        )

@@ -42,7 +42,7 @@ from rlhf_exp.models.reference import build_reference
 from rlhf_exp.models.reward_model import RewardModel, share_frozen_trunk
 from rlhf_exp.rollout.engine import RolloutRequest
 from rlhf_exp.rollout.sampler import SamplingParams
-from rlhf_exp.stages.sampling import rollout_engine
+from rlhf_exp.stages.sampling import native_engine
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.result import EvaluationResult
@@ -182,7 +182,7 @@ def task_of(setting: Setting, world: World) -> PpoTask:
     section = section_of(setting)
     reference = build_reference(policy)
     world.round_frozen(policy)
-    engine = rollout_engine(policy, world)
+    engine = native_engine(policy, world)
     collector = ExperienceCollector(
         policy=policy,
         reference=reference,
@@ -220,7 +220,7 @@ def sample_only(setting: Setting, line: Line, started_bytes: int) -> None:
     request, prompts = request_of(setting), load_prompts(setting)
     with world_of(setting.precision, int(os.environ["OMP_NUM_THREADS"])) as world:
         world.round_frozen(policy.requires_grad_(False))
-        engine = rollout_engine(policy, world)
+        engine = native_engine(policy, world)
     line.ready(started_bytes)
     iteration = 0
     while True:

@@ -1,4 +1,4 @@
-"""Checks of `ppo.generation` and `dpo.generation`: vLLM as the engine that samples."""
+"""Checks of `ppo.generation` and `dpo.generation`: vLLM as the engine that samples, and ahead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from rlhf_exp.config.checks_engines import installed_versions
 from rlhf_exp.config.checks_shared import head_width
-from rlhf_exp.config.experiment import CacheName, EngineName
+from rlhf_exp.config.experiment import CacheName, EngineName, StrategyName
 from rlhf_exp.config.problems import ConfigChecker
 from rlhf_exp.config.training import GenerationConfig, RolloutEngineName
 
@@ -34,6 +34,29 @@ def check_rollout_engine(check: ConfigChecker, stages: Collection[str]) -> None:
             _check_native(check, key, section)
         else:
             _check_vllm(check, key, section, stage in stages)
+    if "ppo" in stages:
+        _check_ahead(check)
+
+
+def _check_ahead(check: ConfigChecker) -> None:
+    ppo, key = check.config.ppo, "ppo.generation.ahead"
+    message = f"is {ppo.generation.ahead}; use 0, or 1 for one iteration ahead."
+    check.require(ppo.generation.ahead in (0, 1), key, message)
+    if ppo.generation.ahead == 0:
+        return
+    engine = check.config.engine.name
+    check.require(
+        engine is EngineName.native, key, f"has no effect on engine={engine.name}; use 0."
+    )
+    if ppo.keep_state or ppo.continue_from is not None:
+        option = "ppo.keep_state" if ppo.keep_state else "ppo.continue_from"
+        message = "a longer run would have sampled one more iteration before this one ended; use 0."
+        check.add(key, f"does not go with {option}: {message}")
+    strategy = check.config.distributed.strategy
+    native = ppo.generation.engine is RolloutEngineName.native
+    if native and strategy in (StrategyName.zero3, StrategyName.fsdp):
+        message = "needs a whole copy of the weights in every process"
+        check.add(key, f"{message}, which distributed={strategy.name} divides; use 0.")
 
 
 def _check_native(check: ConfigChecker, key: str, section: GenerationConfig) -> None:

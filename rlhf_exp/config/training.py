@@ -516,9 +516,15 @@ class PpoGenerationConfig(GenerationConfig):
     correction: str | None = setting(
         CORRECTION_AUTO,
         "Largest importance weight, by which advantages make up for a sampler whose probabilities "
-        "are not quite the policy's; `auto`: 2, but none where both compute in float32; null: "
-        "none. See docs/how-to/algorithms.md.",
+        "are not quite the policy's; `auto`: 2, but none where both compute in float32 with the "
+        "same weights; null: none. See docs/how-to/algorithms.md.",
         neutral=CORRECTION_AUTO,
+    )
+    ahead: int = setting(
+        0,
+        "1: sample the next iteration while this one trains, from the weights before its updates; "
+        "0: from those after them. See docs/how-to/algorithms.md.",
+        neutral=0,
     )
 
     @property

@@ -89,6 +89,7 @@ class World:
         self.is_main = self.rank == 0
         self._strategy: Strategy | None = None
         self._exact_frozen: dict[nn.Parameter, Tensor] = {}
+        self._object_group: distributed.ProcessGroup | None = None
 
     def share(self, rows: int, of: int | None = None) -> RowShare:
         """Return a process's equal share of a global batch, filled up with copies of row 0.
@@ -121,8 +122,19 @@ class World:
         if self.processes == 1:
             return [item]
         items: list[Any] = [None] * self.processes
-        distributed.all_gather_object(items, item)
+        distributed.all_gather_object(items, item, group=self._object_group)
         return items
+
+    def for_thread(self) -> World:
+        """Return the same processes for a thread of their own: objects go by another group.
+
+        So what the thread exchanges does not mix with what this one exchanges meanwhile. All
+        processes call it.
+        """
+        other = World(self.device, self.setup)
+        if self.processes > 1:
+            other._object_group = distributed.new_group(backend="gloo")
+        return other
 
     def broadcast_object(self, item: T) -> T:
         """Return the main process's `item`, for decisions that all must agree on.

@@ -24,7 +24,8 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.reference import Reference, build_reference
 from rlhf_exp.models.reward_model import RewardModel, share_frozen_trunk
-from rlhf_exp.rollout.engine import RolloutEngine
+from rlhf_exp.rollout.ahead_engine import AheadEngine
+from rlhf_exp.rollout.engine import RolloutEngine, RolloutRequest
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.ppo_inputs import (
     original_scores,
@@ -71,12 +72,16 @@ def run(config: Config, context: StageContext) -> StageResult:
         world.round_frozen(policy)
         steps = section.iterations * section.updates
         conclude = partial(save_models, config, context, world, policy, codec.tokenizer)
-        with closing(rollout_engine(config, context, policy, codec, world)) as engine:
+        shares_trunk = isinstance(scorer, SharedTrunkScorer)
+        # What is sampled ahead goes through a checkpoint, which has no room for states.
+        capture = section.generation.ahead == 0
+        request = rollout_request(config, codec, section.seed, capture=capture, close=shares_trunk)
+        with closing(_engine(config, context, policy, codec, request, world)) as engine:
             task = PpoTask(
                 policy,
                 engine,
                 _collector(
-                    config, context, policy, reference, engine, scorer, prompts, codec, world
+                    config, context, policy, reference, engine, request, scorer, prompts, world
                 ),
                 _validator(config, policy, reference, engine, scorer, validation, codec, world),
                 section,
@@ -90,23 +95,37 @@ def run(config: Config, context: StageContext) -> StageResult:
         return StageResult(outcome.metrics, outcome.objective, outcome.run_id, facts)
 
 
+def _engine(
+    config: Config,
+    context: StageContext,
+    policy: Policy,
+    codec: Codec,
+    request: RolloutRequest,
+    world: World,
+) -> RolloutEngine:
+    """Return the engine that samples, one iteration ahead where the config says so."""
+    if config.ppo.generation.ahead == 0:
+        return rollout_engine(config, context, policy, codec, world)
+    beside = world.for_thread()
+    engine = rollout_engine(config, context, policy, codec, beside, ahead=True)
+    return AheadEngine(engine, request)
+
+
 def _collector(
     config: Config,
     context: StageContext,
     policy: Policy,
     reference: Reference,
     engine: RolloutEngine,
+    request: RolloutRequest,
     scorer: Scorer,
     prompts: TokenizedPrompts,
-    codec: Codec,
     world: World,
 ) -> ExperienceCollector:
     section = config.ppo
     originals = None
     if section.reward.delta:
         originals = original_scores(prompts, scorer, config, context, world)
-    shares_trunk = isinstance(scorer, SharedTrunkScorer)
-    request = rollout_request(config, codec, section.seed, capture=True, close=shares_trunk)
     return ExperienceCollector(
         policy,
         reference,
@@ -119,7 +138,8 @@ def _collector(
         section,
         world,
         correction_of(config),
-        codec.eos_id if shares_trunk and cache_of(config) == "slots" else None,
+        request.close if cache_of(config) == "slots" else None,
+        engine if isinstance(engine, AheadEngine) else None,
     )
 
 

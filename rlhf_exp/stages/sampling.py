@@ -33,6 +33,7 @@ def rollout_engine(
     codec: Codec,
     world: World,
     section: GenerationConfig | None = None,
+    ahead: bool = False,
 ) -> RolloutEngine:
     """Return the engine that samples from `policy` while it trains.
 
@@ -43,13 +44,22 @@ def rollout_engine(
         codec: Of the policy.
         world: Device and precision.
         section: The section that chooses the engine; PPO's by default.
+        ahead: Whether it samples while the policy's weights change, so that it needs their copy.
     """
     section = section or config.ppo.generation
     if section.engine is RolloutEngineName.vllm:
         return vllm_engine(config, context, policy, codec, world, section)
+    return native_engine(policy, world, ahead)
+
+
+def native_engine(policy: Policy, world: World, ahead: bool = False) -> NativeEngine:
+    """Return the engine that samples in this process; the arguments are `rollout_engine`'s."""
     replicated = world.setup.strategy in ("single", "ddp")
     half = world.setup.precision == "bfloat16" and replicated
-    return NativeEngine(policy, torch.bfloat16 if half else None, world.autocast)
+    copy_dtype = torch.bfloat16 if half else None
+    if ahead:
+        copy_dtype = copy_dtype or world.weights_dtype or torch.float32
+    return NativeEngine(policy, copy_dtype, world.autocast)
 
 
 def vllm_engine(
@@ -163,4 +173,5 @@ def correction_of(config: Config) -> float | None:
         return section.correction_limit
     vllm = section.engine is RolloutEngineName.vllm
     rounded = vllm and vllm_dtype(config, section) != torch.float32
-    return CORRECTION_LIMIT if rounded or not exact(config) else None
+    same = exact(config) and not rounded and section.ahead == 0
+    return None if same else CORRECTION_LIMIT

@@ -65,7 +65,7 @@ from rlhf_exp.algo.losses import (
     value_loss,
 )
 from rlhf_exp.algo.masks import response_mask
-from rlhf_exp.batch import FinishReason, Rollouts, Samples, to_device
+from rlhf_exp.batch import FinishReason, Prompts, Rollouts, Samples, to_device
 from rlhf_exp.config.training import (
     AdvantageEstimator,
     GroupScale,
@@ -89,6 +89,7 @@ from rlhf_exp.distributed.redistribute import (
 from rlhf_exp.distributed.world import World
 from rlhf_exp.models.policy import Policy, ResponseOutputs
 from rlhf_exp.models.reference import Reference, compare_with_reference
+from rlhf_exp.rollout.ahead_engine import AheadEngine
 from rlhf_exp.rollout.engine import RolloutEngine
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.rollout.trunk_pass import with_trunk_states
@@ -286,6 +287,7 @@ class PpoTask:
             "scaler": self.collector.scaler.state_dict(),
             "unit": self.evaluator.unit,
             "initial": self.evaluator.initial,
+            **self.collector.ahead_state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -294,6 +296,7 @@ class PpoTask:
         self.evaluator.unit, self.evaluator.initial = state["unit"], state["initial"]
         self.collector.controller.load_state_dict(state["controller"])
         self.collector.scaler.load_state_dict(state["scaler"])
+        self.collector.load_ahead_state(state)
 
     def check(self, metrics: Mapping[str, float]) -> str | None:
         """Return why training must stop, or `None`."""
@@ -392,6 +395,7 @@ class ExperienceCollector:
             quite the policy's; `None`: all weights are 1.
         closing_token: What the scorer reads its score from, over the policy's trunk; `None`: it
             does not.
+        ahead: Samples the next iteration while this one trains; `None`: each in its turn.
     """
 
     def __init__(
@@ -408,6 +412,7 @@ class ExperienceCollector:
         world: World,
         correction: float | None = None,
         closing_token: int | None = None,
+        ahead: AheadEngine | None = None,
     ) -> None:
         self.policy, self.reference = policy, reference
         self.sampler, self.scorer = sampler, scorer
@@ -415,7 +420,7 @@ class ExperienceCollector:
         self.scaler, self.controller = scaler, controller
         self._warned = False
         self.section, self.world = section, world
-        self.correction, self.closing_token = correction, closing_token
+        self.correction, self.closing_token, self.ahead = correction, closing_token, ahead
 
     def collect(self, iteration: int, meters: MetricAccumulator) -> Rollouts:
         """Return one iteration's rollouts, and report on them."""
@@ -476,8 +481,26 @@ class ExperienceCollector:
     def _sample(self, iteration: int) -> tuple[Samples, Tensor]:
         """Answer the iteration's prompts; return this process's responses and weights [B].
 
-        The noise is a function of the rollout's number in the whole run. A row of weight 0 only
-        fills this process's share up.
+        A row of weight 0 only fills this process's share up.
+        """
+        section, device = self.section, self.world.device
+        samples = None if self.ahead is None else self.ahead.take(iteration)
+        if samples is None:
+            samples = self.sampler(self._prompts(iteration))
+        if self.ahead is not None and iteration + 1 < section.iterations:
+            self.ahead.begin(iteration + 1, self._prompts(iteration + 1))
+        samples = samples.to(device)
+        if self.closing_token is not None and samples.closing is None:
+            with self.world.autocast():
+                samples = with_trunk_states(
+                    samples, self.policy.trunk, section.generation.batch, self.closing_token
+                )
+        return samples, torch.from_numpy(self.world.share(section.rollouts).weights).to(device)
+
+    def _prompts(self, iteration: int) -> Prompts:
+        """Return this process's share of an iteration's prompts.
+
+        The noise is a function of the rollout's number in the whole run.
         """
         section, count = self.section, self.section.rollouts
         chosen = batch_index(len(self.prompts), section.prompts, section.seed, iteration)
@@ -485,13 +508,23 @@ class ExperienceCollector:
         share = self.world.share(count)
         numbers = np.arange(iteration * count, (iteration + 1) * count)
         batch = prompts_batch(self.prompts, chosen[share.rows], numbers[share.rows])
-        samples = self.sampler(batch.to(self.world.device))
-        if self.closing_token is not None and samples.closing is None:
-            with self.world.autocast():
-                samples = with_trunk_states(
-                    samples, self.policy.trunk, section.generation.batch, self.closing_token
-                )
-        return samples, torch.from_numpy(share.weights).to(self.world.device)
+        return batch.to(self.world.device)
+
+    def ahead_state(self) -> dict[str, Any]:
+        """Return the responses of the next iteration that are sampled already, of all processes."""
+        own = None if self.ahead is None else self.ahead.state()
+        if own is None:
+            return {}
+        shares = self.world.all_gather_object(own["rows"])
+        rows = [row for share in shares for row in share][: self.section.rollouts]
+        return {"ahead": own | {"rows": rows}}
+
+    def load_ahead_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `ahead_state` returned, by perhaps another number of processes."""
+        if self.ahead is not None and "ahead" in state:
+            found = state["ahead"]
+            own = self.world.share(self.section.rollouts).rows
+            self.ahead.load_state(found["iteration"], [found["rows"][row] for row in own])
 
     def _score(self, samples: Samples, weights: Tensor, meters: MetricAccumulator) -> Tensor:
         """Return what goes into the reward: [B] float32, penalised, compared, clipped, scaled."""

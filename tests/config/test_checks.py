@@ -29,6 +29,12 @@ def complaints(*overrides: str, multirun: bool = False) -> list[str]:
         ("ppo.rollouts=0 ppo.batch=0", "ppo.rollouts=0: must be at least 1"),
         ("ppo.generation.temperature=0", "temperature=0.0: must be a number above 0"),
         ("ppo.generation.correction=0.5", "'0.5'; use auto, null, or a number of at least 1"),
+        ("ppo.generation.ahead=2", "is 2; use 0, or 1 for one iteration ahead"),
+        ("ppo.generation.ahead=1 ppo.keep_state=true", "does not go with ppo.keep_state"),
+        (
+            "ppo.generation.ahead=1 distributed=fsdp distributed.processes=2",
+            "a whole copy of the weights in every process, which distributed=fsdp divides",
+        ),
         ("ppo.generation.correction=lots", "'lots'; use auto, null, or a number"),
         ("ppo.lam=1.1", "ppo.lam=1.1: must be in [0, 1]"),
         ("eval.best_of=[1]", "eval.best_of=[1]: names numbers of answers from 1 on, each once"),

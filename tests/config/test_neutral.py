@@ -42,6 +42,7 @@ OTHERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ppo.generation.dtype": ("bfloat16", "ppo.generation.engine=vllm", PPO),
     "dpo.generation.engine": ("vllm", "stage=dpo", ("dpo",)),
     "dpo.generation.dtype": ("bfloat16", "stage=dpo dpo.generation.engine=vllm", ("dpo",)),
+    "ppo.generation.ahead": ("1", "", PPO),
     "ppo.reward.url": ("http://127.0.0.1:1", "", PPO),
     "ppo.reward.name": ("judge", "ppo.reward.url=http://127.0.0.1:1", PPO),
     "ppo.reward.terms": ("[{model:default}]", "", PPO),

@@ -96,7 +96,7 @@ ALLOWED = {
     | SAMPLING
     | SCORING
     | {"algo/advantages", "algo/importance", "algo/rounding", "distributed/redistribute"}
-    | {"rollout/trunk_pass"}
+    | {"rollout/ahead_engine", "rollout/trunk_pass"}
     | names("training", "ppo ppo_objective ppo_validation validation_answers")
     | names("stages", "kept_tensor ppo ppo_inputs sampling"),
     "trlx_ppo": COMMON

@@ -28,7 +28,8 @@ from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import build_causal_lm
 from rlhf_exp.models.reference import build_reference
-from rlhf_exp.rollout.engine import RolloutRequest
+from rlhf_exp.rollout.ahead_engine import AheadEngine
+from rlhf_exp.rollout.engine import RolloutEngine, RolloutRequest
 from rlhf_exp.rollout.native_engine import NativeEngine
 from rlhf_exp.rollout.sampler import SamplingParams
 from rlhf_exp.tracking.tracker import NullTracker
@@ -107,6 +108,7 @@ def build_task(
     originals: Tensor | None = None,
     scorer: Callable[..., Tensor] = count_liked,
     capture: bool = True,
+    ahead: bool = False,
 ) -> PpoTask:
     """Return a task over a fresh random model, always the same."""
     shape = Architecture("gpt_neox", 2, 32, 2, 64, VOCABULARY, 64)
@@ -114,12 +116,15 @@ def build_task(
     policy = Policy(model, train_blocks=train_blocks, seed=1, value_head=section.uses_values)
     policy.to(world.device)
     params = SamplingParams(6, section.generation.temperature, 8, EOS, PAD)
-    engine = NativeEngine(policy)
+    request = RolloutRequest(params, section.seed, capture=capture and not ahead)
+    engine: RolloutEngine = NativeEngine(policy)
+    beforehand = AheadEngine(NativeEngine(policy, torch.float32), request) if ahead else None
+    engine = beforehand or engine
 
     collector = ExperienceCollector(
         policy,
         build_reference(policy),
-        partial(engine.answer, request=RolloutRequest(params, section.seed, capture=capture)),
+        partial(engine.answer, request=request),
         scorer,
         prompts(),
         originals,
@@ -127,6 +132,8 @@ def build_task(
         AdaptiveKL(0.1, target=1.0, horizon=100),
         section,
         world,
+        correction=2.0 if ahead else None,
+        ahead=beforehand,
     )
     return PpoTask(
         policy,

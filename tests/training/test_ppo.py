@@ -12,6 +12,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,18 @@ from rlhf_exp.batch import Prompts, Rollouts, Samples
 from rlhf_exp.config.training import GenerationConfig, KlConfig, Select
 from rlhf_exp.data.batching import batch_index, prompts_batch
 from rlhf_exp.distributed.world import RowShare, World, world_of
+from rlhf_exp.rollout.engine import RolloutRequest
+from rlhf_exp.rollout.native_engine import NativeEngine
+from rlhf_exp.rollout.sampler import SamplingParams
 from rlhf_exp.training.metrics import MetricAccumulator
+from rlhf_exp.training.optim import build_optimizer
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.result import Diverged, Interrupted
 from rlhf_exp.training.task import Update
 from tests.training.lab import (
     EOS,
     LIKED,
+    PAD,
     SECTION,
     Evaluations,
     build_task,
@@ -178,17 +184,19 @@ def test_every_documented_metric_is_logged(world: World, tmp_path: Path) -> None
     assert row["loss/total"] == pytest.approx(row["loss/policy"] + row["loss/value"], rel=1e-5)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("stop_at", [1, 5, 8, 11])
 def test_killed_and_resumed_equals_never_interrupted(
-    world: World, tmp_path: Path, stop_at: int
+    world: World, tmp_path: Path, stop_at: int, ahead: bool
 ) -> None:
     """Dies inside optimizer step `stop_at`; the lost iteration is replayed, bit for bit."""
-    whole = run_loop(world, tmp_path / "whole")
+    section = replace(SECTION, steps=12)
+    whole = run_loop(world, tmp_path / "whole", task=build_task(world, section, ahead=ahead))
 
     class Killed(Exception):
         pass
 
-    task = build_task(world)
+    task = build_task(world, section, ahead=ahead)
     iterate = task.iterate
 
     def dying(iteration: int, update: Update) -> None:
@@ -206,7 +214,7 @@ def test_killed_and_resumed_equals_never_interrupted(
     task.iterate = dying  # type: ignore[method-assign]
     with pytest.raises(Killed):
         run_loop(world, tmp_path / "cut", task=task)
-    again = build_task(world)
+    again = build_task(world, section, ahead=ahead)
     again.evaluator = Evaluations(range(5, 1000))
     resumed = run_loop(world, tmp_path / "cut", task=again)
     assert resumed.outcome is not None
@@ -222,6 +230,42 @@ def test_killed_and_resumed_equals_never_interrupted(
         for run in (whole, resumed)
     ]
     assert last[0] == last[1]
+
+
+NEXT = RolloutRequest(SamplingParams(6, SECTION.generation.temperature, 8, EOS, PAD), SECTION.seed)
+
+
+def test_an_iteration_ahead_is_sampled_from_the_weights_before_the_updates(world: World) -> None:
+    """The second iteration's responses are the first policy's; the third's, those of the second."""
+    task = build_task(world, replace(SECTION, steps=12), ahead=True)
+    task.attach(world.prepare(task.module, lambda: build_optimizer(task.module, SECTION), 1.0))
+    collector = task.collector
+    expected: list[Tensor] = []
+    taken: list[Tensor] = []
+    take = collector.ahead.take  # type: ignore[union-attr]
+
+    def noted(iteration: int) -> Samples | None:
+        samples = take(iteration)
+        if samples is not None:
+            taken.append(samples.tokens)
+        return samples
+
+    collector.ahead.take = noted  # type: ignore[method-assign, union-attr]
+    for iteration in range(3):
+        # The policy's own weights, now, answer what is next.
+        answer = partial(NativeEngine(task.module).answer, request=NEXT)  # type: ignore[arg-type]
+        expected.append(answer(collector._prompts(iteration + 1)).tokens)
+
+        def update(losses: Iterable[Tensor]) -> None:
+            for loss in losses:
+                world.backward(loss)
+            world.strategy.step()
+
+        task.iterate(iteration, update)
+    assert collector.ahead.take(3) is None  # type: ignore[union-attr] # there is no fourth
+    assert len(taken) == 2
+    assert all(torch.equal(*pair) for pair in zip(taken, expected, strict=False))
+    assert not torch.equal(taken[0], taken[1])
 
 
 def test_interrupt_saves_at_the_next_boundary(world: World, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def vllm_engine(
     if section.urls and world.is_main:
         servers += [RemoteServer(url) for url in section.urls]
     elif world.is_main or not central:
-        for number, devices in enumerate(_vllm_devices(section, world)):
+        for number, (devices, trainer_gpu) in enumerate(_vllm_devices(section, world)):
             log_file = context.folder / f"vllm-{world.rank}-{number}.log"
             variables = {
                 # One process that can be looked into, and ends at once.
@@ -95,22 +95,30 @@ def vllm_engine(
                 "OMP_NUM_THREADS": str(torch.get_num_threads()),
                 VISIBLE: devices,
             }
-            servers.append(LocalServer(section.interpreter, log_file, variables))
+            servers.append(LocalServer(section.interpreter, log_file, variables, trainer_gpu))
     return VllmEngine(policy, codec.tokenizer, servers, settings, world)
 
 
-def _vllm_devices(section: GenerationConfig, world: World) -> list[str]:
-    """Return for each vLLM of this process the GPUs that it sees; no GPU is the empty text."""
+def _vllm_devices(section: GenerationConfig, world: World) -> list[tuple[str, int | None]]:
+    """Return for each vLLM of this process the GPUs that it sees, as in `CUDA_VISIBLE_DEVICES`.
+
+    It computes on the first one. The second, if there is one, is the trainer's, from which it reads
+    weights. The number beside them is that of the trainer's; `None` without a GPU.
+    """
     if section.placement == "cpu" or world.device.type != "cuda":
-        return [""]
+        return [("", None)]
     names = visible_devices()
-    numbers = [world.device.index or 0] if section.gpus is None else section.gpus
+    own = world.device.index or 0
+    numbers = [own] if section.gpus is None else section.gpus
     if beyond := [number for number in numbers if number >= len(names)]:
         raise UserError(
             f"ppo.generation.placement={section.placement}: there is no GPU {beyond[0]}; "
             f"{len(names)} are visible here, from 0 on"
         )
-    return [names[number] for number in numbers]
+    return [
+        (names[own], 0) if number == own else (f"{names[number]},{names[own]}", 1)
+        for number in numbers
+    ]
 
 
 def vllm_dtype(config: Config, section: GenerationConfig) -> torch.dtype:

@@ -19,11 +19,12 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -122,6 +123,10 @@ class VllmEngine:
         self._weights = ""
         self._session, self._pushes = uuid.uuid4().hex[:8], 0
         self._folder = Path(tempfile.mkdtemp(prefix="rlhf-exp-weights-", dir=_roomy_folder(policy)))
+        self._file = self._folder / "weights.safetensors"
+        # Of a policy on a GPU: its weights in host memory, and those that the file has.
+        self._kept: dict[str, Tensor] = {}
+        self._filed, self._lock, self._direct = "", Lock(), True
         for server in self._servers:
             server.start()
 
@@ -130,6 +135,7 @@ class VllmEngine:
         self._policy = policy
         self._model = _model_request(policy, tokenizer, self._settings)
         self._version: int | None = None
+        self._kept = {}
         self._opened = False
         self._probe: list[list[int]] = []
 
@@ -268,17 +274,13 @@ class VllmEngine:
                 while server.ask("/open", owner=owner, model=self._model)["again"]:
                     server.restart(ServerGone("it had loaded another model"))
                 if self._weights:
-                    server.push(self._weights_file, owner=owner, weights=self._weights)
+                    server.push(self._weights_file(), owner=owner, weights=self._weights)
                 return
             except ServerGone as gone:
                 if attempt == ATTEMPTS - 1:
                     message = f"{server.name} does not load the model: {gone}"
                     raise UserError(message) from gone
                 server.restart(gone)
-
-    @property
-    def _weights_file(self) -> Path:
-        return self._folder / "weights.safetensors"
 
     def _each(self, work: Callable[[Server], object]) -> None:
         _in_parallel([partial(work, server) for server in self._servers])
@@ -287,22 +289,53 @@ class VllmEngine:
         if not self._servers:
             return
         self._pushes += 1
-        # Only afterwards, a server that is asked knows that it has others.
-        save_file(_weights_of(self._policy, self._settings.dtype), self._weights_file)
         self._weights = f"{self._session}-{self._pushes}"
+        if self._world.device.type == "cuda":
+            self._keep()
+        else:
+            save_file(dict(_weights_of(self._policy, self._settings.dtype)), self._file)
         self._each(self._push)
         self._opened = True
         self._each(self._check)
+
+    def _keep(self) -> None:
+        """Copy the weights to host memory: a server that dies later is to get the same ones."""
+        for name, weight in _weights_of(self._policy, self._settings.dtype):
+            if name not in self._kept or self._kept[name].shape != weight.shape:
+                self._kept[name] = torch.empty_like(weight, device="cpu", pin_memory=True)
+            self._kept[name].copy_(weight, non_blocking=True)
+        torch.cuda.synchronize()
+
+    def _weights_file(self) -> Path:
+        """Return the file of the weights that were pushed last."""
+        with self._lock:
+            if self._kept and self._filed != self._weights:
+                save_file(self._kept, self._file)
+                self._filed = self._weights
+        return self._file
 
     def _push(self, server: Server) -> None:
         if not self._opened:
             self._load(server)
             return
+        names = {"owner": self._settings.owner, "weights": self._weights}
+        direct = server.reads_gpu and self._direct
         try:
-            server.push(self._weights_file, owner=self._settings.owner, weights=self._weights)
+            if direct:
+                weights = _weights_of(self._policy, self._settings.dtype)
+                server.push_tensors(weights, **names)
+                torch.cuda.ipc_collect()
+            else:
+                server.push(self._weights_file(), **names)
         except ServerGone as gone:  # after a transfer that failed an engine is of no use
+            if direct:
+                self._by_file(gone)
             server.restart(gone)
             self._load(server)
+
+    def _by_file(self, reason: ServerGone) -> None:
+        self._direct = False
+        log.warning("weights no longer go to vLLM from GPU to GPU, but by a file: %s", reason)
 
     def _check(self, server: Server) -> None:
         """Compare a server's log-probabilities with the policy's.
@@ -312,7 +345,10 @@ class VllmEngine:
         """
         gap, limit = self._gap(server), self._largest_gap
         if gap > limit:
-            server.restart(ServerGone(_gap_message(gap, limit)))
+            failed = ServerGone(_gap_message(gap, limit))
+            if server.reads_gpu and self._direct:
+                self._by_file(failed)
+            server.restart(failed)
             self._load(server)
             gap = self._gap(server)
         if not gap <= limit:
@@ -431,20 +467,18 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _weights_of(policy: Policy, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the weights that a model folder would hold, on the CPU: a tied head once."""
+def _weights_of(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that a model folder would hold, where they are: a tied head once."""
     model = policy.model
     state = merged_state(model) if lora_layers(model) else dict(model.state_dict())
-    found: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, value in state.items():
         same = (value.data_ptr(), value.shape)
         if value.numel() and same in seen:
             continue
         seen.add(same)
-        value = value.detach()
-        found[name] = value.to("cpu", dtype if value.is_floating_point() else None).contiguous()
-    return found
+        wanted = dtype if value.is_floating_point() else value.dtype
+        yield name, value.detach().to(wanted).contiguous()
 
 
 def _request_of(params: SamplingParams, stopper: Stopper | None) -> dict[str, Any]:

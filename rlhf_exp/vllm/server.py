@@ -15,16 +15,19 @@ import socket
 import subprocess
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlencode, urlsplit
 
+import torch
+
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes.environment import worker_environment
 from rlhf_exp.redaction import note_secret
+from rlhf_exp.vllm.cuda_handles import Named, chunks, handle_of
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ _RETRY_S = 2.0
 _END_S = 2.0
 _SHOWN_LINES = 15
 _BLOCK = 1 << 24
+CHUNK_BYTES = 1 << 30
+"""Bytes of weights that are handed over at once on a GPU: where they are cast, so many more."""
 
 
 def program() -> Path:
@@ -78,6 +83,14 @@ class Server(Protocol):
     def push(self, path: Path, **names: str) -> None:
         """Hand over a safetensors file of weights; raises like `ask`."""
 
+    @property
+    def reads_gpu(self) -> bool:
+        """Whether it can read tensors on the trainer's GPU."""
+        ...
+
+    def push_tensors(self, tensors: Iterable[Named], **names: str) -> None:
+        """Hand over weights on the trainer's GPU, where they are; raises like `ask`."""
+
     def restart(self, reason: ServerGone) -> None:
         """Start the server again after a failure, or wait until it is back.
 
@@ -96,9 +109,18 @@ class LocalServer:
         python: Its interpreter.
         log_file: File for its output; what earlier processes wrote stays.
         variables: Environment variables, on top of this process's.
+        trainer_gpu: Number of the trainer's GPU among those that the server sees; `None`: it sees
+            none.
     """
 
-    def __init__(self, python: str, log_file: Path, variables: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        python: str,
+        log_file: Path,
+        variables: Mapping[str, str],
+        trainer_gpu: int | None = None,
+    ) -> None:
+        self._trainer_gpu = trainer_gpu
         self.name, self.log_file, self.died = "vLLM", log_file, 0
         self._python, self._variables = Path(python).expanduser().absolute(), variables
         self._key = os.urandom(16).hex()
@@ -147,6 +169,24 @@ class LocalServer:
         """See `Server`."""
         query = urlencode({**names, "path": str(path)})
         self.ask(f"/weights?{query}")
+
+    @property
+    def reads_gpu(self) -> bool:
+        """See `Server`."""
+        return self._trainer_gpu is not None
+
+    def push_tensors(self, tensors: Iterable[Named], **names: str) -> None:
+        """See `Server`."""
+        groups = iter(chunks(tensors, CHUNK_BYTES))
+        following, part = next(groups, None), 0
+        while following is not None:
+            # Kept until the server has read them: a handle keeps nothing alive.
+            group, following = following, next(groups, None)
+            torch.cuda.current_stream().synchronize()  # they may have been cast just now
+            handles = [handle_of(name, tensor) for name, tensor in group]
+            where = {"part": part, "last": following is None, "device": self._trainer_gpu}
+            self.ask("/handles", handles=handles, **where, **names)
+            part += 1
 
     def restart(self, reason: ServerGone) -> None:
         """See `Server`."""
@@ -252,6 +292,15 @@ class RemoteServer:
         query = urlencode({**names, "checksum": str(checksum)})
         route = f"/weights?{query}"
         _exchange(self._host, self._port, route, self._key, path, self.name)
+
+    @property
+    def reads_gpu(self) -> bool:
+        """See `Server`."""
+        return False
+
+    def push_tensors(self, tensors: Iterable[Named], **names: str) -> None:
+        """See `Server`."""
+        raise AssertionError("another machine's GPU cannot be read")
 
     def restart(self, reason: ServerGone) -> None:
         """See `Server`."""

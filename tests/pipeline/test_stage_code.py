@@ -46,7 +46,7 @@ TRAINER = (
     | names("stages", "publish training")
 )
 # By vLLM; left out where a stage samples natively (see `test_changed_code.py`).
-VLLM = {"vllm/engine", "vllm/server", "vllm/worker/vllm_worker"}
+VLLM = {"vllm/cuda_handles", "vllm/engine", "vllm/server", "vllm/worker/vllm_worker"}
 SAMPLING = (
     {"models/reference"}
     | VLLM

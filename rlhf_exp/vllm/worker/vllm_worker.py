@@ -5,12 +5,14 @@ Its model begins with made-up weights and answers nothing before the trainer's h
 each request to answer names the weights that it is meant for, and others are refused.
 
 Routes: GET /status; POST /open (a model: its files and sizes), /weights (a safetensors file, or the
-path of one), /answer (prompts), /sleep, /leave.
+path of one), /handles (weights on a GPU of this machine, part by part), /answer (prompts), /sleep,
+/leave.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import hmac
 import json
@@ -129,6 +131,9 @@ class Worker:
             engine |= {"enable_sleep_mode": False, "max_num_batched_tokens": max(longest, 2048)}
         else:
             engine["max_num_batched_tokens"] = max(longest, 16384)
+            # Its memory is what the cache of keys and values is given, not a share of the GPU: by
+            # default vLLM does not start where a trainer has the rest.
+            engine["gpu_memory_utilization"] = 0.05
         self._llm = LLM(
             model=str(folder),
             tokenizer=str(folder),
@@ -145,13 +150,29 @@ class Worker:
         self.take(owner)
         if self._llm is None:
             raise Refused(409, "no model is open")
+        self._begin_update()
+        self._llm.update_weights({"update_info": {"path": str(path)}})
+        return self._end_update(name)
+
+    def receive_handles(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Take over a part of the weights, which are on a GPU of this machine."""
+        self.take(request["owner"])
+        if self._llm is None:
+            raise Refused(409, "no model is open")
+        if request["part"] == 0:
+            self._begin_update()
+        handles = {"handles": request["handles"], "device": request["device"]}
+        self._llm.update_weights({"update_info": handles})
+        return self._end_update(request["weights"]) if request["last"] else {}
+
+    def _begin_update(self) -> None:
         self._wake()
         self.weights = None  # nothing is answered if this fails half-way
-        llm = self._llm
-        llm.start_weight_update()
-        llm.update_weights({"update_info": {"path": str(path)}})
-        llm.finish_weight_update()
-        llm.apply_model(_pack_heads_again)
+        self._llm.start_weight_update()
+
+    def _end_update(self, name: str) -> dict[str, Any]:
+        self._llm.finish_weight_update()
+        self._llm.apply_model(_pack_heads_again)
         self._reset_prefix_cache()
         self.weights = name
         return {"weights": name}
@@ -272,7 +293,9 @@ def _file_engine() -> Any:  # noqa: ANN401 - a class of vLLM's
 
     @dataclass
     class FileUpdate(WeightTransferUpdateInfo):
-        path: str
+        path: str | None = None
+        handles: list[dict[str, Any]] | None = None
+        device: int = 0
 
     class FileTransfer(WeightTransferEngine):
         init_info_cls = FileInit
@@ -285,6 +308,10 @@ def _file_engine() -> Any:  # noqa: ANN401 - a class of vLLM's
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: FileUpdate) -> None:
+            if update_info.path is None:
+                handles = update_info.handles or []
+                self.model.load_weights(rebuilt(one, update_info.device) for one in handles)
+                return
             with safe_open(update_info.path, "pt", device="cpu") as file:
                 names = list(file.keys())
                 self.model.load_weights((name, file.get_tensor(name)) for name in names)
@@ -296,6 +323,21 @@ def _file_engine() -> Any:  # noqa: ANN401 - a class of vLLM's
             pass
 
     return FileTransfer
+
+
+def rebuilt(handle: dict[str, Any], device: int) -> tuple[str, Any]:
+    """Return name and tensor of a handle of the trainer's; `device` is the trainer's GPU, here."""
+    import torch
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    memory = [
+        base64.b64decode(value["base64"]) if isinstance(value, dict) else value
+        for value in handle["memory"]
+    ]
+    where = (torch.Size(handle["size"]), tuple(handle["stride"]), handle["offset"])
+    dtype = getattr(torch, handle["dtype"])
+    tensor = rebuild_cuda_tensor(torch.Tensor, *where, torch.UntypedStorage, dtype, device, *memory)
+    return handle["name"], tensor
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -320,6 +362,10 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self._body())
         if url.path == "/open":
             return self.worker.open(request)
+        if url.path == "/handles":
+            if not self.worker.private:
+                raise Refused(403, "a server on a network takes no handles")
+            return self.worker.receive_handles(request)
         if url.path == "/answer":
             return self.worker.answer(request)
         if url.path == "/sleep":

@@ -1,8 +1,8 @@
 """Graphs of decode steps: a step's kernels are launched at once, not one by one.
 
 A decode step launches a thousand small kernels, which takes the host longer than the GPU computes.
-So a step is recorded as a CUDA graph the first time that its number of rows and columns comes up,
-and replayed from then on. A replay reads and writes the memory that was recorded: all that a step
+So a step is recorded as a CUDA graph after the first one of its number of rows and columns, and
+replayed from then on. A replay reads and writes the memory that was recorded: all that a step
 keeps for the next one stays at fixed addresses (`DecodeLoop`).
 
 Nothing is taken on trust: the first replay of a shape is compared with the step as it is. Where
@@ -13,7 +13,8 @@ do), a model is decoded without graphs, after one warning.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -34,10 +35,10 @@ class Recorder(Protocol):
     """Records what a function has a device do."""
 
     def record(self, step: Callable[[], object]) -> Callable[[], object]:
-        """Record `step` without doing it; return what does it, on the same memory.
+        """Do `step` once and record it; return what does it again, on the same memory.
 
         Raises:
-            RuntimeError: it cannot be recorded.
+            RuntimeError: it cannot be recorded; it may have been done in part.
         """
 
 
@@ -55,6 +56,9 @@ class CudaRecorder:
 
     def record(self, step: Callable[[], object]) -> Callable[[], object]:
         """See `Recorder`."""
+        # What would spoil a recording is found before, and kernels are loaded outside of it.
+        with _waits_are_errors():
+            step()
         # Not `torch.cuda.graph`, which waits for the device and empties the allocator's cache.
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
@@ -68,6 +72,16 @@ class CudaRecorder:
                 graph.capture_end()
         current.wait_stream(self._stream)
         return graph.replay
+
+
+@contextmanager
+def _waits_are_errors() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @dataclass
@@ -107,43 +121,34 @@ class StepGraphs:
             step: does it.
         """
         replay = self._replays.get(shape)
-        if replay is None and not self._experience.refused:
-            replay = self._record(shape, step)
-            if replay is not None and shape not in self._experience.checked:
-                self._compare(shape, step, replay)
-                return
-        if replay is None:
-            step()
-        else:
+        if replay is not None:
             replay()
-
-    def _record(self, shape: Shape, step: Callable[[], object]) -> Callable[[], object] | None:
+            return
+        if self._experience.refused:
+            step()
+            return
+        before = self._state.clone()
         try:
-            replay = self._replays[shape] = self._recorder.record(step)
+            replay = self._recorder.record(step)
         except RuntimeError as error:
             self._refuse(f"cannot be recorded as a CUDA graph: {str(error).splitlines()[0]}")
-            return None
-        return replay
-
-    def _compare(
-        self, shape: Shape, step: Callable[[], object], replay: Callable[[], object]
-    ) -> None:
-        """Do a step as it is, and again by its graph; keep the former where they differ."""
-        before = self._state.clone()
+        else:
+            if shape in self._experience.checked or self._agrees(before, replay):
+                self._experience.checked.add(shape)
+                self._replays[shape] = replay
+                return
+            self._refuse("gives other tokens by a CUDA graph than without")
+        self._state.copy_(before)
         step()
+
+    def _agrees(self, before: Tensor, replay: Callable[[], object]) -> bool:
+        """Return whether a replay from the state `before` does what the step has done."""
         state, logprobs = self._state.clone(), self._logprobs.clone()
         self._state.copy_(before)
         replay()
-        same = torch.equal(self._state, state) and torch.allclose(
+        return torch.equal(self._state, state) and torch.allclose(
             self._logprobs, logprobs, rtol=0.0, atol=TOLERANCE, equal_nan=True
         )
-        if same:
-            self._experience.checked.add(shape)
-            return
-        self._refuse("gives other tokens by a CUDA graph than without")
-        self._logprobs.copy_(logprobs)
-        self._state.copy_(before)
-        step()
 
     def _refuse(self, reason: str) -> None:
         self._experience.refused = True

@@ -69,9 +69,7 @@ class MetricAccumulator:
             count, total, squares = sums.tolist()
             mean = total / count
             found[name] = max(squares / count - mean * mean, 0.0) ** 0.5
-        for name, (value, largest) in sorted(self._extremes.items()):
-            everyone = self._world.gather(value[None])
-            found[name] = float(everyone.max() if largest else everyone.min())
+        found |= self._reduced_extremes()
         self._sums, self._extremes, self._spreads = {}, {}, {}
         return found
 
@@ -81,6 +79,17 @@ class MetricAccumulator:
         names = sorted(tensors)
         totals = self._world.sum(torch.stack([tensors[name] for name in names])).cpu()
         return dict(zip(names, totals, strict=True))
+
+    def _reduced_extremes(self) -> dict[str, float]:
+        if not self._extremes:
+            return {}
+        extremes = sorted(self._extremes.items())
+        own = torch.stack([value for _, (value, _) in extremes])
+        everyone = self._world.gather(own[None]).cpu()
+        return {
+            name: float(values.max() if largest else values.min())
+            for (name, (_, largest)), values in zip(extremes, everyone.unbind(1), strict=True)
+        }
 
     def _number(self, value: Tensor | float) -> Tensor:
         device = self._world.device

@@ -5,7 +5,9 @@
 
 A model with random weights answers prompts of one length, every answer as long as the last (no end
 token is drawn), so that engines do equal work. A refresh hands over all weights, and vLLM's is
-checked, as in training. Medians over the repetitions; the first is left out.
+checked, as in training. Medians over the repetitions; the first is left out. Seconds are those of
+processors, this process and vLLM's together: other work on the machine disturbs them less than the
+clock.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -53,8 +56,16 @@ def prompts_of(rows: int, vocabulary: int) -> Prompts:
     return Prompts(drawn, torch.full((rows,), PROMPT), number, number)
 
 
-def vllm(policy: Policy, python: str, folder: Path, rows: int, dtype: torch.dtype) -> VllmEngine:
-    """Return vLLM on this machine's processors, with one thread."""
+def server_seconds(server: LocalServer) -> float:
+    """Return the processor seconds that a server has used."""
+    fields = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def vllm(
+    policy: Policy, python: str, folder: Path, rows: int, dtype: torch.dtype
+) -> tuple[VllmEngine, Callable[[], float]]:
+    """Return vLLM on this machine's processors, with one thread, and what it has used of them."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -65,17 +76,28 @@ def vllm(policy: Policy, python: str, folder: Path, rows: int, dtype: torch.dtyp
     server = LocalServer(python, folder / f"{dtype}.log", variables)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
     settings = VllmSettings("benchmark", dtype, PROMPT + ANSWER, rows)
-    return VllmEngine(policy, tokenizer, [server], settings, WORLD)
+    engine = VllmEngine(policy, tokenizer, [server], settings, WORLD)
+    return engine, partial(server_seconds, server)
 
 
-def seconds(engine: RolloutEngine, prompts: Prompts, version: int, rows: int) -> list[float]:
+def seconds(
+    engine: RolloutEngine,
+    elsewhere: Callable[[], float],
+    prompts: Prompts,
+    version: int,
+    rows: int,
+) -> list[float]:
     """Return the seconds of a refresh and of the answers."""
     params = SamplingParams(ANSWER, 1.0, rows, eos_id=-1, pad_id=0)
-    began = time.perf_counter()
+
+    def used() -> float:
+        return time.process_time() + elsewhere()
+
+    began = used()
     engine.refresh(version)
-    refreshed = time.perf_counter()
+    refreshed = used()
     samples = engine.answer(prompts, RolloutRequest(params, version))
-    ended = time.perf_counter()
+    ended = used()
     engine.release()
     assert int(samples.response_lengths.min()) == ANSWER
     return [refreshed - began, ended - refreshed]
@@ -101,20 +123,22 @@ def main() -> None:
     prompts = prompts_of(options.rows, shape.vocabulary)
     with TemporaryDirectory() as folder, ExitStack() as stack:
         make = partial(vllm, policy, options.python, Path(folder), options.rows)
-        engines: dict[str, RolloutEngine] = {
-            "native float32": NativeEngine(policy),
-            "native bfloat16": NativeEngine(policy, torch.bfloat16),
+        engines: dict[str, tuple[RolloutEngine, Callable[[], float]]] = {
+            "native float32": (NativeEngine(policy), float),
+            "native bfloat16": (NativeEngine(policy, torch.bfloat16), float),
             "vLLM float32": make(torch.float32),
             "vLLM bfloat16": make(torch.bfloat16),
         }
-        for engine in engines.values():
+        for engine, _ in engines.values():
             stack.enter_context(closing(engine))
+            engine.refresh(-1)  # also starts vLLM
         found: dict[str, list[list[float]]] = {name: [] for name in engines}
         for version in range(options.repeat + 1):
-            for name, engine in engines.items():
-                found[name].append(seconds(engine, prompts, version, options.rows))
+            for name, (engine, elsewhere) in engines.items():
+                timed = seconds(engine, elsewhere, prompts, version, options.rows)
+                found[name].append(timed)
     print(f"llama {options.size}, {options.rows} rows of {PROMPT} + {ANSWER} tokens, one thread\n")
-    print("| engine | refresh, s | answers, s | tokens/s |\n|---|---:|---:|---:|")
+    print("| engine | refresh, s | answers, s | tokens a second |\n|---|---:|---:|---:|")
     for name, rows in found.items():
         refresh, answers = (median(column) for column in zip(*rows[1:], strict=True))
         rate = options.rows * ANSWER / answers

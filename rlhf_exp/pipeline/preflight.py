@@ -8,12 +8,18 @@ its list. Here too: files that the config asks for and that finished results in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_exp.config.evaluation import needs_reward
 from rlhf_exp.config.experiment import UNTRAINED, Config, StrategyName
-from rlhf_exp.config.training import CONTINUED, TrainingConfig
+from rlhf_exp.config.training import (
+    CONTINUED,
+    GenerationConfig,
+    RolloutEngineName,
+    TrainingConfig,
+)
 from rlhf_exp.errors import UserError
 from rlhf_exp.pipeline.brought_models import model_problems
 from rlhf_exp.pipeline.hub import check_reachable, needs
@@ -26,6 +32,9 @@ from rlhf_exp.tracking.create import import_early
 
 if TYPE_CHECKING:
     from rlhf_exp.stages.data_module import DataModule
+
+SERVERS_START_S = 120.0
+"""Time that vLLM servers are waited for, which may be started together with the run."""
 
 Materials = Callable[[Mapping[str, str]], "DataModule"]
 
@@ -119,6 +128,30 @@ def _service_problems(config: Config, work: frozenset[str]) -> Iterator[str]:
             reward_ready(config)
         except UserError as error:
             yield str(error)
+    samples = {"best_of", "ppo"} & work or ("eval" in work and config.eval.samples is None)
+    for key, used in (("ppo.generation", samples), ("dpo.generation", "dpo" in work)):
+        if used:
+            yield from _sampler_problems(config, key)
+
+
+def _sampler_problems(config: Config, key: str) -> Iterator[str]:
+    """Yield why vLLM is not there: its servers do not answer, or its GPUs are not free."""
+    section: GenerationConfig = attrgetter(key)(config)
+    if section.engine is not RolloutEngineName.vllm:
+        return
+    for url in section.urls:
+        from rlhf_exp.vllm.server import RemoteServer
+
+        try:
+            RemoteServer(url).start(SERVERS_START_S)
+        except UserError as error:
+            yield str(error)
+    for number in section.gpus or []:
+        try:
+            remedy = f"{key}.placement=shared (each process has a vLLM on its own device)"
+            _check_gpu(config, f"{key}.placement", number, remedy)
+        except UserError as error:
+            yield str(error)
 
 
 def reward_ready(config: Config) -> None:
@@ -137,10 +170,11 @@ def reward_ready(config: Config) -> None:
         for url, name in servers.items():
             reward_client(reward, url, name).check()
     elif reward.gpu is not None and reward.model_scores:
-        _check_gpu(config, reward.gpu)
+        remedy = "ppo.reward.placement=shared (each process has the reward model on its own device)"
+        _check_gpu(config, "ppo.reward.placement", reward.gpu, remedy)
 
 
-def _check_gpu(config: Config, number: int) -> None:
+def _check_gpu(config: Config, key: str, number: int, remedy: str) -> None:
     import torch
 
     gpus, training = torch.cuda.device_count(), _local_processes(config)
@@ -150,10 +184,7 @@ def _check_gpu(config: Config, number: int) -> None:
     elif number < training:
         reason = f"{training} processes train on this machine, on its first {training} GPUs"
     if reason is not None:
-        raise UserError(
-            f"ppo.reward.placement=gpu:{number}: {reason}. Give another number, or "
-            "ppo.reward.placement=shared (each process has the reward model on its own device)"
-        )
+        raise UserError(f"{key}=gpu:{number}: {reason}. Give another number, or {remedy}")
 
 
 def _local_processes(config: Config) -> int:

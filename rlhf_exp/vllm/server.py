@@ -255,13 +255,13 @@ class RemoteServer:
         self._key = os.environ.get(KEY_VARIABLE)
         note_secret(self._key)
 
-    def start(self) -> None:
-        """See `Server`: wait until it answers.
+    def start(self, patience_s: float = ABSENCE_S) -> None:
+        """See `Server`: wait until it answers, for so many seconds.
 
         Raises:
             UserError: It does not, or something else is at this address.
         """
-        deadline = time.monotonic() + ABSENCE_S
+        deadline = time.monotonic() + patience_s
         while True:
             try:
                 status = _exchange(self._host, self._port, "/status", self._key, None, self.name)
@@ -269,7 +269,7 @@ class RemoteServer:
             except ServerGone as gone:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"ppo.generation.urls: {self.name} did not answer for {ABSENCE_S:.0f} s "
+                        f"ppo.generation.urls: {self.name} did not answer for {patience_s:.0f} s "
                         f"({gone}); start it there with `rlhf-exp vllm-server`"
                     ) from gone
                 time.sleep(_RETRY_S)

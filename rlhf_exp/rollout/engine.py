@@ -12,7 +12,7 @@ from typing import Protocol
 
 from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.rollout.sampler import SamplingParams
-from rlhf_exp.rollout.transcript import Stopper
+from rlhf_exp.rollout.transcript import OnRow, Stopper
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class RolloutRequest:
             stays None where the engine does not have them exactly.
         close: a token whose state after each response's content is kept too, or None.
         on_ended: told how many responses have ended, for a progress display, or None.
+        on_row: told each response as it ends, or None; an engine that does not know them before all
+            have ended need not call it.
     """
 
     params: SamplingParams
@@ -36,6 +38,7 @@ class RolloutRequest:
     capture: bool = False
     close: int | None = None
     on_ended: Callable[[int], None] | None = None
+    on_row: OnRow | None = None
 
 
 class RolloutEngine(Protocol):

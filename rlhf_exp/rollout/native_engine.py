@@ -69,6 +69,7 @@ class NativeEngine:
             block,
             request.close,
             request.on_ended,
+            request.on_row,
         )
 
     def release(self) -> None:

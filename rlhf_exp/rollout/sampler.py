@@ -25,7 +25,7 @@ from rlhf_exp.models.pretrained import context_of
 from rlhf_exp.rollout.decoder import CacheKind, Decoder, SlotTable, decoding_mode
 from rlhf_exp.rollout.step_graphs import CudaRecorder, Recorder, StepGraphs
 from rlhf_exp.rollout.token_sampling import draw_tokens, to_float32, truncate_logits, uniform
-from rlhf_exp.rollout.transcript import CapturedStates, Stopper, Transcript
+from rlhf_exp.rollout.transcript import CapturedStates, OnRow, Stopper, Transcript
 
 HOST_PREFILL_TOKENS = 2048
 ACCELERATOR_PREFILL_TOKENS = 32768
@@ -102,6 +102,7 @@ def sample(
     capture: nn.Module | None = None,
     close: int | None = None,
     on_ended: Callable[[int], None] | None = None,
+    on_row: OnRow | None = None,
 ) -> Samples:
     """Return a response to each prompt, in the prompts' order, on the model's device.
 
@@ -118,6 +119,7 @@ def sample(
         close: a token to feed after each response's content; its states become `Samples.closing`,
             unless the model has no position left for it, or rows are decoded in lockstep.
         on_ended: told how many responses have ended, for a progress display.
+        on_row: told each response as it ends.
 
     Raises:
         UserError: a prompt and its response exceed the model's positions.
@@ -139,7 +141,7 @@ def sample(
     closable = capture is not None and room and settings.cache == "slots"
     close = close if closable else None
     with decoding_mode(model):
-        loop = DecodeLoop(model, prompts, settings, seed, stopper, capture, close, on_ended)
+        loop = DecodeLoop(model, prompts, settings, seed, stopper, capture, close, on_ended, on_row)
         with torch.inference_mode():
             loop.run()
     return loop.samples()
@@ -207,6 +209,7 @@ class DecodeLoop:
         capture: a decoder block whose incoming states are captured, or None.
         close: a token to feed after each row's content, whose states are captured too, or None.
         on_ended: told how many rows have ended, or None.
+        on_row: told each response as it ends, or None.
     """
 
     def __init__(
@@ -219,6 +222,7 @@ class DecodeLoop:
         capture: nn.Module | None,
         close: int | None,
         on_ended: Callable[[int], None] | None = None,
+        on_row: OnRow | None = None,
     ) -> None:
         device = model.device
         rows, limit = len(prompts), settings.max_new_tokens
@@ -229,7 +233,8 @@ class DecodeLoop:
         self._settings = settings
         self._scale = 1.0 / settings.temperature
         self._on_host = not on_accelerator(device)
-        self._transcript = Transcript(rows, limit, {settings.eos_id, *settings.end_ids}, stopper)
+        ends = {settings.eos_id, *settings.end_ids}
+        self._transcript = Transcript(rows, limit, ends, stopper, on_row)
         spare = 0 if close is None else CLOSING_ROOM
         self._table = SlotTable(slots, limit, device, spare, idle_row=rows)
         # A multiple of 8: attention kernels want aligned masks.

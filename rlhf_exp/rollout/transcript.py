@@ -5,7 +5,7 @@ B rows, W most tokens of a row (prompt and response), D width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ UNDECODABLE = "\ufffd"
 """Stands in a tokenizer's text for bytes that are no whole character."""
 
 
+OnRow = Callable[[int, list[int], int], object]
+"""Told a response that has ended: its row, its tokens, and how many of them are content."""
+
+
 class Transcript:
     """The responses of B rows while they are decoded, on the host.
 
@@ -26,6 +30,7 @@ class Transcript:
         max_new_tokens: longest response.
         end_ids: the tokens that end a response and belong to it, but not to its content.
         stopper: finds stop strings, or None.
+        on_row: told each response as it ends, or None.
 
     Attributes:
         responses: token ids of each row.
@@ -35,7 +40,12 @@ class Transcript:
     """
 
     def __init__(
-        self, rows: int, max_new_tokens: int, end_ids: Collection[int], stopper: Stopper | None
+        self,
+        rows: int,
+        max_new_tokens: int,
+        end_ids: Collection[int],
+        stopper: Stopper | None,
+        on_row: OnRow | None = None,
     ) -> None:
         self.responses: list[list[int]] = [[] for _ in range(rows)]
         self.content_lengths = [0] * rows
@@ -43,6 +53,7 @@ class Transcript:
         self._max_new_tokens = max_new_tokens
         self._end_ids = end_ids
         self._stopper = stopper
+        self._on_row = on_row
 
     def add(self, row: int, token: int) -> bool:
         """Append `token` to `row` and return whether this ends the row."""
@@ -61,6 +72,8 @@ class Transcript:
     def _end(self, row: int, content_length: int, finish: FinishReason) -> bool:
         self.content_lengths[row] = content_length
         self.finish[row] = finish
+        if self._on_row is not None:
+            self._on_row(row, list(self.responses[row]), content_length)
         return True
 
 

@@ -26,6 +26,7 @@ from rlhf_exp.models.reference import Reference, build_reference
 from rlhf_exp.models.reward_model import RewardModel, share_frozen_trunk
 from rlhf_exp.rollout.ahead_engine import AheadEngine
 from rlhf_exp.rollout.engine import RolloutEngine, RolloutRequest
+from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.stages.context import StageContext, StageResult
 from rlhf_exp.stages.ppo_inputs import (
     original_scores,
@@ -48,6 +49,8 @@ from rlhf_exp.tracking.local import ALERTS, METRICS, STEP
 from rlhf_exp.training.ppo import ExperienceCollector, PpoTask
 from rlhf_exp.training.ppo_validation import Validator
 from rlhf_exp.training.reward_scorer import Scorer, SharedTrunkScorer
+from rlhf_exp.training.scorers import CentralScorer, ServerScorer
+from rlhf_exp.training.streamed_scoring import StreamedScorer
 from rlhf_exp.training.trainer import TrainingProgress
 
 WATCH = ("reward/mean", "kl/sequence", "throughput/samples_per_s")
@@ -126,10 +129,15 @@ def _collector(
     originals = None
     if section.reward.delta:
         originals = original_scores(prompts, scorer, config, context, world)
+    sampler: Sampler = partial(engine.answer, request=request)
+    elsewhere = _elsewhere(config, scorer, world)
+    if elsewhere is not None:
+        scorer = streamed = StreamedScorer(elsewhere, engine, request)
+        sampler = streamed.sample
     return ExperienceCollector(
         policy,
         reference,
-        partial(engine.answer, request=request),
+        sampler,
         scorer,
         prompts,
         originals,
@@ -141,6 +149,15 @@ def _collector(
         request.close if cache_of(config) == "slots" else None,
         engine if isinstance(engine, AheadEngine) else None,
     )
+
+
+def _elsewhere(config: Config, scorer: Scorer, world: World) -> Scorer | None:
+    """Return the scorer for a thread beside sampling; `None` for one that would be in its way."""
+    if isinstance(scorer, ServerScorer):
+        return scorer
+    if isinstance(scorer, CentralScorer) and config.ppo.reward.gpu is not None:
+        return CentralScorer(scorer.scorer, world.for_thread())
+    return None
 
 
 def _validator(

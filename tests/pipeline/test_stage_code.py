@@ -97,7 +97,7 @@ ALLOWED = {
     | SCORING
     | {"algo/advantages", "algo/importance", "algo/rounding", "distributed/redistribute"}
     | {"rollout/ahead_engine", "rollout/trunk_pass"}
-    | names("training", "ppo ppo_objective ppo_validation validation_answers")
+    | names("training", "ppo ppo_objective ppo_validation streamed_scoring validation_answers")
     | names("stages", "kept_tensor ppo ppo_inputs sampling"),
     "trlx_ppo": COMMON
     | SCORING

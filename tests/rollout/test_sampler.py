@@ -434,6 +434,33 @@ def test_both_caches_give_the_same_samples() -> None:
     torch.testing.assert_close(slots.states, library.states, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cache", get_args(CacheKind))
+def test_each_response_is_told_once_as_it_ends(cache: CacheKind) -> None:
+    """Before the call returns, and while others are not done: here each ends by a token."""
+    told: dict[int, tuple[list[int], int]] = {}
+    ended: list[int] = []
+
+    def note(row: int, response: list[int], content: int) -> None:
+        assert row not in told
+        told[row] = response, content
+
+    ends = frozenset(range(VOCABULARY // 4))
+    samples = sample(
+        build(),
+        make_prompts([5, 3, 7, 4, 6]),
+        replace(settings(max_new_tokens=12, batch=2), cache=cache, end_ids=ends),
+        seed=0,
+        on_ended=lambda count: ended.append(len(told)),
+        on_row=note,
+    )
+    assert len(set(ended)) > 2, "some were told of before others"
+    assert sorted(told) == list(range(5))
+    for row, (response, content) in told.items():
+        start, length = int(samples.prompt_lengths[row]), int(samples.response_lengths[row])
+        assert response == samples.tokens[row, start : start + length].tolist()
+        assert content == int(samples.content_lengths[row])
+
+
 def test_the_librarys_cache_has_no_closing_states() -> None:
     model = build("llama")
     cached = replace(settings(), cache="library")

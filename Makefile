@@ -23,12 +23,13 @@ SOURCES := rlhf_exp hydra_plugins tests examples $(wildcard benchmarks) $(wildca
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install venv demo test check lint imports types format clean
+.PHONY: help install venv demo test test-lowest check lint imports types format clean
 
 help:
 	@echo "make demo    train and evaluate the bundled example, then show its report's path"
 	@echo "make test    lint, types, imports and the tests (those that need no GPU or browser;"
 	@echo "             where Slurm is installed, those that start one)"
+	@echo "make test-lowest  tests of models and training with the oldest versions allowed"
 	@echo "make check   lint, types and imports only"
 	@echo "make format  let ruff format and mend what it can"
 	@echo "make install install into $(VENV) what running needs; EXTRAS=deepspeed,slurm,... adds to it"
@@ -67,6 +68,24 @@ test: check
 ifeq ($(origin MARKERS),file)
 	$(PYTEST) -rs -m 'slurm and not slow' $(PYTEST_ARGS) || [ $$? = 5 ]
 endif
+
+# In an environment of its own: the packages of constraints-lowest.txt, and what hangs on their versions
+# by pip's choice; of the others, those of constraints.txt.
+LOWEST := .venv-lowest
+LOWEST_FREE := torch|transformers|tokenizers|huggingface_hub|hf-xet|datasets|fsspec
+LOWEST_TESTS := tests/algo tests/models tests/rollout tests/training tests/distributed
+
+$(LOWEST)/.installed: pyproject.toml constraints.txt constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	grep -vE '^($(LOWEST_FREE))==' constraints.txt > $(LOWEST)/constraints.txt
+	cat constraints-lowest.txt >> $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet $(TORCH_ARGS) -c $(LOWEST)/constraints.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/constraints.txt -e '.[dev]'
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(LOWEST)/bin/pytest -n 2 -m '$(MARKERS)' -k 'not table_has_every_family' $(PYTEST_ARGS) \
+	  $(LOWEST_TESTS)
 
 check: lint imports types
 

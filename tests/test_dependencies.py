@@ -35,6 +35,30 @@ REQUIRED = names(PROJECT["dependencies"])
 OPTIONAL = {name for extra, given in EXTRAS.items() if extra != "dev" for name in names(given)}
 
 
+def pins(file: str) -> dict[str, str]:
+    """Return the versions in a file of constraints by name."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return {
+        normal(name): version
+        for name, _, version in (line.partition("==") for line in lines)
+        if version
+    }
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    bounds = dict(
+        re.split(r">=", text)
+        for text in PROJECT["dependencies"]
+        if ">=" in text and "," not in text
+    )
+    bounds = {normal(name): bound for name, bound in bounds.items()}
+    oldest = pins("constraints-lowest.txt")
+    assert {"torch", "transformers"} <= oldest.keys()
+    for name, version in oldest.items():
+        assert f"{version}.".startswith(f"{bounds[name]}."), name
+        assert version != pins("constraints.txt")[name], f"{name}: nothing older is tested"
+
+
 def imports(tree: ast.Module) -> Iterator[str]:
     """Yield the first name of each import."""
     for node in ast.walk(tree):

@@ -19,6 +19,7 @@ from typing import Any
 from rlhf_exp.commands.runs import OutputFolder, composed_points, table
 from rlhf_exp.config.compose import from_dict
 from rlhf_exp.config.experiment import Config, EngineName
+from rlhf_exp.config.training import RolloutEngineName
 from rlhf_exp.errors import UserError
 from rlhf_exp.hardware import DATA_SHEETS, MachineLimits, cpu_limits, gpu_limits
 from rlhf_exp.models.architecture import Architecture
@@ -225,7 +226,7 @@ def advice_for(
                 f"{limits.device} does {half / 1e9:.0f} GFLOP/s in bfloat16, {single / 1e9:.0f} in "
                 "float32; other results, with a key of their own",
             )
-    yield from _on_sampling(found, config, shape)
+    yield from _on_sampling(found, config, shape, on_gpus)
     yield from _on_scoring(found, config)
     yield from _on_updating(found, config)
     threads, processes = config.distributed.threads, config.distributed.processes
@@ -236,7 +237,9 @@ def advice_for(
         )
 
 
-def _on_sampling(found: RunProfile, config: Config, shape: Architecture) -> Iterator[Advice]:
+def _on_sampling(
+    found: RunProfile, config: Config, shape: Architecture, on_gpus: bool
+) -> Iterator[Advice]:
     sampling, generation = found.phase("sampling"), config.ppo.generation
     share = sampling.seconds / found.seconds
     rows = -(-config.ppo.rollouts // config.distributed.processes)
@@ -258,6 +261,15 @@ def _on_sampling(found: RunProfile, config: Config, shape: Architecture) -> Iter
                 f"now {generation.batch}; {steps}: at least {least:.2g} s in place of "
                 f"{sampling.least:.2g} s, with a cache of {gib(cache)} GiB; the same results",
             )
+
+    limit = sampling.share_of_limit
+    native = generation.engine is RolloutEngineName.native
+    if on_gpus and native and limit is not None and limit < 0.3:
+        yield Advice(
+            "ppo.generation.engine=vllm",
+            f"sampling takes {share:.0%} of an iteration at {limit:.0%} of its limit: many small "
+            "kernels; other samples, with a key of their own",
+        )
 
 
 def _on_scoring(found: RunProfile, config: Config) -> Iterator[Advice]:

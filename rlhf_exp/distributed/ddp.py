@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -118,11 +119,16 @@ class DataParallel(SingleProcess):
         super().__init__(module, optimizer, grad_norm, device)
         self.main = distributed.get_rank() == 0
         # Buffers are not synchronised: none changes in training, and a forward pass without
-        # gradients then needs no communication.
+        # gradients then needs no communication. The option's name is newer than torch 2.11.
+        options = inspect.signature(DistributedDataParallel).parameters
+        newer = "forward_sync_buffers" in options
+        unsynchronised: dict[str, Any] = {
+            "forward_sync_buffers" if newer else "broadcast_buffers": False
+        }
         self._ddp = DistributedDataParallel(
             _WithUnused(module).to(device),
             device_ids=None if device.type == "cpu" else [device],
-            forward_sync_buffers=False,
+            **unsynchronised,
             gradient_as_bucket_view=True,
             # Otherwise DDP rebuilds its buckets after the first backward pass, which changes the
             # order in which the gradients of three or more processes are added up: a resumed run

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -114,7 +113,9 @@ def _keeps_states(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
     """Return whether blocks keep something besides the keys and values of tokens."""
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return True
-    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    # Before transformers 5.23 there is no layer that keeps nothing.
+    empty = getattr(cache_utils, "DummyLayer", DynamicLayer)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, empty)
     return any(type(layer) not in plain for layer in DynamicCache(config=config).layers)
 
 

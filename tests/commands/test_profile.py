@@ -19,6 +19,7 @@ SHAPE = Architecture("gpt_neox", 2, 32, 2, 128, 320, 192)
 GIB = 1 << 30
 CPU = MachineLimits("Fast 9000", {"float32": 1e9, "bfloat16": 1.2e9}, 1e9, 16 * GIB)
 GPU = MachineLimits("G", {"float32": 1e9, "bfloat16": 1e9}, 1e9, 80 * GIB)
+SLOW = MachineLimits("S", {"float32": 1e7, "bfloat16": 1e7}, 1e9, 80 * GIB)
 ROW = {
     "time/rollout_s": 2.0,
     "time/score_s": 1.0,
@@ -104,6 +105,14 @@ def test_more_rows_are_advised_where_sampling_reads_weights_for_few() -> None:
     assert "ppo.generation.batch=8" not in advised("ppo.generation.batch=2", limits=full)
     quick = ROW | {"time/rollout_s": 0.1}
     assert "ppo.generation.batch=8" not in advised("ppo.generation.batch=2", limits=slow, row=quick)
+
+
+def test_many_small_kernels_are_told_from_a_limit() -> None:
+    fast = MachineLimits("G", {"float32": 1e12, "bfloat16": 1e12}, 1e12, 80 * GIB)
+    name = "ppo.generation.engine=vllm"
+    assert "many small kernels" in advised(row=ON_GPU, limits=fast)[name]
+    assert name not in advised(limits=fast), "not of a processor"
+    assert name not in advised(row=ON_GPU, limits=SLOW), "near its limit"
 
 
 def test_scoring_that_all_wait_for() -> None:

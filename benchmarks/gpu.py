@@ -202,7 +202,7 @@ def graphs(used: bool) -> Iterator[None]:
     if used:
         yield
         return
-    with mock.patch.object(sampler, "step_recorder", return_value=None, create=True):
+    with mock.patch.object(sampler, "step_recorder", return_value=None):
         yield
 
 

@@ -170,6 +170,8 @@ def profiled(
     work = {} if shape is None else work_of(config, shape, prompt, response)
     if shape is None:
         notes = [*notes, "operations and bytes are not known of a model of this family"]
+    if config.ppo.generation.ahead:
+        notes = [*notes, "with ppo.generation.ahead, `sampling` is what updates wait for it"]
     on_gpus = _used_gpus(rows)
     devices = config.distributed.processes if on_gpus else 1
     dtype = config.computes_in.name

@@ -88,6 +88,12 @@ def test_what_is_not_known_is_said() -> None:
     assert "120 are assumed" in found(row=row).notes[0]
 
 
+def test_sampling_ahead_is_not_all_waited_for() -> None:
+    ahead = ("ppo.generation.engine=vllm", "ppo.generation.ahead=1")
+    assert "what updates wait for" in found(*ahead).notes[0]
+    assert found().notes == ()
+
+
 def test_bfloat16_is_advised_where_it_is_fast() -> None:
     fast = MachineLimits("Fast 9000", {"float32": 1e9, "bfloat16": 1.6e9}, 1e9, GIB)
     reason = advised(limits=fast)["distributed.precision=auto"]

@@ -126,6 +126,13 @@ def check_model(path: str, revision: str | None, use: ModelUse) -> list[Problem]
     attention: Attention = "eager" if use.attention == "eager" else "sdpa"
     problems = _problems(path, revision, replace(use, attention=attention))
     config = load_config(path, revision)
+    takes_masks = use.attention != "flash_attention_2" or use.cache is None
+    if not takes_masks and supported_attention(config, "sdpa") == "eager":
+        text = (
+            f"a {config.model_type!r} model cannot be sampled from with {use.attention}, and has "
+            "no scaled-dot-product attention to sample with; set model.attention=eager"
+        )
+        problems.append(Problem("model.attention", text))
     if not problems or supported_attention(config, attention) == "eager":
         return problems
     if _problems(path, revision, replace(use, attention="eager")):

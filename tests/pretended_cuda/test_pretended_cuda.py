@@ -107,6 +107,12 @@ def test_an_optimizer_step_over_a_frozen_trunk_waits_for_its_gradient_norm_alone
     assert found["update"]["top"]["step"]["syncs"] == 1
 
 
+@pytest.mark.parametrize(("trained", "waits"), [("top", 29), ("all", 39)])
+def test_an_iteration_waits_seldom(found: dict[str, Any], trained: str, waits: int) -> None:
+    """It samples, scores, compares and takes two optimizer steps; 198 and 179 waits it once was."""
+    assert found["update"][trained]["iteration"]["syncs"] <= waits
+
+
 def test_gradients_of_chunks_are_added_up_as_on_a_cpu(found: dict[str, Any]) -> None:
     """Three chunks of five rows; the GPU's own path adds products to the sum."""
     assert found["head_gradients"]["torch.float32"] < 1e-6

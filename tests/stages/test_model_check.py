@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,15 @@ def test_nothing_is_advised_that_is_wrong_too(
             "a token); train SFT or the reward model only, or use another model",
         )
     ]
+
+
+def test_flash_attention_of_a_family_that_is_sampled_from_without(tmp_path: Path) -> None:
+    use = replace(EVERYTHING, attention="flash_attention_2")
+    ((option, text),) = check_model(saved(tmp_path / "gptj", "gptj"), None, use)
+    assert option == "model.attention"
+    assert "a 'gptj' model cannot be sampled from with flash_attention_2" in text
+    assert text.endswith("; set model.attention=eager")
+    assert check_model(saved(tmp_path / "llama", "llama"), None, use) == []
 
 
 def test_an_implementation_of_attention_that_works(

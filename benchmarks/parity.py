@@ -70,12 +70,11 @@ class Bench:
 
     Args:
         out: Folder of readings and stores.
-        trlx: trlx's interpreter.
         steps: Optimizer steps of a run.
     """
 
-    def __init__(self, out: Path, trlx: Path, steps: int) -> None:
-        self.out, self.trlx, self.steps = out, trlx.absolute(), steps
+    def __init__(self, out: Path, steps: int) -> None:
+        self.out, self.steps = out, steps
 
     def run(self, kind: str, seed: int, ablation: str | None, *overrides: str) -> Run:
         """Train, unless that is done; return what it gave."""
@@ -164,11 +163,10 @@ def main() -> None:
     add("--out", type=Path, default=ROOT / "outputs" / "benchmarks" / "parity")
     options = parser.parse_args()
     out = options.out.absolute()
-    bench = Bench(out, options.trlx, options.steps)
+    bench, python = Bench(out, options.steps), f"engine.python={options.trlx.absolute()}"
     engines: dict[str, list[Run]] = {"native": [], "trlx": []}
     for seed in range(options.seeds):
         engines["native"].append(bench.run("native", seed, None))
-        python = f"engine.python={bench.trlx}"
         engines["trlx"].append(bench.run("trlx", seed, None, "engine=trlx", python))
     texts = [table("engine", engines, "native")]
     (out / "parity.svg").write_text(picture(engines), encoding="utf-8")

@@ -184,7 +184,7 @@ def estimate_memory(
     reward_model: Architecture | None = None,
     reward_blocks: int | None = None,
     value_blocks: int = 0,
-    samples_copy: bool = False,
+    sampled_bytes: int = 0,
 ) -> MemoryEstimate:
     """Estimate the bytes that one process holds.
 
@@ -200,8 +200,8 @@ def estimate_memory(
         reward_blocks: how many of its blocks are its own, over the policy's trunk; `None`: all.
         value_blocks: how many blocks the values have of their own, all trained; with as many as
             the architecture has, embeddings too.
-        samples_copy: whether responses are sampled from a bfloat16 copy of the weights that train
-            or are not stored in bfloat16.
+        sampled_bytes: of a weight in the copy that responses are sampled from, which has what
+            trains and what is stored in another size; 0: there is none.
     """
     sharding = sharding or Sharding()
     count = count_parameters(architecture)
@@ -216,7 +216,7 @@ def estimate_memory(
         sharding,
     )
     merged = count.block * blocks if lora_rank else trained
-    if precision.weight != 2:
+    if precision.weight != sampled_bytes:
         merged = stored
     if lora_rank:
         trained = count_lora(architecture, lora_rank, train_blocks)
@@ -252,7 +252,7 @@ def estimate_memory(
         trunk_states=states * precision.activation,
         reference=kept.held,
         reward_model=judge.held,
-        rollout_copy=2 * merged if samples_copy and workload.decoded_rows else 0,
+        rollout_copy=sampled_bytes * merged if workload.decoded_rows else 0,
         host=host + (optimizer if sharding.offload else 0),
     )
 

@@ -18,7 +18,12 @@ from rlhf_exp.config.experiment import (
     ShardOver,
     StrategyName,
 )
-from rlhf_exp.config.training import CONTINUED, RewardInit, TrainingConfig
+from rlhf_exp.config.training import (
+    CONTINUED,
+    RewardInit,
+    RolloutEngineName,
+    TrainingConfig,
+)
 from rlhf_exp.models.architecture import TYPES, Architecture, count_lora, count_parameters
 from rlhf_exp.models.memory_estimate import (
     FLOAT32,
@@ -178,7 +183,7 @@ def stage_memory(config: Config, stage: str, shape: Architecture) -> MemoryEstim
         sharding=_sharding(config),
         train_blocks=blocks,
         lora_rank=rank,
-        samples_copy=_samples_copy(config),
+        sampled_bytes=_sampled_bytes(config, stage),
     )
     checkpointing, accumulates = section.gradient_checkpointing, rows < share
     if stage == "sft":
@@ -237,10 +242,17 @@ def shares_trunk(config: Config) -> bool:
     return 0 < (reward.train_blocks or 0) <= (ppo.train_blocks or 0)
 
 
-def _samples_copy(config: Config) -> bool:
-    """Whether responses are sampled from a copy of the weights (`stages.sampling`)."""
+def _sampled_bytes(config: Config, stage: str) -> int:
+    """Return the bytes of a weight in the copy that samples (`stages.sampling`); 0: none."""
+    section = config.dpo.generation if stage == "dpo" else config.ppo.generation
+    if section.engine is RolloutEngineName.vllm:
+        return 0  # its weights are in processes of its own
+    half = config.computes_in is Dtype.bfloat16
     replicated = config.distributed.strategy in (StrategyName.single, StrategyName.ddp)
-    return replicated and config.computes_in is Dtype.bfloat16
+    ahead = stage == "ppo" and config.ppo.generation.ahead > 0
+    if not ahead and not (half and replicated):
+        return 0
+    return 2 if half else 4
 
 
 def _precision(config: Config, stage: str) -> Precision:

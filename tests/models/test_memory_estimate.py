@@ -109,15 +109,17 @@ def test_frozen_models_are_divided_block_by_block() -> None:
 def test_a_copy_is_sampled_from() -> None:
     """In 2 bytes: what trains, and what is not stored so already; an adapter is merged."""
     half = Precision(weight=2, activation=2, exact=4)
-    top = estimate_memory(GPTJ, RECIPE, half, train_blocks=2, samples_copy=True)
+    top = estimate_memory(GPTJ, RECIPE, half, train_blocks=2, sampled_bytes=2)
     assert top.rollout_copy == (2 * BLOCK + 8_192 + 206_488_800) * 2
     without = estimate_memory(GPTJ, RECIPE, half, train_blocks=2)
     assert (without.rollout_copy, top.peak - without.peak) == (0, top.rollout_copy)
-    whole = estimate_memory(GPTJ, RECIPE, train_blocks=2, samples_copy=True)
+    whole = estimate_memory(GPTJ, RECIPE, train_blocks=2, sampled_bytes=2)
     assert whole.rollout_copy == 6_050_882_784 * 2
-    adapter = estimate_memory(GPTJ, RECIPE, half, lora_rank=8, train_blocks=3, samples_copy=True)
+    adapter = estimate_memory(GPTJ, RECIPE, half, lora_rank=8, train_blocks=3, sampled_bytes=2)
     assert adapter.rollout_copy == 3 * BLOCK * 2
-    nothing = estimate_memory(GPTJ, replace(RECIPE, decoded_rows=0), samples_copy=True)
+    exact = estimate_memory(GPTJ, RECIPE, train_blocks=2, sampled_bytes=4)
+    assert exact.rollout_copy == (2 * BLOCK + 8_192 + 206_488_800) * 4
+    nothing = estimate_memory(GPTJ, replace(RECIPE, decoded_rows=0), sampled_bytes=2)
     assert nothing.rollout_copy == 0
 
 

@@ -113,6 +113,10 @@ def test_frozen_weights_of_ppo_are_rounded_with_their_originals_on_the_host() ->
     assert ppo.weights == (total - trained) * 2 + trained * 4
     assert ppo.host == (total - trained) * 4
     assert ppo.rollout_copy == trained * 2
+    elsewhere = config_of("experiment=hh_20b", "ppo.generation.engine=vllm", *given)
+    assert stage_memory(elsewhere, "ppo", shape).rollout_copy == 0
+    ahead = config_of("experiment=hh_20b", "ppo.generation.ahead=1", "ppo.train_blocks=2")
+    assert stage_memory(ahead, "ppo", shape).rollout_copy == trained * 2
     sft = stage_memory(config, "sft", shape)
     assert (sft.host, sft.rollout_copy) == (0, 0)
     stored = stage_memory(config_of("experiment=hh_20b", "distributed=ddp"), "ppo", shape)

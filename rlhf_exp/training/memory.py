@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import threading
@@ -106,7 +107,7 @@ class OutOfMemory(Exception):
     def __init__(self, phase: Phase, device: torch.device, reason: BaseException) -> None:
         super().__init__(str(reason).strip().splitlines()[0] if str(reason) else repr(reason))
         self.phase = phase
-        self.device = torch.device("cpu") if _of_host(reason) else device
+        self.device = torch.device("cpu") if _of_host(reason) else _full_device(reason, device)
         self.usage = _usage(self.device)
 
 
@@ -191,6 +192,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or any(text in str(error) for text in _FULL)
+
+
+def _full_device(error: BaseException, device: torch.device) -> torch.device:
+    """Return the device that an error names: a reward model may have another than the process."""
+    named = re.search(r"\bGPU (\d+) has a total capacity", str(error))
+    return device if named is None else torch.device("cuda", int(named[1]))
 
 
 def _of_host(error: BaseException) -> bool:

@@ -89,6 +89,16 @@ def test_what_is_chosen_already_is_not_advised(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+def test_the_reward_models_own_gpu(tmp_path: Path) -> None:
+    """The message is torch's: of the device that is full, which is not the process's own."""
+    config = small_config(tmp_path, "ppo.generation.batch=16")
+    full = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB"
+    text = text_of(config, "ppo", "scoring", torch.OutOfMemoryError(full))
+    assert text.startswith("ppo: cuda:0 ran out of memory while responses were scored")
+    assert "First try ppo.generation.batch=8 (now 16). " in text
+
+
+@pytest.mark.usefixtures("gpu")
 def test_host_memory_beside_a_gpu(tmp_path: Path) -> None:
     config = small_config(tmp_path, "distributed=zero2", "distributed.offload=true")
     text = text_of(config, "ppo", "loading", HOST)

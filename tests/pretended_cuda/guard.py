@@ -13,19 +13,23 @@ LIBRARY = "PRETENDED_CUDA_GUARD"
 """Environment variable with the path of the compiled library."""
 
 
-class CompilerMissing(Exception):
-    """There is no compiler, or it cannot compile the guard."""
+class GuardUnavailable(Exception):
+    """There can be no guard, with the reason: no compiler, or a torch that has CUDA itself."""
 
 
 def compile_guard(folder: Path) -> Path:
     """Compile `guard.cpp` against the installed torch; return the library.
 
     Raises:
-        CompilerMissing: There is no compiler, or it fails, with its message.
+        GuardUnavailable: There is no compiler, it fails, or torch is a build with CUDA.
     """
+    from torch.version import cuda
+
+    if cuda is not None:
+        raise GuardUnavailable(f"torch is a build with CUDA {cuda}; to pretend takes one for CPUs")
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise CompilerMissing("no C++ compiler (c++, g++, clang++) on this machine")
+        raise GuardUnavailable("no C++ compiler (c++, g++, clang++) on this machine")
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
@@ -38,7 +42,7 @@ def compile_guard(folder: Path) -> Path:
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise CompilerMissing(f"the guard does not compile: {done.stderr.strip()[-500:]}")
+        raise GuardUnavailable(f"the guard does not compile: {done.stderr.strip()[-500:]}")
     return library
 
 

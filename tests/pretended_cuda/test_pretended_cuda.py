@@ -17,7 +17,7 @@ import pytest
 
 from rlhf_exp.rollout.sampler import ACCELERATOR_STRIDE
 from tests.lab import ROOT
-from tests.pretended_cuda.guard import LIBRARY, CompilerMissing, compile_guard
+from tests.pretended_cuda.guard import LIBRARY, GuardUnavailable, compile_guard
 
 KERNELS_OF_A_DECODE_STEP = {"gpt_neox": 108, "gptj": 134, "llama": 161}
 """Of models of two blocks in bfloat16, the host's copy of the tokens included."""
@@ -33,7 +33,7 @@ KERNELS_OF_A_MICRO_BATCH = {"top": 371, "all": 484}
 def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         return compile_guard(tmp_path_factory.mktemp("guard"))
-    except CompilerMissing as missing:
+    except GuardUnavailable as missing:
         pytest.skip(str(missing))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -39,6 +39,7 @@ from rlhf_exp.errors import UserError
 from rlhf_exp.rollout import sampler
 from rlhf_exp.rollout.decoder import CacheKind
 from rlhf_exp.rollout.sampler import SamplingParams, sample
+from rlhf_exp.rollout.slot_cache import SlotLayer
 from rlhf_exp.rollout.token_sampling import uniform
 from rlhf_exp.rollout.transcript import Stopper
 
@@ -491,3 +492,22 @@ def test_half_precision_keeps_float32_logprobs() -> None:
     assert samples.logprobs.dtype == torch.float32
     # Sampled from rounded logits all log-probabilities would be rounded alike: bfloat16 has 8 bits.
     assert (samples.logprobs.bfloat16().float() != samples.logprobs).float().mean() > 0.9
+
+
+def test_mixed_precision_keeps_keys_and_values_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The keys of this family arrive in float32: they are rotated in it."""
+    layers: list[Any] = []
+    begin = SlotLayer.__init__
+
+    def noted(self: SlotLayer, *args: Any) -> None:
+        begin(self, *args)
+        layers.append(self)
+
+    monkeypatch.setattr(SlotLayer, "__init__", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        sample(build("gpt_neox"), make_prompts([3, 5]), settings(), seed=0)
+    assert len(layers) == LAYERS
+    assert {layer.keys.dtype for layer in layers} == {torch.bfloat16}
+    assert {layer.values.dtype for layer in layers} == {torch.bfloat16}

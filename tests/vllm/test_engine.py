@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_exp.algo.masks import response_mask
 from rlhf_exp.batch import FinishReason, Prompts, Samples
-from rlhf_exp.distributed.world import World, world_of
+from rlhf_exp.distributed.world import Setup, World, world_of
 from rlhf_exp.errors import UserError
 from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.policy import Policy
 from rlhf_exp.models.pretrained import build_causal_lm
+from rlhf_exp.processes.failures import FailedElsewhere
 from rlhf_exp.rollout.engine import RolloutRequest
 from rlhf_exp.rollout.sampler import SamplingParams
 from rlhf_exp.rollout.transcript import Stopper
@@ -282,6 +285,80 @@ def test_a_tied_head_is_pushed_once(world: World) -> None:
         change(policy)
         engine.refresh(1)
         assert gap(policy, engine.answer(some_prompts(), a_request())) < 1e-4
+
+
+class ThreadWorld(World):
+    """A process that is a thread: what processes tell each other goes through a list."""
+
+    def __init__(self, rank: int, said: list[Any], barrier: threading.Barrier) -> None:
+        self.device, self.processes, self.rank = torch.device("cpu"), len(said), rank
+        self.setup, self.is_main = Setup("ddp", "float32"), rank == 0
+        self._strategy = None
+        self._said, self._barrier = said, barrier
+
+    def all_gather_object(self, item: Any) -> list[Any]:
+        self._said[self.rank] = item
+        self._barrier.wait(30)
+        found = list(self._said)
+        self._barrier.wait(30)
+        return found
+
+
+@pytest.mark.parametrize("central", [True, False])
+def test_every_process_gets_the_answers_to_its_own_rows(world: World, central: bool) -> None:
+    """Two processes with two rows and four, by the main one's server or by one each."""
+    prompts = some_prompts()
+    shares = (prompts.select(slice(0, 2)), prompts.select(slice(2, 6)))
+    said: list[Any] = [None, None]
+    policies = [a_policy() for _ in range(2)]  # not in the threads, which share one generator
+    barrier = threading.Barrier(2)
+    with stand_in_servers(2) as stand_ins:
+        alone: list[Server] = [RemoteServer(stand_ins[0].url)]
+        with engine_over(alone, a_policy(), world) as engine:
+            engine.refresh(0)
+            whole = engine.answer(prompts, a_request())
+
+        def process(rank: int) -> Samples:
+            own: list[Server] = []
+            if rank == 0 or not central:
+                own.append(RemoteServer(stand_ins[rank].url))
+            settings = VllmSettings("ppo-1", torch.float32, 64, 16, central=central)
+            here = ThreadWorld(rank, said, barrier)
+            engine = VllmEngine(policies[rank], byte_tokenizer(), own, settings, here)
+            engine.refresh(0)
+            samples = engine.answer(shares[rank], a_request())
+            engine.close()
+            return samples
+
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(process, (0, 1)))
+    for samples, rows in zip(found, (slice(0, 2), slice(2, 6)), strict=True):
+        width, columns = samples.tokens.shape[1], samples.logprobs.shape[1]
+        assert torch.equal(samples.tokens, whole.tokens[rows, :width])
+        assert torch.equal(samples.logprobs, whole.logprobs[rows, :columns])
+
+
+def test_what_one_process_cannot_do_fails_in_all(world: World) -> None:
+    said: list[Any] = [None, None]
+    policies = [a_policy() for _ in range(2)]  # not in the threads, which share one generator
+    barrier = threading.Barrier(2)
+    with stand_in_servers(1) as stand_ins:
+
+        def process(rank: int) -> str:
+            own: list[Server] = [RemoteServer(stand_ins[0].url)] if rank == 0 else []
+            settings = VllmSettings("ppo-1", torch.float32, 64, 16)
+            here = ThreadWorld(rank, said, barrier)
+            engine = VllmEngine(policies[rank], byte_tokenizer(), own, settings, here)
+            engine.refresh(0)
+            stand_ins[0].deaths_left = 99
+            with pytest.raises((UserError, FailedElsewhere)) as failed:
+                engine.answer(some_prompts(2), a_request())
+            return str(failed.value)
+
+        with ThreadPoolExecutor(2) as pool:
+            main, other = pool.map(process, (0, 1))
+    assert "fails again and again" in main
+    assert other.startswith("process 0 failed:")
 
 
 def test_a_process_of_this_machine_is_started_again(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_a_head_that_keeps_old_weights_is_an_error(
 ) -> None:
     """A worker that does not pack a tied head again, as vLLM by itself does not."""
     source = (ROOT / "rlhf_exp" / "vllm" / "worker" / "vllm_worker.py").read_text()
-    line = "        llm.apply_model(_pack_heads_again)\n"
+    line = "        self._llm.apply_model(_pack_heads_again)\n"
     assert line in source
     broken = tmp_path / "broken_worker.py"
     broken.write_text(source.replace(line, ""))

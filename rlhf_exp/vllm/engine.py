@@ -171,11 +171,7 @@ class VllmEngine:
     def close(self) -> None:
         """See `RolloutEngine`."""
         for server in self._servers:
-            try:
-                server.ask("/leave", owner=self._settings.owner)
-            except (ServerGone, UserError) as error:
-                log.debug("leaving %s: %s", server.name, error)
-            server.close()
+            server.close(self._settings.owner)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _answer_all(

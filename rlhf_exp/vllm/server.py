@@ -40,6 +40,7 @@ ABSENCE_S = 900.0
 """Time that a server at an address may be gone, such as while it is started again."""
 _RETRY_S = 2.0
 _END_S = 2.0
+_LEAVE_S = 5.0
 _SHOWN_LINES = 15
 _BLOCK = 1 << 24
 CHUNK_BYTES = 1 << 30
@@ -98,8 +99,8 @@ class Server(Protocol):
             UserError: It does not come back.
         """
 
-    def close(self) -> None:
-        """End it, or leave it to others."""
+    def close(self, owner: str) -> None:
+        """End it, or leave it to other runs."""
 
 
 class LocalServer:
@@ -192,11 +193,14 @@ class LocalServer:
         """See `Server`."""
         self.died += 1
         log.warning("vLLM is started again: %s", reason)
-        self.close()
+        self._end()
         self.start()
 
-    def close(self) -> None:
-        """See `Server`."""
+    def close(self, owner: str) -> None:
+        """See `Server`: what it is doing is given up."""
+        self._end()
+
+    def _end(self) -> None:
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -309,12 +313,22 @@ class RemoteServer:
         time.sleep(_RETRY_S)
         self.start()
 
-    def close(self) -> None:
-        """See `Server`."""
+    def close(self, owner: str) -> None:
+        """See `Server`: one that is busy is not waited for."""
+        body = json.dumps({"owner": owner}).encode()
+        with suppress(ServerGone, UserError):
+            args = (self._host, self._port, "/leave", self._key, body, self.name)
+            _exchange(*args, timeout_s=_LEAVE_S)
 
 
 def _exchange(
-    host: str, port: int, route: str, key: str | None, body: bytes | Path | None, name: str
+    host: str,
+    port: int,
+    route: str,
+    key: str | None,
+    body: bytes | Path | None,
+    name: str,
+    timeout_s: float | None = None,
 ) -> dict[str, Any]:
     """Send a request and return the answer; `body` may be a file's path, or `None` for a GET.
 
@@ -322,7 +336,7 @@ def _exchange(
         ServerGone: There is no answer, or the engine behind it has failed.
         UserError: The request is refused.
     """
-    connection = http.client.HTTPConnection(host, port)
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
         connection.connect()

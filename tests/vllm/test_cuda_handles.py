@@ -60,7 +60,8 @@ class DirectServer(LocalServer):
 
     def start(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, owner: str) -> None:
+        pass
 
     def _connect(self) -> None: ...
 

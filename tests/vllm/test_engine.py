@@ -373,7 +373,7 @@ def test_a_process_of_this_machine_is_started_again(tmp_path: Path) -> None:
     server.restart(ServerGone("it has ended"))
     assert server.pid != first
     assert server.died == 1
-    server.close()
+    server.close("a")
     assert server.pid is None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,7 +19,6 @@ from rlhf_exp.distributed.strategy import (
     full_states,
     load_state_by_name,
     state_by_name,
-    streamed,
     trainable,
 )
 
@@ -56,13 +55,6 @@ class SingleProcess:
     def gathered(self) -> AbstractContextManager[None]:
         """See `Strategy`: the parameters are always full."""
         return nullcontext()
-
-    def stream_weights(
-        self, dtype: torch.dtype, trained: bool = False
-    ) -> Iterator[tuple[str, Tensor]]:
-        """See `Strategy`."""
-        for name, parameter in streamed(self.module, trained):
-            yield name, parameter.detach().to(dtype)
 
     def weights(self) -> dict[str, Tensor]:
         """See `Strategy`."""

@@ -24,7 +24,6 @@ from rlhf_exp.distributed.strategy import (
     check_layout,
     check_parameter_names,
     released,
-    streamed,
     take_from_main,
     trainable,
 )
@@ -88,13 +87,6 @@ class Zero:
     def gathered(self) -> AbstractContextManager[None]:
         """See `Strategy`: the parameters are always full."""
         return nullcontext()
-
-    def stream_weights(
-        self, dtype: torch.dtype, trained: bool = False
-    ) -> Iterator[tuple[str, Tensor]]:
-        """See `Strategy`."""
-        for name, parameter in streamed(self.module, trained):
-            yield name, parameter.detach().to(dtype)
 
     def weights(self) -> dict[str, Tensor]:
         """See `Strategy`."""
@@ -193,18 +185,6 @@ class Zero3(Zero):
             )
             distributed.broadcast(value, 0)
         return value
-
-    def stream_weights(
-        self, dtype: torch.dtype, trained: bool = False
-    ) -> Iterator[tuple[str, Tensor]]:
-        """See `Strategy`."""
-        import deepspeed
-
-        for name, parameter in streamed(self.module, trained):
-            # What is whole stays so: gathering it anew would divide it at the end.
-            divided = [] if parameter.numel() else [parameter]
-            with deepspeed.zero.GatheredParameters(divided, enabled=bool(divided)):
-                yield name, parameter.detach().to(dtype)
 
     def full_trained(self, parameter: nn.Parameter) -> Tensor:
         """See `Zero`."""

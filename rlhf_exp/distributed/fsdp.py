@@ -36,7 +36,6 @@ from rlhf_exp.distributed.strategy import (
     load_state_by_name,
     released,
     state_by_name,
-    streamed,
     take_from_main,
     trainable,
 )
@@ -114,16 +113,6 @@ class FullySharded:
         """Free gathered parameters: a forward pass without a backward pass leaves the root's."""
         for unit in self._units:
             unit.reshard()
-
-    def stream_weights(
-        self, dtype: torch.dtype, trained: bool = False
-    ) -> Iterator[tuple[str, Tensor]]:
-        """See `Strategy`."""
-        for name, parameter in streamed(self.module, trained):
-            value = parameter.detach()
-            if isinstance(value, DTensor):
-                value = value.to(dtype)  # before it is sent
-            yield name, self._full(value).to(dtype)
 
     def weights(self) -> dict[str, Tensor]:
         """See `Strategy`."""

@@ -51,23 +51,6 @@ class Strategy(Protocol):
     def gathered(self) -> AbstractContextManager[None]:
         """Gather all parameters in the module itself, for forward passes without gradients."""
 
-    def stream_weights(
-        self, dtype: torch.dtype, trained: bool = False
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield each parameter's full value by name, in every process, for forward passes.
-
-        All processes must take all of them. A strategy that divides weights gathers one block at a
-        time, unless they are gathered already (`gathered`).
-
-        Args:
-            dtype: Number format of the values; a value may be the parameter itself where it has it.
-            trained: Whether only parameters that train are yielded.
-
-        Yields:
-            Name in the module, and a value on this process's device, to be copied or read before
-            the next one is taken.
-        """
-
     def weights(self) -> dict[str, Tensor]:
         """Return the full trained parameters by name; empty in all but the main process.
 
@@ -156,11 +139,6 @@ def full_states(saved: OptimizerState) -> dict[str, Any]:
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def streamed(module: nn.Module, trained: bool) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters that `Strategy.stream_weights` yields, with their names."""
-    return [(name, p) for name, p in module.named_parameters() if p.requires_grad or not trained]
 
 
 def check_parameter_names(

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_exp.distributed.ddp import SingleProcess
 from rlhf_exp.distributed.strategy import clip_and_step
 
 PROGRAM = """
@@ -37,13 +36,6 @@ dtype = torch.bfloat16 if half else torch.float32
 zero.backward(zero.wrapped(torch.ones(2, 8, dtype=dtype)).float().square().mean())
 zero.step()
 trained = {name: value.clone() for name, value in zero.weights().items()}
-streamed = {name: value.clone() for name, value in zero.stream_weights(torch.float32)}
-only = [name for name, _ in zero.stream_weights(torch.bfloat16, trained=True)]
-assert only == ["1.weight", "1.bias"]
-full = {"0.weight": before[0], "0.bias": before[1], **trained}
-assert streamed.keys() == full.keys()
-for name, value in streamed.items():
-    assert torch.equal(value, full[name].to(dtype).float()), name
 frozen = module[0].weight.data_ptr()
 zero.release(None, True)
 after = dict(module.named_parameters())
@@ -75,17 +67,6 @@ def test_a_released_module_is_plain(
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split()[-1] == frozen
-
-
-def test_a_process_alone_streams_its_weights() -> None:
-    module = nn.Linear(2, 3)
-    module.bias.requires_grad_(False)
-    optimizer = torch.optim.SGD([module.weight], lr=0.1)
-    strategy = SingleProcess(module, optimizer, 1.0, torch.device("cpu"))
-    streamed = dict(strategy.stream_weights(torch.bfloat16))
-    assert list(streamed) == ["weight", "bias"]
-    assert torch.equal(streamed["weight"], module.weight.bfloat16())
-    assert [name for name, _ in strategy.stream_weights(torch.float32, trained=True)] == ["weight"]
 
 
 def parameter_with(gradient: float) -> nn.Parameter:

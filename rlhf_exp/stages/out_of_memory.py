@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
+from rlhf_exp.config.checks import config_problems
 from rlhf_exp.config.experiment import UNTRAINED, Config, Dtype, StrategyName
 from rlhf_exp.config.training import TrainingConfig
 from rlhf_exp.errors import UserError
@@ -56,6 +58,7 @@ def remedies(config: Config, stage: str, error: OutOfMemory) -> list[str]:
     """Return the overrides that make room in a phase, the most helpful first.
 
     All keep the results, up to rounding: none is in a key, so a run goes on from its checkpoint.
+    Where one does not, as ZeRO's checkpoints are for ZeRO alone, it says so.
     """
     if error.device.type != _device().type:
         return _of_host_memory(config)
@@ -104,12 +107,24 @@ def _reward_elsewhere(config: Config) -> list[str]:
 def _spread(config: Config) -> list[str]:
     """Return overrides by which a process holds less of weights and optimizer state."""
     section = config.distributed
-    found = []
-    if section.strategy not in _SHARDED and section.processes > 1:
-        found.append("distributed.strategy=fsdp")
-    if section.strategy is not StrategyName.single and not section.offload:
-        found.append("distributed.offload=true")
+    begun, several = section.strategy, section.processes > 1
+    moves = several and begun not in _SHARDED and _allowed(config, strategy=StrategyName.fsdp)
+    if moves and begun is StrategyName.ddp:
+        offloads = _allowed(config, strategy=StrategyName.fsdp, offload=True)
+        return ["distributed.strategy=fsdp", *([_OFFLOAD] if offloads else [])]
+    found = [_OFFLOAD] if not section.offload and _allowed(config, offload=True) else []
+    if moves:
+        found.append("distributed.strategy=fsdp (the stage begins anew)")
     return found
+
+
+_OFFLOAD = "distributed.offload=true"
+
+
+def _allowed(config: Config, **changes: StrategyName | bool) -> bool:
+    """Return whether these changes of `distributed` go with the rest of the config."""
+    changed = replace(config, distributed=replace(config.distributed, **changes))  # type: ignore[arg-type]
+    return set(map(str, config_problems(changed))) <= set(map(str, config_problems(config)))
 
 
 def _of_host_memory(config: Config) -> list[str]:

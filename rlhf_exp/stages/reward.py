@@ -32,6 +32,7 @@ from rlhf_exp.stages.training import (
     run_loop,
     steps_of,
 )
+from rlhf_exp.training.memory import memory_phase
 from rlhf_exp.training.result import TrainingResult
 from rlhf_exp.training.reward import RewardTask, pair_scores
 from rlhf_exp.training.reward_scorer import ModelScorer, score_shared
@@ -57,10 +58,11 @@ def run(config: Config, context: StageContext) -> StageResult:
         normalise = partial(_normalise, model, codec, config, context, world)
 
         def conclude(outcome: TrainingResult) -> dict[str, float]:
-            metrics = normalise()
-            if rows.test:
-                test = _tokenize(rows.test, codec, config, context)
-                metrics |= _test(task, test, section, world, context)
+            with memory_phase("evaluating", world.device):
+                metrics = normalise()
+                if rows.test:
+                    test = _tokenize(rows.test, codec, config, context)
+                    metrics |= _test(task, test, section, world, context)
             save_models(config, context, world, model, codec.tokenizer, outcome, normalise)
             return metrics
 

@@ -211,7 +211,10 @@ def _usage(device: torch.device) -> str:
     if device.type != "cuda":
         return f"this process had {host_bytes() / gib:.1f} GiB of host memory"
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    free, total = torch.cuda.mem_get_info(device)
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # so full, with what other processes have, that it cannot even be asked
+        return f"this process had reserved {reserved / gib:.1f} GiB of it, and it answers no more"
     return (
         f"of its {total / gib:.1f} GiB this process had reserved {reserved / gib:.1f}, "
         f"{allocated / gib:.1f} of it for tensors, and {free / gib:.1f} were free"

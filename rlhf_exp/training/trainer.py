@@ -72,10 +72,11 @@ def train(
             trainer.snapshot_if_due()
             trainer.checkpoint_if_due()
             trainer.stop_if_interrupted()
-        result = trainer.finish(start)
-        if result.pruned:
-            return result
-        more = context.conclude(result, tracker)
+        with memory_phase("checkpointing", context.world.device):
+            result = trainer.finish(start)
+            if result.pruned:
+                return result
+            more = context.conclude(result, tracker)
         if more:
             tracker.summary(more)
         return replace(result, metrics={**result.metrics, **more})
@@ -167,7 +168,7 @@ class _Trainer:
         if better:
             self.progress.best_objective, self.progress.best_step = evaluation.objective, step
             if self.select_best or Select.best in self.section.keep:
-                self.best.save(step, self.context.before_write)
+                self._keep(self.best, step)
         self.pruned = self._given_up()
 
     def _given_up(self) -> bool:
@@ -190,8 +191,12 @@ class _Trainer:
         before = max(self.progress.kept, default=0)
         due = every is not None and passes(step, before, every)
         if due or (Select.last in self.section.keep and self._at_end()):
-            self.kept.save(step, self.context.before_write)
+            self._keep(self.kept, step)
             self.progress.kept.append(step)
+
+    def _keep(self, snapshots: Snapshots, step: int) -> None:
+        with memory_phase("checkpointing", self.world.device):
+            snapshots.save(step, self.context.before_write)
 
     def checkpoint_if_due(self, force: bool = False) -> None:
         """Save a checkpoint after the first iteration past each interval, and at the end."""

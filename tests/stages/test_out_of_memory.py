@@ -89,6 +89,39 @@ def test_what_is_chosen_already_is_not_advised(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+def test_what_the_config_refuses_is_not_advised(tmp_path: Path) -> None:
+    one = small_config(tmp_path, "distributed=ddp", "distributed.processes=1")
+    assert "distributed." not in text_of(one, "sft", "loading", CUDA)
+    ahead = small_config(tmp_path, "distributed=ddp", "ppo.generation.ahead=1")
+    assert "fsdp" not in text_of(ahead, "ppo", "checkpointing", CUDA)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_resumes_is_advised_first(tmp_path: Path) -> None:
+    """Only ZeRO, of the same stage, reads ZeRO's checkpoints."""
+    text = text_of(small_config(tmp_path, "distributed=zero2"), "sft", "loading", CUDA)
+    assert "First try distributed.offload=true. If that is not enough: " in text
+    assert "distributed.strategy=fsdp (the stage begins anew)." in text
+    text = text_of(small_config(tmp_path, "distributed=ddp"), "sft", "loading", CUDA)
+    assert "distributed.strategy=fsdp. If that is not enough: distributed.offload=true." in text
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_that_cannot_even_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has all of it: the first call fails, and each one after it."""
+
+    def full(device: object) -> NoReturn:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    text = text_of(
+        small_config(tmp_path), "ppo", "loading", RuntimeError("CUDA error: out of memory")
+    )
+    assert text.startswith("ppo: cuda:1 ran out of memory while it loaded models")
+    assert "it answers no more (CUDA error: out of memory)" in text
+
+
+@pytest.mark.usefixtures("gpu")
 def test_the_reward_models_own_gpu(tmp_path: Path) -> None:
     """The message is torch's: of the device that is full, which is not the process's own."""
     config = small_config(tmp_path, "ppo.generation.batch=16")

@@ -11,13 +11,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from rlhf_exp.config.training import KlConfig, PpoConfig, Schedule, Select, SelectBy
-from rlhf_exp.distributed.world import world_of
+from rlhf_exp.distributed.world import World, world_of
+from rlhf_exp.training.checkpoint import Snapshots
+from rlhf_exp.training.memory import OutOfMemory, memory_phase
 from rlhf_exp.training.ppo_objective import selection_score
 from rlhf_exp.training.trainer import TrainingProgress, passes
 from tests.training.lab import Evaluations, Run, build_task, run_loop
@@ -47,6 +49,27 @@ def test_the_best_weights_of_before_the_end_are_still_there(tmp_path: Path) -> N
     assert longer.outcome.metrics == whole.outcome.metrics
     for name, value in whole.weights.items():
         assert torch.equal(value, longer.weights[name]), name
+
+
+def test_memory_that_runs_out_while_weights_are_kept_or_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both put the whole model together, and are no part of loading it."""
+
+    def full(*args: Any) -> NoReturn:
+        raise MemoryError
+
+    with world_of("float32", threads=1) as world:
+        for place, name, select in (
+            (Snapshots, "save", Select.best),
+            (World, "release", Select.last),
+        ):
+            task = build_task(world)
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, full)
+                with pytest.raises(OutOfMemory) as raised, memory_phase("loading", world.device):
+                    run_loop(world, tmp_path / name, 4, task, select=select)
+            assert raised.value.phase == "checkpointing", name
 
 
 def test_a_run_ends_after_the_evaluation_at_which_it_is_given_up(tmp_path: Path) -> None:

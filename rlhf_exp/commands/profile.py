@@ -230,7 +230,7 @@ def advice_for(
             )
     yield from _on_sampling(found, config, shape, on_gpus)
     yield from _on_scoring(found, config)
-    yield from _on_updating(found, config)
+    yield from _on_updating(found, config, on_gpus)
     threads, processes = config.distributed.threads, config.distributed.processes
     if not on_gpus and threads and threads * processes < cores():
         yield Advice(
@@ -255,7 +255,7 @@ def _on_sampling(
         needs = Workload(0, round(found.prompt + generation.max_new_tokens), 0, decoded_rows=rows)
         precision = FLOAT32 if found.dtype == "float32" else HALF_WITH_MASTER
         cache = kv_cache_bytes(shape, needs, precision)
-        fits = (found.memory or 0) + cache < 0.9 * found.limits.memory
+        fits = _sharing(config, on_gpus) * ((found.memory or 0) + cache) < 0.9 * found.limits.memory
         steps = "each step reads all weights for as many rows as decode together"
         if fits and (least < 0.9 * sampling.least or (sampling.share_of_limit or 1) < _CLOSE):
             yield Advice(
@@ -297,13 +297,19 @@ def _on_scoring(found: RunProfile, config: Config) -> Iterator[Advice]:
         )
 
 
-def _on_updating(found: RunProfile, config: Config) -> Iterator[Advice]:
+def _sharing(config: Config, on_gpus: bool) -> int:
+    """Return how many processes have a device's memory together: all that a processor has."""
+    return 1 if on_gpus else config.distributed.processes
+
+
+def _on_updating(found: RunProfile, config: Config, on_gpus: bool) -> Iterator[Advice]:
     updating, ppo = found.phase("updating"), config.ppo
     share = -(-ppo.batch // config.distributed.processes)
     if updating.seconds / found.seconds < _LARGE:
         return
     memory, limits = updating.memory or found.memory, found.limits
-    room = memory is not None and limits is not None and memory < 0.5 * limits.memory
+    taken = None if memory is None else _sharing(config, on_gpus) * memory
+    room = taken is not None and limits is not None and taken < 0.5 * limits.memory
     limit = updating.share_of_limit
     if (
         limit is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf_exp.config.experiment import Attention, Config, Dtype, StrategyName
+from rlhf_exp.config.training import RolloutEngineName
 from rlhf_exp.models.architecture import Architecture
 from rlhf_exp.models.time_estimate import Iteration, Models, Work, iteration_work
 from rlhf_exp.pipeline.plan_table import shares_trunk
@@ -18,6 +19,7 @@ def models_of(config: Config, shape: Architecture) -> Models:
     ppo, half = config.ppo, config.computes_in is Dtype.bfloat16
     blocks = ppo.train_blocks
     strategy = config.distributed.strategy
+    native = ppo.generation.engine is RolloutEngineName.native
     spread = strategy in (StrategyName.zero3, StrategyName.fsdp)
     deep = strategy in (StrategyName.zero1, StrategyName.zero2)
     values = {"shared": 0, "branch": blocks or 0, "own": shape.layers}[ppo.value_trunk.name]
@@ -27,9 +29,10 @@ def models_of(config: Config, shape: Architecture) -> Models:
         ppo.lora.rank,
         values if ppo.uses_values else 0,
         reward=shape if ppo.reward.model_scores else None,
-        reward_blocks=config.reward.train_blocks if shares_trunk(config) else None,
+        # All that is above the policy's trunk, though fewer of its blocks may have been trained.
+        reward_blocks=blocks if shares_trunk(config) else None,
         weight_bytes=2 if half else 4,
-        captures_states=not half,
+        captures_states=not half and native and ppo.generation.ahead == 0,
         checkpointing=ppo.gradient_checkpointing,
         # GPT-J's attention is always written out.
         skips_masked=shape.type != "gptj" and config.model.attention is not Attention.eager,

@@ -239,6 +239,9 @@ def shares_trunk(config: Config) -> bool:
     cast = deep and config.computes_in != config.model.dtype == Dtype.float32
     if spread or cast or ppo.gradient_checkpointing or reward.use or reward.init is RewardInit.base:
         return False
+    judge = ppo.reward
+    if not judge.model_scores or judge.terms or judge.device is not None:
+        return False  # several rewards are models of their own, and another device has no trunk
     return 0 < (reward.train_blocks or 0) <= (ppo.train_blocks or 0)
 
 

@@ -146,6 +146,46 @@ def test_updates_of_few_rows() -> None:
     assert name not in advised("ppo.gradient_checkpointing=true", row=ON_GPU, limits=tight)
 
 
+def test_processes_of_a_processor_share_its_memory() -> None:
+    """Two of 3 GiB leave less than half of 11 GiB free, and one leaves more."""
+    row = ROW | {"memory/peak_bytes": 3.0 * GIB}
+    shared = MachineLimits("M", {"float32": 1e12, "bfloat16": 1e12}, 1e6, 11 * GIB)
+    name = "ppo.gradient_checkpointing=false"
+    recomputes = "ppo.gradient_checkpointing=true"
+    assert name in advised(recomputes, row=row, limits=shared)
+    assert name not in advised(recomputes, "distributed=ddp", row=row, limits=shared)
+    tight = MachineLimits("M", shared.flops, shared.bandwidth, 6 * GIB)
+    few = "ppo.generation.batch=2"
+    assert "ppo.generation.batch=8" in advised(few, row=row, limits=tight)
+    assert "ppo.generation.batch=4" not in advised(few, "distributed=ddp", row=row, limits=tight)
+    assert "ppo.generation.batch=4" in advised(few, "distributed=ddp", row=row, limits=shared)
+
+
+def test_scoring_over_the_trunk_runs_all_above_it() -> None:
+    """The reward model's blocks above the trunk, of which it may have trained fewer."""
+    deep = Architecture("gpt_neox", 4, 32, 2, 128, 320, 192)
+
+    def flops(*overrides: str) -> float:
+        trained = ("ppo.train_blocks=2", "reward.train_blocks=1")
+        return found(*trained, *overrides, shape=deep).phase("scoring").total.flops
+
+    whole = flops("reward.train_blocks=null")
+    assert flops() == pytest.approx(whole / 2)
+    assert flops("ppo.reward.placement=gpu:1") == pytest.approx(whole), "no trunk there"
+    several = "ppo.reward.terms=[{model: default}, {length: {target: 5}}]"
+    assert flops(several) == pytest.approx(whole), "each reward is a model of its own"
+
+
+def test_the_trunk_is_run_again_where_decoding_keeps_no_states() -> None:
+    def trunk(*overrides: str) -> float:
+        work = found("ppo.train_blocks=1", *overrides).phase("assessing").work
+        return work["trunk"].flops
+
+    assert trunk() == 0
+    assert trunk("ppo.generation.engine=vllm") > 0
+    assert trunk("ppo.generation.ahead=1") > 0
+
+
 @pytest.fixture
 def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile_module, "cpu_limits", lambda threads, width: CPU)

@@ -330,7 +330,7 @@ def update(run: Run, shape: Architecture, blocks: int | None) -> dict[str, Any]:
     models = Models(shape, blocks, weight_bytes=2, skips_masked=False)
     work = iteration_work(models, sizes)["updating"]
     passes = work["forward"] + work["backward"]
-    half = Precision(2, activation=2, trained=4, gathered=2)
+    half = Precision(2, activation=2)  # what trains, and its reference, in float32
     load = Workload(rows, tokens, new, cached_rows=rows if blocks else 0)
     kind = "none" if reference is None else "shared"
     planned = estimate_memory(shape, load, half, train_blocks=blocks, reference=kind)

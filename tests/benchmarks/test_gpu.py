@@ -6,9 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gpu
 import pytest
+
+from rlhf_exp.models.memory_estimate import MemoryEstimate, estimate_memory
+from rlhf_exp.models.policy import Policy
+from rlhf_exp.models.reference import SharedTrunkReference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,6 +67,29 @@ def test_wheels_are_pinned_and_without_torch() -> None:
     assert {"hydra-core", "omegaconf", "transformers", "tokenizers", "pytest"} <= set(names)
     assert not {"torch", "rlhf-exp", "triton"} & set(names)
     assert names == sorted(names)
+
+
+def test_the_plan_of_an_update_counts_what_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is a copy of what trains, in float32 as that is."""
+    references, plans = list[SharedTrunkReference](), list[MemoryEstimate]()
+
+    def build(policy: Policy) -> SharedTrunkReference:
+        references.append(SharedTrunkReference(policy))
+        return references[-1]
+
+    def estimate(*args: Any, **settings: Any) -> MemoryEstimate:
+        plans.append(estimate_memory(*args, **settings))
+        return plans[-1]
+
+    monkeypatch.setattr(gpu, "build_reference", build)
+    monkeypatch.setattr(gpu, "estimate_memory", estimate)
+    run = gpu.Run(tmp_path, 60.0, tiny=True)
+    gpu.update(run, run.shape(gpu.GPTJ_6B), 1)
+    parameters = [p for copy in references[0].copies for p in copy.parameters()]
+    held = sum(p.numel() * p.element_size() for p in parameters)
+    assert plans[0].reference == pytest.approx(held, rel=0.02)  # less the head's bias
 
 
 @pytest.mark.slow

@@ -35,13 +35,13 @@ def half_attention(
     is_causal: bool | None = None,
     **others: Any,  # noqa: ANN401 - the library's signature
 ) -> tuple[Tensor, None]:
-    """Return attention's output [A, Q, H, E], as the library's functions do.
+    """Return attention's output [A, Q, H, E'], as the library's functions do.
 
     Args:
         module: the layer.
         query: [A, H, Q, E].
         key: [A, H', K, E], H a multiple of H'; fastest where its memory is contiguous.
-        value: likewise.
+        value: [A, H', K, E'], likewise; latent attention (DeepSeek, MiniCPM3) has narrower values.
         attention_mask: [A, 1, Q, K] bool, True where a query attends, or None.
         dropout: a probability; with one, torch's own attention is left to apply it.
         scaling: factor of the scores; None: one over the root of E.
@@ -72,10 +72,12 @@ def half_attention(
     if allowed is None and causal and queries > 1:
         allowed = torch.ones(queries, keys, dtype=torch.bool).tril_()
     if allowed is not None:
-        scores = scores.masked_fill_(~allowed, -torch.inf)
+        # Not minus infinity: a query that sees nothing, of padding, would have an output of NaN,
+        # which the next layer's products carry to the tokens that do not attend to it.
+        scores = scores.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
     shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    output = torch.bmm(shares.view(pairs, lines, keys), value.reshape(pairs, keys, width))
-    return output.view(rows, heads, queries, width).transpose(1, 2).contiguous(), None
+    output = torch.bmm(shares.view(pairs, lines, keys), value.reshape(pairs, keys, -1))
+    return output.view(rows, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS["sdpa"] = half_attention

@@ -71,6 +71,29 @@ def test_a_layer_that_is_not_causal_sees_all() -> None:
     assert (found.float() - expected).abs().max() < 0.02
 
 
+def test_values_may_be_narrower_than_keys() -> None:
+    """As in latent attention, DeepSeek's and MiniCPM3's."""
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 4, 7, width).to(HALF) for width in (12, 12, 8)]
+    module = layer(1)
+    exact = [part.float() for part in parts]
+    expected = with_gradients(sdpa_attention_forward, module, exact, None)
+    found = with_gradients(half_attention, module, parts, None)
+    assert found[0].shape == (2, 7, 4, 8)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.float() - other).abs().max() / other.abs().max() < 0.02
+
+
+def test_a_query_that_sees_nothing_has_finite_numbers() -> None:
+    """It is padding; a NaN would reach other tokens through the products of the next layer."""
+    torch.manual_seed(0)
+    parts = [torch.randn(1, 2, 5, 8).to(HALF) for _ in range(3)]
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    mask[..., :2, :] = False
+    for numbers in with_gradients(half_attention, layer(1), parts, mask):
+        assert numbers.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("dtype", "keys", "how"),
     [

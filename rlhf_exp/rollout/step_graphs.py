@@ -13,14 +13,14 @@ do), a model is decoded without graphs, after one warning.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - there is no public one
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ TOLERANCE = 0.02
 
 Shape = tuple[int, int]
 """Rows and columns of a step."""
+_INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 
 class Recorder(Protocol):
@@ -57,7 +58,7 @@ class CudaRecorder:
     def record(self, step: Callable[[], object]) -> Callable[[], object]:
         """See `Recorder`."""
         # What would spoil a recording is found before, and kernels are loaded outside of it.
-        with _waits_are_errors():
+        with NoWaits():
             step()
         # Not `torch.cuda.graph`, which waits for the device and empties the allocator's cache.
         graph = torch.cuda.CUDAGraph()
@@ -74,14 +75,41 @@ class CudaRecorder:
         return graph.replay
 
 
-@contextmanager
-def _waits_are_errors() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+class NoWaits(TorchDispatchMode):
+    """Raises where the host would wait for the device, in this thread.
+
+    torch's own mode (`set_sync_debug_mode`) is one of all threads: those that train or score
+    meanwhile may wait.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401 - an operation of torch
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Do an operation.
+
+        Raises:
+            RuntimeError: Its results are numbers of the device's that the host has to know.
+        """
+        kwargs = kwargs or {}
+        if _waits(func, args, kwargs):
+            raise RuntimeError(f"{func.name()} waits for the device")
+        return func(*args, **kwargs)
+
+
+def _waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # noqa: ANN401
+    name = func._schema.name.partition("::")[2]
+    if name in _INDEXING:  # by numbers its result has a size that is known
+        dtypes = {index.dtype for index in args[1] if isinstance(index, Tensor)}
+        return bool(dtypes & {torch.bool, torch.uint8})
+    if name == "_to_copy":
+        target = kwargs.get("device")
+        to_host = target is not None and torch.device(target).type == "cpu"
+        return to_host and args[0].device.type != "cpu" and not kwargs.get("non_blocking")
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
 
 
 @dataclass

@@ -67,7 +67,6 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self._forbids_syncs = False
         self.clear()
 
     def clear(self) -> None:
@@ -86,14 +85,8 @@ class Tally:
             "uploads": self.uploads.total(),
         }
 
-    def set_sync_debug_mode(self, mode: int | str) -> None:
-        """Stand in for `torch.cuda.set_sync_debug_mode`."""
-        self._forbids_syncs = mode in ("error", 2)
-
     def sync(self, what: str) -> None:
         """Count a wait of the host."""
-        if self._forbids_syncs:
-            raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
         if PretendedGraph.recording is not None:
             raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
         self.syncs[f"{what} at {source_line()}"] += 1
@@ -466,13 +459,11 @@ def install() -> None:
         "synchronize": None,
         "empty_cache": None,
         "graph_pool_handle": (0, 1),
-        "get_sync_debug_mode": 0,
         "current_stream": PretendedStream(),
         "stream": nullcontext(),
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, _answering(answer))
-    torch.cuda.set_sync_debug_mode = TALLY.set_sync_debug_mode  # type: ignore[assignment]
     torch.cuda.CUDAGraph = PretendedGraph  # type: ignore[misc, assignment]
     torch.cuda.Event = PretendedEvent  # type: ignore[misc, assignment]
     torch.cuda.Stream = PretendedStream  # type: ignore[misc, assignment]

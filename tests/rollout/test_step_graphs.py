@@ -7,7 +7,9 @@ a number that changes on the host, shows as a wrong sample.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from rlhf_exp.batch import Prompts, Samples
 from rlhf_exp.models.frozen_trunk import decoder_parts
 from rlhf_exp.rollout import sampler
 from rlhf_exp.rollout.sampler import SamplingParams, rows_of_step, sample
-from rlhf_exp.rollout.step_graphs import StepGraphs
+from rlhf_exp.rollout.step_graphs import NoWaits, StepGraphs
 from tests.rollout.test_sampler import FAMILIES, VOCABULARY
 
 EOS = 7
@@ -171,6 +173,40 @@ def test_a_step_that_reads_the_device_is_decoded_without_graphs(
     assert recorder.replayed == replayed
     assert caplog.text.count("without graphs") == 1, "one warning for a model"
     assert "not permitted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("work", "waits"),
+    [
+        (lambda values: values.max().item(), True),
+        (lambda values: bool((values > 0).any()), True),
+        (lambda values: (values > 0).nonzero(), True),
+        (lambda values: values[values > 0], True),
+        (lambda values: values.index_put_((values > 0,), torch.tensor(0.0)), True),
+        (lambda values: values[torch.tensor([2, 0])], False),
+        (lambda values: values.softmax(0).cumsum(0).masked_fill_(values > 0, 0.0), False),
+        (lambda values: values.to(torch.bfloat16), False),
+    ],
+)
+def test_what_the_host_would_wait_for_is_known_before_it_is_recorded(
+    work: Callable[[Tensor], object], waits: bool
+) -> None:
+    values = torch.linspace(-1.0, 1.0, 5)
+    refused: AbstractContextManager[Any] = nullcontext()
+    if waits:
+        refused = pytest.raises(RuntimeError, match="waits for the device")
+    with refused, NoWaits():
+        work(values)
+
+
+def test_other_threads_may_wait_while_a_step_is_tried() -> None:
+    """Such as the one that trains while the next iteration is sampled, or that scores."""
+    found: list[float] = []
+    with NoWaits():
+        other = threading.Thread(target=lambda: found.append(torch.ones(3).sum().item()))
+        other.start()
+        other.join()
+    assert found == [3.0]
 
 
 def test_a_replay_that_draws_other_tokens_is_found_and_undone(

@@ -156,7 +156,7 @@ class PpoTask:
         began = time.perf_counter()
         with self.world.gathered():  # sharded parameters are whole while responses are sampled
             self.engine.refresh(self._version)
-            rollouts = self.collector.collect(iteration, self.meters)
+            rollouts = self.collector.collect(iteration, self.meters, began)
             self.engine.release()
         rollouts = pad_to_common_widths(rollouts, self.world)
         lengths = host_lengths(rollouts, self.world)
@@ -422,10 +422,19 @@ class ExperienceCollector:
         self.section, self.world = section, world
         self.correction, self.closing_token, self.ahead = correction, closing_token, ahead
 
-    def collect(self, iteration: int, meters: MetricAccumulator) -> Rollouts:
-        """Return one iteration's rollouts, and report on them."""
+    def collect(
+        self, iteration: int, meters: MetricAccumulator, began: float | None = None
+    ) -> Rollouts:
+        """Return one iteration's rollouts, and report on them.
+
+        Args:
+            iteration: Its number.
+            meters: For the metrics.
+            began: When the iteration began: handing the engine its weights is part of sampling, and
+                so is waiting for what is sampled ahead; `None`: now.
+        """
         section, beta = self.section, self.controller.coef
-        began = time.perf_counter()
+        began = time.perf_counter() if began is None else began
         device = self.world.device
         with memory_phase("sampling", device):
             samples, weights = self._sample(iteration)

@@ -10,6 +10,7 @@ import itertools
 import math
 import operator
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -503,3 +504,22 @@ def test_a_weight_is_cut_and_no_correction_changes_nothing(world: World) -> None
     uncorrected, corrected = found
     assert torch.equal(uncorrected.advantages, plain.advantages)
     assert torch.allclose(corrected.advantages[:, ::2], 3.0 * plain.advantages[:, ::2], atol=1e-4)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_handing_over_weights_and_waiting_for_responses_are_time_of_sampling(
+    world: World, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = build_task(world, ahead=ahead)
+    refresh = task.engine.refresh
+
+    def slow(version: int) -> None:
+        time.sleep(0.3)
+        refresh(version)
+
+    def update(losses: Iterable[Tensor]) -> None:
+        assert len(list(losses)) == 1
+
+    monkeypatch.setattr(task.engine, "refresh", slow)
+    task.iterate(0, update)
+    assert 0.3 <= task.metrics()["time/rollout_s"] < 10.0

@@ -86,7 +86,8 @@ class Keys:
         """Return the key of the chosen answers; `parents` as for `ppo`."""
         section = self.config.ppo
         generation = key_content(section.generation)
-        generation.pop("correction", None)  # nothing learns from these answers
+        for name in ("correction", "ahead"):  # nothing learns from these answers
+            generation.pop(name, None)
         content: dict[str, Any] = {
             "best_of": key_content(self.config.best_of),
             "parents": parents,

@@ -360,6 +360,19 @@ def test_stored_answers_bring_their_prompts(toxic: Config, tmp_path: Path) -> No
     assert keys_of(toxic, tmp_path).recomputed(samples) != before
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "counts"),
+    [("correction", "3", False), ("ahead", 1, False), ("temperature", 0.5, True)],
+)
+def test_how_ppo_learns_does_not_count_for_the_best_of_n(
+    config: Config, name: str, value: Any, counts: bool, tmp_path: Path
+) -> None:
+    other = changed(config, f"ppo.generation.{name}", value)
+    parents = {"sft": "a", "reward": "b"}
+    keys = {keys_of(one, tmp_path).best_of(parents) for one in (config, other)}
+    assert (len(keys) == 2) is counts
+
+
 def test_the_engine_counts_for_ppo_alone(config: Config, tmp_path: Path) -> None:
     """SFT and the reward model are native in either case, and shared."""
     trlx = changed(config, "engine.name", EngineName.trlx)

@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from rlhf_exp.processes.failures import FailedElsewhere
+
 Phase = Literal[
     "loading", "sampling", "scoring", "assessing", "updating", "evaluating", "checkpointing"
 ]
@@ -126,7 +128,8 @@ def memory_phase(phase: Phase, device: torch.device) -> Iterator[None]:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            # What ran out in another process, that one explains.
+            if isinstance(error, FailedElsewhere) or not _is_out_of_memory(error):
                 raise
             raise OutOfMemory(phase, device, error) from error
 

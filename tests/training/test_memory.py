@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from rlhf_exp.processes.failures import FailedElsewhere
 from rlhf_exp.training.memory import (
     device_peak_bytes,
     forget_peaks,
@@ -48,6 +49,13 @@ def test_a_phase_of_the_processor_has_the_peak_that_it_raised() -> None:
     assert 150 * MIB < updating < 210 * MIB
     assert "memory/scoring_bytes" not in metrics, "it raised nothing"
     assert metrics["memory/peak_bytes"] == metrics["memory/updating_bytes"] == host_peak_bytes()
+
+
+def test_memory_of_another_process_is_that_processs_error() -> None:
+    """It tells the reason itself, and what it had of its device; this one only ends."""
+    text = "process 0 failed: CUDA out of memory. Tried to allocate 2.00 GiB"
+    with pytest.raises(FailedElsewhere), memory_phase("scoring", CPU):
+        raise FailedElsewhere(text)
 
 
 def test_a_thread_beside_the_phases_is_theirs() -> None:

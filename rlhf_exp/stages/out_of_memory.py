@@ -97,10 +97,12 @@ def _half(key: str, rows: int) -> list[str]:
 def _reward_elsewhere(config: Config) -> list[str]:
     """Return an override that takes the reward model off the devices that train."""
     reward = config.ppo.reward
-    if reward.device is not None or not reward.model_scores:
+    if reward.device is not None or reward.terms or not reward.model_scores:
         return []
-    training = config.distributed.processes
-    free = torch.cuda.device_count() > training
+    training, gpus = config.distributed.processes, torch.cuda.device_count()
+    if training == 1 and not gpus:
+        return []  # it is in the same memory there
+    free = gpus > training
     return [f"ppo.reward.placement={f'gpu:{training}' if free else 'cpu'}"]
 
 

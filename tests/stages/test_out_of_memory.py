@@ -95,6 +95,19 @@ def test_what_the_config_refuses_is_not_advised(tmp_path: Path) -> None:
     ahead = small_config(tmp_path, "distributed=ddp", "ppo.generation.ahead=1")
     assert "fsdp" not in text_of(ahead, "ppo", "checkpointing", CUDA)
 
+    several = "ppo.reward.terms=[{model: default}, {length: {target: 5}}]"
+    assert "placement" not in text_of(small_config(tmp_path, several), "ppo", "loading", CUDA)
+
+
+def test_another_place_in_the_same_memory_is_not_advised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "placement" not in text_of(small_config(tmp_path), "ppo", "loading", HOST)
+    several = small_config(tmp_path, "distributed=ddp")
+    text = text_of(several, "ppo", "loading", HOST)
+    assert "First try ppo.reward.placement=cpu. " in text, "one reward model in place of two"
+
 
 @pytest.mark.usefixtures("gpu")
 def test_what_resumes_is_advised_first(tmp_path: Path) -> None:

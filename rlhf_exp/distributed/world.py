@@ -207,8 +207,10 @@ class World:
     def round_frozen(self, module: nn.Module) -> None:
         """Hold the frozen float32 weights in bfloat16 from now on, if that is how they compute.
 
-        Mixed precision would round them at every use. Until `release` their exact values are in
-        host memory. DeepSpeed and FSDP have ways of their own.
+        Mixed precision would round those of linear layers at every use; embeddings and norms are
+        rounded with them, as by DeepSpeed, so that a frozen trunk computes in bfloat16 throughout.
+        Until `release` their exact values are in host memory. DeepSpeed and FSDP have ways of their
+        own.
         """
         if self.setup.precision == "float32" or self.setup.strategy not in ("single", "ddp"):
             return

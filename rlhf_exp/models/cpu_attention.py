@@ -2,8 +2,11 @@
 
 torch's own attention for CPUs is made for long sequences in float32. In bfloat16 its backward pass
 over 120 tokens takes 2.6 times as long as these products, and one query a row, as in decoding, two
-to five times. So this takes the place of transformers' "sdpa", and leaves to it all else: float32,
-other devices, long sequences, whatever adds terms of its own to the scores.
+to five times. Scores are rounded to bfloat16 before the softmax, as in transformers' eager
+attention: on a pretrained Llama of 260 thousand parameters log-probabilities are as near to those
+of float32 as with torch's attention, 0.0098 nats a token in the mean. So this takes the place of
+transformers' "sdpa", and leaves to it all else: float32, other devices, long sequences, whatever
+adds terms of its own to the scores.
 
 A rows, H heads, Q queries of a row, K keys, E width of a head.
 """

@@ -32,6 +32,9 @@ def working(tmp_path: Path) -> str:
 
 def test_the_interpreter_is_looked_at(tmp_path: Path, working: str) -> None:
     assert complaints("engine=trlx", working) == []
+    for option in ("ahead=1", "correction=3"):
+        messages = complaints("engine=trlx", working, f"ppo.generation.{option}")
+        assert any("has no effect on engine=trlx" in message for message in messages)
     (messages,) = complaints("engine=trlx")
     assert messages.startswith("engine.python=null: engine=trlx needs an interpreter that has trlx")
     assert f"`{TRLX.setup}`" in messages

@@ -179,6 +179,7 @@ def _key(
         digest.update(rows.tobytes() + b"|")
     how = [
         config.distributed.precision.name,
+        config.model.dtype.name,
         torch.get_num_threads(),
         world.processes,
         config.ppo.generation.batch,

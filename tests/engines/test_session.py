@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_exp.config.training import KlConfig, PpoRewardConfig, Select, SelectBy
 from rlhf_exp.data.tokenized import RaggedArray, TokenizedPrompts
 from rlhf_exp.data.tokenizer import Codec, train_tokenizer
-from rlhf_exp.engines.process import EngineProcess, environment, program_of
+from rlhf_exp.engines.process import EngineProcess, program_of
 from rlhf_exp.engines.session import RunInputs, Session
 from rlhf_exp.errors import UserError
+from rlhf_exp.processes.environment import worker_environment
 from rlhf_exp.tracking.tracker import NullTracker
 from rlhf_exp.training.result import Diverged, TrainingResult
 from rlhf_exp.trlx.metrics import dialect
@@ -434,7 +435,7 @@ os.kill(os.getpid(), 9)
 def test_the_worker_is_alone_and_offline(tmp_path: Path) -> None:
     given = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "ACCELERATE_USE_FSDP": "1"}
     given |= {"PYTHONPATH": "/elsewhere", "SLURM_PROCID": "3", "HOME": "/home/x", "HF_HOME": "/h"}
-    assert environment(given) == {
+    assert worker_environment(given) == {
         "HOME": "/home/x",
         "HF_HOME": "/h",
         "HF_HUB_OFFLINE": "1",

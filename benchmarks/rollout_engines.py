@@ -66,14 +66,7 @@ def vllm(
     policy: Policy, python: str, folder: Path, rows: int, dtype: torch.dtype
 ) -> tuple[VllmEngine, Callable[[], float]]:
     """Return vLLM on this machine's processors, with one thread, and what it has used of them."""
-    variables = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "OMP_NUM_THREADS": "1",
-    }
-    server = LocalServer(python, folder / f"{dtype}.log", variables)
+    server = LocalServer(python, folder / f"{dtype}.log", {"OMP_NUM_THREADS": "1"})
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
     settings = VllmSettings("benchmark", dtype, PROMPT + ANSWER, rows)
     engine = VllmEngine(policy, tokenizer, [server], settings, WORLD)

@@ -12,7 +12,7 @@ from rlhf_exp.config.checks_engines import installed_versions
 from rlhf_exp.config.training import GenerationConfig
 from rlhf_exp.errors import UserError
 from rlhf_exp.processes.environment import worker_environment
-from rlhf_exp.vllm.server import KEY_VARIABLE, program
+from rlhf_exp.vllm.server import ENVIRONMENT, KEY_VARIABLE, program
 
 PAUSE_S = 1.0
 """Between the end of a server and the next one."""
@@ -46,8 +46,7 @@ def vllm_server(options: VllmServerOptions) -> None:
     python = Path(GenerationConfig(python=options.python).interpreter).expanduser().absolute()
     _check(python)
     arguments = ["--host", options.host, "--port", str(options.port)]
-    variables = worker_environment(os.environ) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    variables |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    variables = worker_environment(os.environ) | ENVIRONMENT
     if options.threads is not None:
         variables["OMP_NUM_THREADS"] = str(options.threads)
     print(f"vLLM on http://{options.host}:{options.port}")

@@ -86,15 +86,7 @@ def vllm_engine(
     elif world.is_main or not central:
         for number, (devices, trainer_gpu) in enumerate(_vllm_devices(section, world)):
             log_file = context.folder / f"vllm-{world.rank}-{number}.log"
-            variables = {
-                # One process that can be looked into, and ends at once.
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "VLLM_NO_USAGE_STATS": "1",
-                "VLLM_LOGGING_LEVEL": "WARNING",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "OMP_NUM_THREADS": str(torch.get_num_threads()),
-                VISIBLE: devices,
-            }
+            variables = {"OMP_NUM_THREADS": str(torch.get_num_threads()), VISIBLE: devices}
             servers.append(LocalServer(section.interpreter, log_file, variables, trainer_gpu))
     return VllmEngine(policy, codec.tokenizer, servers, settings, world)
 

@@ -34,6 +34,13 @@ log = logging.getLogger(__name__)
 # By name, so that the code of the worker counts as code of the stage.
 WORKER_MODULE = "rlhf_exp.vllm.worker.vllm_worker"
 KEY_VARIABLE = "RLHF_EXP_VLLM_KEY"
+ENVIRONMENT = {
+    # One process that can be looked into, and ends at once.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+"""What every server's environment has."""
 START_S = 300.0
 """Time in which a process of this machine must listen; importing vLLM is not part of it."""
 ABSENCE_S = 900.0
@@ -134,9 +141,8 @@ class LocalServer:
         if self._process is not None:
             return
         here, there = socket.socketpair()
-        variables = (
-            worker_environment(os.environ) | dict(self._variables) | {KEY_VARIABLE: self._key}
-        )
+        variables = worker_environment(os.environ) | ENVIRONMENT
+        variables |= {"VLLM_LOGGING_LEVEL": "WARNING", **self._variables, KEY_VARIABLE: self._key}
         worker = str(program())
         command = [str(self._python), "-I", worker, "--pipe", str(there.fileno())]
         with there, self.log_file.open("ab") as out:
